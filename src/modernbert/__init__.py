@@ -1,0 +1,27 @@
+"""ModernBERT in PyTorch: padding stops at the door.
+
+Names are imported when they are first used, so that `import modernbert` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "ModernBertConfig": "config",
+    "ModernBertForMaskedLM": "models.masked_lm",
+    "ModernBertModel": "models.encoder",
+}
+__version__ = "0.1.0"
+__all__ = sorted([*_EXPORTS, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,426 @@
+"""Model configurations: plain, frozen data that reads and writes both generations of `config.json`.
+
+The older generation says `global_attn_every_n_layers`, `global_rope_theta` and `local_rope_theta`; the newer
+one says `layer_types` and `rope_parameters`. A configuration accepts either, holds both, and saves both, so
+that every release of transformers that knows the architecture reads what is saved here.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+from modernbert.errors import ConfigError
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "sigmoid")
+POOLINGS = ("cls", "mean")
+
+
+class Reach(NamedTuple):
+    """How far a token attends, inclusive, in tokens: it sees `left` before itself and `right` after."""
+
+    left: int
+    right: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModernBertConfig:
+    """The architecture and options of a ModernBERT encoder; the defaults are those of ModernBERT-base.
+
+    All arguments are keywords and nothing changes after construction: `config.replace(...)` gives a changed
+    copy. Keys of a `config.json` that are not listed here are kept in `extra` and written back when saved.
+
+    Args:
+        vocab_size: rows of the token embedding.
+        hidden_size: width of the residual stream; a multiple of `num_attention_heads`, with even heads.
+        intermediate_size: width of the gated MLP.
+        num_hidden_layers: number of layers.
+        num_attention_heads: attention heads a layer.
+        hidden_activation: activation of the gated MLP, a name or a function of one tensor.
+        max_position_embeddings: longest text, in tokens, that the model was trained for.
+        initializer_range: standard deviation of freshly initialised embeddings and input projections.
+        initializer_cutoff_factor: initial weights are cut off at this many standard deviations.
+        norm_eps: epsilon of the LayerNorms.
+        norm_bias: whether the LayerNorms have a bias.
+        pad_token_id, eos_token_id, bos_token_id, cls_token_id, sep_token_id: ids of special tokens, or None.
+        attention_bias: whether the attention projections have a bias.
+        attention_dropout: dropout of attention weights and of the attention output, in [0, 1).
+        layer_types: for each layer "full_attention" or "sliding_attention"; wins over
+            `global_attn_every_n_layers`, from which it is made where absent.
+        rope_parameters: for each layer type {"rope_type", "rope_theta", ...}; wins over
+            `global_rope_theta` and `local_rope_theta`, from which it is made where absent. Types: "default",
+            "linear" and "dynamic" (with "factor"), "yarn" (with "factor" and optional
+            "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+            "mscale_all_dim", "truncate").
+        rope_scaling: older spelling of a scaled type; merged into both layer types of `rope_parameters`.
+        local_attention: width of the local window: a token sees `local_attention // 2` to either side.
+        global_attn_every_n_layers: layer i attends globally where i is a multiple of this.
+        global_rope_theta, local_rope_theta: base periods of the rotary embedding by layer type.
+        embedding_dropout, mlp_dropout, classifier_dropout: dropout ratios in [0, 1).
+        mlp_bias: whether the MLP projections have a bias.
+        decoder_bias: whether the masked-LM output has a bias.
+        classifier_pooling: "cls" (first real token) or "mean" (of the real tokens).
+        classifier_bias: whether the prediction head's dense layer has a bias.
+        classifier_activation: activation of the prediction head.
+        deterministic_flash_attn: take attention kernels whose gradients are deterministic.
+        sparse_prediction: with labels, compute masked-LM logits at labelled tokens only.
+        sparse_pred_ignore_index: the label that marks unlabelled tokens for `sparse_prediction`.
+        reference_compile: True compiles the MLPs with torch.compile; None and False do not.
+        repad_logits_with_grad: False detaches masked-LM logits that are repadded while labels are given.
+        tie_word_embeddings: whether the output decoder shares the token embedding.
+        num_labels, id2label, label2id, problem_type: of classification heads; two labels where silent.
+        output_attentions, output_hidden_states, return_dict: defaults of the forward arguments.
+        pruned_heads: heads removed from each layer.
+        dtype: name of the dtype that the weights were saved in.
+        extra: unknown keys of the file that the configuration was read from.
+
+    Raises:
+        ConfigError: a value is impossible; the message names the field.
+
+    Source: ModernBERT, arXiv:2412.13663, and the reference configuration's documentation.
+    """
+
+    model_type: ClassVar[str] = "modernbert"
+
+    vocab_size: int = 50368
+    hidden_size: int = 768
+    intermediate_size: int = 1152
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 12
+    hidden_activation: str | Callable[..., Any] = "gelu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    initializer_cutoff_factor: float = 2.0
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    pad_token_id: int | None = 50283
+    eos_token_id: int | list[int] | None = 50282
+    bos_token_id: int | None = 50281
+    cls_token_id: int | None = 50281
+    sep_token_id: int | None = 50282
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    layer_types: list[str] | None = None
+    rope_parameters: dict[str, dict[str, Any]] | None = None
+    rope_scaling: dataclasses.InitVar[dict[str, Any] | None] = None
+    local_attention: int = 128
+    global_attn_every_n_layers: int | None = None
+    global_rope_theta: float | None = None
+    local_rope_theta: float | None = None
+    embedding_dropout: float = 0.0
+    mlp_bias: bool = False
+    mlp_dropout: float = 0.0
+    decoder_bias: bool = True
+    classifier_pooling: str = "cls"
+    classifier_dropout: float = 0.0
+    classifier_bias: bool = False
+    classifier_activation: str | Callable[..., Any] = "gelu"
+    deterministic_flash_attn: bool = False
+    sparse_prediction: bool = False
+    sparse_pred_ignore_index: int = -100
+    reference_compile: bool | None = None
+    repad_logits_with_grad: bool = False
+    tie_word_embeddings: bool = True
+    num_labels: int | None = None
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    pruned_heads: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    dtype: str | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    default_theta: ClassVar[dict[str, float]] = {"full_attention": 160_000.0, "sliding_attention": 10_000.0}
+
+    def __post_init__(self, rope_scaling: dict[str, Any] | None) -> None:
+        self._check_sizes()
+        self._set("dtype", None if self.dtype is None else str(self.dtype).removeprefix("torch."))
+        self._derive_layer_types()
+        self._derive_rope(rope_scaling)
+        self._derive_labels()
+        self._check_choices()
+        self._set("pruned_heads", {int(i): sorted(set(h)) for i, h in self.pruned_heads.items()})
+
+    # Derived views
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def sliding_window(self) -> int:
+        """How many tokens a local layer sees to either side: half of `local_attention`."""
+        return self.local_attention // 2
+
+    def reach(self, layer_type: str) -> Reach | None:
+        """How far a layer of this type attends; None is to the whole text."""
+        if layer_type == "full_attention":
+            return None
+        return Reach(self.sliding_window, self.sliding_window)
+
+    # Reading and writing
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with these fields changed.
+
+        A change of `num_labels`, of the number of layers or of one generation's fields makes anew what was
+        derived from the old value.
+        """
+        derived = {
+            "num_labels": ("id2label", "label2id"),
+            "id2label": ("num_labels", "label2id"),
+            "num_hidden_layers": ("layer_types",),
+            "global_attn_every_n_layers": ("layer_types",),
+            "layer_types": ("global_attn_every_n_layers",),
+            "global_rope_theta": ("rope_parameters",),
+            "local_rope_theta": ("rope_parameters",),
+            "rope_parameters": ("global_rope_theta", "local_rope_theta"),
+        }
+        values: dict[str, Any] = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        for name in changes:
+            for stale in derived.get(name, ()):
+                if stale not in changes:
+                    values[stale] = None
+        return type(self)(**{**values, **changes})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
+        """Make a configuration from the content of a `config.json` of either generation.
+
+        Args:
+            values: the parsed file; keys that mean nothing here are kept in `extra`.
+            overrides: fields that replace what the file says.
+
+        Raises:
+            ConfigError: the file is of another model type, or a value is impossible.
+        """
+        given = copy.deepcopy(dict(values))
+        model_type = given.pop("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ConfigError(f"model_type is {model_type!r}; {cls.__name__} reads {cls.model_type!r}")
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"} | {"rope_scaling"}
+        if "torch_dtype" in given:  # the older spelling; both are written
+            given.setdefault("dtype", given["torch_dtype"])
+            del given["torch_dtype"]
+        if given.get("id2label"):
+            given.pop("num_labels", None)
+        arguments = {k: v for k, v in given.items() if k in known}
+        for name, value in list(arguments.items()):
+            # A null means "the default" for fields that may not be null themselves.
+            if value is None and cls.__dataclass_fields__[name].default is not None:
+                if "None" not in str(cls.__dataclass_fields__[name].type):
+                    del arguments[name]
+        config = cls(**arguments, extra={k: v for k, v in given.items() if k not in known})
+        return config.replace(**overrides) if overrides else config
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Self:
+        """Read `config.json` of a local folder or of a repository on the Hub.
+
+        Args:
+            name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
+            kwargs: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only` say where to look;
+                everything else replaces what the file says.
+
+        Raises:
+            NotFoundError: there is no such folder, repository or file.
+            ConfigError: the file holds an impossible value.
+        """
+        from modernbert.hub import Source
+
+        source = Source.pop_from(name_or_folder, kwargs)
+        return cls.from_dict(source.read_json("config.json"), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that `config.json` holds, both generations' spellings included."""
+        values: dict[str, Any] = copy.deepcopy(self.extra)
+        for field in dataclasses.fields(self):
+            if field.name not in ("extra", "num_labels"):
+                values[field.name] = copy.deepcopy(getattr(self, field.name))
+        values["model_type"] = self.model_type
+        values["id2label"] = {str(i): label for i, label in (self.id2label or {}).items()}
+        values["pruned_heads"] = {str(i): heads for i, heads in self.pruned_heads.items()}
+        if self.dtype is not None:
+            values["torch_dtype"] = self.dtype
+        # Absent says the same as null here, and readers of either generation take it.
+        nullable = ("dtype", "problem_type", "global_attn_every_n_layers", "reference_compile")
+        for name in nullable:
+            if values[name] is None:
+                del values[name]
+        if not values["pruned_heads"]:
+            del values["pruned_heads"]
+        return dict(sorted(values.items()))
+
+    def to_json_string(self) -> str:
+        """`to_dict` as the text of a `config.json`."""
+        for name in ("hidden_activation", "classifier_activation"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} is a function and cannot be saved; use one of {', '.join(ACTIVATIONS)}")
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` into a folder, which is made where missing."""
+        from modernbert.checkpoint import write_text
+
+        write_text(Path(folder) / "config.json", self.to_json_string())
+
+    # Construction, step by step
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_sizes(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+        for name in (*sizes, "num_hidden_layers", "local_attention"):
+            value = getattr(self, name)
+            least = 0 if name in ("num_hidden_layers", "local_attention") else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size is {self.hidden_size}, which is not a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} gives "
+                f"heads of {self.head_dim}; rotary embeddings need an even size"
+            )
+        for name in ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1)")
+        for name in ("norm_eps", "initializer_range", "initializer_cutoff_factor"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ConfigError(f"{name} is {value!r}; it must be a number above 0")
+        for name in ("pad", "bos", "cls", "sep", "eos"):
+            ids = getattr(self, f"{name}_token_id")
+            for token_id in ids if isinstance(ids, list) else [ids]:
+                # Only the padding id is used as an index; others may point past a cut vocabulary.
+                inside = token_id is None or (isinstance(token_id, int) and 0 <= token_id < self.vocab_size)
+                if not inside and (name == "pad" or not isinstance(token_id, int) or token_id < 0):
+                    raise ConfigError(
+                        f"{name}_token_id is {token_id!r}; the vocabulary has ids 0 to {self.vocab_size - 1}"
+                    )
+
+    def _check_choices(self) -> None:
+        for name in ("hidden_activation", "classifier_activation"):
+            value = getattr(self, name)
+            if not callable(value) and value not in ACTIVATIONS:
+                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(ACTIVATIONS)} or give a function")
+        if self.classifier_pooling not in POOLINGS:
+            raise ConfigError(f"classifier_pooling is {self.classifier_pooling!r}; choose one of {', '.join(POOLINGS)}")
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise ConfigError(f"problem_type is {self.problem_type!r}; choose one of {', '.join(PROBLEM_TYPES)}")
+        for layer, heads in self.pruned_heads.items():
+            if not 0 <= int(layer) < self.num_hidden_layers:
+                raise ConfigError(f"pruned_heads names layer {layer}; there are layers 0 to {self.num_hidden_layers - 1}")
+            if not all(0 <= head < self.num_attention_heads for head in heads):
+                raise ConfigError(
+                    f"pruned_heads names heads {heads} of layer {layer}; there are heads 0 to "
+                    f"{self.num_attention_heads - 1}"
+                )
+
+    def _derive_layer_types(self) -> None:
+        every = self.global_attn_every_n_layers
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ConfigError(f"global_attn_every_n_layers is {every!r}; it must be a whole number of at least 1")
+        if self.layer_types is None:
+            self._set("global_attn_every_n_layers", every or 3)
+            kinds = [LAYER_TYPES[bool(i % (every or 3))] for i in range(self.num_hidden_layers)]
+            self._set("layer_types", kinds)
+            return
+        kinds = list(self.layer_types)
+        for i, kind in enumerate(kinds):
+            if kind not in LAYER_TYPES:
+                raise ConfigError(f"layer_types[{i}] is {kind!r}; choose one of {', '.join(LAYER_TYPES)}")
+        if len(kinds) != self.num_hidden_layers:
+            raise ConfigError(
+                f"layer_types names {len(kinds)} layers; num_hidden_layers is {self.num_hidden_layers}"
+            )
+        self._set("layer_types", kinds)
+        # Say it in the older way too where that way can say it: n, 2n, 3n ... are global and no others.
+        fits = [
+            n
+            for n in (every or 3, *range(1, len(kinds) + 1))
+            if kinds == [LAYER_TYPES[bool(i % n)] for i in range(len(kinds))]
+        ]
+        self._set("global_attn_every_n_layers", fits[0] if fits else None)
+
+    def _derive_rope(self, rope_scaling: dict[str, Any] | None) -> None:
+        given = dict(self.rope_parameters or {})
+        if given and not any(isinstance(given.get(kind), dict) for kind in LAYER_TYPES):
+            # One flat dictionary means both layer types, as in models with a single rotary embedding.
+            given = {kind: dict(given) for kind in LAYER_TYPES}
+        unknown = set(given) - set(LAYER_TYPES)
+        if unknown:
+            raise ConfigError(f"rope_parameters has {sorted(unknown)}; it is keyed by {', '.join(LAYER_TYPES)}")
+        older = {"full_attention": self.global_rope_theta, "sliding_attention": self.local_rope_theta}
+        parameters: dict[str, dict[str, Any]] = {}
+        for kind in LAYER_TYPES:
+            rope = {**(given.get(kind) or {}), **(rope_scaling or {})}
+            rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+            if rope.get("rope_theta") is None:
+                rope["rope_theta"] = self.default_theta[kind] if older[kind] is None else older[kind]
+            if rope["rope_type"] == "yarn":
+                rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
+            self._check_rope(kind, rope)
+            parameters[kind] = rope
+        self._set("rope_parameters", parameters)
+        self._set("global_rope_theta", parameters["full_attention"]["rope_theta"])
+        self._set("local_rope_theta", parameters["sliding_attention"]["rope_theta"])
+
+    def _check_rope(self, kind: str, rope: dict[str, Any]) -> None:
+        where = f"rope_parameters[{kind!r}]"
+        if rope["rope_type"] not in ROPE_TYPES:
+            raise ConfigError(f"{where} has rope_type {rope['rope_type']!r}; choose one of {', '.join(ROPE_TYPES)}")
+
+        def positive(name: str, least: float) -> None:
+            value = rope.get(name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < least:
+                raise ConfigError(f"{where} has {name} {value!r}; it must be a number of at least {least:g}")
+
+        positive("rope_theta", 1.0)
+        if rope["rope_type"] in ("linear", "dynamic", "yarn"):
+            positive("factor", 1.0)
+        if rope["rope_type"] == "yarn":
+            positive("original_max_position_embeddings", 1)
+        if rope["rope_type"] == "dynamic" and self.head_dim < 4:
+            raise ConfigError(f"{where} has rope_type 'dynamic', which needs heads of at least 4, not {self.head_dim}")
+
+    def _derive_labels(self) -> None:
+        labels = self.id2label
+        if labels is not None:
+            labels = {int(i): str(label) for i, label in labels.items()}
+            if sorted(labels) != list(range(len(labels))) or not labels:
+                raise ConfigError(f"id2label has the ids {sorted(labels)}; they must be 0, 1, 2, ...")
+            labels = dict(sorted(labels.items()))
+            if self.num_labels is not None and self.num_labels != len(labels):
+                raise ConfigError(f"num_labels is {self.num_labels} and id2label names {len(labels)}")
+        else:
+            number = self.num_labels
+            if number is None:
+                number = len(self.label2id) if self.label2id else 2
+            if not isinstance(number, int) or number < 1:
+                raise ConfigError(f"num_labels is {number!r}; it must be a whole number of at least 1")
+            labels = {i: f"LABEL_{i}" for i in range(number)}
+            if self.label2id:
+                inverse = {int(i): label for label, i in self.label2id.items()}
+                if sorted(inverse) != list(range(number)):
+                    raise ConfigError(f"label2id has the ids {sorted(inverse)}; they must be 0 to {number - 1}")
+                labels = {i: inverse[i] for i in range(number)}
+        self._set("id2label", labels)
+        self._set("num_labels", len(labels))
+        if self.label2id is None or set(self.label2id.values()) != set(labels):
+            self._set("label2id", {label: i for i, label in labels.items()})

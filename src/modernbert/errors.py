@@ -1,0 +1,21 @@
+"""The errors this library raises on purpose, each a subclass of the builtin that callers would catch."""
+
+
+class ConfigError(ValueError):
+    """A configuration holds an impossible value; the message names the field, the value and what is allowed."""
+
+
+class InputError(ValueError):
+    """A model, tokenizer or pipeline was given input that contradicts itself or cannot be served."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint's files are missing, malformed, of an unsafe kind, or do not fit the model."""
+
+
+class NotFoundError(CheckpointError, OSError):
+    """A file or repository is neither on this disk nor on the Hub, or the Hub cannot be reached."""
+
+
+class BackendError(RuntimeError):
+    """An attention backend asked for by name cannot run here; the message gives the reason."""

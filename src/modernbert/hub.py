@@ -1,0 +1,140 @@
+"""Where files come from: a local folder, or the Hub. This is the only module that talks to the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from modernbert.errors import CheckpointError, NotFoundError
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A local folder or a repository on the Hub, and how to reach it.
+
+    Args:
+        name_or_folder: an existing folder, or a repository id such as "answerdotai/ModernBERT-base".
+        revision: branch, tag or commit of the repository.
+        subfolder: folder inside it that holds the files.
+        cache_dir: where downloads are kept, instead of the Hub client's own cache.
+        token: access token; True takes the one that the Hub client has stored, False sends none.
+        local_files_only: take what the cache has and never ask the network.
+    """
+
+    name_or_folder: str | Path
+    revision: str | None = None
+    subfolder: str = ""
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+    @classmethod
+    def pop_from(cls, name_or_folder: str | Path, kwargs: dict[str, Any]) -> Source:
+        """Take this class's own arguments out of `kwargs`."""
+        names = [f.name for f in dataclasses.fields(cls)][1:]
+        given = {name: kwargs.pop(name) for name in names if name in kwargs}
+        return cls(name_or_folder, **{**given, "subfolder": given.get("subfolder") or ""})
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder that this is, or None for a repository."""
+        path = Path(self.name_or_folder).expanduser()
+        return path / self.subfolder if path.is_dir() else None
+
+    def find(self, filename: str) -> Path | None:
+        """A file's path on this disk, downloaded first where need be; None where the source has no such file.
+
+        Raises:
+            NotFoundError: the source itself cannot be found or reached.
+            CheckpointError: the file's name leads out of the source.
+        """
+        parts = PurePosixPath(filename).parts
+        if ".." in parts or PurePosixPath(filename).is_absolute() or "\\" in filename:
+            raise CheckpointError(f"a checkpoint names the file {filename!r}, which lies outside of it")
+        folder = self.folder
+        if folder is not None:
+            path = folder / filename
+            return path if path.is_file() else None
+        name = str(self.name_or_folder)
+        if not _REPOSITORY.fullmatch(name):
+            raise NotFoundError(f"{name!r} is neither a folder on this disk nor the id of a repository (owner/name)")
+        return self._download(name, filename)
+
+    def _download(self, repository: str, filename: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub import errors as hub_errors
+
+        try:
+            return Path(
+                hf_hub_download(
+                    repository,
+                    filename,
+                    subfolder=self.subfolder or None,
+                    revision=self.revision,
+                    cache_dir=self.cache_dir,
+                    token=self.token,
+                    local_files_only=self.local_files_only,
+                    library_name="modernbert",
+                )
+            )
+        except hub_errors.LocalEntryNotFoundError as error:
+            if self._in_cache(repository, "config.json") and filename != "config.json":
+                return None  # offline, and what is cached of the repository lacks just this file
+            offline = "local_files_only is set or the Hub cannot be reached"
+            raise NotFoundError(
+                f"{repository}: {filename} is not in the cache, and {offline}; give a folder, or download it once "
+                "with a connection"
+            ) from error
+        except hub_errors.EntryNotFoundError:
+            return None
+        except hub_errors.RevisionNotFoundError as error:
+            raise NotFoundError(f"{repository} has no revision {self.revision!r}") from error
+        except hub_errors.GatedRepoError as error:
+            raise NotFoundError(f"{repository} is gated: ask for access on its page and pass token=...") from error
+        except hub_errors.RepositoryNotFoundError as error:
+            raise NotFoundError(
+                f"there is no folder {repository!r} on this disk and no such repository on the Hub; a private one "
+                "needs token=..."
+            ) from error
+        except hub_errors.HfHubHTTPError as error:
+            raise NotFoundError(f"{repository}: the Hub answered {error}") from error
+
+    def _in_cache(self, repository: str, filename: str) -> bool:
+        from huggingface_hub import try_to_load_from_cache
+
+        path = f"{self.subfolder}/{filename}" if self.subfolder else filename
+        found = try_to_load_from_cache(repository, path, cache_dir=self.cache_dir, revision=self.revision)
+        return isinstance(found, str)
+
+    def need(self, filename: str) -> Path:
+        """Like `find`, but a missing file is an error.
+
+        Raises:
+            NotFoundError: the source has no such file.
+        """
+        path = self.find(filename)
+        if path is None:
+            where = self.folder or f"repository {self.name_or_folder}"
+            raise NotFoundError(f"{where} holds no {filename}")
+        return path
+
+    def read_json(self, filename: str) -> dict[str, Any]:
+        """Parse a JSON file that holds one object.
+
+        Raises:
+            NotFoundError: the source has no such file.
+            CheckpointError: the file is not JSON, or not an object.
+        """
+        path = self.need(filename)
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; it must be an object")
+        return value

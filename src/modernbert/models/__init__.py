@@ -1,0 +1,1 @@
+"""The architecture: layers, encoder, heads, and what every model can do."""

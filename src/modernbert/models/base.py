@@ -1,0 +1,425 @@
+"""What every model can do: load, save, resize, prune, checkpoint activations, get ready for inference."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from modernbert.checkpoint import dtype_of, read_weights, weight_files, weight_names, write_weights
+from modernbert.config import ModernBertConfig
+from modernbert.errors import CheckpointError
+from modernbert.hub import Source
+from modernbert.models.initialization import initial_std, initialize
+from modernbert.models.layers import Attention, Linear
+from modernbert.ops.attention import AttentionBackend, choose_backend
+
+logger = logging.getLogger(__name__)
+
+# Every head's parameters begin with one of these. A checkpoint of another head may hold them beside the encoder.
+_HEADS = ("head.", "lm_head.", "decoder.", "classifier.")
+
+
+class PreTrainedModel(nn.Module):
+    """Base of all models.
+
+    A model with a head keeps its encoder in `model`; the encoder is its own `base_model`. Subclasses name the
+    tied weights that a checkpoint leaves out.
+
+    Args:
+        config: the architecture.
+        attn_implementation: "auto", "eager", "sdpa", "flash_attention_2" or "flex_attention"; one that cannot
+            run here raises `BackendError` with the reason.
+    """
+
+    config_class: ClassVar[type[ModernBertConfig]] = ModernBertConfig
+    base_model_prefix: ClassVar[str] = "model"
+    tied_weights: ClassVar[Mapping[str, str]] = {}  # parameter left out of checkpoints -> the one it shares
+
+    def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise TypeError(f"config is a {type(config).__name__}; {type(self).__name__} takes {self.config_class.__name__}")
+        self.config = config
+        self.attn_implementation = attn_implementation or "auto"
+        self.is_gradient_checkpointing = False
+
+    def _finish(self) -> None:
+        """Initialise and tie; the last line of every constructor."""
+        if not any(p.is_meta for p in self.parameters()):
+            initialize(self, self.config)
+        self.tie_weights()
+        if self.config.reference_compile:
+            for module in self.modules():
+                if hasattr(module, "mlp"):
+                    module.mlp.compile(dynamic=True)
+
+    def make_backend(self) -> AttentionBackend:
+        """The attention backend that `attn_implementation` names."""
+        return choose_backend(self.attn_implementation, self.config.deterministic_flash_attn)
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        config: ModernBertConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = "auto",
+        quantization_config: Any = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **config_overrides: Any,
+    ) -> Self:
+        """Load a model from a folder or from the Hub, in evaluation mode.
+
+        Weights are read one tensor at a time straight into their dtype and device. Heads that the checkpoint
+        lacks are freshly initialised, with one warning that names them.
+
+        Args:
+            name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
+            config: a configuration to use instead of the checkpoint's own.
+            dtype: a torch dtype or its name; "auto" and None take the checkpoint's. float16 on a CPU is loaded
+                as bfloat16 where the CPU computes that natively and as float32 elsewhere.
+            torch_dtype: older spelling of `dtype`.
+            device: where the weights go; an index means that GPU, or the CPU where there is none.
+            device_map: "auto" takes the GPU where there is one; else like `device`.
+            attn_implementation: see the class.
+            quantization_config: not served by this release.
+            revision, subfolder, cache_dir, token, local_files_only: where to look; see `modernbert.hub.Source`.
+            config_overrides: fields of the configuration to change, such as `num_labels=5`.
+
+        Raises:
+            NotFoundError: no such folder, repository or file.
+            CheckpointError: a tensor is unexpected or has the wrong shape, or the weights are a pickle.
+            ConfigError, TypeError: an override is impossible or unknown.
+        """
+        if quantization_config is not None:
+            raise ValueError("quantization_config is given; this release loads float32, bfloat16 and float16 only")
+        source = Source(name_or_folder, revision, subfolder or "", cache_dir, token, local_files_only)
+        if config is None:
+            config = cls.config_class.from_dict(source.read_json("config.json"))
+        if config_overrides:
+            config = config.replace(**config_overrides)
+        files = weight_files(source)
+        names = weight_names(files)
+        place = resolve_device(device_map if device is None else device)
+        wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, dtype_of(names), place)
+        with torch.device("meta"):
+            model = cls(config, attn_implementation)
+        model._load(str(name_or_folder), files, names, place, wanted)
+        return model.eval()
+
+    def _load(
+        self,
+        origin: str,
+        files: list[Path],
+        names: Mapping[str, tuple[Path, tuple[int, ...], str]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shapes = {name: tuple(p.shape) for name, p in self.state_dict().items()}
+        target = self._match_names(names, shapes)
+        kept: dict[str, str] = {}  # name in the checkpoint -> name in the model
+        unexpected, misshapen, passed_over = [], [], []
+        for name, (_, shape, _) in names.items():
+            mine = target(name)
+            if mine in self.tied_weights and self.config.tie_word_embeddings:
+                continue  # some writers store a tied weight twice
+            if mine not in shapes:
+                (passed_over if mine.startswith(_HEADS) else unexpected).append(name)
+            elif shapes[mine] != shape:
+                misshapen.append(f"{name} is {shape}, the model wants {shapes[mine]}")
+            else:
+                kept[name] = mine
+        if unexpected or misshapen:
+            what = [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
+            raise CheckpointError(f"{origin} does not fit {type(self).__name__}; " + "; ".join(what + misshapen))
+        if passed_over:
+            logger.info("%s: weights of another head are left out: %s", origin, ", ".join(passed_over))
+
+        modules = dict(self.named_modules())
+
+        def put(name: str, value: Tensor) -> None:
+            owner, _, leaf = name.rpartition(".")
+            setattr(modules[owner], leaf, nn.Parameter(value))
+
+        for name, tensor in read_weights(files, kept.__contains__):
+            put(kept[name], tensor.to(device=device, dtype=dtype, copy=True))
+        self.tie_weights()
+        missing = {name for name, p in self.named_parameters() if p.is_meta}
+        for name in missing:
+            put(name, torch.empty(shapes[name], device=device, dtype=dtype))
+        if missing:
+            self.tie_weights()
+            initialize(self, self.config, only=missing)
+            logger.warning("%s has no weights for %s; they are freshly initialised", origin, ", ".join(sorted(missing)))
+
+    def _match_names(self, names: Iterable[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:
+        """How the checkpoint's names become this model's: a bare encoder's names have no `model.` prefix."""
+        prefix = f"{self.base_model_prefix}."
+        theirs = any(name.startswith(prefix) for name in names)
+        ours = any(name.startswith(prefix) for name in shapes)
+        if theirs and not ours:
+            return lambda name: name.removeprefix(prefix)
+        if ours and not theirs:
+            return lambda name: name if name.startswith(_HEADS) else prefix + name
+        return lambda name: name
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
+        """Write `config.json` and the weights into a folder, which transformers 4.48 and later read too.
+
+        Every file is written whole under a temporary name and then renamed.
+
+        Args:
+            folder: made where missing.
+            max_shard_size: bytes, or a text such as "500MB"; larger models are saved in shards with an index.
+        """
+        weights = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not (self.config.tie_word_embeddings and name in self.tied_weights)
+        }
+        config = self.config.replace(
+            extra={**self.config.extra, "architectures": [type(self).__name__]},
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+        config.to_json_string()  # a configuration that cannot be saved is refused before anything is written
+        write_weights(Path(folder), weights, max_shard_size)
+        config.save_pretrained(folder)
+
+    # Embeddings
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The encoder without its head."""
+        return getattr(self, self.base_model_prefix, self)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding, of weight (vocabulary, hidden)."""
+        return self.base_model.embeddings.tok_embeddings  # type: ignore[union-attr, return-value]
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put another token embedding in place; a tied output follows."""
+        self.base_model.embeddings.tok_embeddings = value  # type: ignore[union-attr]
+        self.tie_weights()
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The layer that gives logits over the vocabulary, or None where the model has none."""
+        return getattr(self, "decoder", None)
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Put another output layer in place."""
+        if self.get_output_embeddings() is None:
+            raise TypeError(f"{type(self).__name__} has no output embeddings")
+        self.decoder = value
+
+    def tie_weights(self) -> None:
+        """Let tied parameters share one tensor, where the configuration ties them."""
+        if not self.config.tie_word_embeddings:
+            return
+        for name, source in self.tied_weights.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(owner), leaf, self.get_parameter(source))
+
+    @torch.no_grad()
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+    ) -> nn.Embedding:
+        """Give the vocabulary more or fewer ids, in the embedding and in the output.
+
+        New rows are initialised as a fresh model's are; rows past the new end are dropped.
+
+        Args:
+            new_num_tokens: the new size; None keeps the present one.
+            pad_to_multiple_of: round the size up to a multiple of this.
+
+        Returns:
+            The token embedding.
+
+        Raises:
+            ValueError: the size is below 1, or leaves the padding id outside.
+        """
+        old = self.get_input_embeddings()
+        size = old.num_embeddings if new_num_tokens is None else int(new_num_tokens)
+        if pad_to_multiple_of is not None:
+            size = math.ceil(size / pad_to_multiple_of) * pad_to_multiple_of
+        if size < 1:
+            raise ValueError(f"new_num_tokens is {new_num_tokens}; a vocabulary has at least 1 id")
+        if size == old.num_embeddings:
+            return old
+        config = self.config.replace(vocab_size=size)  # refuses a padding id outside the vocabulary
+
+        def resized(weight: Tensor, name: str) -> nn.Parameter:
+            new = weight.new_zeros((size, *weight.shape[1:]))
+            rows = min(size, weight.shape[0])
+            if weight.dim() == 2:
+                std = initial_std(name, config)
+                cutoff = config.initializer_cutoff_factor * std
+                nn.init.trunc_normal_(new, std=std, a=-cutoff, b=cutoff)
+            new[:rows] = weight[:rows]
+            return nn.Parameter(new, requires_grad=weight.requires_grad)
+
+        old.weight = resized(old.weight, "tok_embeddings")
+        old.num_embeddings = size
+        output = self.get_output_embeddings()
+        if output is not None:
+            output.weight = resized(output.weight, "decoder")
+            output.out_features = size
+            if output.bias is not None:
+                output.bias = resized(output.bias, "decoder")
+        self.config = config
+        self.base_model.config = config
+        self.tie_weights()
+        if any(isinstance(m, Linear) and m.packed is not None for m in self.modules()):
+            self.optimize_for_inference()
+        return old
+
+    # Surgery, training, inference
+
+    def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]]) -> None:
+        """Remove attention heads for good.
+
+        Args:
+            heads_to_prune: for each layer's number the heads to remove, numbered as in the unpruned model;
+                heads that are gone already are passed over.
+
+        Raises:
+            ConfigError: a layer or head does not exist.
+            ValueError: no head would be left in a layer.
+        """
+        pruned = {**self.config.pruned_heads}
+        for layer, heads in heads_to_prune.items():
+            pruned[layer] = sorted({*pruned.get(layer, []), *heads})
+            if len(pruned[layer]) >= self.config.num_attention_heads:
+                raise ValueError(f"prune_heads would remove all {len(pruned[layer])} heads of layer {layer}")
+        config = self.config.replace(pruned_heads=pruned)  # refuses layers and heads that do not exist
+        layers: Any = self.base_model.layers
+        for layer in heads_to_prune:
+            attention: Attention = layers[layer].attn
+            before = self.config.pruned_heads.get(layer, [])
+            present = [h for h in range(config.num_attention_heads) if h not in before]
+            attention.prune([i for i, head in enumerate(present) if head in pruned[layer]])
+        self.config = config
+        self.base_model.config = config
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute each layer in the backward pass instead of keeping its activations.
+
+        Args:
+            gradient_checkpointing_kwargs: accepted for compatibility; only `use_reentrant=False` is served.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("gradient_checkpointing_kwargs has use_reentrant=True; only False is served")
+        for model in (self, self.base_model):
+            model.is_gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations for the backward pass again."""
+        for model in (self, self.base_model):
+            model.is_gradient_checkpointing = False
+
+    def optimize_for_inference(self) -> Self:
+        """Make the model ready to serve on its device: evaluation mode, no gradients, weights laid out once.
+
+        Changes the model in place and returns it. Results stay the same, bit for bit.
+        """
+        self.eval().requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        return self
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count parameters, tied ones once."""
+        skipped = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
+        counted = [p for p in self.parameters() if id(p) not in skipped and (p.requires_grad or not only_trainable)]
+        return sum(p.numel() for p in counted)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.parameters()).dtype
+
+
+def resolve_device(device: Any) -> torch.device:
+    """The device that a caller names; an index or "auto" falls back to the CPU where there is no GPU.
+
+    Raises:
+        ValueError: the name means nothing, or names a GPU that is not there.
+    """
+    gpus = torch.cuda.device_count()
+    if isinstance(device, Mapping):
+        if set(device) != {""}:
+            raise ValueError(f"device_map has the keys {sorted(device)}; a model goes to one device as a whole: {{'': 0}}")
+        device = device[""]
+    if device is None or device in (-1, "cpu"):
+        return torch.device("cpu")
+    if isinstance(device, str) and device.isdigit():
+        device = int(device)
+    if device == "auto":
+        device = 0 if gpus else "cpu"
+    if isinstance(device, int):
+        if device < gpus:
+            return torch.device("cuda", device)
+        if gpus:
+            raise ValueError(f"device is {device}; this machine has GPUs 0 to {gpus - 1}")
+        logger.warning("device %d was asked for and this machine has no GPU; the CPU serves", device)
+        return torch.device("cpu")
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}; give 'cpu', 'cuda', 'cuda:0', an index or 'auto'") from error
+    if place.type == "cuda" and (place.index or 0) >= gpus:
+        raise ValueError(f"device is {device!r}; this machine has {gpus} GPUs")
+    return place
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: what the caller names, or what the checkpoint is stored in.
+
+    Raises:
+        ValueError: the name is no floating dtype.
+    """
+    if dtype in (None, "auto"):
+        dtype = stored or torch.float32
+    if isinstance(dtype, str):
+        named = getattr(torch, dtype.removeprefix("torch."), None)
+        if not isinstance(named, torch.dtype):
+            raise ValueError(f"dtype is {dtype!r}; give auto, float32, bfloat16 or float16")
+        dtype = named
+    assert isinstance(dtype, torch.dtype)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}; weights are float32, bfloat16 or float16")
+    if dtype == torch.float16 and device.type == "cpu":
+        instead = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+        _log_once(f"float16 is slow on a CPU; computing in {str(instead).removeprefix('torch.')}")
+        return instead
+    return dtype
+
+
+_logged: set[str] = set()
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        logger.info(message)

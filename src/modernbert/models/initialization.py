@@ -1,0 +1,50 @@
+"""Fresh weights: normal, cut off at `initializer_cutoff_factor` standard deviations; biases zero, norms one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from modernbert.config import ModernBertConfig
+
+
+def initial_std(module_name: str, config: ModernBertConfig) -> float:
+    """Standard deviation of a module's initial weight, by the last part of its name.
+
+    Projections back into the residual stream are smaller by sqrt(2 x layers), so that the stream's size does not
+    grow with depth.
+    """
+    inward = config.initializer_range
+    outward = inward / math.sqrt(2.0 * max(config.num_hidden_layers, 1))
+    stds = {
+        "tok_embeddings": inward,
+        "Wqkv": inward,
+        "Wi": inward,
+        "Wo": outward,
+        "dense": outward,
+        "decoder": outward,
+        "classifier": config.hidden_size**-0.5,
+    }
+    return stds[module_name.rpartition(".")[2]]
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: ModernBertConfig, only: set[str] | None = None) -> None:
+    """Fill the model's parameters with fresh values, in place; `only` names those to fill, None means all."""
+    done: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}" if module_name else name
+            if id(parameter) in done or (only is not None and full_name not in only):
+                continue
+            done.add(id(parameter))  # a tied weight is filled once, as what it is first met as
+            if name == "bias":
+                parameter.zero_()
+            elif isinstance(module, nn.LayerNorm):
+                parameter.fill_(1.0)
+            else:
+                std = initial_std(module_name, config)
+                cutoff = config.initializer_cutoff_factor * std
+                nn.init.trunc_normal_(parameter, std=std, a=-cutoff, b=cutoff)

@@ -1,0 +1,190 @@
+"""The door: what callers hand to a model, checked and turned into one packed row.
+
+Shapes: B texts, S columns of a padded grid, T real tokens of all texts together, M hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modernbert.errors import InputError
+from modernbert.ops.packing import Packing
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedInputs:
+    """One packed row, and the way back to the shape that the caller uses.
+
+    Attributes:
+        ids_T: (T,) token ids, or None where `embeds_TM` stands in their place.
+        embeds_TM: (T, M) vectors in the place of token embeddings.
+        packing: where the texts lie.
+        positions_T: (T,) positions for the rotary embedding.
+        given: leading shape of the caller's input: (B, S), (T,) or (1, T).
+        came_packed: whether the caller packed it. Outputs then stay packed, unless the caller said where the
+            tokens stand in a padded grid.
+    """
+
+    ids_T: Tensor | None
+    embeds_TM: Tensor | None
+    packing: Packing
+    positions_T: Tensor
+    given: tuple[int, ...]
+    came_packed: bool
+
+    def restore(self, packed_T: Tensor) -> Tensor:
+        """(T, ...) to the caller's leading shape; padding comes back as zeros."""
+        return packed_T.unflatten(0, self.given) if self.packing.grid is None else self.packing.repad(packed_T)
+
+    def pack(self, name: str, values: Tensor) -> Tensor:
+        """Pack one value a token, such as labels, given in the shape of the input or of its padded grid."""
+        shape, grid = tuple(values.shape), self.packing.grid
+        if self.came_packed and shape == self.given:
+            return values.flatten()
+        if shape == grid:
+            return self.packing.unpad(values)
+        allowed = dict.fromkeys(str(s) for s in (self.given, grid) if s is not None)
+        raise InputError(f"{name} has shape {shape}; with this input it must be {' or '.join(allowed)}")
+
+
+def pack_inputs(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    attention_mask: Tensor | None = None,
+    sliding_window_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+) -> PackedInputs:
+    """Check a model's input and pack it; the arguments are those of `ModernBertModel.forward`.
+
+    Raises:
+        InputError: arguments contradict each other or have the wrong shape; the message says what was given and
+            what is allowed.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        both = "both" if input_ids is not None else "neither"
+        raise InputError(f"{both} of input_ids and inputs_embeds were given; give exactly one")
+    if input_ids is not None:
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise InputError(f"input_ids has dtype {input_ids.dtype}; it must be whole numbers")
+        given = tuple(input_ids.shape)
+        what, device = "input_ids", input_ids.device
+    else:
+        assert inputs_embeds is not None
+        if inputs_embeds.dim() < 2 or inputs_embeds.shape[-1] != hidden_size:
+            raise InputError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; its last dimension must be {hidden_size}"
+            )
+        given = tuple(inputs_embeds.shape[:-1])
+        what, device = "inputs_embeds", inputs_embeds.device
+
+    packed = cu_seqlens is not None
+    if not packed:
+        if len(given) != 2:
+            raise InputError(
+                f"{what} has leading shape {given}; it must be (batch, sequence), or (tokens,) together with cu_seqlens"
+            )
+        _check_grid(given, indices, max_seqlen, batch_size, seq_len)
+        mask_BS = _mask(attention_mask, given, device)
+        packing = Packing.from_mask(mask_BS)
+    else:
+        assert cu_seqlens is not None
+        if len(given) not in (1, 2) or (len(given) == 2 and given[0] != 1):
+            raise InputError(f"{what} has leading shape {given}; with cu_seqlens it must be (tokens,) or (1, tokens)")
+        packing = _from_packed(given[-1], device, indices, cu_seqlens, max_seqlen, batch_size, seq_len)
+        if attention_mask is not None:
+            _check_packed_mask(attention_mask, packing)
+    if sliding_window_mask is not None:
+        _check_window_mask(sliding_window_mask, packing.grid or given)
+
+    here = PackedInputs(None, None, packing, packing.positions_T, given, packed)
+
+    def take(tensor: Tensor) -> Tensor:
+        return tensor.reshape(packing.tokens, *tensor.shape[len(given) :]) if packed else packing.unpad(tensor)
+
+    ids_T = take(input_ids) if input_ids is not None else None
+    embeds_TM = take(inputs_embeds) if inputs_embeds is not None else None
+    if ids_T is not None and ids_T.numel():
+        low, high = (int(x) for x in ids_T.aminmax())
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise InputError(f"input_ids holds {bad}; the vocabulary has ids 0 to {vocab_size - 1}")
+    positions_T = packing.positions_T
+    if position_ids is not None:
+        if not packed and position_ids.shape in ((1, given[1]), (given[1],)):
+            position_ids = position_ids.expand(given)
+        positions_T = here.pack("position_ids", position_ids.to(device))
+    return dataclasses.replace(here, ids_T=ids_T, embeds_TM=embeds_TM, positions_T=positions_T)
+
+
+def _mask(attention_mask: Tensor | None, given: tuple[int, ...], device: torch.device) -> Tensor:
+    if attention_mask is None:
+        return torch.ones(given, dtype=torch.bool, device=device)
+    if tuple(attention_mask.shape) != given:
+        raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}; with this input it must be {given}")
+    return attention_mask.to(device) != 0
+
+
+def _check_grid(
+    given: tuple[int, ...], indices: Tensor | None, max_seqlen: int | None, batch_size: int | None, seq_len: int | None
+) -> None:
+    for name, value, expected in (("batch_size", batch_size, given[0]), ("seq_len", seq_len, given[1])):
+        if value is not None and value != expected:
+            raise InputError(f"{name} is {value}; the input's shape {given} says {expected}")
+    if indices is not None or max_seqlen is not None:
+        name = "indices" if indices is not None else "max_seqlen"
+        raise InputError(f"{name} describes packed input, which needs cu_seqlens too")
+
+
+def _from_packed(
+    tokens: int,
+    device: torch.device,
+    indices: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+    batch_size: int | None,
+    seq_len: int | None,
+) -> Packing:
+    grid: Any = None
+    if indices is not None:
+        if batch_size is None or seq_len is None:
+            raise InputError("indices say where tokens stand in a padded grid, which needs batch_size and seq_len too")
+        grid = (int(batch_size), int(seq_len))
+        if tuple(indices.shape) != (tokens,):
+            raise InputError(f"indices has shape {tuple(indices.shape)}; one a token means ({tokens},)")
+        if tokens and not (int(indices.min()) >= 0 and int(indices.max()) < grid[0] * grid[1]):
+            raise InputError(f"indices reach to {int(indices.max())}; the grid {grid} has {grid[0] * grid[1]} places")
+    packing = Packing.from_cu_seqlens(cu_seqlens, tokens, device, None if indices is None else indices.to(device), grid)
+    if batch_size is not None and batch_size != len(packing.lengths):
+        raise InputError(f"batch_size is {batch_size}; cu_seqlens holds {len(packing.lengths)} texts")
+    longest = max(packing.lengths, default=0)
+    if max_seqlen is not None and int(max_seqlen) < longest:
+        raise InputError(f"max_seqlen is {int(max_seqlen)}; the longest text of cu_seqlens has {longest} tokens")
+    return packing
+
+
+def _check_packed_mask(attention_mask: Tensor, packing: Packing) -> None:
+    real = (attention_mask != 0).sum(-1).flatten().tolist() if attention_mask.dim() == 2 else None
+    if real not in (list(packing.lengths), [packing.tokens]):
+        raise InputError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} marks {real} real tokens; cu_seqlens says "
+            f"{list(packing.lengths)}. Packed input needs no mask"
+        )
+
+
+def _check_window_mask(mask: Tensor, grid: tuple[int, ...]) -> None:
+    # Windows follow from the positions; the reference takes this argument and computes its own mask as well.
+    allowed = (grid, (grid[0], 1, grid[-1], grid[-1]))
+    if tuple(mask.shape) not in allowed:
+        raise InputError(f"sliding_window_mask has shape {tuple(mask.shape)}; it must be {allowed[0]} or {allowed[1]}")

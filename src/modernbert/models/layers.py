@@ -1,0 +1,163 @@
+"""The parts of a layer, from the embedding to the MLP. All of them see packed rows only.
+
+Shapes: T tokens of all texts together, H heads, D head size, M hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modernbert.config import ModernBertConfig
+from modernbert.ops.activations import activation
+from modernbert.ops.attention.base import AttentionBackend
+from modernbert.ops.attention.eager import EagerAttention
+from modernbert.ops.linear import linear, pack_weight
+from modernbert.ops.rope import apply_rope
+
+
+class Linear(nn.Linear):
+    """A linear layer whose rows do not depend on each other, bit for bit; see `ops.linear`."""
+
+    packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return linear(x, self.weight, self.bias, self.packed)
+
+    def pack(self) -> None:
+        """Lay the weight out for inference. A later change of the weight's dtype or device undoes it."""
+        self.packed = pack_weight(self.weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear:
+        self.packed = None
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def layer_norm(config: ModernBertConfig) -> nn.LayerNorm:
+    """LayerNorm over the hidden size, as the configuration wants it."""
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class LayerContext(NamedTuple):
+    """What all layers of one type share in one forward pass."""
+
+    backend: AttentionBackend
+    plan: Any  # the backend's own
+    cos_T1F: Tensor
+    sin_T1F: Tensor
+
+
+class Embeddings(nn.Module):
+    """Token embedding, LayerNorm, dropout."""
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.norm = layer_norm(config)
+        self.drop = nn.Dropout(config.embedding_dropout)
+
+    def forward(self, ids_T: Tensor | None, embeds_TM: Tensor | None) -> Tensor:
+        """Ids (T,) or vectors (T, M) in their place to (T, M)."""
+        x_TM: Tensor = self.tok_embeddings(ids_T) if embeds_TM is None else embeds_TM
+        return self.drop(self.norm(x_TM))  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Self-attention of one layer: q, k, v in one projection, rotary positions, a backend, output projection."""
+
+    def __init__(self, config: ModernBertConfig, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.heads = config.num_attention_heads - len(config.pruned_heads.get(layer, []))
+        self.dropout = config.attention_dropout
+        width = self.heads * self.head_dim
+        self.Wqkv = Linear(config.hidden_size, 3 * width, bias=config.attention_bias)
+        self.Wo = Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.out_drop = nn.Dropout(config.attention_dropout)
+
+    def forward(self, x_TM: Tensor, shared: LayerContext, weights: list[Any] | None = None) -> Tensor:
+        """(T, M) to (T, M). Attention weights, one (H, L, L) a text, are appended to `weights` where given."""
+        qkv_T3HD = self.Wqkv(x_TM).unflatten(-1, (3, self.heads, self.head_dim))
+        qk_TGD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), shared.cos_T1F, shared.sin_T1F)
+        q_THD, k_THD = qk_TGD.split(self.heads, dim=1)
+        v_THD = qkv_T3HD[:, 2]
+        dropout = self.dropout if self.training else 0.0
+        if weights is None:
+            out_THD = shared.backend.attend(q_THD, k_THD, v_THD, shared.plan, dropout)
+        else:
+            assert isinstance(shared.backend, EagerAttention)
+            out_THD, of_texts = shared.backend.attend_with_weights(q_THD, k_THD, v_THD, shared.plan, dropout)
+            weights.append(of_texts)
+        return self.out_drop(self.Wo(out_THD.flatten(1)))  # type: ignore[no-any-return]
+
+    def prune(self, heads: list[int]) -> None:
+        """Remove these heads, numbered as they are now."""
+        kept = torch.tensor([h for h in range(self.heads) if h not in heads], dtype=torch.int64)
+        columns = (kept[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+        width = self.heads * self.head_dim
+        rows = torch.cat([columns + part * width for part in range(3)])
+        self.Wqkv = _select(self.Wqkv, rows, dim=0)
+        self.Wo = _select(self.Wo, columns, dim=1)
+        self.heads = len(kept)
+
+
+def _select(module: Linear, index: Tensor, dim: int) -> Linear:
+    """A linear layer with only these outputs (dim 0) or inputs (dim 1)."""
+    weight = module.weight.detach().index_select(dim, index.to(module.weight.device))
+    out = Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
+    out.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    if module.bias is not None:
+        bias = module.bias.detach()
+        out.bias = nn.Parameter(bias.index_select(0, index.to(bias.device)) if dim == 0 else bias)
+    return out
+
+
+class MLP(nn.Module):
+    """GeGLU: the activated first half of one projection gates the second half."""
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        self.Wi = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.act = activation(config.hidden_activation)
+        self.drop = nn.Dropout(config.mlp_dropout)
+        self.Wo = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x_TM: Tensor) -> Tensor:
+        """(T, M) to (T, M)."""
+        in_TI, gate_TI = self.Wi(x_TM).chunk(2, dim=-1)
+        return self.Wo(self.drop(self.act(in_TI) * gate_TI))  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); the first layer's attention takes x as it is."""
+
+    def __init__(self, config: ModernBertConfig, layer: int) -> None:
+        super().__init__()
+        assert config.layer_types is not None
+        self.kind = config.layer_types[layer]
+        self.attn_norm = nn.Identity() if layer == 0 else layer_norm(config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = layer_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TM: Tensor, shared: LayerContext, weights: list[Any] | None = None) -> Tensor:
+        """(T, M) to (T, M)."""
+        x_TM = x_TM + self.attn(self.attn_norm(x_TM), shared, weights)
+        return x_TM + self.mlp(self.mlp_norm(x_TM))
+
+
+class PredictionHead(nn.Module):
+    """norm(act(dense(x))): what stands before every classifier and output decoder."""
+
+    def __init__(self, config: ModernBertConfig) -> None:
+        super().__init__()
+        self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
+        self.act = activation(config.classifier_activation)
+        self.norm = layer_norm(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., M) to (..., M)."""
+        return self.norm(self.act(self.dense(x)))  # type: ignore[no-any-return]

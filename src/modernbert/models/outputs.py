@@ -1,0 +1,86 @@
+"""What models return: by attribute, by key, by position, and as a plain tuple; fields that are None do not count."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, overload
+
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class ModelOutput:
+    """Base of the outputs. Iterating gives the names of the fields that are set, as a mapping does."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are set, in order."""
+        return tuple(self.values())
+
+    def keys(self) -> list[str]:
+        """Names of the fields that are set, in order."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+
+    def values(self) -> list[Any]:
+        """The fields that are set, in order."""
+        return [getattr(self, name) for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and values of the fields that are set, in order."""
+        return [(name, getattr(self, name)) for name in self.keys()]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field of this name, or `default` where it is not set."""
+        return getattr(self, name) if name in self else default
+
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Any, ...]: ...
+    @overload
+    def __getitem__(self, key: str | int) -> Any: ...
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            if key not in self:
+                raise KeyError(key)
+            return getattr(self, key)
+        return self.to_tuple()[key]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+
+@dataclasses.dataclass
+class BaseModelOutput(ModelOutput):
+    """Output of the bare encoder.
+
+    Attributes:
+        last_hidden_state: (batch, sequence, hidden), zeros at padding; (tokens, hidden) for packed input.
+        hidden_states: the embeddings and each layer's output, shaped likewise; the last one is normed.
+        attentions: for each layer (batch, heads, sequence, sequence), zeros at padding.
+    """
+
+    last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class MaskedLMOutput(ModelOutput):
+    """Output of masked language models.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: (batch, sequence, vocabulary), zeros at padding; (tokens, vocabulary) for packed input; (labelled
+            tokens, vocabulary) with `sparse_prediction` and labels.
+        hidden_states, attentions: as in `BaseModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

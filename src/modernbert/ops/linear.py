@@ -1,0 +1,106 @@
+"""Linear layers whose every row comes out the same, bit for bit, whatever the number of rows.
+
+A matrix product of general libraries picks its kernel, and so the order of its sums, by the number of rows: one
+text alone and the same text in a batch then differ in the last bits. oneDNN's inner product keeps one order for
+every number of rows but one, on any number of threads, so it serves here wherever PyTorch carries it; a single
+row is computed as two. Elsewhere fixed-size blocks of rows give the same guarantee.
+
+Shapes: T rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
+
+
+def _onednn_serves(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Tensor | None) -> Tensor:
+    rows = x_TI.shape[0]
+    if rows == 0:
+        return x_TI.new_zeros((0, weight_OI.shape[0]))
+    if _onednn_serves(x_TI):
+        x_TI = x_TI.contiguous()
+        if rows == 1:
+            x_TI = x_TI.expand(2, -1).contiguous()
+        weight = weight_OI.contiguous() if packed is None else packed
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight, bias_O, "none", [], "")
+        return out[:rows]
+    if x_TI.device.type != "cpu":
+        return F.linear(x_TI, weight_OI, bias_O)
+    padded = F.pad(x_TI, (0, 0, 0, -rows % _BLOCK))
+    return torch.cat([F.linear(block, weight_OI, bias_O) for block in padded.split(_BLOCK)])[:rows]
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN's forward has no derivative in PyTorch; the backward is three ordinary products."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_TI, weight_OI)
+        return _product(x_TI, weight_OI, bias_O, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad_TO,) = grads
+        x_TI, weight_OI = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            grad_TO @ weight_OI if need_x else None,
+            grad_TO.mT @ x_TI if need_weight else None,
+            grad_TO.sum(0) if need_bias else None,
+        )
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, each row independent, bit for bit, of the others on a CPU.
+
+    Args:
+        x_TI: (T, I) rows; any leading dimensions are taken as rows.
+        weight_OI: (O, I).
+        bias_O: (O,) or None.
+        packed: `pack_weight(weight_OI)`, which saves the layout change at each call; inference only.
+
+    Returns:
+        (T, O), or the leading dimensions of x and O.
+    """
+    if torch.is_autocast_enabled(x_TI.device.type):
+        dtype = torch.get_autocast_dtype(x_TI.device.type)
+        x_TI, weight_OI = x_TI.to(dtype), weight_OI.to(dtype)
+        bias_O = None if bias_O is None else bias_O.to(dtype)
+        packed = None
+    if x_TI.dim() != 2:
+        return linear(x_TI.flatten(0, -2), weight_OI, bias_O, packed).unflatten(0, x_TI.shape[:-1])
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x_TI, weight_OI, bias_O)
+    )
+    if needs_grad and _onednn_serves(x_TI):
+        return _Linear.apply(x_TI, weight_OI, bias_O)  # type: ignore[no-any-return, no-untyped-call]
+    return _product(x_TI, weight_OI, bias_O, packed)
+
+
+def pack_weight(weight_OI: Tensor, rows: int = 256) -> Tensor | None:
+    """Lay a weight out once in the blocks that oneDNN computes in; None where oneDNN does not serve.
+
+    Args:
+        weight_OI: (O, I), float32 or bfloat16, on the CPU.
+        rows: a typical number of rows of x, which the layout is chosen by; any number works.
+    """
+    if not _onednn_serves(weight_OI):
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), rows)
+    return packed

@@ -1,0 +1,96 @@
+"""Rotary position embeddings over the whole head, halves rotated, angles in float32.
+
+Shapes: T tokens, H heads, D head size, B texts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _powers(theta: float | Tensor, head_dim: int, device: torch.device) -> Tensor:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return torch.as_tensor(theta, dtype=torch.float32, device=device)[..., None] ** exponents
+
+
+def _yarn(rope: Mapping[str, Any], powers: Tensor, head_dim: int) -> tuple[Tensor, float]:
+    """YaRN, arXiv:2309.00071: fast dimensions keep their frequency, slow ones are interpolated."""
+    factor, theta = rope["factor"], rope["rope_theta"]
+    trained = rope["original_max_position_embeddings"]
+
+    def dimension_of(turns: float) -> float:
+        """The (fractional) dimension that makes this many turns over the trained context."""
+        return head_dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension_of(rope.get("beta_fast") or 32), dimension_of(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = (high - low) or 0.001
+    steps = torch.arange(head_dim // 2, dtype=torch.float32, device=powers.device)
+    interpolated = ((steps - low) / width).clamp(0, 1)
+    frequencies = interpolated / (factor * powers) + (1 - interpolated) / powers
+
+    def magnitude(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    attention = rope.get("attention_factor")
+    if attention is None:
+        numerator, denominator = rope.get("mscale"), rope.get("mscale_all_dim")
+        both = numerator and denominator
+        attention = magnitude(numerator) / magnitude(denominator) if both else magnitude(1.0)
+    return frequencies, float(attention)
+
+
+def rope_tables(
+    rope: Mapping[str, Any],
+    head_dim: int,
+    positions_T: Tensor,
+    *,
+    max_positions: int,
+    text_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every token's angles.
+
+    Args:
+        rope: one entry of a configuration's `rope_parameters`.
+        head_dim: D, even.
+        positions_T: (T,) whole numbers.
+        max_positions: the context that the model was trained for.
+        text_T: (T,) the text of each token. The "dynamic" type stretches each text by its own length, so that
+            a text's result does not depend on what it is batched with. None takes all tokens as one text.
+
+    Returns:
+        Two float32 tensors of shape (T, 1, D / 2), already multiplied by the type's attention factor.
+    """
+    kind, theta = rope["rope_type"], rope["rope_theta"]
+    device, scale = positions_T.device, 1.0
+    if kind == "dynamic":
+        texts = torch.zeros_like(positions_T) if text_T is None else text_T
+        number = int(texts.max()) + 1 if texts.numel() else 1
+        length_B = torch.full((number,), max_positions, device=device, dtype=torch.float32)
+        length_B = length_B.scatter_reduce(0, texts, positions_T.float() + 1, "amax")
+        stretch_B = rope["factor"] * length_B / max_positions - (rope["factor"] - 1)
+        theta_B = theta * stretch_B ** (head_dim / (head_dim - 2))
+        frequencies = (1.0 / _powers(theta_B, head_dim, device))[texts]
+    else:
+        powers = _powers(theta, head_dim, device)
+        frequencies = 1.0 / powers
+        if kind == "linear":
+            frequencies = frequencies / rope["factor"]
+        elif kind == "yarn":
+            frequencies, scale = _yarn(rope, powers, head_dim)
+    angles = positions_T.float()[:, None] * frequencies
+    return (angles.cos() * scale)[:, None], (angles.sin() * scale)[:, None]
+
+
+def apply_rope(x_THD: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+    """Rotate each head's halves against each other by its token's angles, in float32 whatever x is."""
+    first, second = x_THD.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos_T1F - second * sin_T1F, second * cos_T1F + first * sin_T1F), dim=-1)
+    return rotated.to(x_THD.dtype)
