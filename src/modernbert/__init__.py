@@ -9,9 +9,15 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "AutoConfig": "auto",
+    "AutoModel": "auto",
+    "AutoModelForMaskedLM": "auto",
+    "AutoTokenizer": "auto",
     "ModernBertConfig": "config",
     "ModernBertForMaskedLM": "models.masked_lm",
     "ModernBertModel": "models.encoder",
+    "Tokenizer": "tokenizer",
+    "pipeline": "pipelines",
 }
 __version__ = "0.1.0"
 __all__ = sorted([*_EXPORTS, "__version__"])

@@ -5,13 +5,15 @@ rounded length. A longer text in a local layer is cut into blocks of queries, ea
 within its reach, which makes the work linear in the tokens. How a text is cut depends on that text alone, so its
 numbers do not depend on its batch.
 
-Shapes: T tokens of all texts together, N texts or blocks, Q queries and K keys of each, H heads, D head size.
+Shapes: T tokens of all texts together, R rows of a piece, N texts or blocks, Q queries and K keys of each, H heads,
+D head size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,41 +28,81 @@ _ROUND = 16  # shorter ones share a call with those of the same length, rounded 
 
 
 @dataclasses.dataclass(frozen=True)
-class Span:
-    """A run of equally long texts that lie end to end and are attended whole, without a copy."""
+class Whole:
+    """N texts, each attended whole. Texts of one length need no bias; `bias_N1QK` hides the rows that round up."""
 
-    start: int
     texts: int
-    length: int
+    width: int
+    bias_N1QK: Tensor | None = None
+
+    def attend(self, q_RHD: Tensor, k_RHD: Tensor, v_RHD: Tensor, dropout: float) -> Tensor:
+        """Rows of all the texts in, as many out."""
+        q, k, v = (x.unflatten(0, (self.texts, self.width)).transpose(1, 2) for x in (q_RHD, k_RHD, v_RHD))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias_N1QK, dropout_p=dropout)
+        return out.transpose(1, 2).flatten(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Bucket:
-    """Short texts of about one length. `rows_NQ` are their tokens (0 where there is none), `bias_N1QK` hides those."""
+class Windows:
+    """Longer texts in a local layer, each cut into blocks of `size` queries.
 
-    rows_NQ: Tensor
-    bias_N1QK: Tensor
-    filled: Tensor  # the places of `rows_NQ`, flattened, that hold a token
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Longer texts in a local layer, each cut into blocks of `size` queries; `left` blocks of keys come before."""
+    A block sees `left` blocks of keys before its own and `right` after it; `bias_N1QK` hides what of them is out
+    of reach or of another text.
+    """
 
     size: int
     left: int
     right: int
-    rows: Tensor  # (N * size,) the token of each query, 0 where there is none
     bias_N1QK: Tensor
-    filled: Tensor
+
+    def attend(self, q_RHD: Tensor, k_RHD: Tensor, v_RHD: Tensor, dropout: float) -> Tensor:
+        """Rows of all the blocks in, as many out."""
+        q = q_RHD.unflatten(0, (-1, self.size)).transpose(1, 2)
+        k, v = (_Windowed.apply(x, self.size, self.left, self.right).transpose(1, 2) for x in (k_RHD, v_RHD))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias_N1QK, dropout_p=dropout)
+        return out.transpose(1, 2).flatten(0, 1)
+
+
+class _Windowed(torch.autograd.Function):
+    """Blocks of keys (N * size, H, D) to overlapping windows (N, width, H, D): a view, so no key is copied.
+
+    The backward adds each block's gradients up from the windows that see it; PyTorch's own for views that overlap
+    goes element by element.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RHD: Tensor, size: int, left: int, right: int) -> Tensor:
+        ctx.blocks = (size, left, right)
+        padded = F.pad(x_RHD, (0, 0, 0, 0, left * size, right * size))
+        return padded.unfold(0, (left + 1 + right) * size, size).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        size, left, right = ctx.blocks
+        parts = grads[0].unflatten(1, (left + 1 + right, size))
+        number = parts.shape[0]
+        total = parts.new_zeros((left + number + right, *parts.shape[2:]))
+        for i in range(left + 1 + right):
+            total[i : i + number] += parts[:, i]
+        return total[left : left + number].flatten(0, 1), None, None, None
 
 
 @dataclasses.dataclass(frozen=True)
 class SdpaPlan:
-    """Pieces that together hold every token once, and where each token's row is in their outputs laid end to end."""
+    """Pieces that together hold every token once.
 
-    pieces: list[Span | Bucket | Blocks]
-    order_T: Tensor | None  # None where the pieces' outputs are in order already
+    Attributes:
+        pieces: what is attended in one call each.
+        rows: how many rows each piece takes, those without a token included.
+        gather: (all pieces' rows,) the token of each row, any token where there is none; None where the packed
+            row is the pieces' rows already.
+        order_T: (T,) the row of each token in the pieces' outputs; None likewise.
+    """
+
+    pieces: list[Whole | Windows]
+    rows: list[int]
+    gather: Tensor | None
+    order_T: Tensor | None
 
 
 class SdpaAttention(AttentionBackend):
@@ -69,143 +111,116 @@ class SdpaAttention(AttentionBackend):
     name = "sdpa"
 
     def plan(self, packing: Packing, reach: tuple[int, int] | None, dtype: torch.dtype) -> SdpaPlan:
-        """Sort the texts into spans, buckets and blocks."""
-        device = packing.positions_T.device
-        starts, lengths = packing.starts, packing.lengths
-        windowed = self._windowed(packing, reach)
-        shorts: dict[int, list[int]] = {}
-        alone: list[int] = []
-        for i, length in enumerate(lengths):
-            if length and not windowed[i]:
-                if length > _ALONE:
-                    alone.append(i)
-                else:
-                    shorts.setdefault(-(-length // _ROUND) * _ROUND, []).append(i)
-
-        pieces: list[Span | Bucket | Blocks] = []
-        tokens: list[Tensor] = []  # for each piece the tokens of its output, in order
-        for span in _runs(alone, starts, lengths):
-            pieces.append(span)
-            tokens.append(torch.arange(span.start, span.start + span.texts * span.length, device=device))
-        for width, texts in shorts.items():
-            bucket, filled_tokens = _bucket(width, texts, starts, lengths, dtype, device)
-            pieces.append(bucket)
-            tokens.append(filled_tokens)
-        if any(windowed):
+        """Sort the texts into those attended alone, together with others, and in windows."""
+        windowed, alone, shared = self._sort(packing, reach)
+        pieces: list[Whole | Windows] = []
+        layouts: list[_Layout] = []
+        for texts in alone:
+            width = packing.lengths[texts[0]]
+            pieces.append(Whole(len(texts), width))
+            layouts.append(_lay_out(texts, [width] * len(texts), packing))
+        for width, texts in shared.items():
+            layout = _lay_out(texts, [width] * len(texts), packing)
+            hidden_N1QK = _bias(layout.held.unflatten(0, (-1, width)), dtype)[:, None, None, :]
+            pieces.append(Whole(len(texts), width, hidden_N1QK.expand(-1, 1, width, -1)))
+            layouts.append(layout)
+        if windowed:
             assert reach is not None
-            blocks, filled_tokens = _blocks([i for i, w in enumerate(windowed) if w], packing, reach, dtype)
-            pieces.append(blocks)
-            tokens.append(filled_tokens)
-        order = torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64, device=device)
-        in_order = bool((order[1:] > order[:-1]).all())
-        return SdpaPlan(pieces, None if in_order else order.argsort())
+            windows, layout = _windows(windowed, packing, reach, dtype)
+            pieces.append(windows)
+            layouts.append(layout)
+        rows = [len(layout.tokens) for layout in layouts]
+        empty = packing.positions_T[:0]
+        gather = torch.cat([empty, *(layout.tokens for layout in layouts)])
+        held = torch.cat([empty.bool(), *(layout.held for layout in layouts)])
+        if bool(held.all()) and bool((gather[1:] > gather[:-1]).all()):
+            return SdpaPlan(pieces, rows, None, None)
+        order_T = torch.empty_like(packing.positions_T)
+        filled = held.nonzero().squeeze(1)
+        order_T[gather[filled]] = filled
+        return SdpaPlan(pieces, rows, gather, order_T)
 
     @staticmethod
-    def _windowed(packing: Packing, reach: tuple[int, int] | None) -> list[bool]:
-        """Which texts are longer than what a token at either end sees."""
-        if reach is None:
-            return [False] * len(packing.lengths)
-        if not packing.gaps:
-            return [length - 1 > min(reach) for length in packing.lengths]
-        last = [int(p[-1]) if len(p) else 0 for p in packing.positions_T.split(packing.lengths)]
-        return [position > min(reach) for position in last]
+    def _sort(
+        packing: Packing, reach: tuple[int, int] | None
+    ) -> tuple[list[int], list[list[int]], dict[int, list[int]]]:
+        """Texts for windows, runs of texts of one length, and short texts by their rounded length."""
+        lengths = packing.lengths
+        spans = [length - 1 for length in lengths]
+        if packing.gaps:
+            spans = [int(p[-1]) if len(p) else 0 for p in packing.positions_T.split(lengths)]
+        windowed: list[int] = []
+        alone: list[list[int]] = []
+        shared: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            if reach is not None and spans[i] > min(reach):  # longer than what a token at either end sees
+                windowed.append(i)
+            elif length > _ALONE:
+                if alone and lengths[alone[-1][0]] == length and alone[-1][-1] == i - 1:
+                    alone[-1].append(i)
+                else:
+                    alone.append([i])
+            elif length:
+                shared.setdefault(-(-length // _ROUND) * _ROUND, []).append(i)
+        return windowed, alone, shared
 
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: SdpaPlan, dropout: float = 0.0) -> Tensor:
         """Attention outputs, piece by piece."""
-        outs = [v_THD[:0]]
+        if not plan.pieces:
+            return v_THD
+        if plan.gather is not None:
+            q_THD, k_THD, v_THD = (x.index_select(0, plan.gather) for x in (q_THD, k_THD, v_THD))
         kernel = sdpa_kernel(SDPBackend.MATH) if self.deterministic and q_THD.is_cuda else contextlib.nullcontext()
         with kernel:
-            for piece in plan.pieces:
-                outs.append(_attend_piece(piece, q_THD, k_THD, v_THD, dropout))
-        out_THD = torch.cat(outs) if len(outs) > 2 else outs[-1]
+            outs = [
+                piece.attend(q, k, v, dropout)
+                for piece, q, k, v in zip(
+                    plan.pieces, *(x.split(plan.rows) for x in (q_THD, k_THD, v_THD)), strict=True
+                )
+            ]
+        out_THD = torch.cat(outs) if len(outs) > 1 else outs[0]
         return out_THD if plan.order_T is None else out_THD.index_select(0, plan.order_T)
 
 
-def _attend_piece(piece: Span | Bucket | Blocks, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, dropout: float) -> Tensor:
-    if isinstance(piece, Span):
-        rows = slice(piece.start, piece.start + piece.texts * piece.length)
-        q, k, v = (x[rows].unflatten(0, (piece.texts, piece.length)).transpose(1, 2) for x in (q_THD, k_THD, v_THD))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
-    if isinstance(piece, Bucket):
-        rows = piece.rows_NQ.flatten()
-        q, k, v = (
-            x.index_select(0, rows).unflatten(0, piece.rows_NQ.shape).transpose(1, 2) for x in (q_THD, k_THD, v_THD)
-        )
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=piece.bias_N1QK, dropout_p=dropout)
-        return out.transpose(1, 2).flatten(0, 1).index_select(0, piece.filled)
-    q = q_THD.index_select(0, piece.rows).unflatten(0, (-1, piece.size)).transpose(1, 2)
-    width = (piece.left + 1 + piece.right) * piece.size
-    guard = (0, 0, 0, 0, piece.left * piece.size, piece.right * piece.size)
-    # Neighbouring windows overlap: `unfold` is a view, so no key is copied for each window that sees it.
-    k, v = (
-        F.pad(x.index_select(0, piece.rows), guard).unfold(0, width, piece.size).permute(0, 1, 3, 2)
-        for x in (k_THD, v_THD)
-    )
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=piece.bias_N1QK, dropout_p=dropout)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, piece.filled)
+class _Layout(NamedTuple):
+    """The token of each row of a piece, and which rows hold one at all."""
+
+    tokens: Tensor
+    held: Tensor
 
 
-def _runs(texts: list[int], starts: tuple[int, ...], lengths: tuple[int, ...]) -> list[Span]:
-    """Join neighbours of equal length."""
-    spans: list[Span] = []
-    for i in texts:
-        last = spans[-1] if spans else None
-        if last and last.length == lengths[i] and last.start + last.texts * last.length == starts[i]:
-            spans[-1] = Span(last.start, last.texts + 1, last.length)
-        else:
-            spans.append(Span(starts[i], 1, lengths[i]))
-    return spans
-
-
-def _layout(
-    texts: list[int], widths: list[int], starts: tuple[int, ...], lengths: tuple[int, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Lay texts out one after another in `widths` rows each: the token of each row, and which rows hold one."""
+def _lay_out(texts: list[int], widths: list[int], packing: Packing) -> _Layout:
+    """Lay texts out one after another in `widths` rows each."""
+    starts, device = packing.starts, packing.positions_T.device
     width_N = torch.tensor(widths)
     owner = torch.arange(len(texts)).repeat_interleave(width_N)
     place = torch.arange(int(width_N.sum())) - (width_N.cumsum(0) - width_N)[owner]
-    held = place < torch.tensor([lengths[i] for i in texts])[owner]
-    rows = torch.where(held, torch.tensor([starts[i] for i in texts])[owner] + place, 0)
-    return rows.to(device), held.to(device)
+    held = place < torch.tensor([packing.lengths[i] for i in texts])[owner]
+    tokens = torch.where(held, torch.tensor([starts[i] for i in texts])[owner] + place, 0)
+    return _Layout(tokens.to(device), held.to(device))
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def _bucket(
-    width: int,
-    texts: list[int],
-    starts: tuple[int, ...],
-    lengths: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Bucket, Tensor]:
-    rows, held = _layout(texts, [width] * len(texts), starts, lengths, device)
-    held_NK = held.unflatten(0, (-1, width))
-    bias_N1QK = _bias(held_NK, dtype)[:, None, None, :].expand(-1, 1, width, -1)
-    filled = held.nonzero().squeeze(1)
-    return Bucket(rows.unflatten(0, (-1, width)), bias_N1QK, filled), rows[filled]
-
-
-def _blocks(
+def _windows(
     texts: list[int], packing: Packing, reach: tuple[int, int], dtype: torch.dtype
-) -> tuple[Blocks, Tensor]:
-    # The block is about the reach: smaller ones visit fewer keys that are out of sight, larger ones run faster.
+) -> tuple[Windows, _Layout]:
+    # A block is about the reach: smaller ones visit fewer keys that are out of sight, larger ones run faster.
     size = min(max(-(-max(reach) // 16) * 16, 16), 128)
     left, right = (-(-r // size) for r in reach)
-    device = packing.positions_T.device
-    starts, lengths = packing.starts, packing.lengths
-    rows, held = _layout(texts, [-(-lengths[i] // size) * size for i in texts], starts, lengths, device)
-    # A query sees a key of its own text within reach. Rows that hold no token belong to a text of their own.
-    text = torch.where(held, packing.text_T[rows], -1)
-    guard = (left * size, right * size)
-    width = (left + 1 + right) * size
-    text_NK = F.pad(text, guard, value=-2).unfold(0, width, size)
-    position = packing.positions_T[rows]
-    ahead_NQK = F.pad(position, guard).unfold(0, width, size)[:, None, :] - position.unflatten(0, (-1, size))[:, :, None]
-    seen_NQK = text_NK[:, None, :] == text.unflatten(0, (-1, size))[:, :, None]
-    seen_NQK &= (ahead_NQK >= -reach[0]) & (ahead_NQK <= reach[1])
-    seen_NQK |= (text.unflatten(0, (-1, size)) == -1)[:, :, None]  # a row of no token must see something: no NaN
-    filled = held.nonzero().squeeze(1)
-    return Blocks(size, left, right, rows, _bias(seen_NQK[:, None], dtype), filled), rows[filled]
+    layout = _lay_out(texts, [-(-packing.lengths[i] // size) * size for i in texts], packing)
+    # A query sees a key of its own text within reach. Rows that hold no token see each other, lest they be NaN.
+    text = torch.where(layout.held, packing.text_T[layout.tokens], -1)
+    position = packing.positions_T[layout.tokens]
+    guard, width = (left * size, right * size), (left + 1 + right) * size
+    text_NK, position_NK = (
+        F.pad(text, guard, value=-2).unfold(0, width, size),
+        F.pad(position, guard).unfold(0, width, size),
+    )
+    text_NQ, position_NQ = text.unflatten(0, (-1, size)), position.unflatten(0, (-1, size))
+    ahead_NQK = position_NK[:, None, :] - position_NQ[:, :, None]
+    seen_NQK = (text_NK[:, None, :] == text_NQ[:, :, None]) & (ahead_NQK >= -reach[0]) & (ahead_NQK <= reach[1])
+    seen_NQK |= (text_NQ == -1)[:, :, None]
+    return Windows(size, left, right, _bias(seen_NQK[:, None], dtype)), layout

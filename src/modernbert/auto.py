@@ -1,0 +1,104 @@
+"""Classes that pick the right one by a checkpoint's `model_type`."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+from modernbert.config import ModernBertConfig
+from modernbert.errors import ConfigError
+from modernbert.hub import Source
+from modernbert.models.base import PreTrainedModel
+from modernbert.tokenizer import Tokenizer
+
+# model_type -> where each kind of class is. A new architecture or head is one entry.
+_CONFIGS = {"modernbert": "config.ModernBertConfig"}
+_MODELS: dict[str, dict[str, str]] = {
+    "base": {"modernbert": "models.encoder.ModernBertModel"},
+    "masked-lm": {"modernbert": "models.masked_lm.ModernBertForMaskedLM"},
+}
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"modernbert.{module}"), name)
+
+
+class AutoConfig:
+    """Reads the configuration class that `model_type` names."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> ModernBertConfig:
+        """Like `ModernBertConfig.from_pretrained`, for any known `model_type`.
+
+        Raises:
+            NotFoundError: there is no such folder, repository or file.
+            ConfigError: `model_type` is unknown, or a value is impossible.
+        """
+        source = Source.pop_from(name_or_folder, kwargs)
+        values = source.read_json("config.json")
+        model_type = values.get("model_type")
+        if model_type not in _CONFIGS:
+            raise ConfigError(f"{name_or_folder} has model_type {model_type!r}; known are {', '.join(_CONFIGS)}")
+        config: ModernBertConfig = _load(_CONFIGS[model_type]).from_dict(values, **kwargs)
+        return config
+
+
+class AutoTokenizer:
+    """Reads the tokenizer of any checkpoint."""
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Tokenizer:
+        """Like `Tokenizer.from_pretrained`."""
+        return Tokenizer.from_pretrained(name_or_folder, **kwargs)
+
+
+class _AutoModelBase:
+    kind: ClassVar[str]
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, config: ModernBertConfig | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Load a model of this kind; arguments as of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            NotFoundError: there is no such folder, repository or file.
+            ConfigError: the checkpoint's `model_type` is unknown, or has no model of this kind.
+        """
+        if config is None:
+            config = AutoConfig.from_pretrained(name_or_folder, **_where(kwargs))
+        model: PreTrainedModel = cls._class_for(config).from_pretrained(name_or_folder, config=config, **kwargs)
+        return model
+
+    @classmethod
+    def from_config(cls, config: ModernBertConfig, **kwargs: Any) -> PreTrainedModel:
+        """Make a freshly initialised model of this kind."""
+        model: PreTrainedModel = cls._class_for(config)(config, **kwargs)
+        return model
+
+    @classmethod
+    def _class_for(cls, config: ModernBertConfig) -> Any:
+        models = _MODELS[cls.kind]
+        if config.model_type not in models:
+            raise ConfigError(f"{cls.__name__} has no model for model_type {config.model_type!r}; known are {', '.join(models)}")
+        return _load(models[config.model_type])
+
+
+def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of these arguments, those that say where a checkpoint is."""
+    names = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+class AutoModel(_AutoModelBase):
+    """The bare model, without a head."""
+
+    kind = "base"
+
+
+class AutoModelForMaskedLM(_AutoModelBase):
+    """Masked language models."""
+
+    kind = "masked-lm"

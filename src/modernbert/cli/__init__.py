@@ -1,0 +1,68 @@
+"""The command line. Nothing here imports torch before a command runs that needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from modernbert import __version__
+from modernbert.cli.run import run
+from modernbert.cli.train import evaluate, pretrain, train_tokenizer
+
+app = typer.Typer(
+    name="modernbert",
+    help="ModernBERT in PyTorch: padding stops at the door.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(run)
+app.command("train-tokenizer")(train_tokenizer)
+app.command()(pretrain)
+app.command()(evaluate)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"modernbert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; bad input ends with one line on standard error and exit code 2."""
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output left; say nothing more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        typer.echo(f"modernbert: {message}", err=True)
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _message(error: Exception) -> str | None:
+    """One line about an error that is the user's to mend; None for a defect of ours."""
+    if hasattr(error, "format_message"):  # of the command line's own parser
+        return f"{' '.join(str(error.format_message()).split())} (try --help)"
+    if isinstance(error, ValueError | OSError | RuntimeError | TypeError) and type(error).__module__ in (
+        "modernbert.errors",
+        "builtins",
+    ):
+        defect = isinstance(error, TypeError | RuntimeError) and type(error).__module__ == "builtins"
+        return None if defect else " ".join(str(error).split())
+    return None

@@ -1,0 +1,513 @@
+"""Text to ids and back, on the `tokenizers` library: one class for every `tokenizer.json`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Encoding
+from tokenizers import Tokenizer as Backend
+
+from modernbert.checkpoint import write_text
+from modernbert.errors import InputError
+from modernbert.hub import Source
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_USUAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+_TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
+_PADDINGS = ("longest", "max_length", "do_not_pad")
+_SIDES = ("left", "right")
+_UNLIMITED = int(1e30)  # how tokenizer files say that texts may be of any length
+# What a padded place holds, by the key of the output.
+_FILL = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0), "labels": -100}
+
+
+class BatchEncoding(dict[str, Any]):
+    """What a tokenizer returns: a dict whose values are also attributes.
+
+    Args:
+        data: lists or tensors by name.
+        encodings: the `tokenizers` encodings behind them, one a row, where there are any.
+    """
+
+    def __init__(self, data: Mapping[str, Any], encodings: Sequence[Encoding] | None = None) -> None:
+        super().__init__(data)
+        self.encodings = encodings
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the encoding holds {', '.join(self)}; not {name!r}") from None
+
+    def to(self, device: Any) -> Self:
+        """Move the tensors to a device, in place, and return this encoding."""
+        for name, value in self.items():
+            if isinstance(value, torch.Tensor):
+                self[name] = value.to(device)
+        return self
+
+    def _encoding(self, row: int) -> Encoding:
+        if self.encodings is None:
+            raise InputError("this batch was not made from text, so it knows neither words nor characters")
+        return self.encodings[row]
+
+    def tokens(self, batch_index: int = 0) -> list[str]:
+        """Tokens of a row, without padding."""
+        return list(self._encoding(batch_index).tokens)
+
+    def word_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token of a row the number of its word, None for special tokens and padding."""
+        return self._spread(list(self._encoding(batch_index).word_ids), batch_index)
+
+    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token of a row 0 or 1, the text of a pair it is from; None for special tokens and padding."""
+        return self._spread(list(self._encoding(batch_index).sequence_ids), batch_index)
+
+    def token_to_chars(self, token: int, batch_index: int = 0) -> tuple[int, int] | None:
+        """Where a token of a row (padding not counted) begins and ends in its text; None for special tokens."""
+        return self._encoding(batch_index).token_to_chars(token) and self._encoding(batch_index).token_to_chars(token)[1]
+
+    def char_to_token(self, char: int, batch_index: int = 0, sequence_index: int = 0) -> int | None:
+        """The token of a row (padding not counted) that holds this character of its text."""
+        return self._encoding(batch_index).char_to_token(char, sequence_index)
+
+    def _spread(self, values: list[int | None], row: int) -> list[int | None]:
+        """Put None at the row's padding."""
+        mask = self.get("attention_mask")
+        if mask is None or self.encodings is None:
+            return values
+        row_mask = mask[row] if len(mask) and not isinstance(mask[0], int) else mask
+        real = [bool(m) for m in row_mask]
+        rest = iter(values)
+        return [next(rest) if here else None for here in real]
+
+
+class Tokenizer:
+    """Turns texts into ids as a checkpoint's `tokenizer.json` says.
+
+    Args:
+        backend: a `tokenizers.Tokenizer`.
+        config: content of `tokenizer_config.json`: special tokens, `model_max_length`, `padding_side`,
+            `truncation_side`. Special tokens it does not name are the usual ones, where the vocabulary has them.
+        add_prefix_space: whether a text, and each word of a text that is split already, begins as if after a
+            space; None leaves it as the file says.
+
+    Source: the reference's tokenizer surface; ids are those of the `tokenizers` library.
+    """
+
+    def __init__(
+        self, backend: Backend, config: Mapping[str, Any] | None = None, add_prefix_space: bool | None = None
+    ) -> None:
+        self.backend = backend
+        self.config: dict[str, Any] = dict(config or {})
+        self._lock = threading.Lock()  # truncation is a setting of the backend, not of a call
+        backend.no_padding()
+        backend.no_truncation()
+        self.model_max_length = int(self.config.get("model_max_length") or _UNLIMITED)
+        self.padding_side = self.config.get("padding_side", "right")
+        self.truncation_side = self.config.get("truncation_side", "right")
+        self.model_input_names: list[str] = self.config.get("model_input_names", ["input_ids", "attention_mask"])
+        if add_prefix_space is not None:
+            cast(Any, backend.pre_tokenizer).add_prefix_space = add_prefix_space
+            self.config["add_prefix_space"] = add_prefix_space
+        self._specials: dict[str, str] = {}
+        for name in SPECIAL_NAMES:
+            value = self.config.get(f"{name}_token", _USUAL.get(name))
+            token = value["content"] if isinstance(value, dict) else value
+            if token is not None and backend.token_to_id(token) is not None:
+                self._specials[name] = token
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, *, add_prefix_space: bool | None = None, **kwargs: Any) -> Self:
+        """Read `tokenizer.json`, and `tokenizer_config.json` where there is one, from a folder or the Hub.
+
+        Args:
+            name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
+            add_prefix_space: see the class.
+            kwargs: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`; the rest replaces entries
+                of `tokenizer_config.json`.
+
+        Raises:
+            NotFoundError: there is no such folder, repository or file.
+        """
+        source = Source.pop_from(name_or_folder, kwargs)
+        path = source.need("tokenizer.json")
+        config = source.read_json("tokenizer_config.json") if source.find("tokenizer_config.json") else {}
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{path} is not a tokenizer: {error}") from error
+        return cls(backend, {**config, **kwargs}, add_prefix_space)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers reads too."""
+        folder = Path(folder)
+        config = {
+            **self.config,
+            **{f"{name}_token": token for name, token in self._specials.items()},
+            "model_max_length": self.model_max_length,
+            "padding_side": self.padding_side,
+            "truncation_side": self.truncation_side,
+            "model_input_names": self.model_input_names,
+        }
+        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        config.setdefault("clean_up_tokenization_spaces", False)
+        with self._lock:
+            self.backend.no_truncation()
+            text = self.backend.to_str(pretty=True)
+        write_text(folder / "tokenizer.json", text)
+        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    # Vocabulary
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids before tokens were added; `len(tokenizer)` counts those too."""
+        return self.backend.get_vocab_size(with_added_tokens=False)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by token, added ones included."""
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    def __getattr__(self, name: str) -> Any:
+        # cls_token, cls_token_id, mask_token, ...: None where the tokenizer has no such token.
+        base, _, kind = name.partition("_token")
+        if base in SPECIAL_NAMES and kind in ("", "_id"):
+            token = self._specials.get(base)
+            return token if kind == "" or token is None else self.backend.token_to_id(token)
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        """The special tokens by name, such as "cls_token"."""
+        return {f"{name}_token": token for name, token in self._specials.items()}
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The special tokens, each once."""
+        return list(dict.fromkeys(self._specials.values()))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of the special tokens."""
+        return [self.backend.token_to_id(token) for token in self.all_special_tokens]
+
+    def add_tokens(self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        """Add tokens that are not in the vocabulary and return how many are new; then resize the model."""
+        tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
+        return self.backend.add_special_tokens(tokens) if special_tokens else self.backend.add_tokens(tokens)
+
+    def add_special_tokens(self, special_tokens: Mapping[str, str]) -> int:
+        """Name special tokens, as {"mask_token": "[MASK]"}, and add those that are new; returns how many."""
+        for name in special_tokens:
+            if name.removesuffix("_token") not in SPECIAL_NAMES:
+                raise InputError(f"{name!r} is no special token; there are {', '.join(n + '_token' for n in SPECIAL_NAMES)}")
+        added = self.add_tokens(list(special_tokens.values()), special_tokens=True)
+        self._specials.update({name.removesuffix("_token"): token for name, token in special_tokens.items()})
+        return added
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """Id of a token, or ids of a list of them; unknown ones are the unknown token's."""
+        if isinstance(tokens, str):
+            found = self.backend.token_to_id(tokens)
+            return self.unk_token_id if found is None else found
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """Token of an id, or tokens of a list or tensor of them."""
+        values = _to_list(ids)
+        if isinstance(values, int):
+            return self.backend.id_to_token(values)
+        hidden = set(self.all_special_ids) if skip_special_tokens else set()
+        return [self.backend.id_to_token(i) for i in values if i not in hidden]
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many special tokens are put around a text or a pair."""
+        return self.backend.num_special_tokens_to_add(pair)
+
+    # Text to ids
+
+    def tokenize(self, text: str) -> list[str]:
+        """Tokens of a text, without special ones."""
+        return list(self._encode([text], False, None)[0].tokens)
+
+    def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[int]:
+        """Ids of one text or pair; arguments as of a call."""
+        return self(text, text_pair, **kwargs).input_ids  # type: ignore[no-any-return]
+
+    def __call__(
+        self,
+        text: Any,
+        text_pair: Any = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool = True,
+        return_token_type_ids: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+    ) -> BatchEncoding:
+        """Tokenize a text, a pair, or a batch of either.
+
+        Args:
+            text: a string; a list of them is a batch. With `is_split_into_words` a list of words, and a list of
+                such lists is a batch.
+            text_pair: second texts, of the same form.
+            add_special_tokens: put `[CLS]` and `[SEP]` around.
+            padding: True or "longest" pads to the longest row, "max_length" to `max_length`.
+            truncation: True or "longest_first", "only_first", "only_second": how texts over `max_length` are cut.
+            max_length: in tokens, special ones included; None is `model_max_length`.
+            stride: tokens that an overflowing part shares with the part before it.
+            is_split_into_words: texts are lists of words.
+            pad_to_multiple_of: round the padded length up to this.
+            padding_side: "left" or "right" instead of the tokenizer's own.
+            return_tensors: "pt" or "np"; rows must then be equally long. None returns lists.
+            return_attention_mask, return_token_type_ids, return_special_tokens_mask, return_offsets_mapping,
+                return_length: what else to return.
+            return_overflowing_tokens: return what truncation cuts as rows of their own, and
+                `overflow_to_sample_mapping`, the number of the text that each row is of.
+
+        Raises:
+            InputError: texts of the wrong form, contradictory options, or rows that make no tensor.
+        """
+        batched, inputs = _batch(text, text_pair, is_split_into_words)
+        strategy, limit = self._truncation(padding, truncation, max_length, text_pair is not None)
+        encodings = self._encode(inputs, add_special_tokens, (strategy, limit, stride) if strategy else None, is_split_into_words)
+        rows, sample = encodings, list(range(len(encodings)))
+        if return_overflowing_tokens:
+            rows, sample = [], []
+            for i, encoding in enumerate(encodings):
+                rows += [encoding, *encoding.overflowing]
+                sample += [i] * (1 + len(encoding.overflowing))
+        data: dict[str, list[Any]] = {"input_ids": [e.ids for e in rows]}
+        if return_token_type_ids or (return_token_type_ids is None and "token_type_ids" in self.model_input_names):
+            data["token_type_ids"] = [e.type_ids for e in rows]
+        if return_attention_mask:
+            data["attention_mask"] = [e.attention_mask for e in rows]
+        if return_special_tokens_mask:
+            data["special_tokens_mask"] = [e.special_tokens_mask for e in rows]
+        if return_offsets_mapping:
+            data["offset_mapping"] = [e.offsets for e in rows]
+        if return_length:
+            data["length"] = [len(e.ids) for e in rows]
+        if return_overflowing_tokens:
+            data["overflow_to_sample_mapping"] = sample
+        longest = max((len(e.ids) for e in rows), default=0)
+        if not strategy and longest > self.model_max_length:
+            logger.warning(
+                "a text has %d tokens and the model was trained for %d; truncation=True cuts it",
+                longest,
+                self.model_max_length,
+            )
+        padded = self.pad(
+            data,
+            padding=padding,
+            max_length=limit if limit is not None else max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+        )
+        if not batched and return_tensors is None and not return_overflowing_tokens:
+            padded = BatchEncoding({name: value[0] for name, value in padded.items()})
+        padded.encodings = rows
+        return _to_tensors(padded, return_tensors)
+
+    def _truncation(
+        self, padding: bool | str, truncation: bool | str | None, max_length: int | None, pair: bool
+    ) -> tuple[str | None, int | None]:
+        """The strategy and the length to cut to, or None twice."""
+        if truncation is None and max_length is not None and padding is False:
+            logger.info("max_length is given without truncation; cutting texts as truncation=True does")
+            truncation = True
+        if truncation in (None, False, "do_not_truncate"):
+            return None, None
+        strategy = "longest_first" if truncation is True else str(truncation)
+        if strategy not in _TRUNCATIONS:
+            raise InputError(f"truncation is {truncation!r}; choose True, False or one of {', '.join(_TRUNCATIONS)}")
+        if strategy == "only_second" and not pair:
+            raise InputError("truncation is 'only_second' and there is no text_pair")
+        limit = self.model_max_length if max_length is None else max_length
+        if limit < 0:
+            raise InputError(f"max_length is {max_length}; it must not be negative")
+        return (None, None) if limit >= _UNLIMITED else (strategy, limit)
+
+    def _encode(
+        self,
+        inputs: list[Any],
+        add_special_tokens: bool,
+        truncation: tuple[str, int | None, int] | None,
+        words: bool = False,
+    ) -> list[Encoding]:
+        with self._lock:
+            if truncation is None:
+                self.backend.no_truncation()
+            else:
+                strategy, limit, stride = truncation
+                assert limit is not None
+                special = self.backend.num_special_tokens_to_add(isinstance(inputs[0], tuple)) if inputs else 0
+                if add_special_tokens and limit - special <= stride > 0:
+                    raise InputError(
+                        f"stride is {stride}; with max_length {limit} and {special} special tokens it must be below "
+                        f"{max(limit - special, 0)}"
+                    )
+                self.backend.enable_truncation(limit, stride=stride, strategy=strategy, direction=self.truncation_side)
+            try:
+                return self.backend.encode_batch(inputs, is_pretokenized=words, add_special_tokens=add_special_tokens)
+            except (TypeError, UnicodeEncodeError) as error:
+                raise InputError(f"a text cannot be tokenized: {error}") from error
+
+    def pad(
+        self,
+        encoded_inputs: Any,
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchEncoding:
+        """Pad rows to one length.
+
+        Args:
+            encoded_inputs: a dict of lists of rows, or a list of dicts with a row each; "input_ids" is needed, and
+                "labels" are padded with -100.
+            padding, max_length, pad_to_multiple_of, padding_side, return_tensors: as of a call.
+
+        Raises:
+            InputError: an option is impossible, or there is no padding token.
+        """
+        if not isinstance(encoded_inputs, Mapping):
+            encoded_inputs = {name: [row[name] for row in encoded_inputs] for name in encoded_inputs[0]}
+        data: dict[str, Any] = {name: list(_to_list(values)) for name, values in encoded_inputs.items()}
+        if "input_ids" not in data:
+            raise InputError(f"there is nothing to pad by: input_ids is missing among {', '.join(data) or 'no keys'}")
+        strategy = {True: "longest", False: "do_not_pad"}.get(padding, padding) if isinstance(padding, bool) else padding
+        side = padding_side or self.padding_side
+        if strategy not in _PADDINGS:
+            raise InputError(f"padding is {padding!r}; choose True, False or one of {', '.join(_PADDINGS)}")
+        if side not in _SIDES:
+            raise InputError(f"padding_side is {side!r}; choose left or right")
+        lengths = [len(row) for row in data["input_ids"]]
+        if strategy != "do_not_pad" and lengths:
+            if self.pad_token_id is None:
+                raise InputError("padding is asked for and the tokenizer has no padding token; name one with "
+                                 "add_special_tokens({'pad_token': ...})")
+            if strategy == "max_length":
+                target = self.model_max_length if max_length is None else max_length
+                if target >= _UNLIMITED:
+                    raise InputError("padding is 'max_length', which needs max_length")
+            else:
+                target = max(lengths)
+            if pad_to_multiple_of:
+                target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
+            data.setdefault("attention_mask", [[1] * n for n in lengths])
+            for name, rows in data.items():
+                if name in _FILL or name == "input_ids":
+                    fill = self.pad_token_id if name == "input_ids" else _FILL[name]
+                    data[name] = [_pad_row(list(row), target, fill, side) for row in rows]
+        return _to_tensors(BatchEncoding(data), return_tensors)
+
+    # Ids to text
+
+    def decode(
+        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+    ) -> Any:
+        """Text of ids: a number, a list or a tensor; rows of ids give a list of texts.
+
+        Args:
+            token_ids: the ids.
+            skip_special_tokens: leave special tokens out.
+            clean_up_tokenization_spaces: take out the space before punctuation; byte-level tokens need none of
+                that, so it happens only when asked for.
+        """
+        values = _to_list(token_ids)
+        if isinstance(values, int):
+            values = [values]
+        if values and isinstance(values[0], list):
+            return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in values]
+        text = self.backend.decode(values, skip_special_tokens=skip_special_tokens)
+        if clean_up_tokenization_spaces:
+            for mark in (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re"):
+                text = text.replace(f" {mark}", mark)
+        return text
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """Texts of several rows of ids."""
+        return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
+
+
+def _to_list(values: Any) -> Any:
+    return values.tolist() if isinstance(values, torch.Tensor | np.ndarray | np.generic) else values
+
+
+def _pad_row(row: list[Any], target: int, fill: Any, side: str) -> list[Any]:
+    missing = [fill] * (target - len(row))
+    return row + missing if side == "right" else missing + row
+
+
+def _batch(text: Any, text_pair: Any, words: bool) -> tuple[bool, list[Any]]:
+    """Whether the input is a batch, and its texts or pairs as a list."""
+    firsts, seconds = _texts("text", text, words), _texts("text_pair", text_pair, words)
+    if firsts is None:
+        raise InputError("text is None; give a string or a list of them")
+    batched, first_list = firsts
+    if seconds is None:
+        return batched, first_list
+    if batched != seconds[0] or len(first_list) != len(seconds[1]):
+        raise InputError(f"text holds {len(first_list)} texts and text_pair {len(seconds[1])}; they must be as many")
+    return batched, list(zip(first_list, seconds[1], strict=True))
+
+
+def _texts(name: str, given: Any, words: bool) -> tuple[bool, list[Any]] | None:
+    if given is None:
+        return None
+    if not words:
+        if isinstance(given, str):
+            return False, [given]
+        if isinstance(given, Iterable) and not isinstance(given, bytes | Mapping):
+            texts = list(given)
+            bad = next((t for t in texts if not isinstance(t, str)), None)
+            if bad is None:
+                return True, texts
+            raise InputError(f"{name} holds a {type(bad).__name__}; every text must be a string")
+        raise InputError(f"{name} is a {type(given).__name__}; give a string or a list of strings")
+    if isinstance(given, list | tuple):
+        if all(isinstance(w, str) for w in given):
+            return False, [list(given)]
+        if all(isinstance(t, list | tuple) and all(isinstance(w, str) for w in t) for t in given):
+            return True, [list(t) for t in given]
+    raise InputError(f"{name} is a {type(given).__name__}; with is_split_into_words give a list of words, or of such lists")
+
+
+def _to_tensors(batch: BatchEncoding, kind: str | None) -> BatchEncoding:
+    if kind is None:
+        return batch
+    if kind not in ("pt", "np"):
+        raise InputError(f"return_tensors is {kind!r}; choose 'pt', 'np' or None")
+    for name, value in batch.items():
+        try:
+            array = np.array(value, dtype=np.int64)
+        except ValueError:
+            lengths = sorted({len(row) for row in value})
+            raise InputError(f"{name} has rows of {lengths} and makes no tensor; padding=True makes them equal") from None
+        batch[name] = torch.from_numpy(array) if kind == "pt" else array
+    return batch

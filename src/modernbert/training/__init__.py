@@ -1,0 +1,1 @@
+"""Training: text, tokenizer, masking, optimizer and the loop of pretraining."""

@@ -1,0 +1,150 @@
+"""Optimizers and schedules of the training recipes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StableAdamW(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay whose step shrinks when gradients outgrow their running variance.
+
+    The step of each tensor is divided by max(1, rms(gradient / sqrt(variance))), which takes the place of
+    gradient clipping. Source: arXiv:2304.13013; the optimizer that ModernBERT was trained with.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: decay of the running mean and of the running variance.
+        eps: added to the root of the variance.
+        weight_decay: decoupled; each step shrinks weights by lr * weight_decay.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 1e-5,
+    ) -> None:
+        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"lr {lr}, eps {eps}, weight_decay {weight_decay} and betas {betas} must not be negative")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step by the gradients that the parameters hold."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, parameter.grad, group)
+        return loss
+
+    def _step_one(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        step = int(state["step"])
+        mean, variance = state["exp_avg"], state["exp_avg_sq"]
+        beta1, beta2 = group["betas"]
+        mean.lerp_(grad, 1 - beta1)
+        variance.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        spread = (variance / (1 - beta2**step)).sqrt_()
+        surprise = (grad / spread.clamp(min=group["eps"])).square_().mean().sqrt_()
+        lr = group["lr"] / max(1.0, float(surprise))
+        parameter.mul_(1 - lr * group["weight_decay"])
+        parameter.addcdiv_(mean, spread.add_(group["eps"]), value=-lr / (1 - beta1**step))
+
+
+class Muon(StableAdamW):
+    """Momentum whose update of each hidden matrix is made orthogonal; StableAdamW for everything else.
+
+    Groups with "orthogonal": True hold matrices. Their update is scaled to the size that an Adam step has, so that
+    one learning rate serves both kinds. A small model learns as much from half the text. PyTorch's own Muon
+    orthogonalises in bfloat16, which CPUs without native support for it compute many times slower. Source:
+    arXiv:2502.16982.
+
+    Args:
+        params: groups of parameters.
+        lr: learning rate.
+        momentum: decay of the running gradient of matrices.
+        kwargs: of `StableAdamW`, for everything else.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95, **kwargs: Any) -> None:
+        super().__init__(params, lr, **kwargs)
+        self.momentum = momentum
+
+    def _step_one(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if not group.get("orthogonal"):
+            super()._step_one(parameter, grad, group)
+            return
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        average = state["momentum"].lerp_(grad, 1 - self.momentum)
+        parts = group["parts"]  # a projection to q, k and v is three matrices
+        ahead = grad.lerp(average, self.momentum).unflatten(0, (parts, -1))
+        update = orthogonalize(ahead) * (0.2 * math.sqrt(max(ahead.shape[-2:])))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(update.flatten(0, 1).to(parameter.dtype), alpha=-group["lr"])
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Bring the singular values of matrices (..., rows, columns) near 1 by Newton and Schulz's iteration."""
+    x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(steps):  # a quintic that lifts small singular values fast and keeps all between 0.7 and 1.2
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+OPTIMIZERS = {"stableadamw": StableAdamW, "muon": Muon}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weights of linear layers and embeddings decay; norms and biases do not.
+
+    Matrices inside the layers are groups of their own, marked for `Muon`; other optimizers read nothing of that.
+    """
+    groups: dict[str, dict[str, Any]] = {
+        "qkv": {"params": [], "weight_decay": weight_decay, "orthogonal": True, "parts": 3},
+        "hidden": {"params": [], "weight_decay": weight_decay, "orthogonal": True, "parts": 1},
+        "other": {"params": [], "weight_decay": weight_decay},
+        "vectors": {"params": [], "weight_decay": 0.0},
+    }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.dim() < 2:
+            kind = "vectors"
+        elif ".layers." not in f".{name}":
+            kind = "other"
+        else:
+            kind = "qkv" if "Wqkv" in name else "hidden"
+        groups[kind]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def warmup_stable_decay(step: int, total: int, warmup: int, decay: int) -> float:
+    """Factor of the learning rate: up in a line, constant, then down as 1 - sqrt over the last `decay` steps."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if step >= total - decay:
+        return max(0.0, 1 - math.sqrt((step - (total - decay) + 1) / (decay + 1)))
+    return 1.0

@@ -1,0 +1,335 @@
+"""Pretraining of an encoder by masked language modelling: packed batches, one process.
+
+Everything that a run writes is safetensors and JSON, and a run goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from modernbert.checkpoint import replacing, write_text
+from modernbert.config import ModernBertConfig
+from modernbert.errors import InputError
+from modernbert.hub import Source
+from modernbert.models.base import resolve_device
+from modernbert.models.masked_lm import ModernBertForMaskedLM
+from modernbert.training.data import Corpus, Masking, masked_batches
+from modernbert.training.optimizers import OPTIMIZERS, parameter_groups, warmup_stable_decay
+from modernbert.training.train_tokenizer import SPECIALS, save_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainOptions:
+    """How to train.
+
+    Args:
+        steps: optimizer steps in all.
+        tokens_per_step: tokens of a batch, special ones included.
+        micro_tokens: tokens of a forward pass; a batch is made of as many passes as needed.
+        optimizer: "stableadamw", or "muon" for the matrices inside the layers.
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay.
+        warmup: share of the steps in which the rate rises.
+        decay: share of the steps, the last ones, in which it falls.
+        mask_rate: share of the tokens to predict.
+        max_grad_norm: gradients are scaled down to this norm.
+        dtype: "auto" (bfloat16 where the device computes it natively, else float32), "bfloat16" or "float32".
+        seed: of weights, order and masks.
+        eval_every, save_every: steps between validations and between checkpoints.
+    """
+
+    steps: int = 1000
+    tokens_per_step: int = 8192
+    micro_tokens: int = 8192
+    optimizer: str = "stableadamw"
+    lr: float = 3e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.02
+    decay: float = 0.2
+    mask_rate: float = 0.3
+    max_grad_norm: float = 1.0
+    dtype: str = "auto"
+    seed: int = 0
+    eval_every: int = 500
+    save_every: int = 250
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_rate < 1:
+            raise ValueError(f"mask_rate is {self.mask_rate}; it must lie between 0 and 1")
+        for name in ("steps", "tokens_per_step", "micro_tokens", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; choose auto, float32 or bfloat16")
+        if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
+            raise ValueError(f"warmup {self.warmup} and decay {self.decay} are shares of the steps, at most 1 together")
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run says of itself after a step. Validation figures are None but after a validation."""
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    tokens: int
+    tokens_per_second: float
+    seconds_left: float
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Masked-token prediction on held-out text: mean loss in nats, and shares of the masked tokens."""
+
+    loss: float
+    top1: float
+    top5: float
+    tokens: int
+
+
+@torch.inference_mode()
+def evaluate_masked_lm(
+    model: ModernBertForMaskedLM,
+    corpus: Corpus,
+    *,
+    mask_id: int,
+    special_ids: tuple[int, ...],
+    mask_rate: float = 0.15,
+    budget: int = 16384,
+    seed: int = 0,
+    max_tokens: int | None = None,
+) -> Score:
+    """Predict tokens hidden behind the mask.
+
+    Args:
+        model: in any mode; it is evaluated in evaluation mode and left as it was.
+        corpus: texts to hide tokens in.
+        mask_id, special_ids: of the tokenizer.
+        mask_rate: share of the tokens to hide.
+        budget: tokens of a forward pass.
+        seed: of order and masks.
+        max_tokens: stop after about this many tokens of text; None reads the whole corpus.
+    """
+    training = model.training
+    model.eval()
+    masking = Masking(mask_rate, mask_id, special_ids)
+    loss, top1, top5, count, read = 0.0, 0, 0, 0, 0
+    for batch in masked_batches(corpus, masking, budget, seed, epochs=1):
+        labelled = (batch.labels != -100).nonzero().squeeze(1)
+        if not len(labelled):
+            continue
+        inputs = model.model.pack_inputs(batch.input_ids.to(model.device), None, cu_seqlens=batch.cu_seqlens)
+        hidden = model.model.encode(inputs).last_hidden_state
+        assert hidden is not None
+        logits = model.decoder(model.head(hidden[labelled.to(model.device)])).float()
+        truth = batch.labels[labelled].to(model.device)
+        loss += float(torch.nn.functional.cross_entropy(logits, truth, reduction="sum"))
+        best = logits.topk(5, dim=-1).indices == truth[:, None]
+        top1, top5, count = top1 + int(best[:, 0].sum()), top5 + int(best.sum()), count + len(truth)
+        read += len(batch.input_ids)
+        if max_tokens is not None and read >= max_tokens:
+            break
+    model.train(training)
+    if not count:
+        raise InputError("the held-out text is too short to mask anything in")
+    return Score(loss / count, top1 / count, top5 / count, count)
+
+
+def pretrain(
+    model: ModernBertForMaskedLM,
+    train: Corpus,
+    held_out: Corpus | None,
+    output: str | Path,
+    options: PretrainOptions,
+    *,
+    tokenizer: Tokenizer,
+    report: Callable[[Progress], None] = lambda progress: None,
+    resume: bool = False,
+) -> ModernBertForMaskedLM:
+    """Train a model in place, checkpoint it under `output`, and save it there at the end.
+
+    Args:
+        model: freshly initialised, or one to train further.
+        train, held_out: tokenized texts; without held-out ones nothing is validated.
+        output: folder of the run: `metrics.jsonl`, `checkpoint-STEP`, and the finished model.
+        options: how to train.
+        tokenizer: what the texts were tokenized with; it is saved beside the model.
+        report: called after every step.
+        resume: go on from the last checkpoint under `output`. The number of steps may differ from that run's.
+
+    Returns:
+        The model, in evaluation mode.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    sparse = model.config.sparse_prediction
+    model.config = model.config.replace(sparse_prediction=True)  # logits for labelled tokens only
+    model.train()
+    optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), lr=options.lr)
+    step = _restore(model, optimizer, output) if resume else 0
+    if not resume and _checkpoints(output):
+        raise InputError(f"{output} holds checkpoints of an earlier run; resume it or choose another folder")
+    mask_id, special_ids = special_tokens(tokenizer)
+    masking = Masking(options.mask_rate, mask_id, special_ids)
+    passes = max(1, round(options.tokens_per_step / options.micro_tokens))
+    batches = masked_batches(train, masking, options.micro_tokens, options.seed, start=step * passes)
+    warmup, decay = round(options.warmup * options.steps), round(options.decay * options.steps)
+    seen, began = 0, time.perf_counter()
+    speed = 0.0
+    while step < options.steps:
+        started = time.perf_counter()
+        factor = warmup_stable_decay(step, options.steps, warmup, decay)
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * factor
+        micro = [next(batches) for _ in range(passes)]
+        labels = sum(int((b.labels != -100).sum()) for b in micro)
+        loss = 0.0
+        for batch in micro:
+            with _autocast(options.dtype, model.device):
+                out: Any = model(
+                    input_ids=batch.input_ids.to(model.device),
+                    cu_seqlens=batch.cu_seqlens,
+                    labels=batch.labels.to(model.device),
+                    num_items_in_batch=labels,  # every label of the step weighs the same, whatever its pass
+                )
+            out.loss.backward()
+            loss += float(out.loss.detach())
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss is {loss} at step {step}; lower the learning rate ({options.lr})")
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        tokens = sum(len(b.input_ids) for b in micro)
+        seen += tokens
+        now = tokens / (time.perf_counter() - started)
+        speed = now if not speed else 0.95 * speed + 0.05 * now
+        left = (options.steps - step) * (time.perf_counter() - began) / (seen / tokens)
+        progress = Progress(step, options.steps, loss, options.lr * factor, seen, speed, left)
+        last = step == options.steps
+        if held_out is not None and len(held_out) and (step % options.eval_every == 0 or last):
+            score = evaluate_masked_lm(
+                model, held_out, mask_id=mask_id, special_ids=special_ids, max_tokens=None if last else 100_000
+            )
+            progress = dataclasses.replace(progress, val_loss=score.loss, val_accuracy=score.top1)
+        with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dataclasses.asdict(progress)) + "\n")
+        report(progress)
+        if step % options.save_every == 0 or last:
+            _save(model, optimizer, output, step, options)
+    model.config = model.config.replace(sparse_prediction=sparse)
+    model.eval()
+    model.save_pretrained(output)
+    save_tokenizer(tokenizer, output, model.config.max_position_embeddings)
+    return model
+
+
+def special_tokens(tokenizer: Tokenizer) -> tuple[int, tuple[int, ...]]:
+    """Id of the mask, and ids of all special tokens."""
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
+    return ids["[MASK]"], tuple(i for i in ids.values() if i is not None)
+
+
+def new_model(
+    tokenizer: Tokenizer,
+    changes: dict[str, Any],
+    config: Path | None = None,
+    device: Any = None,
+    seed: int = 0,
+) -> ModernBertForMaskedLM:
+    """A freshly initialised model for a tokenizer.
+
+    Args:
+        tokenizer: gives the vocabulary's size and the special tokens' ids.
+        changes: fields of the configuration that differ from its defaults.
+        config: a JSON file, or a folder with `config.json`, to start from instead of the defaults.
+        device: where the model goes.
+        seed: of the weights.
+    """
+    base: dict[str, Any] = {}
+    if config is not None:
+        path = config / "config.json" if config.is_dir() else config
+        base = Source(path.parent).read_json(path.name)
+    ids = {name: tokenizer.token_to_id(f"[{name.upper()}]") for name in ("cls", "sep", "pad")}
+    special = {
+        "pad_token_id": ids["pad"],
+        "cls_token_id": ids["cls"],
+        "bos_token_id": ids["cls"],
+        "sep_token_id": ids["sep"],
+        "eos_token_id": ids["sep"],
+    }
+    values = {**base, **changes, **special, "vocab_size": tokenizer.get_vocab_size()}
+    torch.manual_seed(seed)
+    return ModernBertForMaskedLM(ModernBertConfig.from_dict(values)).to(resolve_device(device))
+
+
+@contextlib.contextmanager
+def _autocast(dtype: str, device: torch.device) -> Iterator[None]:
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    enabled = dtype == "bfloat16" or (dtype == "auto" and native)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+        yield
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    found = [p for p in output.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def _save(
+    model: ModernBertForMaskedLM, optimizer: torch.optim.Optimizer, output: Path, step: int, options: PretrainOptions
+) -> None:
+    """Write a checkpoint whole, then remove the one before it."""
+    older = _checkpoints(output)
+    temporary = output / f".checkpoint-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            state[f"{name}/{key}"] = value
+    with replacing(temporary / "optimizer.safetensors") as path:
+        save_file(state, path)
+    write_text(temporary / "trainer.json", json.dumps({"step": step, "options": dataclasses.asdict(options)}, indent=2))
+    final = output / f"checkpoint-{step}"
+    shutil.rmtree(final, ignore_errors=True)
+    temporary.rename(final)
+    for old in older:
+        if old != final:
+            shutil.rmtree(old)
+
+
+def _restore(model: ModernBertForMaskedLM, optimizer: torch.optim.Optimizer, output: Path) -> int:
+    """Load the last checkpoint into model and optimizer, and return its step."""
+    found = _checkpoints(output)
+    if not found:
+        raise InputError(f"{output} holds no checkpoint to resume from")
+    saved = ModernBertForMaskedLM.from_pretrained(found[-1], dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
+    state = load_file(found[-1] / "optimizer.safetensors")
+    torch.set_rng_state(state.pop("rng"))
+    for name, parameter in model.named_parameters():
+        keys = [k for k in state if k.rpartition("/")[0] == name]
+        optimizer.state[parameter] = {k.rpartition("/")[2]: state[k].to(parameter.device) for k in keys}
+    return int(json.loads((found[-1] / "trainer.json").read_text())["step"])

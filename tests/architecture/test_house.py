@@ -1,0 +1,110 @@
+"""The house: floors, exported names, file sizes, and what the library never imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import modernbert
+import pytest
+
+SRC = Path(modernbert.__file__).parent
+FILES = sorted(SRC.rglob("*.py"))
+
+# Room -> floor. A module imports only from floors below its own, or from its own room.
+FLOORS = {
+    "config": 0,
+    "errors": 0,
+    "ops": 1,
+    "kernels": 1,
+    "hub": 2,
+    "checkpoint": 2,
+    "tokenizer": 2,
+    "generation": 2,
+    "models": 3,
+    "auto": 4,
+    "quantization": 4,
+    "training": 4,
+    "pipelines": 5,
+    "cli": 6,
+    "serving": 6,
+}
+# A configuration reads and writes its own file; these imports stand inside the two methods that do.
+ALLOWED = {("config", "hub"), ("config", "checkpoint"), ("checkpoint", "hub"), ("tokenizer", "hub"), ("tokenizer", "checkpoint")}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_a_module_imports_only_from_lower_floors(path):
+    here = room(path)
+    if here == "__init__":
+        return
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "modernbert" or len(parts) == 1 or parts[1] == here or parts[1] == "__version__":
+            continue
+        there = parts[1]
+        assert there in FLOORS, f"{path} imports {name}, which is in no room of the house"
+        assert FLOORS[there] < FLOORS[here] or (here, there) in ALLOWED, f"{path} (floor {FLOORS[here]}) imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_the_library_never_imports_transformers(path):
+    assert not any(name.split(".")[0] == "transformers" for name in imported(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
+def test_no_file_is_over_400_lines_without_a_reason_at_its_top(path):
+    text = path.read_text()
+    if len(text.splitlines()) > 400:
+        assert "Longer than 400 lines because" in ast.get_docstring(ast.parse(text)), path
+
+
+def test_only_hub_talks_to_the_hub():
+    users = {room(p) for p in FILES if any(n.split(".")[0] == "huggingface_hub" for n in imported(p))}
+    assert users == {"hub"}
+
+
+def test_exported_names():
+    assert modernbert.__all__ == [
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForMaskedLM",
+        "AutoTokenizer",
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        "ModernBertModel",
+        "Tokenizer",
+        "__version__",
+        "pipeline",
+    ]
+    for name in modernbert.__all__:
+        assert getattr(modernbert, name).__doc__, f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="Nonsense"):
+        modernbert.Nonsense  # noqa: B018
+
+
+def test_importing_is_lazy_and_help_needs_no_torch():
+    code = "import modernbert, sys; assert 'torch' not in sys.modules; import modernbert.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = (
+        "import sys\nfrom modernbert.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit as e: assert not e.code\n"
+        "assert 'torch' not in sys.modules and 'tokenizers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,82 @@
+"""Shared by all tests: two threads, no network, small models and the real data where it is there."""
+
+import logging
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "0")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import pytest
+import torch
+from modernbert import ModernBertConfig, ModernBertForMaskedLM
+from tokenizers import Tokenizer as Backend
+
+hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("here")
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "local_attention": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "cls_token_id": 1,
+    "eos_token_id": 2,
+    "sep_token_id": 2,
+}
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_config():
+    return ModernBertConfig(**SMALL)
+
+
+@pytest.fixture
+def small_model(small_config):
+    """A masked language model large enough in its weights that its outputs differ clearly."""
+    model = ModernBertForMaskedLM(small_config.replace(initializer_range=0.3)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of real data that lies beside a checkout, or a skip."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data at {DATA}")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def real_backend(data):
+    return Backend.from_file(str(data / "tokenizer" / "tokenizer.json"))
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger="modernbert")
+    return caplog
