@@ -29,7 +29,7 @@ def random_config(seed: int) -> dict:
         "norm_eps": rng.choice([1e-5, 1e-6]),
         "hidden_activation": rng.choice(["gelu", "gelu", "relu", "silu", "gelu_pytorch_tanh"]),
         "classifier_activation": rng.choice(["gelu", "gelu", "silu", "tanh"]),
-        "initializer_range": 0.2,
+        "initializer_range": 0.1,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "cls_token_id": 1,

@@ -128,7 +128,8 @@ class MLP(nn.Module):
     def forward(self, x_TM: Tensor) -> Tensor:
         """(T, M) to (T, M)."""
         in_TI, gate_TI = self.Wi(x_TM).chunk(2, dim=-1)
-        return self.Wo(self.drop(self.act(in_TI) * gate_TI))  # type: ignore[no-any-return]
+        # PyTorch has other kernels, with other bits, for strided rows; a single row is never strided.
+        return self.Wo(self.drop(self.act(in_TI.contiguous()) * gate_TI))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):

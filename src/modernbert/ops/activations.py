@@ -1,25 +1,44 @@
-"""Activations by the names that configurations use."""
+"""Activations by the names that configurations use.
+
+PyTorch's own sigmoid, SiLU and tanh-GELU compute the last few numbers of each thread's share by another formula than
+the rest, so that a row's bits depend on how many rows there are. Its exact GELU and its tanh do not; the others are
+written by way of tanh.
+"""
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_tanh_gelu = functools.partial(F.gelu, approximate="tanh")
+
+def _sigmoid(x: Tensor) -> Tensor:
+    return (0.5 + 0.5 * torch.tanh(0.5 * x.float())).to(x.dtype)
+
+
+def _silu(x: Tensor) -> Tensor:
+    wide = x.float()
+    return (wide * (0.5 + 0.5 * torch.tanh(0.5 * wide))).to(x.dtype)
+
+
+def _tanh_gelu(x: Tensor) -> Tensor:
+    wide = x.float()
+    inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide * wide * wide)
+    return (0.5 * wide * (1 + torch.tanh(inner))).to(x.dtype)
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # the exact one, by erf
     "gelu_new": _tanh_gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
     "relu": F.relu,
-    "silu": F.silu,
-    "swish": F.silu,
+    "silu": _silu,
+    "swish": _silu,
     "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
+    "sigmoid": _sigmoid,
 }
 
 

@@ -61,10 +61,8 @@ class Packing:
         column_T = indices_T - text_T * columns
         first_B = mask_BS.int().argmax(1) if columns else torch.zeros(batch, dtype=torch.int64, device=mask_BS.device)
         positions_T = column_T - first_B[text_T]
-        # Without gaps the last real token of a text of n stands n - 1 after its first.
-        ends = torch.tensor(lengths, device=mask_BS.device).cumsum(0) - 1
-        full = torch.tensor(lengths, device=mask_BS.device) > 0
-        gaps = bool((positions_T[ends[full]] != torch.tensor(lengths, device=mask_BS.device)[full] - 1).any())
+        # Without gaps a text's positions are 0, 1, 2, ...
+        gaps = not torch.equal(positions_T, cls.from_lengths(lengths, mask_BS.device).positions_T)
         return cls(lengths, positions_T, text_T, indices_T, (batch, columns), gaps)
 
     @classmethod
@@ -77,9 +75,8 @@ class Packing:
     ) -> Packing:
         """Pack texts of these lengths that lie end to end already."""
         lengths_B = torch.tensor(lengths, dtype=torch.int64)
-        starts_B = lengths_B.cumsum(0) - lengths_B
         text_T = torch.arange(len(lengths)).repeat_interleave(lengths_B)
-        positions_T = torch.arange(int(lengths_B.sum())) - starts_B[text_T]
+        positions_T = torch.arange(len(text_T)) - (lengths_B.cumsum(0) - lengths_B)[text_T]
         return cls(tuple(lengths), positions_T.to(device), text_T.to(device), indices_T, grid)
 
     @classmethod

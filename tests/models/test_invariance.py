@@ -1,0 +1,107 @@
+"""Padded = packed = one text at a time, left = right padding: bit for bit, float32 and bfloat16."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modernbert import ModernBertConfig, ModernBertForMaskedLM
+
+from tests.conftest import SMALL
+
+LENGTHS = st.lists(st.sampled_from([0, 1, 2, 9, 16, 17, 33, 64, 65, 129, 257, 300]), min_size=1, max_size=5)
+
+
+def model_of(dtype, implementation, optimized=False, activation="gelu"):
+    torch.manual_seed(1)
+    changes = {"hidden_activation": activation, "intermediate_size": 97} if activation != "gelu" else {}
+    config = ModernBertConfig(**{**SMALL, **changes}, initializer_range=0.2, classifier_bias=True, norm_bias=True)
+    model = ModernBertForMaskedLM(config, implementation).eval().to(dtype)
+    return model.optimize_for_inference() if optimized else model
+
+
+def grid(lengths, side, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(3, SMALL["vocab_size"], (n,), generator=generator) for n in lengths]
+    width = max(max(lengths), 1) + 2
+    ids, mask = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, dtype=torch.long)
+    for row, text in enumerate(texts):
+        where = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
+        ids[row, where], mask[row, where] = text, 1
+    return texts, ids, mask
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_one_text_has_one_result(activation, dtype, implementation, optimized):
+    model = model_of(dtype, implementation, optimized, activation)
+
+    @settings(max_examples=12)
+    @given(LENGTHS)
+    @torch.no_grad()
+    def check(lengths):
+        texts, right, right_mask = grid(lengths, "right")
+        _, left, left_mask = grid(lengths, "left")
+        from_right = model(right, attention_mask=right_mask).logits
+        from_left = model(left, attention_mask=left_mask).logits
+        cumulative = torch.tensor([0, *lengths]).cumsum(0).int()
+        packed = model(torch.cat(texts), cu_seqlens=cumulative).logits
+        assert torch.isfinite(from_right).all()
+        assert not from_right[right_mask == 0].any()
+        assert torch.equal(from_right[right_mask == 1], packed)
+        assert torch.equal(from_left[left_mask == 1], packed)
+        for text, rows in zip(texts, packed.split(lengths), strict=True):
+            if len(text):
+                assert torch.equal(model(text[None]).logits[0], rows)
+
+    check()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_optimizing_changes_no_bit(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _, ids, mask = grid([300, 1, 64, 17], "right")
+        with torch.no_grad():
+            plain = model_of(torch.float32, "sdpa")(ids, attention_mask=mask).logits
+            fast = model_of(torch.float32, "sdpa", optimized=True)(ids, attention_mask=mask).logits
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(plain, fast)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_row_of_padding_alone_gives_zeros_and_no_nan_in_gradients(implementation):
+    model = model_of(torch.float32, implementation)
+    ids, mask = torch.zeros(2, 20, dtype=torch.long), torch.zeros(2, 20, dtype=torch.long)
+    ids[0], mask[0] = 5, 1
+    out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
+    assert not out.logits[1].any()
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    nothing = model(ids, attention_mask=mask * 0).logits
+    assert nothing.shape == (2, 20, SMALL["vocab_size"])
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_gradients_do_not_depend_on_padding(implementation):
+    model = model_of(torch.float32, implementation)
+    gradients = []
+    for side in ("left", "right"):
+        _, ids, mask = grid([70, 3, 150], side)
+        loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_finite_weights_of_any_size_give_no_nan():
+    model = model_of(torch.float32, "sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(50)
+    _, ids, mask = grid([130, 0, 5], "left")
+    assert torch.isfinite(model(ids, attention_mask=mask).logits).all()
