@@ -74,7 +74,7 @@ class BatchEncoding(dict[str, Any]):
 
     def token_to_chars(self, token: int, batch_index: int = 0) -> tuple[int, int] | None:
         """Where a token of a row (padding not counted) begins and ends in its text; None for special tokens."""
-        return self._encoding(batch_index).token_to_chars(token) and self._encoding(batch_index).token_to_chars(token)[1]
+        return self._encoding(batch_index).token_to_chars(token)
 
     def char_to_token(self, char: int, batch_index: int = 0, sequence_index: int = 0) -> int | None:
         """The token of a row (padding not counted) that holds this character of its text."""

@@ -1,0 +1,182 @@
+"""fill-mask: shaped as in transformers, with its scores; several masks, targets, batches, streams, clear errors."""
+
+import itertools
+
+import pytest
+import torch
+import transformers
+from modernbert import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, ModernBertModel, pipeline
+from modernbert.errors import InputError, NotFoundError
+from modernbert.pipelines import TASKS, small_model
+from modernbert.training.train_tokenizer import save_tokenizer, train_tokenizer
+
+TEXTS = [
+    "The dog ran across the [MASK].",
+    "Paris is the [MASK] of France.",
+    "[MASK]",
+    "One [MASK] and another [MASK] here.",
+    "A longer text, so that lengths differ: " + "word " * 20 + "[MASK] end.",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model with a tokenizer of 400 ids."""
+    folder = tmp_path_factory.mktemp("model")
+    text = "The dog ran across the road. Paris is the capital of France. One word and another here. " * 4
+    backend = train_tokenizer([text], 400)
+    ids = {name: backend.token_to_id(f"[{name.upper()}]") for name in ("cls", "sep", "pad")}
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=backend.get_vocab_size(),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        pad_token_id=ids["pad"],
+        cls_token_id=ids["cls"],
+        bos_token_id=ids["cls"],
+        sep_token_id=ids["sep"],
+        eos_token_id=ids["sep"],
+    )
+    ModernBertForMaskedLM(config).save_pretrained(folder)
+    save_tokenizer(backend, folder, 128)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return pipeline("fill-mask", str(folder))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return transformers.pipeline("fill-mask", model=str(folder))
+
+
+def same(a, b):
+    if isinstance(b[0], list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+        return
+    assert [{**x, "score": 0} for x in a] == [{**y, "score": 0} for y in b]
+    for x, y in zip(a, b, strict=True):
+        assert list(x) == list(y)
+        assert abs(x["score"] - y["score"]) < 1e-6
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("top_k", [1, 5, 7])
+def test_one_text(ours, theirs, text, top_k):
+    same(ours(text, top_k=top_k), theirs(text, top_k=top_k))
+
+
+def test_batches_give_each_text_its_own_answer_bit_for_bit(ours, theirs, folder):
+    alone = [ours(text) for text in TEXTS]
+    assert ours(TEXTS) == alone
+    assert ours(TEXTS[::-1]) == alone[::-1]
+    assert pipeline("fill-mask", folder, batch_tokens=1)(TEXTS) == alone
+    for a, b in zip(ours(TEXTS), theirs(TEXTS), strict=True):
+        same(a, b)
+
+
+def test_an_endless_iterable_streams(ours):
+    endless = (f"Text {i} has a [MASK]." for i in itertools.count())
+    stream = ours(endless, top_k=1)
+    first = list(itertools.islice(stream, 3))
+    assert first == [ours(f"Text {i} has a [MASK].", top_k=1) for i in range(3)]
+
+
+def test_targets(ours, theirs, folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answers = ours("Paris is the [MASK] of France.", targets=["capital", "dog", "capital"])
+    assert {a["token_str"] for a in answers} == {" capital", " dog"}
+    assert {a["token"] for a in answers} == set(tokenizer.convert_tokens_to_ids(["Ġcapital", "Ġdog"]))
+    everything = {a["token"]: a["score"] for a in ours("Paris is the [MASK] of France.", top_k=400)}
+    for answer in answers:
+        assert answer["score"] == everything[answer["token"]]
+    start = ours("[MASK] is the capital of France.", targets="Paris")[0]
+    assert start["token_str"] == "Paris"
+    several = ours("[MASK] is the [MASK].", targets=["Paris", "road"], top_k=1)
+    assert len(several) == 2
+    assert all(len(answers) == 1 for answers in several)
+    same(ours(TEXTS[0], targets=[" dog", " road"]), theirs(TEXTS[0], targets=["Ġdog", "Ġroad"]))
+
+
+def test_loaded_models_devices_and_dtypes(folder, ours):
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert pipeline("fill-mask", model, tokenizer)(TEXTS[0]) == ours(TEXTS[0])
+    assert pipeline("fill-mask", model, str(folder), top_k=2)(TEXTS[0]) == ours(TEXTS[0], top_k=2)
+    assert pipeline("fill-mask", folder, dtype="bfloat16").model.dtype == torch.bfloat16
+    assert pipeline("fill-mask", folder, torch_dtype=torch.bfloat16, device="cpu").model.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="give tokenizer="):
+        pipeline("fill-mask", model)
+    with pytest.raises(InputError, match="this is a ModernBertModel"):
+        pipeline("fill-mask", ModernBertModel(model.config), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        ("no mask here", {}, r"there is no \[MASK\] in 'no mask here'"),
+        (["fine [MASK]", "not fine"], {}, r"there is no \[MASK\] in 'not fine'"),
+        ("x " * 200 + "[MASK]", {}, r"tokens and the model's context holds 128"),
+        (5, {}, "inputs is a int"),
+        ([5], {}, "a text is a int"),
+        ("[MASK]", {"top_k": 0}, "top_k is 0"),
+        ("[MASK]", {"targets": []}, "targets is"),
+        ("[MASK]", {"topk": 3}, "no option topk; there are top_k, targets"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_clear_error(ours, inputs, options, message):
+    with pytest.raises(InputError, match=message):
+        ours(inputs, **options)
+
+
+def test_unknown_tasks_and_models(folder):
+    with pytest.raises(InputError, match=f"task is 'fill'; choose one of {', '.join(TASKS)}"):
+        pipeline("fill")
+    with pytest.raises(InputError, match="task is None"):
+        pipeline()
+    with pytest.raises(NotFoundError, match="neither a folder"):
+        pipeline("fill-mask", "./nowhere/at/all")
+    with pytest.raises(InputError, match="batch_tokens is 0"):
+        pipeline("fill-mask", folder, batch_tokens=0)
+
+
+def test_an_empty_list(ours):
+    assert ours([]) == []
+
+
+# What everyone would accept in these places.
+SENSIBLE = {
+    "The dog ran across the [MASK].": {"room", "road", "street", "field", "river", "grass", "garden", "yard", "lawn", "floor", "water", "ground", "bridge", "path", "sea"},
+    "She opened the [MASK] and went into the room.": {"door", "window", "gate", "doors"},
+    "He looked at her with tears in his [MASK].": {"eyes", "face", "heart"},
+    "The sun was shining in the [MASK].": {"sky", "morning", "garden", "east", "west", "sun", "air", "distance", "window", "night", "evening", "day"},
+    "They sat down at the [MASK] to eat their dinner.": {"table", "fire", "door", "house", "window", "end", "kitchen"},
+    "I do not [MASK] what you mean.": {"know", "understand", "see", "think", "believe"},
+    "It was a dark and stormy [MASK].": {"night", "day", "evening", "morning", "place", "afternoon", "sky"},
+    "My father and [MASK] live in a small house.": {"mother", "I", "brother", "sister", "son", "father", "wife", "mamma"},
+    "The king and the [MASK] lived in a castle.": {"queen", "king", "prince", "princess", "people", "lady"},
+    "He put his hand in his [MASK] and took out some money.": {"pocket", "hand", "pockets", "hands", "purse", "bag"},
+    "The [MASK] is the capital of the country.": {"city", "town", "capital", "country", "state", "name", "county", "area", "village"},
+}
+
+
+@pytest.mark.parametrize("text", SENSIBLE)
+def test_the_small_model_gives_sensible_words(text):
+    answers = pipeline("fill-mask")(text)
+    assert {a["token_str"].strip() for a in answers} & SENSIBLE[text], [a["token_str"] for a in answers]
+
+
+def test_the_small_model_is_small_and_complete():
+    folder = small_model()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 10 * 10**6
+    assert transformers.AutoModelForMaskedLM.from_pretrained(folder).config.vocab_size == 8192
