@@ -12,8 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
-from modernbert import ModernBertConfig, ModernBertForMaskedLM
 from tokenizers import Tokenizer as Backend
+
+from modernbert import ModernBertConfig, ModernBertForMaskedLM
 
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("here")

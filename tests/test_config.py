@@ -7,10 +7,10 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+
 from modernbert import AutoConfig, ModernBertConfig
 from modernbert.config import Reach
 from modernbert.errors import CheckpointError, ConfigError, NotFoundError
-
 from tests.parity.configs import random_config
 
 # What the pages of both generations document.
@@ -96,12 +96,20 @@ def test_layer_types_and_rope_parameters_win():
     kinds = ["sliding_attention", "full_attention", "full_attention"]
     rope = {"full_attention": {"rope_theta": 9e4}, "sliding_attention": {"rope_type": "linear", "factor": 2}}
     config = ModernBertConfig(
-        num_hidden_layers=3, layer_types=kinds, global_attn_every_n_layers=3, rope_parameters=rope, global_rope_theta=1e3
+        num_hidden_layers=3,
+        layer_types=kinds,
+        global_attn_every_n_layers=3,
+        rope_parameters=rope,
+        global_rope_theta=1e3,
     )
     assert config.layer_types == kinds
     assert config.global_attn_every_n_layers is None
     assert config.global_rope_theta == 9e4
-    assert config.rope_parameters["sliding_attention"] == {"rope_type": "linear", "factor": 2, "rope_theta": 10000.0}
+    assert config.rope_parameters["sliding_attention"] == {
+        "rope_type": "linear",
+        "factor": 2,
+        "rope_theta": 10000.0,
+    }
     alternate = ["full_attention", "sliding_attention"] * 2
     assert ModernBertConfig(num_hidden_layers=4, layer_types=alternate).global_attn_every_n_layers == 2
 
@@ -111,7 +119,11 @@ def test_rope_scaling_of_older_files_means_both_layer_types():
     theirs = transformers.ModernBertConfig(rope_scaling={"rope_type": "yarn", "factor": 4.0})
     assert config.rope_parameters == theirs.rope_parameters
     flat = ModernBertConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e4})
-    assert flat.rope_parameters["sliding_attention"] == {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e4}
+    assert flat.rope_parameters["sliding_attention"] == {
+        "rope_type": "dynamic",
+        "factor": 2.0,
+        "rope_theta": 5e4,
+    }
 
 
 IMPOSSIBLE = {

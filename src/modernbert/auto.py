@@ -82,7 +82,9 @@ class _AutoModelBase:
     def _class_for(cls, config: ModernBertConfig) -> Any:
         models = _MODELS[cls.kind]
         if config.model_type not in models:
-            raise ConfigError(f"{cls.__name__} has no model for model_type {config.model_type!r}; known are {', '.join(models)}")
+            raise ConfigError(
+                f"{cls.__name__} has no model for model_type {config.model_type!r}; known are {', '.join(models)}"
+            )
         return _load(models[config.model_type])
 
 

@@ -66,8 +66,8 @@ class Source:
         return self._download(name, filename)
 
     def _download(self, repository: str, filename: str) -> Path | None:
-        from huggingface_hub import hf_hub_download
         from huggingface_hub import errors as hub_errors
+        from huggingface_hub import hf_hub_download
 
         try:
             return Path(

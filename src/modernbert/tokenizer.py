@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
-import numpy as np
-import torch
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
-from modernbert.checkpoint import write_text
+from modernbert.encoding import BatchEncoding, pad_rows, rows_of, to_list, to_tensors
 from modernbert.errors import InputError
+from modernbert.files import write_text
 from modernbert.hub import Source
 
 logger = logging.getLogger(__name__)
@@ -26,69 +25,6 @@ _TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 _PADDINGS = ("longest", "max_length", "do_not_pad")
 _SIDES = ("left", "right")
 _UNLIMITED = int(1e30)  # how tokenizer files say that texts may be of any length
-# What a padded place holds, by the key of the output.
-_FILL = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0), "labels": -100}
-
-
-class BatchEncoding(dict[str, Any]):
-    """What a tokenizer returns: a dict whose values are also attributes.
-
-    Args:
-        data: lists or tensors by name.
-        encodings: the `tokenizers` encodings behind them, one a row, where there are any.
-    """
-
-    def __init__(self, data: Mapping[str, Any], encodings: Sequence[Encoding] | None = None) -> None:
-        super().__init__(data)
-        self.encodings = encodings
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the encoding holds {', '.join(self)}; not {name!r}") from None
-
-    def to(self, device: Any) -> Self:
-        """Move the tensors to a device, in place, and return this encoding."""
-        for name, value in self.items():
-            if isinstance(value, torch.Tensor):
-                self[name] = value.to(device)
-        return self
-
-    def _encoding(self, row: int) -> Encoding:
-        if self.encodings is None:
-            raise InputError("this batch was not made from text, so it knows neither words nor characters")
-        return self.encodings[row]
-
-    def tokens(self, batch_index: int = 0) -> list[str]:
-        """Tokens of a row, without padding."""
-        return list(self._encoding(batch_index).tokens)
-
-    def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """For each token of a row the number of its word, None for special tokens and padding."""
-        return self._spread(list(self._encoding(batch_index).word_ids), batch_index)
-
-    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
-        """For each token of a row 0 or 1, the text of a pair it is from; None for special tokens and padding."""
-        return self._spread(list(self._encoding(batch_index).sequence_ids), batch_index)
-
-    def token_to_chars(self, token: int, batch_index: int = 0) -> tuple[int, int] | None:
-        """Where a token of a row (padding not counted) begins and ends in its text; None for special tokens."""
-        return self._encoding(batch_index).token_to_chars(token)
-
-    def char_to_token(self, char: int, batch_index: int = 0, sequence_index: int = 0) -> int | None:
-        """The token of a row (padding not counted) that holds this character of its text."""
-        return self._encoding(batch_index).char_to_token(char, sequence_index)
-
-    def _spread(self, values: list[int | None], row: int) -> list[int | None]:
-        """Put None at the row's padding."""
-        mask = self.get("attention_mask")
-        if mask is None or self.encodings is None:
-            return values
-        row_mask = mask[row] if len(mask) and not isinstance(mask[0], int) else mask
-        real = [bool(m) for m in row_mask]
-        rest = iter(values)
-        return [next(rest) if here else None for here in real]
 
 
 class Tokenizer:
@@ -127,7 +63,9 @@ class Tokenizer:
                 self._specials[name] = token
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, add_prefix_space: bool | None = None, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, add_prefix_space: bool | None = None, **kwargs: Any
+    ) -> Self:
         """Read `tokenizer.json`, and `tokenizer_config.json` where there is one, from a folder or the Hub.
 
         Args:
@@ -202,9 +140,12 @@ class Tokenizer:
     @property
     def all_special_ids(self) -> list[int]:
         """Ids of the special tokens."""
-        return [self.backend.token_to_id(token) for token in self.all_special_tokens]
+        ids = (self.backend.token_to_id(token) for token in self.all_special_tokens)
+        return [i for i in ids if i is not None]
 
-    def add_tokens(self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+    def add_tokens(
+        self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
+    ) -> int:
         """Add tokens that are not in the vocabulary and return how many are new; then resize the model."""
         tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
         return self.backend.add_special_tokens(tokens) if special_tokens else self.backend.add_tokens(tokens)
@@ -213,7 +154,9 @@ class Tokenizer:
         """Name special tokens, as {"mask_token": "[MASK]"}, and add those that are new; returns how many."""
         for name in special_tokens:
             if name.removesuffix("_token") not in SPECIAL_NAMES:
-                raise InputError(f"{name!r} is no special token; there are {', '.join(n + '_token' for n in SPECIAL_NAMES)}")
+                raise InputError(
+                    f"{name!r} is no special token; there are {', '.join(n + '_token' for n in SPECIAL_NAMES)}"
+                )
         added = self.add_tokens(list(special_tokens.values()), special_tokens=True)
         self._specials.update({name.removesuffix("_token"): token for name, token in special_tokens.items()})
         return added
@@ -227,7 +170,7 @@ class Tokenizer:
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Token of an id, or tokens of a list or tensor of them."""
-        values = _to_list(ids)
+        values = to_list(ids)
         if isinstance(values, int):
             return self.backend.id_to_token(values)
         hidden = set(self.all_special_ids) if skip_special_tokens else set()
@@ -245,7 +188,7 @@ class Tokenizer:
 
     def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[int]:
         """Ids of one text or pair; arguments as of a call."""
-        return self(text, text_pair, **kwargs).input_ids  # type: ignore[no-any-return]
+        return self(text, text_pair, **kwargs).input_ids
 
     def __call__(
         self,
@@ -291,35 +234,36 @@ class Tokenizer:
         Raises:
             InputError: texts of the wrong form, contradictory options, or rows that make no tensor.
         """
-        batched, inputs = _batch(text, text_pair, is_split_into_words)
+        batched, inputs = rows_of(text, text_pair, is_split_into_words)
         strategy, limit = self._truncation(padding, truncation, max_length, text_pair is not None)
-        encodings = self._encode(inputs, add_special_tokens, (strategy, limit, stride) if strategy else None, is_split_into_words)
+        encodings = self._encode(
+            inputs, add_special_tokens, (strategy, limit, stride) if strategy else None, is_split_into_words
+        )
         rows, sample = encodings, list(range(len(encodings)))
         if return_overflowing_tokens:
             rows, sample = [], []
             for i, encoding in enumerate(encodings):
                 rows += [encoding, *encoding.overflowing]
                 sample += [i] * (1 + len(encoding.overflowing))
+        if return_token_type_ids is None:
+            return_token_type_ids = "token_type_ids" in self.model_input_names
         data: dict[str, list[Any]] = {"input_ids": [e.ids for e in rows]}
-        if return_token_type_ids or (return_token_type_ids is None and "token_type_ids" in self.model_input_names):
-            data["token_type_ids"] = [e.type_ids for e in rows]
-        if return_attention_mask:
-            data["attention_mask"] = [e.attention_mask for e in rows]
-        if return_special_tokens_mask:
-            data["special_tokens_mask"] = [e.special_tokens_mask for e in rows]
-        if return_offsets_mapping:
-            data["offset_mapping"] = [e.offsets for e in rows]
+        for wanted, name, attribute in (
+            (return_token_type_ids, "token_type_ids", "type_ids"),
+            (return_attention_mask, "attention_mask", "attention_mask"),
+            (return_special_tokens_mask, "special_tokens_mask", "special_tokens_mask"),
+            (return_offsets_mapping, "offset_mapping", "offsets"),
+        ):
+            if wanted:
+                data[name] = [getattr(e, attribute) for e in rows]
         if return_length:
             data["length"] = [len(e.ids) for e in rows]
         if return_overflowing_tokens:
             data["overflow_to_sample_mapping"] = sample
         longest = max((len(e.ids) for e in rows), default=0)
         if not strategy and longest > self.model_max_length:
-            logger.warning(
-                "a text has %d tokens and the model was trained for %d; truncation=True cuts it",
-                longest,
-                self.model_max_length,
-            )
+            known = self.model_max_length
+            logger.warning("a text has %d tokens and the model's context %d; truncation=True cuts it", longest, known)
         padded = self.pad(
             data,
             padding=padding,
@@ -330,7 +274,7 @@ class Tokenizer:
         if not batched and return_tensors is None and not return_overflowing_tokens:
             padded = BatchEncoding({name: value[0] for name, value in padded.items()})
         padded.encodings = rows
-        return _to_tensors(padded, return_tensors)
+        return to_tensors(padded, return_tensors)
 
     def _truncation(
         self, padding: bool | str, truncation: bool | str | None, max_length: int | None, pair: bool
@@ -397,10 +341,12 @@ class Tokenizer:
         """
         if not isinstance(encoded_inputs, Mapping):
             encoded_inputs = {name: [row[name] for row in encoded_inputs] for name in encoded_inputs[0]}
-        data: dict[str, Any] = {name: list(_to_list(values)) for name, values in encoded_inputs.items()}
+        data: dict[str, Any] = {name: list(to_list(values)) for name, values in encoded_inputs.items()}
         if "input_ids" not in data:
             raise InputError(f"there is nothing to pad by: input_ids is missing among {', '.join(data) or 'no keys'}")
-        strategy = {True: "longest", False: "do_not_pad"}.get(padding, padding) if isinstance(padding, bool) else padding
+        strategy = (
+            {True: "longest", False: "do_not_pad"}.get(padding, padding) if isinstance(padding, bool) else padding
+        )
         side = padding_side or self.padding_side
         if strategy not in _PADDINGS:
             raise InputError(f"padding is {padding!r}; choose True, False or one of {', '.join(_PADDINGS)}")
@@ -409,8 +355,7 @@ class Tokenizer:
         lengths = [len(row) for row in data["input_ids"]]
         if strategy != "do_not_pad" and lengths:
             if self.pad_token_id is None:
-                raise InputError("padding is asked for and the tokenizer has no padding token; name one with "
-                                 "add_special_tokens({'pad_token': ...})")
+                raise InputError("there is no padding token; name one: add_special_tokens({'pad_token': ...})")
             if strategy == "max_length":
                 target = self.model_max_length if max_length is None else max_length
                 if target >= _UNLIMITED:
@@ -419,17 +364,16 @@ class Tokenizer:
                 target = max(lengths)
             if pad_to_multiple_of:
                 target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
-            data.setdefault("attention_mask", [[1] * n for n in lengths])
-            for name, rows in data.items():
-                if name in _FILL or name == "input_ids":
-                    fill = self.pad_token_id if name == "input_ids" else _FILL[name]
-                    data[name] = [_pad_row(list(row), target, fill, side) for row in rows]
-        return _to_tensors(BatchEncoding(data), return_tensors)
+            pad_rows(data, target, self.pad_token_id, side)
+        return to_tensors(BatchEncoding(data), return_tensors)
 
     # Ids to text
 
     def decode(
-        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
+        self,
+        token_ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
     ) -> Any:
         """Text of ids: a number, a list or a tensor; rows of ids give a list of texts.
 
@@ -439,7 +383,7 @@ class Tokenizer:
             clean_up_tokenization_spaces: take out the space before punctuation; byte-level tokens need none of
                 that, so it happens only when asked for.
         """
-        values = _to_list(token_ids)
+        values = to_list(token_ids)
         if isinstance(values, int):
             values = [values]
         if values and isinstance(values[0], list):
@@ -453,61 +397,3 @@ class Tokenizer:
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of several rows of ids."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
-
-
-def _to_list(values: Any) -> Any:
-    return values.tolist() if isinstance(values, torch.Tensor | np.ndarray | np.generic) else values
-
-
-def _pad_row(row: list[Any], target: int, fill: Any, side: str) -> list[Any]:
-    missing = [fill] * (target - len(row))
-    return row + missing if side == "right" else missing + row
-
-
-def _batch(text: Any, text_pair: Any, words: bool) -> tuple[bool, list[Any]]:
-    """Whether the input is a batch, and its texts or pairs as a list."""
-    firsts, seconds = _texts("text", text, words), _texts("text_pair", text_pair, words)
-    if firsts is None:
-        raise InputError("text is None; give a string or a list of them")
-    batched, first_list = firsts
-    if seconds is None:
-        return batched, first_list
-    if batched != seconds[0] or len(first_list) != len(seconds[1]):
-        raise InputError(f"text holds {len(first_list)} texts and text_pair {len(seconds[1])}; they must be as many")
-    return batched, list(zip(first_list, seconds[1], strict=True))
-
-
-def _texts(name: str, given: Any, words: bool) -> tuple[bool, list[Any]] | None:
-    if given is None:
-        return None
-    if not words:
-        if isinstance(given, str):
-            return False, [given]
-        if isinstance(given, Iterable) and not isinstance(given, bytes | Mapping):
-            texts = list(given)
-            bad = next((t for t in texts if not isinstance(t, str)), None)
-            if bad is None:
-                return True, texts
-            raise InputError(f"{name} holds a {type(bad).__name__}; every text must be a string")
-        raise InputError(f"{name} is a {type(given).__name__}; give a string or a list of strings")
-    if isinstance(given, list | tuple):
-        if all(isinstance(w, str) for w in given):
-            return False, [list(given)]
-        if all(isinstance(t, list | tuple) and all(isinstance(w, str) for w in t) for t in given):
-            return True, [list(t) for t in given]
-    raise InputError(f"{name} is a {type(given).__name__}; with is_split_into_words give a list of words, or of such lists")
-
-
-def _to_tensors(batch: BatchEncoding, kind: str | None) -> BatchEncoding:
-    if kind is None:
-        return batch
-    if kind not in ("pt", "np"):
-        raise InputError(f"return_tensors is {kind!r}; choose 'pt', 'np' or None")
-    for name, value in batch.items():
-        try:
-            array = np.array(value, dtype=np.int64)
-        except ValueError:
-            lengths = sorted({len(row) for row in value})
-            raise InputError(f"{name} has rows of {lengths} and makes no tensor; padding=True makes them equal") from None
-        batch[name] = torch.from_numpy(array) if kind == "pt" else array
-    return batch

@@ -65,7 +65,11 @@ def test_targets():
         (("run",), b"fine [MASK]\n\xff\xfe [MASK]\n", "standard input, line 2, is not UTF-8"),
         (("run", "[MASK]", "--task", "sing"), "", "task is 'sing'; choose one of fill-mask"),
         (("run", "[MASK]", "--model", "./no/such/folder"), "", "neither a folder on this disk"),
-        (("run", "[MASK]", "--model", "no-one/nothing"), "", "no-one/nothing: config.json is not in the cache"),
+        (
+            ("run", "[MASK]", "--model", "no-one/nothing"),
+            "",
+            "no-one/nothing: config.json is not in the cache",
+        ),
         (("run", "[MASK]", "--top-k", "many"), "", "'many' is not a valid int"),
         (("run", "[MASK]", "--top-k", "0"), "", "top_k is 0"),
         (("run", "[MASK]", "--device", "toaster"), "", "device is 'toaster'"),

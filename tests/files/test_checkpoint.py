@@ -4,16 +4,17 @@ import json
 import logging
 import re
 
-import modernbert
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from modernbert import ModernBertForMaskedLM, ModernBertModel
-from modernbert.checkpoint import _bytes, replacing, write_text
-from modernbert.errors import CheckpointError, ConfigError
 
-from tests.parity.configs import peer, random_batch, random_config
+import modernbert
+from modernbert import ModernBertForMaskedLM, ModernBertModel
+from modernbert.checkpoint import _bytes
+from modernbert.errors import CheckpointError, ConfigError
+from modernbert.files import replacing, write_text
+from tests.parity.configs import random_batch, random_config
 
 
 def content(folder):
@@ -154,7 +155,11 @@ def test_a_configuration_of_another_kind_is_refused(small_model, tmp_path):
     with pytest.raises(TypeError, match="ModernBertModel takes ModernBertConfig"):
         ModernBertModel({"hidden_size": 4})
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    for load in (modernbert.AutoConfig.from_pretrained, modernbert.AutoModel.from_pretrained, ModernBertModel.from_pretrained):
+    for load in (
+        modernbert.AutoConfig.from_pretrained,
+        modernbert.AutoModel.from_pretrained,
+        ModernBertModel.from_pretrained,
+    ):
         with pytest.raises(ConfigError, match="'bert'"):
             load(tmp_path)
 

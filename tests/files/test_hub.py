@@ -1,11 +1,11 @@
 """Checkpoints from the Hub: over HTTP on loopback, from its cache, and every way that it can say no."""
 
 import pytest
+
 from modernbert import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, ModernBertForMaskedLM
 from modernbert.errors import CheckpointError, NotFoundError
 from modernbert.hub import Source
 from modernbert.training.train_tokenizer import save_tokenizer, train_tokenizer
-
 from tests.hub_server import COMMIT, Hub, write_cache
 
 import torch  # isort: skip
@@ -38,7 +38,9 @@ def hub(files, tmp_path, monkeypatch):
     hub.private, hub.gated = {"owner/private"}, {"owner/gated"}
     with hub.serving() as endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         hub.cache = tmp_path / "cache"
         yield hub
@@ -68,7 +70,10 @@ def test_download_then_offline(hub, small_model, monkeypatch):
 
 def test_revision_subfolder_and_token(hub, small_model):
     for revision in ("v1", COMMIT):
-        assert same(AutoModelForMaskedLM.from_pretrained("owner/name", revision=revision, cache_dir=hub.cache), small_model)
+        assert same(
+            AutoModelForMaskedLM.from_pretrained("owner/name", revision=revision, cache_dir=hub.cache),
+            small_model,
+        )
     nested = AutoModelForMaskedLM.from_pretrained("owner/nested", subfolder="inner", cache_dir=hub.cache)
     assert same(nested, small_model)
     private = AutoModelForMaskedLM.from_pretrained("owner/private", token="secret", cache_dir=hub.cache)
@@ -100,7 +105,9 @@ def test_every_no_is_one_clear_error(hub, arguments, error, message):
 def test_an_unreachable_hub(files, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(NotFoundError, match="cannot be reached"):
         AutoConfig.from_pretrained("owner/name", cache_dir=tmp_path / "cache")

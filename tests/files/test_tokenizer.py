@@ -9,6 +9,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modernbert import AutoTokenizer, Tokenizer
 from modernbert.errors import InputError, NotFoundError
 from modernbert.training.train_tokenizer import save_tokenizer, train_tokenizer
@@ -38,7 +39,13 @@ def both(data, tmp_path_factory):
     """Ours and transformers' tokenizer on the same files."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "tokenizer.json").write_bytes((data / "tokenizer" / "tokenizer.json").read_bytes())
-    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "mask_token": "[MASK]", "unk_token": "[UNK]"}
+    names = {
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "mask_token": "[MASK]",
+        "unk_token": "[UNK]",
+    }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, **names}
     config["model_input_names"] = ["input_ids", "attention_mask"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -66,9 +73,26 @@ OPTIONS = [
     {"padding": True, "padding_side": "left", "pad_to_multiple_of": 16},
     {"padding": "max_length", "max_length": 40, "truncation": True},
     {"truncation": True, "max_length": 17},
-    {"max_length": 9, "truncation": "only_first", "stride": 3, "return_overflowing_tokens": True, "padding": True},
-    {"max_length": 12, "truncation": True, "stride": 5, "return_overflowing_tokens": True, "return_offsets_mapping": True},
-    {"return_offsets_mapping": True, "return_special_tokens_mask": True, "return_token_type_ids": True, "return_length": True},
+    {
+        "max_length": 9,
+        "truncation": "only_first",
+        "stride": 3,
+        "return_overflowing_tokens": True,
+        "padding": True,
+    },
+    {
+        "max_length": 12,
+        "truncation": True,
+        "stride": 5,
+        "return_overflowing_tokens": True,
+        "return_offsets_mapping": True,
+    },
+    {
+        "return_offsets_mapping": True,
+        "return_special_tokens_mask": True,
+        "return_token_type_ids": True,
+        "return_length": True,
+    },
 ]
 
 
@@ -165,7 +189,7 @@ def test_vocabulary(both):
     assert ours.tokenize("Hello world") == theirs.tokenize("Hello world")
     assert ours.encode("Hello", add_special_tokens=False) == [12092]
     with pytest.raises(AttributeError, match="nonsense"):
-        ours.nonsense
+        ours.nonsense  # noqa: B018
 
 
 def test_tensors_and_the_encoding(both):
@@ -182,7 +206,7 @@ def test_tensors_and_the_encoding(both):
     assert batch.token_to_chars(2, 1) == (3, 9)
     assert batch.token_to_chars(0, 1) is None
     with pytest.raises(AttributeError, match="input_ids"):
-        batch.nonsense
+        batch.nonsense  # noqa: B018
 
 
 def test_padding_of_rows(both):
@@ -191,7 +215,9 @@ def test_padding_of_rows(both):
     a, b = ours.pad(rows, return_tensors="pt"), theirs.pad(rows, return_tensors="pt")
     assert torch.equal(a.input_ids, b["input_ids"])
     assert torch.equal(a.attention_mask, b["attention_mask"])
-    labelled = ours.pad([{"input_ids": [5, 6], "labels": [1, 2]}, {"input_ids": [8], "labels": [3]}], padding_side="left")
+    labelled = ours.pad(
+        [{"input_ids": [5, 6], "labels": [1, 2]}, {"input_ids": [8], "labels": [3]}], padding_side="left"
+    )
     assert labelled.labels == [[1, 2], [-100, 3]]
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modernbert import ModernBertConfig, ModernBertForMaskedLM
 
+from modernbert import ModernBertConfig, ModernBertForMaskedLM
 from tests.conftest import SMALL
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 9, 16, 17, 33, 64, 65, 129, 257, 300]), min_size=1, max_size=5)
@@ -23,7 +23,10 @@ def grid(lengths, side, seed=0):
     generator = torch.Generator().manual_seed(seed)
     texts = [torch.randint(3, SMALL["vocab_size"], (n,), generator=generator) for n in lengths]
     width = max(max(lengths), 1) + 2
-    ids, mask = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, dtype=torch.long)
+    ids, mask = (
+        torch.zeros(len(texts), width, dtype=torch.long),
+        torch.zeros(len(texts), width, dtype=torch.long),
+    )
     for row, text in enumerate(texts):
         where = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
         ids[row, where], mask[row, where] = text, 1

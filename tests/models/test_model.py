@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
+
 from modernbert import ModernBertForMaskedLM, ModernBertModel
 from modernbert.errors import BackendError, ConfigError, InputError
-from modernbert.models.base import resolve_device, resolve_dtype
-
+from modernbert.models.placement import resolve_device, resolve_dtype
 from tests.conftest import SMALL
 
 
@@ -16,19 +16,40 @@ def ids(*shape):
 
 
 REFUSED = {
-    "both": ({"input_ids": ids(2, 5), "inputs_embeds": torch.randn(2, 5, 48)}, "both of input_ids and inputs_embeds"),
+    "both": (
+        {"input_ids": ids(2, 5), "inputs_embeds": torch.randn(2, 5, 48)},
+        "both of input_ids and inputs_embeds",
+    ),
     "neither": ({}, "neither of input_ids and inputs_embeds"),
-    "mask shape": ({"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 6)}, r"attention_mask has shape \(2, 6\).*\(2, 5\)"),
+    "mask shape": (
+        {"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 6)},
+        r"attention_mask has shape \(2, 6\).*\(2, 5\)",
+    ),
     "flat ids": ({"input_ids": ids(5)}, r"input_ids has leading shape \(5,\).*cu_seqlens"),
-    "id too large": ({"input_ids": torch.full((1, 3), 96)}, "input_ids holds 96; the vocabulary has ids 0 to 95"),
+    "id too large": (
+        {"input_ids": torch.full((1, 3), 96)},
+        "input_ids holds 96; the vocabulary has ids 0 to 95",
+    ),
     "id negative": ({"input_ids": torch.full((1, 3), -1)}, "input_ids holds -1"),
     "float ids": ({"input_ids": torch.ones(1, 3)}, "input_ids has dtype torch.float32"),
     "embeds width": ({"inputs_embeds": torch.randn(1, 3, 47)}, "its last dimension must be 48"),
-    "cu_seqlens end": ({"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 4])}, "end at the number of tokens given, 5"),
+    "cu_seqlens end": (
+        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 4])},
+        "end at the number of tokens given, 5",
+    ),
     "cu_seqlens falls": ({"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 4, 3, 5])}, "never fall"),
-    "cu_seqlens on a grid": ({"input_ids": ids(2, 5), "cu_seqlens": torch.tensor([0, 5])}, r"\(tokens,\) or \(1, tokens\)"),
-    "max_seqlen": ({"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 4}, "max_seqlen is 4"),
-    "batch_size": ({"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "batch_size": 2}, "batch_size is 2"),
+    "cu_seqlens on a grid": (
+        {"input_ids": ids(2, 5), "cu_seqlens": torch.tensor([0, 5])},
+        r"\(tokens,\) or \(1, tokens\)",
+    ),
+    "max_seqlen": (
+        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 4},
+        "max_seqlen is 4",
+    ),
+    "batch_size": (
+        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "batch_size": 2},
+        "batch_size is 2",
+    ),
     "batch_size of a grid": ({"input_ids": ids(2, 5), "batch_size": 3}, "batch_size is 3"),
     "seq_len of a grid": ({"input_ids": ids(2, 5), "seq_len": 3}, "seq_len is 3"),
     "indices alone": ({"input_ids": ids(2, 5), "indices": torch.arange(5)}, "indices describes packed input"),
@@ -37,15 +58,31 @@ REFUSED = {
         "needs batch_size and seq_len",
     ),
     "indices too far": (
-        {"input_ids": ids(3), "cu_seqlens": torch.tensor([0, 3]), "indices": torch.tensor([0, 1, 9]), "batch_size": 1, "seq_len": 4},
+        {
+            "input_ids": ids(3),
+            "cu_seqlens": torch.tensor([0, 3]),
+            "indices": torch.tensor([0, 1, 9]),
+            "batch_size": 1,
+            "seq_len": 4,
+        },
         "indices reach to 9",
     ),
     "mask against cu_seqlens": (
-        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "attention_mask": torch.tensor([[1, 1, 0]])},
+        {
+            "input_ids": ids(5),
+            "cu_seqlens": torch.tensor([0, 5]),
+            "attention_mask": torch.tensor([[1, 1, 0]]),
+        },
         "cu_seqlens says",
     ),
-    "window mask": ({"input_ids": ids(2, 5), "sliding_window_mask": torch.ones(5)}, "sliding_window_mask has shape"),
-    "positions": ({"input_ids": ids(2, 5), "position_ids": torch.zeros(2, 4).long()}, "position_ids has shape"),
+    "window mask": (
+        {"input_ids": ids(2, 5), "sliding_window_mask": torch.ones(5)},
+        "sliding_window_mask has shape",
+    ),
+    "positions": (
+        {"input_ids": ids(2, 5), "position_ids": torch.zeros(2, 4).long()},
+        "position_ids has shape",
+    ),
 }
 
 
@@ -78,7 +115,9 @@ def test_packed_input_and_the_way_back_to_a_grid(small_model):
     indices = mask.flatten().nonzero().squeeze(1)
     flat = x.flatten()[indices]
     cumulative = torch.tensor([0, 3, 6, 8], dtype=torch.int32)
-    packed = small_model(flat, cu_seqlens=cumulative, max_seqlen=4, labels=labels.flatten()[indices], output_hidden_states=True)
+    packed = small_model(
+        flat, cu_seqlens=cumulative, max_seqlen=4, labels=labels.flatten()[indices], output_hidden_states=True
+    )
     assert torch.equal(packed.logits, padded.logits[mask.bool()])
     assert torch.equal(packed.loss, padded.loss)
     assert packed.hidden_states[0].shape == (8, 48)
@@ -86,7 +125,13 @@ def test_packed_input_and_the_way_back_to_a_grid(small_model):
     assert row.logits.shape == (1, 8, SMALL["vocab_size"])
     for own in (labels, labels.flatten()[indices]):
         back = small_model(
-            flat, cu_seqlens=cumulative, indices=indices, batch_size=3, seq_len=4, labels=own, attention_mask=mask
+            flat,
+            cu_seqlens=cumulative,
+            indices=indices,
+            batch_size=3,
+            seq_len=4,
+            labels=own,
+            attention_mask=mask,
         )
         assert torch.equal(back.logits, padded.logits)
         assert torch.equal(back.loss, padded.loss)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modernbert.errors import BackendError
 from modernbert.ops.attention import IMPLEMENTATIONS, choose_backend
 from modernbert.ops.attention.eager import EagerAttention

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from modernbert.ops.linear import linear, pack_weight
 
 SHAPES = [(768, 2304), (1152, 768), (192, 576), (64, 192), (48, 97), (33, 5)]
@@ -17,7 +18,11 @@ def test_a_row_is_the_same_whatever_the_number_of_rows(shape, dtype, threads, on
         torch._C._set_mkldnn_enabled(False)
         monkeypatch.setattr("modernbert.ops.linear._onednn_serves", lambda x: False)
     inputs, outputs = shape
-    x, weight, bias = torch.randn(700, inputs), torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
+    x, weight, bias = (
+        torch.randn(700, inputs),
+        torch.randn(outputs, inputs) / inputs**0.5,
+        torch.randn(outputs),
+    )
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -46,7 +51,9 @@ def test_gradients():
     theirs = F.linear(x, weight, bias)
     grad = torch.randn_like(ours)
     for a, b in zip(
-        torch.autograd.grad(ours, (x, weight, bias), grad), torch.autograd.grad(theirs, (x, weight, bias), grad), strict=True
+        torch.autograd.grad(ours, (x, weight, bias), grad),
+        torch.autograd.grad(theirs, (x, weight, bias), grad),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
 

@@ -1,6 +1,7 @@
 import math
 
 import torch
+
 from modernbert.ops.rope import apply_rope, rope_tables
 
 
@@ -15,7 +16,9 @@ def test_a_rotation_of_pairs_of_halves():
             angle = position * 50.0 ** (-2 * i / 8)
             a, b = x[t, :, i], x[t, :, i + 4]
             torch.testing.assert_close(out[t, :, i], a * math.cos(angle) - b * math.sin(angle), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(out[t, :, i + 4], b * math.cos(angle) + a * math.sin(angle), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                out[t, :, i + 4], b * math.cos(angle) + a * math.sin(angle), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_scores_depend_on_distance_alone():

@@ -1,9 +1,9 @@
 """The encoder and the masked LM give transformers' numbers in float32: states, logits, losses, gradients, weights."""
 
-import modernbert
 import pytest
 import torch
 
+import modernbert
 from tests.parity.configs import peer, random_batch, random_config
 
 SEEDS = range(36)
@@ -29,7 +29,12 @@ def test_masked_lm(seed, implementation, tmp_path):
     values, theirs, ours = pair(seed, tmp_path, implementation)
     ids, mask, labels = random_batch(values, seed, "left" if seed % 2 else "right")
     weights = implementation == "eager"
-    given = {"attention_mask": mask, "labels": labels, "output_hidden_states": True, "output_attentions": weights}
+    given = {
+        "attention_mask": mask,
+        "labels": labels,
+        "output_hidden_states": True,
+        "output_attentions": weights,
+    }
     a, b = theirs(ids, **given), ours(ids, **given)
     real = mask.bool()
     # Logits of these weights are in the tens, where float32 has steps of 4e-6.
@@ -88,7 +93,14 @@ def test_padding_between_real_tokens_keeps_their_distances(implementation, tmp_p
         {"rope_type": "linear", "factor": 3.0},
         {"rope_type": "dynamic", "factor": 2.0},
         {"rope_type": "yarn", "factor": 4.0},
-        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.4, "beta_fast": 20, "beta_slow": 2},
+        {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "mscale": 0.7,
+            "mscale_all_dim": 0.4,
+            "beta_fast": 20,
+            "beta_slow": 2,
+        },
         {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.3, "original_max_position_embeddings": 32},
     ],
     ids=lambda r: "-".join(str(v) for v in r.values()),

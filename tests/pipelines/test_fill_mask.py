@@ -5,7 +5,15 @@ import itertools
 import pytest
 import torch
 import transformers
-from modernbert import AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, ModernBertModel, pipeline
+
+from modernbert import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    ModernBertModel,
+    pipeline,
+)
 from modernbert.errors import InputError, NotFoundError
 from modernbert.pipelines import TASKS, small_model
 from modernbert.training.train_tokenizer import save_tokenizer, train_tokenizer
@@ -154,17 +162,80 @@ def test_an_empty_list(ours):
 
 # What everyone would accept in these places.
 SENSIBLE = {
-    "The dog ran across the [MASK].": {"room", "road", "street", "field", "river", "grass", "garden", "yard", "lawn", "floor", "water", "ground", "bridge", "path", "sea"},
+    "The dog ran across the [MASK].": {
+        "room",
+        "road",
+        "street",
+        "field",
+        "river",
+        "grass",
+        "garden",
+        "yard",
+        "lawn",
+        "floor",
+        "water",
+        "ground",
+        "bridge",
+        "path",
+        "sea",
+    },
     "She opened the [MASK] and went into the room.": {"door", "window", "gate", "doors"},
     "He looked at her with tears in his [MASK].": {"eyes", "face", "heart"},
-    "The sun was shining in the [MASK].": {"sky", "morning", "garden", "east", "west", "sun", "air", "distance", "window", "night", "evening", "day"},
-    "They sat down at the [MASK] to eat their dinner.": {"table", "fire", "door", "house", "window", "end", "kitchen"},
+    "The sun was shining in the [MASK].": {
+        "sky",
+        "morning",
+        "garden",
+        "east",
+        "west",
+        "sun",
+        "air",
+        "distance",
+        "window",
+        "night",
+        "evening",
+        "day",
+    },
+    "They sat down at the [MASK] to eat their dinner.": {
+        "table",
+        "fire",
+        "door",
+        "house",
+        "window",
+        "end",
+        "kitchen",
+    },
     "I do not [MASK] what you mean.": {"know", "understand", "see", "think", "believe"},
     "It was a dark and stormy [MASK].": {"night", "day", "evening", "morning", "place", "afternoon", "sky"},
-    "My father and [MASK] live in a small house.": {"mother", "I", "brother", "sister", "son", "father", "wife", "mamma"},
+    "My father and [MASK] live in a small house.": {
+        "mother",
+        "I",
+        "brother",
+        "sister",
+        "son",
+        "father",
+        "wife",
+        "mamma",
+    },
     "The king and the [MASK] lived in a castle.": {"queen", "king", "prince", "princess", "people", "lady"},
-    "He put his hand in his [MASK] and took out some money.": {"pocket", "hand", "pockets", "hands", "purse", "bag"},
-    "The [MASK] is the capital of the country.": {"city", "town", "capital", "country", "state", "name", "county", "area", "village"},
+    "He put his hand in his [MASK] and took out some money.": {
+        "pocket",
+        "hand",
+        "pockets",
+        "hands",
+        "purse",
+        "bag",
+    },
+    "The [MASK] is the capital of the country.": {
+        "city",
+        "town",
+        "capital",
+        "country",
+        "state",
+        "name",
+        "county",
+        "area",
+        "village",
+    },
 }
 
 
@@ -177,6 +248,12 @@ def test_the_small_model_gives_sensible_words(text):
 def test_the_small_model_is_small_and_complete():
     folder = small_model()
     names = {path.name for path in folder.iterdir()}
-    assert names == {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 10 * 10**6
     assert transformers.AutoModelForMaskedLM.from_pretrained(folder).config.vocab_size == 8192

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from modernbert import ModernBertConfig, ModernBertForMaskedLM
 from modernbert.tokenizer import Tokenizer
-
 from tests.hub_server import write_cache
 
 PAGES = Path(__file__).parents[3] / "shared" / "reference"
@@ -42,7 +42,11 @@ def samples():
         text = page.read_text()
         blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
         # The page of the v4 release has lost its fences: a sample goes from its imports to the next heading.
-        blocks += re.findall(r"^Copied\n((?:import torch\n)?from transformers.*?)(?=^ModernBert\w*\n|^class |\Z)", text, re.S | re.M)
+        blocks += re.findall(
+            r"^Copied\n((?:import torch\n)?from transformers.*?)(?=^ModernBert\w*\n|^class |\Z)",
+            text,
+            re.S | re.M,
+        )
         for i, block in enumerate(blocks):
             code = unprompted(block)
             names = {n for line in re.findall(r"from transformers import (.*)", code) for n in re.split(r",\s*", line)}
@@ -85,7 +89,9 @@ def test_there_are_samples():
 
 @pytest.mark.parametrize(("kind", "code"), SAMPLES)
 def test_sample(kind, code, environment):
-    code = code.replace("transformers run", "modernbert run").replace("from transformers import", "from modernbert import")
+    code = code.replace("transformers run", "modernbert run").replace(
+        "from transformers import", "from modernbert import"
+    )
     # One page lost the mask to its markup; the sample means the sentence of the other page.
     code = code.replace('"The capital of France is ."', '"The capital of France is [MASK]."')
     command = ["bash", "-euo", "pipefail", "-c", code] if kind == "bash" else [sys.executable, "-c", code]

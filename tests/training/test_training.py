@@ -1,5 +1,6 @@
 """Training: text, masking, batches, optimizers, a run that learns, stops, and goes on as if it had not."""
 
+import itertools
 import json
 import math
 import random
@@ -9,16 +10,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from modernbert import AutoModelForMaskedLM, AutoTokenizer, ModernBertForMaskedLM
 from modernbert.cli import main
 from modernbert.errors import InputError
 from modernbert.training.data import Corpus, Masking, batch_order, masked_batches
-from modernbert.training.optimizers import Muon, StableAdamW, orthogonalize, parameter_groups, warmup_stable_decay
-from modernbert.training.pretrain import PretrainOptions, evaluate_masked_lm, new_model, pretrain, special_tokens
+from modernbert.training.optimizers import (
+    StableAdamW,
+    orthogonalize,
+    parameter_groups,
+    warmup_stable_decay,
+)
+from modernbert.training.pretrain import (
+    PretrainOptions,
+    evaluate_masked_lm,
+    new_model,
+    pretrain,
+    special_tokens,
+)
 from modernbert.training.text import iter_documents, pieces, split_documents
 from modernbert.training.train_tokenizer import SPECIALS, train_tokenizer
 
-WORDS = "the a cat dog bird sat ran flew on over under mat hill tree and then it was happy sad".split()
+WORDS = tuple("the a cat dog bird sat ran flew on over under mat hill tree and then it was happy sad".split())  # noqa: SIM905
 
 
 def story(rng, sentences):
@@ -81,7 +94,11 @@ def test_the_tokenizer_has_modernberts_tokens_and_template(tokenizer):
     assert tokenizer.encode("the cat", "a dog").tokens.count("[SEP]") == 2
     assert tokenizer.decode(tokenizer.encode("naïve 👍 the cat").ids) == "naïve 👍 the cat"
     masked = tokenizer.encode("the [MASK]").ids
-    assert masked == [*tokenizer.encode("the").ids[:-1], tokenizer.token_to_id("[MASK]"), masked[-1]]  # it takes the space
+    assert masked == [
+        *tokenizer.encode("the").ids[:-1],
+        tokenizer.token_to_id("[MASK]"),
+        masked[-1],
+    ]  # it takes the space
     with pytest.raises(ValueError, match="vocab_size is 100"):
         train_tokenizer(["x"], 100)
 
@@ -143,7 +160,10 @@ def test_stable_adamw_is_adamw_where_gradients_hold_no_surprise():
     theirs = torch.optim.AdamW([b], lr=0.01, betas=(0.9, 0.999), eps=1e-12, weight_decay=0.1)
     gradient = torch.randn(5, 4)
     for _ in range(5):
-        a.grad, b.grad = gradient.clone(), gradient.clone()  # the same again: rms(gradient / sqrt(variance)) is 1
+        a.grad, b.grad = (
+            gradient.clone(),
+            gradient.clone(),
+        )  # the same again: rms(gradient / sqrt(variance)) is 1
         ours.step()
         theirs.step()
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -179,7 +199,7 @@ def test_the_schedule():
     factors = [warmup_stable_decay(i, 100, 10, 20) for i in range(100)]
     assert factors[:10] == [pytest.approx((i + 1) / 10) for i in range(10)]
     assert set(factors[10:80]) == {1.0}
-    assert all(a > b for a, b in zip(factors[79:], factors[80:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[79:]))
     assert factors[89] == pytest.approx(1 - math.sqrt(10 / 21))
     assert 0 < factors[99] < 0.03
 
@@ -194,10 +214,18 @@ def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, documents,
     train = Corpus.from_documents(documents[:70], tokenizer, 32, 0)
     held = Corpus.from_documents(documents[70:], tokenizer, 32, 0)
     options = PretrainOptions(
-        steps=30, tokens_per_step=512, micro_tokens=256, optimizer=optimizer, lr=5e-3, eval_every=10, save_every=10
+        steps=30,
+        tokens_per_step=512,
+        micro_tokens=256,
+        optimizer=optimizer,
+        lr=5e-3,
+        eval_every=10,
+        save_every=10,
     )
     seen = []
-    whole = pretrain(small(tokenizer), train, held, tmp_path / "whole", options, tokenizer=tokenizer, report=seen.append)
+    whole = pretrain(
+        small(tokenizer), train, held, tmp_path / "whole", options, tokenizer=tokenizer, report=seen.append
+    )
     assert [p.step for p in seen] == list(range(1, 31))
     assert seen[-1].val_loss < seen[0].loss - 0.5
     assert [p.step for p in seen if p.val_loss is not None] == [10, 20, 30]
@@ -273,12 +301,18 @@ def test_evaluation_counts_what_is_right(documents, tokenizer):
     assert abs(score.tokens / len(words) - 0.15) < 0.02
     assert model.training
     with pytest.raises(InputError, match="too short"):
-        evaluate_masked_lm(model, Corpus.from_documents(["a"], tokenizer, 8, 0), mask_id=mask_id, special_ids=special, mask_rate=0.001)
+        evaluate_masked_lm(
+            model,
+            Corpus.from_documents(["a"], tokenizer, 8, 0),
+            mask_id=mask_id,
+            special_ids=special,
+            mask_rate=0.001,
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"mask_rate": 0}, "mask_rate"), ({"steps": 0}, "steps is 0"), ({"warmup": 0.7, "decay": 0.7}, "shares of the steps"),
+    [({"mask_rate": 0}, "mask_rate"), ({"steps": 0}, "steps is 0"), ({"warmup": 0.7, "decay": 0.7}, "shares of the"),
      ({"optimizer": "sgd"}, "choose one of stableadamw, muon"), ({"dtype": "int8"}, "dtype is 'int8'")],
 )  # fmt: skip
 def test_impossible_options_are_named(options, message):
@@ -310,7 +344,8 @@ def test_from_text_to_a_filled_mask_by_commands(documents, tmp_path, capsys):
     sizes = ["--hidden-size", 32, "--intermediate-size", 48, "--layers", 2, "--heads", 2, "--max-length", 64]
     said = command(
         "pretrain", data, "--tokenizer", tmp_path / "tok", "--output", tmp_path / "run", *sizes, "--steps", 60,
-        "--tokens-per-step", 512, "--micro-tokens", 512, "--held-out", 0.1, "--initializer-range", 0.1, "--eval-every", 30,
+        "--tokens-per-step", 512, "--micro-tokens", 512, "--held-out", 0.1, "--eval-every", 30,
+        "--initializer-range", 0.1,
     )  # fmt: skip
     assert "tokens/s" in said.err
     assert "min left" in said.err
@@ -322,6 +357,17 @@ def test_from_text_to_a_filled_mask_by_commands(documents, tmp_path, capsys):
     answer = json.loads(command("run", "--model", tmp_path / "run", "--json", "The [MASK] sat.").out)
     assert len(answer["output"]) == 5
     with pytest.raises(SystemExit) as end:
-        main(["pretrain", str(data), "--tokenizer", str(tmp_path / "tok"), "--output", str(tmp_path / "x"), "--objective", "clm"])
+        main(
+            [
+                "pretrain",
+                str(data),
+                "--tokenizer",
+                str(tmp_path / "tok"),
+                "--output",
+                str(tmp_path / "x"),
+                "--objective",
+                "clm",
+            ]
+        )
     assert end.value.code == 2
     assert "objective is 'clm'" in capsys.readouterr().err

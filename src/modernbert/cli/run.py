@@ -16,11 +16,15 @@ from modernbert.errors import InputError
 def run(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")] = None,
     task: Annotated[str, typer.Option(help="What to do with each text.")] = "fill-mask",
-    model: Annotated[str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub repository; the model's if not given.")] = None,
     file: Annotated[Path | None, typer.Option(help="File of texts, one a line.")] = None,
     top_k: Annotated[int | None, typer.Option(help="How many answers for each mask.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="A word to consider; repeat for several. Others are left out.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A word to consider; repeat for several. Others are left out.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help='One object a line: {"input": ..., "output": ...}.')] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
@@ -126,6 +130,9 @@ def _show(text: str, output: Any) -> None:
         if len(lists) == 1:
             table.add_column("text")
         for answer in answers:
-            cells = [f"{answer['score']:.3f}", Text(answer["token_str"].strip() or repr(answer["token_str"]))]
+            cells: list[Any] = [
+                f"{answer['score']:.3f}",
+                Text(answer["token_str"].strip() or repr(answer["token_str"])),
+            ]
             table.add_row(*cells, *([Text(answer["sequence"])] if len(lists) == 1 else []))
         console.print(table)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from modernbert.training.pretrain import Progress
 
-Paths = Annotated[list[Path], typer.Argument(help="Files or folders of .txt (a document each) and .jsonl (a line each).")]
+Paths = Annotated[
+    list[Path], typer.Argument(help="Files or folders of .txt (a document each) and .jsonl (a line each).")
+]
 HeldOut = Annotated[float, typer.Option(help="Share of the documents kept out of training.")]
 
 
@@ -117,9 +119,15 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository of a masked language model.")],
     paths: Paths,
     mask_rate: Annotated[float, typer.Option(help="Share of the tokens to hide, all behind the mask.")] = 0.15,
-    held_out: Annotated[float, typer.Option(help="Evaluate on this share of the documents, the one that `pretrain` keeps "
-                                                 "out; 1 means on all of them.")] = 0.02,
-    max_length: Annotated[int | None, typer.Option(help="Longest text in tokens; the model's context if not given.")] = None,
+    held_out: Annotated[
+        float,
+        typer.Option(
+            help="Evaluate on this share of the documents, the one that `pretrain` keeps out; 1 means on all of them."
+        ),
+    ] = 0.02,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest text in tokens; the model's context if not given.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of cuts and masks.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")] = None,

@@ -16,7 +16,8 @@ from modernbert.config import ModernBertConfig
 from modernbert.errors import CheckpointError
 from modernbert.hub import Source
 from modernbert.models.initialization import initial_std, initialize
-from modernbert.models.layers import Attention, Linear
+from modernbert.models.layers import MLP, Attention, Linear
+from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.ops.attention import AttentionBackend, choose_backend
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ class PreTrainedModel(nn.Module):
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__()
         if not isinstance(config, self.config_class):
-            raise TypeError(f"config is a {type(config).__name__}; {type(self).__name__} takes {self.config_class.__name__}")
+            raise TypeError(
+                f"config is a {type(config).__name__}; {type(self).__name__} takes {self.config_class.__name__}"
+            )
         self.config = config
         self.attn_implementation = attn_implementation or "auto"
         self.is_gradient_checkpointing = False
@@ -56,8 +59,8 @@ class PreTrainedModel(nn.Module):
         self.tie_weights()
         if self.config.reference_compile:
             for module in self.modules():
-                if hasattr(module, "mlp"):
-                    module.mlp.compile(dynamic=True)
+                if isinstance(module, MLP):
+                    module.compile(dynamic=True)
 
     def make_backend(self) -> AttentionBackend:
         """The attention backend that `attn_implementation` names."""
@@ -134,7 +137,9 @@ class PreTrainedModel(nn.Module):
         shapes = {name: tuple(p.shape) for name, p in self.state_dict().items()}
         target = self._match_names(names, shapes)
         kept: dict[str, str] = {}  # name in the checkpoint -> name in the model
-        unexpected, misshapen, passed_over = [], [], []
+        unexpected: list[str] = []
+        misshapen: list[str] = []
+        passed_over: list[str] = []
         for name, (_, shape, _) in names.items():
             mine = target(name)
             if mine in self.tied_weights and self.config.tie_word_embeddings:
@@ -204,17 +209,17 @@ class PreTrainedModel(nn.Module):
     # Embeddings
 
     @property
-    def base_model(self) -> nn.Module:
+    def base_model(self) -> Any:
         """The encoder without its head."""
         return getattr(self, self.base_model_prefix, self)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding, of weight (vocabulary, hidden)."""
-        return self.base_model.embeddings.tok_embeddings  # type: ignore[union-attr, return-value]
+        return self.base_model.embeddings.tok_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Put another token embedding in place; a tied output follows."""
-        self.base_model.embeddings.tok_embeddings = value  # type: ignore[union-attr]
+        self.base_model.embeddings.tok_embeddings = value
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Linear | None:
@@ -358,68 +363,3 @@ class PreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return next(self.parameters()).dtype
-
-
-def resolve_device(device: Any) -> torch.device:
-    """The device that a caller names; an index or "auto" falls back to the CPU where there is no GPU.
-
-    Raises:
-        ValueError: the name means nothing, or names a GPU that is not there.
-    """
-    gpus = torch.cuda.device_count()
-    if isinstance(device, Mapping):
-        if set(device) != {""}:
-            raise ValueError(f"device_map has the keys {sorted(device)}; a model goes to one device as a whole: {{'': 0}}")
-        device = device[""]
-    if device is None or device in (-1, "cpu"):
-        return torch.device("cpu")
-    if isinstance(device, str) and device.isdigit():
-        device = int(device)
-    if device == "auto":
-        device = 0 if gpus else "cpu"
-    if isinstance(device, int):
-        if device < gpus:
-            return torch.device("cuda", device)
-        if gpus:
-            raise ValueError(f"device is {device}; this machine has GPUs 0 to {gpus - 1}")
-        logger.warning("device %d was asked for and this machine has no GPU; the CPU serves", device)
-        return torch.device("cpu")
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device is {device!r}; give 'cpu', 'cuda', 'cuda:0', an index or 'auto'") from error
-    if place.type == "cuda" and (place.index or 0) >= gpus:
-        raise ValueError(f"device is {device!r}; this machine has {gpus} GPUs")
-    return place
-
-
-def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: what the caller names, or what the checkpoint is stored in.
-
-    Raises:
-        ValueError: the name is no floating dtype.
-    """
-    if dtype in (None, "auto"):
-        dtype = stored or torch.float32
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}; give auto, float32, bfloat16 or float16")
-        dtype = named
-    assert isinstance(dtype, torch.dtype)
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; weights are float32, bfloat16 or float16")
-    if dtype == torch.float16 and device.type == "cpu":
-        instead = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-        _log_once(f"float16 is slow on a CPU; computing in {str(instead).removeprefix('torch.')}")
-        return instead
-    return dtype
-
-
-_logged: set[str] = set()
-
-
-def _log_once(message: str) -> None:
-    if message not in _logged:
-        _logged.add(message)
-        logger.info(message)

@@ -111,12 +111,13 @@ class ModernBertModel(PreTrainedModel):
     @property
     def pack_inputs(self) -> functools.partial[PackedInputs]:
         """`models.inputs.pack_inputs` for this model's vocabulary and width."""
-        return functools.partial(
-            pack_inputs, vocab_size=self.config.vocab_size, hidden_size=self.config.hidden_size
-        )
+        return functools.partial(pack_inputs, vocab_size=self.config.vocab_size, hidden_size=self.config.hidden_size)
 
     def encode(
-        self, inputs: PackedInputs, output_attentions: bool | None = None, output_hidden_states: bool | None = None
+        self,
+        inputs: PackedInputs,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> BaseModelOutput:
         """Packed inputs to a packed last hidden state and hidden states (T, M), and padded attentions."""
         config = self.config
@@ -124,8 +125,10 @@ class ModernBertModel(PreTrainedModel):
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
         shared = self._shared(inputs, x_TM, want_weights)
-        states, weights = [x_TM], [] if want_weights else None
+        states = [x_TM]
+        weights: list[Any] | None = [] if want_weights else None
         for layer in self.layers:
+            assert isinstance(layer, Layer)
             context = shared[layer.kind]
             if self.is_gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x_TM = checkpoint(layer, x_TM, context, weights, use_reentrant=False)

@@ -137,7 +137,11 @@ def _mask(attention_mask: Tensor | None, given: tuple[int, ...], device: torch.d
 
 
 def _check_grid(
-    given: tuple[int, ...], indices: Tensor | None, max_seqlen: int | None, batch_size: int | None, seq_len: int | None
+    given: tuple[int, ...],
+    indices: Tensor | None,
+    max_seqlen: int | None,
+    batch_size: int | None,
+    seq_len: int | None,
 ) -> None:
     for name, value, expected in (("batch_size", batch_size, given[0]), ("seq_len", seq_len, given[1])):
         if value is not None and value != expected:

@@ -33,7 +33,7 @@ class Linear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         self.packed = None
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+        return super()._apply(fn, recurse)
 
 
 def layer_norm(config: ModernBertConfig) -> nn.LayerNorm:
@@ -62,7 +62,7 @@ class Embeddings(nn.Module):
     def forward(self, ids_T: Tensor | None, embeds_TM: Tensor | None) -> Tensor:
         """Ids (T,) or vectors (T, M) in their place to (T, M)."""
         x_TM: Tensor = self.tok_embeddings(ids_T) if embeds_TM is None else embeds_TM
-        return self.drop(self.norm(x_TM))  # type: ignore[no-any-return]
+        return self.drop(self.norm(x_TM))
 
 
 class Attention(nn.Module):
@@ -91,7 +91,7 @@ class Attention(nn.Module):
             assert isinstance(shared.backend, EagerAttention)
             out_THD, of_texts = shared.backend.attend_with_weights(q_THD, k_THD, v_THD, shared.plan, dropout)
             weights.append(of_texts)
-        return self.out_drop(self.Wo(out_THD.flatten(1)))  # type: ignore[no-any-return]
+        return self.out_drop(self.Wo(out_THD.flatten(1)))
 
     def prune(self, heads: list[int]) -> None:
         """Remove these heads, numbered as they are now."""
@@ -129,7 +129,7 @@ class MLP(nn.Module):
         """(T, M) to (T, M)."""
         in_TI, gate_TI = self.Wi(x_TM).chunk(2, dim=-1)
         # PyTorch has other kernels, with other bits, for strided rows; a single row is never strided.
-        return self.Wo(self.drop(self.act(in_TI.contiguous()) * gate_TI))  # type: ignore[no-any-return]
+        return self.Wo(self.drop(self.act(in_TI.contiguous()) * gate_TI))
 
 
 class Layer(nn.Module):
@@ -161,4 +161,4 @@ class PredictionHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., M) to (..., M)."""
-        return self.norm(self.act(self.dense(x)))  # type: ignore[no-any-return]
+        return self.norm(self.act(self.dense(x)))

@@ -20,7 +20,7 @@ _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed ord
 
 
 def _onednn_serves(x: Tensor) -> bool:
-    return (
+    return bool(
         x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
@@ -87,11 +87,9 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
         return F.linear(x_TI, weight_OI, bias_O)
     if x_TI.dim() != 2:
         return linear(x_TI.flatten(0, -2), weight_OI, bias_O, packed).unflatten(0, x_TI.shape[:-1])
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x_TI, weight_OI, bias_O)
-    )
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TI, weight_OI, bias_O))
     if needs_grad and _onednn_serves(x_TI):
-        return _Linear.apply(x_TI, weight_OI, bias_O)  # type: ignore[no-any-return, no-untyped-call]
+        return _Linear.apply(x_TI, weight_OI, bias_O)
     return _product(x_TI, weight_OI, bias_O, packed)
 
 

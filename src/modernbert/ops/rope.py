@@ -42,8 +42,7 @@ def _yarn(rope: Mapping[str, Any], powers: Tensor, head_dim: int) -> tuple[Tenso
     attention = rope.get("attention_factor")
     if attention is None:
         numerator, denominator = rope.get("mscale"), rope.get("mscale_all_dim")
-        both = numerator and denominator
-        attention = magnitude(numerator) / magnitude(denominator) if both else magnitude(1.0)
+        attention = magnitude(numerator) / magnitude(denominator) if numerator and denominator else magnitude(1.0)
     return frequencies, float(attention)
 
 

@@ -32,7 +32,9 @@ class Pipeline(abc.ABC):
     options: ClassVar[tuple[str, ...]] = ()
     look_ahead: ClassVar[int] = 512  # texts that are sorted by length together
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer, batch_tokens: int = 16384, **defaults: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, batch_tokens: int = 16384, **defaults: Any
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         if batch_tokens < 1:
@@ -95,7 +97,9 @@ class Pipeline(abc.ABC):
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         unknown = sorted(set(options) - set(self.options))
         if unknown:
-            raise InputError(f"{type(self).__name__} has no option {', '.join(unknown)}; there are {', '.join(self.options)}")
+            raise InputError(
+                f"{type(self).__name__} has no option {', '.join(unknown)}; there are {', '.join(self.options)}"
+            )
         return options
 
     def tokenize(self, text: Any) -> list[int]:

@@ -41,7 +41,9 @@ class FillMaskPipeline(Pipeline):
         mask = self.tokenizer.mask_token_id
         masks = ids.count(mask)
         if not masks:
-            raise InputError(f"there is no {self.tokenizer.mask_token} in {_short(text)!r}; write it where a word is missing")
+            raise InputError(
+                f"there is no {self.tokenizer.mask_token} in {_short(text)!r}; write it where a word is missing"
+            )
         top_k = settings.get("top_k", 5)
         if not isinstance(top_k, int) or top_k < 1:
             raise InputError(f"top_k is {top_k!r}; it must be a whole number of at least 1")
@@ -74,7 +76,9 @@ class FillMaskPipeline(Pipeline):
             for i, position in enumerate(positions):
                 row = probabilities[place]
                 place += 1
-                of_text.append(self._ranked(ids, position, row, targets[i] if targets else None, settings, len(positions)))
+                of_text.append(
+                    self._ranked(ids, position, row, targets[i] if targets else None, settings, len(positions))
+                )
             answers.append(of_text[0] if len(of_text) == 1 else of_text)
         return answers
 

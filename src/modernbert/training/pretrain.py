@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from modernbert.checkpoint import replacing, write_text
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError
+from modernbert.files import replacing, write_text
 from modernbert.hub import Source
-from modernbert.models.base import resolve_device
 from modernbert.models.masked_lm import ModernBertForMaskedLM
+from modernbert.models.placement import resolve_device
 from modernbert.training.data import Corpus, Masking, masked_batches
 from modernbert.training.optimizers import OPTIMIZERS, parameter_groups, warmup_stable_decay
 from modernbert.training.train_tokenizer import SPECIALS, save_tokenizer
@@ -79,7 +79,7 @@ class PretrainOptions:
             raise ValueError(f"optimizer is {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; choose auto, float32 or bfloat16")
-        if not (0 <= self.warmup and 0 <= self.decay and self.warmup + self.decay <= 1):
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} are shares of the steps, at most 1 together")
 
 
@@ -230,7 +230,11 @@ def pretrain(
         last = step == options.steps
         if held_out is not None and len(held_out) and (step % options.eval_every == 0 or last):
             score = evaluate_masked_lm(
-                model, held_out, mask_id=mask_id, special_ids=special_ids, max_tokens=None if last else 100_000
+                model,
+                held_out,
+                mask_id=mask_id,
+                special_ids=special_ids,
+                max_tokens=None if last else 100_000,
             )
             progress = dataclasses.replace(progress, val_loss=score.loss, val_accuracy=score.top1)
         with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -248,7 +252,10 @@ def pretrain(
 def special_tokens(tokenizer: Tokenizer) -> tuple[int, tuple[int, ...]]:
     """Id of the mask, and ids of all special tokens."""
     ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
-    return ids["[MASK]"], tuple(i for i in ids.values() if i is not None)
+    mask = ids["[MASK]"]
+    if mask is None:
+        raise InputError("the tokenizer has no [MASK]; `modernbert train-tokenizer` makes one that does")
+    return mask, tuple(i for i in ids.values() if i is not None)
 
 
 def new_model(
@@ -298,7 +305,11 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def _save(
-    model: ModernBertForMaskedLM, optimizer: torch.optim.Optimizer, output: Path, step: int, options: PretrainOptions
+    model: ModernBertForMaskedLM,
+    optimizer: torch.optim.Optimizer,
+    output: Path,
+    step: int,
+    options: PretrainOptions,
 ) -> None:
     """Write a checkpoint whole, then remove the one before it."""
     older = _checkpoints(output)
@@ -311,7 +322,10 @@ def _save(
             state[f"{name}/{key}"] = value
     with replacing(temporary / "optimizer.safetensors") as path:
         save_file(state, path)
-    write_text(temporary / "trainer.json", json.dumps({"step": step, "options": dataclasses.asdict(options)}, indent=2))
+    write_text(
+        temporary / "trainer.json",
+        json.dumps({"step": step, "options": dataclasses.asdict(options)}, indent=2),
+    )
     final = output / f"checkpoint-{step}"
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)

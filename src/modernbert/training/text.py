@@ -13,7 +13,7 @@ from typing import NamedTuple
 from modernbert.errors import InputError
 
 SUFFIXES = (".txt", ".jsonl")
-_SENTENCE_END = re.compile(r"""(?<=[.!?])["'”’)\]]*\s+|\n+""")
+_SENTENCE_END = re.compile(r"""(?<=[.!?])["'\u201d\u2019)\]]*\s+|\n+""")
 _CHARACTERS_A_TOKEN = 4.0  # a guess, on the safe side for English; pieces that come out longer are cut again
 
 
@@ -80,7 +80,7 @@ def split_documents(paths: Iterable[str | Path], held_out: float) -> tuple[list[
     train: list[str] = []
     kept: list[str] = []
     for texts in groups.values():
-        ranked = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].encode()).digest())  # noqa: B023
+        ranked = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].encode()).digest())
         chosen = set(ranked[: round(len(texts) * held_out)])
         train.extend(text for i, text in enumerate(texts) if i not in chosen)
         kept.extend(texts[i] for i in sorted(chosen))

@@ -6,9 +6,18 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
-from modernbert.checkpoint import write_text
+from modernbert.files import write_text
 
 SPECIALS = ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]")
 _UNUSED = 11  # spare ids for users' own tokens; they round the usual sizes up to a multiple of 16
@@ -41,7 +50,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int = 8192) -> Tokeniz
     )
     tokenizer.train_from_iterator(documents, trainer)
     learned = tokenizer.get_vocab_size()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False, lstrip=t == "[MASK]") for t in SPECIALS])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False, lstrip=t == "[MASK]") for t in SPECIALS]
+    )
     tokenizer.add_tokens([AddedToken(f"[unused{i}]", special=False) for i in range(_UNUSED)])
     ids = {token: learned + i for i, token in enumerate(SPECIALS)}
     tokenizer.post_processor = processors.TemplateProcessing(

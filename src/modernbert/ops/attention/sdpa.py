@@ -204,9 +204,7 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def _windows(
-    texts: list[int], packing: Packing, reach: tuple[int, int], dtype: torch.dtype
-) -> tuple[Windows, _Layout]:
+def _windows(texts: list[int], packing: Packing, reach: tuple[int, int], dtype: torch.dtype) -> tuple[Windows, _Layout]:
     # A block is about the reach: smaller ones visit fewer keys that are out of sight, larger ones run faster.
     size = min(max(-(-max(reach) // 16) * 16, 16), 128)
     left, right = (-(-r // size) for r in reach)

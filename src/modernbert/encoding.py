@@ -1,0 +1,145 @@
+"""What a tokenizer takes and gives, as lists and tensors: batches of rows, with words and characters behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from tokenizers import Encoding
+
+from modernbert.errors import InputError
+
+# What a padded place holds, by the key of the output.
+_FILL = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0), "labels": -100}
+
+
+class BatchEncoding(dict[str, Any]):
+    """What a tokenizer returns: a dict whose values are also attributes.
+
+    Args:
+        data: lists or tensors by name.
+        encodings: the `tokenizers` encodings behind them, one a row, where there are any.
+    """
+
+    def __init__(self, data: Mapping[str, Any], encodings: Sequence[Encoding] | None = None) -> None:
+        super().__init__(data)
+        self.encodings = encodings
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the encoding holds {', '.join(self)}; not {name!r}") from None
+
+    def to(self, device: Any) -> Self:
+        """Move the tensors to a device, in place, and return this encoding."""
+        for name, value in self.items():
+            if isinstance(value, torch.Tensor):
+                self[name] = value.to(device)
+        return self
+
+    def _encoding(self, row: int) -> Encoding:
+        if self.encodings is None:
+            raise InputError("this batch was not made from text, so it knows neither words nor characters")
+        return self.encodings[row]
+
+    def tokens(self, batch_index: int = 0) -> list[str]:
+        """Tokens of a row, without padding."""
+        return list(self._encoding(batch_index).tokens)
+
+    def word_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token of a row the number of its word, None for special tokens and padding."""
+        return self._spread(list(self._encoding(batch_index).word_ids), batch_index)
+
+    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token of a row 0 or 1, the text of a pair it is from; None for special tokens and padding."""
+        return self._spread(list(self._encoding(batch_index).sequence_ids), batch_index)
+
+    def token_to_chars(self, token: int, batch_index: int = 0) -> tuple[int, int] | None:
+        """Where a token of a row (padding not counted) begins and ends in its text; None for special tokens."""
+        return self._encoding(batch_index).token_to_chars(token)
+
+    def char_to_token(self, char: int, batch_index: int = 0, sequence_index: int = 0) -> int | None:
+        """The token of a row (padding not counted) that holds this character of its text."""
+        return self._encoding(batch_index).char_to_token(char, sequence_index)
+
+    def _spread(self, values: list[int | None], row: int) -> list[int | None]:
+        """Put None at the row's padding."""
+        mask = self.get("attention_mask")
+        if mask is None or self.encodings is None:
+            return values
+        row_mask = mask[row] if len(mask) and not isinstance(mask[0], int) else mask
+        real = [bool(m) for m in row_mask]
+        rest = iter(values)
+        return [next(rest) if here else None for here in real]
+
+
+def to_list(values: Any) -> Any:
+    """A tensor or array as a list or number; anything else as it is."""
+    return values.tolist() if isinstance(values, torch.Tensor | np.ndarray | np.generic) else values
+
+
+def pad_rows(data: dict[str, Any], target: int, pad_id: int, side: str) -> None:
+    """Fill the rows of a batch up to `target` on one side, in place, and mask what was filled."""
+    data.setdefault("attention_mask", [[1] * len(row) for row in data["input_ids"]])
+    for name, fill in {**_FILL, "input_ids": pad_id}.items():
+        if name in data:
+            missing = [[fill] * (target - len(row)) for row in data[name]]
+            pairs = zip(data[name], missing, strict=True)
+            data[name] = [[*row, *gap] if side == "right" else [*gap, *row] for row, gap in pairs]
+
+
+def rows_of(text: Any, text_pair: Any, words: bool) -> tuple[bool, list[Any]]:
+    """Whether the input is a batch, and its texts or pairs as a list."""
+    firsts, seconds = _texts("text", text, words), _texts("text_pair", text_pair, words)
+    if firsts is None:
+        raise InputError("text is None; give a string or a list of them")
+    batched, first_list = firsts
+    if seconds is None:
+        return batched, first_list
+    if batched != seconds[0] or len(first_list) != len(seconds[1]):
+        raise InputError(f"text holds {len(first_list)} texts and text_pair {len(seconds[1])}; they must be as many")
+    return batched, list(zip(first_list, seconds[1], strict=True))
+
+
+def _texts(name: str, given: Any, words: bool) -> tuple[bool, list[Any]] | None:
+    if given is None:
+        return None
+    if not words:
+        if isinstance(given, str):
+            return False, [given]
+        if isinstance(given, Iterable) and not isinstance(given, bytes | Mapping):
+            texts = list(given)
+            bad = next((t for t in texts if not isinstance(t, str)), None)
+            if bad is None:
+                return True, texts
+            raise InputError(f"{name} holds a {type(bad).__name__}; every text must be a string")
+        raise InputError(f"{name} is a {type(given).__name__}; give a string or a list of strings")
+    if isinstance(given, list | tuple):
+        if all(isinstance(w, str) for w in given):
+            return False, [list(given)]
+        if all(isinstance(t, list | tuple) and all(isinstance(w, str) for w in t) for t in given):
+            return True, [list(t) for t in given]
+    raise InputError(
+        f"{name} is a {type(given).__name__}; with is_split_into_words give a list of words, or of such lists"
+    )
+
+
+def to_tensors(batch: BatchEncoding, kind: str | None) -> BatchEncoding:
+    """Make tensors of a batch: "pt", "np", or None for none."""
+    if kind is None:
+        return batch
+    if kind not in ("pt", "np"):
+        raise InputError(f"return_tensors is {kind!r}; choose 'pt', 'np' or None")
+    for name, value in batch.items():
+        try:
+            array = np.array(value, dtype=np.int64)
+        except ValueError:
+            lengths = sorted({len(row) for row in value})
+            raise InputError(
+                f"{name} has rows of {lengths} and makes no tensor; padding=True makes them equal"
+            ) from None
+        batch[name] = torch.from_numpy(array) if kind == "pt" else array
+    return batch
