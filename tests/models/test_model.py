@@ -1,5 +1,6 @@
 """The model surface: inputs refused by name, outputs, surgery, checkpointing, dropout, compiling."""
 
+import copy
 import shutil
 
 import pytest
@@ -296,6 +297,33 @@ def test_optimizing_ends_training_and_survives_a_cast(small_model):
     assert torch.equal(small_model(x).logits, before)
     assert small_model.bfloat16()(x).logits.dtype == torch.bfloat16
     assert torch.equal(small_model.optimize_for_inference()(x).logits, small_model(x).logits)
+
+
+def test_an_optimized_model_holds_its_weights_once_and_gives_them_back(small_model, tmp_path):
+    x = ids(1, 9)
+    small_model.save_pretrained(tmp_path / "plain")
+    before = small_model(x).logits
+    state = {name: value.clone() for name, value in small_model.state_dict().items()}
+    size = small_model.num_parameters()
+    small_model.optimize_for_inference().optimize_for_inference()
+    if small_model.head.dense.packed is not None:
+        assert small_model.head.dense.weight.is_meta
+        assert not small_model.decoder.weight.is_meta  # shared with the embedding
+    assert small_model.num_parameters() == size
+    small_model.save_pretrained(tmp_path / "optimized")
+    assert (tmp_path / "optimized" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()
+    copied = copy.deepcopy(small_model)
+    for other in (copied, small_model):
+        assert torch.equal(other(x).logits, before)
+        assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    small_model.load_state_dict({name: value * 2 for name, value in state.items()})
+    assert torch.equal(small_model.head.dense.weight, state["head.dense.weight"] * 2)
+    copied.optimize_for_inference().prune_heads({0: [1]})
+    assert copied(x).logits.isfinite().all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert copied.optimize_for_inference()(x).logits.dtype == torch.bfloat16
 
 
 def test_counting_parameters(small_model):

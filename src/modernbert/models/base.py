@@ -258,6 +258,7 @@ class PreTrainedModel(nn.Module):
         Raises:
             ValueError: the size is below 1, or leaves the padding id outside.
         """
+        self._unpack()
         old = self.get_input_embeddings()
         size = old.num_embeddings if new_num_tokens is None else int(new_num_tokens)
         if pad_to_multiple_of is not None:
@@ -289,8 +290,6 @@ class PreTrainedModel(nn.Module):
         self.config = config
         self.base_model.config = config
         self.tie_weights()
-        if any(isinstance(m, Linear) and m.packed is not None for m in self.modules()):
-            self.optimize_for_inference()
         return old
 
     # Surgery, training, inference
@@ -312,6 +311,7 @@ class PreTrainedModel(nn.Module):
             if len(pruned[layer]) >= self.config.num_attention_heads:
                 raise ValueError(f"prune_heads would remove all {len(pruned[layer])} heads of layer {layer}")
         config = self.config.replace(pruned_heads=pruned)  # refuses layers and heads that do not exist
+        self._unpack()
         layers: Any = self.base_model.layers
         for layer in heads_to_prune:
             attention: Attention = layers[layer].attn
@@ -340,13 +340,21 @@ class PreTrainedModel(nn.Module):
     def optimize_for_inference(self) -> Self:
         """Make the model ready to serve on its device: evaluation mode, no gradients, weights laid out once.
 
-        Changes the model in place and returns it. Results stay the same, bit for bit.
+        Changes the model in place and returns it. Results stay the same, bit for bit. Weights are held in the
+        packed layout alone; saving, copying, moving, resizing and pruning give the plain one back, and the latter
+        three end the optimization.
         """
         self.eval().requires_grad_(False)
+        shared = self.get_input_embeddings().weight
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack()
+                module.pack(keep_weight=module.weight is shared)
         return self
+
+    def _unpack(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.unpack()
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, tied ones once."""

@@ -19,7 +19,11 @@ from modernbert.ops.rope import apply_rope
 
 
 class Linear(nn.Linear):
-    """A linear layer whose rows do not depend on each other, bit for bit; see `ops.linear`."""
+    """A linear layer whose rows do not depend on each other, bit for bit; see `ops.linear`.
+
+    Once packed for inference it holds its numbers in the packed layout alone; saving, copying and moving give them
+    back.
+    """
 
     packed: Tensor | None = None
 
@@ -27,13 +31,39 @@ class Linear(nn.Linear):
         """(..., in) to (..., out)."""
         return linear(x, self.weight, self.bias, self.packed)
 
-    def pack(self) -> None:
-        """Lay the weight out for inference. A later change of the weight's dtype or device undoes it."""
-        self.packed = pack_weight(self.weight)
+    def pack(self, keep_weight: bool = False) -> None:
+        """Lay the weight out for inference; `keep_weight` where another module shares it."""
+        if self.packed is None:
+            self.packed = pack_weight(self.weight)
+        if self.packed is not None and not keep_weight:
+            self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        if self.packed is not None and self.weight.is_meta:
+            self.weight = nn.Parameter(self.packed.to_dense(), requires_grad=False)
+        self.packed = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
-        self.packed = None
+        self.unpack()
         return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination[f"{prefix}weight"] = self.packed.to_dense()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:  # for copies, which are not packed
+        state = dict(self.__dict__)
+        if state.pop("packed", None) is not None and self.weight.is_meta:
+            assert self.packed is not None
+            weight = nn.Parameter(self.packed.to_dense(), requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight": weight}
+        return state
 
 
 def layer_norm(config: ModernBertConfig) -> nn.LayerNorm:

@@ -71,18 +71,19 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
 
     Args:
         x_TI: (T, I) rows; any leading dimensions are taken as rows.
-        weight_OI: (O, I).
+        weight_OI: (O, I); only its shape is read where `packed` serves.
         bias_O: (O,) or None.
         packed: `pack_weight(weight_OI)`, which saves the layout change at each call; inference only.
 
     Returns:
         (T, O), or the leading dimensions of x and O.
     """
+    if packed is not None and (torch.compiler.is_compiling() or torch.is_autocast_enabled(x_TI.device.type)):
+        weight_OI, packed = packed.to_dense(), None
     if torch.is_autocast_enabled(x_TI.device.type):
         dtype = torch.get_autocast_dtype(x_TI.device.type)
         x_TI, weight_OI = x_TI.to(dtype), weight_OI.to(dtype)
         bias_O = None if bias_O is None else bias_O.to(dtype)
-        packed = None
     if torch.compiler.is_compiling():  # the compiler plans its own products, and gives up the guarantee
         return F.linear(x_TI, weight_OI, bias_O)
     if x_TI.dim() != 2:
