@@ -1,6 +1,6 @@
 """Draw docs/numbers.svg from benchmarks/results.json: time and memory beside transformers.
 
-    pip install matplotlib && python benchmarks/picture.py
+pip install matplotlib && python benchmarks/picture.py
 """
 
 import json
@@ -10,7 +10,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "modernbert"  # the same bytes at every run
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt  # noqa: E402 (after the backend is chosen)
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"modernbert": "#2563eb", "transformers": "#9ca3af"}
@@ -37,6 +37,7 @@ def panel(axes, title, unit, rows):
 
 
 def main():
+    """Read the results and write the picture."""
     results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.6))
     names = {"var32": "32 mixed texts", "1x8192": "one text of 8,192"}
@@ -49,7 +50,14 @@ def main():
     panel(left, "Seconds", "s", rows("seconds", 1))
     panel(right, "Peak memory of the process", "GiB", rows("peak_kib", 2**-20))
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[c]) for c in contenders]
-    figure.legend(handles, ["modernbert", f"transformers {results['transformers']} (sdpa)"], loc="lower center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(
+        handles,
+        ["modernbert", f"transformers {results['transformers']} (sdpa)"],
+        loc="lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+    )
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(ROOT / "docs" / "numbers.svg", metadata={"Date": None})
 

@@ -1,11 +1,14 @@
 """`modernbert run` as a user meets it: in a process of its own."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+
+from modernbert.cli import main
 
 
 def run(*arguments, stdin="", **environment):
@@ -70,10 +73,10 @@ def test_targets():
             "",
             "no-one/nothing: config.json is not in the cache",
         ),
-        (("run", "[MASK]", "--top-k", "many"), "", "'many' is not a valid int"),
+        (("run", "[MASK]", "--top-k", "many"), "", "'--top-k'"),
         (("run", "[MASK]", "--top-k", "0"), "", "top_k is 0"),
         (("run", "[MASK]", "--device", "toaster"), "", "device is 'toaster'"),
-        (("run", "[MASK]", "--dtype", "int3"), "", "dtype is 'int3'"),
+        (("run", "[MASK]", "--dtype", "int3"), "", "dtype is torch.int3"),
         (("run", "[MASK]", "--attn-implementation", "magic"), "", "attn_implementation is 'magic'"),
         (("run", "[MASK]", "--file", "x"), "", "texts are given both as arguments and by --file"),
         (("run", "--file", "/no/such/file"), "", "/no/such/file"),
@@ -82,13 +85,27 @@ def test_targets():
     ],
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, stdin, message):
-    done = run(*arguments, stdin=stdin)
-    assert done.returncode == 2
-    lines = done.stderr.decode().splitlines()
+def test_bad_input_is_one_line_and_exit_code_2(arguments, stdin, message, monkeypatch, capsys):
+    given = io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("modernbert: ")
     assert message in lines[0]
+
+
+def test_bad_input_ends_a_process_the_same_way():
+    done = run("run", "no mask")
+    assert done.returncode == 2
+    assert done.stderr.decode().splitlines() == [
+        "modernbert: there is no [MASK] in 'no mask'; write it where a word is missing"
+    ]
+    assert not done.stdout
 
 
 def test_a_gpu_that_is_not_there_is_said_and_the_cpu_serves():

@@ -14,7 +14,7 @@ from modernbert import ModernBertForMaskedLM, ModernBertModel
 from modernbert.checkpoint import _bytes
 from modernbert.errors import CheckpointError, ConfigError
 from modernbert.files import replacing, write_text
-from tests.parity.configs import random_batch, random_config
+from tests.parity.configs import peer, random_batch, random_config
 
 
 def content(folder):
@@ -53,6 +53,31 @@ def test_what_we_save_loads_in_transformers(seed, tmp_path):
     ids, mask, _ = random_batch(values, seed)
     a, b = theirs.eval()(ids, attention_mask=mask).logits, model(ids, attention_mask=mask).logits
     assert (a - b)[mask.bool()].abs().max() <= 1e-5
+
+
+def test_a_folder_of_the_older_generation(tmp_path):
+    """What transformers 4.48 writes: intervals and thetas instead of layer types and parameters."""
+    values = {**random_config(0), "num_hidden_layers": 5}
+    del values["rope_parameters"], values["layer_types"]
+    theirs = peer("ModernBertForMaskedLM", values, 3, global_attn_every_n_layers=2, global_rope_theta=5e4)
+    theirs.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for name in ("layer_types", "rope_parameters", "dtype", "tie_word_embeddings"):
+        written.pop(name)
+    older = {
+        "global_attn_every_n_layers": 2,
+        "global_rope_theta": 5e4,
+        "local_rope_theta": 1e4,
+        "torch_dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**written, **older}))
+    ours = ModernBertForMaskedLM.from_pretrained(tmp_path)
+    ids, mask, _ = random_batch(values, 1)
+    difference = (ours(ids, attention_mask=mask).logits - theirs(ids, attention_mask=mask).logits)[mask.bool()]
+    assert difference.abs().max() <= 1e-5
+    ours.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert all(saved[name] == value for name, value in older.items())
 
 
 def test_bare_and_headed_checkpoints_load_into_each_other(small_model, tmp_path, caplog):

@@ -43,7 +43,7 @@ def samples():
         blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
         # The page of the v4 release has lost its fences: a sample goes from its imports to the next heading.
         blocks += re.findall(
-            r"^Copied\n((?:import torch\n)?from transformers.*?)(?=^ModernBert\w*\n|^class |\Z)",
+            r"^Copied\n((?:import torch\n)?from transformers.*?)(?=^ModernBert\w*\n|^Pytorch\n|^class |\Z)",
             text,
             re.S | re.M,
         )

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from modernbert import AutoModelForMaskedLM, AutoTokenizer, ModernBertForMaskedLM
 from modernbert.cli import main
@@ -313,6 +314,7 @@ def test_evaluation_counts_what_is_right(documents, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"mask_rate": 0}, "mask_rate"), ({"steps": 0}, "steps is 0"), ({"warmup": 0.7, "decay": 0.7}, "shares of the"),
+     ({"save_dtype": "int8"}, "save_dtype is 'int8'"),
      ({"optimizer": "sgd"}, "choose one of stableadamw, muon"), ({"dtype": "int8"}, "dtype is 'int8'")],
 )  # fmt: skip
 def test_impossible_options_are_named(options, message):
@@ -345,11 +347,13 @@ def test_from_text_to_a_filled_mask_by_commands(documents, tmp_path, capsys):
     said = command(
         "pretrain", data, "--tokenizer", tmp_path / "tok", "--output", tmp_path / "run", *sizes, "--steps", 60,
         "--tokens-per-step", 512, "--micro-tokens", 512, "--held-out", 0.1, "--eval-every", 30,
-        "--initializer-range", 0.1,
+        "--initializer-range", 0.1, "--save-dtype", "float16",
     )  # fmt: skip
     assert "tokens/s" in said.err
     assert "min left" in said.err
     assert "held out: loss" in said.err
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float16}
     score = json.loads(command("evaluate", tmp_path / "run", data, "--held-out", 0.1).out)
     assert set(score) == {"documents", "masked_tokens", "loss", "top1", "top5"}
     assert score["documents"] == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from modernbert.auto import AutoModelForMaskedLM
 from modernbert.errors import InputError
 from modernbert.models.masked_lm import ModernBertForMaskedLM
 from modernbert.pipelines.base import Pipeline, _short
+
+logger = logging.getLogger(__name__)
 
 
 class FillMaskPipeline(Pipeline):
@@ -60,6 +63,11 @@ class FillMaskPipeline(Pipeline):
         """Id of the token that a target means; the first one's where the vocabulary has no single token for it."""
         spelled = f" {word}" if after_space and not word[0].isspace() else word
         ids = self.tokenizer(spelled, add_special_tokens=False).input_ids
+        if len(ids) > 1:
+            first = self.tokenizer.decode([ids[0]])
+            logger.warning(
+                "target %r is %d tokens of this vocabulary; the first one, %r, is scored", spelled, len(ids), first
+            )
         return int(ids[0])
 
     def answer(self, rows: list[tuple[list[int], list[list[int]]]], settings: dict[str, Any]) -> list[Any]:

@@ -6,6 +6,7 @@ Everything that a run writes is safetensors and JSON, and a run goes on from its
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -50,6 +51,7 @@ class PretrainOptions:
         mask_rate: share of the tokens to predict.
         max_grad_norm: gradients are scaled down to this norm.
         dtype: "auto" (bfloat16 where the device computes it natively, else float32), "bfloat16" or "float32".
+        save_dtype: dtype of the finished model's weights on disk, such as "float16" to halve them.
         seed: of weights, order and masks.
         eval_every, save_every: steps between validations and between checkpoints.
     """
@@ -65,6 +67,7 @@ class PretrainOptions:
     mask_rate: float = 0.3
     max_grad_norm: float = 1.0
     dtype: str = "auto"
+    save_dtype: str = "float32"
     seed: int = 0
     eval_every: int = 500
     save_every: int = 250
@@ -79,6 +82,8 @@ class PretrainOptions:
             raise ValueError(f"optimizer is {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; choose auto, float32 or bfloat16")
+        if self.save_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"save_dtype is {self.save_dtype!r}; choose float32, bfloat16 or float16")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
             raise ValueError(f"warmup {self.warmup} and decay {self.decay} are shares of the steps, at most 1 together")
 
@@ -244,7 +249,7 @@ def pretrain(
             _save(model, optimizer, output, step, options)
     model.config = model.config.replace(sparse_prediction=sparse)
     model.eval()
-    model.save_pretrained(output)
+    copy.deepcopy(model).to(getattr(torch, options.save_dtype)).save_pretrained(output)
     save_tokenizer(tokenizer, output, model.config.max_position_embeddings)
     return model
 
