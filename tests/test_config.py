@@ -183,6 +183,13 @@ def test_replacing_makes_derived_values_anew():
     assert len(config.replace(num_hidden_layers=4).layer_types) == 4
     assert config.replace(global_attn_every_n_layers=11).layer_types.count("full_attention") == 2
     assert config.replace(local_rope_theta=5.0).rope_parameters["sliding_attention"]["rope_theta"] == 5.0
+    yarn = ModernBertConfig(rope_scaling={"rope_type": "yarn", "factor": 4.0}).replace(global_rope_theta=1e6)
+    assert yarn.rope_parameters["full_attention"]["rope_type"] == "yarn"
+    assert yarn.rope_parameters["full_attention"]["rope_theta"] == yarn.global_rope_theta == 1e6
+    irregular = ModernBertConfig(num_hidden_layers=3, layer_types=["full_attention"] * 2 + ["sliding_attention"])
+    with pytest.raises(ConfigError, match="follow no rule"):
+        irregular.replace(num_hidden_layers=2)
+    assert irregular.replace(num_hidden_layers=1, layer_types=["full_attention"]).num_hidden_layers == 1
     assert config.replace(hidden_size=384).id2label == {0: "no", 1: "yes"}
 
 

@@ -73,14 +73,15 @@ def weight_files(source: Source) -> list[Path]:
             raise CheckpointError(f"{INDEX} of {source.name_or_folder} has no weight_map")
         return [source.need(str(name)) for name in sorted(set(index["weight_map"].values()))]
     for name in _PICKLES:
-        if source.find(name) is not None:
+        if source.exists(name):
             raise CheckpointError(
                 f"{source.name_or_folder} holds its weights as {name}, a pickle, which can run code when it is "
                 "loaded. Convert it where you trust it: `import torch; from safetensors.torch import save_file; "
                 "save_file({k: v.clone() for k, v in torch.load('pytorch_model.bin', weights_only=True).items()}, "
                 "'model.safetensors', metadata={'format': 'pt'})`"
             )
-    raise CheckpointError(f"{source.folder or source.name_or_folder} holds neither {WEIGHTS} nor {INDEX}")
+    offline = "" if source.folder else ", or they are not in the cache and the Hub cannot be reached"
+    raise CheckpointError(f"{source.folder or source.name_or_folder} holds neither {WEIGHTS} nor {INDEX}{offline}")
 
 
 def weight_names(files: list[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:

@@ -187,11 +187,22 @@ class ModernBertConfig:
             "num_hidden_layers": ("layer_types",),
             "global_attn_every_n_layers": ("layer_types",),
             "layer_types": ("global_attn_every_n_layers",),
-            "global_rope_theta": ("rope_parameters",),
-            "local_rope_theta": ("rope_parameters",),
             "rope_parameters": ("global_rope_theta", "local_rope_theta"),
         }
         values: dict[str, Any] = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        layers = changes.get("num_hidden_layers", self.num_hidden_layers)
+        irregular = self.global_attn_every_n_layers is None
+        if (
+            layers != self.num_hidden_layers
+            and irregular
+            and not {"layer_types", "global_attn_every_n_layers"} & {*changes}
+        ):
+            raise ConfigError(
+                f"num_hidden_layers is {layers}; this model's layer_types follow no rule, so give them too"
+            )
+        for name, kind in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
+            if name in changes:  # a scaled type keeps its other values
+                values["rope_parameters"][kind]["rope_theta"] = changes[name]
         for name in changes:
             for stale in derived.get(name, ()):
                 if stale not in changes:

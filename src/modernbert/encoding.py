@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -11,6 +12,10 @@ from tokenizers import Encoding
 
 from modernbert.errors import InputError
 
+logger = logging.getLogger(__name__)
+
+_TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
+UNLIMITED = int(1e30)  # how tokenizer files say that texts may be of any length
 # What a padded place holds, by the key of the output.
 _FILL = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0), "labels": -100}
 
@@ -21,11 +26,15 @@ class BatchEncoding(dict[str, Any]):
     Args:
         data: lists or tensors by name.
         encodings: the `tokenizers` encodings behind them, one a row, where there are any.
+        pad_token: what `tokens` gives at padding.
     """
 
-    def __init__(self, data: Mapping[str, Any], encodings: Sequence[Encoding] | None = None) -> None:
+    def __init__(
+        self, data: Mapping[str, Any], encodings: Sequence[Encoding] | None = None, pad_token: str | None = None
+    ) -> None:
         super().__init__(data)
         self.encodings = encodings
+        self.pad_token = pad_token
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -46,8 +55,8 @@ class BatchEncoding(dict[str, Any]):
         return self.encodings[row]
 
     def tokens(self, batch_index: int = 0) -> list[str]:
-        """Tokens of a row, without padding."""
-        return list(self._encoding(batch_index).tokens)
+        """Tokens of a row, padding included."""
+        return self._spread(list(self._encoding(batch_index).tokens), batch_index, self.pad_token)
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
         """For each token of a row the number of its word, None for special tokens and padding."""
@@ -57,23 +66,15 @@ class BatchEncoding(dict[str, Any]):
         """For each token of a row 0 or 1, the text of a pair it is from; None for special tokens and padding."""
         return self._spread(list(self._encoding(batch_index).sequence_ids), batch_index)
 
-    def token_to_chars(self, token: int, batch_index: int = 0) -> tuple[int, int] | None:
-        """Where a token of a row (padding not counted) begins and ends in its text; None for special tokens."""
-        return self._encoding(batch_index).token_to_chars(token)
-
-    def char_to_token(self, char: int, batch_index: int = 0, sequence_index: int = 0) -> int | None:
-        """The token of a row (padding not counted) that holds this character of its text."""
-        return self._encoding(batch_index).char_to_token(char, sequence_index)
-
-    def _spread(self, values: list[int | None], row: int) -> list[int | None]:
-        """Put None at the row's padding."""
+    def _spread(self, values: list[Any], row: int, fill: Any = None) -> list[Any]:
+        """Put `fill` at the row's padding."""
         mask = self.get("attention_mask")
         if mask is None or self.encodings is None:
             return values
         row_mask = mask[row] if len(mask) and not isinstance(mask[0], int) else mask
         real = [bool(m) for m in row_mask]
         rest = iter(values)
-        return [next(rest) if here else None for here in real]
+        return [next(rest) if here else fill for here in real]
 
 
 def to_list(values: Any) -> Any:
@@ -81,11 +82,30 @@ def to_list(values: Any) -> Any:
     return values.tolist() if isinstance(values, torch.Tensor | np.ndarray | np.generic) else values
 
 
+def truncation_of(
+    padding: bool | str, truncation: bool | str | None, max_length: int | None, model_max_length: int, pair: bool
+) -> tuple[str | None, int | None]:
+    """The strategy and the length to cut to, or None twice."""
+    if truncation is None and max_length is not None and padding is False:
+        logger.info("max_length is given without truncation; cutting texts as truncation=True does")
+        truncation = True
+    if truncation in (None, False, "do_not_truncate"):
+        return None, None
+    strategy = "longest_first" if truncation is True else str(truncation)
+    if strategy not in _TRUNCATIONS:
+        raise InputError(f"truncation is {truncation!r}; choose True, False or one of {', '.join(_TRUNCATIONS)}")
+    if strategy == "only_second" and not pair:
+        raise InputError("truncation is 'only_second' and there is no text_pair")
+    limit = model_max_length if max_length is None else max_length
+    if limit < 0:
+        raise InputError(f"max_length is {max_length}; it must not be negative")
+    return (None, None) if limit >= UNLIMITED else (strategy, limit)
+
+
 def pad_rows(data: dict[str, Any], target: int, pad_id: int, side: str) -> None:
-    """Fill the rows of a batch up to `target` on one side, in place, and mask what was filled."""
-    data.setdefault("attention_mask", [[1] * len(row) for row in data["input_ids"]])
+    """Fill the rows of a batch up to `target` on one side, in place; values that are no rows stay."""
     for name, fill in {**_FILL, "input_ids": pad_id}.items():
-        if name in data:
+        if data.get(name) and isinstance(data[name][0], list | tuple):
             missing = [[fill] * (target - len(row)) for row in data[name]]
             pairs = zip(data[name], missing, strict=True)
             data[name] = [[*row, *gap] if side == "right" else [*gap, *row] for row, gap in pairs]
@@ -135,11 +155,12 @@ def to_tensors(batch: BatchEncoding, kind: str | None) -> BatchEncoding:
         raise InputError(f"return_tensors is {kind!r}; choose 'pt', 'np' or None")
     for name, value in batch.items():
         try:
-            array = np.array(value, dtype=np.int64)
+            array = np.array(value)
         except ValueError:
             lengths = sorted({len(row) for row in value})
             raise InputError(
                 f"{name} has rows of {lengths} and makes no tensor; padding=True makes them equal"
             ) from None
+        array = array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
         batch[name] = torch.from_numpy(array) if kind == "pt" else array
     return batch

@@ -17,5 +17,9 @@ class NotFoundError(CheckpointError, OSError):
     """A file or repository is neither on this disk nor on the Hub, or the Hub cannot be reached."""
 
 
+class DivergedError(RuntimeError):
+    """A training run's loss is no longer a number."""
+
+
 class BackendError(RuntimeError):
     """An attention backend asked for by name cannot run here; the message gives the reason."""

@@ -101,8 +101,26 @@ class Source:
                 f"there is no folder {repository!r} on this disk and no such repository on the Hub; a private one "
                 "needs token=..."
             ) from error
+        except hub_errors.HFValidationError as error:
+            raise NotFoundError(f"{repository!r} is no folder and cannot be a repository's id: {error}") from error
         except hub_errors.HfHubHTTPError as error:
             raise NotFoundError(f"{repository}: the Hub answered {error}") from error
+
+    def exists(self, filename: str) -> bool:
+        """Whether the source has a file, without downloading it; False where that cannot be found out."""
+        if self.folder is not None:
+            return (self.folder / filename).is_file()
+        from huggingface_hub import HfApi
+        from huggingface_hub import errors as hub_errors
+
+        name = str(self.name_or_folder)
+        if self.local_files_only or self._in_cache(name, filename):
+            return self._in_cache(name, filename)
+        path = f"{self.subfolder}/{filename}" if self.subfolder else filename
+        try:
+            return HfApi().file_exists(name, path, revision=self.revision, token=self.token)
+        except (hub_errors.HfHubHTTPError, OSError, ValueError):
+            return False
 
     def _in_cache(self, repository: str, filename: str) -> bool:
         from huggingface_hub import try_to_load_from_cache

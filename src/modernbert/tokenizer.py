@@ -12,7 +12,7 @@ from typing import Any, Self, cast
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
-from modernbert.encoding import BatchEncoding, pad_rows, rows_of, to_list, to_tensors
+from modernbert.encoding import UNLIMITED, BatchEncoding, pad_rows, rows_of, to_list, to_tensors, truncation_of
 from modernbert.errors import InputError
 from modernbert.files import write_text
 from modernbert.hub import Source
@@ -21,10 +21,8 @@ logger = logging.getLogger(__name__)
 
 SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _USUAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
-_TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 _PADDINGS = ("longest", "max_length", "do_not_pad")
 _SIDES = ("left", "right")
-_UNLIMITED = int(1e30)  # how tokenizer files say that texts may be of any length
 
 
 class Tokenizer:
@@ -48,7 +46,7 @@ class Tokenizer:
         self._lock = threading.Lock()  # truncation is a setting of the backend, not of a call
         backend.no_padding()
         backend.no_truncation()
-        self.model_max_length = int(self.config.get("model_max_length") or _UNLIMITED)
+        self.model_max_length = int(self.config.get("model_max_length") or UNLIMITED)
         self.padding_side = self.config.get("padding_side", "right")
         self.truncation_side = self.config.get("truncation_side", "right")
         self.model_input_names: list[str] = self.config.get("model_input_names", ["input_ids", "attention_mask"])
@@ -105,6 +103,12 @@ class Tokenizer:
         write_text(folder / "tokenizer.json", text)
         write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
+    def __getstate__(self) -> dict[str, Any]:  # for copies and other processes: a lock is not copied
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     # Vocabulary
 
     def __len__(self) -> int:
@@ -126,6 +130,12 @@ class Tokenizer:
             token = self._specials.get(base)
             return token if kind == "" or token is None else self.backend.token_to_id(token)
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.removesuffix("_token") in SPECIAL_NAMES and value is not None:
+            self.add_special_tokens({name: value})
+        else:
+            super().__setattr__(name, value)
 
     @property
     def special_tokens_map(self) -> dict[str, str]:
@@ -150,7 +160,7 @@ class Tokenizer:
         tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
         return self.backend.add_special_tokens(tokens) if special_tokens else self.backend.add_tokens(tokens)
 
-    def add_special_tokens(self, special_tokens: Mapping[str, str]) -> int:
+    def add_special_tokens(self, special_tokens: Mapping[str, str | AddedToken]) -> int:
         """Name special tokens, as {"mask_token": "[MASK]"}, and add those that are new; returns how many."""
         for name in special_tokens:
             if name.removesuffix("_token") not in SPECIAL_NAMES:
@@ -158,7 +168,12 @@ class Tokenizer:
                     f"{name!r} is no special token; there are {', '.join(n + '_token' for n in SPECIAL_NAMES)}"
                 )
         added = self.add_tokens(list(special_tokens.values()), special_tokens=True)
-        self._specials.update({name.removesuffix("_token"): token for name, token in special_tokens.items()})
+        self._specials.update(
+            {
+                name.removesuffix("_token"): token if isinstance(token, str) else token.content
+                for name, token in special_tokens.items()
+            }
+        )
         return added
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
@@ -235,7 +250,9 @@ class Tokenizer:
             InputError: texts of the wrong form, contradictory options, or rows that make no tensor.
         """
         batched, inputs = rows_of(text, text_pair, is_split_into_words)
-        strategy, limit = self._truncation(padding, truncation, max_length, text_pair is not None)
+        if stride < 0:
+            raise InputError(f"stride is {stride}; it must not be negative")
+        strategy, limit = truncation_of(padding, truncation, max_length, self.model_max_length, text_pair is not None)
         encodings = self._encode(
             inputs, add_special_tokens, (strategy, limit, stride) if strategy else None, is_split_into_words
         )
@@ -270,30 +287,12 @@ class Tokenizer:
             max_length=limit if limit is not None else max_length,
             pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
         )
         if not batched and return_tensors is None and not return_overflowing_tokens:
             padded = BatchEncoding({name: value[0] for name, value in padded.items()})
-        padded.encodings = rows
+        padded.encodings, padded.pad_token = rows, self.pad_token
         return to_tensors(padded, return_tensors)
-
-    def _truncation(
-        self, padding: bool | str, truncation: bool | str | None, max_length: int | None, pair: bool
-    ) -> tuple[str | None, int | None]:
-        """The strategy and the length to cut to, or None twice."""
-        if truncation is None and max_length is not None and padding is False:
-            logger.info("max_length is given without truncation; cutting texts as truncation=True does")
-            truncation = True
-        if truncation in (None, False, "do_not_truncate"):
-            return None, None
-        strategy = "longest_first" if truncation is True else str(truncation)
-        if strategy not in _TRUNCATIONS:
-            raise InputError(f"truncation is {truncation!r}; choose True, False or one of {', '.join(_TRUNCATIONS)}")
-        if strategy == "only_second" and not pair:
-            raise InputError("truncation is 'only_second' and there is no text_pair")
-        limit = self.model_max_length if max_length is None else max_length
-        if limit < 0:
-            raise InputError(f"max_length is {max_length}; it must not be negative")
-        return (None, None) if limit >= _UNLIMITED else (strategy, limit)
 
     def _encode(
         self,
@@ -303,22 +302,17 @@ class Tokenizer:
         words: bool = False,
     ) -> list[Encoding]:
         with self._lock:
-            if truncation is None:
-                self.backend.no_truncation()
-            else:
-                strategy, limit, stride = truncation
-                assert limit is not None
-                special = self.backend.num_special_tokens_to_add(isinstance(inputs[0], tuple)) if inputs else 0
-                if add_special_tokens and limit - special <= stride > 0:
-                    raise InputError(
-                        f"stride is {stride}; with max_length {limit} and {special} special tokens it must be below "
-                        f"{max(limit - special, 0)}"
-                    )
-                self.backend.enable_truncation(limit, stride=stride, strategy=strategy, direction=self.truncation_side)
             try:
+                if truncation is None:
+                    self.backend.no_truncation()
+                else:
+                    strategy, limit, stride = truncation
+                    side = self.truncation_side
+                    self.backend.enable_truncation(limit or 0, stride=stride, strategy=strategy, direction=side)
                 return self.backend.encode_batch(inputs, is_pretokenized=words, add_special_tokens=add_special_tokens)
-            except (TypeError, UnicodeEncodeError) as error:
-                raise InputError(f"a text cannot be tokenized: {error}") from error
+            except Exception as error:  # the library raises bare Exception, and its panics derive from it too
+                options = "" if truncation is None else f" with truncation, max_length and stride {truncation}"
+                raise InputError(f"a text cannot be tokenized{options}: {error}") from error
 
     def pad(
         self,
@@ -328,13 +322,15 @@ class Tokenizer:
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
         return_tensors: str | None = None,
+        return_attention_mask: bool = True,
     ) -> BatchEncoding:
         """Pad rows to one length.
 
         Args:
             encoded_inputs: a dict of lists of rows, or a list of dicts with a row each; "input_ids" is needed, and
                 "labels" are padded with -100.
-            padding, max_length, pad_to_multiple_of, padding_side, return_tensors: as of a call.
+            padding, max_length, pad_to_multiple_of, padding_side, return_tensors, return_attention_mask: as of a
+                call.
 
         Raises:
             InputError: an option is impossible, or there is no padding token.
@@ -358,12 +354,14 @@ class Tokenizer:
                 raise InputError("there is no padding token; name one: add_special_tokens({'pad_token': ...})")
             if strategy == "max_length":
                 target = self.model_max_length if max_length is None else max_length
-                if target >= _UNLIMITED:
+                if target >= UNLIMITED:
                     raise InputError("padding is 'max_length', which needs max_length")
             else:
                 target = max(lengths)
             if pad_to_multiple_of:
                 target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
+            if return_attention_mask:
+                data.setdefault("attention_mask", [[1] * n for n in lengths])
             pad_rows(data, target, self.pad_token_id, side)
         return to_tensors(BatchEncoding(data), return_tensors)
 

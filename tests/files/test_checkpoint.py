@@ -126,6 +126,14 @@ def test_unexpected_and_misshapen_tensors_are_named(small_model, tmp_path):
         ModernBertForMaskedLM.from_pretrained(folder)
 
 
+def test_a_checkpoint_that_lacks_part_of_the_encoder_is_refused(small_model, tmp_path):
+    folder = damaged(tmp_path, small_model, lambda t: t.pop("model.layers.2.mlp.Wi.weight"))
+    with pytest.raises(CheckpointError, match=r"is incomplete; it lacks layers\.2\.mlp\.Wi\.weight"):
+        ModernBertForMaskedLM.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="is incomplete"):
+        ModernBertForMaskedLM.from_pretrained(folder, num_hidden_layers=5)
+
+
 def test_broken_files_are_named(small_model, tmp_path):
     small_model.save_pretrained(tmp_path, max_shard_size="20KB")
     shard = next(tmp_path.glob("model-00002*"))

@@ -92,6 +92,7 @@ def test_revision_subfolder_and_token(hub, small_model):
         ({"name_or_folder": "owner/nested", "subfolder": "other"}, NotFoundError, "holds no config.json"),
         ({"name_or_folder": "owner/pickle"}, CheckpointError, "pytorch_model.bin, a pickle.*save_file"),
         ({"name_or_folder": "owner/name", "local_files_only": True}, NotFoundError, "not in the cache"),
+        ({"name_or_folder": "foo--bar"}, NotFoundError, "cannot be a repository's id"),
         ({"name_or_folder": "./no such folder"}, NotFoundError, "neither a folder on this disk nor the id"),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else "",
@@ -100,6 +101,12 @@ def test_every_no_is_one_clear_error(hub, arguments, error, message):
     name = arguments.pop("name_or_folder")
     with pytest.raises(error, match=message):
         AutoModelForMaskedLM.from_pretrained(name, cache_dir=hub.cache, **arguments)
+
+
+def test_a_pickle_is_not_even_downloaded(hub):
+    with pytest.raises(CheckpointError, match="a pickle"):
+        AutoModelForMaskedLM.from_pretrained("owner/pickle", cache_dir=hub.cache)
+    assert not [r for r in hub.requests if r[0] == "GET" and r[1].endswith(".bin")]
 
 
 def test_an_unreachable_hub(files, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """The real tokenizer gives what transformers' fast tokenizer gives, on real text, code and awkward Unicode."""
 
+import copy
 import json
+import pickle
 import random
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 from modernbert import AutoTokenizer, Tokenizer
 from modernbert.errors import InputError, NotFoundError
@@ -202,9 +205,7 @@ def test_tensors_and_the_encoding(both):
     assert isinstance(ours("one", return_tensors="np").input_ids, np.ndarray)
     assert batch.tokens(0)[0] == "[CLS]"
     assert batch.word_ids(0) == [None, 0, None, None, None]
-    assert batch.char_to_token(4, 1) == 2
-    assert batch.token_to_chars(2, 1) == (3, 9)
-    assert batch.token_to_chars(0, 1) is None
+    assert batch.tokens(0)[2:] == ["[SEP]", "[PAD]", "[PAD]"]
     with pytest.raises(AttributeError, match="input_ids"):
         batch.nonsense  # noqa: B018
 
@@ -234,7 +235,9 @@ def test_padding_of_rows(both):
         (("a",), {"padding": True, "padding_side": "top"}, "padding_side is 'top'"),
         (("a",), {"return_tensors": "tf"}, "return_tensors is 'tf'"),
         ((["a", "b c d"],), {"return_tensors": "pt"}, "padding=True makes them equal"),
-        (("a b c d e f",), {"max_length": 4, "truncation": True, "stride": 3}, "stride is 3"),
+        (("a b c d e f",), {"max_length": 4, "truncation": True, "stride": 3}, "cannot be tokenized with truncation"),
+        (("a b c d e f",), {"max_length": 4, "truncation": True, "stride": -1}, "stride is -1"),
+        (("a " * 50, "b"), {"max_length": 20, "truncation": "only_second"}, "cannot be tokenized with truncation"),
         (("a",), {"is_split_into_words": True}, "give a list of words"),
         (("a",), {"max_length": -1, "truncation": True}, "max_length is -1"),
         (("lone \ud800",), {}, "cannot be tokenized"),
@@ -275,6 +278,13 @@ def test_saving_loads_in_transformers_and_again(both, tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
+def test_copies_and_other_processes(both):
+    ours, _ = both
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert copied("one [MASK]").input_ids == ours("one [MASK]").input_ids
+        assert copied.pad_token_id == ours.pad_token_id
+
+
 def test_adding_tokens(tmp_path):
     save_tokenizer(train_tokenizer(["some words to learn"] * 4, 272), tmp_path, 32)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
@@ -286,5 +296,10 @@ def test_adding_tokens(tmp_path):
     assert "<bos>" in tokenizer.all_special_tokens
     assert tokenizer.special_tokens_map["bos_token"] == "<bos>"
     assert tokenizer.decode(tokenizer("a <new> b").input_ids, skip_special_tokens=True) == "a <new> b"
+    tokenizer.pad_token = "<empty>"
+    assert tokenizer.pad_token_id == size + 3
+    tokenizer.add_special_tokens({"sep_token": AddedToken("<sep>", special=True)})
+    assert tokenizer.sep_token == "<sep>"
+    assert tokenizer.sep_token_id == size + 4
     with pytest.raises(InputError, match="nonsense_token"):
         tokenizer.add_special_tokens({"nonsense_token": "x"})

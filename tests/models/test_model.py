@@ -1,7 +1,10 @@
 """The model surface: inputs refused by name, outputs, surgery, checkpointing, dropout, compiling."""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -75,6 +78,30 @@ REFUSED = {
             "attention_mask": torch.tensor([[1, 1, 0]]),
         },
         "cu_seqlens says",
+    ),
+    "seq_len without indices": (
+        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "seq_len": 9},
+        "seq_len is 9",
+    ),
+    "indices twice": (
+        {
+            "input_ids": ids(2),
+            "cu_seqlens": torch.tensor([0, 2]),
+            "indices": torch.tensor([1, 1]),
+            "batch_size": 1,
+            "seq_len": 4,
+        },
+        "indices must rise",
+    ),
+    "indices in another row": (
+        {
+            "input_ids": ids(2),
+            "cu_seqlens": torch.tensor([0, 1, 2]),
+            "indices": torch.tensor([0, 1]),
+            "batch_size": 2,
+            "seq_len": 4,
+        },
+        "a row of its own",
     ),
     "window mask": (
         {"input_ids": ids(2, 5), "sliding_window_mask": torch.ones(5)},
@@ -326,6 +353,41 @@ def test_an_optimized_model_holds_its_weights_once_and_gives_them_back(small_mod
         assert copied.optimize_for_inference()(x).logits.dtype == torch.bfloat16
 
 
+def test_an_optimized_model_still_differentiates_by_its_input(small_model):
+    embeds = torch.randn(1, 7, 48, requires_grad=True)
+    plain = small_model(inputs_embeds=embeds).logits
+    (expected,) = torch.autograd.grad(plain.square().sum(), embeds)
+    fast = small_model.optimize_for_inference()(inputs_embeds=embeds).logits
+    assert torch.equal(fast, plain)
+    torch.testing.assert_close(torch.autograd.grad(fast.square().sum(), embeds)[0], expected)
+
+
+def test_new_embeddings_reach_the_output_of_an_optimized_model(small_model):
+    new = torch.nn.Embedding(96, 48)
+    small_model.optimize_for_inference().set_input_embeddings(new)
+    x = ids(1, 5)
+    hidden = small_model.head(small_model.model(x).last_hidden_state)
+    expected = hidden @ new.weight.T + small_model.decoder.bias
+    torch.testing.assert_close(small_model(x).logits, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_cpu_without_native_bfloat16_products():
+    code = """
+import torch
+from modernbert.ops.linear import linear, pack_weight
+x, w = torch.randn(70, 48).bfloat16(), torch.randn(32, 48).bfloat16()
+whole = linear(x, w, None, pack_weight(w))
+assert all(torch.equal(linear(x[i:i + n], w), whole[i:i + n]) for i in (0, 3) for n in (1, 5, 64))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"})
+
+
+def test_labels_outside_the_vocabulary_are_refused(small_model):
+    x = ids(1, 4)
+    with pytest.raises(InputError, match="labels holds 96; it must hold ids 0 to 95, or -100"):
+        small_model(x, labels=torch.tensor([[1, 96, -100, 2]]))
+
+
 def test_counting_parameters(small_model):
     tied = small_model.get_input_embeddings().weight.numel()
     assert small_model.num_parameters() == sum(p.numel() for p in small_model.parameters())
@@ -336,7 +398,7 @@ def test_counting_parameters(small_model):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_reference_compile_gives_the_same_numbers(small_config):
     torch.manual_seed(0)
     plain = ModernBertModel(small_config).eval()
@@ -346,6 +408,7 @@ def test_reference_compile_gives_the_same_numbers(small_config):
         for length in (5, 9, 33):
             x = ids(1, length)
             torch.testing.assert_close(compiled(x)[0], plain(x)[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(compiled.optimize_for_inference()(x)[0], plain(x)[0], rtol=0, atol=1e-5)
 
 
 def test_deterministic_attention_reaches_the_backend(small_config):

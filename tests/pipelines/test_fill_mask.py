@@ -1,5 +1,6 @@
 """fill-mask: shaped as in transformers, with its scores; several masks, targets, batches, streams, clear errors."""
 
+import copy
 import itertools
 
 import pytest
@@ -121,6 +122,11 @@ def test_loaded_models_devices_and_dtypes(folder, ours):
     assert pipeline("fill-mask", model, str(folder), top_k=2)(TEXTS[0]) == ours(TEXTS[0], top_k=2)
     assert pipeline("fill-mask", folder, dtype="bfloat16").model.dtype == torch.bfloat16
     assert pipeline("fill-mask", folder, torch_dtype=torch.bfloat16, device="cpu").model.dtype == torch.bfloat16
+    assert pipeline("fill-mask", model, tokenizer, batch_size=2)(TEXTS) == ours(TEXTS)
+    half = pipeline("fill-mask", copy.deepcopy(model), tokenizer, dtype="bfloat16", device="cpu")
+    assert half.model.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="attn_implementation is for loading"):
+        pipeline("fill-mask", model, tokenizer, attn_implementation="eager")
     with pytest.raises(InputError, match="give tokenizer="):
         pipeline("fill-mask", model)
     with pytest.raises(InputError, match="this is a ModernBertModel"):

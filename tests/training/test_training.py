@@ -1,5 +1,7 @@
 """Training: text, masking, batches, optimizers, a run that learns, stops, and goes on as if it had not."""
 
+import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -14,7 +16,8 @@ from safetensors.torch import load_file
 
 from modernbert import AutoModelForMaskedLM, AutoTokenizer, ModernBertForMaskedLM
 from modernbert.cli import main
-from modernbert.errors import InputError
+from modernbert.cli.train import pretrain as pretrain_command
+from modernbert.errors import DivergedError, InputError
 from modernbert.training.data import Corpus, Masking, batch_order, masked_batches
 from modernbert.training.optimizers import (
     StableAdamW,
@@ -246,6 +249,10 @@ def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, documents,
     assert [p.name for p in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-20"]
     with pytest.raises(InputError, match="resume it or choose another folder"):
         pretrain(small(tokenizer), train, held, tmp_path / "cut", options, tokenizer=tokenizer)
+    other = dataclasses.replace(options, mask_rate=0.2)
+    with pytest.raises(InputError, match=r"mask_rate is 0\.2 and the run in"):
+        pretrain(small(tokenizer), train, held, tmp_path / "cut", other, tokenizer=tokenizer, resume=True)
+    assert not AutoModelForMaskedLM.from_pretrained(tmp_path / "cut" / "checkpoint-20").config.sparse_prediction
     cut = pretrain(small(tokenizer), train, held, tmp_path / "cut", options, tokenizer=tokenizer, resume=True)
     for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -313,13 +320,30 @@ def test_evaluation_counts_what_is_right(documents, tokenizer):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"mask_rate": 0}, "mask_rate"), ({"steps": 0}, "steps is 0"), ({"warmup": 0.7, "decay": 0.7}, "shares of the"),
+    [({"mask_rate": 0}, "mask_rate"), ({"steps": 0}, "steps is 0"), ({"micro_tokens": 5}, "no multiple"),
+     ({"warmup": 0.7, "decay": 0.7}, "shares of the"),
      ({"save_dtype": "int8"}, "save_dtype is 'int8'"),
      ({"optimizer": "sgd"}, "choose one of stableadamw, muon"), ({"dtype": "int8"}, "dtype is 'int8'")],
 )  # fmt: skip
 def test_impossible_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         PretrainOptions(**options)
+
+
+def test_the_command_has_the_options_defaults():
+    command = {name: p.default for name, p in inspect.signature(pretrain_command).parameters.items()}
+    for field in dataclasses.fields(PretrainOptions):
+        assert command[field.name] == field.default, field.name
+
+
+def test_a_diverged_loss_ends_the_run(documents, tokenizer, tmp_path):
+    corpus = Corpus.from_documents(documents, tokenizer, 32, 0)
+    model = small(tokenizer)
+    with torch.no_grad():
+        model.decoder.bias.fill_(float("nan"))
+    options = PretrainOptions(steps=1, tokens_per_step=256, micro_tokens=256)
+    with pytest.raises(DivergedError, match="lower the learning rate"):
+        pretrain(model, corpus, None, tmp_path, options, tokenizer=tokenizer)
 
 
 def test_bfloat16_autocast_trains(documents, tokenizer, tmp_path):

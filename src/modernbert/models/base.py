@@ -53,11 +53,12 @@ class PreTrainedModel(nn.Module):
         self.is_gradient_checkpointing = False
 
     def _finish(self) -> None:
-        """Initialise and tie; the last line of every constructor."""
-        if not any(p.is_meta for p in self.parameters()):
-            initialize(self, self.config)
+        """Initialise and tie; the last line of every constructor. The encoder inside a model has done its part."""
+        prefix = f"{self.base_model_prefix}."
+        own = {name for name, p in self.named_parameters() if not name.startswith(prefix) and not p.is_meta}
+        initialize(self, self.config, only=own)
         self.tie_weights()
-        if self.config.reference_compile:
+        if self.config.reference_compile and self.base_model is self:
             for module in self.modules():
                 if isinstance(module, MLP):
                     module.compile(dynamic=True)
@@ -166,10 +167,13 @@ class PreTrainedModel(nn.Module):
             put(kept[name], tensor.to(device=device, dtype=dtype, copy=True))
         self.tie_weights()
         missing = {name for name, p in self.named_parameters() if p.is_meta}
+        prefix = f"{self.base_model_prefix}."
+        lost = sorted(name for name in missing if not name.startswith(_HEADS))
+        if lost:
+            raise CheckpointError(f"{origin} is incomplete; it lacks {', '.join(n.removeprefix(prefix) for n in lost)}")
         for name in missing:
             put(name, torch.empty(shapes[name], device=device, dtype=dtype))
         if missing:
-            self.tie_weights()
             initialize(self, self.config, only=missing)
             logger.warning("%s has no weights for %s; they are freshly initialised", origin, ", ".join(sorted(missing)))
 
@@ -218,7 +222,8 @@ class PreTrainedModel(nn.Module):
         return self.base_model.embeddings.tok_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Put another token embedding in place; a tied output follows."""
+        """Put another token embedding in place; a tied output follows. Ends `optimize_for_inference`."""
+        self._unpack()
         self.base_model.embeddings.tok_embeddings = value
         self.tie_weights()
 
@@ -346,8 +351,10 @@ class PreTrainedModel(nn.Module):
         """
         self.eval().requires_grad_(False)
         shared = self.get_input_embeddings().weight
+        compiled = [m for m in self.modules() if isinstance(m, MLP)] if self.config.reference_compile else []
+        left_out = {inner for mlp in compiled for inner in mlp.modules()}  # the compiler reads plain weights
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear) and module not in left_out:
                 module.pack(keep_weight=module.weight is shared)
         return self
 

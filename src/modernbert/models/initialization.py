@@ -31,15 +31,13 @@ def initial_std(module_name: str, config: ModernBertConfig) -> float:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModernBertConfig, only: set[str] | None = None) -> None:
-    """Fill the model's parameters with fresh values, in place; `only` names those to fill, None means all."""
-    done: set[int] = set()
+def initialize(model: nn.Module, config: ModernBertConfig, only: set[str]) -> None:
+    """Fill the parameters of these names with fresh values, in place."""
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}" if module_name else name
-            if id(parameter) in done or (only is not None and full_name not in only):
+            if full_name not in only:
                 continue
-            done.add(id(parameter))  # a tied weight is filled once, as what it is first met as
             if name == "bias":
                 parameter.zero_()
             elif isinstance(module, nn.LayerNorm):

@@ -169,9 +169,18 @@ def _from_packed(
             raise InputError(f"indices has shape {tuple(indices.shape)}; one a token means ({tokens},)")
         if tokens and not (int(indices.min()) >= 0 and int(indices.max()) < grid[0] * grid[1]):
             raise InputError(f"indices reach to {int(indices.max())}; the grid {grid} has {grid[0] * grid[1]} places")
+    elif seq_len is not None:
+        raise InputError(f"seq_len is {seq_len}; to pad packed outputs, indices must say where each token goes")
     packing = Packing.from_cu_seqlens(cu_seqlens, tokens, device, None if indices is None else indices.to(device), grid)
     if batch_size is not None and batch_size != len(packing.lengths):
         raise InputError(f"batch_size is {batch_size}; cu_seqlens holds {len(packing.lengths)} texts")
+    if indices is not None and packing.indices_T is not None:
+        places_T, rows_T = packing.indices_T, packing.indices_T // grid[1]
+        if bool((places_T[1:] <= places_T[:-1]).any()) or not torch.equal(rows_T, packing.text_T):
+            raise InputError(
+                "indices must rise, and put each text of cu_seqlens into a row of its own; they give rows "
+                f"{rows_T.unique_consecutive().tolist()[:8]} with {len(places_T)} places"
+            )
     longest = max(packing.lengths, default=0)
     if max_seqlen is not None and int(max_seqlen) < longest:
         raise InputError(f"max_seqlen is {int(max_seqlen)}; the longest text of cu_seqlens has {longest} tokens")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from modernbert.config import ModernBertConfig
+from modernbert.errors import InputError
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.encoder import ModernBertModel, check_kwargs, restore_all
 from modernbert.models.layers import Linear, PredictionHead
@@ -88,19 +89,20 @@ class ModernBertForMaskedLM(PreTrainedModel):
             seq_len=seq_len,
         )
         labels_T = None if labels is None else inputs.pack("labels", labels)
+        self._check_labels(labels_T)
         encoded = self.model.encode(inputs, output_attentions, output_hidden_states)
         x_TM = encoded.last_hidden_state
         assert x_TM is not None
         sparse = config.sparse_prediction and labels_T is not None
-        ignore = config.sparse_pred_ignore_index if sparse else -100
         if sparse:
             assert labels_T is not None
+            ignore = config.sparse_pred_ignore_index
             labelled = (labels_T != ignore).nonzero().squeeze(1)
             x_TM, labels_T = x_TM.index_select(0, labelled), labels_T.index_select(0, labelled)
         logits = self.decoder(self.head(x_TM))
         loss = None
         if labels_T is not None:
-            loss = cross_entropy(logits, labels_T, ignore_index=ignore, num_items=num_items_in_batch)
+            loss = cross_entropy(logits, labels_T, num_items=num_items_in_batch)
         if not sparse:
             repadded = inputs.packing.grid is not None
             if repadded and labels_T is not None and not config.repad_logits_with_grad:
@@ -108,3 +110,14 @@ class ModernBertForMaskedLM(PreTrainedModel):
             logits = inputs.restore(logits)
         output = MaskedLMOutput(loss, logits, restore_all(inputs, encoded.hidden_states), encoded.attentions)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _check_labels(self, labels_T: Tensor | None) -> None:
+        if labels_T is None or not labels_T.numel():
+            return
+        vocabulary = self.config.vocab_size
+        ignored = (labels_T == -100) | (
+            (labels_T == self.config.sparse_pred_ignore_index) & self.config.sparse_prediction
+        )
+        wrong = labels_T[~ignored & ((labels_T < 0) | (labels_T >= vocabulary))]
+        if wrong.numel():
+            raise InputError(f"labels holds {int(wrong[0])}; it must hold ids 0 to {vocabulary - 1}, or -100")

@@ -10,6 +10,7 @@ Shapes: T rows, I inputs, O outputs.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed ord
 
 
 def _onednn_serves(x: Tensor) -> bool:
-    return bool(
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and _onednn_computes(x.dtype)
+
+
+@functools.cache
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    """Whether this build and this CPU have oneDNN's inner product for a dtype."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Tensor | None) -> Tensor:
@@ -78,7 +81,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
     Returns:
         (T, O), or the leading dimensions of x and O.
     """
-    if packed is not None and (torch.compiler.is_compiling() or torch.is_autocast_enabled(x_TI.device.type)):
+    differentiable = torch.is_grad_enabled() and x_TI.requires_grad
+    if packed is not None and (differentiable or torch.is_autocast_enabled(x_TI.device.type)):
         weight_OI, packed = packed.to_dense(), None
     if torch.is_autocast_enabled(x_TI.device.type):
         dtype = torch.get_autocast_dtype(x_TI.device.type)

@@ -42,7 +42,8 @@ def pipeline(
         dtype: dtype of the weights, "auto" for the checkpoint's.
         torch_dtype: older spelling of `dtype`.
         kwargs: `attn_implementation`, `device_map`, `revision`, `subfolder`, `cache_dir`, `token`,
-            `local_files_only`, and the task's own options, which become defaults of its calls.
+            `local_files_only`, `batch_tokens`, `batch_size`, and the task's own options, which become defaults
+            of its calls.
 
     Raises:
         InputError: the task is unknown or not given.

@@ -12,6 +12,7 @@ import torch
 
 from modernbert.errors import InputError
 from modernbert.models.base import PreTrainedModel
+from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.tokenizer import Tokenizer
 
 _LOADING = ("attn_implementation", "device_map")
@@ -25,6 +26,7 @@ class Pipeline(abc.ABC):
         model: a loaded model; it is put in evaluation mode.
         tokenizer: its tokenizer.
         batch_tokens: tokens of a forward pass, all its texts together.
+        batch_size: texts of a forward pass at the most; None leaves it to `batch_tokens`.
         defaults: options of the task's calls.
     """
 
@@ -33,13 +35,20 @@ class Pipeline(abc.ABC):
     look_ahead: ClassVar[int] = 512  # texts that are sorted by length together
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer, batch_tokens: int = 16384, **defaults: Any
+        self,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        batch_tokens: int = 16384,
+        batch_size: int | None = None,
+        **defaults: Any,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         if batch_tokens < 1:
             raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-        self.batch_tokens = batch_tokens
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        self.batch_tokens, self.batch_size = batch_tokens, batch_size
         self.defaults = self._checked(defaults)
 
     @classmethod
@@ -53,6 +62,13 @@ class Pipeline(abc.ABC):
             model.optimize_for_inference()
         elif tokenizer is None:
             raise InputError("model is loaded already, so its tokenizer cannot be guessed; give tokenizer=")
+        else:
+            if loading:
+                raise InputError(f"{', '.join(loading)} is for loading, and model is loaded already")
+            if device is not None:
+                model.to(resolve_device(device))
+            if dtype is not None:
+                model.to(resolve_dtype(dtype, model.dtype, model.device))
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer.from_pretrained(tokenizer, **places)
         return cls(model, tokenizer, **kwargs)
@@ -86,7 +102,7 @@ class Pipeline(abc.ABC):
         batch: list[int] = []
         room = self.batch_tokens
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if batch and lengths[i] > room:
+            if batch and (lengths[i] > room or len(batch) == self.batch_size):
                 yield batch
                 batch, room = [], self.batch_tokens
             batch.append(i)

@@ -24,17 +24,18 @@ class FillMaskPipeline(Pipeline):
 
     For each text it gives a list of {"score", "token", "token_str", "sequence"}, best first; with several masks in
     the text, one such list a mask, in order. "sequence" is the text with this mask filled; with several masks it
-    keeps the special tokens, the other masks among them.
+    keeps the special tokens, the other masks among them. A list of texts gives a list of answers, a list of one text
+    too.
     """
 
     auto_model = AutoModelForMaskedLM.from_pretrained
     options = ("top_k", "targets")
     model: Any
 
-    def __init__(self, model: Any, tokenizer: Any, batch_tokens: int = 16384, **defaults: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
         if not isinstance(model, ModernBertForMaskedLM):
             raise InputError(f"fill-mask needs a masked language model; this is a {type(model).__name__}")
-        super().__init__(model, tokenizer, batch_tokens, **defaults)
+        super().__init__(model, tokenizer, **options)
         if tokenizer.mask_token_id is None:
             raise InputError("fill-mask needs a tokenizer with a mask token; this one has none")
 

@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from modernbert.errors import InputError
 from modernbert.training.text import pieces
 
 _ENCODED_AT_ONCE = 2048  # texts handed to the tokenizer's threads together
@@ -48,6 +49,10 @@ class Corpus:
         """
         rng = random.Random(seed)
         cls_id, sep_id = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+        if cls_id is None or sep_id is None:
+            raise InputError("the tokenizer has no [CLS] or no [SEP]; `modernbert train-tokenizer` makes one that does")
+        if max_length < 3:
+            raise InputError(f"max_length is {max_length}; [CLS], [SEP] and a token between them need 3")
         room = max_length - 2
         parts: list[npt.NDArray[np.int32]] = []
 

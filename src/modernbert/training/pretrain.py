@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from modernbert.config import ModernBertConfig
-from modernbert.errors import InputError
+from modernbert.errors import DivergedError, InputError
 from modernbert.files import replacing, write_text
 from modernbert.hub import Source
 from modernbert.models.masked_lm import ModernBertForMaskedLM
@@ -42,7 +42,7 @@ class PretrainOptions:
     Args:
         steps: optimizer steps in all.
         tokens_per_step: tokens of a batch, special ones included.
-        micro_tokens: tokens of a forward pass; a batch is made of as many passes as needed.
+        micro_tokens: tokens of a forward pass; a batch is a whole number of passes.
         optimizer: "stableadamw", or "muon" for the matrices inside the layers.
         lr: peak learning rate.
         weight_decay: decoupled weight decay.
@@ -58,12 +58,12 @@ class PretrainOptions:
 
     steps: int = 1000
     tokens_per_step: int = 8192
-    micro_tokens: int = 8192
+    micro_tokens: int = 4096
     optimizer: str = "stableadamw"
     lr: float = 3e-3
     weight_decay: float = 0.1
     warmup: float = 0.02
-    decay: float = 0.2
+    decay: float = 0.3
     mask_rate: float = 0.3
     max_grad_norm: float = 1.0
     dtype: str = "auto"
@@ -82,6 +82,10 @@ class PretrainOptions:
             raise ValueError(f"optimizer is {self.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; choose auto, float32 or bfloat16")
+        if self.tokens_per_step % self.micro_tokens:
+            raise ValueError(
+                f"tokens_per_step is {self.tokens_per_step}, no multiple of micro_tokens {self.micro_tokens}"
+            )
         if self.save_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"save_dtype is {self.save_dtype!r}; choose float32, bfloat16 or float16")
         if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
@@ -189,15 +193,15 @@ def pretrain(
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     sparse = model.config.sparse_prediction
-    model.config = model.config.replace(sparse_prediction=True)  # logits for labelled tokens only
+    model.config = model.config.replace(sparse_prediction=True)  # logits for labelled tokens only, while training
     model.train()
     optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), lr=options.lr)
-    step = _restore(model, optimizer, output) if resume else 0
+    step = _restore(model, optimizer, output, options) if resume else 0
     if not resume and _checkpoints(output):
         raise InputError(f"{output} holds checkpoints of an earlier run; resume it or choose another folder")
     mask_id, special_ids = special_tokens(tokenizer)
     masking = Masking(options.mask_rate, mask_id, special_ids)
-    passes = max(1, round(options.tokens_per_step / options.micro_tokens))
+    passes = options.tokens_per_step // options.micro_tokens
     batches = masked_batches(train, masking, options.micro_tokens, options.seed, start=step * passes)
     warmup, decay = round(options.warmup * options.steps), round(options.decay * options.steps)
     seen, began = 0, time.perf_counter()
@@ -221,7 +225,7 @@ def pretrain(
             out.loss.backward()
             loss += float(out.loss.detach())
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {step}; lower the learning rate ({options.lr})")
+            raise DivergedError(f"the loss is {loss} at step {step}; lower the learning rate ({options.lr})")
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -246,7 +250,7 @@ def pretrain(
             file.write(json.dumps(dataclasses.asdict(progress)) + "\n")
         report(progress)
         if step % options.save_every == 0 or last:
-            _save(model, optimizer, output, step, options)
+            _save(model, optimizer, output, step, options, sparse)
     model.config = model.config.replace(sparse_prediction=sparse)
     model.eval()
     copy.deepcopy(model).to(getattr(torch, options.save_dtype)).save_pretrained(output)
@@ -315,12 +319,16 @@ def _save(
     output: Path,
     step: int,
     options: PretrainOptions,
+    sparse: bool,
 ) -> None:
     """Write a checkpoint whole, then remove the one before it."""
     older = _checkpoints(output)
     temporary = output / f".checkpoint-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
+    config = model.config
+    model.config = config.replace(sparse_prediction=sparse)
     model.save_pretrained(temporary)
+    model.config = config
     state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -339,11 +347,22 @@ def _save(
             shutil.rmtree(old)
 
 
-def _restore(model: ModernBertForMaskedLM, optimizer: torch.optim.Optimizer, output: Path) -> int:
-    """Load the last checkpoint into model and optimizer, and return its step."""
+def _restore(
+    model: ModernBertForMaskedLM, optimizer: torch.optim.Optimizer, output: Path, options: PretrainOptions
+) -> int:
+    """Load the last checkpoint into model and optimizer, and return its step.
+
+    The run must go on with the options that decide what a step is; the number of steps and the learning rate may
+    change.
+    """
     found = _checkpoints(output)
     if not found:
         raise InputError(f"{output} holds no checkpoint to resume from")
+    trainer = json.loads((found[-1] / "trainer.json").read_text(encoding="utf-8"))
+    for name in ("optimizer", "tokens_per_step", "micro_tokens", "mask_rate", "seed"):
+        before, now = trainer["options"][name], getattr(options, name)
+        if before != now:
+            raise InputError(f"{name} is {now!r} and the run in {output} has {before!r}; resume it with the same")
     saved = ModernBertForMaskedLM.from_pretrained(found[-1], dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
     state = load_file(found[-1] / "optimizer.safetensors")
@@ -351,4 +370,4 @@ def _restore(model: ModernBertForMaskedLM, optimizer: torch.optim.Optimizer, out
     for name, parameter in model.named_parameters():
         keys = [k for k in state if k.rpartition("/")[0] == name]
         optimizer.state[parameter] = {k.rpartition("/")[2]: state[k].to(parameter.device) for k in keys}
-    return int(json.loads((found[-1] / "trainer.json").read_text())["step"])
+    return int(trainer["step"])
