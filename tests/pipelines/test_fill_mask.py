@@ -212,7 +212,7 @@ SENSIBLE = {
         "kitchen",
     },
     "I do not [MASK] what you mean.": {"know", "understand", "see", "think", "believe"},
-    "It was a dark and stormy [MASK].": {"night", "day", "evening", "morning", "place", "afternoon", "sky"},
+    "He shook his [MASK] and said no.": {"head"},
     "My father and [MASK] live in a small house.": {
         "mother",
         "I",
@@ -223,7 +223,7 @@ SENSIBLE = {
         "wife",
         "mamma",
     },
-    "The king and the [MASK] lived in a castle.": {"queen", "king", "prince", "princess", "people", "lady"},
+    "I have never [MASK] him before.": {"seen", "met", "heard", "known"},
     "He put his hand in his [MASK] and took out some money.": {
         "pocket",
         "hand",
