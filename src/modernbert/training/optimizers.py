@@ -72,9 +72,8 @@ class Muon(StableAdamW):
     """Momentum whose update of each hidden matrix is made orthogonal; StableAdamW for everything else.
 
     Groups with "orthogonal": True hold matrices. Their update is scaled to the size that an Adam step has, so that
-    one learning rate serves both kinds. A small model learns as much from half the text. PyTorch's own Muon
-    orthogonalises in bfloat16, which CPUs without native support for it compute many times slower. Source:
-    arXiv:2502.16982.
+    one learning rate serves both kinds. PyTorch's own Muon orthogonalises in bfloat16, which CPUs without native
+    support for it compute many times slower. Source: arXiv:2502.16982.
 
     Args:
         params: groups of parameters.
