@@ -55,7 +55,7 @@ def run(
             yield text
 
     answered = 0
-    with _bar(len(texts) if texts else _count(file)) as advance:
+    with _ProgressBar(len(texts) if texts else _count(file)) as advance:
         for output in serve.stream(remembered(), **given):
             text = seen.pop(0)
             if as_json:
@@ -89,7 +89,7 @@ def _count(file: Path | None) -> int | None:
         return sum(1 for line in lines if line.strip())
 
 
-class _bar:  # noqa: N801 (used like a function)
+class _ProgressBar:
     """A progress bar on standard error, where that is a terminal, the output is not, and there is much to do."""
 
     def __init__(self, total: int | None) -> None:
