@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,27 @@ _CONFIGS = {"modernbert": "config.ModernBertConfig"}
 _MODELS: dict[str, dict[str, str]] = {
     "base": {"modernbert": "models.encoder.ModernBertModel"},
     "masked-lm": {"modernbert": "models.masked_lm.ModernBertForMaskedLM"},
+    "sequence-classification": {
+        "modernbert": "models.sequence_classification.ModernBertForSequenceClassification",
+    },
+    "token-classification": {"modernbert": "models.token_classification.ModernBertForTokenClassification"},
+    "multiple-choice": {"modernbert": "models.multiple_choice.ModernBertForMultipleChoice"},
+    "question-answering": {"modernbert": "models.question_answering.ModernBertForQuestionAnswering"},
 }
+
+
+def kind_of(values: Mapping[str, Any]) -> str | None:
+    """The kind of model that the content of a `config.json` names under `architectures`, such as "masked-lm"."""
+    kinds = {path.rpartition(".")[2]: kind for kind, paths in _MODELS.items() for path in paths.values()}
+    return next((kinds[name] for name in values.get("architectures") or () if name in kinds), None)
+
+
+def _model_type_of(values: Mapping[str, Any]) -> str | None:
+    """The `model_type` of a `config.json`; where it is silent, that of its `architectures`."""
+    if values.get("model_type") is not None:
+        return str(values["model_type"])
+    types = {path.rpartition(".")[2]: kind for paths in _MODELS.values() for kind, path in paths.items()}
+    return next((types[name] for name in values.get("architectures") or () if name in types), None)
 
 
 def _load(path: str) -> Any:
@@ -38,7 +59,7 @@ class AutoConfig:
         """
         source = Source.pop_from(name_or_folder, kwargs)
         values = source.read_json("config.json")
-        model_type = values.get("model_type")
+        model_type = _model_type_of(values)
         if model_type not in _CONFIGS:
             raise ConfigError(f"{name_or_folder} has model_type {model_type!r}; known are {', '.join(_CONFIGS)}")
         config: ModernBertConfig = _load(_CONFIGS[model_type]).from_dict(values, **kwargs)
@@ -104,3 +125,27 @@ class AutoModelForMaskedLM(_AutoModelBase):
     """Masked language models."""
 
     kind = "masked-lm"
+
+
+class AutoModelForSequenceClassification(_AutoModelBase):
+    """Classifiers of whole texts, and cross-encoders."""
+
+    kind = "sequence-classification"
+
+
+class AutoModelForTokenClassification(_AutoModelBase):
+    """Classifiers of tokens."""
+
+    kind = "token-classification"
+
+
+class AutoModelForMultipleChoice(_AutoModelBase):
+    """Models that choose one of several continuations."""
+
+    kind = "multiple-choice"
+
+
+class AutoModelForQuestionAnswering(_AutoModelBase):
+    """Models that find an answer in a text."""
+
+    kind = "question-answering"

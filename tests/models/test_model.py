@@ -384,7 +384,7 @@ assert all(torch.equal(linear(x[i:i + n], w), whole[i:i + n]) for i in (0, 3) fo
 
 def test_labels_outside_the_vocabulary_are_refused(small_model):
     x = ids(1, 4)
-    with pytest.raises(InputError, match="labels holds 96; it must hold ids 0 to 95, or -100"):
+    with pytest.raises(InputError, match="labels holds 96; it must hold 0 to 95, or -100"):
         small_model(x, labels=torch.tensor([[1, 96, -100, 2]]))
 
 

@@ -23,6 +23,10 @@ SERVED = {
     "AutoTokenizer",
     "ModernBertConfig",
     "ModernBertForMaskedLM",
+    "ModernBertForMultipleChoice",
+    "ModernBertForQuestionAnswering",
+    "ModernBertForSequenceClassification",
+    "ModernBertForTokenClassification",
     "ModernBertModel",
     "pipeline",
 }
@@ -43,7 +47,8 @@ def samples():
         blocks = re.findall(r"```\w*\n(.*?)```", text, re.S)
         # The page of the v4 release has lost its fences: a sample goes from its imports to the next heading.
         blocks += re.findall(
-            r"^Copied\n((?:import torch\n)?from transformers.*?)(?=^ModernBert\w*\n|^Pytorch\n|^class |\Z)",
+            r"^Copied\n((?:import torch\n)?from transformers.*?)"
+            r"(?=^ModernBert\w*\n|^Example of |^Usage tips|^Pytorch\n|^class |\Z)",
             text,
             re.S | re.M,
         )

@@ -91,7 +91,8 @@ class PreTrainedModel(nn.Module):
         """Load a model from a folder or from the Hub, in evaluation mode.
 
         Weights are read one tensor at a time straight into their dtype and device. Heads that the checkpoint
-        lacks are freshly initialised, with one warning that names them.
+        lacks, and a classifier for another number of labels than asked for, are freshly initialised, with one
+        warning that names them.
 
         Args:
             name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
@@ -114,17 +115,21 @@ class PreTrainedModel(nn.Module):
         if quantization_config is not None:
             raise ValueError("quantization_config is given; this release loads float32, bfloat16 and float16 only")
         source = Source(name_or_folder, revision, subfolder or "", cache_dir, token, local_files_only)
-        if config is None:
-            config = cls.config_class.from_dict(source.read_json("config.json"))
+        stored = None
+        if config is None or source.find("config.json") is not None:
+            stored = cls.config_class.from_dict(source.read_json("config.json"))
+        config = config or stored
+        assert config is not None
         if config_overrides:
             config = config.replace(**config_overrides)
+        relabelled = stored is None or stored.num_labels != config.num_labels
         files = weight_files(source)
         names = weight_names(files)
         place = resolve_device(device_map if device is None else device)
         wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, dtype_of(names), place)
         with torch.device("meta"):
             model = cls(config, attn_implementation)
-        model._load(str(name_or_folder), files, names, place, wanted)
+        model._load(str(name_or_folder), files, names, place, wanted, relabelled)
         return model.eval()
 
     def _load(
@@ -134,6 +139,7 @@ class PreTrainedModel(nn.Module):
         names: Mapping[str, tuple[Path, tuple[int, ...], str]],
         device: torch.device,
         dtype: torch.dtype,
+        relabelled: bool,
     ) -> None:
         shapes = {name: tuple(p.shape) for name, p in self.state_dict().items()}
         target = self._match_names(names, shapes)
@@ -148,6 +154,8 @@ class PreTrainedModel(nn.Module):
             if mine not in shapes:
                 (passed_over if mine.startswith(_HEADS) else unexpected).append(name)
             elif shapes[mine] != shape:
+                if relabelled and mine.startswith("classifier."):
+                    continue
                 misshapen.append(f"{name} is {shape}, the model wants {shapes[mine]}")
             else:
                 kept[name] = mine
@@ -175,7 +183,9 @@ class PreTrainedModel(nn.Module):
             put(name, torch.empty(shapes[name], device=device, dtype=dtype))
         if missing:
             initialize(self, self.config, only=missing)
-            logger.warning("%s has no weights for %s; they are freshly initialised", origin, ", ".join(sorted(missing)))
+            logger.warning(
+                "%s has no weights that fit %s; they are freshly initialised", origin, ", ".join(sorted(missing))
+            )
 
     def _match_names(self, names: Iterable[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:
         """How the checkpoint's names become this model's: a bare encoder's names have no `model.` prefix."""

@@ -36,9 +36,9 @@ class PackedInputs:
     given: tuple[int, ...]
     came_packed: bool
 
-    def restore(self, packed_T: Tensor) -> Tensor:
-        """(T, ...) to the caller's leading shape; padding comes back as zeros."""
-        return packed_T.unflatten(0, self.given) if self.packing.grid is None else self.packing.repad(packed_T)
+    def restore(self, packed_T: Tensor, fill: float = 0.0) -> Tensor:
+        """(T, ...) to the caller's leading shape; padding comes back as `fill`."""
+        return packed_T.unflatten(0, self.given) if self.packing.grid is None else self.packing.repad(packed_T, fill)
 
     def pack(self, name: str, values: Tensor) -> Tensor:
         """Pack one value a token, such as labels, given in the shape of the input or of its padded grid."""

@@ -84,3 +84,69 @@ class MaskedLMOutput(ModelOutput):
     logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class SequenceClassifierOutput(ModelOutput):
+    """Output of classifiers of whole texts.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: (batch, labels).
+        hidden_states, attentions: as in `BaseModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class TokenClassifierOutput(ModelOutput):
+    """Output of classifiers of tokens.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: (batch, sequence, labels), zeros at padding; (tokens, labels) for packed input.
+        hidden_states, attentions: as in `BaseModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class MultipleChoiceModelOutput(ModelOutput):
+    """Output of models that choose.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: (batch, choices); the lowest finite number where a question has fewer choices than others.
+        hidden_states, attentions: as in `BaseModelOutput`, the choices one after another.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class QuestionAnsweringModelOutput(ModelOutput):
+    """Output of models that find an answer in a text.
+
+    Attributes:
+        loss: scalar, where positions were given.
+        start_logits, end_logits: (batch, sequence), the lowest finite number at padding, so that padding is never
+            the best place; (tokens,) for packed input.
+        hidden_states, attentions: as in `BaseModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

@@ -47,6 +47,11 @@ class Packing:
         return (0, *itertools.accumulate(self.lengths))
 
     @property
+    def spans(self) -> list[tuple[int, int]]:
+        """For each text its first row and the row after its last one."""
+        return list(itertools.pairwise(self.starts))
+
+    @property
     def cu_seqlens(self) -> Tensor:
         """`starts` as an int32 tensor of shape (B + 1,), the form that attention kernels take."""
         return torch.tensor(self.starts, dtype=torch.int32, device=self.positions_T.device)
@@ -108,12 +113,12 @@ class Packing:
         assert self.indices_T is not None
         return grid_BS.flatten(0, 1).index_select(0, self.indices_T)
 
-    def repad(self, packed_T: Tensor) -> Tensor:
-        """Put packed rows back into the padded grid, zeros elsewhere: (T, ...) to (B, S, ...)."""
+    def repad(self, packed_T: Tensor, fill: float = 0.0) -> Tensor:
+        """Put packed rows back into the padded grid, `fill` elsewhere: (T, ...) to (B, S, ...)."""
         assert self.indices_T is not None
         assert self.grid is not None
         batch, columns = self.grid
         if self.tokens == batch * columns:  # nothing was padding: the rows are the grid
             return packed_T.unflatten(0, self.grid)
-        out = packed_T.new_zeros((batch * columns, *packed_T.shape[1:]))
+        out = packed_T.new_full((batch * columns, *packed_T.shape[1:]), fill)
         return out.index_copy(0, self.indices_T, packed_T).unflatten(0, self.grid)
