@@ -191,6 +191,11 @@ class Tokenizer:
         hidden = set(self.all_special_ids) if skip_special_tokens else set()
         return [self.backend.id_to_token(i) for i in values if i not in hidden]
 
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """Text of tokens as the vocabulary spells them."""
+        decoder = self.backend.decoder
+        return " ".join(tokens) if decoder is None else str(decoder.decode(list(tokens)))
+
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
         """How many special tokens are put around a text or a pair."""
         return self.backend.num_special_tokens_to_add(pair)

@@ -10,9 +10,25 @@ from typing import Any
 from modernbert.errors import InputError
 from modernbert.pipelines.base import Pipeline
 
-# Task -> its class, and the small model that comes with the package and serves where none is named.
-TASKS: dict[str, tuple[str, str]] = {
-    "fill-mask": ("modernbert.pipelines.fill_mask.FillMaskPipeline", "encoder"),
+# Task -> its class, and the small model that comes with the package and serves where none is named, if one does.
+TASKS: dict[str, tuple[str, str | None]] = {
+    "fill-mask": ("fill_mask.FillMaskPipeline", "encoder"),
+    "text-classification": ("text_classification.TextClassificationPipeline", None),
+    "zero-shot-classification": ("zero_shot_classification.ZeroShotClassificationPipeline", None),
+    "token-classification": ("token_classification.TokenClassificationPipeline", None),
+    "question-answering": ("question_answering.QuestionAnsweringPipeline", None),
+    "multiple-choice": ("multiple_choice.MultipleChoicePipeline", None),
+    "feature-extraction": ("feature_extraction.FeatureExtractionPipeline", "encoder"),
+}
+ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
+# The task of a checkpoint's own head, where nobody names one.
+_USUAL = {
+    "base": "feature-extraction",
+    "masked-lm": "fill-mask",
+    "sequence-classification": "text-classification",
+    "token-classification": "token-classification",
+    "question-answering": "question-answering",
+    "multiple-choice": "multiple-choice",
 }
 
 
@@ -34,9 +50,9 @@ def pipeline(
     """Make a pipeline: a model and its tokenizer, ready for texts.
 
     Args:
-        task: one of the tasks, such as "fill-mask".
+        task: one of the tasks, such as "fill-mask"; None takes the one that the model's head is made for.
         model: a model, a folder, or a repository on the Hub; None takes the small model that comes with the
-            package, offline.
+            package, offline, for the tasks that it serves.
         tokenizer: a tokenizer or where to find one; None takes the model's.
         device: such as "cpu", "cuda:0" or 0; None takes the CPU.
         dtype: dtype of the weights, "auto" for the checkpoint's.
@@ -49,16 +65,40 @@ def pipeline(
         InputError: the task is unknown or not given.
         NotFoundError, CheckpointError: the model cannot be loaded.
     """
+    task = ALIASES.get(str(task), task)
+    if task is None and model is not None:
+        task = _task_of(model, kwargs)
     if task not in TASKS:
-        raise InputError(f"task is {task!r}; choose one of {', '.join(TASKS)}")
+        raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
     path, small = TASKS[task]
     module, _, name = path.rpartition(".")
-    cls: type[Pipeline] = getattr(importlib.import_module(module), name)
+    cls: type[Pipeline] = getattr(importlib.import_module(f"modernbert.pipelines.{module}"), name)
     dtype = torch_dtype if dtype is None else dtype
     if model is None:
+        if small is None:
+            raise InputError(
+                f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository"
+            )
         model = small_model(small)
         dtype = "float32" if dtype is None else dtype
     return cls.load(model, tokenizer, device=device, dtype=dtype, **kwargs)
+
+
+def _task_of(model: Any, kwargs: dict[str, Any]) -> str:
+    """The task of a model's head."""
+    from modernbert.auto import kind_of
+    from modernbert.hub import Source
+
+    if isinstance(model, str | Path):
+        values = Source.pop_from(model, dict(kwargs)).read_json("config.json")
+    else:
+        values = {"architectures": [type(model).__name__]}
+    kind = kind_of(values)
+    if kind is None:
+        raise InputError(
+            f"task is not given, and {model} does not say what it is for; choose one of {', '.join(TASKS)}"
+        )
+    return _USUAL[kind]
 
 
 __all__ = ["TASKS", "Pipeline", "pipeline", "small_model"]

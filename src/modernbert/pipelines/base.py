@@ -1,22 +1,56 @@
-"""What every pipeline does: load, tokenize, pack to a token budget, run, and give answers in order."""
+"""What every pipeline does: load, tokenize, pack to a token budget, run, and give answers in order.
+
+An input becomes a `Job` of one or more rows of ids. Rows of many jobs are sorted by length in a look-ahead window and
+packed together up to a token budget; when a job's rows have their results, the task makes its answer of them.
+"""
 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
+from tokenizers import Encoding
 
+from modernbert.encoding import UNLIMITED
 from modernbert.errors import InputError
-from modernbert.models.base import PreTrainedModel
 from modernbert.models.placement import resolve_device, resolve_dtype
+from modernbert.pipelines.progress import progress_bar
 from modernbert.tokenizer import Tokenizer
 
 _LOADING = ("attn_implementation", "device_map")
 _PLACES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+_LOOK_AHEAD = 2048  # inputs that are sorted by length together, at the most
+_TOKENIZED_TOGETHER = 64
+_SMALLEST_BUDGET, _GPU_BUDGET = 4096, 65536  # tokens of a forward pass
+
+
+class Row(NamedTuple):
+    """One row of ids, and what its result needs to know about it."""
+
+    ids: Sequence[int]
+    extra: Any = None
+
+
+@dataclasses.dataclass
+class Job:
+    """One input on its way through the model.
+
+    Attributes:
+        rows: what the model sees of it.
+        context: what its answer needs besides.
+        results: one a row, filled in as batches are run.
+        error: why it cannot be answered, where it cannot.
+    """
+
+    rows: list[Row]
+    context: Any = None
+    results: list[Any] = dataclasses.field(default_factory=list)
+    error: InputError | None = None
 
 
 class Pipeline(abc.ABC):
@@ -25,30 +59,31 @@ class Pipeline(abc.ABC):
     Args:
         model: a loaded model; it is put in evaluation mode.
         tokenizer: its tokenizer.
-        batch_tokens: tokens of a forward pass, all its texts together.
-        batch_size: texts of a forward pass at the most; None leaves it to `batch_tokens`.
+        batch_tokens: tokens of a forward pass, all its texts together; None leaves it to the device.
+        batch_size: rows of a forward pass at the most; None leaves it to `batch_tokens`.
         defaults: options of the task's calls.
     """
 
-    auto_model: ClassVar[Callable[..., PreTrainedModel]]
+    task: ClassVar[str]
+    auto_model: ClassVar[Callable[..., Any]]
     options: ClassVar[tuple[str, ...]] = ()
-    look_ahead: ClassVar[int] = 512  # texts that are sorted by length together
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         tokenizer: Tokenizer,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         batch_size: int | None = None,
         **defaults: Any,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        if batch_tokens < 1:
+        if batch_tokens is not None and batch_tokens < 1:
             raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-        self.batch_tokens, self.batch_size = batch_tokens, batch_size
+        self.batch_tokens = batch_tokens or (_SMALLEST_BUDGET if model.device.type == "cpu" else _GPU_BUDGET)
+        self.batch_size = batch_size
         self.defaults = self._checked(defaults)
 
     @classmethod
@@ -73,29 +108,100 @@ class Pipeline(abc.ABC):
             tokenizer = Tokenizer.from_pretrained(tokenizer, **places)
         return cls(model, tokenizer, **kwargs)
 
-    def __call__(self, inputs: Any, **options: Any) -> Any:
-        """Answer one text, or a list of texts by a list, or any other iterable by an iterator."""
-        if isinstance(inputs, str):
-            return next(self.stream([inputs], **options))
-        if isinstance(inputs, list | tuple):
-            return list(self.stream(inputs, **options))
-        if isinstance(inputs, Iterable):
-            return self.stream(inputs, **options)
-        raise InputError(f"inputs is a {type(inputs).__name__}; give a text, a list of texts or an iterable of them")
+    # Inputs in, answers out
 
-    def stream(self, texts: Iterable[str], **options: Any) -> Iterator[Any]:
-        """Answers of texts, in their order, as they come; memory does not grow with the number of texts."""
-        settings = {**self.defaults, **self._checked(options)}
-        iterator = iter(texts)
-        while window := list(itertools.islice(iterator, self.look_ahead)):
-            rows = [self.prepare(text, settings) for text in window]
-            answers: list[Any] = [None] * len(rows)
-            for batch in self._batches([len(ids) for ids, _ in rows]):
-                with torch.inference_mode():
-                    answered = self.answer([rows[i] for i in batch], settings)
-                for i, answer in zip(batch, answered, strict=True):
-                    answers[i] = answer
-            yield from answers
+    def __call__(self, inputs: Any, *, on_error: str = "raise", progress: bool = False, **options: Any) -> Any:
+        """Answer one input, or a list of inputs by a list, or any other iterable by an iterator.
+
+        Args:
+            inputs: what the task takes.
+            on_error: "raise" stops at the first input that cannot be answered, after the answers before it; "return"
+                gives the `InputError` in the place of its answer and goes on.
+            progress: draw a progress bar on standard error.
+            options: the task's own.
+
+        Raises:
+            InputError: an input or an option cannot be served.
+        """
+        settings = {"on_error": on_error, "progress": progress, **options}
+        if self.is_one(inputs, options):
+            return next(self.stream([inputs], **settings))
+        if isinstance(inputs, list | tuple):
+            if not inputs:
+                raise InputError("inputs is an empty list; give at least one")
+            return self.gather(list(self.stream(inputs, **settings)))
+        if isinstance(inputs, Iterable) and not isinstance(inputs, bytes):
+            return self.stream(inputs, **settings)
+        raise InputError(f"inputs is {_described(inputs)}; give a text, a list of texts or an iterable of them")
+
+    def is_one(self, inputs: Any, options: dict[str, Any]) -> bool:
+        """Whether this is one input, not several."""
+        return isinstance(inputs, str | dict)
+
+    def gather(self, answers: list[Any]) -> Any:
+        """What a list of inputs is answered by."""
+        return answers
+
+    def stream(
+        self, inputs: Iterable[Any], *, on_error: str = "raise", progress: bool = False, **options: Any
+    ) -> Iterator[Any]:
+        """Answers of inputs, in their order, as they come; memory does not grow with their number.
+
+        Arguments as of a call.
+        """
+        if on_error not in ("raise", "return"):
+            raise InputError(f"on_error is {on_error!r}; choose raise or return")
+        settings = self.settle({**self.defaults, **self._checked(options)})
+        answers = self._stream(inputs, settings, on_error == "return")
+        total = len(inputs) if isinstance(inputs, Sequence) else None
+        return progress_bar(answers, total, self.task) if progress else answers
+
+    def _stream(self, inputs: Iterable[Any], settings: dict[str, Any], go_on: bool) -> Iterator[Any]:
+        iterator = iter(inputs)
+        while window := self._window(iterator, settings, go_on):
+            self._run(window, settings)
+            while window:
+                job = window.pop(0)
+                if job.error is None:
+                    yield self.finish(job, settings)
+                elif go_on:
+                    yield job.error
+                else:
+                    raise job.error
+
+    def _window(self, iterator: Iterator[Any], settings: dict[str, Any], go_on: bool) -> list[Job]:
+        """The next jobs: enough for several forward passes, up to an error where it ends the stream."""
+        window: list[Job] = []
+        tokens = 0
+        while len(window) < _LOOK_AHEAD and tokens < 4 * self.batch_tokens:
+            items = list(itertools.islice(iterator, _TOKENIZED_TOGETHER))
+            if not items:
+                break
+            for job in self._prepared(items, settings):
+                window.append(job)
+                tokens += sum(len(row.ids) for row in job.rows)
+                if job.error is not None and not go_on:
+                    return window
+        return window
+
+    def _prepared(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
+        try:
+            return self.prepare(items, settings)
+        except InputError as error:
+            if len(items) == 1:
+                return [Job([], error=error)]
+        return [job for item in items for job in self._prepared([item], settings)]
+
+    def _run(self, window: list[Job], settings: dict[str, Any]) -> None:
+        rows = [(job, i) for job in window for i in range(len(job.rows))]
+        for job in window:
+            job.results = [None] * len(job.rows)
+        for batch in self._batches([len(job.rows[i].ids) for job, i in rows]):
+            chosen = [rows[k] for k in batch]
+            with torch.inference_mode():
+                results = self.run([job.rows[i] for job, i in chosen], settings)
+            for (job, i), result in zip(chosen, results, strict=True):
+                job.results[i] = result
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Numbers of rows, long rows first, as many together as the token budget holds."""
@@ -113,39 +219,120 @@ class Pipeline(abc.ABC):
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         unknown = sorted(set(options) - set(self.options))
         if unknown:
-            raise InputError(
-                f"{type(self).__name__} has no option {', '.join(unknown)}; there are {', '.join(self.options)}"
-            )
+            raise InputError(f"{self.task} has no option {', '.join(unknown)}; there are {', '.join(self.options)}")
         return options
 
-    def tokenize(self, text: Any) -> list[int]:
-        """Ids of a text that fits the model's context.
+    # What a task says
+
+    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Check the options of a call and fill in the others; raises `InputError`."""
+        return settings
+
+    @abc.abstractmethod
+    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
+        """One job an input; raises `InputError` where one of them cannot be answered."""
+
+    @abc.abstractmethod
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+        """One forward pass: a result a row."""
+
+    @abc.abstractmethod
+    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
+        """The answer, from the results of all rows."""
+
+    # What tasks share
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model and its tokenizer take at the most."""
+        return min(self.model.config.max_position_embeddings, self.tokenizer.model_max_length, UNLIMITED)
+
+    def encode(self, texts: list[Any], pairs: list[Any] | None = None, **options: Any) -> list[Encoding]:
+        """Token encodings of texts or pairs that fit the model's context.
+
+        Args:
+            texts: strings, or lists of words with `is_split_into_words`.
+            pairs: second texts.
+            options: of the tokenizer's call; `truncation` and `max_length` cut instead of refusing.
 
         Raises:
-            InputError: the text is no string, or too long.
+            InputError: a text is no string, or empty, or not Unicode, or too long.
         """
-        if not isinstance(text, str):
-            raise InputError(f"a text is a {type(text).__name__}; it must be a string")
-        ids = self.tokenizer(text).input_ids
-        limit = self.model.config.max_position_embeddings
-        if len(ids) > limit:
-            raise InputError(f"a text has {len(ids)} tokens and the model's context holds {limit}: {_short(text)!r}")
-        return list(ids)
+        if not options.get("is_split_into_words"):
+            for text in texts:
+                check_text(text)
+        for text in pairs or ():
+            check_text(text)
+        cut = bool(options.pop("truncation", False))
+        longest = min(options.pop("max_length", None) or self.context, self.context)
+        limits = {"truncation": True, "max_length": longest} if cut else {"truncation": False}
+        encodings = self.tokenizer(texts, pairs, **limits, **options).encodings
+        assert encodings is not None
+        for i, encoding in enumerate(encodings):
+            if len(encoding.ids) > longest:
+                both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
+                raise InputError(
+                    f"a text has {len(encoding.ids)} tokens and the model's context holds {longest}: {short(both)!r}"
+                )
+        return list(encodings)
 
-    @abc.abstractmethod
-    def prepare(self, text: str, settings: dict[str, Any]) -> tuple[list[int], Any]:
-        """Ids of a text, and whatever else its answer needs; raises `InputError` where it cannot be answered."""
-
-    @abc.abstractmethod
-    def answer(self, rows: list[tuple[list[int], Any]], settings: dict[str, Any]) -> list[Any]:
-        """Answers of what `prepare` made of some texts."""
-
-    def pack(self, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def pack(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ids end to end on the model's device, and their `cu_seqlens`."""
-        ids_T = torch.tensor([i for row in rows for i in row], dtype=torch.int64)
-        starts = [0, *itertools.accumulate(len(row) for row in rows)]
+        ids_T = torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64)
+        starts = [0, *itertools.accumulate(len(row.ids) for row in rows)]
         return ids_T.to(self.model.device), torch.tensor(starts, dtype=torch.int32)
 
 
-def _short(text: str) -> str:
+def check_text(text: Any, what: str = "a text") -> str:
+    """A text that can be answered.
+
+    Raises:
+        InputError: it is no string, is empty or blank, or is not valid Unicode.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{what} is {_described(text)}; it must be a string")
+    if not text.strip():
+        raise InputError(f"{what} is empty or only spaces; there is nothing to answer")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} holds a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start}, which is no "
+            "valid Unicode; decode the text again, or replace it"
+        ) from None
+    return text
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """An option that is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return value
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """An option that is one of a few names."""
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+    return str(value)
+
+
+def check_fields(item: Any, names: Sequence[str], task: str) -> dict[str, Any]:
+    """An input that is a dict with these keys."""
+    if not isinstance(item, dict):
+        raise InputError(f"an input is {_described(item)}; {task} takes a dict with {' and '.join(names)}")
+    missing = [name for name in names if name not in item]
+    if missing:
+        given = ", ".join(map(str, item)) or "nothing"
+        raise InputError(f"an input has {given} and lacks {', '.join(missing)}; {task} takes {' and '.join(names)}")
+    return item
+
+
+def short(text: Any) -> str:
+    """The beginning of a text, for messages."""
+    text = text if isinstance(text, str) else " ".join(map(str, text))
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _described(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from modernbert.auto import AutoModelForMaskedLM
 from modernbert.errors import InputError
 from modernbert.models.masked_lm import ModernBertForMaskedLM
-from modernbert.pipelines.base import Pipeline, _short
+from modernbert.pipelines.base import Job, Pipeline, Row, check_count, short
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,9 @@ class FillMaskPipeline(Pipeline):
     too.
     """
 
+    task = "fill-mask"
     auto_model = AutoModelForMaskedLM.from_pretrained
     options = ("top_k", "targets")
-    model: Any
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
         if not isinstance(model, ModernBertForMaskedLM):
@@ -39,26 +40,29 @@ class FillMaskPipeline(Pipeline):
         if tokenizer.mask_token_id is None:
             raise InputError("fill-mask needs a tokenizer with a mask token; this one has none")
 
-    def prepare(self, text: str, settings: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
-        """Ids of the text, and for each of its masks the ids of the targets, if there are any."""
-        ids = self.tokenize(text)
-        mask = self.tokenizer.mask_token_id
-        masks = ids.count(mask)
-        if not masks:
-            raise InputError(
-                f"there is no {self.tokenizer.mask_token} in {_short(text)!r}; write it where a word is missing"
-            )
-        top_k = settings.get("top_k", 5)
-        if not isinstance(top_k, int) or top_k < 1:
-            raise InputError(f"top_k is {top_k!r}; it must be a whole number of at least 1")
+    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Defaults, and `targets` as a list of words or None."""
         targets = settings.get("targets")
-        if targets is None:
-            return ids, []
-        words = [targets] if isinstance(targets, str) else list(targets)
-        if not words or not all(isinstance(w, str) and w.strip() for w in words):
+        words = [targets] if isinstance(targets, str) else targets
+        if words is not None and (not words or not all(isinstance(w, str) and w.strip() for w in words)):
             raise InputError(f"targets is {targets!r}; give a word or a list of words")
-        before = text.split(self.tokenizer.mask_token)[:masks]
-        return ids, [[self._target(word, left[-1:].isspace()) for word in words] for left in before]
+        return {"top_k": check_count("top_k", settings.get("top_k", 5)), "targets": words}
+
+    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
+        """Ids of the texts, and for each mask the ids of the targets, if there are any."""
+        jobs = []
+        for text, encoding in zip(items, self.encode(items), strict=True):
+            places = [i for i, token in enumerate(encoding.ids) if token == self.tokenizer.mask_token_id]
+            if not places:
+                raise InputError(
+                    f"there is no {self.tokenizer.mask_token} in {short(text)!r}; write it where a word is missing"
+                )
+            targets: list[list[int] | None] = [None] * len(places)
+            if settings["targets"] is not None:
+                before = text.split(self.tokenizer.mask_token)[: len(places)]
+                targets = [[self._target(word, left[-1:].isspace()) for word in settings["targets"]] for left in before]
+            jobs.append(Job([Row(encoding.ids, places)], targets))
+        return jobs
 
     def _target(self, word: str, after_space: bool) -> int:
         """Id of the token that a target means; the first one's where the vocabulary has no single token for it."""
@@ -71,40 +75,38 @@ class FillMaskPipeline(Pipeline):
             )
         return int(ids[0])
 
-    def answer(self, rows: list[tuple[list[int], list[list[int]]]], settings: dict[str, Any]) -> list[Any]:
-        """Scores at the masks alone: no logits are made elsewhere."""
-        ids_T, cu_seqlens = self.pack([ids for ids, _ in rows])
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+        """Probabilities at the masks alone: no logits are made elsewhere."""
+        ids_T, cu_seqlens = self.pack(rows)
         encoder = self.model.model
         hidden = encoder.encode(encoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_hidden_state
         masked = (ids_T == self.tokenizer.mask_token_id).nonzero().squeeze(1)
         probabilities = self.model.decoder(self.model.head(hidden[masked])).float().softmax(-1).cpu()
-        answers, place = [], 0
-        for ids, targets in rows:
-            positions = [i for i, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
-            of_text = []
-            for i, position in enumerate(positions):
-                row = probabilities[place]
-                place += 1
-                of_text.append(
-                    self._ranked(ids, position, row, targets[i] if targets else None, settings, len(positions))
-                )
-            answers.append(of_text[0] if len(of_text) == 1 else of_text)
-        return answers
+        return probabilities.split([len(row.extra) for row in rows])
+
+    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
+        """The best tokens of each mask."""
+        (row,), (probabilities,) = job.rows, job.results
+        of_text = [
+            self._ranked(list(row.ids), place, scores, targets, settings["top_k"], len(row.extra))
+            for place, scores, targets in zip(row.extra, probabilities, job.context, strict=True)
+        ]
+        return of_text[0] if len(of_text) == 1 else of_text
 
     def _ranked(
         self,
         ids: list[int],
-        position: int,
+        place: int,
         probabilities: torch.Tensor,
         targets: list[int] | None,
-        settings: dict[str, Any],
+        top_k: int,
         masks: int,
     ) -> list[dict[str, Any]]:
         candidates = torch.arange(len(probabilities)) if targets is None else torch.tensor(list(dict.fromkeys(targets)))
-        best = probabilities[candidates].topk(min(settings.get("top_k", 5), len(candidates)))
+        best = probabilities[candidates].topk(min(top_k, len(candidates)))
         out = []
         for score, token in zip(best.values.tolist(), candidates[best.indices].tolist(), strict=True):
-            filled = [*ids[:position], token, *ids[position + 1 :]]
+            filled = [*ids[:place], token, *ids[place + 1 :]]
             out.append(
                 {
                     "score": score,

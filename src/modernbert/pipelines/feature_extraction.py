@@ -1,0 +1,55 @@
+"""feature-extraction: the last hidden state of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from modernbert.auto import AutoModel
+from modernbert.errors import InputError
+from modernbert.models.encoder import ModernBertModel
+from modernbert.pipelines.base import Job, Pipeline, Row
+
+
+class FeatureExtractionPipeline(Pipeline):
+    """Hidden states of texts.
+
+    A call takes a text, a list of texts or an iterable of them, and the options `return_tensors` (a tensor in the place
+    of nested lists), `truncation` (cut texts over the context instead of refusing them) and `tokenize_kwargs` (more
+    options of the tokenizer, such as `max_length` or `add_special_tokens`).
+
+    For each text it gives numbers of shape (1, tokens, hidden), float32.
+    """
+
+    task = "feature-extraction"
+    auto_model = AutoModel.from_pretrained
+    options = ("return_tensors", "truncation", "tokenize_kwargs")
+
+    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
+        if not isinstance(getattr(model, "base_model", None), ModernBertModel):
+            raise InputError(f"feature-extraction needs a model of this library; this is a {type(model).__name__}")
+        super().__init__(model.base_model, tokenizer, **options)
+
+    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The tokenizer's options in one place."""
+        more = dict(settings.get("tokenize_kwargs") or {})
+        if "truncation" in settings:
+            if "truncation" in more:
+                raise InputError("truncation is given twice, by itself and in tokenize_kwargs; give it once")
+            more["truncation"] = settings["truncation"]
+        return {"return_tensors": bool(settings.get("return_tensors")), "tokenize_kwargs": more}
+
+    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
+        """One row a text."""
+        return [Job([Row(e.ids)]) for e in self.encode(items, **settings["tokenize_kwargs"])]
+
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+        """Hidden states (tokens, hidden) of each row."""
+        ids_T, cu_seqlens = self.pack(rows)
+        states = self.model(ids_T, cu_seqlens=cu_seqlens).last_hidden_state.float().cpu()
+        return states.split([len(row.ids) for row in rows])
+
+    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
+        """A tensor or nested lists of shape (1, tokens, hidden)."""
+        states = job.results[0][None]
+        return states.clone() if settings["return_tensors"] else states.tolist()

@@ -1,0 +1,263 @@
+"""token-classification: labels of tokens, and the entities that they make."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding
+
+from modernbert.auto import AutoModelForTokenClassification
+from modernbert.errors import InputError
+from modernbert.models.token_classification import ModernBertForTokenClassification
+from modernbert.pipelines.base import Job, Pipeline, Row, check_choice, check_count, check_text
+
+STRATEGIES = ("none", "simple", "first", "average", "max")
+_STRIDE = 128  # tokens that windows of a long text share, where nobody says
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One token of a text with the scores of its labels.
+
+    Attributes:
+        index: its place in the row that the model saw, special tokens included.
+        piece: how the vocabulary spells it.
+        start, end: its characters in the text.
+        scores: one a label, float32.
+        continues: whether it goes on with the word of the token before.
+    """
+
+    index: int
+    piece: str
+    start: int
+    end: int
+    scores: np.ndarray[Any, Any]
+    continues: bool
+
+
+class TokenClassificationPipeline(Pipeline):
+    """Labels of tokens, or entities.
+
+    A call takes a text, a list of texts or an iterable of them, and the options `aggregation_strategy`:
+
+    - "none" (the default): each token by itself;
+    - "simple": neighbours with one label make an entity;
+    - "first", "average", "max": a word first gets one label, of its first token, of its tokens' mean, or of the token
+      that is surest; then as "simple". "B-" begins an entity, "I-" goes on.
+
+    Other options: `ignore_labels` (["O"]), `is_split_into_words` (a text is a list of words; offsets are those of the
+    words joined by `delimiter`, a space), `stride` (tokens that windows share, where a text is longer than the
+    context; 128).
+
+    For each text it gives a list of {"entity", "score", "index", "word", "start", "end"}, or of {"entity_group",
+    "score", "word", "start", "end"}; "start" and "end" are characters of the text. Of entities that overlap between two
+    windows the longer one stays, then the surer one; of single tokens the one farther from its window's edge.
+    """
+
+    task = "token-classification"
+    auto_model = AutoModelForTokenClassification.from_pretrained
+    options = ("aggregation_strategy", "ignore_labels", "is_split_into_words", "delimiter", "stride")
+
+    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
+        if not isinstance(model, ModernBertForTokenClassification):
+            raise InputError(f"{self.task} needs a token classification model; this is a {type(model).__name__}")
+        super().__init__(model, tokenizer, **options)
+
+    def is_one(self, inputs: Any, options: dict[str, Any]) -> bool:
+        """A text, or one list of words."""
+        if {**self.defaults, **options}.get("is_split_into_words"):
+            return isinstance(inputs, list | tuple) and bool(inputs) and all(isinstance(w, str) for w in inputs)
+        return super().is_one(inputs, options)
+
+    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Defaults, checked."""
+        strategy = str(settings.get("aggregation_strategy") or "none").lower()
+        limit = self.context - self.tokenizer.num_special_tokens_to_add()
+        stride = settings.get("stride")
+        if stride is None:
+            stride = min(_STRIDE, max(limit // 4, 0))
+        if check_count("stride", stride, 0) >= limit:
+            raise InputError(f"stride is {stride}; windows hold {limit} tokens of text and must share fewer")
+        return {
+            "strategy": check_choice("aggregation_strategy", strategy, STRATEGIES),
+            "ignore": set(["O"] if settings.get("ignore_labels") is None else settings["ignore_labels"]),
+            "words": bool(settings.get("is_split_into_words")),
+            "delimiter": " " if settings.get("delimiter") is None else settings["delimiter"],
+            "stride": stride,
+        }
+
+    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
+        """One row a window."""
+        if settings["words"]:
+            for words in items:
+                if not isinstance(words, list | tuple) or not words:
+                    raise InputError(
+                        f"an input is {words!r}; with is_split_into_words it is a list of words, not empty"
+                    )
+                check_text(settings["delimiter"].join(check_text(word, "a word") for word in words))
+        else:
+            for item in items:
+                check_text(item)
+        encodings = self.tokenizer(
+            [list(item) for item in items] if settings["words"] else items,
+            truncation=True,
+            max_length=self.context,
+            stride=settings["stride"],
+            is_split_into_words=settings["words"],
+        ).encodings
+        assert encodings is not None
+        jobs = []
+        for item, encoding in zip(items, encodings, strict=True):
+            windows = [encoding, *encoding.overflowing]
+            text, starts = item, None
+            if settings["words"]:
+                text = settings["delimiter"].join(item)
+                lengths = [len(word) + len(settings["delimiter"]) for word in item]
+                starts = [0, *itertools.accumulate(lengths)]
+            jobs.append(Job([Row(window.ids) for window in windows], (text, starts, windows)))
+        return jobs
+
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+        """Probabilities (tokens, labels) of each row."""
+        ids_T, cu_seqlens = self.pack(rows)
+        logits = self.model(ids_T, cu_seqlens=cu_seqlens).logits.float()
+        return logits.softmax(-1).cpu().split([len(row.ids) for row in rows])
+
+    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
+        """Tokens or entities."""
+        text, starts, windows = job.context
+        seen = [
+            self._tokens(text, starts, window, result.numpy())
+            for window, result in zip(windows, job.results, strict=True)
+        ]
+        if settings["strategy"] == "none":
+            entities = [self._alone(token) for token in _merged_tokens(seen)]
+            return [e for e in entities if e["entity"] not in settings["ignore"]]
+        found = []
+        for tokens in seen:
+            labelled = self._labelled(tokens, settings["strategy"])
+            found += [e for e in self._entities(labelled) if e["entity_group"] not in settings["ignore"]]
+        return found if len(seen) == 1 else _merged_entities(found)
+
+    def _tokens(
+        self, text: str, word_starts: list[int] | None, window: Encoding, scores: np.ndarray[Any, Any]
+    ) -> list[Token]:
+        tokens = []
+        unknown = self.tokenizer.unk_token_id
+        for i, special in enumerate(window.special_tokens_mask):
+            if special:
+                continue
+            start, end = window.offsets[i]
+            word = window.word_ids[i]
+            if word_starts is not None and word is not None:
+                start, end = start + word_starts[word], end + word_starts[word]
+            # A token begins a word where a space stands at its first character or before it.
+            continues = start > 0 and " " not in text[start - 1 : start + 1]
+            piece = window.tokens[i]
+            if window.ids[i] == unknown:
+                piece, continues = text[start:end], False
+            tokens.append(Token(i, piece, start, end, scores[i], continues))
+        return tokens
+
+    def _alone(self, token: Token) -> dict[str, Any]:
+        label = int(token.scores.argmax())
+        return {
+            "entity": self.model.config.id2label[label],
+            "score": float(token.scores[label]),
+            "index": token.index,
+            "word": token.piece,
+            "start": token.start,
+            "end": token.end,
+        }
+
+    def _labelled(self, tokens: list[Token], strategy: str) -> list[dict[str, Any]]:
+        """Tokens or words with one label each: {"entity", "score", "word", "start", "end"}."""
+        if strategy == "simple":
+            return [self._alone(token) for token in tokens]
+        words: list[list[Token]] = []
+        for token in tokens:
+            if words and token.continues:
+                words[-1].append(token)
+            else:
+                words.append([token])
+        out = []
+        for word in words:
+            if strategy == "first":
+                scores = word[0].scores
+            elif strategy == "max":
+                scores = max(word, key=lambda token: token.scores.max()).scores
+            else:
+                scores = np.stack([token.scores for token in word]).mean(0)
+            label = int(scores.argmax())
+            out.append(
+                {
+                    "entity": self.model.config.id2label[label],
+                    "score": float(scores[label]),
+                    "word": self.tokenizer.convert_tokens_to_string([token.piece for token in word]),
+                    "start": word[0].start,
+                    "end": word[-1].end,
+                }
+            )
+        return out
+
+    def _entities(self, labelled: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Runs of one label, put together."""
+        groups: list[list[dict[str, Any]]] = []
+        before = None
+        for token in labelled:
+            begins, kind = _parts(token["entity"])
+            if groups and kind == before and not begins:
+                groups[-1].append(token)
+            else:
+                groups.append([token])
+            before = kind
+        return [
+            {
+                "entity_group": group[0]["entity"].split("-", 1)[-1],
+                "score": float(np.mean([token["score"] for token in group])),
+                "word": self.tokenizer.convert_tokens_to_string([token["word"] for token in group]),
+                "start": group[0]["start"],
+                "end": group[-1]["end"],
+            }
+            for group in groups
+        ]
+
+
+def _parts(label: str) -> tuple[bool, str]:
+    """Whether a label begins an entity, and its kind without "B-" or "I-"."""
+    return label.startswith("B-"), label[2:] if label[:2] in ("B-", "I-") else label
+
+
+def _merged_entities(entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Entities of several windows: of those that overlap, the longest stays, then the surest."""
+    out: list[dict[str, Any]] = []
+    for entity in sorted(entities, key=lambda e: e["start"]):
+        if not out or entity["start"] >= out[-1]["end"]:
+            out.append(entity)
+            continue
+        longer = (entity["end"] - entity["start"]) - (out[-1]["end"] - out[-1]["start"])
+        if longer > 0 or (longer == 0 and entity["score"] > out[-1]["score"]):
+            out[-1] = entity
+    return out
+
+
+def _merged_tokens(windows: list[list[Token]]) -> list[Token]:
+    """Tokens of several windows, each from the window where it is farthest from an edge, numbered through."""
+    if len(windows) == 1:
+        return windows[0]
+    best: dict[tuple[int, int, int], tuple[int, Token]] = {}
+    for tokens in windows:
+        nth: dict[tuple[int, int], int] = {}  # several tokens may share one character
+        for i, token in enumerate(tokens):
+            where = (token.start, token.end)
+            nth[where] = nth.get(where, 0) + 1
+            key, room = (*where, nth[where]), min(i, len(tokens) - 1 - i)
+            if key not in best or room > best[key][0]:
+                best[key] = (room, token)
+    ordered = [token for _, (_, token) in sorted(best.items(), key=lambda entry: entry[0])]
+    first = windows[0][0].index
+    return [dataclasses.replace(token, index=first + i) for i, token in enumerate(ordered)]
