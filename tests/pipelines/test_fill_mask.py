@@ -163,8 +163,10 @@ def test_unknown_tasks_and_models(folder):
         pipeline("fill-mask", folder, batch_tokens=0)
 
 
-def test_an_empty_list(ours):
-    assert ours([]) == []
+def test_an_empty_list_is_refused_and_an_empty_iterable_ends(ours):
+    with pytest.raises(InputError, match="inputs is an empty list"):
+        ours([])
+    assert list(ours(iter([]))) == []
 
 
 # What everyone would accept in these places.

@@ -46,7 +46,7 @@ def run(
     where = {"revision": revision, "attn_implementation": attn_implementation}
     options = {"top_k": top_k, "targets": target or None}
     serve = pipeline(task, model, tokenizer, device, dtype, **{k: v for k, v in where.items() if v is not None})
-    given = {k: v for k, v in options.items() if v is not None}
+    given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     seen: list[str] = []  # texts that wait for their answers
 
     def remembered() -> Iterator[str]:

@@ -102,14 +102,15 @@ class QuestionAnsweringPipeline(Pipeline):
                 f"a question has {asked} tokens and leaves {max(room, 0)} of max_seq_len {settings['window']} for the "
                 f"context; with doc_stride {settings['stride']} it needs more: {short(question)!r}"
             )
-        encoding = self.tokenizer(
+        encodings = self.tokenizer(
             [question],
             [context],
             truncation="only_second",
             max_length=settings["window"],
             stride=settings["stride"] if room > settings["stride"] else 0,
-        ).encodings[0]
-        return [encoding, *encoding.overflowing]
+        ).encodings
+        assert encodings is not None
+        return [encodings[0], *encodings[0].overflowing]
 
     def _overflows(self, context: str, room: int) -> bool:
         return len(self.tokenizer(context, add_special_tokens=False).input_ids) > room

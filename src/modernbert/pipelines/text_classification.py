@@ -38,10 +38,10 @@ class ClassifierPipeline(Pipeline):
 class TextClassificationPipeline(ClassifierPipeline):
     """Labels of texts.
 
-    A call takes a text, a pair as {"text", "text_pair"}, a list of these or an iterable of them, and the options `top_k`
-    (labels a text; 1, and None for all), `function_to_apply` ("sigmoid", "softmax", "none"; where silent, softmax
-    over several labels, sigmoid over one or over several that are not exclusive, none for regression), `truncation`
-    and `max_length` (cut texts over the context instead of refusing them).
+    A call takes a text, a pair as {"text", "text_pair"}, a list of these or an iterable of them, and the options
+    `top_k` (labels a text; 1, and None for all), `function_to_apply` ("sigmoid", "softmax", "none"; where silent,
+    softmax over several labels, sigmoid over one or over several that are not exclusive, none for regression),
+    `truncation` and `max_length` (cut texts over the context instead of refusing them).
 
     For each text it gives {"label", "score"}; with `top_k`, a list of them, best first. One text by itself and
     without `top_k` gives a list of one, as in transformers.
@@ -71,7 +71,7 @@ class TextClassificationPipeline(ClassifierPipeline):
 
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """One row a text or pair."""
-        cut = {name: settings[name] for name in ("truncation", "max_length") if name in settings}
+        cut: dict[str, Any] = {name: settings[name] for name in ("truncation", "max_length") if name in settings}
         if any(isinstance(item, dict) for item in items):
             return [Job([Row(self._encode_one(item, cut))]) for item in items]
         return [Job([Row(encoding.ids)]) for encoding in self.encode(items, **cut)]
