@@ -24,6 +24,7 @@ _EXPORTS = {
     "ModernBertForSequenceClassification": "models.sequence_classification",
     "ModernBertForTokenClassification": "models.token_classification",
     "ModernBertModel": "models.encoder",
+    "SentenceEncoder": "models.sentence_encoder",
     "Tokenizer": "tokenizer",
     "pipeline": "pipelines",
 }

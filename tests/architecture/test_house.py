@@ -94,6 +94,7 @@ def test_exported_names():
         "ModernBertForSequenceClassification",
         "ModernBertForTokenClassification",
         "ModernBertModel",
+        "SentenceEncoder",
         "Tokenizer",
         "__version__",
         "pipeline",

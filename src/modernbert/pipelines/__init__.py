@@ -19,6 +19,8 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "question-answering": ("question_answering.QuestionAnsweringPipeline", None),
     "multiple-choice": ("multiple_choice.MultipleChoicePipeline", None),
     "feature-extraction": ("feature_extraction.FeatureExtractionPipeline", "encoder"),
+    "sentence-embedding": ("sentence_embedding.SentenceEmbeddingPipeline", "encoder"),
+    "text-ranking": ("text_ranking.TextRankingPipeline", "encoder"),
 }
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 # The task of a checkpoint's own head, where nobody names one.

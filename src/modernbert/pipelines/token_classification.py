@@ -54,7 +54,8 @@ class TokenClassificationPipeline(Pipeline):
     context; 128).
 
     For each text it gives a list of {"entity", "score", "index", "word", "start", "end"}, or of {"entity_group",
-    "score", "word", "start", "end"}; "start" and "end" are characters of the text. Of entities that overlap between two
+    "score", "word", "start", "end"}; "start" and "end" are characters of the text. One list of words gives a list of
+    one answer, as in transformers. Of entities that overlap between two
     windows the longer one stays, then the surer one; of single tokens the one farther from its window's edge.
     """
 
@@ -67,11 +68,12 @@ class TokenClassificationPipeline(Pipeline):
             raise InputError(f"{self.task} needs a token classification model; this is a {type(model).__name__}")
         super().__init__(model, tokenizer, **options)
 
-    def is_one(self, inputs: Any, options: dict[str, Any]) -> bool:
-        """A text, or one list of words."""
-        if {**self.defaults, **options}.get("is_split_into_words"):
-            return isinstance(inputs, list | tuple) and bool(inputs) and all(isinstance(w, str) for w in inputs)
-        return super().is_one(inputs, options)
+    def __call__(self, inputs: Any, **options: Any) -> Any:
+        """Answer inputs; see the class and `Pipeline.__call__`."""
+        split = {**self.defaults, **options}.get("is_split_into_words")
+        if split and isinstance(inputs, list | tuple) and inputs and all(isinstance(word, str) for word in inputs):
+            inputs = [inputs]
+        return super().__call__(inputs, **options)
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Defaults, checked."""

@@ -19,8 +19,8 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
 
     The model must be trained on entailment, with a label whose name begins with "entail". A call takes a text, a list
     of texts or an iterable of them, then `candidate_labels` (a list, or one string with commas between), and the
-    options `hypothesis_template` ("This example is {}."), `multi_label` (each label for itself; otherwise they share one
-    probability), `truncation` (cut texts over the context instead of refusing them).
+    options `hypothesis_template` ("This example is {}."), `multi_label` (each label for itself; otherwise they share
+    one probability), `truncation` (cut texts over the context instead of refusing them).
 
     For each text it gives {"sequence", "labels", "scores"}, best first.
     """

@@ -1,0 +1,382 @@
+"""Vectors of texts: the encoder, then pooling, dense layers and normalisation, as a checkpoint's folder says.
+
+The folder's layout is that of the sentence-transformers library: `modules.json` names the parts, each in a folder of
+its own. A folder without it is a bare encoder, pooled by the mean.
+
+Shapes: B texts or spans, T real tokens of all texts together, M hidden size, D dimensions of a vector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modernbert.checkpoint import read_weights, weight_files, write_weights
+from modernbert.errors import CheckpointError, ConfigError
+from modernbert.files import write_text
+from modernbert.hub import Source
+from modernbert.models.encoder import ModernBertModel
+from modernbert.models.inputs import PackedInputs
+from modernbert.models.layers import Linear
+from modernbert.ops.pooling import POOLINGS, pool
+
+logger = logging.getLogger(__name__)
+
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+_TRANSFORMER_SETTINGS = "sentence_bert_config.json"
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+# The layout's names of poolings; older folders have one key for each, in this order where there are several.
+_POOLINGS = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+_OLDER_KEYS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+# Functions that a folder may name; only the name is read, nothing is imported.
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "torch.nn.modules.activation.Tanh": torch.tanh,
+    "torch.nn.modules.activation.ReLU": F.relu,
+    "torch.nn.modules.activation.GELU": F.gelu,
+    "torch.nn.modules.activation.Sigmoid": torch.sigmoid,
+    "torch.nn.modules.activation.SiLU": F.silu,
+    "torch.nn.modules.linear.Identity": lambda x: x,
+}
+
+
+class Dense(nn.Module):
+    """A linear layer and an activation over vectors or over tokens."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None) -> None:
+        super().__init__()
+        self.linear = Linear(in_features, out_features, bias=bias)
+        self.activation = activation or "torch.nn.modules.activation.Tanh"
+        if self.activation not in _ACTIVATIONS:
+            raise CheckpointError(
+                f"a dense layer names the activation {self.activation!r}; known are {', '.join(_ACTIVATIONS)}"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return _ACTIVATIONS[self.activation](self.linear(x))
+
+
+class Normalize(nn.Module):
+    """Length one for every vector."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        return F.normalize(x, dim=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSettings:
+    """What a folder says about vectors besides weights.
+
+    Attributes:
+        poolings: modes of `ops.pooling`; several are put one after another. None where a text keeps a vector for every
+            token.
+        include_prompt: whether the prompt's tokens are pooled too.
+        prompts: texts to put before a text, by name.
+        default_prompt_name: the one to take where nobody names one.
+        similarity: "cosine", "dot", "euclidean" or "manhattan": how the vectors want to be compared.
+        max_length: tokens that a text is cut to; None where the folder does not say.
+    """
+
+    poolings: tuple[str, ...] = ("mean",)
+    include_prompt: bool = True
+    prompts: dict[str, str] = dataclasses.field(default_factory=dict)
+    default_prompt_name: str | None = None
+    similarity: str = "cosine"
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        for mode in self.poolings:
+            if mode not in POOLINGS:
+                raise ConfigError(f"poolings holds {mode!r}; choose among {', '.join(POOLINGS)}")
+        if self.similarity not in SIMILARITIES:
+            raise ConfigError(f"similarity is {self.similarity!r}; choose one of {', '.join(SIMILARITIES)}")
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise ConfigError(
+                f"default_prompt_name is {self.default_prompt_name!r}; there are {', '.join(self.prompts) or 'none'}"
+            )
+
+
+class SentenceEncoder(nn.Module):
+    """The encoder and what makes vectors of its states.
+
+    Args:
+        model: the encoder.
+        settings: pooling, prompts and the like.
+        after_tokens: parts that act on every token's state, in order.
+        after_pooling: parts that act on pooled vectors, in order.
+
+    Source: the folder layout of sentence-transformers; late chunking, arXiv:2409.04701; late interaction,
+    arXiv:2004.12832.
+    """
+
+    def __init__(
+        self,
+        model: ModernBertModel,
+        settings: EmbeddingSettings | None = None,
+        after_tokens: Sequence[nn.Module] = (),
+        after_pooling: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings or EmbeddingSettings()
+        self.after_tokens = nn.ModuleList(after_tokens)
+        self.after_pooling = nn.ModuleList(after_pooling)
+        self.is_layout = False  # whether it came from a folder in sentence-transformers' layout
+
+    @property
+    def config(self) -> Any:
+        """The encoder's configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.model.dtype
+
+    @property
+    def width(self) -> int:
+        """Dimensions of what is pooled."""
+        dense = [part.linear.out_features for part in self.after_tokens if isinstance(part, Dense)]
+        return int(dense[-1] if dense else self.config.hidden_size)
+
+    @property
+    def dimensions(self) -> int:
+        """Dimensions of a vector."""
+        dense = [part.linear.out_features for part in self.after_pooling if isinstance(part, Dense)]
+        return int(dense[-1] if dense else self.width * max(len(self.settings.poolings), 1))
+
+    def optimize_for_inference(self) -> Self:
+        """Make it ready to serve; see `PreTrainedModel.optimize_for_inference`."""
+        self.eval().requires_grad_(False)
+        self.model.optimize_for_inference()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        skip: int = 0,
+    ) -> Tensor:
+        """One vector a text.
+
+        Args:
+            input_ids: (B, S), or (T,) with `cu_seqlens`.
+            attention_mask: (B, S), nonzero at real tokens.
+            cu_seqlens: (B + 1,) cumulative lengths of packed texts.
+            skip: tokens at the beginning of each text that are not pooled, such as a prompt's.
+
+        Returns:
+            (B, D).
+        """
+        inputs = self.model.pack_inputs(input_ids, None, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        states_TM = self.token_vectors(inputs)
+        spans = [(min(start + skip, end), end) for start, end in inputs.packing.spans]
+        return self.pool(states_TM, spans, inputs.packing.positions_T)
+
+    def token_vectors(self, inputs: PackedInputs) -> Tensor:
+        """A vector of every token, (T, M)."""
+        states_TM = self.model.encode(inputs).last_hidden_state
+        assert states_TM is not None
+        for part in self.after_tokens:
+            states_TM = part(states_TM)
+        return states_TM
+
+    def pool(
+        self,
+        states_TM: Tensor,
+        spans: Sequence[tuple[int, int]],
+        positions_T: Tensor,
+        poolings: Sequence[str] | None = None,
+    ) -> Tensor:
+        """A vector of each span of token vectors, (B, D).
+
+        Args:
+            states_TM: what `token_vectors` gave.
+            spans: first row and the row after the last one of each.
+            positions_T: places of the tokens in their texts.
+            poolings: modes in the place of the checkpoint's.
+        """
+        modes = poolings or self.settings.poolings
+        vectors = torch.cat([pool(states_TM, spans, mode, positions_T) for mode in modes], dim=-1)
+        for part in self.after_pooling:
+            vectors = part(vectors)
+        return vectors
+
+    # Folders
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Self:
+        """Load a folder or a Hub repository, in evaluation mode.
+
+        Args:
+            name_or_folder: in sentence-transformers' layout, or a bare encoder's, which is pooled by the mean.
+            kwargs: as of `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            NotFoundError: there is no such folder, repository or file.
+            CheckpointError: the layout has parts that are not known here.
+        """
+        source = Source.pop_from(name_or_folder, dict(kwargs))
+        if source.find(MODULES) is None:
+            model = ModernBertModel.from_pretrained(name_or_folder, **kwargs)
+            return cls(model).eval()
+        parts = json.loads(source.need(MODULES).read_text(encoding="utf-8"))
+        kinds = [str(part["type"]).rpartition(".")[2] for part in parts]
+        if not kinds or kinds[0] != "Transformer":
+            raise CheckpointError(f"{name_or_folder} has the parts {', '.join(kinds)}; the first must be a Transformer")
+        inner = str(parts[0].get("path") or "")
+        body = {**kwargs, "subfolder": "/".join(filter(None, [source.subfolder, inner]))}
+        model = ModernBertModel.from_pretrained(name_or_folder, **body)
+        values: dict[str, Any] = {"poolings": None}
+        tokens: list[nn.Module] = []
+        vectors: list[nn.Module] = []
+        for part, kind in zip(parts[1:], kinds[1:], strict=True):
+            there = dataclasses.replace(source, subfolder="/".join(filter(None, [source.subfolder, part["path"]])))
+            of_part = there.read_json("config.json") if there.find("config.json") is not None else {}
+            if kind == "Pooling":
+                values |= _pooling_of(of_part)
+                continue
+            on_tokens = of_part.get("module_input_name", "token_embeddings") == "token_embeddings"
+            stage = tokens if values["poolings"] is None and on_tokens else vectors
+            if kind == "Dense":
+                stage.append(_dense(there, of_part).to(device=model.device, dtype=model.dtype))
+            elif kind == "Normalize":
+                stage.append(Normalize())
+            elif kind != "Dropout":
+                raise CheckpointError(
+                    f"{name_or_folder} has the part {part['type']}; known are Transformer, Pooling, Dense, Normalize, "
+                    "Dropout"
+                )
+        values["poolings"] = values["poolings"] or ()
+        encoder = cls(model, EmbeddingSettings(**values, **_settings_of(source, inner)), tokens, vectors)
+        encoder.is_layout = True
+        return encoder.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder in sentence-transformers' layout; the tokenizer is saved beside it by its own method."""
+        folder = Path(folder)
+        base = "sentence_transformers.models."
+        parts: list[tuple[str, dict[str, Any], nn.Module | None]] = []
+        settings = self.settings
+
+        def add(part: nn.Module, where: str) -> None:
+            config: dict[str, Any] = {"module_input_name": where, "module_output_name": where}
+            if isinstance(part, Dense):
+                linear = part.linear
+                config |= {"in_features": linear.in_features, "out_features": linear.out_features}
+                config |= {"bias": linear.bias is not None, "activation_function": part.activation}
+            parts.append((type(part).__name__, config, part))
+
+        for part in self.after_tokens:
+            add(part, "token_embeddings")
+        if settings.poolings:
+            parts.append(("Pooling", {**_pooling_keys(settings), "word_embedding_dimension": self.width}, None))
+        for part in self.after_pooling:
+            add(part, "sentence_embedding")
+        self.model.save_pretrained(folder)
+        listed = [{"idx": 0, "name": "0", "path": "", "type": f"{base}Transformer"}]
+        for i, (kind, config, module) in enumerate(parts, 1):
+            path = f"{i}_{kind}"
+            if module is not None and any(True for _ in module.parameters()):
+                write_weights(folder / path, module.state_dict())
+            write_text(folder / path / "config.json", json.dumps(config, indent=2) + "\n")
+            listed.append({"idx": i, "name": str(i), "path": path, "type": f"{base}{kind}"})
+        about = {
+            "prompts": settings.prompts,
+            "default_prompt_name": settings.default_prompt_name,
+            "similarity_fn_name": settings.similarity,
+        }
+        write_text(folder / SETTINGS, json.dumps(about, indent=2) + "\n")
+        limits: dict[str, Any] = {"do_lower_case": False}
+        if settings.max_length is not None:  # the tokenizer's own limit counts otherwise
+            limits["max_seq_length"] = settings.max_length
+        write_text(folder / _TRANSFORMER_SETTINGS, json.dumps(limits, indent=2) + "\n")
+        write_text(folder / MODULES, json.dumps(listed, indent=2) + "\n")  # last: it makes the folder a layout
+
+
+def _pooling_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Poolings of a part's configuration, in today's spelling or the older one."""
+    given = config.get("pooling_mode")
+    if given is None:
+        given = [mode for key, mode in _OLDER_KEYS.items() if config.get(key)] or ["mean"]
+    modes = [given] if isinstance(given, str) else list(given)
+    unknown = [mode for mode in modes if mode not in _POOLINGS]
+    if unknown:
+        raise CheckpointError(f"a folder pools by {unknown}; known are {', '.join(_POOLINGS)}")
+    return {
+        "poolings": tuple(_POOLINGS[mode] for mode in modes),
+        "include_prompt": bool(config.get("include_prompt", True)),
+    }
+
+
+def _pooling_keys(settings: EmbeddingSettings) -> dict[str, Any]:
+    """A pooling part's configuration, in the older spelling wherever that can say it, which all readers take."""
+    names = {ours: theirs for theirs, ours in _POOLINGS.items()}
+    chosen = [names[mode] for mode in settings.poolings]
+    older = {key: mode in chosen for key, mode in _OLDER_KEYS.items()}
+    in_order = chosen == [mode for mode in _OLDER_KEYS.values() if mode in chosen]
+    return {**(older if in_order else {"pooling_mode": chosen}), "include_prompt": settings.include_prompt}
+
+
+def _dense(source: Source, config: dict[str, Any]) -> Dense:
+    """A dense part with its weights."""
+    if config.get("use_residual"):
+        raise CheckpointError(f"{source.subfolder} has use_residual, which is not served")
+    activation = config.get("activation_function")
+    part = Dense(config["in_features"], config["out_features"], bool(config.get("bias", True)), activation)
+    weights = dict(read_weights(weight_files(source), lambda name: True))
+    wanted = {name: tuple(p.shape) for name, p in part.state_dict().items()}
+    found = {name: tuple(p.shape) for name, p in weights.items()}
+    if wanted != found:
+        raise CheckpointError(f"{source.subfolder} holds {found}; its configuration wants {wanted}")
+    part.load_state_dict(weights)
+    return part
+
+
+def _settings_of(source: Source, inner: str) -> dict[str, Any]:
+    """Prompts, similarity and longest text of a folder."""
+    values: dict[str, Any] = {}
+    if source.find(SETTINGS) is not None:
+        about = source.read_json(SETTINGS)
+        values["prompts"] = {str(k): str(v) for k, v in (about.get("prompts") or {}).items()}
+        values["default_prompt_name"] = about.get("default_prompt_name")
+        if about.get("similarity_fn_name") in SIMILARITIES:
+            values["similarity"] = about["similarity_fn_name"]
+    there = dataclasses.replace(source, subfolder="/".join(filter(None, [source.subfolder, inner])))
+    if there.find(_TRANSFORMER_SETTINGS) is not None:
+        limits = there.read_json(_TRANSFORMER_SETTINGS)
+        if limits.get("do_lower_case"):
+            raise CheckpointError("the folder has do_lower_case, which the tokenizer of this architecture has not")
+        values["max_length"] = limits.get("max_seq_length")
+    return values

@@ -1,0 +1,230 @@
+"""sentence-embedding: a vector of a text, of parts of it, or of each of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from tokenizers import Encoding
+
+from modernbert.errors import InputError
+from modernbert.models.encoder import ModernBertModel
+from modernbert.models.sentence_encoder import EmbeddingSettings, SentenceEncoder
+from modernbert.ops.packing import Packing
+from modernbert.ops.pooling import POOLINGS
+from modernbert.pipelines.base import Job, Pipeline, Row, check_choice, check_count, check_fields, check_text
+
+Vectors = NDArray[np.float32]
+
+
+class Spans(NamedTuple):
+    """What a row's vectors are of: spans of its tokens, and whether they are parts that the caller chose."""
+
+    tokens: list[tuple[int, int]]
+    parts: bool = False
+
+
+class EmbeddingPipeline(Pipeline):
+    """Base of the tasks that compare vectors: texts with prompts in, vectors out."""
+
+    auto_model = SentenceEncoder.from_pretrained
+
+    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
+        if isinstance(model, ModernBertModel):
+            model = SentenceEncoder(model)
+        if not isinstance(model, SentenceEncoder):
+            raise InputError(
+                f"{self.task} needs an encoder without a head, or a SentenceEncoder; this is a {type(model).__name__}"
+            )
+        super().__init__(model, tokenizer, **options)
+
+    @property
+    def embedding(self) -> EmbeddingSettings:
+        """What the checkpoint says about its vectors."""
+        settings: EmbeddingSettings = self.model.settings
+        return settings
+
+    @property
+    def dimensions(self) -> int:
+        """Dimensions of a vector."""
+        return int(self.model.dimensions)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a text at the most: what the checkpoint's layout says, or the model's context."""
+        return min(super().context, self.embedding.max_length or super().context)
+
+    def prompt(self, name: str | None, given: str | None = None) -> str:
+        """The text that goes before a text.
+
+        Args:
+            name: one of the checkpoint's prompts; None takes its default, if there is one.
+            given: a prompt itself.
+
+        Raises:
+            InputError: there is no prompt of this name, or both are given.
+        """
+        prompts = self.embedding.prompts
+        if given is not None:
+            if name is not None:
+                raise InputError("prompt and prompt_name are given; give one of them")
+            if not isinstance(given, str):
+                raise InputError(f"prompt is a {type(given).__name__}; it must be a string")
+            return given
+        name = self.embedding.default_prompt_name if name is None else name
+        if name is None:
+            return ""
+        if name not in prompts:
+            raise InputError(f"prompt_name is {name!r}; the checkpoint has {', '.join(prompts) or 'no prompts'}")
+        return prompts[name]
+
+    def skipped(self, prompt: str) -> int:
+        """Tokens at the beginning of a text that are not pooled."""
+        if not prompt or self.embedding.include_prompt:
+            return 0
+        ids = self.tokenizer(prompt).input_ids
+        return len(ids) - (ids[-1] in (self.tokenizer.sep_token_id, self.tokenizer.eos_token_id))
+
+    def usual_truncation(self, given: Any) -> bool:
+        """Whether texts over the context are cut: as asked, or as the checkpoint's layout has it."""
+        return bool(self.model.is_layout if given is None else given)
+
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+        """Vectors of each row, float32 on the CPU: of its tokens, or of its `Spans`."""
+        ids_T, cu_seqlens = self.pack(rows)
+        inputs = self.model.model.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)
+        vectors = self.model.token_vectors(inputs)
+        if settings["tokens"]:
+            counts = [len(row.ids) for row in rows]
+        else:
+            counts = [len(row.extra.tokens) for row in rows]
+            vectors = self._pooled(vectors, rows, inputs.packing, settings["poolings"])
+        vectors = vectors.float()
+        if settings.get("truncate_dim") is not None:
+            vectors = vectors[:, : settings["truncate_dim"]]
+        return (F.normalize(vectors, dim=-1) if settings["normalize"] else vectors).cpu().split(counts)
+
+    def _pooled(
+        self, states_TM: torch.Tensor, rows: list[Row], packing: Packing, poolings: tuple[str, ...]
+    ) -> torch.Tensor:
+        """A vector of each span. Parts of a text have no token that stands for them, so they are pooled by the mean."""
+        firsts = packing.starts[:-1]
+        spans = [(first + a, first + b) for first, row in zip(firsts, rows, strict=True) for a, b in row.extra.tokens]
+        vectors = self.model.pool(states_TM, spans, packing.positions_T, poolings)
+        of_parts = tuple("mean" if mode in ("cls", "last") else mode for mode in poolings)
+        if of_parts == poolings or not any(row.extra.parts for row in rows):
+            return vectors
+        parts = torch.tensor([row.extra.parts for row in rows for _ in row.extra.tokens], device=vectors.device)
+        return torch.where(parts[:, None], self.model.pool(states_TM, spans, packing.positions_T, of_parts), vectors)
+
+
+class SentenceEmbeddingPipeline(EmbeddingPipeline):
+    """Vectors of texts.
+
+    Checkpoints in sentence-transformers' layout give that library's numbers; a bare encoder is pooled by the mean.
+
+    A call takes a text, a dict {"text", "spans"}, a list of these or an iterable of them. With `spans`, pairs of
+    characters [start, end) of the text, the whole text is read in one pass and each span gets a vector of its own
+    tokens (late chunking), by the mean where the checkpoint takes a single token. Options:
+
+    - `prompt_name` ("query", "document", or what else the checkpoint has) or `prompt`: what to put before a text;
+    - `pooling`: "cls", "mean", "max", "last", "weighted_mean" or "mean_sqrt_len" in the place of the checkpoint's;
+    - `normalize`: vectors of length one, also where the checkpoint does not make them so;
+    - `truncate_dim`: keep this many first dimensions, for checkpoints trained so (Matryoshka);
+    - `multi_vector`: a vector for every token (late interaction), each of length one; see `maxsim`;
+    - `truncation`: cut texts over the context; where silent, they are cut if the checkpoint's layout names a longest
+      text, and refused otherwise.
+
+    For each text it gives a float32 array (dimensions,), or (spans, dimensions), or (tokens, dimensions). A list of
+    texts gives one array (texts, dimensions); with spans or tokens, a list of arrays.
+    """
+
+    task = "sentence-embedding"
+    options = ("prompt_name", "prompt", "pooling", "normalize", "truncate_dim", "multi_vector", "truncation")
+
+    def gather(self, answers: list[Any]) -> Any:
+        """One array of vectors, where each text has one."""
+        if all(isinstance(a, np.ndarray) and a.ndim == 1 for a in answers):
+            return np.stack(answers)
+        return answers
+
+    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Defaults, checked."""
+        pooling = settings.get("pooling")
+        if pooling is not None:
+            check_choice("pooling", pooling, POOLINGS)
+        width = settings.get("truncate_dim")
+        if width is not None and check_count("truncate_dim", width) > self.dimensions:
+            raise InputError(f"truncate_dim is {width}; vectors have {self.dimensions} dimensions")
+        tokens = settings.get("multi_vector")
+        tokens = not self.embedding.poolings and pooling is None if tokens is None else bool(tokens)
+        if not tokens and pooling is None and not self.embedding.poolings:
+            raise InputError("the checkpoint has a vector for every token and pools none; give pooling, such as 'mean'")
+        normalize = settings.get("normalize")
+        prompt = self.prompt(settings.get("prompt_name"), settings.get("prompt"))
+        return {
+            "prompt": prompt,
+            "skip": self.skipped(prompt),
+            "poolings": self.embedding.poolings if pooling is None else (pooling,),
+            "normalize": tokens if normalize is None else bool(normalize),
+            "truncate_dim": width,
+            "tokens": tokens,
+            "truncation": self.usual_truncation(settings.get("truncation")),
+        }
+
+    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
+        """One row a text, with the tokens of its spans."""
+        texts = [check_fields(item, ["text"], self.task)["text"] if isinstance(item, dict) else item for item in items]
+        for text in texts:
+            check_text(text)
+        prompt = settings["prompt"]
+        encodings = self.encode([prompt + text for text in texts], truncation=settings["truncation"])
+        jobs = []
+        for item, text, encoding in zip(items, texts, encodings, strict=True):
+            spans = item.get("spans") if isinstance(item, dict) else None
+            if spans is None:
+                length = len(encoding.ids)
+                wanted = Spans([(min(settings["skip"], length), length)])
+            else:
+                if settings["tokens"]:
+                    raise InputError("spans and multi_vector are given; a text has vectors of spans or of tokens")
+                wanted = Spans(_token_spans(encoding, spans, text, len(prompt)), parts=True)
+            jobs.append(Job([Row(encoding.ids, wanted)], spans is None and not settings["tokens"]))
+        return jobs
+
+    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
+        """An array."""
+        vectors: Vectors = job.results[0].numpy()
+        return vectors[0].copy() if job.context else vectors.copy()
+
+
+def _token_spans(encoding: Encoding, spans: Any, text: str, shift: int) -> list[tuple[int, int]]:
+    """Tokens of each span of characters, which are `shift` further in what was tokenized."""
+    if not isinstance(spans, list | tuple) or not spans:
+        raise InputError(f"spans is {spans!r}; give a list of pairs of characters, (start, end)")
+    out = []
+    real = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    for span in spans:
+        pair = tuple(span) if isinstance(span, list | tuple) else ()
+        if len(pair) != 2 or not all(isinstance(x, int) for x in pair) or not 0 <= pair[0] < pair[1] <= len(text):
+            raise InputError(f"spans holds {span!r}; the text has characters 0 to {len(text)}")
+        start, end = pair[0] + shift, pair[1] + shift
+        inside = [i for i in real if encoding.offsets[i][0] < end and encoding.offsets[i][1] > start]
+        if not inside:
+            raise InputError(f"spans holds {span!r}, where no token is, or none within the context of the model")
+        out.append((inside[0], inside[-1] + 1))
+    return out
+
+
+def maxsim(query: Vectors, document: Vectors) -> float:
+    """Late interaction's similarity: for each token of the query the best of the document's, added up.
+
+    Args:
+        query: (tokens, dimensions), as `sentence-embedding` gives them with `multi_vector`.
+        document: likewise.
+    """
+    return float((query @ document.T).max(1).sum())

@@ -1,0 +1,324 @@
+"""sentence-embedding and text-ranking: sentence-transformers' numbers on its own folders; chunks, tokens, prompts."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from sentence_transformers.sentence_transformer import modules as models
+
+import modernbert
+from modernbert import SentenceEncoder, pipeline
+from modernbert.errors import CheckpointError, InputError
+from modernbert.pipelines import small_model
+from modernbert.pipelines.sentence_embedding import maxsim
+from modernbert.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # sentence-transformers deprecates its own older names
+
+TEXTS = [
+    "How do I top up my card?",
+    "The dog ran across the road, and then it came back again to look for its master.",
+    "Yes.",
+    "A text with “quotes”, Ångström and 42 numbers.",
+    "It was a long winter. " * 30,
+]
+# Modes of the library and ours.
+MODES = {
+    "cls": "cls",
+    "mean": "mean",
+    "max": "max",
+    "lasttoken": "last",
+    "weightedmean": "weighted_mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+}
+
+
+@pytest.fixture(scope="module")
+def body(tmp_path_factory):
+    """A bare encoder in float32, with large enough weights, and the small model's tokenizer."""
+    folder = tmp_path_factory.mktemp("body")
+    config = modernbert.AutoConfig.from_pretrained(small_model()).replace(
+        hidden_size=48, intermediate_size=64, num_attention_heads=3, initializer_range=0.2
+    )
+    torch.manual_seed(0)
+    modernbert.ModernBertModel(config).save_pretrained(folder)
+    Tokenizer.from_pretrained(small_model()).save_pretrained(folder)
+    return folder
+
+
+def library(body, mode="mean", dense=None, normalize=False, include_prompt=True, **options):
+    """A model of sentence-transformers on this body."""
+    transformer = models.Transformer(str(body), max_seq_length=64)
+    parts = [transformer, models.Pooling(48, mode, include_prompt=include_prompt)]
+    torch.manual_seed(2)
+    if dense is not None:
+        parts.append(models.Dense(48 * (1 if isinstance(mode, str) else len(mode)), 16, activation_function=dense))
+    if normalize:
+        parts.append(models.Normalize())
+    return SentenceTransformer(modules=parts, device="cpu", **options)
+
+
+@pytest.mark.parametrize("mode", [*MODES, ("cls", "mean")], ids=str)
+@pytest.mark.parametrize(
+    ("dense", "normalize"), [(None, False), (None, True), (torch.nn.Tanh(), False), (torch.nn.Identity(), True)]
+)
+def test_folders_of_sentence_transformers_give_its_numbers(body, tmp_path, mode, dense, normalize):
+    theirs = library(body, mode, dense, normalize)
+    theirs.save(str(tmp_path))
+    ours = pipeline("sentence-embedding", tmp_path)
+    assert ours.context == 64  # the last text is longer, and cut
+    np.testing.assert_allclose(ours(TEXTS), theirs.encode(TEXTS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+@pytest.mark.parametrize("mode", ["cls", "mean", "weightedmean"])
+def test_prompts(body, tmp_path, include_prompt, mode):
+    prompts = {"query": "find this: ", "document": "text "}
+    theirs = library(body, mode, include_prompt=include_prompt, prompts=prompts, default_prompt_name="document")
+    theirs.save(str(tmp_path))
+    ours = pipeline("sentence-embedding", tmp_path)
+    for options in ({}, {"prompt_name": "query"}, {"prompt": "Represent: "}):
+        np.testing.assert_allclose(ours(TEXTS, **options), theirs.encode(TEXTS, **options), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="prompt_name is 'title'; the checkpoint has document, query"):
+        ours("x", prompt_name="title")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_truncated_dimensions(body, tmp_path, normalize):
+    theirs = library(body, "mean", torch.nn.Identity(), normalize=True)
+    theirs.save(str(tmp_path))
+    ours = pipeline("sentence-embedding", tmp_path)(TEXTS, truncate_dim=7, normalize=normalize)
+    assert ours.shape == (5, 7)
+    theirs.truncate_dim = 7
+    np.testing.assert_allclose(ours, theirs.encode(TEXTS, normalize_embeddings=normalize), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="truncate_dim is 17; vectors have 16 dimensions"):
+        pipeline("sentence-embedding", tmp_path)("x", truncate_dim=17)
+
+
+def test_folders_of_older_releases(body, tmp_path):
+    """Older spellings: one key a pooling, the longest text in a file of its own, other module paths."""
+    theirs = library(body, ("cls", "mean"), torch.nn.Tanh(), normalize=True)
+    theirs.save(str(tmp_path))
+    expected = pipeline("sentence-embedding", tmp_path)(TEXTS)
+    pooling = {"word_embedding_dimension": 48, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    names = ["Transformer", "Pooling", "Dense", "Normalize"]
+    paths = ["", "1_Pooling", "2_Dense", "3_Normalize"]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate(zip(names, paths, strict=True))
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64, "do_lower_case": False}))
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps({"__version__": {}}))
+    (tmp_path / "3_Normalize" / "config.json").unlink()
+    assert np.array_equal(pipeline("sentence-embedding", tmp_path)(TEXTS), expected)
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 16}))
+    assert pipeline("sentence-embedding", tmp_path).context == 16
+
+
+@pytest.mark.parametrize("mode", ["mean", ("cls", "mean"), ("mean", "cls")], ids=str)
+def test_what_we_save_loads_here_and_there(body, tmp_path, mode):
+    theirs = library(body, mode, torch.nn.Tanh(), normalize=True, prompts={"query": "q: "})
+    theirs.save(str(tmp_path / "theirs"))
+    encoder = SentenceEncoder.from_pretrained(tmp_path / "theirs")
+    encoder.save_pretrained(tmp_path / "ours")
+    Tokenizer.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    expected = theirs.encode(TEXTS, prompt_name="query")
+    again = SentenceTransformer(str(tmp_path / "ours"), device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS, prompt_name="query"), expected, rtol=0, atol=1e-6)
+    ours = pipeline("sentence-embedding", tmp_path / "ours")(TEXTS, prompt_name="query")
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_unknown_parts_are_named(body, tmp_path):
+    library(body).save(str(tmp_path))
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules.append({"idx": 2, "name": "2", "path": "2_LSTM", "type": "sentence_transformers.models.LSTM"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match=r"has the part sentence_transformers.models.LSTM; known are Transformer"):
+        pipeline("sentence-embedding", tmp_path)
+
+
+def test_an_activation_outside_of_the_list_is_refused_and_never_imported(body, tmp_path):
+    library(body, dense=torch.nn.Tanh()).save(str(tmp_path))
+    path = tmp_path / "2_Dense" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "activation_function": "os.system"}))
+    with pytest.raises(CheckpointError, match=r"names the activation 'os\.system'"):
+        SentenceEncoder.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ours(body):
+    return pipeline("sentence-embedding", body)
+
+
+def test_each_text_has_its_vector_bit_for_bit_whatever_the_batch(ours, body):
+    alone = [ours(text) for text in TEXTS]
+    assert np.array_equal(ours(TEXTS), np.stack(alone))
+    assert np.array_equal(ours(TEXTS[::-1]), np.stack(alone[::-1]))
+    assert np.array_equal(pipeline("sentence-embedding", body, batch_tokens=1)(TEXTS), np.stack(alone))
+    assert [a.shape for a in ours(iter(TEXTS))] == [(48,)] * 5
+    assert alone[0].dtype == np.float32
+
+
+def test_a_bare_body_is_pooled_by_the_mean_as_there(body, ours):
+    theirs = SentenceTransformer(str(body), device="cpu")
+    np.testing.assert_allclose(ours(TEXTS), theirs.encode(TEXTS), rtol=0, atol=1e-5)
+    for there, here in MODES.items():
+        expected = library(body, there).encode(TEXTS[:4])
+        np.testing.assert_allclose(ours(TEXTS[:4], pooling=here), expected, rtol=0, atol=1e-5)
+    unit = ours(TEXTS, normalize=True)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
+
+
+def test_late_chunking_pools_states_of_the_whole_text(ours, body):
+    text = TEXTS[1]
+    cut = text.index(",") + 1
+    spans = [(0, cut), (cut, len(text)), (4, 7), (0, len(text))]
+    vectors = ours({"text": text, "spans": spans})
+    assert vectors.shape == (4, 48)
+    tokenizer, model = ours.tokenizer, modernbert.AutoModel.from_pretrained(body)
+    batch = tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
+    states = model(batch.input_ids).last_hidden_state[0].detach().numpy()
+    for (start, end), vector in zip(spans, vectors, strict=True):
+        inside = [i for i, (a, b) in enumerate(batch.offset_mapping[0].tolist()) if a < end and b > start]
+        np.testing.assert_allclose(vector, states[inside].mean(0), rtol=0, atol=1e-5)
+    assert np.array_equal(ours({"text": text, "spans": spans}, pooling="cls"), vectors)
+    mixed = ours([{"text": text, "spans": spans}, "Another text."], pooling="cls")
+    assert np.array_equal(mixed[0], vectors)
+    assert np.array_equal(mixed[1], ours("Another text.", pooling="cls"))
+    np.testing.assert_allclose(ours({"text": text, "spans": [(4, 7)]}, prompt="query: ")[0].shape, vectors[2].shape)
+    for spans in ([], [(3, 3)], [(0, 500)], [(-1, 4)], "all", [(1.0, 2.0)]):
+        with pytest.raises(InputError, match="spans"):
+            ours({"text": text, "spans": spans})
+
+
+def test_vectors_of_tokens_and_maxsim(ours):
+    query, document = ours(["a red dog", TEXTS[1]], multi_vector=True)
+    assert query.shape == (len(ours.tokenizer("a red dog").input_ids), 48)
+    np.testing.assert_allclose(np.linalg.norm(document, axis=1), 1, rtol=1e-6)
+    expected = sum(max(float(np.dot(q, d)) for d in document) for q in query)
+    assert maxsim(query, document) == pytest.approx(expected, rel=1e-5)
+    raw = ours("a red dog", multi_vector=True, normalize=False)
+    np.testing.assert_allclose(raw / np.linalg.norm(raw, axis=1, keepdims=True), query, rtol=0, atol=1e-6)
+
+
+def test_a_layout_without_pooling_keeps_vectors_of_tokens(body, tmp_path):
+    library(body).save(str(tmp_path))
+    dense = {
+        "in_features": 48,
+        "out_features": 8,
+        "bias": False,
+        "activation_function": "torch.nn.modules.linear.Identity",
+    }
+    (tmp_path / "1_Dense").mkdir()
+    (tmp_path / "1_Dense" / "config.json").write_text(json.dumps(dense))
+    save_file({"linear.weight": torch.randn(8, 48)}, tmp_path / "1_Dense" / "model.safetensors")
+    modules = json.loads((tmp_path / "modules.json").read_text())[:1]
+    modules.append({"idx": 1, "name": "1", "path": "1_Dense", "type": "pylate.models.Dense.Dense"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    embed = pipeline("sentence-embedding", tmp_path)
+    query, *documents = embed(["a red dog", *TEXTS[:3]])
+    assert query.shape[1] == 8
+    ranked = pipeline("text-ranking", tmp_path)(query="a red dog", documents=TEXTS[:3])
+    assert {r["index"]: r["score"] for r in ranked} == {i: maxsim(query, d) for i, d in enumerate(documents)}
+
+
+# Ranking
+
+
+@pytest.fixture(scope="module")
+def cross(body, tmp_path_factory):
+    """A cross-encoder of the library's, saved by it."""
+    folder = tmp_path_factory.mktemp("cross")
+    torch.manual_seed(5)
+    config = modernbert.AutoConfig.from_pretrained(body).replace(num_labels=1)
+    model = modernbert.ModernBertForSequenceClassification(config)
+    model.model.load_state_dict(modernbert.AutoModel.from_pretrained(body).state_dict())
+    model.save_pretrained(folder / "plain")
+    Tokenizer.from_pretrained(body).save_pretrained(folder / "plain")
+    CrossEncoder(str(folder / "plain"), device="cpu", max_length=64).save_pretrained(str(folder / "there"))
+    return folder / "there"
+
+
+@pytest.mark.parametrize("activation", [None, "torch.nn.modules.linear.Identity"])
+@pytest.mark.parametrize("where", ["today", "config", "oldest"])
+def test_cross_encoders_give_the_librarys_scores(cross, tmp_path, activation, where):
+    shutil.copytree(cross, tmp_path / "cross")
+    folder = tmp_path / "cross"
+    path, key = (folder / "config_sentence_transformers.json"), "activation_fn"
+    about = json.loads(path.read_text())
+    config = json.loads((folder / "config.json").read_text())
+    named = activation or "torch.nn.modules.activation.Sigmoid"
+    if where == "today":
+        about[key] = named
+    else:
+        del about[key]
+        older = {"sentence_transformers": {"activation_fn": named, "version": "4.1.0"}}
+        config |= older if where == "config" else {"sbert_ce_default_activation_function": named}
+    path.write_text(json.dumps(about))
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = CrossEncoder(str(folder), device="cpu")
+    query = "Where is my card?"
+    expected = theirs.predict([(query, text) for text in TEXTS])
+    ours = pipeline("text-ranking", folder)(query=query, documents=TEXTS)
+    assert [r["index"] for r in ours] == list(np.argsort(-expected))
+    np.testing.assert_allclose([r["score"] for r in ours], sorted(expected, reverse=True), rtol=0, atol=1e-5)
+    rank = theirs.rank(query, TEXTS, top_k=2)
+    best = pipeline("text-ranking", folder, top_k=2)({"query": query, "documents": TEXTS})
+    assert [r["index"] for r in best] == [r["corpus_id"] for r in rank]
+    assert best[0]["text"] == TEXTS[best[0]["index"]]
+
+
+def test_ranking_many_queries_keeps_their_order(cross):
+    rank = pipeline("text-ranking", cross)
+    items = [{"query": f"question {i}", "documents": random.Random(i).sample(TEXTS, 1 + i % 4)} for i in range(9)]
+    assert rank(items) == [rank(item) for item in items]
+    raw = rank(items[3], activation="none")
+    assert [r["index"] for r in raw] == [r["index"] for r in rank(items[3])]
+    sigmoid = 1 / (1 + np.exp(-np.array([r["score"] for r in raw])))
+    np.testing.assert_allclose(sigmoid, [r["score"] for r in rank(items[3])], atol=1e-6)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot", "euclidean", "manhattan"])
+def test_ranking_by_vectors(body, tmp_path, similarity):
+    prompts = {"query": "query: ", "document": "passage: "}
+    theirs = library(body, prompts=prompts, similarity_fn_name=similarity)
+    theirs.save(str(tmp_path))
+    expected = theirs.similarity(
+        theirs.encode("red dog", prompt_name="query"), theirs.encode(TEXTS, prompt_name="document")
+    )[0]
+    ranked = pipeline("text-ranking", tmp_path)(query="red dog", documents=TEXTS)
+    assert [r["index"] for r in ranked] == expected.argsort(descending=True).tolist()
+    np.testing.assert_allclose(
+        [r["score"] for r in ranked], expected.sort(descending=True).values, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_models_of_the_wrong_kind_are_refused(body, cross, ours):
+    tokenizer = ours.tokenizer
+    config = modernbert.AutoConfig.from_pretrained(body).replace(num_labels=3)
+    classifier = modernbert.ModernBertForSequenceClassification(config)
+    with pytest.raises(InputError, match="text-ranking needs a classifier with one label; this one has 3"):
+        pipeline("text-ranking", classifier, tokenizer)
+    with pytest.raises(InputError, match="sentence-embedding needs an encoder without a head"):
+        pipeline("sentence-embedding", classifier, tokenizer)
+    with pytest.raises(InputError, match="documents is \\[\\]"):
+        pipeline("text-ranking", cross)(query="a", documents=[])
+    with pytest.raises(InputError, match="a document is a int"):
+        pipeline("text-ranking", cross)(query="a", documents=[3])
+
+
+def test_the_small_model_embeds_and_ranks():
+    embed = pipeline("sentence-embedding")
+    assert embed("A dog.").shape == (256,)
+    assert np.array_equal(embed("A dog."), pipeline("sentence-embedding", small_model(), dtype="float32")("A dog."))
+    ranked = pipeline("text-ranking")(query="The dog barked.", documents=["Prices rose in May.", "A dog was barking."])
+    assert ranked[0]["index"] == 1
