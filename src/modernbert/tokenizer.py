@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _USUAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+_SPACE_BEFORE_MARK = re.compile(r" (?=[.?!,]|n't|'(?:m|s|ve|re))")
 _PADDINGS = ("longest", "max_length", "do_not_pad")
 _SIDES = ("left", "right")
 
@@ -168,12 +170,8 @@ class Tokenizer:
                     f"{name!r} is no special token; there are {', '.join(n + '_token' for n in SPECIAL_NAMES)}"
                 )
         added = self.add_tokens(list(special_tokens.values()), special_tokens=True)
-        self._specials.update(
-            {
-                name.removesuffix("_token"): token if isinstance(token, str) else token.content
-                for name, token in special_tokens.items()
-            }
-        )
+        for name, token in special_tokens.items():
+            self._specials[name.removesuffix("_token")] = token if isinstance(token, str) else token.content
         return added
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
@@ -392,10 +390,7 @@ class Tokenizer:
         if values and isinstance(values[0], list):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in values]
         text = self.backend.decode(values, skip_special_tokens=skip_special_tokens)
-        if clean_up_tokenization_spaces:
-            for mark in (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re"):
-                text = text.replace(f" {mark}", mark)
-        return text
+        return _SPACE_BEFORE_MARK.sub("", text) if clean_up_tokenization_spaces else text
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of several rows of ids."""

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from modernbert import __version__
-from modernbert.cli.run import run
+from modernbert.cli.run import embed, run
 from modernbert.cli.train import evaluate, pretrain, train_tokenizer
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(run)
+app.command()(embed)
 app.command("train-tokenizer")(train_tokenizer)
 app.command()(pretrain)
 app.command()(evaluate)

@@ -1,7 +1,9 @@
-"""`modernbert run`: a pipeline on texts from arguments, a file or standard input."""
+"""`modernbert run` and `embed`: a pipeline on texts from arguments, a file or standard input."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,97 +12,205 @@ from typing import Annotated, Any
 
 import typer
 
+from modernbert.cli.inputs import fingerprint, form_of, from_arguments, from_records, parse_columns, parse_options
 from modernbert.errors import InputError
+
+Texts = Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")]
+Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")]
+InputFile = Annotated[Path | None, typer.Option(help="File: .txt, .csv, .tsv, .jsonl or .parquet.")]
+Column = Annotated[
+    list[str] | None, typer.Option(help="Column that holds the text, or FIELD=COLUMN for another field; repeat.")
+]
+SkipErrors = Annotated[bool, typer.Option("--skip-errors", help="Report inputs that cannot be answered, and go on.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
+Backend = Annotated[str | None, typer.Option("--attn-implementation", help="auto, eager or sdpa.")]
+BatchTokens = Annotated[int | None, typer.Option(help="Tokens of a forward pass.")]
 
 
 def run(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")] = None,
-    task: Annotated[str, typer.Option(help="What to do with each text.")] = "fill-mask",
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")
-    ] = None,
+    texts: Texts = None,
+    task: Annotated[str | None, typer.Option(help="What to do with each text; see below.")] = None,
+    model: Model = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub repository; the model's if not given.")] = None,
-    file: Annotated[Path | None, typer.Option(help="File of texts, one a line.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="How many answers for each mask.")] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(help="A word to consider; repeat for several. Others are left out.")
-    ] = None,
+    file: InputFile = None,
+    column: Column = None,
+    output: Annotated[Path | None, typer.Option(help="Write to .jsonl, .csv, .tsv or .parquet; resumes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help='One object a line: {"input": ..., "output": ...}.')] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
-    attn_implementation: Annotated[str | None, typer.Option(help="auto, eager or sdpa.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="How many answers.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="fill-mask: a word to consider; repeat.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="zero-shot-classification: a label; repeat.")] = None,
+    question: Annotated[str | None, typer.Option(help="question-answering: of every text.")] = None,
+    query: Annotated[str | None, typer.Option(help="text-ranking: the texts are its documents.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: any option of the task; repeat.")] = None,
+    skip_errors: SkipErrors = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    attn_implementation: Backend = None,
+    batch_tokens: BatchTokens = None,
 ) -> None:
-    """Run a task on texts: arguments, a file or standard input, a line a text.
+    """Run a task on texts: arguments, a file or standard input.
+
+    Tasks: fill-mask (the default without a model), text-classification, zero-shot-classification,
+    token-classification (ner), question-answering, multiple-choice (a prompt, then choices), sentence-embedding,
+    text-ranking (a query, then documents), feature-extraction. With a model and no task, the model's own.
 
     Example: modernbert run "The capital of France is [MASK]."
     """
+    from modernbert.pipelines import pipeline
+
+    _check_source(texts, file)
+    if output is not None and output.suffix.lower() == ".npy":
+        raise InputError(f"{output}: vectors are written by modernbert embed")
+    task = "fill-mask" if task is None and model is None else task
+    where = {"revision": revision, "attn_implementation": attn_implementation, "batch_tokens": batch_tokens}
+    serve = pipeline(task, model, tokenizer, device, dtype, **{k: v for k, v in where.items() if v is not None})
+    options: dict[str, Any] = parse_options(option or [])
+    for name, value in (("top_k", top_k), ("targets", target), ("candidate_labels", label)):
+        if value not in (None, []):
+            options[name] = value
+    fixed = {name: value for name, value in (("question", question), ("query", query)) if value is not None}
+    foreign = [name for name in fixed if name not in form_of(serve.task).fields]
+    if foreign:
+        raise InputError(f"--{foreign[0]} is no option of {serve.task}")
+    _answer_all(serve, texts, file, column, fixed, options, output, as_json, skip_errors, model, dtype)
+
+
+def embed(
+    output: Annotated[Path, typer.Option(help="Write to .npy (texts x dimensions), .parquet or .jsonl; resumes.")],
+    texts: Texts = None,
+    model: Model = None,
+    file: InputFile = None,
+    column: Column = None,
+    prompt_name: Annotated[str | None, typer.Option(help="Such as query or document.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to put before each text.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="cls, mean, max, last, weighted_mean or mean_sqrt_len.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length one.")] = False,
+    truncate_dim: Annotated[int | None, typer.Option(help="Keep this many first dimensions.")] = None,
+    truncation: Annotated[bool, typer.Option("--truncation", help="Cut texts that are too long.")] = False,
+    skip_errors: SkipErrors = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    attn_implementation: Backend = None,
+    batch_tokens: BatchTokens = None,
+) -> None:
+    """Write a vector for each text: arguments, a file or standard input.
+
+    With --skip-errors, a text that cannot be embedded has numbers that are NaN in .npy, and none elsewhere.
+
+    Example: modernbert embed --file texts.csv --column body --output vectors.npy
+    """
+    from modernbert.pipelines import pipeline
+
+    _check_source(texts, file)
+    where = {"revision": revision, "attn_implementation": attn_implementation, "batch_tokens": batch_tokens}
+    given = {k: v for k, v in where.items() if v is not None}
+    serve = pipeline("sentence-embedding", model, None, device, dtype, **given)
+    options = {"prompt_name": prompt_name, "prompt": prompt, "pooling": pooling, "truncate_dim": truncate_dim}
+    options = {name: value for name, value in options.items() if value is not None}
+    options |= {name: True for name, on in (("normalize", normalize), ("truncation", truncation)) if on}
+    _answer_all(serve, texts, file, column, {}, options, output, False, skip_errors, model, dtype)
+
+
+def _answer_all(
+    serve: Any,
+    texts: list[str] | None,
+    file: Path | None,
+    column: list[str] | None,
+    fixed: dict[str, Any],
+    options: dict[str, Any],
+    output: Path | None,
+    as_json: bool,
+    skip_errors: bool,
+    model: str | None,
+    dtype: str | None,
+) -> None:
+    """Answer every input, and print or write the answers as they come."""
+    from modernbert.records import ResumableOutput, count_records, read_records
+
+    form = form_of(serve.task)
+    columns = parse_columns(column or [], form)
+    if texts:
+        inputs = from_arguments(texts, form, fixed)
+        total: int | None = len(texts) if form.many is None else 1
+    else:
+        name = str(file) if file else "standard input"
+        inputs = from_records(read_records(file), form, fixed, columns, name)
+        total = count_records(file) if form.many is None or len(fixed) == 0 else 1
+
+    job = {"task": serve.task, "model": model, "dtype": dtype, "options": options, "fields": fixed, "columns": columns}
+    job |= {"input": texts or fingerprint(file)}
+    failures = answered = 0
+    with contextlib.ExitStack() as stack:
+        sink = None if output is None else stack.enter_context(ResumableOutput(output, job))
+        done = 0 if sink is None else sink.done
+        if done:
+            sys.stderr.write(f"modernbert: {sink and sink.partial} holds {done} answers; going on after them\n")
+        waiting: list[Any] = []  # inputs whose answers are not there yet
+        answers = serve.stream(
+            _remembered(itertools.islice(inputs, done, None), waiting),
+            on_error="return" if skip_errors else "raise",
+            **options,
+        )
+        advance = stack.enter_context(_ProgressBar(total, done, quiet=output is None))
+        for answer in answers:
+            item = waiting.pop(0)
+            record = {"input": item, "error": str(answer)} if isinstance(answer, InputError) else None
+            failures += record is not None
+            record = record or {"input": item, "output": answer}
+            if sink is not None:
+                sink.write(record)
+            elif as_json:
+                sys.stdout.write(json.dumps(record, ensure_ascii=False, default=_listed) + "\n")
+            else:
+                from modernbert.cli.show import show
+
+                show(item, answer)
+            answered += 1
+            advance()
+        if not answered and not done:
+            raise InputError("no text: every line was empty" if file is None else f"no text: {file} holds none")
+    if output is not None:
+        sys.stderr.write(f"modernbert: {answered + done} answers in {output}\n")
+    if failures:
+        sys.stderr.write(f"modernbert: {failures} of {answered} inputs could not be answered\n")
+        raise typer.Exit(1)
+
+
+def _check_source(texts: list[str] | None, file: Path | None) -> None:
+    """Refuse what cannot be read before a model is loaded for it."""
     if texts and file:
         raise InputError("texts are given both as arguments and by --file; give one of them")
     if not texts and file is None and sys.stdin.isatty():
         raise InputError("no text: give it as an argument, with --file, or on standard input")
-    source: Iterable[str] = texts or _lines(file)
-
-    from modernbert.pipelines import pipeline
-
-    where = {"revision": revision, "attn_implementation": attn_implementation}
-    options = {"top_k": top_k, "targets": target or None}
-    serve = pipeline(task, model, tokenizer, device, dtype, **{k: v for k, v in where.items() if v is not None})
-    given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-    seen: list[str] = []  # texts that wait for their answers
-
-    def remembered() -> Iterator[str]:
-        for text in source:
-            seen.append(text)
-            yield text
-
-    answered = 0
-    with _ProgressBar(len(texts) if texts else _count(file)) as advance:
-        for output in serve.stream(remembered(), **given):
-            text = seen.pop(0)
-            if as_json:
-                sys.stdout.write(json.dumps({"input": text, "output": output}, ensure_ascii=False) + "\n")
-            else:
-                _show(text, output)
-            answered += 1
-            advance()
-    if not answered:
-        raise InputError("no text: every line was empty")
+    if file is not None and not file.is_dir():
+        file.open("rb").close()
 
 
-def _lines(file: Path | None) -> Iterator[str]:
-    """Lines that are not blank; each must be UTF-8."""
-    name = str(file) if file else "standard input"
-    stream = file.open("rb") if file else sys.stdin.buffer
-    with stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{name}, line {number}, is not UTF-8: {error.reason}") from error
-            if text.strip():
-                yield text
+def _remembered(inputs: Iterable[Any], waiting: list[Any]) -> Iterator[Any]:
+    for item in inputs:
+        waiting.append(item)
+        yield item
 
 
-def _count(file: Path | None) -> int | None:
-    if file is None:
-        return None
-    with file.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+def _listed(value: Any) -> Any:
+    return value.tolist()
 
 
 class _ProgressBar:
-    """A progress bar on standard error, where that is a terminal, the output is not, and there is much to do."""
+    """A progress bar on standard error, where that is a terminal, answers go elsewhere, and there is much to do."""
 
-    def __init__(self, total: int | None) -> None:
+    def __init__(self, total: int | None, done: int, quiet: bool) -> None:
         self.progress: Any = None
-        if sys.stderr.isatty() and not sys.stdout.isatty() and (total is None or total > 20):
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        elsewhere = not quiet or not sys.stdout.isatty()
+        if sys.stderr.isatty() and elsewhere and (total is None or total > 20):
+            from modernbert.pipelines.progress import bar
 
-            columns = (TextColumn("texts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=Console(stderr=True))
-            self.task = self.progress.add_task("texts", total=total)
+            self.progress = bar("texts")
+            self.task = self.progress.add_task("texts", total=total, completed=done)
 
     def __enter__(self) -> Any:
         if self.progress is None:
@@ -111,28 +221,3 @@ class _ProgressBar:
     def __exit__(self, *error: object) -> None:
         if self.progress is not None:
             self.progress.stop()
-
-
-def _show(text: str, output: Any) -> None:
-    """Print a text and a table of its answers; several masks give several tables."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(Text(text, style="bold"))
-    lists = output if isinstance(output[0], list) else [output]
-    for i, answers in enumerate(lists, 1):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("score", justify="right")
-        table.add_column("word" if len(lists) == 1 else f"mask {i}")
-        if len(lists) == 1:
-            table.add_column("text")
-        for answer in answers:
-            cells: list[Any] = [
-                f"{answer['score']:.3f}",
-                Text(answer["token_str"].strip() or repr(answer["token_str"])),
-            ]
-            table.add_row(*cells, *([Text(answer["sequence"])] if len(lists) == 1 else []))
-        console.print(table)

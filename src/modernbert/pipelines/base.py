@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -24,7 +25,8 @@ from modernbert.tokenizer import Tokenizer
 
 _LOADING = ("attn_implementation", "device_map")
 _PLACES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
-_LOOK_AHEAD = 2048  # inputs that are sorted by length together, at the most
+_LOOK_AHEAD = 4096  # inputs that are sorted by length together, at the most
+_BUDGETS = 8  # forward passes that a window is enough for
 _TOKENIZED_TOGETHER = 64
 _SMALLEST_BUDGET, _GPU_BUDGET = 4096, 65536  # tokens of a forward pass
 
@@ -173,7 +175,7 @@ class Pipeline(abc.ABC):
         """The next jobs: enough for several forward passes, up to an error where it ends the stream."""
         window: list[Job] = []
         tokens = 0
-        while len(window) < _LOOK_AHEAD and tokens < 4 * self.batch_tokens:
+        while len(window) < _LOOK_AHEAD and tokens < _BUDGETS * self.batch_tokens:
             items = list(itertools.islice(iterator, _TOKENIZED_TOGETHER))
             if not items:
                 break
@@ -204,15 +206,18 @@ class Pipeline(abc.ABC):
                 job.results[i] = result
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Numbers of rows, long rows first, as many together as the token budget holds."""
+        """Numbers of rows, long rows first, as many together as the token budget holds, in batches of like size."""
+        total = sum(lengths)
+        budget = math.ceil(total / math.ceil(total / self.batch_tokens)) if total else 1
         batch: list[int] = []
-        room = self.batch_tokens
+        tokens = 0
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            if batch and (lengths[i] > room or len(batch) == self.batch_size):
+            full = tokens >= budget or tokens + lengths[i] > self.batch_tokens or len(batch) == self.batch_size
+            if batch and full:
                 yield batch
-                batch, room = [], self.batch_tokens
+                batch, tokens = [], 0
             batch.append(i)
-            room -= lengths[i]
+            tokens += lengths[i]
         if batch:
             yield batch
 
