@@ -26,6 +26,7 @@ FLOORS = {
     "models": 4,
     "auto": 5,
     "training": 5,
+    "explain": 5,
     "pipelines": 6,
     "cli": 7,
 }

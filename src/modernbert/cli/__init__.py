@@ -7,6 +7,8 @@ import sys
 import typer
 
 from modernbert import __version__
+from modernbert.cli.explain import attention, attribution
+from modernbert.cli.info import info
 from modernbert.cli.run import embed, run
 from modernbert.cli.train import evaluate, pretrain, train_tokenizer
 
@@ -19,6 +21,9 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(embed)
+app.command()(info)
+app.command()(attention)
+app.command()(attribution)
 app.command("train-tokenizer")(train_tokenizer)
 app.command()(pretrain)
 app.command()(evaluate)

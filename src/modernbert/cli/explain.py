@@ -1,0 +1,68 @@
+"""`modernbert attention` and `attribution`: pages to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Text = Annotated[str, typer.Argument(help="The text.")]
+Page = Annotated[Path, typer.Option(help="HTML file to write; it stands alone.")]
+Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+
+def attention(
+    text: Text, output: Page = Path("attention.html"), model: Model = None, device: Device = None, dtype: Dtype = None
+) -> None:
+    """Draw a text's attention, layer by layer and head by head.
+
+    Example: modernbert attention "The dog ran across the road." --output attention.html
+    """
+    from modernbert.auto import AutoModel
+    from modernbert.explain import attention_of, draw_attention
+    from modernbert.files import write_text
+
+    loaded, tokenizer = _loaded(AutoModel, model, device, dtype)
+    found = attention_of(loaded, tokenizer, text)
+    write_text(output, draw_attention(found, f"Attention of {Path(model).name if model else 'the small model'}"))
+    typer.echo(f"{len(found.weights)} layers, {len(found.tokens)} tokens: {output}")
+
+
+def attribution(
+    text: Text,
+    output: Page = Path("attribution.html"),
+    model: Model = None,
+    target: Annotated[
+        str | None, typer.Option(help="Label or word to explain; the model's answer if not given.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Points between the masked text and the text; more are more exact.")] = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Draw what a classifier's label, or a mask's word, rests on.
+
+    Example: modernbert attribution "The dog ran across the [MASK]." --output attribution.html
+    """
+    from modernbert.auto import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, kind_of
+    from modernbert.explain import attribute, draw_attribution
+    from modernbert.files import write_text
+    from modernbert.pipelines import small_model
+
+    kind = kind_of(AutoConfig.from_pretrained(model or small_model()).extra)
+    auto = AutoModelForMaskedLM if kind == "masked-lm" else AutoModelForSequenceClassification
+    loaded, tokenizer = _loaded(auto, model, device, dtype)
+    found = attribute(loaded, tokenizer, text, target, steps)
+    write_text(output, draw_attribution(found, f"Attribution of {Path(model).name if model else 'the small model'}"))
+    typer.echo(f"{found.target.strip()} {found.score:.3f}, the parts add up within {abs(found.error):.4f}: {output}")
+
+
+def _loaded(auto: Any, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+    from modernbert.pipelines import small_model
+    from modernbert.tokenizer import Tokenizer
+
+    where = model or small_model()
+    dtype = "float32" if dtype is None and model is None else dtype
+    return auto.from_pretrained(where, device=device, dtype=dtype), Tokenizer.from_pretrained(where)

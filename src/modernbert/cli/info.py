@@ -1,0 +1,165 @@
+"""`modernbert info`: what a checkpoint is, read from its files without loading its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+
+from modernbert.errors import CheckpointError, InputError
+
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens to give the memory for.")] = "128,512,2048,8192",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Say what a checkpoint is: sizes, layers, windows, labels, files, memory at given lengths.
+
+    Example: modernbert info answerdotai/ModernBERT-base
+    """
+    try:
+        tokens = [int(n) for n in lengths.split(",")]
+    except ValueError:
+        raise InputError(f"--lengths is {lengths!r}; give whole numbers with commas between") from None
+    if not tokens or min(tokens) < 1:
+        raise InputError(f"--lengths is {lengths!r}; give numbers of at least 1")
+    found = describe(model, tokens, revision)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        _show(found)
+
+
+def describe(name_or_folder: str, lengths: list[int], revision: str | None = None) -> dict[str, Any]:
+    """What a checkpoint is, as nested dicts of plain values.
+
+    Args:
+        name_or_folder: a folder or a repository on the Hub.
+        lengths: tokens of a forward pass, for which to estimate the memory.
+        revision: branch, tag or commit.
+
+    Raises:
+        NotFoundError, CheckpointError, ConfigError: it cannot be read.
+    """
+    from modernbert.auto import AutoConfig, kind_of
+    from modernbert.checkpoint import weight_files, weight_names
+    from modernbert.hub import Source
+    from modernbert.models.sentence_encoder import MODULES
+    from modernbert.tokenizer import Tokenizer
+
+    source = Source(name_or_folder, revision)
+    parts = json.loads(source.need(MODULES).read_text(encoding="utf-8")) if source.find(MODULES) else []
+    inner = str(parts[0].get("path") or "") if parts else ""
+    body = dataclasses.replace(source, subfolder=inner)
+    config = AutoConfig.from_pretrained(name_or_folder, revision=revision, subfolder=inner)
+    files = weight_files(body)
+    names = weight_names(files)
+    counts = {name: math.prod(shape) for name, (_, shape, _) in names.items()}
+    dtypes = Counter({dtype: 0 for _, _, dtype in names.values()})
+    for name, (_, _, dtype) in names.items():
+        dtypes[dtype] += counts[name]
+    embedding = sum(n for name, n in counts.items() if name.endswith("tok_embeddings.weight"))
+    stored = sum(counts[name] * _BYTES.get(dtype, 4) for name, (_, _, dtype) in names.items())
+    item = max((_BYTES.get(dtype, 4) for dtype in dtypes), default=4)
+    kinds = config.layer_types or []
+    rope = config.rope_parameters or {}
+    out: dict[str, Any] = {
+        "model": {
+            "name": str(name_or_folder),
+            "class": ", ".join(config.extra.get("architectures") or ["not said"]),
+            "kind": "sentence-transformers layout" if parts else kind_of(config.extra) or "base",
+            "parameters": sum(counts.values()),
+            "of them embedding": embedding,
+            "dtype": ", ".join(f"{dtype} {n:,}" if len(dtypes) > 1 else dtype for dtype, n in dtypes.most_common()),
+        },
+        "architecture": {
+            "layers": config.num_hidden_layers,
+            "global layers": [i for i, kind in enumerate(kinds) if kind == "full_attention"],
+            "local window": f"{config.sliding_window} tokens to either side",
+            "hidden size": config.hidden_size,
+            "intermediate size": config.intermediate_size,
+            "heads": f"{config.num_attention_heads} of {config.head_dim}",
+            "context": config.max_position_embeddings,
+            "rope theta": {kind: values["rope_theta"] for kind, values in rope.items()},
+            "vocabulary": config.vocab_size,
+        },
+    }
+    if any(name.startswith("classifier.") for name in counts):
+        out["labels"] = {str(i): label for i, label in (config.id2label or {}).items()}
+        out["architecture"]["pooling"] = config.classifier_pooling
+        out["architecture"]["problem"] = config.problem_type or "by the labels"
+    if parts:
+        out["parts"] = [str(part["type"]).rpartition(".")[2] for part in parts]
+    try:
+        tokenizer = Tokenizer.from_pretrained(name_or_folder, revision=revision)
+        out["tokenizer"] = {"ids": len(tokenizer), "special": tokenizer.special_tokens_map}
+    except CheckpointError:
+        out["tokenizer"] = {"ids": "no tokenizer.json"}
+    folder = source.folder
+    listed = sorted(p for p in folder.rglob("*") if p.is_file()) if folder is not None else files
+    out["files"] = {str(p.relative_to(folder)) if folder else p.name: p.stat().st_size for p in listed}
+    out["memory"] = {str(n): stored + activation_bytes(config, n, item) for n in lengths}
+    return out
+
+
+def activation_bytes(config: Any, tokens: int, item: int) -> int:
+    """Bytes that an encoder needs for the states of so many tokens at once, when serving.
+
+    The most is alive within one MLP: the residual stream, both halves of the first projection, and three tensors of the
+    intermediate size; or within one attention: the stream and eight tensors like it.
+
+    Args:
+        config: the architecture.
+        tokens: of all texts of a forward pass.
+        item: bytes of a number.
+    """
+    mlp = config.hidden_size + 5 * config.intermediate_size
+    attention = 9 * config.hidden_size
+    return int(tokens * item * max(mlp, attention))
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column()
+
+    def add(name: str, value: Any) -> None:
+        table.add_row(name, Text(value if isinstance(value, str) else _plain(value)))
+
+    for section in ("model", "architecture", "tokenizer"):
+        for name, value in found[section].items():
+            add(f"tokenizer {name}" if section == "tokenizer" else name, value)
+        table.add_section()
+    if "labels" in found:
+        labels = list(found["labels"].values())
+        add("labels", f"{len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}")
+    if "parts" in found:
+        add("parts", ", ".join(found["parts"]))
+    for name, size in found["files"].items():
+        add(name, f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} bytes")
+    table.add_section()
+    for tokens, size in found["memory"].items():
+        add(f"memory at {int(tokens):,} tokens", f"{size / 2**20:,.0f} MiB in the stored dtype, weights included")
+    console.print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,.10g}" if isinstance(value, int | float) else str(value)

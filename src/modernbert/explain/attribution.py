@@ -1,0 +1,156 @@
+"""What in a text an answer rests on: integrated gradients over the token embeddings.
+
+Every token's embedding is moved in small steps from that of the mask to its own; the gradients on the way, times the
+whole move, say how much the token adds to the score. The parts add up to the difference of the two ends' scores, and
+what is lacking to that is the method's error.
+
+Shapes: S steps, L tokens of the text, M hidden size.
+
+Source: Axiomatic Attribution for Deep Networks, arXiv:1703.01365.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modernbert.errors import InputError
+from modernbert.explain.page import encoded, filled
+from modernbert.models.masked_lm import ModernBertForMaskedLM
+from modernbert.models.sequence_classification import ModernBertForSequenceClassification
+from modernbert.tokenizer import Tokenizer
+
+_LONGEST = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribution:
+    """How much each token adds to a score.
+
+    Attributes:
+        tokens: what each token reads.
+        scores: one a token; above 0 speaks for the target, below against it.
+        target: the label, or the token in the place of the mask, that was scored.
+        score: its probability.
+        baseline: its probability when every token is masked.
+        error: what the scores lack to `score - baseline`.
+    """
+
+    tokens: list[str]
+    scores: list[float]
+    target: str
+    score: float
+    baseline: float
+    error: float
+
+
+def attribute(
+    model: Any, tokenizer: Tokenizer, text: str, target: str | None = None, steps: int = 64, longest: int = _LONGEST
+) -> Attribution:
+    """Attribute an answer to the tokens of a text.
+
+    Args:
+        model: a sequence classifier, or a masked language model, whose first mask is then explained.
+        tokenizer: its tokenizer.
+        text: the text.
+        target: a label of the classifier, or a token for the mask; None takes the model's own answer.
+        steps: points between the masked text and the text; more are more exact.
+        longest: tokens that are allowed.
+
+    Raises:
+        InputError: the model is of another kind, the target is unknown, or the text is empty, too long, or without a
+            mask where one is needed.
+    """
+    if not isinstance(model, ModernBertForSequenceClassification | ModernBertForMaskedLM):
+        raise InputError(f"attribution needs a sequence classifier or a masked LM; this is a {type(model).__name__}")
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps is {steps!r}; it must be a whole number of at least 1")
+    if tokenizer.mask_token_id is None:
+        raise InputError("attribution starts from masked tokens; this tokenizer has no mask token")
+    encoding, tokens = encoded(tokenizer, text, longest)
+    ids_L = torch.tensor(encoding.ids, device=model.device)
+    special_L = torch.tensor(encoding.special_tokens_mask, device=model.device).bool()
+    model.eval()
+    table = model.get_input_embeddings()
+    with torch.no_grad():
+        own_LM = table(ids_L)
+        masked_LM = torch.where(special_L[:, None], own_LM, table(torch.full_like(ids_L, tokenizer.mask_token_id)))
+        scored = _probabilities(model, torch.stack([own_LM, masked_LM]), _mask_place(model, tokenizer, encoding.ids))
+    chosen, name = _target(model, tokenizer, target, scored[0])
+    place = _mask_place(model, tokenizer, encoding.ids)
+    total_LM = torch.zeros_like(own_LM, dtype=torch.float64)
+    at_once = max(1, 4096 // len(ids_L))
+    with torch.enable_grad():
+        for some in ((torch.arange(steps, device=model.device) + 0.5) / steps).split(at_once):
+            path_SLM = masked_LM + some[:, None, None].to(own_LM.dtype) * (own_LM - masked_LM)
+            path_SLM = path_SLM.detach().requires_grad_(True)
+            score = _probabilities(model, path_SLM, place)[:, chosen].sum()
+            (gradient_SLM,) = torch.autograd.grad(score, path_SLM)
+            total_LM += gradient_SLM.double().sum(0)
+    scores_L = (total_LM / steps * (own_LM - masked_LM)).sum(-1)
+    score, baseline = scored[0, chosen].item(), scored[1, chosen].item()
+    error = score - baseline - scores_L.sum().item()
+    return Attribution(tokens, scores_L.tolist(), name, score, baseline, error)
+
+
+def _probabilities(model: Any, embeds_SLM: Tensor, place: int | None) -> Tensor:
+    """Probabilities of each copy of the text, (S, classes): of the labels, or of the tokens at the mask."""
+    copies, length, _ = embeds_SLM.shape
+    cu_seqlens = torch.arange(copies + 1, device=embeds_SLM.device) * length
+    packed = {"inputs_embeds": embeds_SLM.flatten(0, 1), "cu_seqlens": cu_seqlens}
+    if place is not None:
+        states_TM = model.model(**packed).last_hidden_state
+        logits = model.decoder(model.head(states_TM[place::length]))
+    else:
+        logits = model(**packed).logits
+        config = model.config
+        if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+            return logits if config.problem_type == "regression" else logits.float().sigmoid()
+    return logits.float().softmax(-1)
+
+
+def _mask_place(model: Any, tokenizer: Tokenizer, ids: list[int]) -> int | None:
+    """Where the first mask stands, for models that fill it."""
+    if not isinstance(model, ModernBertForMaskedLM):
+        return None
+    if tokenizer.mask_token_id not in ids:
+        raise InputError(f"there is no {tokenizer.mask_token} in the text; write it where a word is missing")
+    return ids.index(tokenizer.mask_token_id)
+
+
+def _target(model: Any, tokenizer: Tokenizer, target: str | None, scores: Tensor) -> tuple[int, str]:
+    """Number and name of what is scored."""
+    if isinstance(model, ModernBertForSequenceClassification):
+        labels = model.config.id2label or {}
+        if target is None:
+            best = int(scores.argmax())
+            return best, labels[best]
+        if target not in labels.values():
+            raise InputError(f"target is {target!r}; the model's labels are {', '.join(labels.values())}")
+        return next(i for i, label in labels.items() if label == target), target
+    if target is None:
+        best = int(scores.argmax())
+    else:
+        ids = tokenizer(f" {target.strip()}", add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise InputError(
+                f"target is {target!r}, which is {len(ids)} tokens of this vocabulary; give one of one token"
+            )
+        best = ids[0]
+    return best, tokenizer.decode([best])
+
+
+def draw_attribution(found: Attribution, title: str = "Attribution") -> str:
+    """A page with the text, each token coloured by what it adds, and the figures beside it.
+
+    Args:
+        found: what `attribute` gave.
+        title: of the page.
+
+    Returns:
+        HTML that stands alone: no network, no other file.
+    """
+    return filled("attribution.html", title, dataclasses.asdict(found))
