@@ -35,10 +35,8 @@ def attribution(
     text: Text,
     output: Page = Path("attribution.html"),
     model: Model = None,
-    target: Annotated[
-        str | None, typer.Option(help="Label or word to explain; the model's answer if not given.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Points between the masked text and the text; more are more exact.")] = 64,
+    target: Annotated[str | None, typer.Option(help="Label or word; the model's answer if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Points between the masked text and the text.")] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:

@@ -24,6 +24,8 @@ from modernbert.models.sequence_classification import ModernBertForSequenceClass
 from modernbert.tokenizer import Tokenizer
 
 _LONGEST = 512
+_MOST_STEPS = 1024
+_TOLERANCE = 0.05  # of the difference of both ends, within which the parts are to add up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,12 @@ class Attribution:
 
 
 def attribute(
-    model: Any, tokenizer: Tokenizer, text: str, target: str | None = None, steps: int = 64, longest: int = _LONGEST
+    model: Any,
+    tokenizer: Tokenizer,
+    text: str,
+    target: str | None = None,
+    steps: int | None = None,
+    longest: int = _LONGEST,
 ) -> Attribution:
     """Attribute an answer to the tokens of a text.
 
@@ -57,7 +64,8 @@ def attribute(
         tokenizer: its tokenizer.
         text: the text.
         target: a label of the classifier, or a token for the mask; None takes the model's own answer.
-        steps: points between the masked text and the text; more are more exact.
+        steps: points between the masked text and the text; None takes 64, and twice as many up to 1,024 until the parts
+            add up within a twentieth of the difference.
         longest: tokens that are allowed.
 
     Raises:
@@ -66,7 +74,7 @@ def attribute(
     """
     if not isinstance(model, ModernBertForSequenceClassification | ModernBertForMaskedLM):
         raise InputError(f"attribution needs a sequence classifier or a masked LM; this is a {type(model).__name__}")
-    if not isinstance(steps, int) or steps < 1:
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise InputError(f"steps is {steps!r}; it must be a whole number of at least 1")
     if tokenizer.mask_token_id is None:
         raise InputError("attribution starts from masked tokens; this tokenizer has no mask token")
@@ -75,25 +83,34 @@ def attribute(
     special_L = torch.tensor(encoding.special_tokens_mask, device=model.device).bool()
     model.eval()
     table = model.get_input_embeddings()
+    place = _mask_place(model, tokenizer, encoding.ids)
     with torch.no_grad():
         own_LM = table(ids_L)
         masked_LM = torch.where(special_L[:, None], own_LM, table(torch.full_like(ids_L, tokenizer.mask_token_id)))
-        scored = _probabilities(model, torch.stack([own_LM, masked_LM]), _mask_place(model, tokenizer, encoding.ids))
-    chosen, name = _target(model, tokenizer, target, scored[0])
-    place = _mask_place(model, tokenizer, encoding.ids)
-    total_LM = torch.zeros_like(own_LM, dtype=torch.float64)
-    at_once = max(1, 4096 // len(ids_L))
+        ends = _probabilities(model, torch.stack([own_LM, masked_LM]), place)
+    chosen, name = _target(model, tokenizer, target, ends[0])
+    score, baseline = (float(x) for x in ends[:, chosen])
+    points = steps or 64
+    while True:
+        parts_L = _integrated(model, masked_LM, own_LM, place, chosen, points)
+        error = score - baseline - float(parts_L.sum())
+        if steps is not None or abs(error) <= _TOLERANCE * abs(score - baseline) or points >= _MOST_STEPS:
+            return Attribution(tokens, parts_L.tolist(), name, score, baseline, error)
+        points *= 2
+
+
+def _integrated(model: Any, from_LM: Tensor, to_LM: Tensor, place: int | None, chosen: int, points: int) -> Tensor:
+    """What each token adds to the score between two texts of embeddings, (L,), by the midpoint rule."""
+    total_LM = torch.zeros_like(to_LM, dtype=torch.float64)
+    at_once = max(1, 4096 // len(to_LM))
     with torch.enable_grad():
-        for some in ((torch.arange(steps, device=model.device) + 0.5) / steps).split(at_once):
-            path_SLM = masked_LM + some[:, None, None].to(own_LM.dtype) * (own_LM - masked_LM)
+        for some_S in ((torch.arange(points, device=to_LM.device) + 0.5) / points).split(at_once):
+            path_SLM = from_LM + some_S[:, None, None].to(to_LM.dtype) * (to_LM - from_LM)
             path_SLM = path_SLM.detach().requires_grad_(True)
             score = _probabilities(model, path_SLM, place)[:, chosen].sum()
             (gradient_SLM,) = torch.autograd.grad(score, path_SLM)
             total_LM += gradient_SLM.double().sum(0)
-    scores_L = (total_LM / steps * (own_LM - masked_LM)).sum(-1)
-    score, baseline = scored[0, chosen].item(), scored[1, chosen].item()
-    error = score - baseline - scores_L.sum().item()
-    return Attribution(tokens, scores_L.tolist(), name, score, baseline, error)
+    return (total_LM / points * (to_LM - from_LM)).sum(-1)
 
 
 def _probabilities(model: Any, embeds_SLM: Tensor, place: int | None) -> Tensor:
