@@ -14,7 +14,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer as Backend
 
+import modernbert
 from modernbert import ModernBertConfig, ModernBertForMaskedLM
+from modernbert.pipelines import small_model as small_model_folder
+from modernbert.tokenizer import Tokenizer
+from tests.heads import HEADS
 
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("here")
@@ -81,3 +85,18 @@ def real_backend(data):
 def log(caplog):
     caplog.set_level(logging.INFO, logger="modernbert")
     return caplog
+
+
+@pytest.fixture(scope="session")
+def heads(tmp_path_factory):
+    """A folder for each head: random weights, the small model's tokenizer, a context of 512 tokens."""
+    root = tmp_path_factory.mktemp("small-heads")
+    config = modernbert.AutoConfig.from_pretrained(small_model_folder()).replace(
+        hidden_size=48, intermediate_size=64, num_attention_heads=3, initializer_range=0.3
+    )
+    tokenizer = Tokenizer.from_pretrained(small_model_folder())
+    for head, cls in HEADS.items():
+        torch.manual_seed(0)
+        getattr(modernbert, cls)(config).save_pretrained(root / head)
+        tokenizer.save_pretrained(root / head)
+    return root

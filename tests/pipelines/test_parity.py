@@ -13,7 +13,7 @@ import transformers
 import modernbert
 from modernbert import pipeline
 from modernbert.tokenizer import Tokenizer
-from tests.pipelines.conftest import HEADS
+from tests.heads import HEADS
 
 TAGS = ["O", "B-person", "I-person", "B-location", "I-location"]
 

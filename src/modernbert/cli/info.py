@@ -114,7 +114,8 @@ def activation_bytes(config: Any, tokens: int, item: int) -> int:
     """Bytes that an encoder needs for the states of so many tokens at once, when serving.
 
     The most is alive within one MLP: the residual stream, both halves of the first projection, and three tensors of the
-    intermediate size; or within one attention: the stream and eight tensors like it.
+    intermediate size; or within one attention: the stream, queries, keys and values as projected, rotated and laid out
+    in windows, about fourteen tensors like the stream.
 
     Args:
         config: the architecture.
@@ -122,7 +123,7 @@ def activation_bytes(config: Any, tokens: int, item: int) -> int:
         item: bytes of a number.
     """
     mlp = config.hidden_size + 5 * config.intermediate_size
-    attention = 9 * config.hidden_size
+    attention = 14 * config.hidden_size
     return int(tokens * item * max(mlp, attention))
 
 

@@ -1,0 +1,292 @@
+"""The command line for every task: inputs from everywhere, outputs to everywhere, jobs that go on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from modernbert import pipeline
+from modernbert.cli import main
+from modernbert.pipelines import small_model
+from tests.cli.test_run import run
+
+
+def called(capsys, *arguments):
+    """Run a command in this process; its exit code, output and errors."""
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    return end.value.code, out.out, out.err
+
+
+def answers(text):
+    return [json.loads(line)["output"] for line in text.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("head", "arguments", "call"),
+    [
+        ("SequenceClassification", ["a dog", "a cat"], lambda p: [p("a dog")[0], p("a cat")[0]]),
+        ("SequenceClassification", ["a dog", "--top-k", "2"], lambda p: [p("a dog", top_k=2)]),
+        ("TokenClassification", ["Anna ran", "--option", "aggregation_strategy=first"], None),
+        ("QuestionAnswering", ["--question", "Who?", "Anna ran."], None),
+        ("MultipleChoice", ["The dog", "barks", "reads"], lambda p: [p(prompt="The dog", choices=["barks", "reads"])]),
+        ("Model", ["a dog"], lambda p: [p("a dog")]),
+    ],
+)
+def test_arguments(heads, capsys, head, arguments, call):
+    code, out, err = called(capsys, "run", "--model", heads / head, *arguments, "--json")
+    assert (code, err) == (0, "")
+    serve = pipeline(model=heads / head)
+    if head == "TokenClassification":
+        assert answers(out) == [serve("Anna ran", aggregation_strategy="first")]
+    elif head == "QuestionAnswering":
+        assert answers(out) == [serve(question="Who?", context="Anna ran.")]
+    else:
+        assert answers(out) == call(serve)
+    code, out, _ = called(capsys, "run", "--model", heads / head, *arguments)
+    assert code == 0
+    assert out.strip()
+
+
+def test_zero_shot_and_ranking(heads, capsys):
+    where = ["--model", heads / "SequenceClassification", "--task", "zero-shot-classification"]
+    code, out, _ = called(capsys, "run", *where, "a dog", "--label", "pets", "--label", "money", "--json")
+    assert code == 0
+    assert set(answers(out)[0]["labels"]) == {"pets", "money"}
+    ranked = pipeline("text-ranking")(query="a dog", documents=["a cat", "a hound"])
+    _, out, _ = called(capsys, "run", "--task", "text-ranking", "a dog", "a cat", "a hound", "--json")
+    assert answers(out) == [ranked]
+
+
+def test_lines_of_a_file_are_documents_of_a_query(tmp_path, capsys):
+    (tmp_path / "documents.txt").write_text("a cat\na hound\n")
+    code, out, _ = called(
+        capsys, "run", "--task", "text-ranking", "--query", "a dog", "--file", tmp_path / "documents.txt", "--json"
+    )
+    assert code == 0
+    assert answers(out) == [pipeline("text-ranking")(query="a dog", documents=["a cat", "a hound"])]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_columns(heads, tmp_path, capsys, suffix):
+    rows = [{"id": i, "body": f"text {i}", "other": f"pair {i}"} for i in range(30)]
+    path = tmp_path / f"in{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    where = ["run", "--model", heads / "SequenceClassification", "--file", path, "--json"]
+    serve = pipeline("text-classification", heads / "SequenceClassification")
+    _, out, _ = called(capsys, *where, "--column", "body")
+    assert answers(out) == serve([row["body"] for row in rows])
+    _, out, _ = called(capsys, *where, "--column", "text=body", "--column", "text_pair=other")
+    assert answers(out) == serve([{"text": row["body"], "text_pair": row["other"]} for row in rows])
+    code, _, err = called(capsys, *where)
+    assert code == 2
+    assert err == (
+        f"modernbert: {path} has the columns id, body, other and no 'text'; say which one is the text with "
+        "--column text=NAME\n"
+    )
+
+
+def test_columns_of_tasks_with_several_fields(heads, tmp_path, capsys):
+    path = tmp_path / "in.csv"
+    path.write_text('q,c,a,b\nWho?,"Anna ran.",first,second\n')
+    _, out, _ = called(
+        capsys,
+        *("run", "--model", heads / "QuestionAnswering", "--file", path, "--json"),
+        *("--column", "question=q", "--column", "context=c"),
+    )
+    assert answers(out) == [pipeline(model=heads / "QuestionAnswering")(question="Who?", context="Anna ran.")]
+    _, out, _ = called(
+        capsys,
+        *("run", "--model", heads / "MultipleChoice", "--file", path, "--json"),
+        *("--column", "prompt=q", "--column", "choices=a,b"),
+    )
+    assert answers(out) == [pipeline(model=heads / "MultipleChoice")(prompt="Who?", choices=["first", "second"])]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_output_files(heads, tmp_path, capsys, suffix):
+    texts = [f"text number {i}" for i in range(50)]
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    where = ["run", "--model", heads / "SequenceClassification", "--file", tmp_path / "in.txt"]
+    code, out, err = called(capsys, *where, "--output", tmp_path / f"out{suffix}")
+    assert (code, out) == (0, "")
+    assert f"50 answers in {tmp_path}" in err
+    expected = pipeline("text-classification", heads / "SequenceClassification")(texts)
+    if suffix == ".jsonl":
+        assert answers((tmp_path / "out.jsonl").read_text()) == expected
+    elif suffix == ".csv":
+        rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+        assert [(r["text"], r["label"], float(r["score"])) for r in rows] == [
+            (t, e["label"], e["score"]) for t, e in zip(texts, expected, strict=True)
+        ]
+    else:
+        rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+        assert rows == [{"text": t, **e} for t, e in zip(texts, expected, strict=True)]
+
+
+def test_embed(tmp_path, capsys):
+    texts = [f"text number {i}" for i in range(20)]
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    expected = pipeline("sentence-embedding")(texts, normalize=True, truncate_dim=32)
+    where = ["embed", "--file", tmp_path / "in.txt", "--normalize", "--truncate-dim", "32"]
+    assert called(capsys, *where, "--output", tmp_path / "out.npy")[0] == 0
+    assert np.array_equal(np.load(tmp_path / "out.npy"), expected)
+    assert called(capsys, *where, "--output", tmp_path / "out.parquet")[0] == 0
+    rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["text"] for row in rows] == texts
+    assert np.array_equal(np.array([row["output"] for row in rows], np.float32), expected)
+
+
+def test_an_interrupted_job_goes_on_and_gives_the_same_bytes(tmp_path, capsys):
+    texts = [f"text number {i} " + "and so on " * (i % 40) for i in range(6000)]
+    (tmp_path / "in.txt").write_text("\n".join(texts))
+    where = ["embed", "--file", str(tmp_path / "in.txt"), "--output"]
+    command = [sys.executable, "-c", "from modernbert.cli import main; main()", *where, str(tmp_path / "out.npy")]
+    partial = tmp_path / "out.npy.partial"
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size > 10_000):
+        time.sleep(0.02)
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert not (tmp_path / "out.npy").exists()
+    done = len(partial.read_bytes().splitlines()) - 1
+    assert 0 < done < 6000
+    code, _, err = called(capsys, *where, tmp_path / "out.npy")
+    assert code == 0
+    assert f"holds {done} answers; going on after them" in err
+    assert called(capsys, *where, tmp_path / "once.npy")[0] == 0
+    assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "once.npy").read_bytes()
+    assert not partial.exists()
+
+
+def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
+    path = tmp_path / "in.jsonl"
+    path.write_text('"fine"\n{"text": "   "}\n{"text": null}\n"fine"\n')
+    where = ["run", "--model", heads / "SequenceClassification", "--file", path, "--json"]
+    code, out, err = called(capsys, *where, "--skip-errors")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 1
+    assert [set(row) for row in rows] == [
+        {"input", "output"},
+        {"input", "error"},
+        {"input", "error"},
+        {"input", "output"},
+    ]
+    assert err == "modernbert: 2 of 4 inputs could not be answered\n"
+    code, out, err = called(capsys, *where)
+    assert code == 2
+    assert len(out.splitlines()) == 1  # the answer before the mistake
+    assert err == "modernbert: a text is empty or only spaces; there is nothing to answer\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "a", "--task", "text-classification"], "text-classification needs one that was trained for it"),
+        (["run", "a", "--task", "feature-extraction", "--option", "top_k"], "--option 'top_k': write name=value"),
+        (["run", "a", "--task", "feature-extraction", "--option", "top_k=2"], "feature-extraction has no option top_k"),
+        (["run", "a", "--task", "feature-extraction", "--output", "x.docx"], "x.docx ends with .docx; written are"),
+        (["run", "a", "--task", "sentence-embedding", "--output", "x.npy"], "vectors are written by modernbert embed"),
+        (["run", "a", "--task", "feature-extraction", "--question", "Who?"], "--question is no option of feature-extr"),
+        (["run", "[MASK]", "--file", "."], "texts are given both as arguments and by --file"),
+        (["run", "--file", "."], ". is a folder; give a file"),
+        (["run", "--file", "none.txt"], "No such file or directory: 'none.txt'"),
+        (["run", "--task", "text-ranking", "only a query"], "give a query and then its documents"),
+        (["embed", "a", "--output", "x.npy", "--pooling", "best"], "pooling is 'best'; choose one of cls"),
+        (["embed", "a"], "Missing option '--output'"),
+        (["info", "./none"], "neither a folder on this disk"),
+        (["info", str(small_model()), "--lengths", "many"], "--lengths is 'many'"),
+        (["attention", ""], "text is ''; give a string"),
+        (["attribution", "no mask"], "there is no [MASK] in the text"),
+    ],
+    ids=lambda v: " ".join(v)[:50] if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = called(capsys, *arguments)
+    assert code == 2
+    assert len(err.splitlines()) == 1, err
+    assert message in err
+    assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+def test_a_question_that_is_missing_is_said(heads, capsys):
+    code, _, err = called(capsys, "run", "--model", heads / "QuestionAnswering", "Anna ran.")
+    assert code == 2
+    assert "question is not given; name it with --question" in err
+
+
+def test_info_says_what_a_checkpoint_is(heads, capsys):
+    code, out, _ = called(capsys, "info", small_model())
+    assert code == 0
+    for part in ("ModernBertForMaskedLM", "4,401,664", "64 tokens to either side", "model.safetensors", "8.8 MB"):
+        assert part in out
+    code, out, _ = called(capsys, "info", heads / "SequenceClassification", "--json", "--lengths", "100,200")
+    found = json.loads(out)
+    model = pipeline("text-classification", heads / "SequenceClassification").model
+    assert found["model"]["parameters"] == model.num_parameters()
+    assert found["labels"] == {"0": "LABEL_0", "1": "LABEL_1"}
+    assert found["architecture"]["global layers"] == [0, 3]
+    assert found["files"]["config.json"] == (heads / "SequenceClassification" / "config.json").stat().st_size
+    small, large = (found["memory"][n] for n in ("100", "200"))
+    assert small < large
+
+
+def test_the_memory_that_info_gives_is_about_what_a_forward_pass_takes():
+    """Peak of a process at two lengths: the difference is the states', whatever else the process holds."""
+    code = """
+import resource, sys, torch
+from modernbert import ModernBertConfig, ModernBertModel
+from modernbert.cli.info import activation_bytes
+config = ModernBertConfig(num_hidden_layers=3, vocab_size=60000)
+model = ModernBertModel(config).optimize_for_inference()
+peaks = []
+for tokens in (24000, 48000):
+    ids = torch.randint(5, 1000, (tokens,))
+    with torch.inference_mode():
+        model(ids, cu_seqlens=torch.arange(0, tokens + 1, 500))
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print((peaks[1] - peaks[0]) / (activation_bytes(config, 48000, 4) - activation_bytes(config, 24000, 4)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.6 < float(done.stdout) < 1.6, done.stdout
+
+
+def test_pages_are_written(heads, tmp_path, capsys):
+    code, out, _ = called(capsys, "attention", "The dog ran.", "--output", tmp_path / "a.html")
+    assert (code, "4 layers, 6 tokens" in out) == (0, True)
+    code, out, _ = called(
+        capsys,
+        *("attribution", "The dog ran.", "--model", heads / "SequenceClassification", "--target", "LABEL_1"),
+        *("--output", tmp_path / "b.html"),
+    )
+    assert code == 0
+    assert out.startswith("LABEL_1 0.")
+    assert all((tmp_path / name).read_text().startswith("<!doctype html>") for name in ("a.html", "b.html"))
+
+
+def test_a_stream_of_lines_is_answered_as_a_process(heads):
+    done = run("run", "--model", str(heads / "SequenceClassification"), "--json", stdin="a dog\na cat\n")
+    assert done.returncode == 0, done.stderr
+    assert answers(done.stdout.decode()) == pipeline("text-classification", heads / "SequenceClassification")(
+        ["a dog", "a cat"]
+    )
+    assert os.linesep.encode() in done.stdout

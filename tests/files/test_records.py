@@ -1,0 +1,156 @@
+"""Records: what goes in comes out, in every form; interrupted output goes on where it stopped."""
+
+import csv
+import json
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from modernbert.errors import InputError
+from modernbert.records import ResumableOutput, count_records, read_records
+
+ROWS = [
+    {"text": "plain", "label": "a"},
+    {"text": 'quotes "and", commas', "label": "b"},
+    {"text": "two\nlines, åäö 🙂", "label": "c"},
+]
+
+
+def written(path):
+    """ROWS as a file by its suffix."""
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, ["text", "label"], delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(ROWS)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_every_form_is_read(tmp_path, suffix):
+    path = written(tmp_path / f"rows{suffix}")
+    assert list(read_records(path)) == ROWS
+    assert count_records(path) == (None if suffix in (".csv", ".tsv") else 3)
+
+
+def test_text_is_read_by_lines(tmp_path):
+    path = tmp_path / "text.log"
+    path.write_bytes("\ufeffone\r\n\n  \ntwo å\n".encode())
+    assert list(read_records(path)) == [{"text": "one"}, {"text": "two å"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\n\xff\xfe\n", "a.txt, line 2, is not UTF-8"),
+        ("a.jsonl", b'{"text": 1}\n{"text":', "a.jsonl, line 2, is not JSON"),
+        ("a.jsonl", b"[1]", "line 1, holds a list; give objects or texts"),
+        ("a.csv", b"text,label\na\n", "line 2, has fewer cells"),
+        ("a.csv", b"text\na,b\n", "line 2, has more cells"),
+        ("a.csv", b'text\n"a\n', "is no table"),
+        ("a.parquet", b"not parquet", "is no parquet file"),
+    ],
+)
+def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(read_records(tmp_path / name))
+
+
+def test_folders_and_missing_files(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        read_records(tmp_path)
+    with pytest.raises(OSError, match="No such file"):
+        list(read_records(tmp_path / "none.txt"))
+
+
+ANSWERS = [
+    {"input": "one", "output": {"label": "a", "score": 0.5}},
+    {"input": {"text": "two", "id": 7}, "error": "a text is empty"},
+    {"input": "three", "output": [{"word": "x"}]},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_every_form_is_written(tmp_path, suffix):
+    path = tmp_path / "deep" / f"out{suffix}"
+    with ResumableOutput(path, {}) as output:
+        for answer in ANSWERS:
+            output.write(answer)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    rows = list(read_records(path)) if suffix != ".jsonl" else [json.loads(x) for x in path.read_text().splitlines()]
+    if suffix == ".jsonl":
+        assert rows == ANSWERS
+        return
+    assert [row["text"] for row in rows] == ["one", "two", "three"]
+    assert rows[0]["label"] == "a"
+    assert float(rows[0]["score"]) == 0.5
+    assert rows[1]["error"] == "a text is empty"
+    assert json.loads(rows[2]["output"]) == [{"word": "x"}]
+
+
+def test_vectors(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    records = [{"input": f"text {i}", "output": vector} for i, vector in enumerate(vectors)]
+    records[3] = {"input": "bad", "error": "why"}
+    for suffix in (".npy", ".parquet", ".jsonl"):
+        with ResumableOutput(tmp_path / f"v{suffix}", {}) as output:
+            for record in records:
+                output.write(record)
+    loaded = np.load(tmp_path / "v.npy", mmap_mode="r")
+    assert loaded.shape == (5, 3)
+    assert loaded.dtype == np.float32
+    assert np.isnan(loaded[3]).all()
+    good = [0, 1, 2, 4]
+    assert np.array_equal(loaded[good], vectors[good])
+    table = pyarrow.parquet.read_table(tmp_path / "v.parquet")
+    assert str(table.schema.field("output").type) == "fixed_size_list<element: float>[3]"
+    assert table["output"][1].as_py() == vectors[1].tolist()
+    assert table["output"][3].as_py() is None
+    assert json.loads((tmp_path / "v.jsonl").read_text().splitlines()[0])["output"] == pytest.approx(
+        vectors[0].tolist()
+    )
+
+
+def test_matrices_do_not_fit_npy(tmp_path):
+    with pytest.raises(InputError, match="one vector a text"), ResumableOutput(tmp_path / "v.npy", {}) as output:
+        output.write({"input": "a", "output": np.zeros((2, 3), np.float32)})
+    assert (tmp_path / "v.npy.partial").exists()  # the work is not lost
+    assert not (tmp_path / "v.npy").exists()
+
+
+def test_an_interrupted_job_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "out.jsonl"
+    job = {"task": "x", "options": {"top_k": 2}}
+    output = ResumableOutput(path, job)
+    output.__enter__()
+    output.write(ANSWERS[0])
+    output.write(ANSWERS[1])
+    output.__exit__(KeyboardInterrupt, None, None)
+    partial = tmp_path / "out.jsonl.partial"
+    with partial.open("ab") as file:
+        file.write(b'{"input": "cut off in the mid')
+    assert not path.exists()
+    with pytest.raises(InputError, match="is of another job"), ResumableOutput(path, {**job, "task": "y"}):
+        pass
+    with ResumableOutput(path, job) as output:
+        assert output.done == 2
+        output.write(ANSWERS[2])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == ANSWERS
+    assert not partial.exists()
+
+
+def test_a_job_that_answers_nothing_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="early"), ResumableOutput(tmp_path / "out.csv", {}):
+        raise ValueError("early")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_forms_are_refused_before_the_work(tmp_path):
+    with pytest.raises(InputError, match=r"out.xlsx ends with .xlsx; written are .jsonl, .csv"):
+        ResumableOutput(tmp_path / "out.xlsx", {})
