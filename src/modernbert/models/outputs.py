@@ -70,13 +70,12 @@ class BaseModelOutput(ModelOutput):
 
 
 @dataclasses.dataclass
-class MaskedLMOutput(ModelOutput):
-    """Output of masked language models.
+class HeadOutput(ModelOutput):
+    """Output of models with a head.
 
     Attributes:
         loss: scalar, where labels were given.
-        logits: (batch, sequence, vocabulary), zeros at padding; (tokens, vocabulary) for packed input; (labelled
-            tokens, vocabulary) with `sparse_prediction` and labels.
+        logits: what the head says; each class below has its shape.
         hidden_states, attentions: as in `BaseModelOutput`.
     """
 
@@ -86,52 +85,25 @@ class MaskedLMOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-@dataclasses.dataclass
-class SequenceClassifierOutput(ModelOutput):
-    """Output of classifiers of whole texts.
-
-    Attributes:
-        loss: scalar, where labels were given.
-        logits: (batch, labels).
-        hidden_states, attentions: as in `BaseModelOutput`.
+class MaskedLMOutput(HeadOutput):
+    """Logits (batch, sequence, vocabulary), zeros at padding; (tokens, vocabulary) for packed input; (labelled tokens,
+    vocabulary) with `sparse_prediction` and labels.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+
+class SequenceClassifierOutput(HeadOutput):
+    """Logits (batch, labels)."""
 
 
-@dataclasses.dataclass
-class TokenClassifierOutput(ModelOutput):
-    """Output of classifiers of tokens.
+class TokenClassifierOutput(HeadOutput):
+    """Logits (batch, sequence, labels), zeros at padding; (tokens, labels) for packed input."""
 
-    Attributes:
-        loss: scalar, where labels were given.
-        logits: (batch, sequence, labels), zeros at padding; (tokens, labels) for packed input.
-        hidden_states, attentions: as in `BaseModelOutput`.
+
+class MultipleChoiceModelOutput(HeadOutput):
+    """Logits (batch, choices); the lowest finite number where a question has fewer choices than others.
+
+    Hidden states and attentions have the choices one after another.
     """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-@dataclasses.dataclass
-class MultipleChoiceModelOutput(ModelOutput):
-    """Output of models that choose.
-
-    Attributes:
-        loss: scalar, where labels were given.
-        logits: (batch, choices); the lowest finite number where a question has fewer choices than others.
-        hidden_states, attentions: as in `BaseModelOutput`, the choices one after another.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclasses.dataclass

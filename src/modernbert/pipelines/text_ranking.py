@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from modernbert.auto import AutoConfig, kind_of
+from modernbert.auto import kind_of
 from modernbert.errors import CheckpointError, InputError
 from modernbert.hub import Source
 from modernbert.models.base import PreTrainedModel
@@ -64,10 +64,8 @@ class TextRankingPipeline(Pipeline, abc.ABC):
         chosen: type[TextRankingPipeline] = EmbeddingRanking
         if isinstance(model, str | Path):
             source = Source.pop_from(model, dict(kwargs))
-            kind = None
-            if source.find("config.json") is not None:
-                kind = kind_of(AutoConfig.from_pretrained(model, **_places(kwargs)).extra)
-            if kind == "sequence-classification":
+            values = source.read_json("config.json") if source.find("config.json") is not None else {}
+            if kind_of(values) == "sequence-classification":
                 chosen = CrossEncoderRanking
         elif isinstance(model, PreTrainedModel) and model.base_model is not model:
             chosen = CrossEncoderRanking
@@ -185,11 +183,6 @@ class EmbeddingRanking(TextRankingPipeline, EmbeddingPipeline):
 def _common(settings: dict[str, Any]) -> dict[str, Any]:
     top_k = settings.get("top_k")
     return {"top_k": None if top_k is None else check_count("top_k", top_k)}
-
-
-def _places(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
-    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def _about(source: Source) -> dict[str, Any]:
