@@ -83,7 +83,7 @@ class Source:
                 )
             )
         except hub_errors.LocalEntryNotFoundError as error:
-            if self._in_cache(repository, "config.json") and filename != "config.json":
+            if any(self._in_cache(repository, name, "") for name in ("config.json", "modules.json")):
                 return None  # offline, and what is cached of the repository lacks just this file
             offline = "local_files_only is set or the Hub cannot be reached"
             raise NotFoundError(
@@ -122,10 +122,11 @@ class Source:
         except (hub_errors.HfHubHTTPError, OSError, ValueError):
             return False
 
-    def _in_cache(self, repository: str, filename: str) -> bool:
+    def _in_cache(self, repository: str, filename: str, subfolder: str | None = None) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
-        path = f"{self.subfolder}/{filename}" if self.subfolder else filename
+        subfolder = self.subfolder if subfolder is None else subfolder
+        path = f"{subfolder}/{filename}" if subfolder else filename
         found = try_to_load_from_cache(repository, path, cache_dir=self.cache_dir, revision=self.revision)
         return isinstance(found, str)
 

@@ -221,7 +221,7 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = called(capsys, *arguments)
+    code, _, err = called(capsys, *arguments)
     assert code == 2
     assert len(err.splitlines()) == 1, err
     assert message in err

@@ -17,6 +17,7 @@ from modernbert.errors import CheckpointError, InputError
 from modernbert.pipelines import small_model
 from modernbert.pipelines.sentence_embedding import maxsim
 from modernbert.tokenizer import Tokenizer
+from tests.hub_server import write_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # sentence-transformers deprecates its own older names
 
@@ -322,3 +323,26 @@ def test_the_small_model_embeds_and_ranks():
     assert np.array_equal(embed("A dog."), pipeline("sentence-embedding", small_model(), dtype="float32")("A dog."))
     ranked = pipeline("text-ranking")(query="The dog barked.", documents=["Prices rose in May.", "A dog was barking."])
     assert ranked[0]["index"] == 1
+
+
+@pytest.mark.parametrize("inner", ["", "0_Transformer"])
+def test_a_layout_loads_from_the_hubs_cache(body, tmp_path, inner):
+    theirs = library(body, "cls", torch.nn.Tanh(), normalize=True, prompts={"query": "q: "})
+    theirs.save(str(tmp_path / "there"))
+    files = {
+        str(path.relative_to(tmp_path / "there")): path.read_bytes()
+        for path in (tmp_path / "there").rglob("*")
+        if path.is_file()
+    }
+    if inner:  # how folders of the first releases look
+        of_encoder = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        moved = {name: f"{inner}/{name}" for name in (*of_encoder, "sentence_bert_config.json")}
+        files = {moved.get(name, name): content for name, content in files.items()}
+        modules = json.loads(files["modules.json"])
+        modules[0]["path"] = inner
+        files["modules.json"] = json.dumps(modules).encode()
+    write_cache(tmp_path / "cache", "someone/embedder", files)
+    where = {"cache_dir": tmp_path / "cache", "local_files_only": True}
+    ours = pipeline("sentence-embedding", "someone/embedder", **where)
+    expected = theirs.encode(TEXTS, prompt_name="query")
+    np.testing.assert_allclose(ours(TEXTS, prompt_name="query"), expected, rtol=0, atol=1e-5)

@@ -52,12 +52,12 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     from modernbert.auto import AutoConfig, kind_of
     from modernbert.checkpoint import weight_files, weight_names
     from modernbert.hub import Source
-    from modernbert.models.sentence_encoder import MODULES
+    from modernbert.models.sentence_layout import read_parts
     from modernbert.tokenizer import Tokenizer
 
     source = Source(name_or_folder, revision)
-    parts = json.loads(source.need(MODULES).read_text(encoding="utf-8")) if source.find(MODULES) else []
-    inner = str(parts[0].get("path") or "") if parts else ""
+    parts = read_parts(source)
+    inner = str(parts[0]["path"]) if parts else ""
     body = dataclasses.replace(source, subfolder=inner)
     config = AutoConfig.from_pretrained(name_or_folder, revision=revision, subfolder=inner)
     files = weight_files(body)

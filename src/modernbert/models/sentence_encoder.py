@@ -20,37 +20,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.checkpoint import read_weights, weight_files, write_weights
-from modernbert.errors import CheckpointError, ConfigError
+from modernbert.errors import CheckpointError
 from modernbert.files import write_text
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Linear
-from modernbert.ops.pooling import POOLINGS, pool
+from modernbert.models.sentence_layout import (
+    MODULES,
+    SETTINGS,
+    TRANSFORMER_SETTINGS,
+    EmbeddingSettings,
+    pooling_keys,
+    pooling_of,
+    read_parts,
+    settings_of,
+)
+from modernbert.ops.pooling import pool
 
 logger = logging.getLogger(__name__)
 
-MODULES = "modules.json"
-SETTINGS = "config_sentence_transformers.json"
-_TRANSFORMER_SETTINGS = "sentence_bert_config.json"
-SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
-# The layout's names of poolings; older folders have one key for each, in this order where there are several.
-_POOLINGS = {
-    "cls": "cls",
-    "max": "max",
-    "mean": "mean",
-    "mean_sqrt_len_tokens": "mean_sqrt_len",
-    "weightedmean": "weighted_mean",
-    "lasttoken": "last",
-}
-_OLDER_KEYS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 # Functions that a folder may name; only the name is read, nothing is imported.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "torch.nn.modules.activation.Tanh": torch.tanh,
@@ -85,39 +74,6 @@ class Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
         return F.normalize(x, dim=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class EmbeddingSettings:
-    """What a folder says about vectors besides weights.
-
-    Attributes:
-        poolings: modes of `ops.pooling`; several are put one after another. None where a text keeps a vector for every
-            token.
-        include_prompt: whether the prompt's tokens are pooled too.
-        prompts: texts to put before a text, by name.
-        default_prompt_name: the one to take where nobody names one.
-        similarity: "cosine", "dot", "euclidean" or "manhattan": how the vectors want to be compared.
-        max_length: tokens that a text is cut to; None where the folder does not say.
-    """
-
-    poolings: tuple[str, ...] = ("mean",)
-    include_prompt: bool = True
-    prompts: dict[str, str] = dataclasses.field(default_factory=dict)
-    default_prompt_name: str | None = None
-    similarity: str = "cosine"
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        for mode in self.poolings:
-            if mode not in POOLINGS:
-                raise ConfigError(f"poolings holds {mode!r}; choose among {', '.join(POOLINGS)}")
-        if self.similarity not in SIMILARITIES:
-            raise ConfigError(f"similarity is {self.similarity!r}; choose one of {', '.join(SIMILARITIES)}")
-        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
-            raise ConfigError(
-                f"default_prompt_name is {self.default_prompt_name!r}; there are {', '.join(self.prompts) or 'none'}"
-            )
 
 
 class SentenceEncoder(nn.Module):
@@ -248,14 +204,14 @@ class SentenceEncoder(nn.Module):
             CheckpointError: the layout has parts that are not known here.
         """
         source = Source.pop_from(name_or_folder, dict(kwargs))
-        if source.find(MODULES) is None:
+        parts = read_parts(source)
+        if not parts:
             model = ModernBertModel.from_pretrained(name_or_folder, **kwargs)
             return cls(model).eval()
-        parts = json.loads(source.need(MODULES).read_text(encoding="utf-8"))
         kinds = [str(part["type"]).rpartition(".")[2] for part in parts]
         if not kinds or kinds[0] != "Transformer":
             raise CheckpointError(f"{name_or_folder} has the parts {', '.join(kinds)}; the first must be a Transformer")
-        inner = str(parts[0].get("path") or "")
+        inner = str(parts[0]["path"])
         body = {**kwargs, "subfolder": "/".join(filter(None, [source.subfolder, inner]))}
         model = ModernBertModel.from_pretrained(name_or_folder, **body)
         values: dict[str, Any] = {"poolings": None}
@@ -265,7 +221,7 @@ class SentenceEncoder(nn.Module):
             there = dataclasses.replace(source, subfolder="/".join(filter(None, [source.subfolder, part["path"]])))
             of_part = there.read_json("config.json") if there.find("config.json") is not None else {}
             if kind == "Pooling":
-                values |= _pooling_of(of_part)
+                values |= pooling_of(of_part)
                 continue
             on_tokens = of_part.get("module_input_name", "token_embeddings") == "token_embeddings"
             stage = tokens if values["poolings"] is None and on_tokens else vectors
@@ -279,7 +235,7 @@ class SentenceEncoder(nn.Module):
                     "Dropout"
                 )
         values["poolings"] = values["poolings"] or ()
-        encoder = cls(model, EmbeddingSettings(**values, **_settings_of(source, inner)), tokens, vectors)
+        encoder = cls(model, EmbeddingSettings(**values, **settings_of(source, inner)), tokens, vectors)
         encoder.is_layout = True
         return encoder.eval()
 
@@ -301,7 +257,7 @@ class SentenceEncoder(nn.Module):
         for part in self.after_tokens:
             add(part, "token_embeddings")
         if settings.poolings:
-            parts.append(("Pooling", {**_pooling_keys(settings), "word_embedding_dimension": self.width}, None))
+            parts.append(("Pooling", {**pooling_keys(settings), "word_embedding_dimension": self.width}, None))
         for part in self.after_pooling:
             add(part, "sentence_embedding")
         self.model.save_pretrained(folder)
@@ -321,32 +277,8 @@ class SentenceEncoder(nn.Module):
         limits: dict[str, Any] = {"do_lower_case": False}
         if settings.max_length is not None:  # the tokenizer's own limit counts otherwise
             limits["max_seq_length"] = settings.max_length
-        write_text(folder / _TRANSFORMER_SETTINGS, json.dumps(limits, indent=2) + "\n")
+        write_text(folder / TRANSFORMER_SETTINGS, json.dumps(limits, indent=2) + "\n")
         write_text(folder / MODULES, json.dumps(listed, indent=2) + "\n")  # last: it makes the folder a layout
-
-
-def _pooling_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Poolings of a part's configuration, in today's spelling or the older one."""
-    given = config.get("pooling_mode")
-    if given is None:
-        given = [mode for key, mode in _OLDER_KEYS.items() if config.get(key)] or ["mean"]
-    modes = [given] if isinstance(given, str) else list(given)
-    unknown = [mode for mode in modes if mode not in _POOLINGS]
-    if unknown:
-        raise CheckpointError(f"a folder pools by {unknown}; known are {', '.join(_POOLINGS)}")
-    return {
-        "poolings": tuple(_POOLINGS[mode] for mode in modes),
-        "include_prompt": bool(config.get("include_prompt", True)),
-    }
-
-
-def _pooling_keys(settings: EmbeddingSettings) -> dict[str, Any]:
-    """A pooling part's configuration, in the older spelling wherever that can say it, which all readers take."""
-    names = {ours: theirs for theirs, ours in _POOLINGS.items()}
-    chosen = [names[mode] for mode in settings.poolings]
-    older = {key: mode in chosen for key, mode in _OLDER_KEYS.items()}
-    in_order = chosen == [mode for mode in _OLDER_KEYS.values() if mode in chosen]
-    return {**(older if in_order else {"pooling_mode": chosen}), "include_prompt": settings.include_prompt}
 
 
 def _dense(source: Source, config: dict[str, Any]) -> Dense:
@@ -362,21 +294,3 @@ def _dense(source: Source, config: dict[str, Any]) -> Dense:
         raise CheckpointError(f"{source.subfolder} holds {found}; its configuration wants {wanted}")
     part.load_state_dict(weights)
     return part
-
-
-def _settings_of(source: Source, inner: str) -> dict[str, Any]:
-    """Prompts, similarity and longest text of a folder."""
-    values: dict[str, Any] = {}
-    if source.find(SETTINGS) is not None:
-        about = source.read_json(SETTINGS)
-        values["prompts"] = {str(k): str(v) for k, v in (about.get("prompts") or {}).items()}
-        values["default_prompt_name"] = about.get("default_prompt_name")
-        if about.get("similarity_fn_name") in SIMILARITIES:
-            values["similarity"] = about["similarity_fn_name"]
-    there = dataclasses.replace(source, subfolder="/".join(filter(None, [source.subfolder, inner])))
-    if there.find(_TRANSFORMER_SETTINGS) is not None:
-        limits = there.read_json(_TRANSFORMER_SETTINGS)
-        if limits.get("do_lower_case"):
-            raise CheckpointError("the folder has do_lower_case, which the tokenizer of this architecture has not")
-        values["max_length"] = limits.get("max_seq_length")
-    return values

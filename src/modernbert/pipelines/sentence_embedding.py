@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -12,11 +14,14 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from modernbert.errors import InputError
+from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
-from modernbert.models.sentence_encoder import EmbeddingSettings, SentenceEncoder
+from modernbert.models.sentence_encoder import SentenceEncoder
+from modernbert.models.sentence_layout import EmbeddingSettings, encoder_folder
 from modernbert.ops.packing import Packing
 from modernbert.ops.pooling import POOLINGS
 from modernbert.pipelines.base import Job, Pipeline, Row, check_choice, check_count, check_fields, check_text
+from modernbert.tokenizer import Tokenizer
 
 Vectors = NDArray[np.float32]
 
@@ -41,6 +46,18 @@ class EmbeddingPipeline(Pipeline):
                 f"{self.task} needs an encoder without a head, or a SentenceEncoder; this is a {type(model).__name__}"
             )
         super().__init__(model, tokenizer, **options)
+
+    @classmethod
+    def load(cls, model: Any, tokenizer: Any = None, **kwargs: Any) -> Self:
+        """Like `Pipeline.load`; a layout may keep the tokenizer in its first part's folder."""
+        if isinstance(model, str | Path) and tokenizer is None:
+            places = dict(kwargs)
+            source = Source.pop_from(model, places)
+            inner = encoder_folder(source)
+            if inner and source.find("tokenizer.json") is None:
+                where = dataclasses.asdict(source) | {"subfolder": f"{source.subfolder}/{inner}".lstrip("/")}
+                tokenizer = Tokenizer.from_pretrained(where.pop("name_or_folder"), **where)
+        return super().load(model, tokenizer, **kwargs)
 
     @property
     def embedding(self) -> EmbeddingSettings:

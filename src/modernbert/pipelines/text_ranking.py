@@ -15,7 +15,7 @@ from modernbert.auto import kind_of
 from modernbert.errors import CheckpointError, InputError
 from modernbert.hub import Source
 from modernbert.models.base import PreTrainedModel
-from modernbert.models.sentence_encoder import SETTINGS
+from modernbert.models.sentence_layout import SETTINGS
 from modernbert.pipelines.base import Job, Pipeline, Row, check_count, check_fields, check_text
 from modernbert.pipelines.sentence_embedding import EmbeddingPipeline, Spans, maxsim
 from modernbert.pipelines.text_classification import ClassifierPipeline
