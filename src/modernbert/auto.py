@@ -30,7 +30,12 @@ _MODELS: dict[str, dict[str, str]] = {
 def kind_of(values: Mapping[str, Any]) -> str | None:
     """The kind of model that the content of a `config.json` names under `architectures`, such as "masked-lm"."""
     kinds = {path.rpartition(".")[2]: kind for kind, paths in _MODELS.items() for path in paths.values()}
-    return next((kinds[name] for name in values.get("architectures") or () if name in kinds), None)
+    return next((kinds[name] for name in _architectures(values) if name in kinds), None)
+
+
+def _architectures(values: Mapping[str, Any]) -> list[str]:
+    given = values.get("architectures") or []
+    return [str(name) for name in ([given] if isinstance(given, str) else given)]
 
 
 def _model_type_of(values: Mapping[str, Any]) -> str | None:
@@ -38,7 +43,7 @@ def _model_type_of(values: Mapping[str, Any]) -> str | None:
     if values.get("model_type") is not None:
         return str(values["model_type"])
     types = {path.rpartition(".")[2]: kind for paths in _MODELS.values() for kind, path in paths.items()}
-    return next((types[name] for name in values.get("architectures") or () if name in types), None)
+    return next((types[name] for name in _architectures(values) if name in types), None)
 
 
 def _load(path: str) -> Any:

@@ -416,6 +416,8 @@ class ModernBertConfig:
     def _derive_labels(self) -> None:
         labels = self.id2label
         if labels is not None:
+            if not all(str(i).isdecimal() for i in labels):
+                raise ConfigError(f"id2label has the ids {list(labels)}; they must be 0, 1, 2, ...")
             labels = {int(i): str(label) for i, label in labels.items()}
             if sorted(labels) != list(range(len(labels))) or not labels:
                 raise ConfigError(f"id2label has the ids {sorted(labels)}; they must be 0, 1, 2, ...")

@@ -14,7 +14,7 @@ from modernbert.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
+TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 UNLIMITED = int(1e30)  # how tokenizer files say that texts may be of any length
 # What a padded place holds, by the key of the output.
 _FILL = {"attention_mask": 0, "token_type_ids": 0, "special_tokens_mask": 1, "offset_mapping": (0, 0), "labels": -100}
@@ -82,6 +82,14 @@ def to_list(values: Any) -> Any:
     return values.tolist() if isinstance(values, torch.Tensor | np.ndarray | np.generic) else values
 
 
+def whole(name: str, value: Any) -> int:
+    """A tokenizer's setting as a whole number; some files say 1e30."""
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise InputError(f"tokenizer_config.json has {name} {value!r}; it must be a whole number") from None
+
+
 def truncation_of(
     padding: bool | str, truncation: bool | str | None, max_length: int | None, model_max_length: int, pair: bool
 ) -> tuple[str | None, int | None]:
@@ -92,8 +100,8 @@ def truncation_of(
     if truncation in (None, False, "do_not_truncate"):
         return None, None
     strategy = "longest_first" if truncation is True else str(truncation)
-    if strategy not in _TRUNCATIONS:
-        raise InputError(f"truncation is {truncation!r}; choose True, False or one of {', '.join(_TRUNCATIONS)}")
+    if strategy not in TRUNCATIONS:
+        raise InputError(f"truncation is {truncation!r}; choose True, False or one of {', '.join(TRUNCATIONS)}")
     if strategy == "only_second" and not pair:
         raise InputError("truncation is 'only_second' and there is no text_pair")
     limit = model_max_length if max_length is None else max_length

@@ -13,7 +13,7 @@ from typing import Any, Self, cast
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
-from modernbert.encoding import UNLIMITED, BatchEncoding, pad_rows, rows_of, to_list, to_tensors, truncation_of
+from modernbert.encoding import UNLIMITED, BatchEncoding, pad_rows, rows_of, to_list, to_tensors, truncation_of, whole
 from modernbert.errors import InputError
 from modernbert.files import write_text
 from modernbert.hub import Source
@@ -48,7 +48,7 @@ class Tokenizer:
         self._lock = threading.Lock()  # truncation is a setting of the backend, not of a call
         backend.no_padding()
         backend.no_truncation()
-        self.model_max_length = int(self.config.get("model_max_length") or UNLIMITED)
+        self.model_max_length = whole("model_max_length", self.config.get("model_max_length") or UNLIMITED)
         self.padding_side = self.config.get("padding_side", "right")
         self.truncation_side = self.config.get("truncation_side", "right")
         self.model_input_names: list[str] = self.config.get("model_input_names", ["input_ids", "attention_mask"])

@@ -64,7 +64,7 @@ def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
 
 def test_folders_and_missing_files(tmp_path):
     with pytest.raises(InputError, match="is a folder"):
-        read_records(tmp_path)
+        list(read_records(tmp_path))
     with pytest.raises(OSError, match="No such file"):
         list(read_records(tmp_path / "none.txt"))
 
@@ -120,8 +120,56 @@ def test_vectors(tmp_path):
 def test_matrices_do_not_fit_npy(tmp_path):
     with pytest.raises(InputError, match="one vector a text"), ResumableOutput(tmp_path / "v.npy", {}) as output:
         output.write({"input": "a", "output": np.zeros((2, 3), np.float32)})
-    assert (tmp_path / "v.npy.partial").exists()  # the work is not lost
-    assert not (tmp_path / "v.npy").exists()
+    assert not list(tmp_path.iterdir())  # said at the first record, not after the work
+
+
+def test_two_jobs_never_write_one_file(tmp_path):
+    with ResumableOutput(tmp_path / "out.jsonl", {}) as output:
+        output.write(ANSWERS[0])
+        with pytest.raises(InputError, match="is being written by another process"):
+            ResumableOutput(tmp_path / "out.jsonl", {}).__enter__()
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == ANSWERS[0]
+
+
+def test_a_job_goes_on_only_with_the_inputs_that_it_began_with(tmp_path):
+    first = ResumableOutput(tmp_path / "out.jsonl", {})
+    first.__enter__()
+    first.write(ANSWERS[0])
+    first.write(ANSWERS[1])
+    first.__exit__(KeyboardInterrupt, None, None)
+    with ResumableOutput(tmp_path / "out.jsonl", {}) as output:
+        assert (output.done, output.failed) == (2, 1)
+        inputs = ["one", {"text": "two", "id": 7}, "three"]
+        assert list(output.rest(inputs, lambda item: item)) == ["three"]
+        with pytest.raises(InputError, match="input 2 is not the one that"):
+            list(output.rest(["one", "other", "three"], lambda item: item))
+
+
+def test_columns_of_the_file_are_kept(tmp_path):
+    record = {"input": "a dog", "output": {"label": "x"}, "row": {"id": 3, "body": "a dog"}}
+    with ResumableOutput(tmp_path / "out.csv", {}) as output:
+        output.write(record)
+    assert (tmp_path / "out.csv").read_text() == "id,body,label\n3,a dog,x\n"
+
+
+def test_broken_lines_can_be_passed_over(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'"one"\n{bad\n\xff\n{"text": "two"}\n')
+    found = list(read_records(tmp_path / "a.jsonl", go_on=True))
+    assert [type(x).__name__ for x in found] == ["dict", "InputError", "InputError", "dict"]
+    (tmp_path / "a.csv").write_text("text,n\na,1\nb\nc,3\n")
+    found = list(read_records(tmp_path / "a.csv", go_on=True))
+    assert [type(x).__name__ for x in found] == ["dict", "InputError", "dict"]
+    (tmp_path / "b.csv").write_text("text,text\na,b\n")
+    with pytest.raises(InputError, match="more than one column called text"):
+        list(read_records(tmp_path / "b.csv"))
+
+
+def test_dates_and_bytes_are_written_as_text(tmp_path):
+    import datetime
+
+    with ResumableOutput(tmp_path / "out.jsonl", {}) as output:
+        output.write({"input": {"text": "a", "day": datetime.date(2026, 1, 2)}, "output": 1})
+    assert json.loads((tmp_path / "out.jsonl").read_text())["input"]["day"] == "2026-01-02"
 
 
 def test_an_interrupted_job_goes_on_where_it_stopped(tmp_path):

@@ -242,6 +242,12 @@ def test_an_unknown_architecture_is_named(tmp_path, small_config):
         (ModernBertForMultipleChoice, {}, {}, r"input_ids has shape \(2, 6\); it must be \(batch, choices, sequence\)"),
         (ModernBertForMultipleChoice, {}, {"cu_seqlens": torch.tensor([0, 6]), "num_choices": 2}, "num_choices is 2"),
         (ModernBertForMultipleChoice, {}, {"cu_seqlens": torch.tensor([0, 6]), "num_choices": [3]}, r"is \[3\]"),
+        (
+            ModernBertForMultipleChoice,
+            {},
+            {"cu_seqlens": torch.tensor([0, 2, 4, 6]), "num_choices": [1, 2], "labels": torch.tensor([1, 1])},
+            "labels holds 1 for question 0, which has 1 choices",
+        ),
     ],
 )
 def test_bad_labels_are_one_clear_error(small_config, cls, changes, given, message):

@@ -108,6 +108,12 @@ def test_real_questions_are_answered_from_their_articles(heads, data):
         assert item["context"][answer["start"] : answer["end"]] == answer["answer"] != ""
 
 
+def test_answers_lie_in_the_context_whatever_the_question_says(heads):
+    serve = pipeline("question-answering", heads / "QuestionAnswering")
+    answers = serve(question="where is [CLS] the dog now", context="abc def", top_k=20)
+    assert all(answer["end"] <= 7 and answer["answer"] for answer in answers)
+
+
 def test_choices_are_scored_by_the_model_whatever_their_number(heads, data):
     serve = pipeline("multiple-choice", heads / "MultipleChoice")
     model = AutoModelForMultipleChoice.from_pretrained(heads / "MultipleChoice")
@@ -134,3 +140,17 @@ def test_tokens_of_a_long_text_are_all_there_once(heads, data):
     for stride in (0, 20, 300):
         tokens = serve(text, stride=stride)
         assert serve.tokenizer.convert_tokens_to_ids([t["word"] for t in tokens]) == ids
+
+
+@pytest.mark.parametrize("stride", [0, 1, 2, 3])
+@pytest.mark.parametrize("context", [6, 8, 13])
+def test_tokens_that_share_a_character_are_kept_across_windows(heads, context, stride):
+    """An emoji is several tokens of one character, and a window may begin among them."""
+    serve = pipeline("token-classification", heads / "TokenClassification", ignore_labels=[])
+    text = "🙂👩‍👩‍👧 ab 🙂🙂 cd 漢字 🙂"
+    whole = serve(text)
+    serve.tokenizer.model_max_length = context
+    parts = serve(text, stride=stride)
+    assert [(t["index"], t["word"], t["start"], t["end"]) for t in parts] == [
+        (t["index"], t["word"], t["start"], t["end"]) for t in whole
+    ]

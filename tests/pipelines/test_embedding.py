@@ -278,6 +278,35 @@ def test_cross_encoders_give_the_librarys_scores(cross, tmp_path, activation, wh
     assert best[0]["text"] == TEXTS[best[0]["index"]]
 
 
+def test_cross_encoders_put_their_prompt_before_the_query(cross, tmp_path):
+    theirs = CrossEncoder(str(cross), device="cpu", prompts={"web": "query: "}, default_prompt_name="web")
+    theirs.save_pretrained(str(tmp_path))
+    expected = theirs.predict([("Where is it?", text) for text in TEXTS])
+    ranked = pipeline("text-ranking", tmp_path)(query="Where is it?", documents=TEXTS)
+    np.testing.assert_allclose([r["score"] for r in ranked], sorted(expected, reverse=True), rtol=0, atol=1e-5)
+    plain = theirs.predict([("Where is it?", text) for text in TEXTS], prompt="")
+    ranked = pipeline("text-ranking", tmp_path)(query="Where is it?", documents=TEXTS, prompt="")
+    np.testing.assert_allclose([r["score"] for r in ranked], sorted(plain, reverse=True), rtol=0, atol=1e-5)
+
+
+def test_equal_documents_have_equal_scores_and_keep_their_order(body):
+    rank = pipeline("text-ranking", body)
+    ranked = rank(query="a", documents=["b", "c", "b", "b"])
+    scores = {r["index"]: r["score"] for r in ranked}
+    assert scores[0] == scores[2] == scores[3]
+    assert [r["index"] for r in ranked if r["text"] == "b"] == [0, 2, 3]
+    assert rank(query="a", documents=["b"])[0]["score"] == scores[0]
+
+
+def test_a_layout_does_not_lead_out_of_its_folder(body, tmp_path):
+    library(body).save(str(tmp_path / "inside"))
+    modules = json.loads((tmp_path / "inside" / "modules.json").read_text())
+    modules[0]["path"] = "../outside"
+    (tmp_path / "inside" / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match=r"names the folder '../outside', which lies outside"):
+        pipeline("sentence-embedding", tmp_path / "inside")
+
+
 def test_ranking_many_queries_keeps_their_order(cross):
     rank = pipeline("text-ranking", cross)
     items = [{"query": f"question {i}", "documents": random.Random(i).sample(TEXTS, 1 + i % 4)} for i in range(9)]

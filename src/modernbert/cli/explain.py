@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from modernbert.errors import InputError
+
 Text = Annotated[str, typer.Argument(help="The text.")]
 Page = Annotated[Path, typer.Option(help="HTML file to write; it stands alone.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")]
@@ -50,7 +52,10 @@ def attribution(
     from modernbert.pipelines import small_model
 
     kind = kind_of(AutoConfig.from_pretrained(model or small_model()).extra)
-    auto = AutoModelForMaskedLM if kind == "masked-lm" else AutoModelForSequenceClassification
+    autos = {"masked-lm": AutoModelForMaskedLM, "sequence-classification": AutoModelForSequenceClassification}
+    if kind not in autos:
+        raise InputError(f"{model} is made for {kind or 'nothing that is known'}; choose one for {' or '.join(autos)}")
+    auto: Any = autos[kind]
     loaded, tokenizer = _loaded(auto, model, device, dtype)
     found = attribute(loaded, tokenizer, text, target, steps)
     write_text(output, draw_attribution(found, f"Attribution of {Path(model).name if model else 'the small model'}"))

@@ -68,9 +68,9 @@ def from_arguments(texts: list[str], form: Form, fixed: Record) -> Iterator[Any]
 
 
 def from_records(
-    records: Iterable[Record], form: Form, fixed: Record, columns: dict[str, list[str]], name: str
-) -> Iterator[Any]:
-    """Inputs of records.
+    records: Iterable[Record | InputError], form: Form, fixed: Record, columns: dict[str, list[str]], name: str
+) -> Iterator[tuple[Any, Record | None]]:
+    """Inputs of records, each with the record where that has more columns than one of text. Errors pass through.
 
     Args:
         records: from a file or standard input.
@@ -80,10 +80,13 @@ def from_records(
         name: of the file, for messages.
     """
     if form.many is not None and set(form.fields) - set(fixed) == {form.many}:
-        gathered = [_field(record, "text", columns.get(form.many) or columns.get("text"), name) for record in records]
-        yield {**fixed, form.many: gathered}
+        column = columns.get(form.many) or columns.get("text")
+        yield {**fixed, form.many: [_field(_sure(record), "text", column, name) for record in records]}, None
         return
     for record in records:
+        if isinstance(record, InputError):
+            yield record, None
+            continue
         values: Record = dict(fixed)
         for field in form.fields:
             if field in fixed:
@@ -94,7 +97,13 @@ def from_records(
         for field in form.optional:
             if field in columns or field in record:
                 values[field] = _field(record, field, columns.get(field), name)
-        yield values["text"] if set(values) == {"text"} else values
+        yield values["text"] if set(values) == {"text"} else values, None if set(record) == {"text"} else record
+
+
+def _sure(record: Record | InputError) -> Record:
+    if isinstance(record, InputError):
+        raise record
+    return record
 
 
 def _field(record: Record, field: str, columns: list[str] | None, name: str, many: bool = False) -> Any:
@@ -154,3 +163,20 @@ def fingerprint(path: Path | None) -> Any:
         return "standard input"
     state = path.stat()
     return [str(path.resolve()), state.st_size, state.st_mtime_ns]
+
+
+def checkpoint_fingerprint(name_or_folder: str | None, revision: str | None) -> Any:
+    """What tells one checkpoint from another: a folder's files, or the commit of what the Hub's cache holds."""
+    from modernbert.errors import CheckpointError
+    from modernbert.hub import Source
+
+    if name_or_folder is None:
+        return None
+    source = Source(name_or_folder, revision)
+    if source.folder is not None:
+        return [fingerprint(path) for path in sorted(source.folder.rglob("*")) if path.is_file()]
+    try:
+        found = source.find("config.json")
+    except CheckpointError:
+        return None
+    return None if found is None else str(found.parent)

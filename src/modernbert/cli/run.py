@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.cli.inputs import fingerprint, form_of, from_arguments, from_records, parse_columns, parse_options
+from modernbert.cli.inputs import (
+    checkpoint_fingerprint,
+    fingerprint,
+    form_of,
+    from_arguments,
+    from_records,
+    parse_columns,
+    parse_options,
+)
 from modernbert.errors import InputError
 
 Texts = Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")]
@@ -64,10 +71,15 @@ def run(
     _check_source(texts, file)
     if output is not None and output.suffix.lower() == ".npy":
         raise InputError(f"{output}: vectors are written by modernbert embed")
+    if output is not None and as_json:
+        raise InputError("--json prints and --output writes a file; give one of them")
     task = "fill-mask" if task is None and model is None else task
     where = {"revision": revision, "attn_implementation": attn_implementation, "batch_tokens": batch_tokens}
     serve = pipeline(task, model, tokenizer, device, dtype, **{k: v for k, v in where.items() if v is not None})
     options: dict[str, Any] = parse_options(option or [])
+    foreign = sorted(set(options) - set(serve.options))
+    if foreign:
+        raise InputError(f"{serve.task} has no option {', '.join(foreign)}; there are {', '.join(serve.options)}")
     for name, value in (("top_k", top_k), ("targets", target), ("candidate_labels", label)):
         if value not in (None, []):
             options[name] = value
@@ -75,7 +87,8 @@ def run(
     foreign = [name for name in fixed if name not in form_of(serve.task).fields]
     if foreign:
         raise InputError(f"--{foreign[0]} is no option of {serve.task}")
-    _answer_all(serve, texts, file, column, fixed, options, output, as_json, skip_errors, model, dtype)
+    identity = [model, checkpoint_fingerprint(model, revision), tokenizer, dtype]
+    _answer_all(serve, texts, file, column, fixed, options, output, as_json, skip_errors, identity)
 
 
 def embed(
@@ -112,7 +125,8 @@ def embed(
     options = {"prompt_name": prompt_name, "prompt": prompt, "pooling": pooling, "truncate_dim": truncate_dim}
     options = {name: value for name, value in options.items() if value is not None}
     options |= {name: True for name, on in (("normalize", normalize), ("truncation", truncation)) if on}
-    _answer_all(serve, texts, file, column, {}, options, output, False, skip_errors, model, dtype)
+    identity = [model, checkpoint_fingerprint(model, revision), dtype]
+    _answer_all(serve, texts, file, column, {}, options, output, False, skip_errors, identity)
 
 
 def _answer_all(
@@ -125,59 +139,77 @@ def _answer_all(
     output: Path | None,
     as_json: bool,
     skip_errors: bool,
-    model: str | None,
-    dtype: str | None,
+    identity: list[Any],
 ) -> None:
     """Answer every input, and print or write the answers as they come."""
     from modernbert.records import ResumableOutput, count_records, read_records
 
     form = form_of(serve.task)
     columns = parse_columns(column or [], form)
+    name = str(file) if file else "standard input"
+    inputs: Iterable[tuple[Any, Any]]
     if texts:
-        inputs = from_arguments(texts, form, fixed)
+        if columns:
+            raise InputError("--column is for files and standard input; texts are given as arguments")
+        inputs = ((item, None) for item in from_arguments(texts, form, fixed))
         total: int | None = len(texts) if form.many is None else 1
     else:
-        name = str(file) if file else "standard input"
-        inputs = from_records(read_records(file), form, fixed, columns, name)
+        if output is not None and file is not None and output.exists() and output.samefile(file):
+            raise InputError(f"--output and --file are both {output}; name another output")
+        inputs = from_records(read_records(file, skip_errors), form, fixed, columns, name)
         total = count_records(file) if form.many is None or len(fixed) == 0 else 1
 
-    job = {"task": serve.task, "model": model, "dtype": dtype, "options": options, "fields": fixed, "columns": columns}
+    job = {"task": serve.task, "checkpoint": identity, "options": options, "fields": fixed, "columns": columns}
     job |= {"input": texts or fingerprint(file)}
-    failures = answered = 0
+    answered = failed = 0
     with contextlib.ExitStack() as stack:
         sink = None if output is None else stack.enter_context(ResumableOutput(output, job))
-        done = 0 if sink is None else sink.done
-        if done:
-            sys.stderr.write(f"modernbert: {sink and sink.partial} holds {done} answers; going on after them\n")
-        waiting: list[Any] = []  # inputs whose answers are not there yet
-        answers = serve.stream(
-            _remembered(itertools.islice(inputs, done, None), waiting),
-            on_error="return" if skip_errors else "raise",
-            **options,
-        )
+        done = 0
+        if sink is not None:
+            done, failed = sink.done, sink.failed
+            inputs = sink.rest(inputs, lambda pair: None if isinstance(pair[0], InputError) else pair[0])
+        if sink is not None and done:
+            sys.stderr.write(f"modernbert: {sink.partial} holds {done} answers; going on after them\n")
+        waiting: list[tuple[Any, Any]] = []  # inputs whose answers are not there yet
+        answers = serve.stream(_remembered(inputs, waiting), on_error="return" if skip_errors else "raise", **options)
         advance = stack.enter_context(_ProgressBar(total, done, quiet=output is None))
-        for answer in answers:
-            item = waiting.pop(0)
-            record = {"input": item, "error": str(answer)} if isinstance(answer, InputError) else None
-            failures += record is not None
-            record = record or {"input": item, "output": answer}
-            if sink is not None:
-                sink.write(record)
-            elif as_json:
-                sys.stdout.write(json.dumps(record, ensure_ascii=False, default=_listed) + "\n")
-            else:
-                from modernbert.cli.show import show
+        try:
+            for answer in answers:
+                item, row = waiting.pop(0)
+                record: dict[str, Any] = {"input": None if isinstance(item, InputError) else item}
+                record |= {"error": str(answer)} if isinstance(answer, InputError) else {"output": answer}
+                if sink is not None:
+                    sink.write(record if row is None else {**record, "row": row})
+                elif as_json:
+                    sys.stdout.write(json.dumps(record, ensure_ascii=False, default=_listed) + "\n")
+                else:
+                    from modernbert.cli.show import show
 
-                show(item, answer)
-            answered += 1
-            advance()
+                    show(item, answer)
+                answered += 1
+                failed += "error" in record
+                advance()
+        except InputError as error:
+            if not waiting or not (file or answered):  # of the file itself, or the only input that there is
+                raise
+            raise InputError(f"{name}, record {done + answered + 1}: {error}") from error
         if not answered and not done:
             raise InputError("no text: every line was empty" if file is None else f"no text: {file} holds none")
     if output is not None:
         sys.stderr.write(f"modernbert: {answered + done} answers in {output}\n")
-    if failures:
-        sys.stderr.write(f"modernbert: {failures} of {answered} inputs could not be answered\n")
+    if failed:
+        sys.stderr.write(f"modernbert: {failed} of {answered + done} inputs could not be answered\n")
         raise typer.Exit(1)
+
+
+def _remembered(inputs: Iterable[tuple[Any, Any]], waiting: list[tuple[Any, Any]]) -> Iterator[Any]:
+    for pair in inputs:
+        waiting.append(pair)
+        yield pair[0]
+
+
+def _listed(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _check_source(texts: list[str] | None, file: Path | None) -> None:
@@ -186,18 +218,8 @@ def _check_source(texts: list[str] | None, file: Path | None) -> None:
         raise InputError("texts are given both as arguments and by --file; give one of them")
     if not texts and file is None and sys.stdin.isatty():
         raise InputError("no text: give it as an argument, with --file, or on standard input")
-    if file is not None and not file.is_dir():
-        file.open("rb").close()
-
-
-def _remembered(inputs: Iterable[Any], waiting: list[Any]) -> Iterator[Any]:
-    for item in inputs:
-        waiting.append(item)
-        yield item
-
-
-def _listed(value: Any) -> Any:
-    return value.tolist()
+    if file is not None and not file.exists():
+        raise InputError(f"there is no file {file}")
 
 
 class _ProgressBar:

@@ -34,10 +34,10 @@ def show(item: Any, output: Any) -> None:
 
 
 def _title(item: Any) -> str:
-    if isinstance(item, str):
-        return item
+    if not isinstance(item, dict):
+        return item if isinstance(item, str) else short(item) if isinstance(item, list) else str(item)
     parts = [value for value in item.values() if isinstance(value, str)]
-    return " | ".join(short(" ".join(part.split())) for part in parts) if parts else short(item)
+    return " | ".join(short(" ".join(part.split())) for part in parts) if parts else str(item)
 
 
 def _rows(output: Any, item: Any) -> list[dict[str, Any]]:

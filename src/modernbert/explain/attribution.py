@@ -36,8 +36,8 @@ class Attribution:
         tokens: what each token reads.
         scores: one a token; above 0 speaks for the target, below against it.
         target: the label, or the token in the place of the mask, that was scored.
-        score: its probability.
-        baseline: its probability when every token is masked.
+        score: its probability; of a regression, its value.
+        baseline: the same when every token is masked.
         error: what the scores lack to `score - baseline`.
     """
 
@@ -114,7 +114,7 @@ def _integrated(model: Any, from_LM: Tensor, to_LM: Tensor, place: int | None, c
 
 
 def _probabilities(model: Any, embeds_SLM: Tensor, place: int | None) -> Tensor:
-    """Probabilities of each copy of the text, (S, classes): of the labels, or of the tokens at the mask."""
+    """Scores of each copy of the text, (S, classes): of the labels, or of the tokens at the mask."""
     copies, length, _ = embeds_SLM.shape
     cu_seqlens = torch.arange(copies + 1, device=embeds_SLM.device) * length
     packed = {"inputs_embeds": embeds_SLM.flatten(0, 1), "cu_seqlens": cu_seqlens}
@@ -124,8 +124,10 @@ def _probabilities(model: Any, embeds_SLM: Tensor, place: int | None) -> Tensor:
     else:
         logits = model(**packed).logits
         config = model.config
+        if config.problem_type == "regression":
+            return logits.float()
         if config.problem_type == "multi_label_classification" or config.num_labels == 1:
-            return logits if config.problem_type == "regression" else logits.float().sigmoid()
+            return logits.float().sigmoid()
     return logits.float().softmax(-1)
 
 

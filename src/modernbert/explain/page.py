@@ -38,6 +38,8 @@ def encoded(tokenizer: Tokenizer, text: Any, longest: int) -> tuple[Encoding, li
     encodings = tokenizer([text]).encodings
     assert encodings is not None
     encoding = encodings[0]
+    if not encoding.ids:
+        raise InputError(f"the text makes no token with this tokenizer: {text!r}")
     if len(encoding.ids) > longest:
         raise InputError(f"the text has {len(encoding.ids)} tokens; a page holds {longest} at the most")
     shown = []

@@ -22,8 +22,9 @@ from modernbert.ops.losses import cross_entropy
 class ModernBertForMultipleChoice(EncoderClassifier):
     """The encoder with one score a choice.
 
-    Every argument that has a value a token is (B, C, S), and logits are (B, C). Labels are (B,), the number of the
-    right choice (-100 is ignored); the loss is cross-entropy over a question's choices.
+    `input_ids`, `attention_mask` and `position_ids` are (B, C, S), `inputs_embeds` (B, C, S, M), and logits (B, C).
+    Labels are (B,), the number of the right choice (-100 is ignored); the loss is cross-entropy over a question's
+    choices.
 
     Packed input holds the choices of all questions as texts one after another; `num_choices` says how many there are
     of each question, a number or one a question. Questions with fewer choices than others have the lowest finite
@@ -84,7 +85,7 @@ class ModernBertForMultipleChoice(EncoderClassifier):
                     )
                 if num_choices is not None and num_choices != given.shape[1]:
                     raise InputError(f"num_choices is {num_choices}; the input's shape says {given.shape[1]}")
-                num_choices = given.shape[1]
+                num_choices = given.shape[1] if given.shape[0] else ()
                 grid = tuple(given.shape[:3])
                 attention_mask = _flat("attention_mask", attention_mask, grid)
                 position_ids = _flat("position_ids", position_ids, grid)
@@ -115,6 +116,9 @@ class ModernBertForMultipleChoice(EncoderClassifier):
             if tuple(labels.shape) not in ((len(counts),), (len(counts), 1)):
                 raise InputError(f"labels has shape {tuple(labels.shape)}; with this input it must be ({len(counts)},)")
             right = check_classes(labels.flatten(), max(counts, default=0))
+            for question, (label, count) in enumerate(zip(right.tolist(), counts, strict=True)):
+                if label >= count:
+                    raise InputError(f"labels holds {label} for question {question}, which has {count} choices")
             output.loss = cross_entropy(output.logits, right, num_items=num_items_in_batch)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -139,7 +143,7 @@ def _counts(num_choices: int | Sequence[int] | None, texts: int) -> list[int]:
         if num_choices < 1 or texts % num_choices:
             raise InputError(f"num_choices is {num_choices}; the input holds {texts} choices, which must be a multiple")
         return [num_choices] * (texts // num_choices)
-    counts = [int(n) for n in num_choices or ()]
+    counts = [] if num_choices is None else [int(n) for n in num_choices]
     if sum(counts) != texts or min(counts, default=1) < 1:
         raise InputError(f"num_choices is {counts}; they must be at least 1 each and add up to the {texts} choices")
     return counts
@@ -147,6 +151,6 @@ def _counts(num_choices: int | Sequence[int] | None, texts: int) -> list[int]:
 
 def _by_question(scores: Tensor, counts: list[int]) -> Tensor:
     """Scores of all choices one after another to (questions, most choices)."""
-    if len(set(counts)) == 1:
-        return scores.view(len(counts), counts[0])
+    if len(set(counts)) <= 1:
+        return scores.view(len(counts), counts[0] if counts else 0)
     return pad_sequence(scores.split(counts), batch_first=True, padding_value=torch.finfo(scores.dtype).min)

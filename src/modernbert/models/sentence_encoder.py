@@ -285,6 +285,9 @@ def _dense(source: Source, config: dict[str, Any]) -> Dense:
     """A dense part with its weights."""
     if config.get("use_residual"):
         raise CheckpointError(f"{source.subfolder} has use_residual, which is not served")
+    for name in ("in_features", "out_features"):
+        if not isinstance(config.get(name), int):
+            raise CheckpointError(f"{source.subfolder} has {name} {config.get(name)!r}; it must be a whole number")
     activation = config.get("activation_function")
     part = Dense(config["in_features"], config["out_features"], bool(config.get("bias", True)), activation)
     weights = dict(read_weights(weight_files(source), lambda name: True))

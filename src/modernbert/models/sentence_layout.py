@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import PurePosixPath
 from typing import Any
 
 from modernbert.errors import CheckpointError, ConfigError
@@ -87,6 +88,10 @@ def read_parts(source: Source) -> list[dict[str, Any]]:
         isinstance(part, dict) and {"type", "path"} <= set(part) for part in parts
     ):
         raise CheckpointError(f"{path} is no list of parts with a type and a path")
+    for part in parts:
+        inner = PurePosixPath(str(part["path"]))
+        if ".." in inner.parts or inner.is_absolute() or "\\" in str(inner):
+            raise CheckpointError(f"{path} names the folder {str(inner)!r}, which lies outside of it")
     return parts
 
 
@@ -125,7 +130,10 @@ def settings_of(source: Source, inner: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if source.find(SETTINGS) is not None:
         about = source.read_json(SETTINGS)
-        values["prompts"] = {str(k): str(v) for k, v in (about.get("prompts") or {}).items()}
+        prompts = about.get("prompts") or {}
+        if not isinstance(prompts, dict):
+            raise CheckpointError(f"{SETTINGS} has prompts {prompts!r}; they must be texts by name")
+        values["prompts"] = {str(k): str(v) for k, v in prompts.items()}
         values["default_prompt_name"] = about.get("default_prompt_name")
         if about.get("similarity_fn_name") in SIMILARITIES:
             values["similarity"] = about["similarity_fn_name"]
@@ -134,5 +142,8 @@ def settings_of(source: Source, inner: str) -> dict[str, Any]:
         limits = there.read_json(TRANSFORMER_SETTINGS)
         if limits.get("do_lower_case"):
             raise CheckpointError("the folder has do_lower_case, which the tokenizer of this architecture has not")
-        values["max_length"] = limits.get("max_seq_length")
+        longest = limits.get("max_seq_length")
+        if longest is not None and (not isinstance(longest, int) or longest < 1):
+            raise CheckpointError(f"{TRANSFORMER_SETTINGS} has max_seq_length {longest!r}; it must be a whole number")
+        values["max_length"] = longest
     return values

@@ -53,7 +53,8 @@ def pipeline(
 
     Args:
         task: one of the tasks, such as "fill-mask"; None takes the one that the model's head is made for.
-        model: a model, a folder, or a repository on the Hub; None takes the small model that comes with the
+        model: a model (which is put in evaluation mode, and moved or cast where `device` or `dtype` say so), a folder,
+            or a repository on the Hub; None takes the small model that comes with the
             package, offline, for the tasks that it serves.
         tokenizer: a tokenizer or where to find one; None takes the model's.
         device: such as "cpu", "cuda:0" or 0; None takes the CPU.
@@ -94,7 +95,10 @@ def _task_of(model: Any, kwargs: dict[str, Any]) -> str:
     if isinstance(model, str | Path):
         values = Source.pop_from(model, dict(kwargs)).read_json("config.json")
     else:
+        if type(model).__name__ == "SentenceEncoder":
+            return "sentence-embedding"
         values = {"architectures": [type(model).__name__]}
+        model = type(model).__name__
     kind = kind_of(values)
     if kind is None:
         raise InputError(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from tokenizers import Encoding
 
-from modernbert.encoding import UNLIMITED
+from modernbert.encoding import TRUNCATIONS, UNLIMITED
 from modernbert.errors import InputError
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.pipelines.progress import progress_bar
@@ -160,7 +160,11 @@ class Pipeline(abc.ABC):
 
     def _stream(self, inputs: Iterable[Any], settings: dict[str, Any], go_on: bool) -> Iterator[Any]:
         iterator = iter(inputs)
-        while window := self._window(iterator, settings, go_on):
+        broken: Exception | None = None
+        while broken is None:
+            window, broken = self._window(iterator, settings, go_on)
+            if not window and broken is None:
+                return
             self._run(window, settings)
             while window:
                 job = window.pop(0)
@@ -170,25 +174,40 @@ class Pipeline(abc.ABC):
                     yield job.error
                 else:
                     raise job.error
+        raise broken
 
-    def _window(self, iterator: Iterator[Any], settings: dict[str, Any], go_on: bool) -> list[Job]:
-        """The next jobs: enough for several forward passes, up to an error where it ends the stream."""
+    def _window(
+        self, iterator: Iterator[Any], settings: dict[str, Any], go_on: bool
+    ) -> tuple[list[Job], Exception | None]:
+        """The next jobs, enough for several forward passes; up to an error where it ends the stream.
+
+        The second value is what the inputs' own iterator raised; what it gave before is answered first.
+        """
         window: list[Job] = []
         tokens = 0
         while len(window) < _LOOK_AHEAD and tokens < _BUDGETS * self.batch_tokens:
-            items = list(itertools.islice(iterator, _TOKENIZED_TOGETHER))
-            if not items:
-                break
-            for job in self._prepared(items, settings):
+            items: list[Any] = []
+            broken: Exception | None = None
+            try:
+                for item in itertools.islice(iterator, _TOKENIZED_TOGETHER):
+                    items.append(item)
+            except Exception as error:
+                broken = error
+            for job in self._prepared(items, settings) if items else ():
                 window.append(job)
                 tokens += sum(len(row.ids) for row in job.rows)
                 if job.error is not None and not go_on:
-                    return window
-        return window
+                    return window, None
+            if broken is not None or not items:
+                return window, broken
+        return window, None
 
     def _prepared(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
+        if len(items) == 1 and isinstance(items[0], InputError):  # of whoever made the inputs
+            return [Job([], error=items[0])]
         try:
-            return self.prepare(items, settings)
+            if not any(isinstance(item, InputError) for item in items):
+                return self.prepare(items, settings)
         except InputError as error:
             if len(items) == 1:
                 return [Job([], error=error)]
@@ -256,29 +275,31 @@ class Pipeline(abc.ABC):
         """Token encodings of texts or pairs that fit the model's context.
 
         Args:
-            texts: strings, or lists of words with `is_split_into_words`.
+            texts: strings.
             pairs: second texts.
-            options: of the tokenizer's call; `truncation` and `max_length` cut instead of refusing.
+            options: of the tokenizer's call. `truncation` (True, or one of the tokenizer's ways to cut) cuts instead of
+                refusing; so does `max_length` by itself.
 
         Raises:
             InputError: a text is no string, or empty, or not Unicode, or too long.
         """
-        if not options.get("is_split_into_words"):
-            for text in texts:
-                check_text(text)
-        for text in pairs or ():
+        for text in (*texts, *(pairs or ())):
             check_text(text)
-        cut = bool(options.pop("truncation", False))
-        longest = min(options.pop("max_length", None) or self.context, self.context)
-        limits = {"truncation": True, "max_length": longest} if cut else {"truncation": False}
-        encodings = self.tokenizer(texts, pairs, **limits, **options).encodings
+        given, length = options.pop("truncation", None), options.pop("max_length", None)
+        if given not in (None, True, False, *TRUNCATIONS):
+            raise InputError(f"truncation is {given!r}; choose True, False or one of {', '.join(TRUNCATIONS)}")
+        longest = self.context if length is None else min(check_count("max_length", length), self.context)
+        cut = length is not None if given is None else given not in (False, "do_not_truncate")
+        limits: dict[str, Any] = {"truncation": given or True, "max_length": longest} if cut else {}
+        encodings = self.tokenizer(texts, pairs, **{"truncation": False, **limits}, **options).encodings
         assert encodings is not None
         for i, encoding in enumerate(encodings):
+            if not encoding.ids:
+                raise InputError(f"a text makes no token with this tokenizer: {short(texts[i])!r}")
             if len(encoding.ids) > longest:
                 both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
-                raise InputError(
-                    f"a text has {len(encoding.ids)} tokens and the model's context holds {longest}: {short(both)!r}"
-                )
+                limit = "the model's context holds" if longest == self.context else "max_length is"
+                raise InputError(f"a text has {len(encoding.ids)} tokens and {limit} {longest}: {short(both)!r}")
         return list(encodings)
 
     def pack(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,13 +10,15 @@ from modernbert.errors import InputError
 from modernbert.models.encoder import ModernBertModel
 from modernbert.pipelines.base import Job, Pipeline, Row
 
+_TOKENIZE = ("truncation", "max_length", "add_special_tokens", "padding")
+
 
 class FeatureExtractionPipeline(Pipeline):
     """Hidden states of texts.
 
     A call takes a text, a list of texts or an iterable of them, and the options `return_tensors` (a tensor in the place
-    of nested lists), `truncation` (cut texts over the context instead of refusing them) and `tokenize_kwargs` (more
-    options of the tokenizer, such as `max_length` or `add_special_tokens`).
+    of nested lists), `truncation` (cut texts over the context instead of refusing them) and `tokenize_kwargs` (a dict
+    of `truncation`, `max_length`, `add_special_tokens`).
 
     For each text it gives numbers of shape (1, tokens, hidden), float32.
     """
@@ -32,7 +34,10 @@ class FeatureExtractionPipeline(Pipeline):
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The tokenizer's options in one place."""
-        more = dict(settings.get("tokenize_kwargs") or {})
+        more = settings.get("tokenize_kwargs") or {}
+        if not isinstance(more, dict) or set(more) - set(_TOKENIZE):
+            raise InputError(f"tokenize_kwargs is {more!r}; it may hold {', '.join(_TOKENIZE)}")
+        more = {name: value for name, value in more.items() if name != "padding"}  # nothing is padded here
         if "truncation" in settings:
             if "truncation" in more:
                 raise InputError("truncation is given twice, by itself and in tokenize_kwargs; give it once")

@@ -15,6 +15,8 @@ from modernbert.pipelines.base import Job, Pipeline, Row, check_count, short
 
 logger = logging.getLogger(__name__)
 
+_MASKS_TOGETHER = 256  # whose scores over the whole vocabulary are alive at once
+
 
 class FillMaskPipeline(Pipeline):
     """Fills the masks of texts.
@@ -61,13 +63,15 @@ class FillMaskPipeline(Pipeline):
             if settings["targets"] is not None:
                 before = text.split(self.tokenizer.mask_token)[: len(places)]
                 targets = [[self._target(word, left[-1:].isspace()) for word in settings["targets"]] for left in before]
-            jobs.append(Job([Row(encoding.ids, places)], targets))
+            jobs.append(Job([Row(encoding.ids, (places, targets))]))
         return jobs
 
     def _target(self, word: str, after_space: bool) -> int:
         """Id of the token that a target means; the first one's where the vocabulary has no single token for it."""
         spelled = f" {word}" if after_space and not word[0].isspace() else word
         ids = self.tokenizer(spelled, add_special_tokens=False).input_ids
+        if not ids:
+            raise InputError(f"targets holds {word!r}, which makes no token with this tokenizer")
         if len(ids) > 1:
             first = self.tokenizer.decode([ids[0]])
             logger.warning(
@@ -76,43 +80,42 @@ class FillMaskPipeline(Pipeline):
         return int(ids[0])
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
-        """Probabilities at the masks alone: no logits are made elsewhere."""
+        """For each mask the best scores and their tokens. No logits are made elsewhere, nor kept."""
         ids_T, cu_seqlens = self.pack(rows)
         encoder = self.model.model
         hidden = encoder.encode(encoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_hidden_state
-        masked = (ids_T == self.tokenizer.mask_token_id).nonzero().squeeze(1)
-        probabilities = self.model.decoder(self.model.head(hidden[masked])).float().softmax(-1).cpu()
-        return probabilities.split([len(row.extra) for row in rows])
+        states = self.model.head(hidden[(ids_T == self.tokenizer.mask_token_id).nonzero().squeeze(1)])
+        targets = [of_mask for row in rows for of_mask in row.extra[1]]
+        best: list[tuple[list[float], list[int]]] = []
+        for first in range(0, len(targets), _MASKS_TOGETHER):
+            some = slice(first, first + _MASKS_TOGETHER)
+            for scores_V, wanted in zip(
+                self.model.decoder(states[some]).float().softmax(-1), targets[some], strict=True
+            ):
+                best.append(_best(scores_V, wanted, settings["top_k"]))
+        rest = iter(best)
+        return [[next(rest) for _ in row.extra[0]] for row in rows]
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:
         """The best tokens of each mask."""
-        (row,), (probabilities,) = job.rows, job.results
-        of_text = [
-            self._ranked(list(row.ids), place, scores, targets, settings["top_k"], len(row.extra))
-            for place, scores, targets in zip(row.extra, probabilities, job.context, strict=True)
-        ]
-        return of_text[0] if len(of_text) == 1 else of_text
+        (row,), (best,) = job.rows, job.results
+        places = row.extra[0]
+        answers = []
+        for place, (scores, tokens) in zip(places, best, strict=True):
+            of_mask = []
+            for score, token in zip(scores, tokens, strict=True):
+                filled = [*row.ids[:place], token, *row.ids[place + 1 :]]
+                sequence = self.tokenizer.decode(filled, skip_special_tokens=len(places) == 1)
+                word = self.tokenizer.decode([token])
+                of_mask.append({"score": score, "token": token, "token_str": word, "sequence": sequence})
+            answers.append(of_mask)
+        return answers[0] if len(answers) == 1 else answers
 
-    def _ranked(
-        self,
-        ids: list[int],
-        place: int,
-        probabilities: torch.Tensor,
-        targets: list[int] | None,
-        top_k: int,
-        masks: int,
-    ) -> list[dict[str, Any]]:
-        candidates = torch.arange(len(probabilities)) if targets is None else torch.tensor(list(dict.fromkeys(targets)))
-        best = probabilities[candidates].topk(min(top_k, len(candidates)))
-        out = []
-        for score, token in zip(best.values.tolist(), candidates[best.indices].tolist(), strict=True):
-            filled = [*ids[:place], token, *ids[place + 1 :]]
-            out.append(
-                {
-                    "score": score,
-                    "token": token,
-                    "token_str": self.tokenizer.decode([token]),
-                    "sequence": self.tokenizer.decode(filled, skip_special_tokens=masks == 1),
-                }
-            )
-        return out
+
+def _best(scores_V: torch.Tensor, targets: list[int] | None, top_k: int) -> tuple[list[float], list[int]]:
+    """The best scores and their tokens, of all or of the targets."""
+    candidates = None if targets is None else torch.tensor(list(dict.fromkeys(targets)), device=scores_V.device)
+    among = scores_V if candidates is None else scores_V[candidates]
+    best = among.topk(min(top_k, len(among)))
+    tokens = best.indices if candidates is None else candidates[best.indices]
+    return best.values.tolist(), tokens.tolist()

@@ -92,6 +92,9 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def _windows(self, question: str, context: str, settings: dict[str, Any]) -> list[Encoding]:
         asked = len(self.tokenizer(question, add_special_tokens=False).input_ids)
+        if not asked or not self.tokenizer(context, add_special_tokens=False).input_ids:
+            empty = short(context if asked else question)
+            raise InputError(f"a {'context' if asked else 'question'} makes no token with this tokenizer: {empty!r}")
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
         longest = settings["longest_question"]
         if longest is not None and asked > longest:
@@ -119,7 +122,7 @@ class QuestionAnsweringPipeline(Pipeline):
         """Where an answer may lie: in the context; and at the first token, which stands for no answer."""
         cls = self.tokenizer.cls_token_id
         pairs = zip(window.sequence_ids, window.ids, strict=True)
-        return [sequence == 1 or token == cls for sequence, token in pairs]
+        return [sequence == 1 or (i == 0 and token == cls) for i, (sequence, token) in enumerate(pairs)]
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
         """The best spans of each row: (scores, starts, ends, score of no answer)."""

@@ -104,7 +104,7 @@ class EmbeddingPipeline(Pipeline):
         if not prompt or self.embedding.include_prompt:
             return 0
         ids = self.tokenizer(prompt).input_ids
-        return len(ids) - (ids[-1] in (self.tokenizer.sep_token_id, self.tokenizer.eos_token_id))
+        return len(ids) - bool(ids and ids[-1] in (self.tokenizer.sep_token_id, self.tokenizer.eos_token_id))
 
     def usual_truncation(self, given: Any) -> bool:
         """Whether texts over the context are cut: as asked, or as the checkpoint's layout has it."""
@@ -153,8 +153,8 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
     - `normalize`: vectors of length one, also where the checkpoint does not make them so;
     - `truncate_dim`: keep this many first dimensions, for checkpoints trained so (Matryoshka);
     - `multi_vector`: a vector for every token (late interaction), each of length one; see `maxsim`;
-    - `truncation`: cut texts over the context; where silent, they are cut if the checkpoint's layout names a longest
-      text, and refused otherwise.
+    - `truncation`: cut texts over the context; where silent, they are cut if the checkpoint is a folder of
+      sentence-transformers, as that library does, and refused otherwise.
 
     For each text it gives a float32 array (dimensions,), or (spans, dimensions), or (tokens, dimensions). A list of
     texts gives one array (texts, dimensions); with spans or tokens, a list of arrays.
@@ -224,13 +224,14 @@ def _token_spans(encoding: Encoding, spans: Any, text: str, shift: int) -> list[
     if not isinstance(spans, list | tuple) or not spans:
         raise InputError(f"spans is {spans!r}; give a list of pairs of characters, (start, end)")
     out = []
+    offsets = encoding.offsets
     real = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
     for span in spans:
         pair = tuple(span) if isinstance(span, list | tuple) else ()
         if len(pair) != 2 or not all(isinstance(x, int) for x in pair) or not 0 <= pair[0] < pair[1] <= len(text):
             raise InputError(f"spans holds {span!r}; the text has characters 0 to {len(text)}")
         start, end = pair[0] + shift, pair[1] + shift
-        inside = [i for i in real if encoding.offsets[i][0] < end and encoding.offsets[i][1] > start]
+        inside = [i for i in real if offsets[i][0] < end and offsets[i][1] > start]
         if not inside:
             raise InputError(f"spans holds {span!r}, where no token is, or none within the context of the model")
         out.append((inside[0], inside[-1] + 1))

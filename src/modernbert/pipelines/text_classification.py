@@ -41,7 +41,8 @@ class TextClassificationPipeline(ClassifierPipeline):
     A call takes a text, a pair as {"text", "text_pair"}, a list of these or an iterable of them, and the options
     `top_k` (labels a text; 1, and None for all), `function_to_apply` ("sigmoid", "softmax", "none"; where silent,
     softmax over several labels, sigmoid over one or over several that are not exclusive, none for regression),
-    `truncation` and `max_length` (cut texts over the context instead of refusing them).
+    `truncation` and `max_length` (cut texts over the context instead of refusing them; `padding` is taken and changes
+    nothing, as nothing is padded).
 
     For each text it gives {"label", "score"}; with `top_k`, a list of them, best first. One text by itself and
     without `top_k` gives a list of one, as in transformers.

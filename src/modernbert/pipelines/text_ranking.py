@@ -15,7 +15,7 @@ from modernbert.auto import kind_of
 from modernbert.errors import CheckpointError, InputError
 from modernbert.hub import Source
 from modernbert.models.base import PreTrainedModel
-from modernbert.models.sentence_layout import SETTINGS
+from modernbert.models.sentence_layout import SETTINGS, settings_of
 from modernbert.pipelines.base import Job, Pipeline, Row, check_count, check_fields, check_text
 from modernbert.pipelines.sentence_embedding import EmbeddingPipeline, Spans, maxsim
 from modernbert.pipelines.text_classification import ClassifierPipeline
@@ -32,8 +32,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
 }
 _SIMILARITIES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "cosine": lambda query, documents: F.normalize(documents, dim=-1) @ F.normalize(query, dim=-1),
-    "dot": lambda query, documents: documents @ query,
+    # Sums of products, row by row: a matrix product's order of sums would depend on the number of documents.
+    "cosine": lambda query, documents: (F.normalize(documents, dim=-1) * F.normalize(query, dim=-1)).sum(-1),
+    "dot": lambda query, documents: (documents * query).sum(-1),
     "euclidean": lambda query, documents: -(documents - query).norm(dim=-1),
     "manhattan": lambda query, documents: -(documents - query).abs().sum(-1),
 }
@@ -48,7 +49,8 @@ class TextRankingPipeline(Pipeline, abc.ABC):
 
     A call takes `query=` and `documents=` (a text and a list of texts), or a dict {"query", "documents"}, a list of
     these or an iterable of them. Options: `top_k` (documents to give; all), `activation` ("sigmoid", "none", "tanh";
-    for cross-encoders), `truncation` (cut texts over the context; where silent, they are cut if the checkpoint is in
+    for cross-encoders), `prompt` (what to put before the query; for cross-encoders, whose checkpoint may name one),
+    `truncation` (cut texts over the context; where silent, they are cut if the checkpoint is in
     sentence-transformers' layout, and refused otherwise).
 
     For each query it gives a list of {"index", "score", "text"}, best first; "index" is the document's number from 0.
@@ -109,7 +111,7 @@ class TextRankingPipeline(Pipeline, abc.ABC):
 class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
     """Ranks by a classifier with one label that reads query and document together."""
 
-    options = ("top_k", "activation", "truncation")
+    options = ("top_k", "activation", "prompt", "truncation")
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
         super().__init__(model, tokenizer, **options)
@@ -121,7 +123,10 @@ class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
         """Load a cross-encoder, with the activation that its folder names."""
         if isinstance(model, str | Path):
             source = Source.pop_from(model, dict(kwargs))
-            kwargs = {"activation": _activation_of(source), "truncation": _is_cross_encoder(source), **kwargs}
+            usual = {"activation": _activation_of(source), "truncation": _is_cross_encoder(source)}
+            settings = settings_of(source, "")
+            prompt = settings.get("prompts", {}).get(settings.get("default_prompt_name"))
+            kwargs = usual | ({} if prompt is None else {"prompt": prompt}) | kwargs
         return super().load(model, tokenizer, **kwargs)
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -129,11 +134,16 @@ class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
         name = settings.get("activation") or "sigmoid"
         if name not in ACTIVATIONS:
             raise InputError(f"activation is {name!r}; choose one of {', '.join(ACTIVATIONS)}")
-        return {**_common(settings), "activation": name, "truncation": bool(settings.get("truncation"))}
+        prompt = settings.get("prompt") or ""
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt is {prompt!r}; it must be a string")
+        cut = settings.get("truncation", False)
+        return {**_common(settings), "activation": name, "prompt": prompt, "truncation": cut}
 
     def rows(self, query: str, documents: list[str], settings: dict[str, Any]) -> list[Row]:
         """One row a document, together with the query."""
-        pairs = self.encode([query] * len(documents), documents, truncation=settings["truncation"])
+        asked = settings["prompt"] + query
+        pairs = self.encode([asked] * len(documents), documents, truncation=settings["truncation"])
         return [Row(encoding.ids) for encoding in pairs]
 
     def scores(self, results: list[Any], settings: dict[str, Any]) -> list[float]:
@@ -202,13 +212,14 @@ def _is_cross_encoder(source: Source) -> bool:
 def _activation_of(source: Source) -> str:
     """The activation that a cross-encoder's folder names, in any of the places where it was written over time."""
     config = source.read_json("config.json")
+    older = config.get("sentence_transformers")
     path = (
         _about(source).get("activation_fn")
-        or (config.get("sentence_transformers") or {}).get("activation_fn")
+        or (older.get("activation_fn") if isinstance(older, dict) else None)
         or config.get("sbert_ce_default_activation_function")
     )
     if path is None:
         return "sigmoid"
-    if path not in _ACTIVATIONS:
+    if not isinstance(path, str) or path not in _ACTIVATIONS:
         raise CheckpointError(f"the folder names the activation {path!r}; known are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[path]

@@ -8,26 +8,27 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from modernbert.auto import AutoModelForTokenClassification
 from modernbert.errors import InputError
 from modernbert.models.token_classification import ModernBertForTokenClassification
-from modernbert.pipelines.base import Job, Pipeline, Row, check_choice, check_count, check_text
+from modernbert.pipelines.base import Job, Pipeline, Row, check_choice, check_count, check_text, short
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
+Scores = NDArray[np.float32]  # one a label
 _STRIDE = 128  # tokens that windows of a long text share, where nobody says
 
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """One token of a text with the scores of its labels.
+    """One token of a text.
 
     Attributes:
-        index: its place in the row that the model saw, special tokens included.
+        index: its place among the text's tokens, special ones included.
         piece: how the vocabulary spells it.
         start, end: its characters in the text.
-        scores: one a label, float32.
         continues: whether it goes on with the word of the token before.
     """
 
@@ -35,7 +36,6 @@ class Token:
     piece: str
     start: int
     end: int
-    scores: np.ndarray[Any, Any]
     continues: bool
 
 
@@ -84,11 +84,18 @@ class TokenClassificationPipeline(Pipeline):
             stride = min(_STRIDE, max(limit // 4, 0))
         if check_count("stride", stride, 0) >= limit:
             raise InputError(f"stride is {stride}; windows hold {limit} tokens of text and must share fewer")
+        ignore = settings.get("ignore_labels")
+        ignore = ["O"] if ignore is None else [ignore] if isinstance(ignore, str) else ignore
+        if not isinstance(ignore, list | tuple | set) or not all(isinstance(label, str) for label in ignore):
+            raise InputError(f"ignore_labels is {ignore!r}; give a list of labels")
+        delimiter = settings.get("delimiter")
+        if delimiter is not None and not isinstance(delimiter, str):
+            raise InputError(f"delimiter is {delimiter!r}; it must be a string")
         return {
             "strategy": check_choice("aggregation_strategy", strategy, STRATEGIES),
-            "ignore": set(["O"] if settings.get("ignore_labels") is None else settings["ignore_labels"]),
+            "ignore": set(ignore),
             "words": bool(settings.get("is_split_into_words")),
-            "delimiter": " " if settings.get("delimiter") is None else settings["delimiter"],
+            "delimiter": " " if delimiter is None else delimiter,
             "stride": stride,
         }
 
@@ -104,24 +111,38 @@ class TokenClassificationPipeline(Pipeline):
         else:
             for item in items:
                 check_text(item)
-        encodings = self.tokenizer(
-            [list(item) for item in items] if settings["words"] else items,
-            truncation=True,
-            max_length=self.context,
-            stride=settings["stride"],
-            is_split_into_words=settings["words"],
-        ).encodings
+        texts = [list(item) for item in items] if settings["words"] else items
+        encodings = self.tokenizer(texts, truncation=False, is_split_into_words=settings["words"]).encodings
         assert encodings is not None
         jobs = []
         for item, encoding in zip(items, encodings, strict=True):
-            windows = [encoding, *encoding.overflowing]
             text, starts = item, None
             if settings["words"]:
                 text = settings["delimiter"].join(item)
                 lengths = [len(word) + len(settings["delimiter"]) for word in item]
                 starts = [0, *itertools.accumulate(lengths)]
-            jobs.append(Job([Row(window.ids) for window in windows], (text, starts, windows)))
+            tokens = self._tokens(text, starts, encoding)
+            if not tokens:
+                raise InputError(f"a text makes no token with this tokenizer: {short(text)!r}")
+            jobs.append(Job(self._windows(encoding, tokens, settings["stride"]), tokens))
         return jobs
+
+    def _windows(self, encoding: Encoding, tokens: list[Token], stride: int) -> list[Row]:
+        """Rows of as many tokens of the text as the context holds, special ones around each.
+
+        A row's `extra` says which of the tokens it has.
+        """
+        first, last = tokens[0].index, tokens[-1].index + 1
+        all_ids = encoding.ids
+        before, after = all_ids[:first], all_ids[last:]
+        limit = self.context - len(before) - len(after)
+        rows = []
+        for start in range(0, len(tokens), limit - stride):
+            ids = all_ids[first + start : min(first + start + limit, last)]
+            rows.append(Row([*before, *ids, *after], slice(start, start + len(ids))))
+            if start + limit >= len(tokens):
+                break
+        return rows
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
         """Probabilities (tokens, labels) of each row."""
@@ -131,13 +152,14 @@ class TokenClassificationPipeline(Pipeline):
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:
         """Tokens or entities."""
-        text, starts, windows = job.context
-        seen = [
-            self._tokens(text, starts, window, result.numpy())
-            for window, result in zip(windows, job.results, strict=True)
-        ]
+        seen = []
+        for row, result in zip(job.rows, job.results, strict=True):
+            before = job.context[0].index  # special tokens at the row's beginning
+            some = job.context[row.extra]
+            scores = result.numpy()[before : before + len(some)]
+            seen.append(list(zip(some, scores, strict=True)))
         if settings["strategy"] == "none":
-            entities = [self._alone(token) for token in _merged_tokens(seen)]
+            entities = [self._alone(token, scores) for token, scores in _merged_tokens(seen)]
             return [e for e in entities if e["entity"] not in settings["ignore"]]
         found = []
         for tokens in seen:
@@ -145,63 +167,67 @@ class TokenClassificationPipeline(Pipeline):
             found += [e for e in self._entities(labelled) if e["entity_group"] not in settings["ignore"]]
         return found if len(seen) == 1 else _merged_entities(found)
 
-    def _tokens(
-        self, text: str, word_starts: list[int] | None, window: Encoding, scores: np.ndarray[Any, Any]
-    ) -> list[Token]:
+    def _tokens(self, text: str, word_starts: list[int] | None, encoding: Encoding) -> list[Token]:
         tokens = []
         unknown = self.tokenizer.unk_token_id
-        for i, special in enumerate(window.special_tokens_mask):
+        # The library makes each of these lists anew whenever it is asked.
+        parts = zip(
+            encoding.ids,
+            encoding.tokens,
+            encoding.offsets,
+            encoding.word_ids,
+            encoding.special_tokens_mask,
+            strict=True,
+        )
+        for i, (token_id, piece, (start, end), word, special) in enumerate(parts):
             if special:
                 continue
-            start, end = window.offsets[i]
-            word = window.word_ids[i]
             if word_starts is not None and word is not None:
                 start, end = start + word_starts[word], end + word_starts[word]
             # A token begins a word where a space stands at its first character or before it.
             continues = start > 0 and " " not in text[start - 1 : start + 1]
-            piece = window.tokens[i]
-            if window.ids[i] == unknown:
+            if token_id == unknown:
                 piece, continues = text[start:end], False
-            tokens.append(Token(i, piece, start, end, scores[i], continues))
+            tokens.append(Token(i, piece, start, end, continues))
         return tokens
 
-    def _alone(self, token: Token) -> dict[str, Any]:
-        label = int(token.scores.argmax())
+    def _alone(self, token: Token, scores: Scores) -> dict[str, Any]:
+        label = int(scores.argmax())
         return {
             "entity": self.model.config.id2label[label],
-            "score": float(token.scores[label]),
+            "score": float(scores[label]),
             "index": token.index,
             "word": token.piece,
             "start": token.start,
             "end": token.end,
         }
 
-    def _labelled(self, tokens: list[Token], strategy: str) -> list[dict[str, Any]]:
+    def _labelled(self, tokens: list[tuple[Token, Scores]], strategy: str) -> list[dict[str, Any]]:
         """Tokens or words with one label each: {"entity", "score", "word", "start", "end"}."""
         if strategy == "simple":
-            return [self._alone(token) for token in tokens]
-        words: list[list[Token]] = []
-        for token in tokens:
+            return [self._alone(token, scores) for token, scores in tokens]
+        words: list[list[tuple[Token, Scores]]] = []
+        for token, scores in tokens:
             if words and token.continues:
-                words[-1].append(token)
+                words[-1].append((token, scores))
             else:
-                words.append([token])
+                words.append([(token, scores)])
         out = []
         for word in words:
             if strategy == "first":
-                scores = word[0].scores
+                scores = word[0][1]
             elif strategy == "max":
-                scores = max(word, key=lambda token: token.scores.max()).scores
+                scores = max((scores for _, scores in word), key=lambda scores: scores.max())
             else:
-                scores = np.stack([token.scores for token in word]).mean(0)
+                scores = np.stack([scores for _, scores in word]).mean(0)
             label = int(scores.argmax())
             out.append(
                 {
                     "entity": self.model.config.id2label[label],
                     "score": float(scores[label]),
-                    "word": self.tokenizer.convert_tokens_to_string([token.piece for token in word]),
-                    "start": word[0].start,
-                    "end": word[-1].end,
+                    "word": self.tokenizer.convert_tokens_to_string([token.piece for token, _ in word]),
+                    "start": word[0][0].start,
+                    "end": word[-1][0].end,
                 }
             )
         return out
@@ -247,19 +273,12 @@ def _merged_entities(entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _merged_tokens(windows: list[list[Token]]) -> list[Token]:
-    """Tokens of several windows, each from the window where it is farthest from an edge, numbered through."""
-    if len(windows) == 1:
-        return windows[0]
-    best: dict[tuple[int, int, int], tuple[int, Token]] = {}
+def _merged_tokens(windows: list[list[tuple[Token, Scores]]]) -> list[tuple[Token, Scores]]:
+    """Tokens of several windows in their order, each from the window where it is farthest from an edge."""
+    best: dict[int, tuple[int, tuple[Token, Scores]]] = {}
     for tokens in windows:
-        nth: dict[tuple[int, int], int] = {}  # several tokens may share one character
-        for i, token in enumerate(tokens):
-            where = (token.start, token.end)
-            nth[where] = nth.get(where, 0) + 1
-            key, room = (*where, nth[where]), min(i, len(tokens) - 1 - i)
-            if key not in best or room > best[key][0]:
-                best[key] = (room, token)
-    ordered = [token for _, (_, token) in sorted(best.items(), key=lambda entry: entry[0])]
-    first = windows[0][0].index
-    return [dataclasses.replace(token, index=first + i) for i, token in enumerate(ordered)]
+        for i, (token, scores) in enumerate(tokens):
+            room = min(i, len(tokens) - 1 - i)
+            if token.index not in best or room > best[token.index][0]:
+                best[token.index] = (room, (token, scores))
+    return [best[index][1] for index in sorted(best)]

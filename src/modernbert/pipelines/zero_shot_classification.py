@@ -46,11 +46,10 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """`candidate_labels` as a list of labels, and the other defaults."""
         given = settings.get("candidate_labels")
-        labels = given.split(",") if isinstance(given, str) else given
+        labels = [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
         if not isinstance(labels, list | tuple) or not all(isinstance(x, str) for x in labels):
             raise InputError(f"candidate_labels is {given!r}; give a list of labels")
-        labels = [label.strip() for label in labels]
-        if not labels or not all(labels):
+        if not labels or not all(label.strip() for label in labels):
             raise InputError(f"candidate_labels is {given!r}; give at least one label, and none that is empty")
         template = settings.get("hypothesis_template", "This example is {}.")
         try:

@@ -1,0 +1,9 @@
+"""Records in files, one after another: .txt, .csv, .tsv, .jsonl and .parquet, read and written as they stream by.
+
+A record is a dict of columns; a line of plain text is {"text": line}.
+"""
+
+from modernbert.records.reading import Record, count_records, read_records
+from modernbert.records.writing import ResumableOutput
+
+__all__ = ["Record", "ResumableOutput", "count_records", "read_records"]

@@ -1,0 +1,157 @@
+"""Reading records of files by their suffix."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from modernbert.errors import InputError
+
+Record = dict[str, Any]
+_ROWS_TOGETHER = 1024
+
+
+def read_records(path: Path | None, go_on: bool = False) -> Iterator[Record | InputError]:
+    """Records of a file by its suffix, plain text where that says nothing; standard input without a file.
+
+    Args:
+        path: the file.
+        go_on: give the error in the place of a line that is no record, and read the lines after it.
+
+    Raises:
+        InputError: a line is not what the suffix promises.
+        OSError: the file cannot be read.
+    """
+    if path is not None and path.is_dir():
+        raise InputError(f"{path} is a folder; give a file: {', '.join(_READERS)}")
+    if path is None:
+        records = _lines(sys.stdin.buffer, "standard input")
+    else:
+        records = _READERS.get(path.suffix.lower(), _read_text)(path)
+    for record in records:
+        if isinstance(record, InputError) and not go_on:
+            raise record
+        yield record
+
+
+def count_records(path: Path | None) -> int | None:
+    """How many records a file holds, where that is cheap to say."""
+    if path is None or not path.is_file() or path.suffix.lower() in (".csv", ".tsv"):  # a cell may hold line ends
+        return None
+    if path.suffix.lower() == ".parquet":
+        with _opened_parquet(path) as file:
+            return int(file.metadata.num_rows)
+    with path.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+# Readers give the error in the place of a line that is no record, and raise where the rest of the file makes no sense.
+Records = Iterator[Record | InputError]
+
+
+def _lines(stream: BinaryIO, name: str) -> Records:
+    """Lines that are not blank; each must be UTF-8."""
+    for number, line in enumerate(stream, 1):
+        text = _decoded(line, name, number)
+        if isinstance(text, InputError):
+            yield text
+        elif text.strip():
+            yield {"text": text.rstrip("\r\n")}
+
+
+def _decoded(line: bytes, name: str, number: int) -> str | InputError:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        return InputError(f"{name}, line {number}, is not UTF-8: {error.reason}")
+
+
+def _read_text(path: Path) -> Records:
+    with path.open("rb") as stream:
+        yield from _lines(stream, str(path))
+
+
+def _read_jsonl(path: Path) -> Records:
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            text = _decoded(line, str(path), number)
+            if isinstance(text, InputError):
+                yield text
+            elif text.strip():
+                yield _parsed(text, f"{path}, line {number},")
+
+
+def _parsed(text: str, where: str) -> Record | InputError:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        return InputError(f"{where} is not JSON: {error}")
+    if isinstance(value, str):
+        value = {"text": value}
+    if not isinstance(value, dict):
+        return InputError(f"{where} holds a {type(value).__name__}; give objects or texts")
+    return value
+
+
+def _read_table(path: Path) -> Records:
+    csv.field_size_limit(2**31 - 1)
+    with path.open("rb") as stream:
+        lines = (_sure(_decoded(line, str(path), number)) for number, line in enumerate(stream, 1))
+        rows = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            names = list(rows.fieldnames or ())
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise InputError(f"{path} has more than one column called {', '.join(sorted(twice))}")
+            for row in rows:
+                if None in row or None in row.values():
+                    more = "more" if None in row else "fewer"
+                    yield InputError(
+                        f"{path}, line {rows.line_num}, has {more} cells than its first line, {len(names)}"
+                    )
+                else:
+                    yield dict(row)
+        except csv.Error as error:
+            raise InputError(f"{path}, line {rows.line_num}, is no table: {error}") from error
+
+
+def _sure(text: str | InputError) -> str:
+    if isinstance(text, InputError):
+        raise text
+    return text
+
+
+def _read_parquet(path: Path) -> Records:
+    with _opened_parquet(path) as file:
+        for batch in file.iter_batches(_ROWS_TOGETHER):
+            yield from batch.to_pylist()
+
+
+def _opened_parquet(path: Path) -> Any:
+    library = parquet()
+    try:
+        return library.ParquetFile(path)
+    except ValueError as error:  # what the library raises for files of another kind
+        raise InputError(f"{path} is no parquet file: {error}") from error
+
+
+def parquet() -> Any:
+    """The module `pyarrow.parquet`; raises `InputError` where it is not installed."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError("parquet files need pyarrow: pip install 'modernbert[parquet]'") from error
+    return pyarrow.parquet
+
+
+_READERS: dict[str, Callable[[Path], Records]] = {
+    ".txt": _read_text,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
