@@ -3,7 +3,8 @@
 A matrix product of general libraries picks its kernel, and so the order of its sums, by the number of rows: one
 text alone and the same text in a batch then differ in the last bits. oneDNN's inner product keeps one order for
 every number of rows but one, on any number of threads, so it serves here wherever PyTorch carries it; a single
-row is computed as two. Elsewhere fixed-size blocks of rows give the same guarantee.
+row is computed as two, and many rows as a round number of them. Elsewhere fixed-size blocks of rows give the same
+guarantee.
 
 Shapes: T rows, I inputs, O outputs.
 """
@@ -32,14 +33,21 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def _planned_rows(rows: int) -> int:
+    """The number of rows to compute for so many: at least two, and rounded up by a few per cent at the most."""
+    if rows <= 64:
+        return max(rows, 2)
+    step = 16 if rows <= 1024 else 64
+    return -(-rows // step) * step
+
+
 def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Tensor | None) -> Tensor:
     rows = x_TI.shape[0]
     if rows == 0:
         return x_TI.new_zeros((0, weight_OI.shape[0]))
     if _onednn_serves(x_TI):
-        x_TI = x_TI.contiguous()
-        if rows == 1:
-            x_TI = x_TI.expand(2, -1).contiguous()
+        # oneDNN keeps a plan, megabytes large, for every number of rows that it has seen; few numbers keep memory flat.
+        x_TI = F.pad(x_TI, (0, 0, 0, _planned_rows(rows) - rows)) if rows != _planned_rows(rows) else x_TI.contiguous()
         weight = weight_OI.contiguous() if packed is None else packed
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight, bias_O, "none", [], "")
         return out[:rows]
