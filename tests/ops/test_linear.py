@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modernbert.ops.linear import linear, pack_weight
+from modernbert.ops.linear import linear, pack_weight, planned_rows
 
 SHAPES = [(768, 2304), (1152, 768), (192, 576), (64, 192), (48, 97), (33, 5)]
 
@@ -73,3 +73,12 @@ def test_leading_dimensions_no_rows_and_autocast():
 def test_double_precision_falls_back_to_blocks():
     x, weight = torch.randn(5, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+
+
+def test_few_numbers_of_rows_are_computed_so_that_memory_stays_flat():
+    """oneDNN keeps a plan for every number of rows; planned ones are few, and not much larger than asked for."""
+    for rows in range(1, 5000):
+        planned = planned_rows(rows)
+        assert rows <= planned <= max(2, rows * 1.25)
+    assert len({planned_rows(rows) for rows in range(1, 65537)}) < 1200
+    assert len({planned_rows(rows) for rows in range(3500, 4097)}) <= 11

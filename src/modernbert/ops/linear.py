@@ -33,7 +33,7 @@ def _onednn_computes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _planned_rows(rows: int) -> int:
+def planned_rows(rows: int) -> int:
     """The number of rows to compute for so many: at least two, and rounded up by a few per cent at the most."""
     if rows <= 64:
         return max(rows, 2)
@@ -47,7 +47,7 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Ten
         return x_TI.new_zeros((0, weight_OI.shape[0]))
     if _onednn_serves(x_TI):
         # oneDNN keeps a plan, megabytes large, for every number of rows that it has seen; few numbers keep memory flat.
-        x_TI = F.pad(x_TI, (0, 0, 0, _planned_rows(rows) - rows)) if rows != _planned_rows(rows) else x_TI.contiguous()
+        x_TI = F.pad(x_TI, (0, 0, 0, planned_rows(rows) - rows)) if rows != planned_rows(rows) else x_TI.contiguous()
         weight = weight_OI.contiguous() if packed is None else packed
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight, bias_O, "none", [], "")
         return out[:rows]
