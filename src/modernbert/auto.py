@@ -7,19 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from modernbert.config import ModernBertConfig
+from modernbert.config import Config
 from modernbert.errors import ConfigError
 from modernbert.hub import Source
 from modernbert.models.base import PreTrainedModel
 from modernbert.tokenizer import Tokenizer
 
 # model_type -> where each kind of class is. A new architecture or head is one entry.
-_CONFIGS = {"modernbert": "config.ModernBertConfig"}
+_CONFIGS = {"modernbert": "config.ModernBertConfig", "modernbert-decoder": "config.ModernBertDecoderConfig"}
 _MODELS: dict[str, dict[str, str]] = {
-    "base": {"modernbert": "models.encoder.ModernBertModel"},
+    "base": {
+        "modernbert": "models.encoder.ModernBertModel",
+        "modernbert-decoder": "models.decoder.ModernBertDecoderModel",
+    },
+    "causal-lm": {"modernbert-decoder": "models.causal_lm.ModernBertDecoderForCausalLM"},
     "masked-lm": {"modernbert": "models.masked_lm.ModernBertForMaskedLM"},
     "sequence-classification": {
         "modernbert": "models.sequence_classification.ModernBertForSequenceClassification",
+        "modernbert-decoder": "models.decoder_classification.ModernBertDecoderForSequenceClassification",
     },
     "token-classification": {"modernbert": "models.token_classification.ModernBertForTokenClassification"},
     "multiple-choice": {"modernbert": "models.multiple_choice.ModernBertForMultipleChoice"},
@@ -55,7 +60,7 @@ class AutoConfig:
     """Reads the configuration class that `model_type` names."""
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> ModernBertConfig:
+    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Config:
         """Like `ModernBertConfig.from_pretrained`, for any known `model_type`.
 
         Raises:
@@ -67,7 +72,7 @@ class AutoConfig:
         model_type = _model_type_of(values)
         if model_type not in _CONFIGS:
             raise ConfigError(f"{name_or_folder} has model_type {model_type!r}; known are {', '.join(_CONFIGS)}")
-        config: ModernBertConfig = _load(_CONFIGS[model_type]).from_dict(values, **kwargs)
+        config: Config = _load(_CONFIGS[model_type]).from_dict(values, **kwargs)
         return config
 
 
@@ -85,7 +90,7 @@ class _AutoModelBase:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | Path, *, config: ModernBertConfig | None = None, **kwargs: Any
+        cls, name_or_folder: str | Path, *, config: Config | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         """Load a model of this kind; arguments as of `PreTrainedModel.from_pretrained`.
 
@@ -99,13 +104,13 @@ class _AutoModelBase:
         return model
 
     @classmethod
-    def from_config(cls, config: ModernBertConfig, **kwargs: Any) -> PreTrainedModel:
+    def from_config(cls, config: Config, **kwargs: Any) -> PreTrainedModel:
         """Make a freshly initialised model of this kind."""
         model: PreTrainedModel = cls._class_for(config)(config, **kwargs)
         return model
 
     @classmethod
-    def _class_for(cls, config: ModernBertConfig) -> Any:
+    def _class_for(cls, config: Config) -> Any:
         models = _MODELS[cls.kind]
         if config.model_type not in models:
             raise ConfigError(
@@ -130,6 +135,12 @@ class AutoModelForMaskedLM(_AutoModelBase):
     """Masked language models."""
 
     kind = "masked-lm"
+
+
+class AutoModelForCausalLM(_AutoModelBase):
+    """Language models that say what comes next."""
+
+    kind = "causal-lm"
 
 
 class AutoModelForSequenceClassification(_AutoModelBase):

@@ -47,7 +47,7 @@ def pretrain(
     paths: Paths,
     tokenizer: Annotated[Path, typer.Option(help="Folder with tokenizer.json.")],
     output: Annotated[Path, typer.Option(help="Folder of the run: metrics, checkpoints and the finished model.")],
-    objective: Annotated[str, typer.Option(help="mlm: masked language modelling.")] = "mlm",
+    objective: Annotated[str, typer.Option(help="mlm: an encoder, by masked tokens; clm: a decoder.")] = "mlm",
     config: Annotated[Path | None, typer.Option(help="JSON file or folder with a configuration to start from.")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="Width of the MLPs.")] = None,
@@ -74,9 +74,7 @@ def pretrain(
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")] = False,
 ) -> None:
-    """Pretrain an encoder on raw text: packed texts, each attending to itself alone."""
-    if objective != "mlm":
-        raise InputError(f"objective is {objective!r}; this release trains mlm")
+    """Pretrain an encoder or a decoder on raw text: packed texts, each attending to itself alone."""
     from modernbert.training.data import Corpus
     from modernbert.training.pretrain import PretrainOptions, new_model
     from modernbert.training.pretrain import pretrain as train
@@ -91,6 +89,7 @@ def pretrain(
         "max_position_embeddings": max_length,
     }
     options = PretrainOptions(
+        objective=objective,
         steps=steps,
         tokens_per_step=tokens_per_step,
         micro_tokens=micro_tokens,
@@ -108,7 +107,7 @@ def pretrain(
         save_every=save_every,
     )
     backend = _tokenizer(tokenizer)
-    model = new_model(backend, {k: v for k, v in sizes.items() if v is not None}, config, device, seed)
+    model = new_model(backend, {k: v for k, v in sizes.items() if v is not None}, config, device, seed, objective)
     _say(f"{model.num_parameters() / 1e6:.2f} M parameters")
     texts, kept = split_documents(paths, held_out)
     corpus = Corpus.from_documents(texts, backend, max_length, seed)

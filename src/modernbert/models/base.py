@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.checkpoint import dtype_of, read_weights, weight_files, weight_names, write_weights
-from modernbert.config import ModernBertConfig
+from modernbert.config import Config
 from modernbert.errors import CheckpointError
 from modernbert.hub import Source
 from modernbert.models.initialization import initial_std, initialize
@@ -38,11 +38,11 @@ class PreTrainedModel(nn.Module):
             run here raises `BackendError` with the reason.
     """
 
-    config_class: ClassVar[type[ModernBertConfig]] = ModernBertConfig
+    config_class: ClassVar[type[Config]]
     base_model_prefix: ClassVar[str] = "model"
     tied_weights: ClassVar[Mapping[str, str]] = {}  # parameter left out of checkpoints -> the one it shares
 
-    def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
+    def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         super().__init__()
         if not isinstance(config, self.config_class):
             raise TypeError(
@@ -74,7 +74,7 @@ class PreTrainedModel(nn.Module):
         cls,
         name_or_folder: str | Path,
         *,
-        config: ModernBertConfig | None = None,
+        config: Config | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | int | None = None,

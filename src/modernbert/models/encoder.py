@@ -5,30 +5,35 @@ Shapes: B texts, S columns of a padded grid, T real tokens of all texts together
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from modernbert.config import ModernBertConfig
-from modernbert.errors import InputError
-from modernbert.models.base import PreTrainedModel
-from modernbert.models.inputs import PackedInputs, pack_inputs
-from modernbert.models.layers import Embeddings, Layer, LayerContext, layer_norm
+from modernbert.models.backbone import Backbone, check_kwargs, restore_all
+from modernbert.models.layers import Attention, Linear, select
 from modernbert.models.outputs import BaseModelOutput
-from modernbert.ops.attention.eager import EagerAttention
-from modernbert.ops.rope import rope_tables
-
-logger = logging.getLogger(__name__)
-
-# What callers hand over out of habit, and what means nothing to this architecture.
-_IGNORED = {"token_type_ids"}
 
 
-class ModernBertModel(PreTrainedModel):
+class EncoderAttention(Attention):
+    """q, k and v in one projection."""
+
+    def __init__(self, config: ModernBertConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.Wqkv = Linear(config.hidden_size, 3 * self.heads * self.head_dim, bias=config.attention_bias)
+
+    def project(self, x_TM: Tensor) -> Tensor:
+        """(T, M) to (T, 3, H, D)."""
+        return self.Wqkv(x_TM).unflatten(-1, (3, self.heads, self.head_dim))
+
+    def select_heads(self, rows: Tensor) -> None:
+        """Keep these outputs of each of the three."""
+        width = self.heads * self.head_dim
+        self.Wqkv = select(self.Wqkv, torch.cat([rows + part * width for part in range(3)]), dim=0)
+
+
+class ModernBertModel(Backbone):
     """The bare encoder, without a head.
 
     Args:
@@ -38,13 +43,9 @@ class ModernBertModel(PreTrainedModel):
     Source: ModernBERT, arXiv:2412.13663.
     """
 
-    def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
-        super().__init__(config, attn_implementation)
-        self.backend = self.make_backend()
-        self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList([Layer(config, i) for i in range(config.num_hidden_layers)])
-        self.final_norm = layer_norm(config)
-        self._finish()
+    config: ModernBertConfig
+    config_class = ModernBertConfig
+    attention_class = EncoderAttention
 
     def forward(
         self,
@@ -107,79 +108,3 @@ class ModernBertModel(PreTrainedModel):
         output.last_hidden_state = inputs.restore(x_TM)
         output.hidden_states = restore_all(inputs, output.hidden_states)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-    @property
-    def pack_inputs(self) -> functools.partial[PackedInputs]:
-        """`models.inputs.pack_inputs` for this model's vocabulary and width."""
-        return functools.partial(pack_inputs, vocab_size=self.config.vocab_size, hidden_size=self.config.hidden_size)
-
-    def encode(
-        self,
-        inputs: PackedInputs,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> BaseModelOutput:
-        """Packed inputs to a packed last hidden state and hidden states (T, M), and padded attentions."""
-        config = self.config
-        want_weights = config.output_attentions if output_attentions is None else output_attentions
-        want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
-        shared = self._shared(inputs, x_TM, want_weights)
-        states = [x_TM]
-        weights: list[Any] | None = [] if want_weights else None
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            context = shared[layer.kind]
-            if self.is_gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x_TM = checkpoint(layer, x_TM, context, weights, use_reentrant=False)
-            else:
-                x_TM = layer(x_TM, context, weights)
-            states.append(x_TM)
-        x_TM = self.final_norm(x_TM)
-        states[-1] = x_TM
-        return BaseModelOutput(
-            last_hidden_state=x_TM,
-            hidden_states=tuple(states) if want_states else None,
-            attentions=None
-            if weights is None
-            else tuple(EagerAttention.pad_weights(w, inputs.packing) for w in weights),
-        )
-
-    def _shared(self, inputs: PackedInputs, x_TM: Tensor, want_weights: bool) -> dict[str, LayerContext]:
-        """Masks and rotary tables, once for each kind of layer."""
-        config, packing = self.config, inputs.packing
-        backend = self.backend
-        if want_weights and not isinstance(backend, EagerAttention):
-            if self.attn_implementation != "auto":
-                raise InputError(
-                    f"output_attentions needs attention weights, which attn_implementation "
-                    f"{self.attn_implementation!r} never makes; load the model with 'eager' or 'auto'"
-                )
-            logger.info("attention backend: eager for this call, which wants attention weights")
-            backend = EagerAttention()
-        autocast = torch.is_autocast_enabled(x_TM.device.type)
-        dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
-        shared = {}
-        for kind in dict.fromkeys(config.layer_types or ()):
-            assert config.rope_parameters is not None
-            cos_T1F, sin_T1F = rope_tables(
-                config.rope_parameters[kind],
-                config.head_dim,
-                inputs.positions_T,
-                max_positions=config.max_position_embeddings,
-                text_T=packing.text_T,
-            )
-            shared[kind] = LayerContext(backend, backend.plan(packing, config.reach(kind), dtype), cos_T1F, sin_T1F)
-        return shared
-
-
-def check_kwargs(kwargs: dict[str, Any]) -> None:
-    """Refuse forward arguments that are neither served nor known to mean nothing here."""
-    unknown = sorted(set(kwargs) - _IGNORED)
-    if unknown:
-        raise TypeError(f"forward got unknown arguments: {', '.join(unknown)}")
-
-
-def restore_all(inputs: PackedInputs, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-    """Every hidden state in the caller's shape."""
-    return None if states is None else tuple(inputs.restore(x) for x in states)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError
+from modernbert.models.backbone import check_kwargs, restore_all
 from modernbert.models.base import PreTrainedModel
-from modernbert.models.encoder import ModernBertModel, check_kwargs, restore_all
+from modernbert.models.encoder import ModernBertModel
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Linear, PredictionHead
 from modernbert.ops.losses import IGNORED
@@ -29,6 +30,9 @@ class EncoderWithHead(PreTrainedModel, abc.ABC):
         config: the architecture.
         attn_implementation: "auto", "eager" or "sdpa".
     """
+
+    config: ModernBertConfig
+    config_class = ModernBertConfig
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import nn
 
-from modernbert.config import ModernBertConfig
+from modernbert.config import Config
 
 
-def initial_std(module_name: str, config: ModernBertConfig) -> float:
+def initial_std(module_name: str, config: Config) -> float:
     """Standard deviation of a module's initial weight, by the last part of its name.
 
     Projections back into the residual stream are smaller by sqrt(2 x layers), so that the stream's size does not
@@ -21,6 +21,9 @@ def initial_std(module_name: str, config: ModernBertConfig) -> float:
     stds = {
         "tok_embeddings": inward,
         "Wqkv": inward,
+        "q_proj": inward,
+        "k_proj": inward,
+        "v_proj": inward,
         "Wi": inward,
         "Wo": outward,
         "dense": outward,
@@ -31,7 +34,7 @@ def initial_std(module_name: str, config: ModernBertConfig) -> float:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModernBertConfig, only: set[str]) -> None:
+def initialize(model: nn.Module, config: Config, only: set[str]) -> None:
     """Fill the parameters of these names with fresh values, in place."""
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -5,12 +5,14 @@ Shapes: T tokens of all texts together, H heads, D head size, M hidden size, I i
 
 from __future__ import annotations
 
+import abc
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from modernbert.config import ModernBertConfig
+from modernbert.config import Config
+from modernbert.models.continuation import Continuation
 from modernbert.ops.activations import activation
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.eager import EagerAttention
@@ -66,7 +68,7 @@ class Linear(nn.Linear):
         return state
 
 
-def layer_norm(config: ModernBertConfig) -> nn.LayerNorm:
+def layer_norm(config: Config) -> nn.LayerNorm:
     """LayerNorm over the hidden size, as the configuration wants it."""
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
@@ -75,15 +77,16 @@ class LayerContext(NamedTuple):
     """What all layers of one type share in one forward pass."""
 
     backend: AttentionBackend
-    plan: Any  # the backend's own
+    plan: Any  # the backend's own; None where there is a cache
     cos_T1F: Tensor
     sin_T1F: Tensor
+    cached: Continuation | None = None
 
 
 class Embeddings(nn.Module):
     """Token embedding, LayerNorm, dropout."""
 
-    def __init__(self, config: ModernBertConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.norm = layer_norm(config)
@@ -95,27 +98,39 @@ class Embeddings(nn.Module):
         return self.drop(self.norm(x_TM))
 
 
-class Attention(nn.Module):
-    """Self-attention of one layer: q, k, v in one projection, rotary positions, a backend, output projection."""
+class Attention(nn.Module, abc.ABC):
+    """Self-attention of one layer: projections to q, k, v, rotary positions, a backend, output projection.
 
-    def __init__(self, config: ModernBertConfig, layer: int) -> None:
+    Subclasses differ in how the projections are stored.
+    """
+
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.head_dim = config.head_dim
         self.heads = config.num_attention_heads - len(config.pruned_heads.get(layer, []))
         self.dropout = config.attention_dropout
-        width = self.heads * self.head_dim
-        self.Wqkv = Linear(config.hidden_size, 3 * width, bias=config.attention_bias)
-        self.Wo = Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.Wo = Linear(self.heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
         self.out_drop = nn.Dropout(config.attention_dropout)
+
+    @abc.abstractmethod
+    def project(self, x_TM: Tensor) -> Tensor:
+        """Queries, keys and values of rows: (T, M) to (T, 3, H, D)."""
+
+    @abc.abstractmethod
+    def select_heads(self, rows: Tensor) -> None:
+        """Keep these outputs of each projection."""
 
     def forward(self, x_TM: Tensor, shared: LayerContext, weights: list[Any] | None = None) -> Tensor:
         """(T, M) to (T, M). Attention weights, one (H, L, L) a text, are appended to `weights` where given."""
-        qkv_T3HD = self.Wqkv(x_TM).unflatten(-1, (3, self.heads, self.head_dim))
+        qkv_T3HD = self.project(x_TM)
         qk_TGD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), shared.cos_T1F, shared.sin_T1F)
         q_THD, k_THD = qk_TGD.split(self.heads, dim=1)
         v_THD = qkv_T3HD[:, 2]
         dropout = self.dropout if self.training else 0.0
-        if weights is None:
+        if shared.cached is not None:
+            out_THD = shared.cached.attend(self.layer, q_THD, k_THD, v_THD, weights)
+        elif weights is None:
             out_THD = shared.backend.attend(q_THD, k_THD, v_THD, shared.plan, dropout)
         else:
             assert isinstance(shared.backend, EagerAttention)
@@ -126,15 +141,13 @@ class Attention(nn.Module):
     def prune(self, heads: list[int]) -> None:
         """Remove these heads, numbered as they are now."""
         kept = torch.tensor([h for h in range(self.heads) if h not in heads], dtype=torch.int64)
-        columns = (kept[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
-        width = self.heads * self.head_dim
-        rows = torch.cat([columns + part * width for part in range(3)])
-        self.Wqkv = _select(self.Wqkv, rows, dim=0)
-        self.Wo = _select(self.Wo, columns, dim=1)
+        rows = (kept[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+        self.select_heads(rows)
+        self.Wo = select(self.Wo, rows, dim=1)
         self.heads = len(kept)
 
 
-def _select(module: Linear, index: Tensor, dim: int) -> Linear:
+def select(module: Linear, index: Tensor, dim: int) -> Linear:
     """A linear layer with only these outputs (dim 0) or inputs (dim 1)."""
     weight = module.weight.detach().index_select(dim, index.to(module.weight.device))
     out = Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
@@ -148,7 +161,7 @@ def _select(module: Linear, index: Tensor, dim: int) -> Linear:
 class MLP(nn.Module):
     """GeGLU: the activated first half of one projection gates the second half."""
 
-    def __init__(self, config: ModernBertConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.Wi = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.act = activation(config.hidden_activation)
@@ -163,14 +176,20 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the first layer's attention takes x as it is."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); the first layer's attention takes x as it is.
 
-    def __init__(self, config: ModernBertConfig, layer: int) -> None:
+    Args:
+        config: the architecture.
+        layer: its number.
+        attention: the class of its attention.
+    """
+
+    def __init__(self, config: Config, layer: int, attention: type[Attention]) -> None:
         super().__init__()
         assert config.layer_types is not None
         self.kind = config.layer_types[layer]
         self.attn_norm = nn.Identity() if layer == 0 else layer_norm(config)
-        self.attn = Attention(config, layer)
+        self.attn = attention(config, layer)
         self.mlp_norm = layer_norm(config)
         self.mlp = MLP(config)
 
@@ -183,7 +202,7 @@ class Layer(nn.Module):
 class PredictionHead(nn.Module):
     """norm(act(dense(x))): what stands before every classifier and output decoder."""
 
-    def __init__(self, config: ModernBertConfig) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.hidden_size, bias=config.classifier_bias)
         self.act = activation(config.classifier_activation)

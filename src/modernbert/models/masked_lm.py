@@ -46,6 +46,10 @@ class ModernBertForMaskedLM(EncoderWithHead):
             labels_T = labels_T.masked_fill(labels_T == self.config.sparse_pred_ignore_index, IGNORED)
         return check_classes(labels_T, self.config.vocab_size)
 
+    def score(self, x: Tensor) -> Tensor:
+        """Scores of the whole vocabulary: (N, M) to (N, V)."""
+        return self.decoder(self.head(x))
+
     def apply_head(
         self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, num_items: Tensor | float | None
     ) -> MaskedLMOutput:
@@ -55,7 +59,7 @@ class ModernBertForMaskedLM(EncoderWithHead):
             assert labels is not None
             labelled = (labels != IGNORED).nonzero().squeeze(1)
             x_TM, labels = x_TM.index_select(0, labelled), labels.index_select(0, labelled)
-        logits = self.decoder(self.head(x_TM))
+        logits = self.score(x_TM)
         loss = None if labels is None else cross_entropy(logits, labels, num_items=num_items)
         if not sparse:
             repadded = inputs.packing.grid is not None

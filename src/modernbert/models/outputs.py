@@ -70,6 +70,24 @@ class BaseModelOutput(ModelOutput):
 
 
 @dataclasses.dataclass
+class BaseModelOutputWithPast(ModelOutput):
+    """Output of the bare decoder.
+
+    Attributes:
+        last_hidden_state: as in `BaseModelOutput`.
+        past_key_values: the `DecoderCache` of all tokens so far, where one was asked for.
+        hidden_states: as in `BaseModelOutput`.
+        attentions: for each layer (batch, heads, sequence, sequence), or the tokens of each text from its first where
+            there was a cache; zeros at padding and at what is not seen.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
 class HeadOutput(ModelOutput):
     """Output of models with a head.
 
@@ -122,3 +140,30 @@ class QuestionAnsweringModelOutput(ModelOutput):
     end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class HeadOutputWithPast(ModelOutput):
+    """Output of decoders with a head.
+
+    Attributes:
+        loss: scalar, where labels were given.
+        logits: what the head says; each class below has its shape.
+        past_key_values, hidden_states, attentions: as in `BaseModelOutputWithPast`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class CausalLMOutputWithPast(HeadOutputWithPast):
+    """Logits (batch, sequence, vocabulary), zeros at padding; (tokens, vocabulary) for packed input; fewer columns or
+    tokens with `logits_to_keep`.
+    """
+
+
+class SequenceClassifierOutputWithPast(HeadOutputWithPast):
+    """Logits (batch, labels)."""

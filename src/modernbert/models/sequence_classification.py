@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modernbert.config import ModernBertConfig
+from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.models.heads import EncoderClassifier, check_classes
 from modernbert.models.inputs import PackedInputs
@@ -47,7 +47,7 @@ class ModernBertForSequenceClassification(EncoderClassifier):
         return SequenceClassifierOutput(loss, logits)
 
 
-def problem_of(config: ModernBertConfig, labels: Tensor) -> str:
+def problem_of(config: Config, labels: Tensor) -> str:
     """The kind of problem that labels pose: what the configuration says, or what they look like."""
     if config.problem_type is not None:
         return config.problem_type

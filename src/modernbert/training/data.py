@@ -1,4 +1,4 @@
-"""Token batches for masked language modelling: texts of any length, packed to a token budget.
+"""Token batches for language modelling: texts of any length, packed to a token budget.
 
 Shapes: B texts of a batch, T tokens of all of them together.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from torch import Tensor
 from modernbert.errors import InputError
 from modernbert.training.text import pieces
 
+# Ids (T,) to what the model reads and what it should say, both (T,); -100 where nothing.
+Labelling = Callable[[Tensor, torch.Generator], tuple[Tensor, Tensor]]
 _ENCODED_AT_ONCE = 2048  # texts handed to the tokenizer's threads together
 
 
@@ -76,11 +78,11 @@ class Corpus:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedBatch:
+class TokenBatch:
     """One packed batch.
 
     Attributes:
-        input_ids: (T,) ids, some of them masked.
+        input_ids: (T,) ids, as the model reads them.
         labels: (T,) the true ids where there is something to predict, -100 elsewhere.
         cu_seqlens: (B + 1,) int32.
         number: its place in the stream, from 0.
@@ -90,30 +92,6 @@ class MaskedBatch:
     labels: Tensor
     cu_seqlens: Tensor
     number: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Masking:
-    """Which tokens to hide behind the mask.
-
-    All chosen tokens become the mask: BERT's leaving some as they are and replacing others at random does not help
-    (arXiv:2202.08005).
-
-    Args:
-        rate: share of the tokens to predict.
-        mask_id: of the mask token.
-        special_ids: ids that are never hidden.
-    """
-
-    rate: float
-    mask_id: int
-    special_ids: tuple[int, ...]
-
-    def __call__(self, ids_T: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Ids (T,) to masked ids and labels, both (T,)."""
-        special = torch.isin(ids_T, torch.tensor(self.special_ids))
-        chosen = (torch.rand(ids_T.shape, generator=generator) < self.rate) & ~special
-        return ids_T.masked_fill(chosen, self.mask_id), ids_T.masked_fill(~chosen, -100)
 
 
 def batch_order(lengths: npt.NDArray[np.int64], budget: int, seed: int) -> list[npt.NDArray[np.int64]]:
@@ -129,16 +107,16 @@ def batch_order(lengths: npt.NDArray[np.int64], budget: int, seed: int) -> list[
     return batches
 
 
-def masked_batches(
-    corpus: Corpus, masking: Masking, budget: int, seed: int, start: int = 0, epochs: float = math.inf
-) -> Iterator[MaskedBatch]:
-    """Packed, masked batches, shuffled anew in each epoch.
+def token_batches(
+    corpus: Corpus, labelling: Labelling, budget: int, seed: int, start: int = 0, epochs: float = math.inf
+) -> Iterator[TokenBatch]:
+    """Packed batches with labels, shuffled anew in each epoch.
 
     A batch depends on the seed and its number alone, so that a run goes on where it stopped.
 
     Args:
         corpus: the texts.
-        masking: what to hide.
+        labelling: what the model reads and what it should say, such as an objective.
         budget: tokens a batch.
         seed: of order and masks.
         start: number of the first batch to give.
@@ -152,8 +130,8 @@ def masked_batches(
             if number >= start:
                 ids = np.concatenate([corpus.tokens[corpus.starts[i] : corpus.starts[i + 1]] for i in texts])
                 generator = torch.Generator().manual_seed(seed * 1_000_000_007 + number)
-                masked, labels = masking(torch.from_numpy(ids).long(), generator)
+                input_ids, labels = labelling(torch.from_numpy(ids).long(), generator)
                 starts = np.concatenate([[0], np.cumsum(lengths[texts])]).astype(np.int32)
-                yield MaskedBatch(masked, labels, torch.from_numpy(starts), number)
+                yield TokenBatch(input_ids, labels, torch.from_numpy(starts), number)
             number += 1
         epoch += 1

@@ -1,4 +1,4 @@
-"""Pretraining of an encoder by masked language modelling: packed batches, one process.
+"""Pretraining of an encoder or a decoder: packed batches, one process.
 
 Everything that a run writes is safetensors and JSON, and a run goes on from its last checkpoint.
 """
@@ -22,15 +22,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from modernbert.config import ModernBertConfig
 from modernbert.errors import DivergedError, InputError
 from modernbert.files import replacing, write_text
 from modernbert.hub import Source
 from modernbert.models.masked_lm import ModernBertForMaskedLM
 from modernbert.models.placement import resolve_device
-from modernbert.training.data import Corpus, Masking, masked_batches
+from modernbert.training.data import Corpus, token_batches
+from modernbert.training.objectives import LanguageModel, MaskedLM, make_objective
 from modernbert.training.optimizers import OPTIMIZERS, parameter_groups, warmup_stable_decay
-from modernbert.training.train_tokenizer import SPECIALS, save_tokenizer
+from modernbert.training.train_tokenizer import save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ class PretrainOptions:
         weight_decay: decoupled weight decay.
         warmup: share of the steps in which the rate rises.
         decay: share of the steps, the last ones, in which it falls.
-        mask_rate: share of the tokens to predict.
+        objective: "mlm", masked language modelling of an encoder, or "clm", causal modelling with a decoder.
+        mask_rate: share of the tokens to predict, of "mlm".
         max_grad_norm: gradients are scaled down to this norm.
         dtype: "auto" (bfloat16 where the device computes it natively, else float32), "bfloat16" or "float32".
         save_dtype: dtype of the finished model's weights on disk, such as "float16" to halve them.
@@ -56,6 +57,7 @@ class PretrainOptions:
         eval_every, save_every: steps between validations and between checkpoints.
     """
 
+    objective: str = "mlm"
     steps: int = 1000
     tokens_per_step: int = 8192
     micro_tokens: int = 4096
@@ -107,66 +109,8 @@ class Progress:
     val_accuracy: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
-    """Masked-token prediction on held-out text: mean loss in nats, and shares of the masked tokens."""
-
-    loss: float
-    top1: float
-    top5: float
-    tokens: int
-
-
-@torch.inference_mode()
-def evaluate_masked_lm(
-    model: ModernBertForMaskedLM,
-    corpus: Corpus,
-    *,
-    mask_id: int,
-    special_ids: tuple[int, ...],
-    mask_rate: float = 0.15,
-    budget: int = 16384,
-    seed: int = 0,
-    max_tokens: int | None = None,
-) -> Score:
-    """Predict tokens hidden behind the mask.
-
-    Args:
-        model: in any mode; it is evaluated in evaluation mode and left as it was.
-        corpus: texts to hide tokens in.
-        mask_id, special_ids: of the tokenizer.
-        mask_rate: share of the tokens to hide.
-        budget: tokens of a forward pass.
-        seed: of order and masks.
-        max_tokens: stop after about this many tokens of text; None reads the whole corpus.
-    """
-    training = model.training
-    model.eval()
-    masking = Masking(mask_rate, mask_id, special_ids)
-    loss, top1, top5, count, read = 0.0, 0, 0, 0, 0
-    for batch in masked_batches(corpus, masking, budget, seed, epochs=1):
-        labelled = (batch.labels != -100).nonzero().squeeze(1)
-        if not len(labelled):
-            continue
-        inputs = model.model.pack_inputs(batch.input_ids.to(model.device), None, cu_seqlens=batch.cu_seqlens)
-        hidden = model.model.encode(inputs).last_hidden_state
-        assert hidden is not None
-        logits = model.decoder(model.head(hidden[labelled.to(model.device)])).float()
-        truth = batch.labels[labelled].to(model.device)
-        loss += float(torch.nn.functional.cross_entropy(logits, truth, reduction="sum"))
-        best = logits.topk(5, dim=-1).indices == truth[:, None]
-        top1, top5, count = top1 + int(best[:, 0].sum()), top5 + int(best.sum()), count + len(truth)
-        read += len(batch.input_ids)
-        if max_tokens is not None and read >= max_tokens:
-            break
-    model.train(training)
-    if not count:
-        raise InputError("the held-out text is too short to mask anything in")
-    return Score(loss / count, top1 / count, top5 / count, count)
-
-
 def pretrain(
-    model: ModernBertForMaskedLM,
+    model: LanguageModel,
     train: Corpus,
     held_out: Corpus | None,
     output: str | Path,
@@ -175,7 +119,7 @@ def pretrain(
     tokenizer: Tokenizer,
     report: Callable[[Progress], None] = lambda progress: None,
     resume: bool = False,
-) -> ModernBertForMaskedLM:
+) -> LanguageModel:
     """Train a model in place, checkpoint it under `output`, and save it there at the end.
 
     Args:
@@ -192,18 +136,24 @@ def pretrain(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    sparse = model.config.sparse_prediction
-    model.config = model.config.replace(sparse_prediction=True)  # logits for labelled tokens only, while training
+    objective = make_objective(options.objective, tokenizer, options.mask_rate)
+    if not isinstance(model, objective.model_class):
+        raise InputError(
+            f"objective {options.objective!r} trains {objective.model_class.__name__}, not {type(model).__name__}"
+        )
+    own_config = model.config
+    if isinstance(model, ModernBertForMaskedLM):
+        model.config = model.config.replace(sparse_prediction=True)  # logits for labelled tokens only, while training
     model.train()
     optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), lr=options.lr)
     step = _restore(model, optimizer, output, options) if resume else 0
     if not resume and _checkpoints(output):
         raise InputError(f"{output} holds checkpoints of an earlier run; resume it or choose another folder")
-    mask_id, special_ids = special_tokens(tokenizer)
-    masking = Masking(options.mask_rate, mask_id, special_ids)
     passes = options.tokens_per_step // options.micro_tokens
-    batches = masked_batches(train, masking, options.micro_tokens, options.seed, start=step * passes)
+    batches = token_batches(train, objective, options.micro_tokens, options.seed, start=step * passes)
     warmup, decay = round(options.warmup * options.steps), round(options.decay * options.steps)
+    # Encoders are compared at the rate of BERT's papers, whatever rate they are trained at.
+    validation = MaskedLM(tokenizer, 0.15) if options.objective == "mlm" else objective
     seen, began = 0, time.perf_counter()
     speed = 0.0
     while step < options.steps:
@@ -238,33 +188,18 @@ def pretrain(
         progress = Progress(step, options.steps, loss, options.lr * factor, seen, speed, left)
         last = step == options.steps
         if held_out is not None and len(held_out) and (step % options.eval_every == 0 or last):
-            score = evaluate_masked_lm(
-                model,
-                held_out,
-                mask_id=mask_id,
-                special_ids=special_ids,
-                max_tokens=None if last else 100_000,
-            )
+            score = validation.evaluate(model, held_out, max_tokens=None if last else 100_000)
             progress = dataclasses.replace(progress, val_loss=score.loss, val_accuracy=score.top1)
         with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(progress)) + "\n")
         report(progress)
         if step % options.save_every == 0 or last:
-            _save(model, optimizer, output, step, options, sparse)
-    model.config = model.config.replace(sparse_prediction=sparse)
+            _save(model, optimizer, output, step, options, own_config)
+    model.config = own_config
     model.eval()
     copy.deepcopy(model).to(getattr(torch, options.save_dtype)).save_pretrained(output)
-    save_tokenizer(tokenizer, output, model.config.max_position_embeddings)
+    save_tokenizer(objective.finish_tokenizer(tokenizer), output, model.config.max_position_embeddings)
     return model
-
-
-def special_tokens(tokenizer: Tokenizer) -> tuple[int, tuple[int, ...]]:
-    """Id of the mask, and ids of all special tokens."""
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
-    mask = ids["[MASK]"]
-    if mask is None:
-        raise InputError("the tokenizer has no [MASK]; `modernbert train-tokenizer` makes one that does")
-    return mask, tuple(i for i in ids.values() if i is not None)
 
 
 def new_model(
@@ -273,7 +208,8 @@ def new_model(
     config: Path | None = None,
     device: Any = None,
     seed: int = 0,
-) -> ModernBertForMaskedLM:
+    objective: str = "mlm",
+) -> LanguageModel:
     """A freshly initialised model for a tokenizer.
 
     Args:
@@ -282,6 +218,7 @@ def new_model(
         config: a JSON file, or a folder with `config.json`, to start from instead of the defaults.
         device: where the model goes.
         seed: of the weights.
+        objective: what it is for: "mlm" makes an encoder, "clm" a decoder.
     """
     base: dict[str, Any] = {}
     if config is not None:
@@ -297,7 +234,9 @@ def new_model(
     }
     values = {**base, **changes, **special, "vocab_size": tokenizer.get_vocab_size()}
     torch.manual_seed(seed)
-    return ModernBertForMaskedLM(ModernBertConfig.from_dict(values)).to(resolve_device(device))
+    kind = make_objective(objective, tokenizer, 0.5)
+    model: LanguageModel = kind.model_class(kind.config_class.from_dict(values))
+    return model.to(resolve_device(device))
 
 
 @contextlib.contextmanager
@@ -314,21 +253,21 @@ def _checkpoints(output: Path) -> list[Path]:
 
 
 def _save(
-    model: ModernBertForMaskedLM,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     output: Path,
     step: int,
     options: PretrainOptions,
-    sparse: bool,
+    config: Any,
 ) -> None:
     """Write a checkpoint whole, then remove the one before it."""
     older = _checkpoints(output)
     temporary = output / f".checkpoint-{step}"
     shutil.rmtree(temporary, ignore_errors=True)
-    config = model.config
-    model.config = config.replace(sparse_prediction=sparse)
-    model.save_pretrained(temporary)
+    training_config = model.config
     model.config = config
+    model.save_pretrained(temporary)
+    model.config = training_config
     state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -347,9 +286,7 @@ def _save(
             shutil.rmtree(old)
 
 
-def _restore(
-    model: ModernBertForMaskedLM, optimizer: torch.optim.Optimizer, output: Path, options: PretrainOptions
-) -> int:
+def _restore(model: LanguageModel, optimizer: torch.optim.Optimizer, output: Path, options: PretrainOptions) -> int:
     """Load the last checkpoint into model and optimizer, and return its step.
 
     The run must go on with the options that decide what a step is; the number of steps and the learning rate may
@@ -359,11 +296,11 @@ def _restore(
     if not found:
         raise InputError(f"{output} holds no checkpoint to resume from")
     trainer = json.loads((found[-1] / "trainer.json").read_text(encoding="utf-8"))
-    for name in ("optimizer", "tokens_per_step", "micro_tokens", "mask_rate", "seed"):
-        before, now = trainer["options"][name], getattr(options, name)
+    for name in ("objective", "optimizer", "tokens_per_step", "micro_tokens", "mask_rate", "seed"):
+        before, now = trainer["options"].get(name, "mlm"), getattr(options, name)
         if before != now:
             raise InputError(f"{name} is {now!r} and the run in {output} has {before!r}; resume it with the same")
-    saved = ModernBertForMaskedLM.from_pretrained(found[-1], dtype=model.dtype)
+    saved = type(model).from_pretrained(found[-1], dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
     state = load_file(found[-1] / "optimizer.safetensors")
     torch.set_rng_state(state.pop("rng"))

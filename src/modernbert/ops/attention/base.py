@@ -18,6 +18,8 @@ from modernbert.ops.packing import Packing
 
 logger = logging.getLogger(__name__)
 
+Reach = tuple[int | None, int | None]
+
 # The class of each name. A name without one is known, and says why it cannot run.
 IMPLEMENTATIONS: dict[str, tuple[str, str] | str] = {
     "eager": ("modernbert.ops.attention.eager", "EagerAttention"),
@@ -43,12 +45,12 @@ class AttentionBackend(abc.ABC):
         self.deterministic = deterministic
 
     @abc.abstractmethod
-    def plan(self, packing: Packing, reach: tuple[int, int] | None, dtype: torch.dtype) -> Any:
+    def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> Any:
         """What the layers of one reach share in one forward pass.
 
         Args:
             packing: where the texts lie.
-            reach: inclusive (left, right) in positions; None is the whole text.
+            reach: inclusive (left, right) in positions; None on a side is to the text's end.
             dtype: of the q, k, v to come.
         """
 

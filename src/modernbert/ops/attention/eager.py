@@ -1,7 +1,7 @@
 """The slow, obvious attention: one text at a time, the whole matrix of scores. The oracle of the other backends,
 and the only backend that returns attention weights.
 
-Shapes: T tokens of all texts together, L tokens of one text, H heads, D head size, B texts, S columns.
+Shapes: T tokens of all texts together, L queries and K keys of one text, H heads, D head size, B texts, S columns.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.ops.attention.base import AttentionBackend
+from modernbert.ops.attention.base import AttentionBackend, Reach
 from modernbert.ops.packing import Packing
 
 
 @dataclasses.dataclass(frozen=True)
 class EagerPlan:
-    """Which pairs of tokens of each text see each other: one boolean (L, L) a text, true where seen."""
+    """Which keys each text's queries see: one boolean (L, K) a text, true where seen."""
 
     packing: Packing
+    keys: Packing
     seen: list[Tensor]
 
 
@@ -29,14 +30,20 @@ class EagerAttention(AttentionBackend):
 
     name = "eager"
 
-    def plan(self, packing: Packing, reach: tuple[int, int] | None, dtype: torch.dtype) -> EagerPlan:
-        """One mask a text."""
+    def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype, keys: Packing | None = None) -> EagerPlan:
+        """One mask a text. The keys may be others than the queries: some of the text's tokens before them too."""
+        keys = keys or packing
+        texts = zip(packing.positions_T.split(packing.lengths), keys.positions_T.split(keys.lengths), strict=True)
         seen = []
-        for position_L in packing.positions_T.split(packing.lengths):
-            ahead_LL = position_L[None, :] - position_L[:, None]
-            everything = torch.ones_like(ahead_LL, dtype=torch.bool)
-            seen.append(everything if reach is None else (ahead_LL >= -reach[0]) & (ahead_LL <= reach[1]))
-        return EagerPlan(packing, seen)
+        for position_L, position_K in texts:
+            ahead_LK = position_K[None, :] - position_L[:, None]
+            seen_LK = torch.ones_like(ahead_LK, dtype=torch.bool)
+            if reach[0] is not None:
+                seen_LK &= ahead_LK >= -reach[0]
+            if reach[1] is not None:
+                seen_LK &= ahead_LK <= reach[1]
+            seen.append(seen_LK)
+        return EagerPlan(packing, keys, seen)
 
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: EagerPlan, dropout: float = 0.0) -> Tensor:
         """Attention outputs, text by text."""
@@ -45,24 +52,25 @@ class EagerAttention(AttentionBackend):
     def attend_with_weights(
         self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: EagerPlan, dropout: float = 0.0
     ) -> tuple[Tensor, list[Tensor]]:
-        """Attention outputs (T, H, D), and for each text its weights (H, L, L)."""
-        outs, weights = [v_THD[:0]], []
-        lengths = plan.packing.lengths
-        texts = zip(q_THD.split(lengths), k_THD.split(lengths), v_THD.split(lengths), plan.seen, strict=True)
-        for q_LHD, k_LHD, v_LHD, seen_LL in texts:
-            q_HLD, k_HLD, v_HLD = (x.transpose(0, 1) for x in (q_LHD, k_LHD, v_LHD))
-            scores_HLL = (q_HLD @ k_HLD.mT).float() * q_HLD.shape[-1] ** -0.5
-            scores_HLL = scores_HLL.masked_fill(~seen_LL, float("-inf"))
-            weights_HLL = F.dropout(scores_HLL.softmax(-1).to(v_HLD.dtype), dropout)
-            outs.append((weights_HLL @ v_HLD).transpose(0, 1))
-            weights.append(weights_HLL)
+        """Attention outputs (T, H, D), and for each text its weights (H, L, K)."""
+        outs, weights = [q_THD[:0]], []
+        lengths, keys = plan.packing.lengths, plan.keys.lengths
+        texts = zip(q_THD.split(lengths), k_THD.split(keys), v_THD.split(keys), plan.seen, strict=True)
+        for q_LHD, k_KHD, v_KHD, seen_LK in texts:
+            q_HLD, k_HKD, v_HKD = (x.transpose(0, 1) for x in (q_LHD, k_KHD, v_KHD))
+            scores_HLK = (q_HLD @ k_HKD.mT).float() * q_HLD.shape[-1] ** -0.5
+            scores_HLK = scores_HLK.masked_fill(~seen_LK, float("-inf"))
+            weights_HLK = F.dropout(scores_HLK.softmax(-1).to(v_HKD.dtype), dropout)
+            outs.append((weights_HLK @ v_HKD).transpose(0, 1))
+            weights.append(weights_HLK)
         return torch.cat(outs), weights
 
     @staticmethod
     def pad_weights(weights: list[Tensor], packing: Packing) -> Tensor:
         """Weights of the texts as one padded tensor (B, H, S, S), zeros where either token is padding.
 
-        A batch that came packed is padded to its longest text.
+        A batch that came packed is padded to its longest text. Where there were tokens before the packed ones, the
+        last dimension counts each text's tokens from its first.
         """
         if packing.grid is not None and packing.indices_T is not None:
             batch, columns = packing.grid
@@ -70,8 +78,11 @@ class EagerAttention(AttentionBackend):
         else:
             batch, columns = len(packing.lengths), max(packing.lengths, default=0)
             column_T = packing.positions_T
+        alone = all(w.shape[-1] == w.shape[-2] for w in weights)
+        width = columns if alone else max(w.shape[-1] for w in weights)
         heads = weights[0].shape[0] if weights else 0
-        out = column_T.new_zeros((batch, heads, columns, columns), dtype=weights[0].dtype if weights else None)
-        for i, (weights_HLL, column_L) in enumerate(zip(weights, column_T.split(packing.lengths), strict=True)):
-            out[i, :, column_L[:, None], column_L[None, :]] = weights_HLL
+        out = column_T.new_zeros((batch, heads, columns, width), dtype=weights[0].dtype if weights else None)
+        for i, (weights_HLK, column_L) in enumerate(zip(weights, column_T.split(packing.lengths), strict=True)):
+            key_K = column_L if alone else torch.arange(weights_HLK.shape[-1], device=column_L.device)
+            out[i, :, column_L[:, None], key_K[None, :]] = weights_HLK
         return out

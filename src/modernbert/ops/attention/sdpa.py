@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modernbert.ops.attention.base import AttentionBackend
+from modernbert.ops.attention.base import AttentionBackend, Reach
 from modernbert.ops.packing import Packing
 
 _ALONE = 256  # texts longer than this are worth a call of their own
@@ -29,16 +29,22 @@ _ROUND = 16  # shorter ones share a call with those of the same length, rounded 
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """N texts, each attended whole. Texts of one length need no bias; `bias_N1QK` hides the rows that round up."""
+    """N texts, each attended whole, or `causal`: no token sees those after it.
+
+    Texts of one length need no bias; `bias_N1QK` hides the rows that round up, which causal texts never see.
+    """
 
     texts: int
     width: int
+    causal: bool = False
     bias_N1QK: Tensor | None = None
 
     def attend(self, q_RHD: Tensor, k_RHD: Tensor, v_RHD: Tensor, dropout: float) -> Tensor:
         """Rows of all the texts in, as many out."""
         q, k, v = (x.unflatten(0, (self.texts, self.width)).transpose(1, 2) for x in (q_RHD, k_RHD, v_RHD))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias_N1QK, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.bias_N1QK, dropout_p=dropout, is_causal=self.causal
+        )
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -110,23 +116,28 @@ class SdpaAttention(AttentionBackend):
 
     name = "sdpa"
 
-    def plan(self, packing: Packing, reach: tuple[int, int] | None, dtype: torch.dtype) -> SdpaPlan:
+    def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> SdpaPlan:
         """Sort the texts into those attended alone, together with others, and in windows."""
+        causal = reach[1] == 0
         windowed, alone, shared = self._sort(packing, reach)
         pieces: list[Whole | Windows] = []
         layouts: list[_Layout] = []
         for texts in alone:
             width = packing.lengths[texts[0]]
-            pieces.append(Whole(len(texts), width))
+            pieces.append(Whole(len(texts), width, causal))
             layouts.append(_lay_out(texts, [width] * len(texts), packing))
         for width, texts in shared.items():
             layout = _lay_out(texts, [width] * len(texts), packing)
-            hidden_N1QK = _bias(layout.held.unflatten(0, (-1, width)), dtype)[:, None, None, :]
-            pieces.append(Whole(len(texts), width, hidden_N1QK.expand(-1, 1, width, -1)))
+            bias_N1QK = None
+            if not causal:
+                bias_N1QK = _bias(layout.held.unflatten(0, (-1, width)), dtype)[:, None, None].expand(-1, 1, width, -1)
+            pieces.append(Whole(len(texts), width, causal, bias_N1QK))
             layouts.append(layout)
         if windowed:
-            assert reach is not None
-            windows, layout = _windows(windowed, packing, reach, dtype)
+            left, right = reach
+            assert left is not None
+            assert right is not None
+            windows, layout = _windows(windowed, packing, (left, right), dtype)
             pieces.append(windows)
             layouts.append(layout)
         rows = [len(layout.tokens) for layout in layouts]
@@ -141,11 +152,10 @@ class SdpaAttention(AttentionBackend):
         return SdpaPlan(pieces, rows, gather, order_T)
 
     @staticmethod
-    def _sort(
-        packing: Packing, reach: tuple[int, int] | None
-    ) -> tuple[list[int], list[list[int]], dict[int, list[int]]]:
+    def _sort(packing: Packing, reach: Reach) -> tuple[list[int], list[list[int]], dict[int, list[int]]]:
         """Texts for windows, runs of texts of one length, and short texts by their rounded length."""
         lengths = packing.lengths
+        left, right = reach
         spans = [length - 1 for length in lengths]
         if packing.gaps:
             spans = [int(p[-1]) if len(p) else 0 for p in packing.positions_T.split(lengths)]
@@ -153,7 +163,7 @@ class SdpaAttention(AttentionBackend):
         alone: list[list[int]] = []
         shared: dict[int, list[int]] = {}
         for i, length in enumerate(lengths):
-            if reach is not None and spans[i] > min(reach):  # longer than what a token at either end sees
+            if (left is not None and spans[i] > left) or (right and spans[i] > right):  # more than an end sees
                 windowed.append(i)
             elif length > _ALONE:
                 if alone and lengths[alone[-1][0]] == length and alone[-1][-1] == i - 1:

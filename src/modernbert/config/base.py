@@ -1,4 +1,4 @@
-"""Model configurations: plain, frozen data that reads and writes both generations of `config.json`.
+"""What both configurations share: plain, frozen data that reads and writes both generations of `config.json`.
 
 The older generation says `global_attn_every_n_layers`, `global_rope_theta` and `local_rope_theta`; the newer
 one says `layer_types` and `rope_parameters`. A configuration accepts either, holds both, and saves both, so
@@ -9,6 +9,7 @@ Longer than 400 lines because it names and documents every field that either gen
 
 from __future__ import annotations
 
+import abc
 import copy
 import dataclasses
 import json
@@ -25,19 +26,18 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "sigmoid")
-POOLINGS = ("cls", "mean")
 
 
 class Reach(NamedTuple):
-    """How far a token attends, inclusive, in tokens: it sees `left` before itself and `right` after."""
+    """How far a token attends, inclusive, in tokens: it sees `left` before itself and `right` after; None has no end."""
 
-    left: int
-    right: int
+    left: int | None
+    right: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModernBertConfig:
-    """The architecture and options of a ModernBERT encoder; the defaults are those of ModernBERT-base.
+class Config(abc.ABC):
+    """The architecture and options of a model; the defaults are those of the base size.
 
     All arguments are keywords and nothing changes after construction: `config.replace(...)` gives a changed
     copy. Keys of a `config.json` that are not listed here are kept in `extra` and written back when saved.
@@ -65,20 +65,16 @@ class ModernBertConfig:
             "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
             "mscale_all_dim", "truncate").
         rope_scaling: older spelling of a scaled type; merged into both layer types of `rope_parameters`.
-        local_attention: width of the local window: a token sees `local_attention // 2` to either side.
+        local_attention: width of the local window, by which `reach` measures.
         global_attn_every_n_layers: layer i attends globally where i is a multiple of this.
         global_rope_theta, local_rope_theta: base periods of the rotary embedding by layer type.
         embedding_dropout, mlp_dropout, classifier_dropout: dropout ratios in [0, 1).
         mlp_bias: whether the MLP projections have a bias.
-        decoder_bias: whether the masked-LM output has a bias.
-        classifier_pooling: "cls" (first real token) or "mean" (of the real tokens).
+        decoder_bias: whether the output over the vocabulary has a bias.
         classifier_bias: whether the prediction head's dense layer has a bias.
         classifier_activation: activation of the prediction head.
         deterministic_flash_attn: take attention kernels whose gradients are deterministic.
-        sparse_prediction: with labels, compute masked-LM logits at labelled tokens only.
-        sparse_pred_ignore_index: the label that marks unlabelled tokens for `sparse_prediction`.
         reference_compile: True compiles the MLPs with torch.compile; None and False do not.
-        repad_logits_with_grad: False detaches masked-LM logits that are repadded while labels are given.
         tie_word_embeddings: whether the output decoder shares the token embedding.
         num_labels, id2label, label2id, problem_type: of classification heads; two labels where silent.
         output_attentions, output_hidden_states, return_dict: defaults of the forward arguments.
@@ -92,7 +88,8 @@ class ModernBertConfig:
     Source: ModernBERT, arXiv:2412.13663, and the reference configuration's documentation.
     """
 
-    model_type: ClassVar[str] = "modernbert"
+    model_type: ClassVar[str]
+    default_theta: ClassVar[dict[str, float]]  # base period of each layer type where a file is silent
 
     vocab_size: int = 50368
     hidden_size: int = 768
@@ -123,15 +120,11 @@ class ModernBertConfig:
     mlp_bias: bool = False
     mlp_dropout: float = 0.0
     decoder_bias: bool = True
-    classifier_pooling: str = "cls"
     classifier_dropout: float = 0.0
     classifier_bias: bool = False
     classifier_activation: str | Callable[..., Any] = "gelu"
     deterministic_flash_attn: bool = False
-    sparse_prediction: bool = False
-    sparse_pred_ignore_index: int = -100
     reference_compile: bool | None = None
-    repad_logits_with_grad: bool = False
     tie_word_embeddings: bool = True
     num_labels: int | None = None
     id2label: dict[int, str] | None = None
@@ -143,8 +136,6 @@ class ModernBertConfig:
     pruned_heads: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     dtype: str | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    default_theta: ClassVar[dict[str, float]] = {"full_attention": 160_000.0, "sliding_attention": 10_000.0}
 
     def __post_init__(self, rope_scaling: dict[str, Any] | None) -> None:
         self._check_sizes()
@@ -164,14 +155,12 @@ class ModernBertConfig:
 
     @property
     def sliding_window(self) -> int:
-        """How many tokens a local layer sees to either side: half of `local_attention`."""
+        """Half of `local_attention`, which is how far the files of either model mean it to count."""
         return self.local_attention // 2
 
-    def reach(self, layer_type: str) -> Reach | None:
-        """How far a layer of this type attends; None is to the whole text."""
-        if layer_type == "full_attention":
-            return None
-        return Reach(self.sliding_window, self.sliding_window)
+    @abc.abstractmethod
+    def reach(self, layer_type: str) -> Reach:
+        """How far a layer of this type attends."""
 
     # Reading and writing
 
@@ -333,8 +322,6 @@ class ModernBertConfig:
             value = getattr(self, name)
             if not callable(value) and value not in ACTIVATIONS:
                 raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(ACTIVATIONS)} or give a function")
-        if self.classifier_pooling not in POOLINGS:
-            raise ConfigError(f"classifier_pooling is {self.classifier_pooling!r}; choose one of {', '.join(POOLINGS)}")
         if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
             raise ConfigError(f"problem_type is {self.problem_type!r}; choose one of {', '.join(PROBLEM_TYPES)}")
         for layer, heads in self.pruned_heads.items():

@@ -1,0 +1,42 @@
+"""The configuration of the decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from modernbert.config.base import Config, Reach
+from modernbert.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModernBertDecoderConfig(Config):
+    """The architecture and options of a ModernBERT decoder; the defaults are those of its base size.
+
+    A token of a local layer sees itself and the tokens before it, `local_attention // 2` in all: 64 by default.
+
+    Args:
+        use_cache: whether a forward pass in evaluation mode returns a cache of keys and values.
+        and: every argument of `modernbert.config.Config`.
+
+    Raises:
+        ConfigError: a value is impossible; the message names the field.
+
+    Source: Ettin, arXiv:2507.11412, and the reference configuration's documentation.
+    """
+
+    model_type: ClassVar[str] = "modernbert-decoder"
+    default_theta: ClassVar[dict[str, float]] = {"full_attention": 160_000.0, "sliding_attention": 160_000.0}
+
+    use_cache: bool = True
+
+    def reach(self, layer_type: str) -> Reach:
+        """How far a layer of this type attends; never ahead."""
+        return Reach(None, 0) if layer_type == "full_attention" else Reach(self.sliding_window - 1, 0)
+
+    def _check_sizes(self) -> None:
+        super()._check_sizes()
+        if self.local_attention < 2:
+            raise ConfigError(
+                f"local_attention is {self.local_attention}; a decoder's token sees half as many, so at least 2"
+            )

@@ -1,0 +1,140 @@
+"""What encoder and decoder share: packed rows through the embedding, the layers and the last norm.
+
+Shapes: B texts, T real tokens of all texts together, M hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modernbert.config import Config
+from modernbert.errors import InputError
+from modernbert.models.base import PreTrainedModel
+from modernbert.models.cache import DecoderCache
+from modernbert.models.inputs import PackedInputs, pack_inputs
+from modernbert.models.layers import Attention, Embeddings, Layer, LayerContext, layer_norm
+from modernbert.models.outputs import BaseModelOutput
+from modernbert.ops.attention.eager import EagerAttention
+from modernbert.ops.rope import rope_tables
+
+logger = logging.getLogger(__name__)
+
+# What callers hand over out of habit, and what means nothing to this architecture.
+_IGNORED = {"token_type_ids"}
+
+
+class Backbone(PreTrainedModel):
+    """A bare model: embeddings, layers, final norm.
+
+    Args:
+        config: the architecture.
+        attn_implementation: "auto", "eager" or "sdpa".
+    """
+
+    attention_class: ClassVar[type[Attention]]
+
+    def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
+        super().__init__(config, attn_implementation)
+        self.backend = self.make_backend()
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList([Layer(config, i, self.attention_class) for i in range(config.num_hidden_layers)])
+        self.final_norm = layer_norm(config)
+        self._finish()
+
+    @property
+    def pack_inputs(self) -> functools.partial[PackedInputs]:
+        """`models.inputs.pack_inputs` for this model's vocabulary and width."""
+        return functools.partial(pack_inputs, vocab_size=self.config.vocab_size, hidden_size=self.config.hidden_size)
+
+    def encode(
+        self,
+        inputs: PackedInputs,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache: DecoderCache | None = None,
+    ) -> BaseModelOutput:
+        """Packed inputs to a packed last hidden state and hidden states (T, M), and padded attentions.
+
+        With a cache the inputs go on where its texts ended, and are added to it.
+        """
+        config = self.config
+        want_weights = config.output_attentions if output_attentions is None else output_attentions
+        want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
+        shared = self._shared(inputs, x_TM, want_weights, cache)
+        states = [x_TM]
+        weights: list[Any] | None = [] if want_weights else None
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            context = shared[layer.kind]
+            if self.is_gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x_TM = checkpoint(layer, x_TM, context, weights, use_reentrant=False)
+            else:
+                x_TM = layer(x_TM, context, weights)
+            states.append(x_TM)
+        x_TM = self.final_norm(x_TM)
+        states[-1] = x_TM
+        if cache is not None:
+            cache.finish()
+        return BaseModelOutput(
+            last_hidden_state=x_TM,
+            hidden_states=tuple(states) if want_states else None,
+            attentions=None
+            if weights is None
+            else tuple(EagerAttention.pad_weights(w, inputs.packing) for w in weights),
+        )
+
+    def _shared(
+        self, inputs: PackedInputs, x_TM: Tensor, want_weights: bool, cache: DecoderCache | None
+    ) -> dict[str, LayerContext]:
+        """Masks and rotary tables, once for each kind of layer."""
+        config, packing = self.config, inputs.packing
+        backend = self.backend
+        if want_weights and not isinstance(backend, EagerAttention):
+            if self.attn_implementation != "auto":
+                raise InputError(
+                    f"output_attentions needs attention weights, which attn_implementation "
+                    f"{self.attn_implementation!r} never makes; load the model with 'eager' or 'auto'"
+                )
+            logger.info("attention backend: eager for this call, which wants attention weights")
+            backend = EagerAttention()
+        autocast = torch.is_autocast_enabled(x_TM.device.type)
+        dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
+        begun = None if cache is None else cache.begin(packing)
+        # Keys in a cache are numbers without a history; what is put together anew keeps its own.
+        gather = isinstance(backend, EagerAttention) or (begun is not None and any(begun.past) and x_TM.requires_grad)
+        shared = {}
+        for kind in dict.fromkeys(config.layer_types or ()):
+            assert config.rope_parameters is not None
+            cos_T1F, sin_T1F = rope_tables(
+                config.rope_parameters[kind],
+                config.head_dim,
+                inputs.positions_T,
+                max_positions=config.max_position_embeddings,
+                text_T=packing.text_T,
+            )
+            reach = config.reach(kind)
+            if cache is None or begun is None:
+                shared[kind] = LayerContext(backend, backend.plan(packing, reach, dtype), cos_T1F, sin_T1F)
+            else:
+                cached = cache.continuation(begun, kind, backend, dtype, gather)
+                shared[kind] = LayerContext(backend, None, cos_T1F, sin_T1F, cached)
+        return shared
+
+
+def check_kwargs(kwargs: dict[str, Any]) -> None:
+    """Refuse forward arguments that are neither served nor known to mean nothing here."""
+    unknown = sorted(set(kwargs) - _IGNORED)
+    if unknown:
+        raise TypeError(f"forward got unknown arguments: {', '.join(unknown)}")
+
+
+def restore_all(inputs: PackedInputs, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+    """Every hidden state in the caller's shape."""
+    return None if states is None else tuple(inputs.restore(x) for x in states)

@@ -1,0 +1,322 @@
+"""The decoder's cache: keys and values of every text so far, packed.
+
+Texts lie in regions of rows, each with its own length, so no prompt is padded to another's. A layer that attends to
+everything before a token keeps all of it, in regions with some room to grow; a layer that attends to a window keeps a
+ring of the window alone. All layers of a kind share one table of regions.
+
+Shapes: R rows of storage, T new tokens of all texts together, H heads, D head size, B texts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Self
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from modernbert.config import Config, Reach
+from modernbert.errors import InputError
+from modernbert.models.continuation import Continuation, Pass
+from modernbert.ops.attention.base import AttentionBackend
+from modernbert.ops.packing import Packing
+
+_ROOM = 128  # free rows that a growing region gets: a copy of the text's rows every so many tokens
+_NOWHERE = -(2**40)  # position of a row that holds no token: out of everyone's reach
+
+
+class Storage:
+    """Rows of keys and values of all layers of one kind.
+
+    Attributes:
+        starts: first row of each text's region.
+        capacities: rows of each region.
+        ring: tokens that a region keeps, token i in row i modulo this; None keeps all.
+        positions_R: (R,) the position of the token in each row.
+        layers: number of a layer -> its keys and values, each (R, H, D); made when the layer first writes.
+    """
+
+    def __init__(self, ring: int | None) -> None:
+        self.ring = ring
+        self.starts: list[int] = []
+        self.capacities: list[int] = []
+        self.positions_R = torch.empty(0, dtype=torch.int64)
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, free ones included."""
+        return self.positions_R.nbytes + sum(k.nbytes + v.nbytes for k, v in self.layers.values())
+
+    def kept(self, length: int) -> int:
+        """The first token that is still held of a text of this length."""
+        return 0 if self.ring is None else max(0, length - self.ring)
+
+    def kept_from(self, past: int, length: int) -> int:
+        """The first token at or after `past` that is held once the text has this length."""
+        return max(past, self.kept(length))
+
+    def rows(self, texts: Sequence[tuple[int, int, int]]) -> Tensor:
+        """Rows of tokens: for each (text, first, last) those of tokens first to last - 1, one text after another."""
+        parts = []
+        for text, first, last in texts:
+            token = torch.arange(first, last)
+            parts.append(self.starts[text] + (token if self.ring is None else token % self.ring))
+        return torch.cat([torch.empty(0, dtype=torch.int64), *parts]).to(self.positions_R.device)
+
+    def make_room(self, lengths: Sequence[int], new: Sequence[int]) -> None:
+        """Let each text hold this many tokens more."""
+        if not self.starts:
+            self.move([], [], [self.room(n) for n in new])
+        elif any(length + n > c for length, n, c in zip(lengths, new, self.capacities, strict=True) if not self.ring):
+            wanted = [self.room(length + n) for length, n in zip(lengths, new, strict=True)]
+            self.move(range(len(lengths)), lengths, wanted)
+
+    def room(self, length: int) -> int:
+        """Rows for a text of this length."""
+        return self.ring or -(-length // 16) * 16 + _ROOM
+
+    def move(self, texts: Sequence[int], lengths: Sequence[int], capacities: Sequence[int]) -> None:
+        """Lay the regions out anew: these of the present texts, of these lengths and new capacities."""
+        held = [(text, self.kept(length), length) for text, length in zip(texts, lengths, strict=True)]
+        source = self.rows(held)
+        self.starts = [0, *itertools.accumulate(capacities)][:-1]
+        self.capacities = list(capacities)
+        target = self.rows([(i, first, last) for i, (_, first, last) in enumerate(held)])
+        total = sum(capacities)
+        with torch.inference_mode(False), torch.no_grad():
+            positions_R = self.positions_R.new_full((total,), _NOWHERE)
+            self.positions_R = positions_R.index_copy_(0, target, self.positions_R[source])
+            for layer, pair in self.layers.items():
+                # Rows without a token are zero: they are multiplied by a weight of zero, which NaN would survive.
+                k, v = (old.new_zeros((total, *old.shape[1:])).index_copy_(0, target, old[source]) for old in pair)
+                self.layers[layer] = (k, v)
+
+    def select(self, texts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Keep these texts, in this order; one may be named several times. `lengths` are those of the present texts."""
+        if list(texts) == list(range(len(lengths))):
+            return
+        if self.ring is not None and len(texts) != len(lengths):
+            self.move(texts, [lengths[t] for t in texts], [self.ring] * len(texts))
+            return
+        free = [t for t in range(len(lengths)) if t not in set(texts)]
+        seen: set[int] = set()
+        starts, capacities, copies = [], [], []
+        for text in texts:
+            region = text
+            if text in seen:
+                fitting = [f for f in free if self.capacities[f] >= min(lengths[text], self.capacities[text])]
+                if not fitting:
+                    chosen = [lengths[t] for t in texts]
+                    self.move(texts, chosen, [self.room(n) for n in chosen])
+                    return
+                region = fitting[0]
+                free.remove(region)
+                copies.append((text, region))
+            seen.add(text)
+            starts.append(self.starts[region])
+            capacities.append(self.capacities[region])
+        spans = [(text, region, self.kept(lengths[text]), lengths[text]) for text, region in copies]
+        source = self.rows([(text, first, last) for text, _, first, last in spans])
+        target = self.rows([(region, first, last) for _, region, first, last in spans])
+        if self.ring is not None:
+            for _, region in copies:
+                self.positions_R[self.starts[region] : self.starts[region] + self.ring] = _NOWHERE
+        for stored in (self.positions_R, *itertools.chain.from_iterable(self.layers.values())):
+            stored.index_copy_(0, target, stored[source])
+        self.starts, self.capacities = starts, capacities
+
+    def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, rows: Tensor, of_T: Tensor | None) -> None:
+        """Put new keys and values, or the rows `of_T` of them, into these rows."""
+        if layer not in self.layers:
+            with torch.inference_mode(False), torch.no_grad():
+                shape = (len(self.positions_R), *k_THD.shape[1:])
+                self.layers[layer] = (k_THD.new_zeros(shape), v_THD.new_zeros(shape))
+        for stored, new in zip(self.layers[layer], (k_THD, v_THD), strict=True):
+            new = new.detach().to(stored.dtype)
+            stored.index_copy_(0, rows, new if of_T is None else new.index_select(0, of_T))
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device."""
+        self.positions_R = self.positions_R.to(device)
+        self.layers = {layer: (k.to(device), v.to(device)) for layer, (k, v) in self.layers.items()}
+
+
+class DecoderCache:
+    """Keys and values of a batch of texts: what `past_key_values` is.
+
+    A model makes one where none is given, and changes the one that it is given. Texts may have any lengths; a text
+    goes on where it ended, wherever padding was.
+
+    Args:
+        config: of the model.
+        slack: how many tokens `crop` can take back from texts longer than the local window. Each costs as much as
+            one token of a local layer.
+    """
+
+    def __init__(self, config: Config, slack: int = 0) -> None:
+        self.config = config
+        self.slack = slack
+        self.lengths: list[int] = []
+        self.ends: list[int] = []
+        self.columns = 0
+        self.kinds: dict[str, tuple[Reach, Storage]] = {}
+        for kind in dict.fromkeys(config.layer_types or ()):
+            reach = config.reach(kind)
+            self.kinds[kind] = (reach, Storage(None if reach.left is None else reach.left + 1 + slack))
+        self._unfinished: tuple[list[int], list[int], int] | None = None
+
+    def __len__(self) -> int:
+        """Number of texts."""
+        return len(self.lengths)
+
+    def __repr__(self) -> str:
+        return f"DecoderCache({len(self)} texts of {self.lengths} tokens, {self.nbytes / 2**20:.1f} MiB)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers take, free rows included."""
+        return sum(storage.nbytes for _, storage in self.kinds.values())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of all padded input so far, padding included; the longest text where the input came packed."""
+        return self.columns
+
+    # What a forward pass does
+
+    def begin(self, packing: Packing) -> Pass:
+        """Make room for new tokens, before the layers write them."""
+        if self._unfinished is not None:
+            raise InputError("past_key_values was left half-written by a forward pass that failed; make a new one")
+        if not self.lengths:
+            self.lengths, self.ends = [0] * len(packing.lengths), [0] * len(packing.lengths)
+        if len(packing.lengths) != len(self.lengths):
+            raise InputError(f"the input has {len(packing.lengths)} texts; past_key_values holds {len(self.lengths)}")
+        device = packing.positions_T.device
+        for _, storage in self.kinds.values():
+            if storage.positions_R.device != device:
+                storage.to(device)
+            storage.make_room(self.lengths, packing.lengths)
+        last = [int(p[-1]) + 1 if len(p) else 0 for p in packing.positions_T.split(packing.lengths)]
+        ends = [end + n for end, n in zip(self.ends, last, strict=True)]
+        lengths = [length + n for length, n in zip(self.lengths, packing.lengths, strict=True)]
+        columns = self.columns + packing.grid[1] if packing.grid is not None else max(lengths, default=0)
+        self._unfinished = (lengths, ends, columns)
+        return Pass(packing, list(self.lengths), list(self.ends))
+
+    def continuation(
+        self, shared: Pass, kind: str, backend: AttentionBackend, dtype: torch.dtype, gather: bool
+    ) -> Continuation:
+        """How the layers of a kind attend in this pass."""
+        reach, storage = self.kinds[kind]
+        return Continuation(shared, storage, reach, backend, dtype, gather)
+
+    def finish(self) -> None:
+        """Count the new tokens, after the last layer."""
+        assert self._unfinished is not None
+        self.lengths, self.ends, self.columns = self._unfinished
+        self._unfinished = None
+
+    # What callers do
+
+    def select(self, texts: Sequence[int] | Tensor) -> Self:
+        """Keep these texts in this order, in place; a text may be named several times.
+
+        Raises:
+            InputError: there is no such text.
+        """
+        texts = [int(t) for t in (texts.tolist() if isinstance(texts, Tensor) else texts)]
+        if any(not 0 <= t < len(self) for t in texts):
+            raise InputError(f"texts are {texts}; the cache holds texts 0 to {len(self) - 1}")
+        for _, storage in self.kinds.values():
+            storage.select(texts, self.lengths)
+        self.lengths = [self.lengths[t] for t in texts]
+        self.ends = [self.ends[t] for t in texts]
+        return self
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """`select`, by the name that the reference has for it."""
+        self.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have each text so many times, one after another."""
+        self.select([t for t in range(len(self)) for _ in range(repeats)])
+
+    def crop(self, max_length: int) -> Self:
+        """Forget all but the first `max_length` tokens of each text, in place; a negative number forgets so many.
+
+        Raises:
+            InputError: a local layer no longer holds what tokens before the cut would see. `slack` keeps more.
+        """
+        wanted = [min(n, max_length) if max_length >= 0 else max(n + max_length, 0) for n in self.lengths]
+        spans: list[tuple[int, int, int]] = [
+            (i, to, n) for i, (to, n) in enumerate(zip(wanted, self.lengths, strict=True))
+        ]
+        for reach, storage in self.kinds.values():
+            for _, to, length in spans:
+                if reach.left is not None and to < length and storage.kept(length) > max(0, to - reach.left):
+                    raise InputError(
+                        f"max_length is {max_length}; a text of {length} tokens can be cropped by "
+                        f"{1 + self.slack} at the most, because local layers keep a window alone. "
+                        "DecoderCache(config, slack=...) keeps more"
+                    )
+        for _, storage in self.kinds.values():
+            held = [(i, max(to, storage.kept(n)), n) for i, to, n in spans]
+            storage.positions_R[storage.rows(held)] = _NOWHERE
+        for i, to, length in spans:
+            if to < length:
+                kind = next(iter(self.kinds.values()))[1]
+                last = kind.positions_R[kind.rows([(i, to - 1, to)])] if to else None
+                self.ends[i] = 0 if last is None else int(last) + 1
+        self.columns = max(0, self.columns - max((n - to for _, to, n in spans), default=0))
+        self.lengths = wanted
+        return self
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device, in place."""
+        for _, storage in self.kinds.values():
+            storage.to(torch.device(device))
+        return self
+
+    def copy(self) -> DecoderCache:
+        """A cache of its own with the same content, to go on in two ways from one text."""
+        return type(self).from_bytes(self.to_bytes(), self.config)
+
+    def to_bytes(self) -> bytes:
+        """The whole cache as safetensors, in memory."""
+        tensors = {
+            "lengths": torch.tensor(self.lengths, dtype=torch.int64),
+            "ends": torch.tensor(self.ends, dtype=torch.int64),
+        }
+        tensors["shape"] = torch.tensor([self.columns, self.slack])
+        for kind, (_, storage) in self.kinds.items():
+            tensors[f"{kind}/starts"] = torch.tensor(storage.starts, dtype=torch.int64)
+            tensors[f"{kind}/capacities"] = torch.tensor(storage.capacities, dtype=torch.int64)
+            tensors[f"{kind}/positions"] = storage.positions_R
+            for layer, (k, v) in storage.layers.items():
+                tensors[f"{kind}/{layer}/k"], tensors[f"{kind}/{layer}/v"] = k, v
+        return safetensors.torch.save(tensors)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, config: Config) -> DecoderCache:
+        """Read what `to_bytes` gave.
+
+        Raises:
+            InputError: the content is of another kind of model.
+        """
+        tensors = safetensors.torch.load(content)
+        columns, slack = tensors["shape"].tolist()
+        cache = cls(config, slack)
+        cache.lengths, cache.ends, cache.columns = tensors["lengths"].tolist(), tensors["ends"].tolist(), columns
+        for kind, (_, storage) in cache.kinds.items():
+            if f"{kind}/starts" not in tensors:
+                raise InputError(f"the saved cache has no layers of {kind}; it is of another model")
+            storage.starts = tensors[f"{kind}/starts"].tolist()
+            storage.capacities = tensors[f"{kind}/capacities"].tolist()
+            storage.positions_R = tensors[f"{kind}/positions"]
+            numbers = {name.split("/")[1] for name in tensors if name.startswith(f"{kind}/") and name.endswith("/k")}
+            for layer in numbers:
+                storage.layers[int(layer)] = (tensors[f"{kind}/{layer}/k"], tensors[f"{kind}/{layer}/v"])
+        return cache

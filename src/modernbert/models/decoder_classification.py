@@ -1,0 +1,125 @@
+"""Classification and regression of whole texts on the decoder.
+
+Shapes: B texts, S columns, T real tokens of all texts together, M hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from modernbert.config import ModernBertDecoderConfig
+from modernbert.models.backbone import check_kwargs, restore_all
+from modernbert.models.cache import DecoderCache
+from modernbert.models.decoder import DecoderWithHead, open_inputs
+from modernbert.models.inputs import PackedInputs
+from modernbert.models.layers import Linear, PredictionHead
+from modernbert.models.outputs import SequenceClassifierOutputWithPast
+from modernbert.models.sequence_classification import check_text_labels, problem_of, text_loss
+from modernbert.ops.pooling import pool
+
+
+class ModernBertDecoderForSequenceClassification(DecoderWithHead):
+    """The decoder with a classifier of whole texts, by their last real token.
+
+    The last real token is the last one that `attention_mask` marks. Without a mask it is the last one that is not
+    `pad_token_id`; where there is no such id, or `inputs_embeds` take the place of ids, the last column. The loss is as
+    of `ModernBertForSequenceClassification`. The classifier has a bias where `classifier_bias` says so.
+
+    Args:
+        config: the architecture.
+        attn_implementation: "auto", "eager" or "sdpa".
+
+    Source: Ettin, arXiv:2507.11412, and the reference's head.
+    """
+
+    def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
+        super().__init__(config, attn_implementation)
+        self.head = PredictionHead(config)
+        assert config.num_labels is not None
+        self.drop = nn.Dropout(config.classifier_dropout)
+        self.classifier = Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
+        self._finish()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DecoderCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        indices: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        batch_size: int | None = None,
+        seq_len: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple[Any, ...]:
+        """Score each text.
+
+        Arguments not listed are those of `ModernBertDecoderModel.forward`.
+
+        Args:
+            labels: (B,) class numbers or values, or (B, `num_labels`).
+            num_items_in_batch: labels of the whole batch when this call sees a part of it; the loss is then the
+                sum over the labels divided by this.
+
+        Raises:
+            InputError: arguments contradict each other or have the wrong shape.
+        """
+        check_kwargs(kwargs)
+        inputs, cache = open_inputs(
+            self.model,
+            input_ids,
+            inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            cache_position=cache_position,
+            indices=indices,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            batch_size=batch_size,
+            seq_len=seq_len,
+        )
+        texts = len(inputs.packing.lengths)
+        problem = "" if labels is None else problem_of(self.config, labels)
+        if labels is not None:
+            assert self.config.num_labels is not None
+            labels = check_text_labels(labels, texts, problem, self.config.num_labels)
+        encoded = self.model.encode(inputs, output_attentions, output_hidden_states, cache)
+        x_TM = encoded.last_hidden_state
+        assert x_TM is not None
+        logits = self.classify(pool(x_TM, self._spans(inputs, masked=attention_mask is not None), "last"))
+        output = SequenceClassifierOutputWithPast(
+            loss=None if labels is None else text_loss(logits, labels, problem, num_items_in_batch),
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=restore_all(inputs, encoded.hidden_states),
+            attentions=encoded.attentions,
+        )
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Scores of rows (N, M): (N, labels)."""
+        return self.classifier(self.drop(self.head(x)))
+
+    def _spans(self, inputs: PackedInputs, masked: bool) -> list[tuple[int, int]]:
+        """The rows of each text up to its last real token."""
+        pad, ids_T = self.config.pad_token_id, inputs.ids_T
+        spans = inputs.packing.spans
+        if masked or inputs.came_packed or pad is None or ids_T is None or not bool((ids_T == pad).any()):
+            return spans
+        is_pad = (ids_T == pad).tolist()
+        # A text of padding alone keeps its first token.
+        last = [max((i for i in range(start, end) if not is_pad[i]), default=start) for start, end in spans]
+        return [(start, row + 1) for (start, _), row in zip(spans, last, strict=True)]
