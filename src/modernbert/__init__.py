@@ -19,6 +19,7 @@ _EXPORTS = {
     "AutoModelForTokenClassification": "auto",
     "AutoTokenizer": "auto",
     "DecoderCache": "models.cache",
+    "GenerateOutput": "models.generation",
     "ModernBertConfig": "config",
     "ModernBertDecoderConfig": "config",
     "ModernBertDecoderForCausalLM": "models.causal_lm",
@@ -31,6 +32,7 @@ _EXPORTS = {
     "ModernBertForTokenClassification": "models.token_classification",
     "ModernBertModel": "models.encoder",
     "SentenceEncoder": "models.sentence_encoder",
+    "TextStreamer": "generation.text",
     "Tokenizer": "tokenizer",
     "pipeline": "pipelines",
 }

@@ -15,6 +15,7 @@ from modernbert.errors import InputError
 from modernbert.models.backbone import check_kwargs, restore_all
 from modernbert.models.cache import DecoderCache
 from modernbert.models.decoder import DecoderWithHead, open_inputs
+from modernbert.models.generation import GenerationMixin
 from modernbert.models.heads import check_classes
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Linear, PredictionHead
@@ -22,7 +23,7 @@ from modernbert.models.outputs import CausalLMOutputWithPast
 from modernbert.ops.losses import IGNORED, cross_entropy
 
 
-class ModernBertDecoderForCausalLM(DecoderWithHead):
+class ModernBertDecoderForCausalLM(DecoderWithHead, GenerationMixin):
     """The decoder with an output over the vocabulary, whose weight is the token embedding's.
 
     Labels have the shape of the input and are shifted inside: the score at a token is for the next one of its text.
@@ -39,6 +40,7 @@ class ModernBertDecoderForCausalLM(DecoderWithHead):
 
     def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
+        self.generation_config = {}
         self.lm_head = PredictionHead(config)
         self.decoder = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         self._finish()

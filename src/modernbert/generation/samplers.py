@@ -1,0 +1,182 @@
+"""Samplers: small functions from scores to scores, composed into one, and the draw at the end.
+
+Each takes float32 scores and the texts so far, and returns scores.
+
+Shapes: B texts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from modernbert.generation.options import GenerationOptions
+
+_NEVER = float("-inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """A text so far: its ids, of which the first `prompt` are the prompt's."""
+
+    ids: list[int]
+    prompt: int
+
+    @property
+    def new(self) -> list[int]:
+        """What was generated."""
+        return self.ids[self.prompt :]
+
+
+Sampler = Callable[[Tensor, Sequence[History]], Tensor]
+
+
+def penalize_repetition(penalty: float) -> Sampler:
+    """Make tokens that occur already less likely: positive scores are divided, negative ones multiplied.
+
+    Source: CTRL, arXiv:1909.05858.
+    """
+
+    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
+        out = scores_BV.clone()
+        for row, history in zip(out, histories, strict=True):
+            seen = torch.tensor(list(set(history.ids)), dtype=torch.int64, device=out.device)
+            row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
+        return out
+
+    return apply
+
+
+def forbid_repeated_ngrams(size: int) -> Sampler:
+    """Never complete `size` tokens in a row that occur already."""
+
+    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
+        out = scores_BV.clone()
+        for row, history in zip(out, histories, strict=True):
+            ids = history.ids
+            start = ids[max(0, len(ids) - size + 1) :] if size > 1 else []
+            banned = [ids[i] for i in range(size - 1, len(ids)) if ids[i - size + 1 : i] == start]
+            row[torch.tensor(banned, dtype=torch.int64, device=out.device)] = _NEVER
+        return out
+
+    return apply
+
+
+def forbid_end(eos_ids: Sequence[int], until: int) -> Sampler:
+    """Never end a text before it has so many new tokens."""
+    ids = list(eos_ids)
+
+    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
+        early = [i for i, history in enumerate(histories) if len(history.ids) - history.prompt < until]
+        if not early:
+            return scores_BV
+        out = scores_BV.clone()
+        out[torch.tensor(early, device=out.device)[:, None], torch.tensor(ids, device=out.device)] = _NEVER
+        return out
+
+    return apply
+
+
+def scale(temperature: float) -> Sampler:
+    """Sharpen (below 1) or flatten (above 1) the distribution."""
+    return lambda scores_BV, histories: scores_BV / temperature
+
+
+def keep_top_k(k: int) -> Sampler:
+    """Keep the k best scores, and those equal to the last of them."""
+
+    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
+        least_B1 = scores_BV.topk(min(k, scores_BV.shape[-1])).values[:, -1:]
+        return scores_BV.masked_fill(scores_BV < least_B1, _NEVER)
+
+    return apply
+
+
+def keep_top_p(p: float) -> Sampler:
+    """Keep the fewest best scores whose probabilities sum to p or more.
+
+    Source: nucleus sampling, arXiv:1904.09751.
+    """
+
+    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
+        rising, order = scores_BV.sort(dim=-1)
+        tail = rising.softmax(-1).cumsum(-1) <= 1 - p
+        tail[:, -1] = False
+        return scores_BV.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), _NEVER)
+
+    return apply
+
+
+def keep_min_p(p: float) -> Sampler:
+    """Keep tokens whose probability is at least p times the best one's.
+
+    Source: arXiv:2407.01082.
+    """
+
+    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
+        probabilities = scores_BV.softmax(-1)
+        return scores_BV.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), _NEVER)
+
+    return apply
+
+
+def compose(options: GenerationOptions) -> Sampler | None:
+    """One sampler of all that the options ask for; None where they ask for nothing."""
+    samplers: list[Sampler] = []
+    if options.repetition_penalty != 1.0:
+        samplers.append(penalize_repetition(options.repetition_penalty))
+    if options.no_repeat_ngram_size:
+        samplers.append(forbid_repeated_ngrams(options.no_repeat_ngram_size))
+    if options.min_new_tokens and options.eos_token_id:
+        samplers.append(forbid_end(options.eos_token_id, options.min_new_tokens))
+    if options.do_sample:
+        if options.temperature != 1.0:
+            samplers.append(scale(options.temperature))
+        if options.top_k:
+            samplers.append(keep_top_k(options.top_k))
+        if options.top_p < 1.0:
+            samplers.append(keep_top_p(options.top_p))
+        if options.min_p > 0.0:
+            samplers.append(keep_min_p(options.min_p))
+    if not samplers:
+        return None
+
+    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
+        for sampler in samplers:
+            scores_BV = sampler(scores_BV, histories)
+        return scores_BV
+
+    return apply
+
+
+class Draw:
+    """Draws one token a text by their probabilities: the largest of p / e, with e drawn from the exponential
+    distribution, is token i with probability p_i.
+
+    Args:
+        texts: texts of the whole batch.
+        generator: one for the batch, which draws for every text at every step, those that are finished too, so that a
+            seed means the same whoever finishes first; or one a text, so that a text's draws are its own; None takes
+            PyTorch's global one.
+    """
+
+    def __init__(self, texts: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> None:
+        self.texts = texts
+        self.generator = generator
+
+    def __call__(self, scores_BV: Tensor, texts: Sequence[int]) -> Tensor:
+        """One token of each row of scores, which are of these texts: (B,)."""
+        probabilities = scores_BV.softmax(-1)
+        if self.generator is None or isinstance(self.generator, torch.Generator):
+            noise = torch.empty((self.texts, scores_BV.shape[1]), device=scores_BV.device)
+            noise.exponential_(generator=self.generator)
+            if len(texts) < self.texts:
+                noise = noise[torch.tensor(texts, device=noise.device)]
+        else:
+            noise = torch.empty_like(probabilities)
+            for row, text in zip(noise, texts, strict=True):
+                row.exponential_(generator=self.generator[text])
+        return (probabilities / noise).argmax(-1)

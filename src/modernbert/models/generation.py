@@ -1,0 +1,436 @@
+"""`generate`: the door of text generation, and what the decoding loops see of a decoder.
+
+Shapes: B texts, S columns, T tokens of all texts together, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from modernbert.errors import InputError
+from modernbert.generation.loops import Step, follow, search
+from modernbert.generation.options import GenerationOptions
+from modernbert.generation.samplers import Draw, History, compose
+from modernbert.generation.text import TextPieces, holds_stop
+from modernbert.models.cache import DecoderCache
+from modernbert.models.inputs import PackedInputs
+from modernbert.models.outputs import ModelOutput
+from modernbert.ops.packing import Packing
+
+if TYPE_CHECKING:
+    from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
+
+logger = logging.getLogger(__name__)
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclasses.dataclass
+class GenerateOutput(ModelOutput):
+    """What `generate` returns with `return_dict_in_generate=True`.
+
+    Attributes:
+        sequences: (texts, tokens) ids, prompts included, filled up with the padding id.
+        sequences_scores: (texts,) of beam search: log-probabilities over lengths.
+        scores: for each new token (texts, vocabulary), as it was chosen by; zeros for texts that were finished.
+        logits: likewise, as the model gave them.
+        past_key_values: the cache of all tokens but the last one of each text.
+    """
+
+    sequences: Tensor | None = None
+    sequences_scores: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    past_key_values: Any = None
+
+
+class CachedDecoder:
+    """A decoder that reads each token once.
+
+    Args:
+        model: scores tokens.
+        cache: holds the prompts' beginnings already, or nothing.
+        keep_texts: keep texts in the cache that are no longer gone on with.
+    """
+
+    def __init__(self, model: ModernBertDecoderForCausalLM, cache: DecoderCache, keep_texts: bool = False) -> None:
+        self.model = model
+        self.cache = cache
+        self.keep_texts = keep_texts
+        self.active: list[int] = []  # texts of the cache that are gone on with
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Scores of what follows each prompt."""
+        past = self.cache.lengths or [0] * len(prompts)
+        if len(past) != len(prompts):
+            raise InputError(f"there are {len(prompts)} prompts; past_key_values holds {len(past)} texts")
+        for held, prompt in zip(past, prompts, strict=True):
+            if held >= len(prompt):
+                raise InputError(
+                    f"past_key_values holds {held} tokens of a text and its prompt has {len(prompt)}; a prompt goes "
+                    "on from what the cache holds: all of its tokens, and at least one more"
+                )
+        self.active = list(range(len(prompts)))
+        return self._read([list(prompt[held:]) for held, prompt in zip(past, prompts, strict=True)])
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Scores of what follows one more token each."""
+        new: list[list[int]] = [[] for _ in range(len(self.cache))]
+        for text, token in zip(self.active, tokens, strict=True):
+            new[text] = [token]
+        return self._read(new)
+
+    def select(self, texts: Sequence[int]) -> None:
+        """Go on with these texts."""
+        chosen = [self.active[t] for t in texts]
+        if self.keep_texts and len(set(chosen)) == len(chosen) and chosen == sorted(chosen):
+            self.active = chosen
+            return
+        self.cache.select(chosen)
+        self.active = list(range(len(chosen)))
+
+    def _read(self, new: list[list[int]]) -> Tensor:
+        """Scores after the last token of each text that has new ones."""
+        model, device = self.model, self.model.device
+        packing = Packing.from_lengths([len(ids) for ids in new], device)
+        ids_T = torch.tensor([i for ids in new for i in ids], dtype=torch.int64).to(device)
+        positions_T = packing.positions_T
+        if self.cache.ends:
+            positions_T = positions_T + torch.tensor(self.cache.ends, device=device)[packing.text_T]
+        inputs = PackedInputs(ids_T, None, packing, positions_T, (packing.tokens,), came_packed=True)
+        x_TM = model.model.encode(inputs, False, False, self.cache).last_hidden_state
+        assert x_TM is not None
+        if packing.tokens > len(self.active):
+            ends = [end - 1 for start, end in packing.spans if end > start]
+            x_TM = x_TM.index_select(0, torch.tensor(ends, device=device))
+        return model.score(x_TM).float()
+
+
+class UncachedDecoder:
+    """A decoder that reads every text anew for each token: slow, obvious, and the oracle of the other."""
+
+    def __init__(self, model: ModernBertDecoderForCausalLM) -> None:
+        self.model = model
+        self.texts: list[list[int]] = []
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Scores of what follows each prompt."""
+        self.texts = [list(prompt) for prompt in prompts]
+        ids_T = torch.tensor([i for text in self.texts for i in text], device=self.model.device)
+        starts = [0, *itertools.accumulate(len(text) for text in self.texts)]
+        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
+        logits: Tensor = self.model(ids_T, cu_seqlens=cu_seqlens, use_cache=False, logits_to_keep=1).logits
+        return logits.float()
+
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Scores of what follows one more token each."""
+        return self.start([[*text, token] for text, token in zip(self.texts, tokens, strict=True)])
+
+    def select(self, texts: Sequence[int]) -> None:
+        """Go on with these texts."""
+        self.texts = [list(self.texts[t]) for t in texts]
+
+
+class GenerationMixin:
+    """`generate` and `stream`, for models that score the next token.
+
+    Attributes:
+        generation_config: defaults of the options, as a checkpoint's `generation_config.json` holds them.
+    """
+
+    generation_config: dict[str, Any]
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        min_new_tokens: int | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | str | None = None,
+        num_return_sequences: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
+        streamer: Any = None,
+        use_cache: bool = True,
+        past_key_values: DecoderCache | None = None,
+        generator: Generators = None,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        output_logits: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | GenerateOutput:
+        """Go on with prompts.
+
+        Options that are not given are the checkpoint's `generation_config`, then those of `GenerationOptions`, which
+        says what each means.
+
+        Args:
+            input_ids: (B, S) prompts, padded on either side; None begins one text with the configuration's
+                `bos_token_id`.
+            attention_mask: (B, S), nonzero at real tokens; None takes the padding id for padding.
+            tokenizer: decodes for `stop_strings`, which need it.
+            streamer: gets the prompt's ids and then each token by `put`, and `end` at the end, such as a
+                `TextStreamer`; of one text, without beams.
+            use_cache: False reads each text anew for every token.
+            past_key_values: a `DecoderCache` of the prompts' beginnings, such as an earlier output's; it is gone on
+                with, and then holds all tokens but the last one of each text.
+            generator: draws for the whole batch from one, or for each text from its own of a list (one a returned
+                text); None takes PyTorch's global one.
+            return_dict_in_generate: return a `GenerateOutput`.
+            output_scores, output_logits: with that, keep the scores of every step.
+            kwargs: `token_type_ids` is accepted and ignored.
+
+        Returns:
+            Ids (B * num_return_sequences, S + new tokens): the prompts as they were given, the new tokens, and the
+            padding id after the end of shorter texts. Or a `GenerateOutput`.
+
+        Raises:
+            InputError: an option is unknown or impossible, options contradict each other, or a prompt is empty.
+        """
+        given = {
+            "max_length": max_length,
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+            "num_beams": num_beams,
+            "length_penalty": length_penalty,
+            "early_stopping": early_stopping,
+            "num_return_sequences": num_return_sequences,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "stop_strings": stop_strings,
+        }
+        kwargs.pop("token_type_ids", None)
+        options = self._options({**given, **kwargs})
+        if (output_scores or output_logits) and not return_dict_in_generate:
+            raise InputError("output_scores and output_logits are returned with return_dict_in_generate=True")
+        if options.num_beams > 1 and (output_scores or output_logits):
+            raise InputError("output_scores and output_logits are of decoding without beams; leave num_beams out")
+        if not use_cache and past_key_values is not None:
+            raise InputError("use_cache is False and past_key_values is given; leave one of them out")
+        ids_BS, prompts = self._prompts(input_ids, attention_mask, options)
+        texts = len(prompts) * options.num_return_sequences
+        if streamer is not None and (texts > 1 or options.num_beams > 1):
+            raise InputError(f"streamer takes one text without beams; there are {texts}, and {options.num_beams} beams")
+        if isinstance(generator, Sequence) and len(generator) != texts:
+            raise InputError(f"generator holds {len(generator)}; give one, or one for each of {texts} texts")
+        if options.num_beams > 1 and isinstance(generator, Sequence):
+            raise InputError("generator is a list; a beam search draws from one generator")
+        new_tokens = options.new_tokens(ids_BS.shape[1])
+        self._warn_of_length(ids_BS.shape[1] + new_tokens)
+        with torch.inference_mode():
+            decoder = self._decoder(use_cache, past_key_values, return_dict_in_generate)
+            if options.num_beams > 1:
+                assert not isinstance(generator, Sequence)
+                stop = self._stop(options, tokenizer)
+                found = search(decoder, prompts, options, new_tokens, compose(options), generator, stop)
+                best = list(itertools.chain.from_iterable(found))
+                continuations = [history.new for history, _ in best]
+                output = GenerateOutput(sequences_scores=torch.tensor([score for _, score in best]))
+            else:
+                continuations, output = self._follow(
+                    decoder, prompts, options, new_tokens, generator, tokenizer, streamer, output_scores, output_logits
+                )
+        cache = decoder.cache if isinstance(decoder, CachedDecoder) and options.num_beams == 1 else None
+        pad = options.pad_token_id if options.pad_token_id is not None else next(iter(options.eos_token_id), 0)
+        width = max(len(tokens) for tokens in continuations)
+        new = torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in continuations], dtype=torch.int64)
+        before = ids_BS.repeat_interleave(options.num_return_sequences, 0)
+        output.sequences = torch.cat([before, new.to(before)], dim=1)
+        output.past_key_values = cache
+        return output if return_dict_in_generate else output.sequences
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        tokenizer: Any,
+        skip_special_tokens: bool = True,
+        past_key_values: DecoderCache | None = None,
+        generator: Generators = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Go on with one prompt, as an iterator of pieces of text that never cut a character.
+
+        Args:
+            input_ids: (1, S) the prompt.
+            attention_mask: (1, S).
+            tokenizer: decodes.
+            skip_special_tokens: leave special tokens out.
+            past_key_values, generator: as of `generate`.
+            options: of `GenerationOptions`, without beams.
+
+        Raises:
+            InputError: as of `generate`, at once.
+        """
+        settled = self._options(options)
+        ids_BS, prompts = self._prompts(input_ids, attention_mask, settled)
+        if len(prompts) * settled.num_return_sequences > 1 or settled.num_beams > 1:
+            raise InputError("stream goes on with one text, without beams")
+        new_tokens = settled.new_tokens(ids_BS.shape[1])
+        self._warn_of_length(ids_BS.shape[1] + new_tokens)
+        steps = self._steps(
+            self._decoder(True, past_key_values, False), prompts, settled, new_tokens, generator, tokenizer
+        )
+
+        def texts() -> Iterator[str]:
+            pieces = TextPieces(tokenizer, skip_special_tokens)
+            while True:
+                with torch.inference_mode():  # not across a yield, where it would be the caller's too
+                    step = next(steps, None)
+                piece = pieces.finish() if step is None else pieces.push(step.tokens)
+                if piece:
+                    yield piece
+                if step is None:
+                    return
+
+        return texts()
+
+    def _options(self, given: dict[str, Any]) -> GenerationOptions:
+        config: Any = self.config  # type: ignore[attr-defined]
+        ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
+        return GenerationOptions.make(given, {**ids, **self.generation_config})
+
+    def _warn_of_length(self, tokens: int) -> None:
+        context = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        if tokens > context:
+            logger.warning("up to %d tokens are asked for; the model was trained for texts of %d", tokens, context)
+
+    def _prompts(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, options: GenerationOptions
+    ) -> tuple[Tensor, list[list[int]]]:
+        """The prompts as they were given, (B, S), and the real tokens of each."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        if input_ids is None:
+            if config.bos_token_id is None:
+                raise InputError("input_ids is not given, and the configuration has no bos_token_id to begin with")
+            input_ids = torch.tensor([[config.bos_token_id]])
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise InputError(
+                f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; prompts are whole numbers "
+                "of shape (batch, sequence)"
+            )
+        if attention_mask is None:
+            pad = options.pad_token_id
+            padded = pad is not None and pad not in options.eos_token_id
+            attention_mask = input_ids != pad if padded else torch.ones_like(input_ids)
+        if attention_mask.shape != input_ids.shape:
+            raise InputError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {tuple(input_ids.shape)}"
+            )
+        rows = zip(input_ids.tolist(), (attention_mask != 0).tolist(), strict=True)
+        prompts = [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
+        if not prompts or not all(prompts):
+            raise InputError("a prompt has no token; give at least one, such as bos_token_id")
+        low, high = min(map(min, prompts)), max(map(max, prompts))
+        if low < 0 or high >= config.vocab_size:
+            raise InputError(
+                f"input_ids holds {low if low < 0 else high}; the vocabulary has ids 0 to {config.vocab_size - 1}"
+            )
+        return input_ids, prompts
+
+    def _decoder(
+        self, use_cache: bool, cache: DecoderCache | None, keep_texts: bool
+    ) -> CachedDecoder | UncachedDecoder:
+        model: Any = self
+        if model.training:
+            raise InputError("generation is for evaluation mode; call model.eval() first")
+        if not use_cache:
+            return UncachedDecoder(model)
+        keep_texts = keep_texts or cache is not None
+        return CachedDecoder(model, DecoderCache(model.config) if cache is None else cache, keep_texts)
+
+    def _stop(self, options: GenerationOptions, tokenizer: Any) -> Any:
+        """Whether a text is at its end."""
+        if options.stop_strings and tokenizer is None:
+            raise InputError("stop_strings need tokenizer=, which decodes what they are looked for in")
+        ends = set(options.eos_token_id)
+
+        def stop(history: History) -> bool:
+            return history.ids[-1] in ends or holds_stop(tokenizer, options.stop_strings, history.new)
+
+        return stop
+
+    def _steps(
+        self,
+        decoder: CachedDecoder | UncachedDecoder,
+        prompts: list[list[int]],
+        options: GenerationOptions,
+        new_tokens: int,
+        generator: Generators,
+        tokenizer: Any,
+    ) -> Iterator[Step]:
+        texts = len(prompts) * options.num_return_sequences
+        draw = Draw(texts, generator) if options.do_sample else None
+        return follow(
+            decoder,
+            prompts,
+            options,
+            new_tokens,
+            compose(options),
+            draw,
+            self._stop(options, tokenizer),
+        )
+
+    def _follow(
+        self,
+        decoder: CachedDecoder | UncachedDecoder,
+        prompts: list[list[int]],
+        options: GenerationOptions,
+        new_tokens: int,
+        generator: Generators,
+        tokenizer: Any,
+        streamer: Any,
+        output_scores: bool,
+        output_logits: bool,
+    ) -> tuple[list[list[int]], GenerateOutput]:
+        texts = len(prompts) * options.num_return_sequences
+        continuations: list[list[int]] = [[] for _ in range(texts)]
+        kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
+        if streamer is not None:
+            streamer.put(torch.tensor(prompts))
+        for step in self._steps(decoder, prompts, options, new_tokens, generator, tokenizer):
+            for text, token in zip(step.texts, step.tokens, strict=True):
+                continuations[text].append(token)
+            if streamer is not None:
+                streamer.put(torch.tensor(step.tokens))
+            for name, wanted, values in (
+                ("scores", output_scores, step.scores_BV),
+                ("logits", output_logits, step.logits_BV),
+            ):
+                if wanted:
+                    whole = values.new_zeros((texts, values.shape[1]))
+                    kept[name].append(whole.index_copy(0, torch.tensor(step.texts, device=whole.device), values))
+        if streamer is not None:
+            streamer.end()
+        return continuations, GenerateOutput(
+            scores=tuple(kept["scores"]) if output_scores else None,
+            logits=tuple(kept["logits"]) if output_logits else None,
+        )
