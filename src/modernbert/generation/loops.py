@@ -54,8 +54,8 @@ class Step:
 def follow(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
     options: GenerationOptions,
-    new_tokens: int,
     sampler: Sampler | None,
     draw: Draw | None,
     stop: Stop,
@@ -65,35 +65,39 @@ def follow(
     Args:
         model: reads and scores.
         prompts: ids of each.
+        limits: how many new tokens each may get.
         options: how to generate.
-        new_tokens: how many at the most.
         sampler: of `samplers.compose`, or None.
         draw: draws tokens; None takes the best one.
         stop: whether a text is at its end.
     """
     logits_BV = model.start(prompts)
     copies = [i for i in range(len(prompts)) for _ in range(options.num_return_sequences)]
-    histories = [History(list(prompts[i]), len(prompts[i])) for i in copies]
+    histories = [History(list(prompts[i]), len(prompts[i]), limits[i]) for i in copies]
     if options.num_return_sequences > 1:
         model.select(copies)
         logits_BV = logits_BV[torch.tensor(copies, device=logits_BV.device)]
     texts = list(range(len(copies)))
-    for number in range(new_tokens):
+    while True:
         scores_BV = logits_BV if sampler is None else sampler(logits_BV, histories)
         tokens = (scores_BV.argmax(-1) if draw is None else draw(scores_BV, texts)).tolist()
         going: list[int] = []
         for row, (history, token) in enumerate(zip(histories, tokens, strict=True)):
             history.ids.append(token)
-            if not stop(history):
+            if not _ends(history, stop):
                 going.append(row)
         finished = [texts[row] for row in range(len(texts)) if row not in going]
         yield Step(texts, tokens, finished, logits_BV, scores_BV)
-        if not going or number + 1 == new_tokens:
+        if not going:
             return
         if finished:
             model.select(going)
             texts, histories, tokens = ([x[row] for row in going] for x in (texts, histories, tokens))
         logits_BV = model.step(tokens)
+
+
+def _ends(history: History, stop: Stop) -> bool:
+    return len(history.ids) - history.prompt >= history.limit or stop(history)
 
 
 @dataclasses.dataclass
@@ -112,7 +116,6 @@ class _Search:
         self,
         candidates: list[tuple[int, int, float]],
         options: GenerationOptions,
-        new_tokens: int,
         stop: Stop,
     ) -> list[int] | None:
         """Take the best continuations; the beams that go on, by their present numbers, or None at the end.
@@ -127,8 +130,8 @@ class _Search:
         ended: list[tuple[History, float]] = []
         for rank, (beam, token, score) in enumerate(candidates):
             before = self.running[beam][0]
-            history = History([*before.ids, token], before.prompt)
-            if length < new_tokens and not stop(history):
+            history = dataclasses.replace(before, ids=[*before.ids, token])
+            if not _ends(history, stop):
                 going.append((beam, history, score))
             elif rank < beams:
                 ended.append((history, score / length**penalty))
@@ -140,7 +143,7 @@ class _Search:
             return None
         self.running = [(history, score) for _, history, score in going]
         if len(self.finished) == beams:
-            far = new_tokens if options.early_stopping == "never" and penalty > 0 else length
+            far = going[0][1].limit if options.early_stopping == "never" and penalty > 0 else length
             if options.early_stopping is True or going[0][2] / far**penalty <= self.finished[-1][1]:
                 return None
         return [beam for beam, _, _ in going]
@@ -149,8 +152,8 @@ class _Search:
 def search(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
     options: GenerationOptions,
-    new_tokens: int,
     sampler: Sampler | None,
     generator: torch.Generator | None,
     stop: Stop,
@@ -161,7 +164,10 @@ def search(
     """
     beams = options.num_beams
     logits_BV = model.start(prompts)
-    searches = [_Search([(History(list(prompt), len(prompt)), 0.0)]) for prompt in prompts]
+    searches = [
+        _Search([(History(list(prompt), len(prompt), limit), 0.0)])
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
     active = list(range(len(prompts)))
     # So many that, should each way to end be among the best of each beam, enough others remain.
     number = max(2, 1 + len(options.eos_token_id)) * beams
@@ -186,7 +192,7 @@ def search(
                 (index // vocabulary, index % vocabulary, score)
                 for index, score in zip(chosen.tolist(), flat[chosen].tolist(), strict=True)
             ]
-            going = searches[i].advance(candidates, options, new_tokens, stop)
+            going = searches[i].advance(candidates, options, stop)
             if going is not None:
                 still.append(i)
                 selected += [first + beam for beam in going]

@@ -20,10 +20,11 @@ _NEVER = float("-inf")
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """A text so far: its ids, of which the first `prompt` are the prompt's."""
+    """A text so far: its ids, of which the first `prompt` are the prompt's, and how many it may get."""
 
     ids: list[int]
     prompt: int
+    limit: int
 
     @property
     def new(self) -> list[int]:

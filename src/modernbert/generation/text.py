@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
@@ -45,6 +45,16 @@ class TextPieces:
         rest = self._decode(len(self.ids))[len(self._decode(self.given)) :]
         self.context = self.given = len(self.ids)
         return rest
+
+    def of(self, steps: Iterable[int]) -> Iterator[str]:
+        """The text of a stream of tokens."""
+        for token in steps:
+            piece = self.push([token])
+            if piece:
+                yield piece
+        rest = self.finish()
+        if rest:
+            yield rest
 
     def _decode(self, end: int) -> str:
         return self.tokenizer.decode(self.ids[self.context : end], skip_special_tokens=self.skip)

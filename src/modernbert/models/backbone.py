@@ -112,7 +112,7 @@ class Backbone(PreTrainedModel):
         shared = {}
         for kind in dict.fromkeys(config.layer_types or ()):
             assert config.rope_parameters is not None
-            cos_T1F, sin_T1F = rope_tables(
+            cos_T1D, sin_T1D = rope_tables(
                 config.rope_parameters[kind],
                 config.head_dim,
                 inputs.positions_T,
@@ -121,10 +121,10 @@ class Backbone(PreTrainedModel):
             )
             reach = config.reach(kind)
             if cache is None or begun is None:
-                shared[kind] = LayerContext(backend, backend.plan(packing, reach, dtype), cos_T1F, sin_T1F)
+                shared[kind] = LayerContext(backend, backend.plan(packing, reach, dtype), cos_T1D, sin_T1D)
             else:
                 cached = cache.continuation(begun, kind, backend, dtype, gather)
-                shared[kind] = LayerContext(backend, None, cos_T1F, sin_T1F, cached)
+                shared[kind] = LayerContext(backend, None, cos_T1D, sin_T1D, cached)
         return shared
 
 

@@ -364,6 +364,9 @@ class PreTrainedModel(nn.Module):
         compiled = [m for m in self.modules() if isinstance(m, MLP)] if self.config.reference_compile else []
         left_out = {inner for mlp in compiled for inner in mlp.modules()}  # the compiler reads plain weights
         for module in self.modules():
+            if isinstance(module, Attention):
+                module.pack()
+        for module in self.modules():
             if isinstance(module, Linear) and module not in left_out:
                 module.pack(keep_weight=module.weight is shared)
         return self

@@ -17,8 +17,9 @@ from modernbert.models.backbone import Backbone, check_kwargs, restore_all
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.cache import DecoderCache
 from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Attention, Linear, select
+from modernbert.models.layers import Attention, Linear, pack_together, select
 from modernbert.models.outputs import BaseModelOutputWithPast
+from modernbert.ops.linear import PackedPart, linear
 
 
 class DecoderAttention(Attention):
@@ -33,8 +34,18 @@ class DecoderAttention(Attention):
 
     def project(self, x_TM: Tensor) -> Tensor:
         """(T, M) to (T, 3, H, D)."""
-        qkv = torch.cat((self.q_proj(x_TM), self.k_proj(x_TM), self.v_proj(x_TM)), dim=-1)
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        packed = self.q_proj.packed
+        if isinstance(packed, PackedPart):
+            bias = torch.cat([part.bias for part in parts]) if self.q_proj.bias is not None else None
+            qkv = linear(x_TM, packed.like, bias, packed.whole)
+        else:
+            qkv = torch.cat([part(x_TM) for part in parts], dim=-1)
         return qkv.unflatten(-1, (3, self.heads, self.head_dim))
+
+    def pack(self) -> None:
+        """Lay the three projections out as one, for inference."""
+        pack_together([self.q_proj, self.k_proj, self.v_proj])
 
     def select_heads(self, rows: Tensor) -> None:
         """Keep these outputs of each of the three."""

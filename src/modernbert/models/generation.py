@@ -244,27 +244,71 @@ class GenerationMixin:
             raise InputError("generator is a list; a beam search draws from one generator")
         new_tokens = options.new_tokens(ids_BS.shape[1])
         self._warn_of_length(ids_BS.shape[1] + new_tokens)
-        with torch.inference_mode():
-            decoder = self._decoder(use_cache, past_key_values, return_dict_in_generate)
-            if options.num_beams > 1:
-                assert not isinstance(generator, Sequence)
-                stop = self._stop(options, tokenizer)
-                found = search(decoder, prompts, options, new_tokens, compose(options), generator, stop)
-                best = list(itertools.chain.from_iterable(found))
-                continuations = [history.new for history, _ in best]
-                output = GenerateOutput(sequences_scores=torch.tensor([score for _, score in best]))
-            else:
-                continuations, output = self._follow(
-                    decoder, prompts, options, new_tokens, generator, tokenizer, streamer, output_scores, output_logits
-                )
-        cache = decoder.cache if isinstance(decoder, CachedDecoder) and options.num_beams == 1 else None
+        decoder = self._decoder(use_cache, past_key_values, return_dict_in_generate)
+        limits = [new_tokens] * len(prompts)
+        output = GenerateOutput()
+        if options.num_beams > 1:
+            assert not isinstance(generator, Sequence)
+            best = self._search(decoder, prompts, limits, options, generator, tokenizer)
+            continuations = [tokens for tokens, _ in best]
+            output.sequences_scores = torch.tensor([score for _, score in best])
+        else:
+            kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
+            continuations = [[] for _ in range(texts)]
+            if streamer is not None:
+                streamer.put(torch.tensor(prompts))
+            for step in self._steps(decoder, prompts, limits, options, generator, tokenizer):
+                for text, token in zip(step.texts, step.tokens, strict=True):
+                    continuations[text].append(token)
+                if streamer is not None:
+                    streamer.put(torch.tensor(step.tokens))
+                for name, wanted, values in (
+                    ("scores", output_scores, step.scores_BV),
+                    ("logits", output_logits, step.logits_BV),
+                ):
+                    if wanted:
+                        whole = torch.zeros((texts, values.shape[1]), device=values.device)
+                        kept[name].append(whole.index_copy_(0, torch.tensor(step.texts, device=whole.device), values))
+            if streamer is not None:
+                streamer.end()
+            output.scores = tuple(kept["scores"]) if output_scores else None
+            output.logits = tuple(kept["logits"]) if output_logits else None
+            output.past_key_values = decoder.cache if isinstance(decoder, CachedDecoder) else None
         pad = options.pad_token_id if options.pad_token_id is not None else next(iter(options.eos_token_id), 0)
         width = max(len(tokens) for tokens in continuations)
         new = torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in continuations], dtype=torch.int64)
         before = ids_BS.repeat_interleave(options.num_return_sequences, 0)
         output.sequences = torch.cat([before, new.to(before)], dim=1)
-        output.past_key_values = cache
         return output if return_dict_in_generate else output.sequences
+
+    def continue_prompts(
+        self,
+        prompts: list[list[int]],
+        limits: list[int],
+        options: GenerationOptions,
+        generator: Generators = None,
+        tokenizer: Any = None,
+    ) -> list[list[int]]:
+        """Go on with prompts that are checked already; what `generate` does without its door.
+
+        Args:
+            prompts: ids of each.
+            limits: how many new tokens each may get.
+            options: how to generate.
+            generator, tokenizer: as of `generate`.
+
+        Returns:
+            New ids, `num_return_sequences` texts a prompt, one after another.
+        """
+        decoder = self._decoder(True, None, False)
+        if options.num_beams > 1:
+            assert not isinstance(generator, Sequence)
+            return [tokens for tokens, _ in self._search(decoder, prompts, limits, options, generator, tokenizer)]
+        continuations: list[list[int]] = [[] for _ in range(len(prompts) * options.num_return_sequences)]
+        for step in self._steps(decoder, prompts, limits, options, generator, tokenizer):
+            for text, token in zip(step.texts, step.tokens, strict=True):
+                continuations[text].append(token)
+        return continuations
 
     def stream(
         self,
@@ -274,7 +318,7 @@ class GenerationMixin:
         tokenizer: Any,
         skip_special_tokens: bool = True,
         past_key_values: DecoderCache | None = None,
-        generator: Generators = None,
+        generator: torch.Generator | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Go on with one prompt, as an iterator of pieces of text that never cut a character.
@@ -294,24 +338,25 @@ class GenerationMixin:
         ids_BS, prompts = self._prompts(input_ids, attention_mask, settled)
         if len(prompts) * settled.num_return_sequences > 1 or settled.num_beams > 1:
             raise InputError("stream goes on with one text, without beams")
-        new_tokens = settled.new_tokens(ids_BS.shape[1])
-        self._warn_of_length(ids_BS.shape[1] + new_tokens)
+        limit = settled.new_tokens(ids_BS.shape[1])
+        self._warn_of_length(ids_BS.shape[1] + limit)
+        steps = self.follow_prompt(prompts[0], limit, settled, generator, tokenizer, past_key_values)
+        return TextPieces(tokenizer, skip_special_tokens).of(steps)
+
+    def follow_prompt(
+        self,
+        prompt: list[int],
+        limit: int,
+        options: GenerationOptions,
+        generator: torch.Generator | None = None,
+        tokenizer: Any = None,
+        past_key_values: DecoderCache | None = None,
+    ) -> Iterator[int]:
+        """New ids of one prompt that is checked already, as they come; arguments as of `continue_prompts`."""
         steps = self._steps(
-            self._decoder(True, past_key_values, False), prompts, settled, new_tokens, generator, tokenizer
+            self._decoder(True, past_key_values, False), [prompt], [limit], options, generator, tokenizer
         )
-
-        def texts() -> Iterator[str]:
-            pieces = TextPieces(tokenizer, skip_special_tokens)
-            while True:
-                with torch.inference_mode():  # not across a yield, where it would be the caller's too
-                    step = next(steps, None)
-                piece = pieces.finish() if step is None else pieces.push(step.tokens)
-                if piece:
-                    yield piece
-                if step is None:
-                    return
-
-        return texts()
+        return (step.tokens[0] for step in steps)
 
     def _options(self, given: dict[str, Any]) -> GenerationOptions:
         config: Any = self.config  # type: ignore[attr-defined]
@@ -382,55 +427,34 @@ class GenerationMixin:
         self,
         decoder: CachedDecoder | UncachedDecoder,
         prompts: list[list[int]],
+        limits: list[int],
         options: GenerationOptions,
-        new_tokens: int,
         generator: Generators,
         tokenizer: Any,
     ) -> Iterator[Step]:
+        """Steps of decoding without beams."""
         texts = len(prompts) * options.num_return_sequences
         draw = Draw(texts, generator) if options.do_sample else None
-        return follow(
-            decoder,
-            prompts,
-            options,
-            new_tokens,
-            compose(options),
-            draw,
-            self._stop(options, tokenizer),
-        )
+        stop = self._stop(options, tokenizer)
+        steps = follow(decoder, prompts, limits, options, compose(options), draw, stop)
+        while True:
+            with torch.inference_mode():  # not across a yield, where it would be the caller's too
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
-    def _follow(
+    def _search(
         self,
         decoder: CachedDecoder | UncachedDecoder,
         prompts: list[list[int]],
+        limits: list[int],
         options: GenerationOptions,
-        new_tokens: int,
-        generator: Generators,
+        generator: torch.Generator | None,
         tokenizer: Any,
-        streamer: Any,
-        output_scores: bool,
-        output_logits: bool,
-    ) -> tuple[list[list[int]], GenerateOutput]:
-        texts = len(prompts) * options.num_return_sequences
-        continuations: list[list[int]] = [[] for _ in range(texts)]
-        kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
-        if streamer is not None:
-            streamer.put(torch.tensor(prompts))
-        for step in self._steps(decoder, prompts, options, new_tokens, generator, tokenizer):
-            for text, token in zip(step.texts, step.tokens, strict=True):
-                continuations[text].append(token)
-            if streamer is not None:
-                streamer.put(torch.tensor(step.tokens))
-            for name, wanted, values in (
-                ("scores", output_scores, step.scores_BV),
-                ("logits", output_logits, step.logits_BV),
-            ):
-                if wanted:
-                    whole = values.new_zeros((texts, values.shape[1]))
-                    kept[name].append(whole.index_copy(0, torch.tensor(step.texts, device=whole.device), values))
-        if streamer is not None:
-            streamer.end()
-        return continuations, GenerateOutput(
-            scores=tuple(kept["scores"]) if output_scores else None,
-            logits=tuple(kept["logits"]) if output_logits else None,
-        )
+    ) -> list[tuple[list[int], float]]:
+        """New ids of the best beams, and their scores."""
+        stop = self._stop(options, tokenizer)
+        with torch.inference_mode():
+            found = search(decoder, prompts, limits, options, compose(options), generator, stop)
+        return [(history.new, score) for history, score in itertools.chain.from_iterable(found)]

@@ -16,7 +16,7 @@ from modernbert.models.continuation import Continuation
 from modernbert.ops.activations import activation
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.eager import EagerAttention
-from modernbert.ops.linear import linear, pack_weight
+from modernbert.ops.linear import PackedPart, linear, pack_weight
 from modernbert.ops.rope import apply_rope
 
 
@@ -27,11 +27,17 @@ class Linear(nn.Linear):
     back.
     """
 
-    packed: Tensor | None = None
+    packed: Tensor | PackedPart | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
+        if isinstance(self.packed, PackedPart):
+            return linear(x, self.dense_weight(), self.bias)
         return linear(x, self.weight, self.bias, self.packed)
+
+    def dense_weight(self) -> Tensor:
+        """The weight, in its plain layout."""
+        return self.weight if self.packed is None else self.packed.to_dense().to(self.weight.dtype)
 
     def pack(self, keep_weight: bool = False) -> None:
         """Lay the weight out for inference; `keep_weight` where another module shares it."""
@@ -43,7 +49,7 @@ class Linear(nn.Linear):
     def unpack(self) -> None:
         """Undo `pack`."""
         if self.packed is not None and self.weight.is_meta:
-            self.weight = nn.Parameter(self.packed.to_dense(), requires_grad=False)
+            self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
         self.packed = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
@@ -53,7 +59,7 @@ class Linear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            destination[f"{prefix}weight"] = self.packed.to_dense()
+            destination[f"{prefix}weight"] = self.dense_weight()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
@@ -62,10 +68,23 @@ class Linear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:  # for copies, which are not packed
         state = dict(self.__dict__)
         if state.pop("packed", None) is not None and self.weight.is_meta:
-            assert self.packed is not None
-            weight = nn.Parameter(self.packed.to_dense(), requires_grad=False)
+            weight = nn.Parameter(self.dense_weight(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state
+
+
+def pack_together(modules: list[Linear]) -> None:
+    """Lay the weights of layers that read the same rows out as one, so that one product serves them all."""
+    whole = torch.cat([module.weight for module in modules])
+    packed = pack_weight(whole)
+    if packed is None:
+        return
+    first = 0
+    for module in modules:
+        rows = slice(first, first + module.out_features)
+        module.packed = PackedPart(packed, rows, whole.to("meta"))
+        module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+        first += module.out_features
 
 
 def layer_norm(config: Config) -> nn.LayerNorm:
@@ -78,8 +97,8 @@ class LayerContext(NamedTuple):
 
     backend: AttentionBackend
     plan: Any  # the backend's own; None where there is a cache
-    cos_T1F: Tensor
-    sin_T1F: Tensor
+    cos_T1D: Tensor
+    sin_T1D: Tensor
     cached: Continuation | None = None
 
 
@@ -117,6 +136,9 @@ class Attention(nn.Module, abc.ABC):
     def project(self, x_TM: Tensor) -> Tensor:
         """Queries, keys and values of rows: (T, M) to (T, 3, H, D)."""
 
+    def pack(self) -> None:
+        """Lay out together what is computed together, before each layer is packed by itself."""
+
     @abc.abstractmethod
     def select_heads(self, rows: Tensor) -> None:
         """Keep these outputs of each projection."""
@@ -124,7 +146,7 @@ class Attention(nn.Module, abc.ABC):
     def forward(self, x_TM: Tensor, shared: LayerContext, weights: list[Any] | None = None) -> Tensor:
         """(T, M) to (T, M). Attention weights, one (H, L, L) a text, are appended to `weights` where given."""
         qkv_T3HD = self.project(x_TM)
-        qk_TGD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), shared.cos_T1F, shared.sin_T1F)
+        qk_TGD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), shared.cos_T1D, shared.sin_T1D)
         q_THD, k_THD = qk_TGD.split(self.heads, dim=1)
         v_THD = qkv_T3HD[:, 2]
         dropout = self.dropout if self.training else 0.0

@@ -22,15 +22,20 @@ _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed ord
 
 
 def _onednn_serves(x: Tensor) -> bool:
-    return x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and _onednn_computes(x.dtype)
+    return x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and _onednn_computes(x.dtype) is not None
 
 
 @functools.cache
-def _onednn_computes(dtype: torch.dtype) -> bool:
-    """Whether this build and this CPU have oneDNN's inner product for a dtype."""
+def _onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
+    """What oneDNN's inner product computes rows of a dtype in on this CPU; None where this build lacks it.
+
+    A CPU without bfloat16 products takes bfloat16 numbers as float32, which is faster there than imitating them.
+    """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return None
+    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32 if dtype in (torch.float32, torch.bfloat16) else None
 
 
 def planned_rows(rows: int) -> int:
@@ -46,11 +51,18 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Ten
     if rows == 0:
         return x_TI.new_zeros((0, weight_OI.shape[0]))
     if _onednn_serves(x_TI):
+        dtype, planned = _onednn_computes(x_TI.dtype), planned_rows(rows)
+        assert dtype is not None
+        x = x_TI.to(dtype)
         # oneDNN keeps a plan, megabytes large, for every number of rows that it has seen; few numbers keep memory flat.
-        x_TI = F.pad(x_TI, (0, 0, 0, planned_rows(rows) - rows)) if rows != planned_rows(rows) else x_TI.contiguous()
-        weight = weight_OI.contiguous() if packed is None else packed
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, weight, bias_O, "none", [], "")
-        return out[:rows]
+        if rows == 1:
+            x = torch.cat((x, x))
+        elif rows != planned:
+            x = F.pad(x, (0, 0, 0, planned - rows))
+        weight = weight_OI.to(dtype).contiguous() if packed is None else packed
+        bias = None if bias_O is None else bias_O.to(dtype)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+        return (out if rows == planned else out[:rows]).to(x_TI.dtype)
     if x_TI.device.type != "cpu":
         return F.linear(x_TI, weight_OI, bias_O)
     padded = F.pad(x_TI, (0, 0, 0, -rows % _BLOCK))
@@ -77,6 +89,25 @@ class _Linear(torch.autograd.Function):
         )
 
 
+class PackedPart:
+    """Some outputs of a weight that was packed together with others; they are computed together too.
+
+    Args:
+        whole: the packed weight.
+        rows: which of its outputs.
+        like: a tensor of the whole weight's shape and dtype, without numbers.
+    """
+
+    def __init__(self, whole: Tensor, rows: slice, like: Tensor) -> None:
+        self.whole = whole
+        self.rows = rows
+        self.like = like
+
+    def to_dense(self) -> Tensor:
+        """The part's weight."""
+        return self.whole.to_dense()[self.rows].contiguous()
+
+
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, each row independent, bit for bit, of the others on a CPU.
 
@@ -91,7 +122,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
     """
     differentiable = torch.is_grad_enabled() and x_TI.requires_grad
     if packed is not None and (differentiable or torch.is_autocast_enabled(x_TI.device.type)):
-        weight_OI, packed = packed.to_dense(), None
+        weight_OI, packed = packed.to_dense().to(weight_OI.dtype), None
     if torch.is_autocast_enabled(x_TI.device.type):
         dtype = torch.get_autocast_dtype(x_TI.device.type)
         x_TI, weight_OI = x_TI.to(dtype), weight_OI.to(dtype)
@@ -115,5 +146,6 @@ def pack_weight(weight_OI: Tensor, rows: int = 256) -> Tensor | None:
     """
     if not _onednn_serves(weight_OI):
         return None
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().contiguous(), rows)
+    dense = weight_OI.detach().to(_onednn_computes(weight_OI.dtype)).contiguous()
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(dense, rows)
     return packed

@@ -65,7 +65,8 @@ def rope_tables(
             a text's result does not depend on what it is batched with. None takes all tokens as one text.
 
     Returns:
-        Two float32 tensors of shape (T, 1, D / 2), already multiplied by the type's attention factor.
+        Two float32 tensors of shape (T, 1, D), already multiplied by the type's attention factor: the cosines, and
+        the sines with the sign that `apply_rope` adds them with.
     """
     kind, theta = rope["rope_type"], rope["rope_theta"]
     device, scale = positions_T.device, 1.0
@@ -85,11 +86,12 @@ def rope_tables(
         elif kind == "yarn":
             frequencies, scale = _yarn(rope, powers, head_dim)
     angles = positions_T.float()[:, None] * frequencies
-    return (angles.cos() * scale)[:, None], (angles.sin() * scale)[:, None]
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
 
 
-def apply_rope(x_THD: Tensor, cos_T1F: Tensor, sin_T1F: Tensor) -> Tensor:
+def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     """Rotate each head's halves against each other by its token's angles, in float32 whatever x is."""
-    first, second = x_THD.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos_T1F - second * sin_T1F, second * cos_T1F + first * sin_T1F), dim=-1)
-    return rotated.to(x_THD.dtype)
+    x = x_THD.float()
+    swapped = x.roll(x.shape[-1] // 2, -1)
+    return (x * cos_T1D).add_(swapped.mul_(sin_T1D)).to(x_THD.dtype)

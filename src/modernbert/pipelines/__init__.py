@@ -21,12 +21,15 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "feature-extraction": ("feature_extraction.FeatureExtractionPipeline", "encoder"),
     "sentence-embedding": ("sentence_embedding.SentenceEmbeddingPipeline", "encoder"),
     "text-ranking": ("text_ranking.TextRankingPipeline", "encoder"),
+    "text-generation": ("text_generation.TextGenerationPipeline", "decoder"),
+    "text-scoring": ("text_scoring.TextScoringPipeline", "decoder"),
 }
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 # The task of a checkpoint's own head, where nobody names one.
 _USUAL = {
     "base": "feature-extraction",
     "masked-lm": "fill-mask",
+    "causal-lm": "text-generation",
     "sequence-classification": "text-classification",
     "token-classification": "token-classification",
     "question-answering": "question-answering",

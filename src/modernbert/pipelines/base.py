@@ -28,7 +28,7 @@ _PLACES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 _LOOK_AHEAD = 4096  # inputs that are sorted by length together, at the most
 _BUDGETS = 8  # forward passes that a window is enough for
 _TOKENIZED_TOGETHER = 64
-_SMALLEST_BUDGET, _GPU_BUDGET = 4096, 65536  # tokens of a forward pass
+_CPU_BUDGET, _GPU_BUDGET = 4096, 65536  # tokens of a forward pass
 
 
 class Row(NamedTuple):
@@ -84,7 +84,7 @@ class Pipeline(abc.ABC):
             raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-        self.batch_tokens = batch_tokens or (_SMALLEST_BUDGET if model.device.type == "cpu" else _GPU_BUDGET)
+        self.batch_tokens = batch_tokens or (_CPU_BUDGET if model.device.type == "cpu" else _GPU_BUDGET)
         self.batch_size = batch_size
         self.defaults = self._checked(defaults)
 
@@ -195,7 +195,7 @@ class Pipeline(abc.ABC):
                 broken = error
             for job in self._prepared(items, settings) if items else ():
                 window.append(job)
-                tokens += sum(len(row.ids) for row in job.rows)
+                tokens += sum(self.weight(row) for row in job.rows)
                 if job.error is not None and not go_on:
                     return window, None
             if broken is not None or not items:
@@ -217,7 +217,7 @@ class Pipeline(abc.ABC):
         rows = [(job, i) for job in window for i in range(len(job.rows))]
         for job in window:
             job.results = [None] * len(job.rows)
-        for batch in self._batches([len(job.rows[i].ids) for job, i in rows]):
+        for batch in self._batches([self.weight(job.rows[i]) for job, i in rows]):
             chosen = [rows[k] for k in batch]
             with torch.inference_mode():
                 results = self.run([job.rows[i] for job, i in chosen], settings)
@@ -252,6 +252,10 @@ class Pipeline(abc.ABC):
         """Check the options of a call and fill in the others; raises `InputError`."""
         return settings
 
+    def weight(self, row: Row) -> int:
+        """What a row counts for in the token budget."""
+        return len(row.ids)
+
     @abc.abstractmethod
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """One job an input; raises `InputError` where one of them cannot be answered."""
@@ -278,7 +282,7 @@ class Pipeline(abc.ABC):
             texts: strings.
             pairs: second texts.
             options: of the tokenizer's call. `truncation` (True, or one of the tokenizer's ways to cut) cuts instead of
-                refusing; so does `max_length` by itself.
+                refusing; so does `max_length` by itself. With `any_length` texts over the context pass.
 
         Raises:
             InputError: a text is no string, or empty, or not Unicode, or too long.
@@ -286,6 +290,7 @@ class Pipeline(abc.ABC):
         for text in (*texts, *(pairs or ())):
             check_text(text)
         given, length = options.pop("truncation", None), options.pop("max_length", None)
+        any_length = options.pop("any_length", False)
         if given not in (None, True, False, *TRUNCATIONS):
             raise InputError(f"truncation is {given!r}; choose True, False or one of {', '.join(TRUNCATIONS)}")
         longest = self.context if length is None else min(check_count("max_length", length), self.context)
@@ -296,7 +301,7 @@ class Pipeline(abc.ABC):
         for i, encoding in enumerate(encodings):
             if not encoding.ids:
                 raise InputError(f"a text makes no token with this tokenizer: {short(texts[i])!r}")
-            if len(encoding.ids) > longest:
+            if len(encoding.ids) > longest and not any_length:
                 both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
                 limit = "the model's context holds" if longest == self.context else "max_length is"
                 raise InputError(f"a text has {len(encoding.ids)} tokens and {limit} {longest}: {short(both)!r}")

@@ -9,6 +9,7 @@ import torch
 
 from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.errors import InputError
+from modernbert.models.decoder_classification import ModernBertDecoderForSequenceClassification
 from modernbert.models.sequence_classification import ModernBertForSequenceClassification
 from modernbert.pipelines.base import Job, Pipeline, Row, check_choice, check_count, check_fields
 
@@ -25,14 +26,15 @@ class ClassifierPipeline(Pipeline):
     auto_model = AutoModelForSequenceClassification.from_pretrained
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
-        if not isinstance(model, ModernBertForSequenceClassification):
+        if not isinstance(model, ModernBertForSequenceClassification | ModernBertDecoderForSequenceClassification):
             raise InputError(f"{self.task} needs a sequence classification model; this is a {type(model).__name__}")
         super().__init__(model, tokenizer, **options)
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
         """Logits of each row, float32 on the CPU."""
         ids_T, cu_seqlens = self.pack(rows)
-        return self.model(ids_T, cu_seqlens=cu_seqlens).logits.float().cpu().unbind(0)
+        more = {"use_cache": False} if isinstance(self.model, ModernBertDecoderForSequenceClassification) else {}
+        return self.model(ids_T, cu_seqlens=cu_seqlens, **more).logits.float().cpu().unbind(0)
 
 
 class TextClassificationPipeline(ClassifierPipeline):
