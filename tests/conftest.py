@@ -1,5 +1,6 @@
 """Shared by all tests: two threads, no network, small models and the real data where it is there."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ import modernbert
 from modernbert import ModernBertConfig, ModernBertForMaskedLM
 from modernbert.pipelines import small_model as small_model_folder
 from modernbert.tokenizer import Tokenizer
-from tests.heads import HEADS
+from tests.heads import DECODER_HEADS, HEADS
 
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("here")
@@ -50,6 +51,24 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def small_decoder():
+    """A causal language model large enough in its weights that its outputs differ clearly; windows of 8 tokens."""
+    return random_decoder()
+
+
+def random_decoder(implementation="auto", **changes):
+    """The model of `small_decoder`, with changes to its configuration."""
+    torch.manual_seed(0)
+    config = modernbert.ModernBertDecoderConfig(**{**SMALL, "initializer_range": 0.1, **changes})
+    model = modernbert.ModernBertDecoderForCausalLM(config, implementation).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
 
 
 @pytest.fixture
@@ -95,8 +114,11 @@ def heads(tmp_path_factory):
         hidden_size=48, intermediate_size=64, num_attention_heads=3, initializer_range=0.3
     )
     tokenizer = Tokenizer.from_pretrained(small_model_folder())
-    for head, cls in HEADS.items():
+    shared = {f.name for f in dataclasses.fields(modernbert.ModernBertDecoderConfig)} - {"rope_parameters"}
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name in shared}
+    decoder_config = modernbert.ModernBertDecoderConfig(**values)
+    for head, cls in {**HEADS, **DECODER_HEADS}.items():
         torch.manual_seed(0)
-        getattr(modernbert, cls)(config).save_pretrained(root / head)
+        getattr(modernbert, cls)(decoder_config if head in DECODER_HEADS else config).save_pretrained(root / head)
         tokenizer.save_pretrained(root / head)
     return root

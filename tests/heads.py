@@ -1,4 +1,4 @@
-"""The classes of the encoder, by their heads."""
+"""The classes of the encoder, by their heads, and those of the decoder."""
 
 HEADS = {
     "Model": "ModernBertModel",
@@ -7,4 +7,10 @@ HEADS = {
     "TokenClassification": "ModernBertForTokenClassification",
     "QuestionAnswering": "ModernBertForQuestionAnswering",
     "MultipleChoice": "ModernBertForMultipleChoice",
+}
+
+DECODER_HEADS = {
+    "DecoderModel": "ModernBertDecoderModel",
+    "CausalLM": "ModernBertDecoderForCausalLM",
+    "DecoderSequenceClassification": "ModernBertDecoderForSequenceClassification",
 }

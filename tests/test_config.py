@@ -68,7 +68,7 @@ def test_the_documented_defaults():
     assert config.head_dim == 64
     assert config.sliding_window == 64
     assert config.reach("sliding_attention") == Reach(64, 64)
-    assert config.reach("full_attention") is None
+    assert config.reach("full_attention") == Reach(None, None)
 
 
 def test_the_older_generation():

@@ -12,7 +12,9 @@ from modernbert.ops.attention.sdpa import SdpaAttention
 from modernbert.ops.packing import Packing
 
 LENGTHS = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 63, 64, 65, 129, 255, 256, 257, 300])
-REACHES = st.sampled_from([None, (64, 64), (63, 0), (0, 0), (1, 1), (3, 8), (0, 5), (40, 40), (130, 130), (1000, 1000)])
+REACHES = st.sampled_from(
+    [(None, None), (None, 0), (64, 64), (63, 0), (0, 0), (1, 1), (3, 8), (0, 5), (40, 40), (130, 130), (1000, 1000)]
+)
 
 
 def qkv(tokens, heads=2, size=16, dtype=torch.float32, grad=False):
@@ -83,7 +85,7 @@ def test_dropout_keeps_the_mean():
     q, k, v = qkv(320)
     v = torch.ones_like(v)
     for backend in (EagerAttention(), SdpaAttention()):
-        for reach in (None, (16, 16)):
+        for reach in ((None, None), (None, 0), (16, 16)):
             out = backend.attend(q, k, v, backend.plan(packing, reach, q.dtype), dropout=0.2)
             assert abs(out.mean().item() - 1) < 0.05
             assert out.std() > 0.01

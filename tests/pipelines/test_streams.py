@@ -9,7 +9,7 @@ from modernbert import AutoModelForMaskedLM, AutoModelForSequenceClassification,
 from modernbert.errors import InputError
 from modernbert.pipelines import ALIASES, TASKS
 
-WORDS = "the dog ran across the road and a cat looked at it from a window in the old house".split()  # noqa: SIM905
+WORDS = ["the", "dog", "ran", "across", "the", "road", "and", "a", "cat", "looked", "at", "it", "from", "a", "window"]
 TEXTS = [" ".join(WORDS[i % 5 : i % 5 + 1 + (7 * i) % 15]) for i in range(60)]
 # Task -> the checkpoint's head, options of every call, and how a text becomes an input.
 CASES = {
@@ -22,6 +22,8 @@ CASES = {
     "feature-extraction": ("Model", {}, lambda t: t),
     "sentence-embedding": ("Model", {}, lambda t: t),
     "text-ranking": ("Model", {}, lambda t: {"query": t, "documents": t.split()}),
+    "text-generation": ("CausalLM", {"do_sample": False, "max_new_tokens": 5}, lambda t: t),
+    "text-scoring": ("CausalLM", {"max_length": 8, "stride": 3}, lambda t: t),
 }
 EMPTY = {"question": ("question", "context"), "prompt": ("prompt",), "query": ("query",)}
 
@@ -117,6 +119,8 @@ def test_two_hundred_thousand_words(case):
         assert len(tokens) == len(serve.tokenizer(text).input_ids) - 2
         assert [t["index"] for t in tokens] == list(range(1, len(tokens) + 1))
         assert all(a["end"] <= b["start"] for a, b in itertools.pairwise(tokens))
+    elif task == "text-scoring":
+        assert serve(text, max_length=512, stride=400)["tokens"] == len(serve.tokenizer(text).input_ids) - 2
     elif task == "question-answering":
         assert set(serve({"question": "Which?", "context": text}, top_k=1)) == {"score", "start", "end", "answer"}
     elif task in ("multiple-choice", "text-ranking"):
@@ -155,6 +159,9 @@ def test_the_task_follows_from_the_checkpoint(heads):
         "QuestionAnswering": "question-answering",
         "MultipleChoice": "multiple-choice",
         "Model": "feature-extraction",
+        "CausalLM": "text-generation",
+        "DecoderSequenceClassification": "text-classification",
+        "DecoderModel": "feature-extraction",
     }.items():
         assert pipeline(model=heads / head).task == task
     model = AutoModelForMaskedLM.from_pretrained(heads / "MaskedLM")
@@ -207,6 +214,13 @@ def test_a_progress_bar_counts(heads, capsys):
         ("multiple-choice", {"prompt": "a", "choices": []}, {}, r"choices is \[\]; give a list"),
         ("multiple-choice", {"prompt": "a", "choices": "b"}, {}, "choices is 'b'; give a list"),
         ("feature-extraction", "a", {"truncation": True, "tokenize_kwargs": {"truncation": True}}, "given twice"),
+        ("text-generation", "a", {"max_length": 3, "max_new_tokens": None}, "max_length is 3 and the prompt has 3"),
+        ("text-generation", "a", {"max_length": 9, "max_new_tokens": 9}, "give one of them"),
+        ("text-generation", "a", {"temperature": 0.5}, "temperature is for sampling, which is off"),
+        ("text-generation", "a", {"seed": -1}, "seed is -1"),
+        ("text-generation", "a", {"stop_sequence": "a", "stop_strings": "b"}, "stop_sequence and stop_strings say"),
+        ("text-generation", "a", {"return_tensors": True, "return_full_text": True}, "return_tensors gives ids"),
+        ("text-scoring", "a", {"stride": 8}, "stride is 8; a window of 8 tokens"),
         ("sentence-embedding", "a", {"pooling": "median"}, "pooling is 'median'"),
         ("sentence-embedding", "a", {"prompt": "x", "prompt_name": "y"}, "prompt and prompt_name are given"),
     ],

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from modernbert import AutoModelForMaskedLM, AutoTokenizer, ModernBertForMaskedLM
+from modernbert import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, ModernBertForMaskedLM
 from modernbert.cli import main
 from modernbert.cli.train import pretrain as pretrain_command
 from modernbert.errors import DivergedError, InputError
-from modernbert.training.data import Corpus, Masking, batch_order, masked_batches
+from modernbert.training.data import Corpus, batch_order, token_batches
+from modernbert.training.objectives import CausalLM, MaskedLM, make_objective
 from modernbert.training.optimizers import (
     StableAdamW,
     orthogonalize,
@@ -27,10 +28,8 @@ from modernbert.training.optimizers import (
 )
 from modernbert.training.pretrain import (
     PretrainOptions,
-    evaluate_masked_lm,
     new_model,
     pretrain,
-    special_tokens,
 )
 from modernbert.training.text import iter_documents, pieces, split_documents
 from modernbert.training.train_tokenizer import SPECIALS, train_tokenizer
@@ -118,16 +117,32 @@ def test_a_corpus_holds_every_token_in_texts_that_fit(documents, tokenizer):
     assert len(Corpus.from_documents([], tokenizer, 24, 0)) == 0
 
 
-def test_masking():
-    masking = Masking(0.3, mask_id=99, special_ids=(0, 1))
-    ids = torch.randint(0, 50, (20_000,))
+def test_masking(tokenizer):
+    masking = MaskedLM(tokenizer, 0.3)
+    special = torch.tensor(list(masking.special_ids.values()))
+    ids = torch.randint(0, 320, (20_000,))
     masked, labels = masking(ids, torch.Generator().manual_seed(0))
     hidden = labels != -100
-    assert abs(hidden.float().mean() - 0.3 * 48 / 50) < 0.01
-    assert (masked[hidden] == 99).all()
+    assert abs(hidden.float().mean() - 0.3 * (320 - len(special)) / 320) < 0.01
+    assert (masked[hidden] == tokenizer.token_to_id("[MASK]")).all()
     assert torch.equal(labels[hidden], ids[hidden])
     assert torch.equal(masked[~hidden], ids[~hidden])
-    assert not torch.isin(ids[hidden], torch.tensor([0, 1])).any()
+    assert not torch.isin(ids[hidden], special).any()
+
+
+def test_a_causal_model_says_all_tokens_but_the_first(tokenizer):
+    objective = CausalLM(tokenizer)
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    ids = torch.tensor([cls, 5, 6, sep, cls, 7, sep])
+    read, labels = objective(ids, torch.Generator())
+    assert torch.equal(read, ids)
+    assert labels.tolist() == [-100, 5, 6, sep, -100, 7, sep]
+    inputs = small(tokenizer, objective="clm").model.pack_inputs(ids, None, cu_seqlens=torch.tensor([0, 4, 7]))
+    assert objective.targets(inputs, labels).tolist() == [5, 6, sep, -100, 7, sep, -100]
+    assert objective.finish_tokenizer(tokenizer).encode("a").ids == [cls, *tokenizer.encode("a").ids[1:-1]]
+    assert tokenizer.encode("a").ids[-1] == sep
+    with pytest.raises(InputError, match="objective is 'rtd'; choose one of mlm, clm"):
+        make_objective("rtd", tokenizer, 0.3)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 120), st.integers(0, 5))
@@ -140,10 +155,10 @@ def test_every_text_is_in_one_batch_of_an_epoch_within_the_budget(lengths, budge
 
 def test_batches_go_on_where_they_stopped(documents, tokenizer):
     corpus = Corpus.from_documents(documents, tokenizer, 24, seed=0)
-    masking = Masking(0.3, *special_tokens(tokenizer))
-    stream = masked_batches(corpus, masking, 200, seed=3)
+    masking = MaskedLM(tokenizer, 0.3)
+    stream = token_batches(corpus, masking, 200, seed=3)
     first = [next(stream) for _ in range(30)]
-    again = masked_batches(corpus, masking, 200, seed=3, start=17)
+    again = token_batches(corpus, masking, 200, seed=3, start=17)
     for a in first[17:]:
         b = next(again)
         assert a.number == b.number
@@ -151,10 +166,10 @@ def test_batches_go_on_where_they_stopped(documents, tokenizer):
         assert torch.equal(a.labels, b.labels)
         assert torch.equal(a.cu_seqlens, b.cu_seqlens)
     assert a.cu_seqlens[-1] == len(a.input_ids)
-    other = next(masked_batches(corpus, masking, 200, seed=4))
+    other = next(token_batches(corpus, masking, 200, seed=4))
     assert not torch.equal(other.input_ids, first[0].input_ids)
     with pytest.raises(ValueError, match="no text"):
-        next(masked_batches(Corpus.from_documents([], tokenizer, 24, 0), masking, 10, 0))
+        next(token_batches(Corpus.from_documents([], tokenizer, 24, 0), masking, 10, 0))
 
 
 def test_stable_adamw_is_adamw_where_gradients_hold_no_surprise():
@@ -208,16 +223,18 @@ def test_the_schedule():
     assert 0 < factors[99] < 0.03
 
 
-def small(tokenizer, **changes):
+def small(tokenizer, objective="mlm", **changes):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return new_model(tokenizer, {**sizes, "max_position_embeddings": 64, "initializer_range": 0.1, **changes})
+    changes = {**sizes, "max_position_embeddings": 64, "initializer_range": 0.1, **changes}
+    return new_model(tokenizer, changes, objective=objective)
 
 
-@pytest.mark.parametrize("optimizer", ["stableadamw", "muon"])
-def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, documents, tokenizer, tmp_path):
+@pytest.mark.parametrize(("optimizer", "objective"), [("stableadamw", "mlm"), ("muon", "mlm"), ("muon", "clm")])
+def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, objective, documents, tokenizer, tmp_path):
     train = Corpus.from_documents(documents[:70], tokenizer, 32, 0)
     held = Corpus.from_documents(documents[70:], tokenizer, 32, 0)
     options = PretrainOptions(
+        objective=objective,
         steps=30,
         tokens_per_step=512,
         micro_tokens=256,
@@ -228,14 +245,14 @@ def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, documents,
     )
     seen = []
     whole = pretrain(
-        small(tokenizer), train, held, tmp_path / "whole", options, tokenizer=tokenizer, report=seen.append
+        small(tokenizer, objective), train, held, tmp_path / "whole", options, tokenizer=tokenizer, report=seen.append
     )
     assert [p.step for p in seen] == list(range(1, 31))
     assert seen[-1].val_loss < seen[0].loss - 0.5
     assert [p.step for p in seen if p.val_loss is not None] == [10, 20, 30]
     rows = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(1, 31))
-    assert not whole.config.sparse_prediction
+    assert not getattr(whole.config, "sparse_prediction", False)
 
     class Stopped(Exception):
         pass
@@ -245,29 +262,44 @@ def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, documents,
             raise Stopped
 
     with pytest.raises(Stopped):
-        pretrain(small(tokenizer), train, held, tmp_path / "cut", options, tokenizer=tokenizer, report=stop)
+        pretrain(small(tokenizer, objective), train, held, tmp_path / "cut", options, tokenizer=tokenizer, report=stop)
     assert [p.name for p in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-20"]
     with pytest.raises(InputError, match="resume it or choose another folder"):
-        pretrain(small(tokenizer), train, held, tmp_path / "cut", options, tokenizer=tokenizer)
+        pretrain(small(tokenizer, objective), train, held, tmp_path / "cut", options, tokenizer=tokenizer)
     other = dataclasses.replace(options, mask_rate=0.2)
     with pytest.raises(InputError, match=r"mask_rate is 0\.2 and the run in"):
-        pretrain(small(tokenizer), train, held, tmp_path / "cut", other, tokenizer=tokenizer, resume=True)
-    assert not AutoModelForMaskedLM.from_pretrained(tmp_path / "cut" / "checkpoint-20").config.sparse_prediction
-    cut = pretrain(small(tokenizer), train, held, tmp_path / "cut", options, tokenizer=tokenizer, resume=True)
+        pretrain(small(tokenizer, objective), train, held, tmp_path / "cut", other, tokenizer=tokenizer, resume=True)
+    auto = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
+    config = auto.from_pretrained(tmp_path / "cut" / "checkpoint-20").config
+    assert not getattr(config, "sparse_prediction", False)
+    with pytest.raises(InputError, match="trains Modern"):
+        pretrain(
+            small(tokenizer, "clm" if objective == "mlm" else "mlm"),
+            train,
+            held,
+            tmp_path / "x",
+            options,
+            tokenizer=tokenizer,
+        )
+    cut = pretrain(
+        small(tokenizer, objective), train, held, tmp_path / "cut", options, tokenizer=tokenizer, resume=True
+    )
     for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "cut").num_parameters() == cut.num_parameters()
-    assert AutoTokenizer.from_pretrained(tmp_path / "cut").mask_token == "[MASK]"
+    assert auto.from_pretrained(tmp_path / "cut").num_parameters() == cut.num_parameters()
+    saved = AutoTokenizer.from_pretrained(tmp_path / "cut")
+    assert saved.mask_token == "[MASK]"
+    assert (saved("a").input_ids[-1] == saved.sep_token_id) == (objective == "mlm")
     with pytest.raises(InputError, match="no checkpoint to resume"):
-        pretrain(small(tokenizer), train, held, tmp_path / "none", options, tokenizer=tokenizer, resume=True)
+        pretrain(small(tokenizer, objective), train, held, tmp_path / "none", options, tokenizer=tokenizer, resume=True)
 
 
 def test_passes_of_any_size_weigh_every_label_once(documents, tokenizer, tmp_path):
     """The same batch in one pass and in several gives the same gradient, however the labels fall."""
     corpus = Corpus.from_documents(documents, tokenizer, 32, 0)
     model = small(tokenizer)
-    masking = Masking(0.3, *special_tokens(tokenizer))
-    stream = masked_batches(corpus, masking, 128, 0)
+    masking = MaskedLM(tokenizer, 0.3)
+    stream = token_batches(corpus, masking, 128, 0)
     micro = [next(stream) for _ in range(4)]
     labels = sum(int((b.labels != -100).sum()) for b in micro)
     for b in micro:
@@ -284,7 +316,7 @@ def test_passes_of_any_size_weigh_every_label_once(documents, tokenizer, tmp_pat
 
 def test_texts_of_a_batch_do_not_see_each_other(documents, tokenizer):
     corpus = Corpus.from_documents(documents, tokenizer, 32, 0)
-    batch = next(masked_batches(corpus, Masking(0.3, *special_tokens(tokenizer)), 300, 0))
+    batch = next(token_batches(corpus, MaskedLM(tokenizer, 0.3), 300, 0))
     model = small(tokenizer).eval()
     end = int(batch.cu_seqlens[1])
     together = model(batch.input_ids, cu_seqlens=batch.cu_seqlens).logits[:end]
@@ -301,21 +333,23 @@ def test_evaluation_counts_what_is_right(documents, tokenizer):
         model.decoder.bias.zero_()
         model.decoder.bias[token] = 50.0
     model.train()
-    mask_id, special = special_tokens(tokenizer)
-    score = evaluate_masked_lm(model, corpus, mask_id=mask_id, special_ids=special, seed=1)
-    words = corpus.tokens[~np.isin(corpus.tokens, special)]
+    objective = MaskedLM(tokenizer, 0.15)
+    score = objective.evaluate(model, corpus, seed=1)
+    words = corpus.tokens[~np.isin(corpus.tokens, list(objective.special_ids.values()))]
     assert abs(score.top1 - (words == token).mean()) < 0.03
     assert score.top5 >= score.top1
     assert abs(score.tokens / len(words) - 0.15) < 0.02
     assert model.training
     with pytest.raises(InputError, match="too short"):
-        evaluate_masked_lm(
-            model,
-            Corpus.from_documents(["a"], tokenizer, 8, 0),
-            mask_id=mask_id,
-            special_ids=special,
-            mask_rate=0.001,
-        )
+        MaskedLM(tokenizer, 0.001).evaluate(model, Corpus.from_documents(["a"], tokenizer, 8, 0))
+    # A decoder is right whenever the token comes next, and its loss is the forward pass's own.
+    decoder = small(tokenizer, "clm")
+    score = CausalLM(tokenizer).evaluate(decoder.eval(), corpus)
+    starts = torch.from_numpy(corpus.starts).int()
+    ids = torch.from_numpy(corpus.tokens).long()
+    loss = decoder(ids, cu_seqlens=starts, labels=ids).loss.item()
+    assert score.tokens == len(ids) - len(corpus)
+    assert abs(score.loss - loss) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -384,18 +418,17 @@ def test_from_text_to_a_filled_mask_by_commands(documents, tmp_path, capsys):
     assert score["top1"] > 0.05
     answer = json.loads(command("run", "--model", tmp_path / "run", "--json", "The [MASK] sat.").out)
     assert len(answer["output"]) == 5
+    said = command(
+        "pretrain", data, "--tokenizer", tmp_path / "tok", "--output", tmp_path / "decoder", "--objective", "clm",
+        *sizes, "--steps", 60, "--tokens-per-step", 512, "--micro-tokens", 512, "--held-out", 0.1,
+        "--initializer-range", 0.1,
+    )  # fmt: skip
+    score = json.loads(command("evaluate", tmp_path / "decoder", data, "--held-out", 0.1).out)
+    assert set(score) == {"documents", "tokens", "loss", "top1", "top5", "perplexity", "bits_per_byte"}
+    assert score["perplexity"] < 150
+    said = command("run", "--model", tmp_path / "decoder", "--max-new-tokens", 5, "The cat")
+    assert said.out.startswith("The cat ")
     with pytest.raises(SystemExit) as end:
-        main(
-            [
-                "pretrain",
-                str(data),
-                "--tokenizer",
-                str(tmp_path / "tok"),
-                "--output",
-                str(tmp_path / "x"),
-                "--objective",
-                "clm",
-            ]
-        )
+        main(["pretrain", str(data), "--tokenizer", str(tmp_path / "tok"), "--output", "x", "--objective", "rtd"])
     assert end.value.code == 2
-    assert "objective is 'clm'" in capsys.readouterr().err
+    assert "objective is 'rtd'" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import typer
 from modernbert import __version__
 from modernbert.cli.explain import attention, attribution
 from modernbert.cli.info import info
-from modernbert.cli.run import embed, run
+from modernbert.cli.run import embed, run, score
 from modernbert.cli.train import evaluate, pretrain, train_tokenizer
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(embed)
+app.command()(score)
 app.command()(info)
 app.command()(attention)
 app.command()(attribution)

@@ -83,7 +83,7 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
         "architecture": {
             "layers": config.num_hidden_layers,
             "global layers": [i for i, kind in enumerate(kinds) if kind == "full_attention"],
-            "local window": f"{config.sliding_window} tokens to either side",
+            "local window": _window(config),
             "hidden size": config.hidden_size,
             "intermediate size": config.intermediate_size,
             "heads": f"{config.num_attention_heads} of {config.head_dim}",
@@ -94,7 +94,7 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     }
     if any(name.startswith("classifier.") for name in counts):
         out["labels"] = {str(i): label for i, label in (config.id2label or {}).items()}
-        out["architecture"]["pooling"] = config.classifier_pooling
+        out["architecture"]["pooling"] = getattr(config, "classifier_pooling", "last token")
         out["architecture"]["problem"] = config.problem_type or "by the labels"
     if parts:
         out["parts"] = [str(part["type"]).rpartition(".")[2] for part in parts]
@@ -107,7 +107,28 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     listed = sorted(p for p in folder.rglob("*") if p.is_file()) if folder is not None else files
     out["files"] = {str(p.relative_to(folder)) if folder else p.name: p.stat().st_size for p in listed}
     out["memory"] = {str(n): stored + activation_bytes(config, n, item) for n in lengths}
+    if config.reach("full_attention").right == 0:
+        out["cache"] = {str(n): cache_bytes(config, n, item) for n in lengths}
     return out
+
+
+def _window(config: Any) -> str:
+    left, right = config.reach("sliding_attention")
+    return f"{left} tokens to either side" if left == right else f"the token itself and {left} before it"
+
+
+def cache_bytes(config: Any, tokens: int, item: int) -> int:
+    """Bytes of the keys and values of one text of so many tokens, when generating.
+
+    Args:
+        config: the architecture.
+        tokens: of the text.
+        item: bytes of a number.
+    """
+    held = [
+        tokens if (left := config.reach(kind).left) is None else min(tokens, left + 1) for kind in config.layer_types
+    ]
+    return 2 * sum(held) * config.hidden_size * item
 
 
 def activation_bytes(config: Any, tokens: int, item: int) -> int:
@@ -155,6 +176,8 @@ def _show(found: dict[str, Any]) -> None:
     table.add_section()
     for tokens, size in found["memory"].items():
         add(f"memory at {int(tokens):,} tokens", f"{size / 2**20:,.0f} MiB in the stored dtype, weights included")
+    for tokens, size in found.get("cache", {}).items():
+        add(f"cache of {int(tokens):,} tokens", f"{size / 2**20:,.1f} MiB")
     console.print(table)
 
 

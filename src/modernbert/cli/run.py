@@ -50,6 +50,9 @@ def run(
     label: Annotated[list[str] | None, typer.Option(help="zero-shot-classification: a label; repeat.")] = None,
     question: Annotated[str | None, typer.Option(help="question-answering: of every text.")] = None,
     query: Annotated[str | None, typer.Option(help="text-ranking: the texts are its documents.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="text-generation: tokens to add at the most.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="text-generation: below 1 is sharper.")] = None,
+    seed: Annotated[int | None, typer.Option(help="text-generation: makes sampling repeatable.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: any option of the task; repeat.")] = None,
     skip_errors: SkipErrors = False,
     device: Device = None,
@@ -62,7 +65,8 @@ def run(
 
     Tasks: fill-mask (the default without a model), text-classification, zero-shot-classification,
     token-classification (ner), question-answering, multiple-choice (a prompt, then choices), sentence-embedding,
-    text-ranking (a query, then documents), feature-extraction. With a model and no task, the model's own.
+    text-ranking (a query, then documents), feature-extraction, text-generation (which streams to a terminal),
+    text-scoring. With a model and no task, the model's own.
 
     Example: modernbert run "The capital of France is [MASK]."
     """
@@ -80,15 +84,48 @@ def run(
     foreign = sorted(set(options) - set(serve.options))
     if foreign:
         raise InputError(f"{serve.task} has no option {', '.join(foreign)}; there are {', '.join(serve.options)}")
-    for name, value in (("top_k", top_k), ("targets", target), ("candidate_labels", label)):
-        if value not in (None, []):
-            options[name] = value
+    named: dict[str, Any] = {"top_k": top_k, "targets": target, "candidate_labels": label}
+    named |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options |= {name: value for name, value in named.items() if value not in (None, [])}
     fixed = {name: value for name, value in (("question", question), ("query", query)) if value is not None}
     foreign = [name for name in fixed if name not in form_of(serve.task).fields]
     if foreign:
         raise InputError(f"--{foreign[0]} is no option of {serve.task}")
     identity = [model, checkpoint_fingerprint(model, revision), tokenizer, dtype]
     _answer_all(serve, texts, file, column, fixed, options, output, as_json, skip_errors, identity)
+
+
+def score(
+    texts: Texts = None,
+    model: Model = None,
+    file: InputFile = None,
+    column: Column = None,
+    output: Annotated[Path | None, typer.Option(help="Write to .jsonl, .csv, .tsv or .parquet; resumes.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help='One object a line: {"input": ..., "output": ...}.')] = False,
+    stride: Annotated[int | None, typer.Option(help="Long texts: new tokens of each window; half a window.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a window; the model's context.")] = None,
+    skip_errors: SkipErrors = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    revision: Revision = None,
+    attn_implementation: Backend = None,
+    batch_tokens: BatchTokens = None,
+) -> None:
+    """Say how likely a decoder finds texts: log-likelihood, perplexity, bits a byte; a long text in windows.
+
+    Example: modernbert score --file book.txt --stride 64
+    """
+    from modernbert.pipelines import pipeline
+
+    _check_source(texts, file)
+    if output is not None and as_json:
+        raise InputError("--json prints and --output writes a file; give one of them")
+    where = {"revision": revision, "attn_implementation": attn_implementation, "batch_tokens": batch_tokens}
+    given = {k: v for k, v in where.items() if v is not None}
+    serve = pipeline("text-scoring", model, None, device, dtype, **given)
+    options = {name: n for name, n in (("stride", stride), ("max_length", max_length)) if n is not None}
+    identity = [model, checkpoint_fingerprint(model, revision), dtype]
+    _answer_all(serve, texts, file, column, {}, options, output, as_json, skip_errors, identity)
 
 
 def embed(
@@ -144,6 +181,8 @@ def _answer_all(
     """Answer every input, and print or write the answers as they come."""
     from modernbert.records import ResumableOutput, count_records, read_records
 
+    if serve.task == "text-generation" and output is None and not as_json and _one_at_a_time(options):
+        serve = Streamed(serve)
     form = form_of(serve.task)
     columns = parse_columns(column or [], form)
     name = str(file) if file else "standard input"
@@ -180,6 +219,8 @@ def _answer_all(
                 record |= {"error": str(answer)} if isinstance(answer, InputError) else {"output": answer}
                 if sink is not None:
                     sink.write(record if row is None else {**record, "row": row})
+                elif isinstance(serve, Streamed):
+                    pass  # printed as it came
                 elif as_json:
                     sys.stdout.write(json.dumps(record, ensure_ascii=False, default=_listed) + "\n")
                 else:
@@ -200,6 +241,48 @@ def _answer_all(
     if failed:
         sys.stderr.write(f"modernbert: {failed} of {answered + done} inputs could not be answered\n")
         raise typer.Exit(1)
+
+
+class Streamed:
+    """A text-generation pipeline that prints each text as it is generated.
+
+    Args:
+        serve: the pipeline.
+    """
+
+    task = "text-generation"
+
+    def __init__(self, serve: Any) -> None:
+        self.serve = serve
+
+    def stream(self, inputs: Iterable[Any], on_error: str, **options: Any) -> Iterator[Any]:
+        """Print inputs and what follows them; what was printed, or the `InputError` in its place, for each."""
+        full = options.pop("return_full_text", True) is not False
+        seed = options.pop("seed", None)
+        settings = {**options} if seed is None else {**options, "seed": seed}
+        for number, item in enumerate(inputs):
+            try:
+                if isinstance(item, InputError):
+                    raise item
+                pieces = self.serve.pieces(item, number, **settings)
+            except InputError as error:
+                if on_error == "raise":
+                    raise
+                sys.stdout.write(f"not answered: {error}\n\n")
+                yield error
+                continue
+            text = item if full else ""
+            sys.stdout.write(text)
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                text += piece
+            sys.stdout.write("\n\n")
+            yield text
+
+
+def _one_at_a_time(options: dict[str, Any]) -> bool:
+    return options.get("num_beams", 1) == 1 and options.get("num_return_sequences", 1) == 1
 
 
 def _remembered(inputs: Iterable[tuple[Any, Any]], waiting: list[tuple[Any, Any]]) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,7 +120,7 @@ def pretrain(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a masked language model.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a language model.")],
     paths: Paths,
     mask_rate: Annotated[float, typer.Option(help="Share of the tokens to hide, all behind the mask.")] = 0.15,
     held_out: Annotated[
@@ -135,35 +136,39 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")] = None,
 ) -> None:
-    """Hide tokens of held-out text and count how many the model finds; prints one JSON object."""
-    from modernbert.auto import AutoModelForMaskedLM
+    """Have a model say tokens of held-out text, masked ones or the next ones; prints one JSON object.
+
+    Of a decoder it gives the perplexity a token and the bits a byte too, the end of each text counted.
+    """
+    from modernbert.auto import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
     from modernbert.tokenizer import Tokenizer
     from modernbert.training.data import Corpus
-    from modernbert.training.pretrain import evaluate_masked_lm
+    from modernbert.training.objectives import make_objective
     from modernbert.training.text import iter_documents, split_documents
 
-    loaded: Any = AutoModelForMaskedLM.from_pretrained(model, dtype=dtype, device=device).optimize_for_inference()
+    causal = AutoConfig.from_pretrained(model).model_type == "modernbert-decoder"
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    loaded = auto.from_pretrained(model, dtype=dtype, device=device).optimize_for_inference()
     tokenizer = Tokenizer.from_pretrained(model)
     texts = [d.text for d in iter_documents(paths)] if held_out >= 1 else split_documents(paths, held_out)[1]
     if not texts:
         raise InputError(f"a held-out share of {held_out} leaves no document; give more text, or --held-out 1")
     length = max_length or loaded.config.max_position_embeddings
     corpus = Corpus.from_documents(texts, tokenizer.backend, length, seed)
-    score = evaluate_masked_lm(
-        loaded,
-        corpus,
-        mask_id=tokenizer.mask_token_id,
-        special_ids=tuple(tokenizer.all_special_ids),
-        mask_rate=mask_rate,
-        seed=seed,
-    )
-    result = {
+    score = make_objective("clm" if causal else "mlm", tokenizer.backend, mask_rate).evaluate(loaded, corpus, seed=seed)
+    result: dict[str, Any] = {
         "documents": len(texts),
-        "masked_tokens": score.tokens,
+        "tokens" if causal else "masked_tokens": score.tokens,
         "loss": round(score.loss, 4),
         "top1": round(score.top1, 4),
         "top5": round(score.top5, 4),
     }
+    if causal:
+        size = sum(len(text.encode()) for text in texts)
+        result |= {
+            "perplexity": round(math.exp(score.loss), 2),
+            "bits_per_byte": round(score.loss * score.tokens / math.log(2) / size, 4),
+        }
     typer.echo(json.dumps(result))
 
 

@@ -29,7 +29,7 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish",
 
 
 class Reach(NamedTuple):
-    """How far a token attends, inclusive, in tokens: it sees `left` before itself and `right` after; None has no end."""
+    """How far a token attends, inclusive, in tokens: `left` before itself and `right` after; None has no end."""
 
     left: int | None
     right: int | None

@@ -92,7 +92,8 @@ def follow(
             return
         if finished:
             model.select(going)
-            texts, histories, tokens = ([x[row] for row in going] for x in (texts, histories, tokens))
+            texts, tokens = [texts[row] for row in going], [tokens[row] for row in going]
+            histories = [histories[row] for row in going]
         logits_BV = model.step(tokens)
 
 

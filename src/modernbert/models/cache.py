@@ -34,6 +34,7 @@ class Storage:
         starts: first row of each text's region.
         capacities: rows of each region.
         ring: tokens that a region keeps, token i in row i modulo this; None keeps all.
+        first: for each text its first token that is held, where a crop left less than `ring` says.
         positions_R: (R,) the position of the token in each row.
         layers: number of a layer -> its keys and values, each (R, H, D); made when the layer first writes.
     """
@@ -42,6 +43,7 @@ class Storage:
         self.ring = ring
         self.starts: list[int] = []
         self.capacities: list[int] = []
+        self.first: list[int] = []
         self.positions_R = torch.empty(0, dtype=torch.int64)
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -50,13 +52,9 @@ class Storage:
         """Bytes of all rows, free ones included."""
         return self.positions_R.nbytes + sum(k.nbytes + v.nbytes for k, v in self.layers.values())
 
-    def kept(self, length: int) -> int:
-        """The first token that is still held of a text of this length."""
-        return 0 if self.ring is None else max(0, length - self.ring)
-
-    def kept_from(self, past: int, length: int) -> int:
-        """The first token at or after `past` that is held once the text has this length."""
-        return max(past, self.kept(length))
+    def kept(self, text: int, length: int) -> int:
+        """The first token that is held of a text once it has this length."""
+        return 0 if self.ring is None else max(self.first[text], length - self.ring)
 
     def rows(self, texts: Sequence[tuple[int, int, int]]) -> Tensor:
         """Rows of tokens: for each (text, first, last) those of tokens first to last - 1, one text after another."""
@@ -80,10 +78,11 @@ class Storage:
 
     def move(self, texts: Sequence[int], lengths: Sequence[int], capacities: Sequence[int]) -> None:
         """Lay the regions out anew: these of the present texts, of these lengths and new capacities."""
-        held = [(text, self.kept(length), length) for text, length in zip(texts, lengths, strict=True)]
+        held = [(text, self.kept(text, length), length) for text, length in zip(texts, lengths, strict=True)]
         source = self.rows(held)
         self.starts = [0, *itertools.accumulate(capacities)][:-1]
         self.capacities = list(capacities)
+        self.first = [first for _, first, _ in held] or [0] * len(capacities)
         target = self.rows([(i, first, last) for i, (_, first, last) in enumerate(held)])
         total = sum(capacities)
         with torch.inference_mode(False), torch.no_grad():
@@ -118,7 +117,7 @@ class Storage:
             seen.add(text)
             starts.append(self.starts[region])
             capacities.append(self.capacities[region])
-        spans = [(text, region, self.kept(lengths[text]), lengths[text]) for text, region in copies]
+        spans = [(text, region, self.kept(text, lengths[text]), lengths[text]) for text, region in copies]
         source = self.rows([(text, first, last) for text, _, first, last in spans])
         target = self.rows([(region, first, last) for _, region, first, last in spans])
         if self.ring is not None:
@@ -127,6 +126,7 @@ class Storage:
         for stored in (self.positions_R, *itertools.chain.from_iterable(self.layers.values())):
             stored.index_copy_(0, target, stored[source])
         self.starts, self.capacities = starts, capacities
+        self.first = [self.first[text] for text in texts]
 
     def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, rows: Tensor, of_T: Tensor | None) -> None:
         """Put new keys and values, or the rows `of_T` of them, into these rows."""
@@ -255,16 +255,17 @@ class DecoderCache:
             (i, to, n) for i, (to, n) in enumerate(zip(wanted, self.lengths, strict=True))
         ]
         for reach, storage in self.kinds.values():
-            for _, to, length in spans:
-                if reach.left is not None and to < length and storage.kept(length) > max(0, to - reach.left):
+            for i, to, length in spans:
+                if reach.left is not None and to < length and storage.kept(i, length) > max(0, to - reach.left):
                     raise InputError(
                         f"max_length is {max_length}; a text of {length} tokens can be cropped by "
                         f"{1 + self.slack} at the most, because local layers keep a window alone. "
                         "DecoderCache(config, slack=...) keeps more"
                     )
         for _, storage in self.kinds.values():
-            held = [(i, max(to, storage.kept(n)), n) for i, to, n in spans]
+            held = [(i, max(to, storage.kept(i, n)), n) for i, to, n in spans]
             storage.positions_R[storage.rows(held)] = _NOWHERE
+            storage.first = [min(storage.kept(i, n), to) for i, to, n in spans]
         for i, to, length in spans:
             if to < length:
                 kind = next(iter(self.kinds.values()))[1]
@@ -294,6 +295,7 @@ class DecoderCache:
         for kind, (_, storage) in self.kinds.items():
             tensors[f"{kind}/starts"] = torch.tensor(storage.starts, dtype=torch.int64)
             tensors[f"{kind}/capacities"] = torch.tensor(storage.capacities, dtype=torch.int64)
+            tensors[f"{kind}/first"] = torch.tensor(storage.first, dtype=torch.int64)
             tensors[f"{kind}/positions"] = storage.positions_R
             for layer, (k, v) in storage.layers.items():
                 tensors[f"{kind}/{layer}/k"], tensors[f"{kind}/{layer}/v"] = k, v
@@ -315,6 +317,7 @@ class DecoderCache:
                 raise InputError(f"the saved cache has no layers of {kind}; it is of another model")
             storage.starts = tensors[f"{kind}/starts"].tolist()
             storage.capacities = tensors[f"{kind}/capacities"].tolist()
+            storage.first = tensors[f"{kind}/first"].tolist()
             storage.positions_R = tensors[f"{kind}/positions"]
             numbers = {name.split("/")[1] for name in tensors if name.startswith(f"{kind}/") and name.endswith("/k")}
             for layer in numbers:

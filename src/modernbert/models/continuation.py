@@ -1,4 +1,4 @@
-"""One forward pass with a cache: which texts begin, which go on by one token and which by several, and how each attends.
+"""One forward pass with a cache: which texts begin, which go on by one token or by several, and how each attends.
 
 Shapes: T new tokens of all texts together, R rows of storage, H heads, D head size, B texts.
 """
@@ -96,7 +96,7 @@ class Continuation:
                 self.before.append(Fresh(shared.rows_of(shared.fresh), backend, plan))
             if shared.later and reach.left is not None:
                 self.before.append(self._extend(reach, backend, dtype))
-        new = [(i, storage.kept_from(past[i], past[i] + n), past[i] + n) for i, n in enumerate(lengths)]
+        new = [(i, max(past[i], storage.kept(i, past[i] + n)), past[i] + n) for i, n in enumerate(lengths)]
         self.rows = storage.rows(new)
         self.of_T: Tensor | None = None
         if len(self.rows) < shared.packing.tokens:
@@ -140,7 +140,7 @@ class Continuation:
         return out_THD if self.back is None else out_THD.index_select(0, self.back)
 
     def _join(self, texts: list[int], tails: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Packing, Tensor]:
-        """Rows of the texts' tails, the order of tails and new rows text by text, its packing, and what of it is new."""
+        """Rows of the tails, the order of tails and new rows text by text, its packing, and what of it is new."""
         shared = self.shared
         tail_rows = self.storage.rows(tails)
         kept = [last - first for _, first, last in tails]
@@ -165,7 +165,7 @@ class Continuation:
     def _gather(self, reach: Reach) -> Gathered:
         shared = self.shared
         texts = list(range(len(shared.past)))
-        tails = [(i, self.storage.kept(shared.past[i]), shared.past[i]) for i in texts]
+        tails = [(i, self.storage.kept(i, shared.past[i]), shared.past[i]) for i in texts]
         tail_rows, order, keys, _ = self._join(texts, tails)
         queries = Packing(shared.packing.lengths, shared.positions_T, shared.packing.text_T)
         plan = EagerAttention().plan(queries, reach, torch.float32, keys)

@@ -1,6 +1,6 @@
-"""`generate`: the door of text generation, and what the decoding loops see of a decoder.
+"""`generate`: the door of text generation.
 
-Shapes: B texts, S columns, T tokens of all texts together, V vocabulary.
+Shapes: B texts, S columns.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +20,8 @@ from modernbert.generation.options import GenerationOptions
 from modernbert.generation.samplers import Draw, History, compose
 from modernbert.generation.text import TextPieces, holds_stop
 from modernbert.models.cache import DecoderCache
-from modernbert.models.inputs import PackedInputs
+from modernbert.models.decoding import CachedDecoder, UncachedDecoder
 from modernbert.models.outputs import ModelOutput
-from modernbert.ops.packing import Packing
-
-if TYPE_CHECKING:
-    from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -49,93 +45,6 @@ class GenerateOutput(ModelOutput):
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
     past_key_values: Any = None
-
-
-class CachedDecoder:
-    """A decoder that reads each token once.
-
-    Args:
-        model: scores tokens.
-        cache: holds the prompts' beginnings already, or nothing.
-        keep_texts: keep texts in the cache that are no longer gone on with.
-    """
-
-    def __init__(self, model: ModernBertDecoderForCausalLM, cache: DecoderCache, keep_texts: bool = False) -> None:
-        self.model = model
-        self.cache = cache
-        self.keep_texts = keep_texts
-        self.active: list[int] = []  # texts of the cache that are gone on with
-
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Scores of what follows each prompt."""
-        past = self.cache.lengths or [0] * len(prompts)
-        if len(past) != len(prompts):
-            raise InputError(f"there are {len(prompts)} prompts; past_key_values holds {len(past)} texts")
-        for held, prompt in zip(past, prompts, strict=True):
-            if held >= len(prompt):
-                raise InputError(
-                    f"past_key_values holds {held} tokens of a text and its prompt has {len(prompt)}; a prompt goes "
-                    "on from what the cache holds: all of its tokens, and at least one more"
-                )
-        self.active = list(range(len(prompts)))
-        return self._read([list(prompt[held:]) for held, prompt in zip(past, prompts, strict=True)])
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Scores of what follows one more token each."""
-        new: list[list[int]] = [[] for _ in range(len(self.cache))]
-        for text, token in zip(self.active, tokens, strict=True):
-            new[text] = [token]
-        return self._read(new)
-
-    def select(self, texts: Sequence[int]) -> None:
-        """Go on with these texts."""
-        chosen = [self.active[t] for t in texts]
-        if self.keep_texts and len(set(chosen)) == len(chosen) and chosen == sorted(chosen):
-            self.active = chosen
-            return
-        self.cache.select(chosen)
-        self.active = list(range(len(chosen)))
-
-    def _read(self, new: list[list[int]]) -> Tensor:
-        """Scores after the last token of each text that has new ones."""
-        model, device = self.model, self.model.device
-        packing = Packing.from_lengths([len(ids) for ids in new], device)
-        ids_T = torch.tensor([i for ids in new for i in ids], dtype=torch.int64).to(device)
-        positions_T = packing.positions_T
-        if self.cache.ends:
-            positions_T = positions_T + torch.tensor(self.cache.ends, device=device)[packing.text_T]
-        inputs = PackedInputs(ids_T, None, packing, positions_T, (packing.tokens,), came_packed=True)
-        x_TM = model.model.encode(inputs, False, False, self.cache).last_hidden_state
-        assert x_TM is not None
-        if packing.tokens > len(self.active):
-            ends = [end - 1 for start, end in packing.spans if end > start]
-            x_TM = x_TM.index_select(0, torch.tensor(ends, device=device))
-        return model.score(x_TM).float()
-
-
-class UncachedDecoder:
-    """A decoder that reads every text anew for each token: slow, obvious, and the oracle of the other."""
-
-    def __init__(self, model: ModernBertDecoderForCausalLM) -> None:
-        self.model = model
-        self.texts: list[list[int]] = []
-
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Scores of what follows each prompt."""
-        self.texts = [list(prompt) for prompt in prompts]
-        ids_T = torch.tensor([i for text in self.texts for i in text], device=self.model.device)
-        starts = [0, *itertools.accumulate(len(text) for text in self.texts)]
-        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
-        logits: Tensor = self.model(ids_T, cu_seqlens=cu_seqlens, use_cache=False, logits_to_keep=1).logits
-        return logits.float()
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Scores of what follows one more token each."""
-        return self.start([[*text, token] for text, token in zip(self.texts, tokens, strict=True)])
-
-    def select(self, texts: Sequence[int]) -> None:
-        """Go on with these texts."""
-        self.texts = [list(self.texts[t]) for t in texts]
 
 
 class GenerationMixin:
@@ -385,12 +294,12 @@ class GenerationMixin:
         if attention_mask is None:
             pad = options.pad_token_id
             padded = pad is not None and pad not in options.eos_token_id
-            attention_mask = input_ids != pad if padded else torch.ones_like(input_ids)
+            attention_mask = input_ids.ne(pad) if padded and pad is not None else torch.ones_like(input_ids)
         if attention_mask.shape != input_ids.shape:
             raise InputError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {tuple(input_ids.shape)}"
             )
-        rows = zip(input_ids.tolist(), (attention_mask != 0).tolist(), strict=True)
+        rows = zip(input_ids.tolist(), attention_mask.ne(0).tolist(), strict=True)
         prompts = [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
         if not prompts or not all(prompts):
             raise InputError("a prompt has no token; give at least one, such as bos_token_id")

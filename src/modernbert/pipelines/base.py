@@ -282,7 +282,7 @@ class Pipeline(abc.ABC):
             texts: strings.
             pairs: second texts.
             options: of the tokenizer's call. `truncation` (True, or one of the tokenizer's ways to cut) cuts instead of
-                refusing; so does `max_length` by itself. With `any_length` texts over the context pass.
+                refusing; so does `max_length` by itself.
 
         Raises:
             InputError: a text is no string, or empty, or not Unicode, or too long.
@@ -290,7 +290,6 @@ class Pipeline(abc.ABC):
         for text in (*texts, *(pairs or ())):
             check_text(text)
         given, length = options.pop("truncation", None), options.pop("max_length", None)
-        any_length = options.pop("any_length", False)
         if given not in (None, True, False, *TRUNCATIONS):
             raise InputError(f"truncation is {given!r}; choose True, False or one of {', '.join(TRUNCATIONS)}")
         longest = self.context if length is None else min(check_count("max_length", length), self.context)
@@ -301,7 +300,7 @@ class Pipeline(abc.ABC):
         for i, encoding in enumerate(encodings):
             if not encoding.ids:
                 raise InputError(f"a text makes no token with this tokenizer: {short(texts[i])!r}")
-            if len(encoding.ids) > longest and not any_length:
+            if len(encoding.ids) > longest:
                 both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
                 limit = "the model's context holds" if longest == self.context else "max_length is"
                 raise InputError(f"a text has {len(encoding.ids)} tokens and {limit} {longest}: {short(both)!r}")

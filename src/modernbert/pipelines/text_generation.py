@@ -130,17 +130,18 @@ class TextGenerationPipeline(Pipeline):
             answers.append({"generated_text": text})
         return answers
 
-    def pieces(self, text: str, **options: Any) -> Iterator[str]:
+    def pieces(self, text: str, number: int = 0, **options: Any) -> Iterator[str]:
         """Go on with one prompt, as an iterator of pieces of the continuation that never cut a character.
 
         Args:
             text: the prompt.
+            number: of the input, where this is one of several; the same text as in a call comes of the same number.
             options: as of a call; one text, and no beams.
 
         Raises:
             InputError: the prompt or an option cannot be served.
         """
-        settings = self.settle({**self.defaults, **self._checked(options)})
+        settings = self.settle({**self.defaults, **self._checked(options)}) | {"counter": iter([number])}
         chosen: GenerationOptions = settings["options"]
         if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
             raise InputError("a stream goes on with one text, without beams")

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from modernbert.auto import AutoModelForCausalLM
+from modernbert.encoding import UNLIMITED
 from modernbert.errors import InputError
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
-from modernbert.pipelines.base import Job, Pipeline, Row, check_count
+from modernbert.pipelines.base import Job, Pipeline, Row, check_count, check_text, short
 
 _ROWS_TOGETHER = 512  # whose scores over the whole vocabulary are alive at once
 
@@ -51,24 +52,28 @@ class TextScoringPipeline(Pipeline):
         window, stride = settings["window"], settings["stride"]
         special = set(self.tokenizer.all_special_ids)
         jobs = []
-        for text, encoding in zip(items, self.encode_all(items, settings["special"]), strict=True):
-            ids = encoding
-            rows, done = [], 1  # the first token has nothing before it
-            while True:
-                end = min(window if not rows else done + stride, len(ids))
+        for text, ids in zip(items, self.encode_all(items, settings["special"]), strict=True):
+            rows: list[Row] = []
+            done = 1  # the first token has nothing before it
+            while not rows or done < len(ids):
+                end = min(done + stride if rows else window, len(ids))
                 start = max(0, end - window)
-                wanted = [i - start for i in range(done, end) if ids[i] not in special]
-                rows.append(Row(ids[start:end], wanted))
+                rows.append(Row(ids[start:end], [i - start for i in range(done, end) if ids[i] not in special]))
                 done = end
-                if end == len(ids):
-                    break
             whole = ids[0] in special
             jobs.append(Job(rows, (len(text.encode()), whole)))
         return jobs
 
     def encode_all(self, texts: list[Any], special: bool) -> list[list[int]]:
         """Ids of texts of any length."""
-        return [list(e.ids) for e in self.encode(texts, any_length=True, add_special_tokens=special)]
+        for text in texts:
+            check_text(text)
+        encodings = self.tokenizer(texts, add_special_tokens=special, truncation=True, max_length=UNLIMITED).encodings
+        assert encodings is not None
+        for text, encoding in zip(texts, encodings, strict=True):
+            if not encoding.ids:
+                raise InputError(f"a text makes no token with this tokenizer: {short(text)!r}")
+        return [list(encoding.ids) for encoding in encodings]
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
         """Sum of the log-probabilities, and how many, of each row."""

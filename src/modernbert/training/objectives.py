@@ -13,7 +13,6 @@ import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
-from modernbert.config import Config, ModernBertConfig, ModernBertDecoderConfig
 from modernbert.errors import InputError
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM, next_tokens
 from modernbert.models.inputs import PackedInputs
@@ -43,7 +42,6 @@ class Objective(abc.ABC):
     """
 
     model_class: ClassVar[type[LanguageModel]]
-    config_class: ClassVar[type[Config]]
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
@@ -51,6 +49,14 @@ class Objective(abc.ABC):
             if ids[token] is None:
                 raise InputError(f"the tokenizer has no {token}; `modernbert train-tokenizer` makes one that does")
         self.special_ids = {token: i for token, i in ids.items() if i is not None}
+
+    @classmethod
+    def new_model(cls, config: dict[str, Any]) -> LanguageModel:
+        """A freshly initialised model of these fields of a configuration."""
+        values = cls.model_class.config_class.from_dict(config)
+        model: Any = cls.model_class
+        made: LanguageModel = model(values)
+        return made
 
     @abc.abstractmethod
     def __call__(self, ids_T: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -124,7 +130,6 @@ class MaskedLM(Objective):
     """
 
     model_class = ModernBertForMaskedLM
-    config_class = ModernBertConfig
 
     def __init__(self, tokenizer: Tokenizer, mask_rate: float) -> None:
         super().__init__(tokenizer)
@@ -145,7 +150,6 @@ class CausalLM(Objective):
     """Say the next token."""
 
     model_class = ModernBertDecoderForCausalLM
-    config_class = ModernBertDecoderConfig
 
     def __call__(self, ids_T: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Ids (T,) as they are, and as labels all but the first of each text, which nothing comes before."""

@@ -235,7 +235,7 @@ def new_model(
     values = {**base, **changes, **special, "vocab_size": tokenizer.get_vocab_size()}
     torch.manual_seed(seed)
     kind = make_objective(objective, tokenizer, 0.5)
-    model: LanguageModel = kind.model_class(kind.config_class.from_dict(values))
+    model = kind.new_model(values)
     return model.to(resolve_device(device))
 
 
