@@ -191,8 +191,8 @@ def test_a_copy_goes_its_own_way_and_bytes_bring_it_back():
         assert torch.equal(model(other, past_key_values=again.to("cpu")).logits, first)
         whole = model(torch.cat([ids, other], 1), use_cache=False).logits[:, -5:]
     torch.testing.assert_close(first, whole, **close)
+    local = ModernBertDecoderConfig(**{**SMALL, "layer_types": ["sliding_attention"] * 4})
     with pytest.raises(InputError, match="it is of another model"):
-        local = ModernBertDecoderConfig(**{**SMALL, "layer_types": ["sliding_attention"] * 4})
         DecoderCache.from_bytes(DecoderCache(local).to_bytes(), model.config)
 
 

@@ -53,7 +53,8 @@ def random_config(seed: int) -> dict:
 def peer(cls_name: str, values: dict, seed: int = 0, **changes):
     """A model of transformers with random biases and norms, in evaluation mode; attention computed eagerly."""
     torch.manual_seed(seed)
-    config = transformers.ModernBertConfig(**{**values, **changes}, attn_implementation="eager")
+    config_class = transformers.ModernBertDecoderConfig if "Decoder" in cls_name else transformers.ModernBertConfig
+    config = config_class(**{**values, **changes}, attn_implementation="eager")
     model = getattr(transformers, cls_name)(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -12,16 +12,26 @@ from pathlib import Path
 
 import pytest
 
-from modernbert import ModernBertConfig, ModernBertForMaskedLM
+from modernbert import (
+    ModernBertConfig,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    ModernBertForMaskedLM,
+)
 from modernbert.tokenizer import Tokenizer
 from tests.hub_server import write_cache
 
 PAGES = Path(__file__).parents[3] / "shared" / "reference"
 # A sample is run when every class that it uses is served; the others wait for theirs.
 SERVED = {
+    "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
     "AutoTokenizer",
     "ModernBertConfig",
+    "ModernBertDecoderConfig",
+    "ModernBertDecoderForCausalLM",
+    "ModernBertDecoderForSequenceClassification",
+    "ModernBertDecoderModel",
     "ModernBertForMaskedLM",
     "ModernBertForMultipleChoice",
     "ModernBertForQuestionAnswering",
@@ -52,12 +62,16 @@ def samples():
             text,
             re.S | re.M,
         )
+        if not blocks:  # the decoder's earlier page marks its samples by their prompts alone
+            blocks = re.findall(r"^(import torch\nfrom transformers.*?)(?=^ModernBert\w*\n)", text, re.S | re.M)
+            ends = r"(?=^Example of |^Usage tips|^Pytorch\n|^class |^ModernBert|\Z)"
+            blocks += re.findall(rf"^(>>> (?:import|from) .*?){ends}", text, re.S | re.M)
         for i, block in enumerate(blocks):
             code = unprompted(block)
             names = {n for line in re.findall(r"from transformers import (.*)", code) for n in re.split(r",\s*", line)}
             if "transformers run --task fill-mask" in code:
                 found.append(pytest.param("bash", code, id=f"{page.stem[:3]}-{i}-command"))
-            elif names and names <= SERVED and "text-generation" not in code:
+            elif names and names <= SERVED:
                 found.append(pytest.param("python", code, id=f"{page.stem[:3]}-{i}-{'-'.join(sorted(names))}"))
     return found
 
@@ -76,6 +90,12 @@ def environment(tmp_path_factory, data):
     tokenizer.save_pretrained(root / "model")
     files = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
     write_cache(root / "cache", "answerdotai/ModernBERT-base", files)
+    config = ModernBertDecoderConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
+    ModernBertDecoderForCausalLM(config).save_pretrained(root / "decoder")
+    tokenizer.save_pretrained(root / "decoder")
+    files = {path.name: path.read_bytes() for path in (root / "decoder").iterdir()}
+    for name in ("jhu-clsp/ettin-decoder-17m", "blab-jhu/test-32m-dec"):
+        write_cache(root / "cache", name, files)
     scripts = Path(sys.executable).parent
     return {
         **os.environ,
@@ -88,7 +108,11 @@ def environment(tmp_path_factory, data):
 
 @pytest.mark.skipif(not PAGES.is_dir(), reason=f"no reference pages at {PAGES}")
 def test_there_are_samples():
-    assert len(SAMPLES) >= 10
+    assert len(SAMPLES) >= 30
+    for page in ("003", "004"):
+        of_page = [str(p.values[1]) for p in SAMPLES if str(p.id).startswith(page)]
+        assert len(of_page) == 5
+        assert sum("text-generation" in code for code in of_page) == 1
     assert sum("command" in str(p.id) for p in SAMPLES) >= 1
 
 

@@ -130,7 +130,14 @@ class PreTrainedModel(nn.Module):
         with torch.device("meta"):
             model = cls(config, attn_implementation)
         model._load(str(name_or_folder), files, names, place, wanted, relabelled)
+        model.read_more(source)
         return model.eval()
+
+    def read_more(self, source: Source) -> None:
+        """Read what a checkpoint holds for this class beside configuration and weights."""
+
+    def save_more(self, folder: Path) -> None:
+        """Write what `read_more` reads."""
 
     def _load(
         self,
@@ -219,6 +226,7 @@ class PreTrainedModel(nn.Module):
         config.to_json_string()  # a configuration that cannot be saved is refused before anything is written
         write_weights(Path(folder), weights, max_shard_size)
         config.save_pretrained(folder)
+        self.save_more(Path(folder))
 
     # Embeddings
 

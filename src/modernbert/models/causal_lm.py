@@ -23,7 +23,7 @@ from modernbert.models.outputs import CausalLMOutputWithPast
 from modernbert.ops.losses import IGNORED, cross_entropy
 
 
-class ModernBertDecoderForCausalLM(DecoderWithHead, GenerationMixin):
+class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     """The decoder with an output over the vocabulary, whose weight is the token embedding's.
 
     Labels have the shape of the input and are shifted inside: the score at a token is for the next one of its text.
@@ -40,7 +40,7 @@ class ModernBertDecoderForCausalLM(DecoderWithHead, GenerationMixin):
 
     def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
-        self.generation_config = {}
+        self.generation_config: dict[str, Any] = {}
         self.lm_head = PredictionHead(config)
         self.decoder = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         self._finish()

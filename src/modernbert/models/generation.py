@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from modernbert.errors import InputError
+from modernbert.files import write_text
 from modernbert.generation.loops import Step, follow, search
 from modernbert.generation.options import GenerationOptions
 from modernbert.generation.samplers import Draw, History, compose
 from modernbert.generation.text import TextPieces, holds_stop
+from modernbert.hub import Source
 from modernbert.models.cache import DecoderCache
 from modernbert.models.decoding import CachedDecoder, UncachedDecoder
 from modernbert.models.outputs import ModelOutput
 
 logger = logging.getLogger(__name__)
 
+_DEFAULTS = "generation_config.json"
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -55,6 +60,16 @@ class GenerationMixin:
     """
 
     generation_config: dict[str, Any]
+
+    def read_more(self, source: Source) -> None:
+        """Defaults of `generate`, where the checkpoint has them."""
+        if source.find(_DEFAULTS) is not None:
+            self.generation_config = source.read_json(_DEFAULTS)
+
+    def save_more(self, folder: Path) -> None:
+        """Write the defaults of `generate`, where there are any."""
+        if self.generation_config:
+            write_text(folder / _DEFAULTS, json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n")
 
     def generate(
         self,

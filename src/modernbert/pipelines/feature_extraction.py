@@ -7,7 +7,7 @@ from typing import Any
 
 from modernbert.auto import AutoModel
 from modernbert.errors import InputError
-from modernbert.models.encoder import ModernBertModel
+from modernbert.models.backbone import Backbone
 from modernbert.pipelines.base import Job, Pipeline, Row
 
 _TOKENIZE = ("truncation", "max_length", "add_special_tokens", "padding")
@@ -28,7 +28,7 @@ class FeatureExtractionPipeline(Pipeline):
     options = ("return_tensors", "truncation", "tokenize_kwargs")
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
-        if not isinstance(getattr(model, "base_model", None), ModernBertModel):
+        if not isinstance(getattr(model, "base_model", None), Backbone):
             raise InputError(f"feature-extraction needs a model of this library; this is a {type(model).__name__}")
         super().__init__(model.base_model, tokenizer, **options)
 
@@ -51,7 +51,8 @@ class FeatureExtractionPipeline(Pipeline):
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
         """Hidden states (tokens, hidden) of each row."""
         ids_T, cu_seqlens = self.pack(rows)
-        states = self.model(ids_T, cu_seqlens=cu_seqlens).last_hidden_state.float().cpu()
+        states = self.model.encode(self.model.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_hidden_state
+        states = states.float().cpu()
         return states.split([len(row.ids) for row in rows])
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:
