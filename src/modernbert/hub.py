@@ -40,6 +40,10 @@ class Source:
         given = {name: kwargs.pop(name) for name in names if name in kwargs}
         return cls(name_or_folder, **{**given, "subfolder": given.get("subfolder") or ""})
 
+    def inside(self, path: str) -> Source:
+        """A folder of this source as a source of its own; "" is this one."""
+        return dataclasses.replace(self, subfolder="/".join(filter(None, [self.subfolder, path])))
+
     @property
     def folder(self) -> Path | None:
         """The local folder that this is, or None for a repository."""

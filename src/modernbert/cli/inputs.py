@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modernbert.errors import InputError
-
-Record = dict[str, Any]
+from modernbert.records.reading import Record, sure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,7 @@ def from_records(
     """
     if form.many is not None and set(form.fields) - set(fixed) == {form.many}:
         column = columns.get(form.many) or columns.get("text")
-        yield {**fixed, form.many: [_field(_sure(record), "text", column, name) for record in records]}, None
+        yield {**fixed, form.many: [_field(sure(record), "text", column, name) for record in records]}, None
         return
     for record in records:
         if isinstance(record, InputError):
@@ -98,12 +97,6 @@ def from_records(
             if field in columns or field in record:
                 values[field] = _field(record, field, columns.get(field), name)
         yield values["text"] if set(values) == {"text"} else values, None if set(record) == {"text"} else record
-
-
-def _sure(record: Record | InputError) -> Record:
-    if isinstance(record, InputError):
-        raise record
-    return record
 
 
 def _field(record: Record, field: str, columns: list[str] | None, name: str, many: bool = False) -> Any:

@@ -8,9 +8,7 @@ Shapes: B texts or spans, T real tokens of all texts together, M hidden size, D 
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -36,17 +34,16 @@ from modernbert.models.sentence_layout import (
     read_parts,
     settings_of,
 )
+from modernbert.ops.activations import activation
 from modernbert.ops.pooling import pool
-
-logger = logging.getLogger(__name__)
 
 # Functions that a folder may name; only the name is read, nothing is imported.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "torch.nn.modules.activation.Tanh": torch.tanh,
     "torch.nn.modules.activation.ReLU": F.relu,
-    "torch.nn.modules.activation.GELU": F.gelu,
-    "torch.nn.modules.activation.Sigmoid": torch.sigmoid,
-    "torch.nn.modules.activation.SiLU": F.silu,
+    "torch.nn.modules.activation.GELU": activation("gelu"),
+    "torch.nn.modules.activation.Sigmoid": activation("sigmoid"),
+    "torch.nn.modules.activation.SiLU": activation("silu"),
     "torch.nn.modules.linear.Identity": lambda x: x,
 }
 
@@ -212,13 +209,13 @@ class SentenceEncoder(nn.Module):
         if not kinds or kinds[0] != "Transformer":
             raise CheckpointError(f"{name_or_folder} has the parts {', '.join(kinds)}; the first must be a Transformer")
         inner = str(parts[0]["path"])
-        body = {**kwargs, "subfolder": "/".join(filter(None, [source.subfolder, inner]))}
+        body = {**kwargs, "subfolder": source.inside(inner).subfolder}
         model = ModernBertModel.from_pretrained(name_or_folder, **body)
         values: dict[str, Any] = {"poolings": None}
         tokens: list[nn.Module] = []
         vectors: list[nn.Module] = []
         for part, kind in zip(parts[1:], kinds[1:], strict=True):
-            there = dataclasses.replace(source, subfolder="/".join(filter(None, [source.subfolder, part["path"]])))
+            there = source.inside(part["path"])
             of_part = there.read_json("config.json") if there.find("config.json") is not None else {}
             if kind == "Pooling":
                 values |= pooling_of(of_part)

@@ -137,7 +137,7 @@ def settings_of(source: Source, inner: str) -> dict[str, Any]:
         values["default_prompt_name"] = about.get("default_prompt_name")
         if about.get("similarity_fn_name") in SIMILARITIES:
             values["similarity"] = about["similarity_fn_name"]
-    there = dataclasses.replace(source, subfolder="/".join(filter(None, [source.subfolder, inner])))
+    there = source.inside(inner)
     if there.find(TRANSFORMER_SETTINGS) is not None:
         limits = there.read_json(TRANSFORMER_SETTINGS)
         if limits.get("do_lower_case"):

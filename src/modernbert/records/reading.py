@@ -7,11 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from modernbert.errors import InputError
 
 Record = dict[str, Any]
+T = TypeVar("T")
 _ROWS_TOGETHER = 1024
 
 
@@ -100,7 +101,7 @@ def _parsed(text: str, where: str) -> Record | InputError:
 def _read_table(path: Path) -> Records:
     csv.field_size_limit(2**31 - 1)
     with path.open("rb") as stream:
-        lines = (_sure(_decoded(line, str(path), number)) for number, line in enumerate(stream, 1))
+        lines = (sure(_decoded(line, str(path), number)) for number, line in enumerate(stream, 1))
         rows = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             names = list(rows.fieldnames or ())
@@ -119,10 +120,11 @@ def _read_table(path: Path) -> Records:
             raise InputError(f"{path}, line {rows.line_num}, is no table: {error}") from error
 
 
-def _sure(text: str | InputError) -> str:
-    if isinstance(text, InputError):
-        raise text
-    return text
+def sure(value: T | InputError) -> T:
+    """A value that is there; raises the error that stands in its place."""
+    if isinstance(value, InputError):
+        raise value
+    return value
 
 
 def _read_parquet(path: Path) -> Records:
