@@ -19,7 +19,7 @@ _EXPORTS = {
     "AutoModelForTokenClassification": "auto",
     "AutoTokenizer": "auto",
     "DecoderCache": "models.cache",
-    "GenerateOutput": "models.generation",
+    "GenerateOutput": "models.outputs",
     "ModernBertConfig": "config",
     "ModernBertDecoderConfig": "config",
     "ModernBertDecoderForCausalLM": "models.causal_lm",

@@ -26,7 +26,14 @@ from modernbert.generation.options import GenerationOptions
         ({"num_beams": 2, "do_sample": True, "num_return_sequences": 3}, "a beam search keeps num_beams, 2"),
         ({"length_penalty": 2.0}, "length_penalty is for beam search, which is off"),
         ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'; choose True, False or 'never'"),
-        ({"num_beams": 2, "length_penalty": "x"}, "length_penalty is 'x'; it must be any number"),
+        ({"num_beams": 2, "length_penalty": "x"}, "length_penalty is 'x'; it must be at least -100, at most 100"),
+        ({"do_sample": "no"}, "do_sample is 'no'; choose True or False"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'; give one or a list of them"),
+        ({"eos_token_id": [-1]}, "eos_token_id is -1; it must be a whole number of at least 0"),
+        ({"pad_token_id": "a"}, "pad_token_id is 'a'"),
+        ({"num_beams": 2, "early_stopping": 1}, "early_stopping is 1; choose True"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan"),
+        ({"stop_strings": 5}, "stop_strings is 5; give one or a list of them"),
         ({"stop_strings": ["a", ""]}, "stop_strings is ['a', '']; give strings with something in them"),
     ],
 )
@@ -42,7 +49,8 @@ def test_a_model_s_defaults_yield_to_what_is_given():
     assert (options.temperature, options.max_length, options.max_new_tokens) == (0.5, None, 5)
     assert options.eos_token_id == (7,)
     assert GenerationOptions.make({"eos_token_id": [1, 2]}, defaults).eos_token_id == (1, 2)
-    assert not GenerationOptions.make({"do_sample": False}, defaults).do_sample  # its temperature then means nothing
+    assert not GenerationOptions.make({"do_sample": False}, {**defaults, "temperature": 0.0}).do_sample  # is off
+    assert GenerationOptions.make({}, {"max_length": 9, "max_new_tokens": 7}).new_tokens(12) == 7
     assert GenerationOptions.make({"temperature": None}, {}).temperature == 1.0
 
 
@@ -55,5 +63,6 @@ def test_how_many_new_tokens(log):
             GenerationOptions.make({"max_length": length}, {}).new_tokens(7)
     with pytest.raises(InputError, match="leaves room for 2 after the prompt"):
         GenerationOptions.make({"max_length": 9, "min_new_tokens": 3}, {}).new_tokens(7)
+    assert GenerationOptions.make({"max_length": 1}, {}).new_tokens(1) == 1
     assert GenerationOptions.make({"max_length": 1}, {}).new_tokens(7) == 1  # as the reference's sample has it
     assert "one new token" in log.text

@@ -162,10 +162,10 @@ def test_crop_and_go_on():
             whole = torch.cat([ids[:, : 40 - cut], other[:, :4]], 1)
             torch.testing.assert_close(out, model(whole, use_cache=False).logits[:, -4:], **close)
             if slack < 30:
-                with pytest.raises(InputError, match="can be cropped by"):
+                with pytest.raises(InputError, match="can be cropped to"):
                     cache.crop(-(slack + 8))
         twice = in_parts(model, ids, [40])[1].crop(39)
-        with pytest.raises(InputError, match="can be cropped by"):  # what the window needs was overwritten
+        with pytest.raises(InputError, match="can be cropped to"):  # what the window needs was overwritten
             twice.crop(38)
         short = in_parts(model, ids[:, :6], [6])[1].crop(-4)  # all of it still lies in the window
         out = model(other[:, :2], past_key_values=short).logits
@@ -192,7 +192,7 @@ def test_a_copy_goes_its_own_way_and_bytes_bring_it_back():
         whole = model(torch.cat([ids, other], 1), use_cache=False).logits[:, -5:]
     torch.testing.assert_close(first, whole, **close)
     local = ModernBertDecoderConfig(**{**SMALL, "layer_types": ["sliding_attention"] * 4})
-    with pytest.raises(InputError, match="it is of another model"):
+    with pytest.raises(InputError, match="the saved cache is of another model"):
         DecoderCache.from_bytes(DecoderCache(local).to_bytes(), model.config)
 
 
@@ -200,7 +200,7 @@ def test_a_text_of_8192_tokens_at_base_size_takes_a_third_of_a_full_cache():
     config = ModernBertDecoderConfig()
     cache = DecoderCache(config)
     packing = Packing.from_lengths([8192])
-    shared = cache.begin(packing)
+    shared = cache.begin(packing, torch.bfloat16)
     heads, size = config.num_attention_heads, config.head_dim
     rows = torch.zeros(8192, heads, size, dtype=torch.bfloat16)
     for number, kind in enumerate(config.layer_types):
@@ -231,8 +231,14 @@ def test_a_pass_that_fails_leaves_no_cache_that_lies(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 10:], past_key_values=cache)
         monkeypatch.undo()
-        with pytest.raises(InputError, match="left half-written"):
-            model(ids[:, 10:], past_key_values=cache)
+        for use in (
+            lambda: model(ids[:, 10:], past_key_values=cache),
+            cache.copy,
+            cache.to_bytes,
+            lambda: cache.crop(1),
+        ):
+            with pytest.raises(InputError, match="left half-written"):
+                use()
 
 
 def test_mistakes():
@@ -246,12 +252,42 @@ def test_mistakes():
             model(ids[:, :1], past_key_values=cache, cache_position=torch.tensor([5]))
         with pytest.raises(InputError, match="past_key_values is a tuple; it must be a DecoderCache"):
             model(ids, past_key_values=())
+        with pytest.raises(InputError, match=r"past_key_values holds torch.float32 and the model computes in"):
+            random_decoder().bfloat16()(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)  # and none of that has harmed it
         with pytest.raises(InputError, match=r"texts are \[2\]; the cache holds texts 0 to 1"):
             cache.select([2])
+    with pytest.raises(InputError, match="use_cache is False and past_key_values is given"):
+        model(ids, past_key_values=cache, use_cache=False)
+    for other in ({"local_attention": 32}, {"num_attention_heads": 6}, {"num_hidden_layers": 3}):
+        with pytest.raises(InputError, match="past_key_values is of another model"):
+            random_decoder(**other)(ids, past_key_values=cache)
+    with pytest.raises(InputError, match="are no saved cache"):
+        DecoderCache.from_bytes(b"garbage", model.config)
+    for slack in (-1, 1.5, "x", True):
+        with pytest.raises(InputError, match="slack is"):
+            DecoderCache(model.config, slack=slack)
     model.train()
     with pytest.raises(InputError, match="are for evaluation mode"):
         model(ids, use_cache=True)
     assert model(ids).past_key_values is None
+
+
+def test_a_copy_made_for_inference_serves_outside_of_it(small_decoder):
+    ids = random_ids(1, 12)
+    with torch.inference_mode():
+        copy = small_decoder(ids[:, :10]).past_key_values.copy()
+    with torch.no_grad():
+        expected = small_decoder(ids, use_cache=False).logits[:, 10:]
+    torch.testing.assert_close(small_decoder(ids[:, 10:], past_key_values=copy).logits, expected, **close)
+
+
+def test_rows_of_dropped_texts_are_freed(small_decoder):
+    with torch.no_grad():
+        cache = small_decoder(random_ids(20, 30)).past_key_values
+        before = cache.nbytes
+        cache.select([3])
+        assert cache.nbytes < before / 8
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

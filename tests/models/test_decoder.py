@@ -80,6 +80,9 @@ def test_logits_to_keep(small_decoder):
         assert torch.equal(packed, torch.cat([row[-2:] for row in whole]))
         one = small_decoder(ids[mask.bool()], cu_seqlens=starts, logits_to_keep=torch.tensor([4])).logits
         assert torch.equal(one[0], whole[mask.bool()][4])
+    for wrong in (-3, 1.5, torch.tensor([12]), torch.tensor([0.5])):
+        with pytest.raises(InputError, match="logits_to_keep is"):
+            small_decoder(ids, logits_to_keep=wrong)
     with pytest.raises(InputError, match="leave logits_to_keep out"):
         small_decoder(ids, labels=ids, logits_to_keep=1)
 
@@ -185,6 +188,20 @@ def test_the_cache_comes_back_with_all_but_the_last_token(small_decoder):
     assert torch.equal(torch.stack([s.argmax(-1) for s in told.scores], 1), told.sequences[:, 12:])
 
 
+@pytest.mark.parametrize("way", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}])
+def test_a_cache_is_gone_on_with_in_several_ways_and_left_as_it_is(way, small_decoder):
+    ids, _ = ragged([20], "right")
+    with torch.no_grad():
+        cache = small_decoder(ids[:, :15]).past_key_values
+    before = cache.to_bytes()
+    outs = []
+    for past in (cache, None):
+        generator = torch.Generator().manual_seed(0)
+        outs.append(small_decoder.generate(ids, past_key_values=past, max_new_tokens=9, generator=generator, **way))
+    assert torch.equal(*outs)
+    assert cache.to_bytes() == before
+
+
 def test_a_streamer_gets_the_prompt_and_each_token(heads):
     model = AutoModelForCausalLM.from_pretrained(heads / "CausalLM")
     tokenizer = AutoTokenizer.from_pretrained(heads / "CausalLM")
@@ -208,6 +225,15 @@ def test_the_checkpoint_s_defaults(small_decoder, tmp_path):
     assert torch.equal(model.generate(ids), small_decoder.generate(ids, max_new_tokens=3, eos_token_id=[5, 6]))
 
 
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"no_repeat_ngram_size": 1}])
+def test_drawn_beams_are_never_impossible(options, small_decoder):
+    ids, _ = ragged([6], "right")
+    given = {"do_sample": True, "num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 5, **options}
+    out = small_decoder.generate(ids, return_dict_in_generate=True, **given)
+    assert out.sequences_scores.isfinite().all()
+    assert out.sequences.shape == (2, 11)
+
+
 def test_a_text_can_begin_with_nothing(small_decoder):
     out = small_decoder.generate(max_new_tokens=4)
     assert torch.equal(out, small_decoder.generate(torch.tensor([[1]]), max_new_tokens=4))
@@ -227,6 +253,10 @@ def test_a_text_can_begin_with_nothing(small_decoder):
         ({"input_ids": torch.tensor([[5]]), "output_scores": True}, "return_dict_in_generate=True"),
         ({"input_ids": torch.tensor([[5], [6]]), "streamer": object()}, "streamer takes one text"),
         ({"input_ids": torch.tensor([[5]]), "generator": []}, "generator holds 0"),
+        ({"input_ids": torch.tensor([[5]]), "generator": 5}, "generator is a int"),
+        ({"input_ids": [[5]]}, "input_ids is a list; give a tensor"),
+        ({"input_ids": torch.tensor([[5]]), "past_key_values": ()}, "past_key_values is a tuple"),
+        ({"input_ids": torch.tensor([[True]])}, "prompts are whole numbers"),
     ],
 )
 def test_mistakes_at_the_door_of_generation(given, message, small_decoder):

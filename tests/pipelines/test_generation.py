@@ -49,6 +49,9 @@ def test_a_text_s_draws_are_its_own(generate, heads):
     changed = [TEXTS[0], "Something else", *TEXTS[2:]]
     assert generate(changed, seed=7, num_return_sequences=2)[2:] == whole[2:]
     assert generate(TEXTS, seed=8, num_return_sequences=2) != whole
+    with_error = list(generate.stream([TEXTS[0], " ", *TEXTS[2:]], on_error="return", seed=7, num_return_sequences=2))
+    assert with_error[2:] == whole[2:]
+    assert list(generate.stream(TEXTS[2:], first=2, seed=7, num_return_sequences=2)) == whole[2:]
     torch.manual_seed(3)
     a = generate(TEXTS)
     torch.manual_seed(3)

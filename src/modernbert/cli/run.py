@@ -78,8 +78,8 @@ def run(
     if output is not None and as_json:
         raise InputError("--json prints and --output writes a file; give one of them")
     task = "fill-mask" if task is None and model is None else task
-    where = {"revision": revision, "attn_implementation": attn_implementation, "batch_tokens": batch_tokens}
-    serve = pipeline(task, model, tokenizer, device, dtype, **{k: v for k, v in where.items() if v is not None})
+    loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
+    serve = pipeline(task, model, tokenizer, device, dtype, **loading)
     options: dict[str, Any] = parse_options(option or [])
     foreign = sorted(set(options) - set(serve.options))
     if foreign:
@@ -111,19 +111,20 @@ def score(
     attn_implementation: Backend = None,
     batch_tokens: BatchTokens = None,
 ) -> None:
-    """Say how likely a decoder finds texts: log-likelihood, perplexity, bits a byte; a long text in windows.
+    """Say how likely a decoder finds texts, a line each: log-likelihood, perplexity, bits a byte.
 
-    Example: modernbert score --file book.txt --stride 64
+    A text over the model's context is read in windows that overlap.
+
+    Example: modernbert score --file pages.jsonl --column text --stride 64
     """
     from modernbert.pipelines import pipeline
 
     _check_source(texts, file)
     if output is not None and as_json:
         raise InputError("--json prints and --output writes a file; give one of them")
-    where = {"revision": revision, "attn_implementation": attn_implementation, "batch_tokens": batch_tokens}
-    given = {k: v for k, v in where.items() if v is not None}
-    serve = pipeline("text-scoring", model, None, device, dtype, **given)
-    options = {name: n for name, n in (("stride", stride), ("max_length", max_length)) if n is not None}
+    loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
+    serve = pipeline("text-scoring", model, None, device, dtype, **loading)
+    options = _given(stride=stride, max_length=max_length)
     identity = [model, checkpoint_fingerprint(model, revision), dtype]
     _answer_all(serve, texts, file, column, {}, options, output, as_json, skip_errors, identity)
 
@@ -156,14 +157,17 @@ def embed(
     from modernbert.pipelines import pipeline
 
     _check_source(texts, file)
-    where = {"revision": revision, "attn_implementation": attn_implementation, "batch_tokens": batch_tokens}
-    given = {k: v for k, v in where.items() if v is not None}
-    serve = pipeline("sentence-embedding", model, None, device, dtype, **given)
-    options = {"prompt_name": prompt_name, "prompt": prompt, "pooling": pooling, "truncate_dim": truncate_dim}
-    options = {name: value for name, value in options.items() if value is not None}
+    loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
+    serve = pipeline("sentence-embedding", model, None, device, dtype, **loading)
+    options = _given(prompt_name=prompt_name, prompt=prompt, pooling=pooling, truncate_dim=truncate_dim)
     options |= {name: True for name, on in (("normalize", normalize), ("truncation", truncation)) if on}
     identity = [model, checkpoint_fingerprint(model, revision), dtype]
     _answer_all(serve, texts, file, column, {}, options, output, False, skip_errors, identity)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _answer_all(
@@ -181,7 +185,8 @@ def _answer_all(
     """Answer every input, and print or write the answers as they come."""
     from modernbert.records import ResumableOutput, count_records, read_records
 
-    if serve.task == "text-generation" and output is None and not as_json and _one_at_a_time(options):
+    to_people = output is None and not as_json and sys.stdout.isatty()
+    if serve.task == "text-generation" and to_people and serve.can_stream(**options):
         serve = Streamed(serve)
     form = form_of(serve.task)
     columns = parse_columns(column or [], form)
@@ -210,7 +215,8 @@ def _answer_all(
         if sink is not None and done:
             sys.stderr.write(f"modernbert: {sink.partial} holds {done} answers; going on after them\n")
         waiting: list[tuple[Any, Any]] = []  # inputs whose answers are not there yet
-        answers = serve.stream(_remembered(inputs, waiting), on_error="return" if skip_errors else "raise", **options)
+        on_error = "return" if skip_errors else "raise"
+        answers = serve.stream(_remembered(inputs, waiting), on_error=on_error, first=done, **options)
         advance = stack.enter_context(_ProgressBar(total, done, quiet=output is None))
         try:
             for answer in answers:
@@ -255,16 +261,14 @@ class Streamed:
     def __init__(self, serve: Any) -> None:
         self.serve = serve
 
-    def stream(self, inputs: Iterable[Any], on_error: str, **options: Any) -> Iterator[Any]:
+    def stream(self, inputs: Iterable[Any], on_error: str, first: int, **options: Any) -> Iterator[Any]:
         """Print inputs and what follows them; what was printed, or the `InputError` in its place, for each."""
-        full = options.pop("return_full_text", True) is not False
-        seed = options.pop("seed", None)
-        settings = {**options} if seed is None else {**options, "seed": seed}
-        for number, item in enumerate(inputs):
+        full = options.get("return_full_text", True) is not False
+        for number, item in enumerate(inputs, first):
             try:
                 if isinstance(item, InputError):
                     raise item
-                pieces = self.serve.pieces(item, number, **settings)
+                pieces = self.serve.pieces(item, number, **options)
             except InputError as error:
                 if on_error == "raise":
                     raise
@@ -279,10 +283,6 @@ class Streamed:
                 text += piece
             sys.stdout.write("\n\n")
             yield text
-
-
-def _one_at_a_time(options: dict[str, Any]) -> bool:
-    return options.get("num_beams", 1) == 1 and options.get("num_return_sequences", 1) == 1
 
 
 def _remembered(inputs: Iterable[tuple[Any, Any]], waiting: list[tuple[Any, Any]]) -> Iterator[Any]:

@@ -18,6 +18,10 @@ def show(item: Any, output: Any) -> None:
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
+    if isinstance(output, list) and output and isinstance(output[0], dict) and "generated_text" in output[0]:
+        for answer in output:  # the text that it goes on from is in it
+            console.print(Text(f"{answer['generated_text']}\n"))
+        return
     console.print(Text(_title(item), style="bold"))
     if isinstance(output, Exception):
         console.print(Text(f"not answered: {output}\n", style="red"))

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from modernbert.errors import InputError
 from modernbert.generation.options import GenerationOptions
 from modernbert.generation.samplers import Draw, History, Sampler
 
@@ -86,7 +87,8 @@ def follow(
             history.ids.append(token)
             if not _ends(history, stop):
                 going.append(row)
-        finished = [texts[row] for row in range(len(texts)) if row not in going]
+        kept = set(going)
+        finished = [texts[row] for row in range(len(texts)) if row not in kept]
         yield Step(texts, tokens, finished, logits_BV, scores_BV)
         if not going:
             return
@@ -185,10 +187,13 @@ def search(
         first = 0
         for i, scores_V in zip(active, scores_BV.split(rows), strict=True):
             vocabulary, flat = scores_V.shape[1], scores_V.flatten()
-            if options.do_sample:
-                chosen = torch.multinomial(flat.softmax(-1), min(number, len(flat)), generator=generator)
+            possible = min(number, int(flat.isfinite().sum()))
+            if not possible:
+                chosen = torch.empty(0, dtype=torch.int64)
+            elif options.do_sample:
+                chosen = torch.multinomial(flat.softmax(-1), possible, generator=generator)
             else:
-                chosen = flat.topk(min(number, len(flat))).indices
+                chosen = flat.topk(possible).indices
             candidates = [
                 (index // vocabulary, index % vocabulary, score)
                 for index, score in zip(chosen.tolist(), flat[chosen].tolist(), strict=True)
@@ -202,4 +207,10 @@ def search(
         if active:
             model.select(selected)
             logits_BV = model.step([history.ids[-1] for i in active for history, _ in searches[i].running])
-    return [search.finished[: options.num_return_sequences] for search in searches]
+    for found in searches:
+        if len(found.finished) < options.num_return_sequences:
+            raise InputError(
+                f"num_return_sequences is {options.num_return_sequences} and beam search found {len(found.finished)} "
+                "continuations of a prompt; the options leave no more"
+            )
+    return [found.finished[: options.num_return_sequences] for found in searches]

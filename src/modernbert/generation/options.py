@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,10 +76,14 @@ class GenerationOptions:
         if {"max_length", "max_new_tokens"} & set(given):
             base = {name: value for name, value in base.items() if name not in ("max_length", "max_new_tokens")}
         values = {**base, **given}
-        ids = values.get("eos_token_id", ())
-        values["eos_token_id"] = (ids,) if isinstance(ids, int) else tuple(ids)
-        strings = values.get("stop_strings", ())
-        values["stop_strings"] = (strings,) if isinstance(strings, str) else tuple(strings)
+        for name, kind in (("eos_token_id", int), ("stop_strings", str)):
+            value = values.get(name, ())
+            if isinstance(value, kind):
+                values[name] = (value,)
+            elif isinstance(value, list | tuple):
+                values[name] = tuple(value)
+            else:
+                raise InputError(f"{name} is {value!r}; give one or a list of them")
         options = cls(**values)
         options._check(set(given))
         return options
@@ -92,15 +97,21 @@ class GenerationOptions:
             _whole(name, getattr(self, name), 1)
         for name in ("min_new_tokens", "top_k", "no_repeat_ngram_size"):
             _whole(name, getattr(self, name), 0)
-        for name in ("temperature", "repetition_penalty"):
-            _between(name, getattr(self, name), 0.0, None, open_below=True)
-        _between("top_p", self.top_p, 0.0, 1.0, open_below=True)
-        _between("min_p", self.min_p, 0.0, 1.0)
-        _between("length_penalty", self.length_penalty, None, None)
+        for i in self.eos_token_id:
+            _whole("eos_token_id", i, 0)
+        _whole("pad_token_id", self.pad_token_id, 0)
+        if not isinstance(self.do_sample, bool):
+            raise InputError(f"do_sample is {self.do_sample!r}; choose True or False")
+        _between("repetition_penalty", self.repetition_penalty, 0.0, None, open_below=True)
+        _between("length_penalty", self.length_penalty, -100.0, 100.0)
+        if self.do_sample:  # what is off means nothing
+            _between("temperature", self.temperature, 0.0, None, open_below=True)
+            _between("top_p", self.top_p, 0.0, 1.0, open_below=True)
+            _between("min_p", self.min_p, 0.0, 1.0)
         sampling = [name for name in _SAMPLING if name in given]
         if sampling and not self.do_sample:
             raise InputError(f"{', '.join(sampling)} is for sampling, which is off; give do_sample=True too")
-        if self.early_stopping not in (True, False, "never"):
+        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
             raise InputError(f"early_stopping is {self.early_stopping!r}; choose True, False or 'never'")
         beams = [name for name in ("length_penalty", "early_stopping") if name in given]
         if beams and self.num_beams == 1:
@@ -118,7 +129,7 @@ class GenerationOptions:
             raise InputError(
                 f"min_new_tokens is {self.min_new_tokens} and max_new_tokens is {self.max_new_tokens}, which is less"
             )
-        if any(not isinstance(s, str) or not s for s in self.stop_strings):
+        if not all(isinstance(s, str) and s for s in self.stop_strings):
             raise InputError(f"stop_strings is {list(self.stop_strings)!r}; give strings with something in them")
 
     def new_tokens(self, columns: int) -> int:
@@ -127,9 +138,9 @@ class GenerationOptions:
         Raises:
             InputError: `max_length` leaves no room.
         """
-        if self.max_length is None:
+        if self.max_length is None or self.max_new_tokens is not None:
             return self.max_new_tokens or _DEFAULT_NEW_TOKENS
-        if self.max_length == 1 < columns:
+        if self.max_length == 1:
             logger.warning("max_length=1 is shorter than any prompt; one new token is generated")
             return 1
         if self.max_length <= columns:
@@ -151,7 +162,7 @@ def _whole(name: str, value: Any, least: int) -> None:
 
 
 def _between(name: str, value: Any, low: float | None, high: float | None, open_below: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     inside = number and (low is None or (value > low if open_below else value >= low))
     if not inside or (high is not None and value > high):
         least = "any number" if low is None else f"above {low:g}" if open_below else f"at least {low:g}"

@@ -68,13 +68,13 @@ def forbid_repeated_ngrams(size: int) -> Sampler:
 
 def forbid_end(eos_ids: Sequence[int], until: int) -> Sampler:
     """Never end a text before it has so many new tokens."""
-    ids = list(eos_ids)
 
     def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
         early = [i for i, history in enumerate(histories) if len(history.ids) - history.prompt < until]
         if not early:
             return scores_BV
         out = scores_BV.clone()
+        ids = [i for i in eos_ids if i < scores_BV.shape[1]]  # configurations may name ids past the vocabulary
         out[torch.tensor(early, device=out.device)[:, None], torch.tensor(ids, device=out.device)] = _NEVER
         return out
 
@@ -86,18 +86,18 @@ def scale(temperature: float) -> Sampler:
     return lambda scores_BV, histories: scores_BV / temperature
 
 
-def keep_top_k(k: int) -> Sampler:
-    """Keep the k best scores, and those equal to the last of them."""
+def keep_top_k(k: int, least: int = 1) -> Sampler:
+    """Keep the k best scores, `least` at the least, and those equal to the last of them."""
 
     def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
-        least_B1 = scores_BV.topk(min(k, scores_BV.shape[-1])).values[:, -1:]
+        least_B1 = scores_BV.topk(min(max(k, least), scores_BV.shape[-1])).values[:, -1:]
         return scores_BV.masked_fill(scores_BV < least_B1, _NEVER)
 
     return apply
 
 
-def keep_top_p(p: float) -> Sampler:
-    """Keep the fewest best scores whose probabilities sum to p or more.
+def keep_top_p(p: float, least: int = 1) -> Sampler:
+    """Keep the fewest best scores whose probabilities sum to p or more, `least` at the least.
 
     Source: nucleus sampling, arXiv:1904.09751.
     """
@@ -105,21 +105,23 @@ def keep_top_p(p: float) -> Sampler:
     def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
         rising, order = scores_BV.sort(dim=-1)
         tail = rising.softmax(-1).cumsum(-1) <= 1 - p
-        tail[:, -1] = False
+        tail[:, -least:] = False
         return scores_BV.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), _NEVER)
 
     return apply
 
 
-def keep_min_p(p: float) -> Sampler:
-    """Keep tokens whose probability is at least p times the best one's.
+def keep_min_p(p: float, least: int = 1) -> Sampler:
+    """Keep tokens whose probability is at least p times the best one's, and the `least` best ones.
 
     Source: arXiv:2407.01082.
     """
 
     def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
         probabilities = scores_BV.softmax(-1)
-        return scores_BV.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), _NEVER)
+        unlikely = probabilities < p * probabilities.amax(-1, keepdim=True)
+        best = probabilities.topk(min(least, scores_BV.shape[-1])).indices
+        return scores_BV.masked_fill(unlikely.scatter(1, best, False), _NEVER)
 
     return apply
 
@@ -133,15 +135,17 @@ def compose(options: GenerationOptions) -> Sampler | None:
         samplers.append(forbid_repeated_ngrams(options.no_repeat_ngram_size))
     if options.min_new_tokens and options.eos_token_id:
         samplers.append(forbid_end(options.eos_token_id, options.min_new_tokens))
+    # Beams that all end at once leave others to go on with.
+    least = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_token_id))
     if options.do_sample:
         if options.temperature != 1.0:
             samplers.append(scale(options.temperature))
         if options.top_k:
-            samplers.append(keep_top_k(options.top_k))
+            samplers.append(keep_top_k(options.top_k, least))
         if options.top_p < 1.0:
-            samplers.append(keep_top_p(options.top_p))
+            samplers.append(keep_top_p(options.top_p, least))
         if options.min_p > 0.0:
-            samplers.append(keep_min_p(options.min_p))
+            samplers.append(keep_min_p(options.min_p, least))
     if not samplers:
         return None
 

@@ -35,6 +35,8 @@ class TextPieces:
         """Take tokens; the text that they complete, which may be none."""
         self.ids += ids
         before, text = self._decode(self.given), self._decode(len(self.ids))
+        if text == before:  # special tokens alone
+            del self.ids[self.given :]
         if len(text) <= len(before) or text.endswith(_REPLACEMENT):
             return ""
         self.context, self.given = self.given, len(self.ids)

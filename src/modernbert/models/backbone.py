@@ -63,6 +63,20 @@ class Backbone(PreTrainedModel):
 
         With a cache the inputs go on where its texts ended, and are added to it.
         """
+        if cache is not None and any(cache.lengths):
+            # Keys in a cache are numbers without a history. Only what new vectors were made of can have a gradient.
+            live = inputs.embeds_TM is not None and inputs.embeds_TM.requires_grad
+            with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+                return self._encode(inputs, output_attentions, output_hidden_states, cache)
+        return self._encode(inputs, output_attentions, output_hidden_states, cache)
+
+    def _encode(
+        self,
+        inputs: PackedInputs,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        cache: DecoderCache | None,
+    ) -> BaseModelOutput:
         config = self.config
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -106,8 +120,7 @@ class Backbone(PreTrainedModel):
             backend = EagerAttention()
         autocast = torch.is_autocast_enabled(x_TM.device.type)
         dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
-        begun = None if cache is None else cache.begin(packing)
-        # Keys in a cache are numbers without a history; what is put together anew keeps its own.
+        begun = None if cache is None else cache.begin(packing, dtype)
         gather = isinstance(backend, EagerAttention) or (begun is not None and any(begun.past) and x_TM.requires_grad)
         shared = {}
         for kind in dict.fromkeys(config.layer_types or ()):

@@ -224,9 +224,9 @@ class PreTrainedModel(nn.Module):
             dtype=str(self.dtype).removeprefix("torch."),
         )
         config.to_json_string()  # a configuration that cannot be saved is refused before anything is written
+        self.save_more(Path(folder))
         write_weights(Path(folder), weights, max_shard_size)
         config.save_pretrained(folder)
-        self.save_more(Path(folder))
 
     # Embeddings
 

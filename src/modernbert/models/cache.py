@@ -10,11 +10,13 @@ Shapes: R rows of storage, T new tokens of all texts together, H heads, D head s
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from modernbert.config import Config, Reach
@@ -100,7 +102,8 @@ class Storage:
         if self.ring is not None and len(texts) != len(lengths):
             self.move(texts, [lengths[t] for t in texts], [self.ring] * len(texts))
             return
-        free = [t for t in range(len(lengths)) if t not in set(texts)]
+        used = set(texts)
+        free = [t for t in range(len(lengths)) if t not in used]
         seen: set[int] = set()
         starts, capacities, copies = [], [], []
         for text in texts:
@@ -127,6 +130,9 @@ class Storage:
             stored.index_copy_(0, target, stored[source])
         self.starts, self.capacities = starts, capacities
         self.first = [self.first[text] for text in texts]
+        if 2 * sum(capacities) < len(self.positions_R):  # most rows belong to no text any more
+            chosen = [lengths[t] for t in texts]
+            self.move(range(len(texts)), chosen, [self.room(n) for n in chosen])
 
     def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, rows: Tensor, of_T: Tensor | None) -> None:
         """Put new keys and values, or the rows `of_T` of them, into these rows."""
@@ -140,8 +146,21 @@ class Storage:
 
     def to(self, device: torch.device) -> None:
         """Move to a device."""
-        self.positions_R = self.positions_R.to(device)
-        self.layers = {layer: (k.to(device), v.to(device)) for layer, (k, v) in self.layers.items()}
+        with torch.inference_mode(False):
+            self.positions_R = self.positions_R.to(device)
+            self.layers = {layer: (k.to(device), v.to(device)) for layer, (k, v) in self.layers.items()}
+
+
+def _signature(config: Config) -> dict[str, Any]:
+    """What caches and models must agree in."""
+    return {
+        "layer_types": list(config.layer_types or ()),
+        "heads": [
+            config.num_attention_heads - len(config.pruned_heads.get(i, [])) for i in range(config.num_hidden_layers)
+        ],
+        "head_dim": config.head_dim,
+        "local_attention": config.local_attention,
+    }
 
 
 class DecoderCache:
@@ -154,9 +173,17 @@ class DecoderCache:
         config: of the model.
         slack: how many tokens `crop` can take back from texts longer than the local window. Each costs as much as
             one token of a local layer.
+
+    Keys are kept as they were rotated. The "dynamic" rotary embedding rotates by a text's length, so that past the
+    trained context a cached text is not quite what it would be without a cache.
+
+    Raises:
+        InputError: `slack` is no whole number of at least 0.
     """
 
     def __init__(self, config: Config, slack: int = 0) -> None:
+        if not isinstance(slack, int) or isinstance(slack, bool) or slack < 0:
+            raise InputError(f"slack is {slack!r}; it must be a whole number of at least 0")
         self.config = config
         self.slack = slack
         self.lengths: list[int] = []
@@ -186,10 +213,26 @@ class DecoderCache:
 
     # What a forward pass does
 
-    def begin(self, packing: Packing) -> Pass:
-        """Make room for new tokens, before the layers write them."""
+    def check_model(self, config: Config) -> None:
+        """Refuse a model that this is no cache of; raises `InputError`."""
+        ours, theirs = _signature(self.config), _signature(config)
+        if ours != theirs:
+            differ = ", ".join(name for name in ours if ours[name] != theirs[name])
+            raise InputError(f"past_key_values is of another model; {differ} differ")
+
+    def _check_whole(self) -> None:
         if self._unfinished is not None:
             raise InputError("past_key_values was left half-written by a forward pass that failed; make a new one")
+
+    def begin(self, packing: Packing, dtype: torch.dtype) -> Pass:
+        """Make room for new tokens, before the layers write them."""
+        self._check_whole()
+        for _, storage in self.kinds.values():
+            for k, _ in storage.layers.values():
+                if k.dtype != dtype:
+                    raise InputError(
+                        f"past_key_values holds {k.dtype} and the model computes in {dtype}; make a new one"
+                    )
         if not self.lengths:
             self.lengths, self.ends = [0] * len(packing.lengths), [0] * len(packing.lengths)
         if len(packing.lengths) != len(self.lengths):
@@ -227,6 +270,7 @@ class DecoderCache:
         Raises:
             InputError: there is no such text.
         """
+        self._check_whole()
         texts = [int(t) for t in (texts.tolist() if isinstance(texts, Tensor) else texts)]
         if any(not 0 <= t < len(self) for t in texts):
             raise InputError(f"texts are {texts}; the cache holds texts 0 to {len(self) - 1}")
@@ -234,6 +278,7 @@ class DecoderCache:
             storage.select(texts, self.lengths)
         self.lengths = [self.lengths[t] for t in texts]
         self.ends = [self.ends[t] for t in texts]
+        self.columns = self.columns if texts else 0
         return self
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -250,6 +295,7 @@ class DecoderCache:
         Raises:
             InputError: a local layer no longer holds what tokens before the cut would see. `slack` keeps more.
         """
+        self._check_whole()
         wanted = [min(n, max_length) if max_length >= 0 else max(n + max_length, 0) for n in self.lengths]
         spans: list[tuple[int, int, int]] = [
             (i, to, n) for i, (to, n) in enumerate(zip(wanted, self.lengths, strict=True))
@@ -258,9 +304,9 @@ class DecoderCache:
             for i, to, length in spans:
                 if reach.left is not None and to < length and storage.kept(i, length) > max(0, to - reach.left):
                     raise InputError(
-                        f"max_length is {max_length}; a text of {length} tokens can be cropped by "
-                        f"{1 + self.slack} at the most, because local layers keep a window alone. "
-                        "DecoderCache(config, slack=...) keeps more"
+                        f"max_length is {max_length}; a text of {length} tokens can be cropped to "
+                        f"{storage.kept(i, length) + reach.left} at the least, because local layers keep a window "
+                        "alone. DecoderCache(config, slack=...) keeps more"
                     )
         for _, storage in self.kinds.values():
             held = [(i, max(to, storage.kept(i, n)), n) for i, to, n in spans]
@@ -268,9 +314,8 @@ class DecoderCache:
             storage.first = [min(storage.kept(i, n), to) for i, to, n in spans]
         for i, to, length in spans:
             if to < length:
-                kind = next(iter(self.kinds.values()))[1]
-                last = kind.positions_R[kind.rows([(i, to - 1, to)])] if to else None
-                self.ends[i] = 0 if last is None else int(last) + 1
+                for _, storage in self.kinds.values():
+                    self.ends[i] = int(storage.positions_R[storage.rows([(i, to - 1, to)])]) + 1 if to else 0
         self.columns = max(0, self.columns - max((n - to for _, to, n in spans), default=0))
         self.lengths = wanted
         return self
@@ -287,11 +332,13 @@ class DecoderCache:
 
     def to_bytes(self) -> bytes:
         """The whole cache as safetensors, in memory."""
+        self._check_whole()
         tensors = {
             "lengths": torch.tensor(self.lengths, dtype=torch.int64),
             "ends": torch.tensor(self.ends, dtype=torch.int64),
         }
         tensors["shape"] = torch.tensor([self.columns, self.slack])
+        tensors["model"] = torch.tensor(list(json.dumps(_signature(self.config)).encode()), dtype=torch.uint8)
         for kind, (_, storage) in self.kinds.items():
             tensors[f"{kind}/starts"] = torch.tensor(storage.starts, dtype=torch.int64)
             tensors[f"{kind}/capacities"] = torch.tensor(storage.capacities, dtype=torch.int64)
@@ -306,15 +353,22 @@ class DecoderCache:
         """Read what `to_bytes` gave.
 
         Raises:
-            InputError: the content is of another kind of model.
+            InputError: the content is no cache, or of another model.
         """
-        tensors = safetensors.torch.load(content)
+        with torch.inference_mode(False):  # what is written in place must be writable anywhere
+            try:
+                tensors = safetensors.torch.load(content)
+            except SafetensorError as error:
+                raise InputError(f"these {len(content)} bytes are no saved cache: {error}") from error
+        if "model" not in tensors:
+            raise InputError(f"these {len(content)} bytes are no saved cache: they do not say of what model")
+        saved = json.loads(bytes(tensors["model"].tolist()))
+        if saved != json.loads(json.dumps(_signature(config))):
+            raise InputError(f"the saved cache is of another model: {saved}, not {_signature(config)}")
         columns, slack = tensors["shape"].tolist()
         cache = cls(config, slack)
         cache.lengths, cache.ends, cache.columns = tensors["lengths"].tolist(), tensors["ends"].tolist(), columns
         for kind, (_, storage) in cache.kinds.items():
-            if f"{kind}/starts" not in tensors:
-                raise InputError(f"the saved cache has no layers of {kind}; it is of another model")
             storage.starts = tensors[f"{kind}/starts"].tolist()
             storage.capacities = tensors[f"{kind}/capacities"].tolist()
             storage.first = tensors[f"{kind}/first"].tolist()

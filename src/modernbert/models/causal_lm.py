@@ -146,6 +146,13 @@ def next_tokens(inputs: PackedInputs, labels_T: Tensor) -> Tensor:
 def _kept(inputs: PackedInputs, wanted: int | Tensor) -> tuple[Tensor, tuple[int, int] | None, Tensor]:
     """Rows to score, the grid that their scores go into (None leaves them packed), and their places in it."""
     packing = inputs.packing
+    if isinstance(wanted, Tensor):
+        size = packing.tokens if packing.grid is None else packing.grid[1]
+        whole = not wanted.is_floating_point() and wanted.dtype != torch.bool and wanted.dim() == 1
+        if not whole or bool(((wanted < -size) | (wanted >= size)).any()):
+            raise InputError(f"logits_to_keep is {wanted.tolist()}; it must be (K,) whole numbers below {size}")
+    elif not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 0:
+        raise InputError(f"logits_to_keep is {wanted!r}; it must be a whole number of at least 0, or a tensor of them")
     device = packing.positions_T.device
     none = torch.empty(0, dtype=torch.int64, device=device)
     if packing.grid is None or packing.indices_T is None:

@@ -84,8 +84,8 @@ class Continuation:
     ) -> None:
         self.storage = storage
         self.shared = shared
-        self.before: list[Any] = []
-        self.after: list[Any] = []
+        self.before: list[Piece] = []
+        self.after: list[Piece] = []
         self.gathered: Gathered | None = None
         lengths, past = shared.packing.lengths, shared.past
         if gather:
@@ -169,7 +169,7 @@ class Continuation:
         tail_rows, order, keys, _ = self._join(texts, tails)
         queries = Packing(shared.packing.lengths, shared.positions_T, shared.packing.text_T)
         plan = EagerAttention().plan(queries, reach, torch.float32, keys)
-        return Gathered(None, tail_rows, order, plan, [first for _, first, _ in tails])
+        return Gathered(tail_rows, order, plan, [first for _, first, _ in tails])
 
     def _extend(self, reach: Reach, backend: AttentionBackend, dtype: torch.dtype) -> Extended:
         shared, texts = self.shared, self.shared.later

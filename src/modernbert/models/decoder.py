@@ -158,6 +158,10 @@ def open_inputs(
             "output's past_key_values"
         )
     cache = past_key_values
+    if cache is not None:
+        cache.check_model(model.config)
+        if use_cache is False:
+            raise InputError("use_cache is False and past_key_values is given; leave one of them out")
     if model.training and (use_cache or cache is not None):
         raise InputError("use_cache and past_key_values are for evaluation mode; call model.eval() first")
     if cache is None and (model.config.use_cache and not model.training if use_cache is None else use_cache):
@@ -167,6 +171,8 @@ def open_inputs(
     before = 0 if cache is None else cache.columns
     if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] == before + columns:
         attention_mask = attention_mask[:, before:]
+    if cache_position is not None and packed.get("cu_seqlens") is not None:
+        raise InputError("cache_position counts the columns of padded input; packed input has none")
     if cache_position is not None and cache_position.tolist() != list(range(before, before + columns)):
         raise InputError(
             f"cache_position is {cache_position.tolist()}; with {before} columns in the cache and {columns} new ones "

@@ -38,6 +38,13 @@ class CachedDecoder:
 
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Scores of what follows each prompt."""
+        past = self.check(prompts)
+        self.active = list(range(len(prompts)))
+        return self._read([list(prompt[held:]) for held, prompt in zip(past, prompts, strict=True)])
+
+    def check(self, prompts: Sequence[Sequence[int]]) -> list[int]:
+        """How many tokens of each prompt the cache holds; raises `InputError` where they do not fit."""
+        self.cache.check_model(self.model.config)
         past = self.cache.lengths or [0] * len(prompts)
         if len(past) != len(prompts):
             raise InputError(f"there are {len(prompts)} prompts; past_key_values holds {len(past)} texts")
@@ -47,8 +54,7 @@ class CachedDecoder:
                     f"past_key_values holds {held} tokens of a text and its prompt has {len(prompt)}; a prompt goes "
                     "on from what the cache holds: all of its tokens, and at least one more"
                 )
-        self.active = list(range(len(prompts)))
-        return self._read([list(prompt[held:]) for held, prompt in zip(past, prompts, strict=True)])
+        return past
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Scores of what follows one more token each."""
@@ -90,14 +96,18 @@ class UncachedDecoder:
         self.model = model
         self.texts: list[list[int]] = []
 
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Any prompts will do."""
+
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Scores of what follows each prompt."""
         self.texts = [list(prompt) for prompt in prompts]
         ids_T = torch.tensor([i for text in self.texts for i in text], device=self.model.device)
         starts = [0, *itertools.accumulate(len(text) for text in self.texts)]
-        cu_seqlens = torch.tensor(starts, dtype=torch.int32)
-        logits: Tensor = self.model(ids_T, cu_seqlens=cu_seqlens, use_cache=False, logits_to_keep=1).logits
-        return logits.float()
+        inputs = self.model.model.pack_inputs(ids_T, None, cu_seqlens=torch.tensor(starts, dtype=torch.int32))
+        x_TM = self.model.model.encode(inputs, False, False).last_hidden_state
+        assert x_TM is not None
+        return self.model.score(x_TM.index_select(0, torch.tensor(starts[1:], device=x_TM.device) - 1)).float()
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Scores of what follows one more token each."""

@@ -5,6 +5,7 @@ Shapes: B texts, S columns.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -25,31 +26,17 @@ from modernbert.generation.text import TextPieces, holds_stop
 from modernbert.hub import Source
 from modernbert.models.cache import DecoderCache
 from modernbert.models.decoding import CachedDecoder, UncachedDecoder
-from modernbert.models.outputs import ModelOutput
+from modernbert.models.outputs import GenerateOutput
 
 logger = logging.getLogger(__name__)
 
 _DEFAULTS = "generation_config.json"
+# Keys of such a file that say nothing about the text.
+_SILENT = {
+    "_from_model_config", "bos_token_id", "cache_implementation", "output_attentions", "output_hidden_states",
+    "output_logits", "output_scores", "return_dict_in_generate", "transformers_version", "use_cache",
+}  # fmt: skip
 Generators = torch.Generator | Sequence[torch.Generator] | None
-
-
-@dataclasses.dataclass
-class GenerateOutput(ModelOutput):
-    """What `generate` returns with `return_dict_in_generate=True`.
-
-    Attributes:
-        sequences: (texts, tokens) ids, prompts included, filled up with the padding id.
-        sequences_scores: (texts,) of beam search: log-probabilities over lengths.
-        scores: for each new token (texts, vocabulary), as it was chosen by; zeros for texts that were finished.
-        logits: likewise, as the model gave them.
-        past_key_values: the cache of all tokens but the last one of each text.
-    """
-
-    sequences: Tensor | None = None
-    sequences_scores: Tensor | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    past_key_values: Any = None
 
 
 class GenerationMixin:
@@ -65,11 +52,17 @@ class GenerationMixin:
         """Defaults of `generate`, where the checkpoint has them."""
         if source.find(_DEFAULTS) is not None:
             self.generation_config = source.read_json(_DEFAULTS)
+            served = {field.name for field in dataclasses.fields(GenerationOptions)}
+            others = [k for k, v in self.generation_config.items() if v is not None and k not in served | _SILENT]
+            if others:
+                logger.warning("%s names options that are not served: %s", _DEFAULTS, ", ".join(sorted(others)))
 
     def save_more(self, folder: Path) -> None:
         """Write the defaults of `generate`, where there are any."""
         if self.generation_config:
             write_text(folder / _DEFAULTS, json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n")
+        else:
+            (folder / _DEFAULTS).unlink(missing_ok=True)
 
     def generate(
         self,
@@ -111,13 +104,15 @@ class GenerationMixin:
         Args:
             input_ids: (B, S) prompts, padded on either side; None begins one text with the configuration's
                 `bos_token_id`.
-            attention_mask: (B, S), nonzero at real tokens; None takes the padding id for padding.
+            attention_mask: (B, S), nonzero at real tokens; None takes the padding id for padding. Padding inside a
+                prompt is left out of it.
             tokenizer: decodes for `stop_strings`, which need it.
             streamer: gets the prompt's ids and then each token by `put`, and `end` at the end, such as a
                 `TextStreamer`; of one text, without beams.
             use_cache: False reads each text anew for every token.
             past_key_values: a `DecoderCache` of the prompts' beginnings, such as an earlier output's; it is gone on
-                with, and then holds all tokens but the last one of each text.
+                with, and then holds all tokens but the last one of each text. With several beams or sequences a
+                prompt it is read and left as it is.
             generator: draws for the whole batch from one, or for each text from its own of a list (one a returned
                 text); None takes PyTorch's global one.
             return_dict_in_generate: return a `GenerateOutput`.
@@ -167,7 +162,9 @@ class GenerationMixin:
         if options.num_beams > 1 and isinstance(generator, Sequence):
             raise InputError("generator is a list; a beam search draws from one generator")
         new_tokens = options.new_tokens(ids_BS.shape[1])
-        self._warn_of_length(ids_BS.shape[1] + new_tokens)
+        self.warn_of_length(ids_BS.shape[1] + new_tokens)
+        if isinstance(past_key_values, DecoderCache) and max(options.num_beams, options.num_return_sequences) > 1:
+            past_key_values = past_key_values.copy()
         decoder = self._decoder(use_cache, past_key_values, return_dict_in_generate)
         limits = [new_tokens] * len(prompts)
         output = GenerateOutput()
@@ -179,25 +176,29 @@ class GenerationMixin:
         else:
             kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
             continuations = [[] for _ in range(texts)]
-            if streamer is not None:
-                streamer.put(torch.tensor(prompts))
-            for step in self._steps(decoder, prompts, limits, options, generator, tokenizer):
-                for text, token in zip(step.texts, step.tokens, strict=True):
-                    continuations[text].append(token)
+            steps = self._steps(decoder, prompts, limits, options, generator, tokenizer)
+            with contextlib.ExitStack() as stack:
                 if streamer is not None:
-                    streamer.put(torch.tensor(step.tokens))
-                for name, wanted, values in (
-                    ("scores", output_scores, step.scores_BV),
-                    ("logits", output_logits, step.logits_BV),
-                ):
-                    if wanted:
-                        whole = torch.zeros((texts, values.shape[1]), device=values.device)
-                        kept[name].append(whole.index_copy_(0, torch.tensor(step.texts, device=whole.device), values))
-            if streamer is not None:
-                streamer.end()
+                    stack.callback(streamer.end)  # after an error too, so that it is ready for another text
+                    streamer.put(torch.tensor(prompts))
+                for step in steps:
+                    for text, token in zip(step.texts, step.tokens, strict=True):
+                        continuations[text].append(token)
+                    if streamer is not None:
+                        streamer.put(torch.tensor(step.tokens))
+                    for name, wanted, values in (
+                        ("scores", output_scores, step.scores_BV),
+                        ("logits", output_logits, step.logits_BV),
+                    ):
+                        if wanted:
+                            whole = torch.zeros((texts, values.shape[1]), device=values.device)
+                            rows = torch.tensor(step.texts, device=whole.device)
+                            kept[name].append(whole.index_copy_(0, rows, values))
             output.scores = tuple(kept["scores"]) if output_scores else None
             output.logits = tuple(kept["logits"]) if output_logits else None
-            output.past_key_values = decoder.cache if isinstance(decoder, CachedDecoder) else None
+            if isinstance(decoder, CachedDecoder):
+                decoder.cache.columns = ids_BS.shape[1] + max(map(len, continuations)) - 1
+                output.past_key_values = decoder.cache
         pad = options.pad_token_id if options.pad_token_id is not None else next(iter(options.eos_token_id), 0)
         width = max(len(tokens) for tokens in continuations)
         new = torch.tensor([[*tokens, *[pad] * (width - len(tokens))] for tokens in continuations], dtype=torch.int64)
@@ -263,7 +264,7 @@ class GenerationMixin:
         if len(prompts) * settled.num_return_sequences > 1 or settled.num_beams > 1:
             raise InputError("stream goes on with one text, without beams")
         limit = settled.new_tokens(ids_BS.shape[1])
-        self._warn_of_length(ids_BS.shape[1] + limit)
+        self.warn_of_length(ids_BS.shape[1] + limit)
         steps = self.follow_prompt(prompts[0], limit, settled, generator, tokenizer, past_key_values)
         return TextPieces(tokenizer, skip_special_tokens).of(steps)
 
@@ -287,7 +288,8 @@ class GenerationMixin:
         ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
         return GenerationOptions.make(given, {**ids, **self.generation_config})
 
-    def _warn_of_length(self, tokens: int) -> None:
+    def warn_of_length(self, tokens: int) -> None:
+        """Say so where a text may become longer than the model was trained for."""
         context = self.config.max_position_embeddings  # type: ignore[attr-defined]
         if tokens > context:
             logger.warning("up to %d tokens are asked for; the model was trained for texts of %d", tokens, context)
@@ -301,7 +303,10 @@ class GenerationMixin:
             if config.bos_token_id is None:
                 raise InputError("input_ids is not given, and the configuration has no bos_token_id to begin with")
             input_ids = torch.tensor([[config.bos_token_id]])
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
+        for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
+            if value is not None and not isinstance(value, Tensor):
+                raise InputError(f"{name} is a {type(value).__name__}; give a tensor of shape (batch, sequence)")
+        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             raise InputError(
                 f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; prompts are whole numbers "
                 "of shape (batch, sequence)"
@@ -314,6 +319,7 @@ class GenerationMixin:
             raise InputError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {tuple(input_ids.shape)}"
             )
+        input_ids = input_ids.long()
         rows = zip(input_ids.tolist(), attention_mask.ne(0).tolist(), strict=True)
         prompts = [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
         if not prompts or not all(prompts):
@@ -329,6 +335,8 @@ class GenerationMixin:
         self, use_cache: bool, cache: DecoderCache | None, keep_texts: bool
     ) -> CachedDecoder | UncachedDecoder:
         model: Any = self
+        if cache is not None and not isinstance(cache, DecoderCache):
+            raise InputError(f"past_key_values is a {type(cache).__name__}; it must be a DecoderCache")
         if model.training:
             raise InputError("generation is for evaluation mode; call model.eval() first")
         if not use_cache:
@@ -356,17 +364,25 @@ class GenerationMixin:
         generator: Generators,
         tokenizer: Any,
     ) -> Iterator[Step]:
-        """Steps of decoding without beams."""
+        """Steps of decoding without beams; what is wrong with the arguments is said at once."""
+        one = generator is None or isinstance(generator, torch.Generator)
+        if not one and not (isinstance(generator, Sequence) and all(isinstance(g, torch.Generator) for g in generator)):
+            raise InputError(f"generator is a {type(generator).__name__}; give a torch.Generator or a list of them")
+        decoder.check(prompts)
         texts = len(prompts) * options.num_return_sequences
         draw = Draw(texts, generator) if options.do_sample else None
         stop = self._stop(options, tokenizer)
         steps = follow(decoder, prompts, limits, options, compose(options), draw, stop)
-        while True:
-            with torch.inference_mode():  # not across a yield, where it would be the caller's too
-                step = next(steps, None)
-            if step is None:
-                return
-            yield step
+
+        def inferred() -> Iterator[Step]:
+            while True:
+                with torch.inference_mode():  # not across a yield, where it would be the caller's too
+                    step = next(steps, None)
+                if step is None:
+                    return
+                yield step
+
+        return inferred()
 
     def _search(
         self,

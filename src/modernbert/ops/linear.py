@@ -12,6 +12,7 @@ Shapes: T rows, I inputs, O outputs.
 from __future__ import annotations
 
 import functools
+import platform
 from typing import Any
 
 import torch
@@ -33,9 +34,16 @@ def _onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return None
-    if dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if dtype == torch.bfloat16 and _multiplies_bfloat16():
         return torch.bfloat16
     return torch.float32 if dtype in (torch.float32, torch.bfloat16) else None
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has bfloat16 products of its own; oneDNN also imitates them, slowly."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def planned_rows(rows: int) -> int:
@@ -53,7 +61,8 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Ten
     if _onednn_serves(x_TI):
         dtype, planned = _onednn_computes(x_TI.dtype), planned_rows(rows)
         assert dtype is not None
-        x = x_TI.to(dtype)
+        same = dtype == x_TI.dtype
+        x = x_TI if same else x_TI.to(dtype)
         # oneDNN keeps a plan, megabytes large, for every number of rows that it has seen; few numbers keep memory flat.
         if rows == 1:
             x = torch.cat((x, x))
@@ -62,7 +71,8 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Ten
         weight = weight_OI.to(dtype).contiguous() if packed is None else packed
         bias = None if bias_O is None else bias_O.to(dtype)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-        return (out if rows == planned else out[:rows]).to(x_TI.dtype)
+        out = out if rows == planned else out[:rows]
+        return out if same else out.to(x_TI.dtype)
     if x_TI.device.type != "cpu":
         return F.linear(x_TI, weight_OI, bias_O)
     padded = F.pad(x_TI, (0, 0, 0, -rows % _BLOCK))
@@ -120,6 +130,13 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
     Returns:
         (T, O), or the leading dimensions of x and O.
     """
+    if (
+        packed is not None
+        and x_TI.dim() == 2
+        and torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    ):
+        return _product(x_TI, weight_OI, bias_O, packed)  # what serving runs, without the questions below
     differentiable = torch.is_grad_enabled() and x_TI.requires_grad
     if packed is not None and (differentiable or torch.is_autocast_enabled(x_TI.device.type)):
         weight_OI, packed = packed.to_dense().to(weight_OI.dtype), None

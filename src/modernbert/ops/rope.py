@@ -92,6 +92,6 @@ def rope_tables(
 
 def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     """Rotate each head's halves against each other by its token's angles, in float32 whatever x is."""
-    x = x_THD.float()
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return (x * cos_T1D).add_(swapped.mul_(sin_T1D)).to(x_THD.dtype)
+    x = x_THD if x_THD.dtype == torch.float32 else x_THD.float()
+    rotated = (x * cos_T1D).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin_T1D))
+    return rotated if x_THD.dtype == torch.float32 else rotated.to(x_THD.dtype)

@@ -7,6 +7,7 @@ packed together up to a token budget; when a job's rows have their results, the 
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import itertools
 import math
@@ -36,6 +37,7 @@ class Row(NamedTuple):
 
     ids: Sequence[int]
     extra: Any = None
+    number: int = 0  # of its input in the stream
 
 
 @dataclasses.dataclass
@@ -45,12 +47,14 @@ class Job:
     Attributes:
         rows: what the model sees of it.
         context: what its answer needs besides.
+        number: of the input in its stream, those that cannot be answered counted too.
         results: one a row, filled in as batches are run.
         error: why it cannot be answered, where it cannot.
     """
 
     rows: list[Row]
     context: Any = None
+    number: int = 0
     results: list[Any] = dataclasses.field(default_factory=list)
     error: InputError | None = None
 
@@ -145,29 +149,31 @@ class Pipeline(abc.ABC):
         return answers
 
     def stream(
-        self, inputs: Iterable[Any], *, on_error: str = "raise", progress: bool = False, **options: Any
+        self, inputs: Iterable[Any], *, on_error: str = "raise", progress: bool = False, first: int = 0, **options: Any
     ) -> Iterator[Any]:
         """Answers of inputs, in their order, as they come; memory does not grow with their number.
 
-        Arguments as of a call.
+        Arguments as of a call, and `first`, the number of the first input where these go on with others.
         """
         if on_error not in ("raise", "return"):
             raise InputError(f"on_error is {on_error!r}; choose raise or return")
         settings = self.settle({**self.defaults, **self._checked(options)})
-        answers = self._stream(inputs, settings, on_error == "return")
+        answers = self._stream(inputs, settings, on_error == "return", itertools.count(first))
         total = len(inputs) if isinstance(inputs, Sequence) else None
         return progress_bar(answers, total, self.task) if progress else answers
 
-    def _stream(self, inputs: Iterable[Any], settings: dict[str, Any], go_on: bool) -> Iterator[Any]:
+    def _stream(
+        self, inputs: Iterable[Any], settings: dict[str, Any], go_on: bool, numbers: Iterator[int]
+    ) -> Iterator[Any]:
         iterator = iter(inputs)
         broken: Exception | None = None
         while broken is None:
-            window, broken = self._window(iterator, settings, go_on)
+            window, broken = self._window(iterator, settings, go_on, numbers)
             if not window and broken is None:
                 return
             self._run(window, settings)
             while window:
-                job = window.pop(0)
+                job = window.popleft()
                 if job.error is None:
                     yield self.finish(job, settings)
                 elif go_on:
@@ -177,13 +183,13 @@ class Pipeline(abc.ABC):
         raise broken
 
     def _window(
-        self, iterator: Iterator[Any], settings: dict[str, Any], go_on: bool
-    ) -> tuple[list[Job], Exception | None]:
+        self, iterator: Iterator[Any], settings: dict[str, Any], go_on: bool, numbers: Iterator[int]
+    ) -> tuple[collections.deque[Job], Exception | None]:
         """The next jobs, enough for several forward passes; up to an error where it ends the stream.
 
         The second value is what the inputs' own iterator raised; what it gave before is answered first.
         """
-        window: list[Job] = []
+        window: collections.deque[Job] = collections.deque()
         tokens = 0
         while len(window) < _LOOK_AHEAD and tokens < _BUDGETS * self.batch_tokens:
             items: list[Any] = []
@@ -194,6 +200,7 @@ class Pipeline(abc.ABC):
             except Exception as error:
                 broken = error
             for job in self._prepared(items, settings) if items else ():
+                job.number = next(numbers)
                 window.append(job)
                 tokens += sum(self.weight(row) for row in job.rows)
                 if job.error is not None and not go_on:
@@ -213,14 +220,14 @@ class Pipeline(abc.ABC):
                 return [Job([], error=error)]
         return [job for item in items for job in self._prepared([item], settings)]
 
-    def _run(self, window: list[Job], settings: dict[str, Any]) -> None:
+    def _run(self, window: collections.deque[Job], settings: dict[str, Any]) -> None:
         rows = [(job, i) for job in window for i in range(len(job.rows))]
         for job in window:
             job.results = [None] * len(job.rows)
         for batch in self._batches([self.weight(job.rows[i]) for job, i in rows]):
             chosen = [rows[k] for k in batch]
             with torch.inference_mode():
-                results = self.run([job.rows[i] for job, i in chosen], settings)
+                results = self.run([job.rows[i]._replace(number=job.number) for job, i in chosen], settings)
             for (job, i), result in zip(chosen, results, strict=True):
                 job.results[i] = result
 

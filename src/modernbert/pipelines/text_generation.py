@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,17 +16,18 @@ from modernbert.generation.text import TextPieces
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
 from modernbert.pipelines.base import Job, Pipeline, Row
 
+logger = logging.getLogger(__name__)
+
 _GENERATION = tuple(field.name for field in dataclasses.fields(GenerationOptions))
 _OWN = ("return_full_text", "return_tensors", "stop_sequence", "seed", "add_special_tokens")
 _NEW_TOKENS, _TEMPERATURE = 256, 0.7  # where nothing else is said, as in transformers
 
 
-@dataclasses.dataclass(frozen=True)
-class _Prompt:
-    """What is known of a row: the input's number in its stream, and how many tokens it may get."""
+class _Prompt(NamedTuple):
+    """What is known of a row: how many tokens each of its texts may get, and how many texts there are at a time."""
 
-    number: int
     limit: int
+    texts: int
 
 
 class TextGenerationPipeline(Pipeline):
@@ -49,6 +51,10 @@ class TextGenerationPipeline(Pipeline):
         if not isinstance(model, ModernBertDecoderForCausalLM):
             raise InputError(f"text-generation needs a causal language model; this is a {type(model).__name__}")
         super().__init__(model, tokenizer, **options)
+        ids = tokenizer("a").input_ids
+        ends = model.config.eos_token_id
+        if ids and ids[-1] in (ends if isinstance(ends, list) else [ends]):
+            logger.warning("this tokenizer ends a prompt with %s, which ends texts", tokenizer.decode([ids[-1]]))
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """`GenerationOptions`, and the task's own options."""
@@ -63,8 +69,8 @@ class TextGenerationPipeline(Pipeline):
         seed = own["seed"]
         if seed is None:
             seed = int(torch.randint(2**31, ()))  # PyTorch's own seed decides
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise InputError(f"seed is {seed!r}; it must be a whole number of at least 0")
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise InputError(f"seed is {seed!r}; it must be a whole number from 0 to {2**32 - 1}")
         defaults: dict[str, Any] = {}
         if "do_sample" not in given and "num_beams" not in given:
             defaults["do_sample"] = True
@@ -74,12 +80,13 @@ class TextGenerationPipeline(Pipeline):
         known = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
         base = {**known, **defaults, **self.model.generation_config}
         options = GenerationOptions.make({"do_sample": base.get("do_sample"), **given}, base)
-        return {**own, "options": options, "seed": seed, "counter": iter(range(2**62))}
+        return {**own, "options": options, "seed": seed}
 
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """One row a prompt."""
         options: GenerationOptions = settings["options"]
         special = settings["add_special_tokens"] is not False
+        texts = max(options.num_beams, options.num_return_sequences)
         jobs = []
         for text, encoding in zip(items, self.encode(items, add_special_tokens=special), strict=True):
             length = len(encoding.ids)
@@ -87,22 +94,20 @@ class TextGenerationPipeline(Pipeline):
                 limit = max(1, min(max(_NEW_TOKENS, options.min_new_tokens), self.context - length))
             else:
                 limit = options.new_tokens(length)
-            jobs.append(Job([Row(encoding.ids, limit)], text))
-        for job in jobs:  # numbered once nothing can go wrong any more
-            row = job.rows[0]
-            job.rows[0] = row._replace(extra=_Prompt(next(settings["counter"]), row.extra))
+                self.model.warn_of_length(length + limit)
+            jobs.append(Job([Row(encoding.ids, _Prompt(limit, texts))], text))
         return jobs
 
     def weight(self, row: Row) -> int:
-        """Tokens of the prompt and of what may follow."""
-        return len(row.ids) + int(row.extra.limit)
+        """Tokens of the prompt and of what may follow, of all texts that are followed at a time."""
+        return int(row.extra.texts) * (len(row.ids) + int(row.extra.limit))
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
         """New ids of each row's texts."""
         options: GenerationOptions = settings["options"]
         copies = options.num_return_sequences
         generators: Any = [
-            self._generator(settings["seed"], row.extra.number, copy) for row in rows for copy in range(copies)
+            self._generator(settings["seed"], row.number, copy) for row in rows for copy in range(copies)
         ]
         if options.num_beams > 1:
             generators = generators[0]
@@ -130,6 +135,12 @@ class TextGenerationPipeline(Pipeline):
             answers.append({"generated_text": text})
         return answers
 
+    def can_stream(self, **options: Any) -> bool:
+        """Whether `pieces` can serve these options: one text, no beams, text in the place of ids."""
+        settings = self.settle({**self.defaults, **self._checked(options)})
+        chosen: GenerationOptions = settings["options"]
+        return max(chosen.num_beams, chosen.num_return_sequences) == 1 and not settings["return_tensors"]
+
     def pieces(self, text: str, number: int = 0, **options: Any) -> Iterator[str]:
         """Go on with one prompt, as an iterator of pieces of the continuation that never cut a character.
 
@@ -141,12 +152,12 @@ class TextGenerationPipeline(Pipeline):
         Raises:
             InputError: the prompt or an option cannot be served.
         """
-        settings = self.settle({**self.defaults, **self._checked(options)}) | {"counter": iter([number])}
+        if not self.can_stream(**options):
+            raise InputError("a stream goes on with one text, without beams, and gives text")
+        settings = self.settle({**self.defaults, **self._checked(options)})
         chosen: GenerationOptions = settings["options"]
-        if chosen.num_beams > 1 or chosen.num_return_sequences > 1:
-            raise InputError("a stream goes on with one text, without beams")
         (job,) = self.prepare([text], settings)
         (row,) = job.rows
-        generator = self._generator(settings["seed"], row.extra.number, 0)
+        generator = self._generator(settings["seed"], number, 0)
         steps = self.model.follow_prompt(list(row.ids), row.extra.limit, chosen, generator, self.tokenizer)
         return TextPieces(self.tokenizer).of(steps)

@@ -41,8 +41,9 @@ class TextScoringPipeline(Pipeline):
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Defaults, and a stride that fits the window."""
-        window = min(check_count("max_length", settings.get("max_length", self.context), 2), self.context)
-        stride = check_count("stride", settings.get("stride", max(1, window // 2)))
+        given = {name: value for name, value in settings.items() if value is not None}
+        window = min(check_count("max_length", given.get("max_length", self.context), 2), self.context)
+        stride = check_count("stride", given.get("stride", max(1, window // 2)))
         if stride >= window:
             raise InputError(f"stride is {stride}; a window of {window} tokens leaves room for 1 to {window - 1}")
         return {"window": window, "stride": stride, "special": settings.get("add_special_tokens", True) is not False}

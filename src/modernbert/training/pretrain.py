@@ -296,8 +296,10 @@ def _restore(model: LanguageModel, optimizer: torch.optim.Optimizer, output: Pat
     if not found:
         raise InputError(f"{output} holds no checkpoint to resume from")
     trainer = json.loads((found[-1] / "trainer.json").read_text(encoding="utf-8"))
-    for name in ("objective", "optimizer", "tokens_per_step", "micro_tokens", "mask_rate", "seed"):
-        before, now = trainer["options"].get(name, "mlm"), getattr(options, name)
+    names = ["objective", "optimizer", "tokens_per_step", "micro_tokens", "seed"]
+    for name in [*names, "mask_rate"] if options.objective == "mlm" else names:
+        # Runs that began before there were others had the first objective.
+        before, now = {"objective": "mlm", **trainer["options"]}[name], getattr(options, name)
         if before != now:
             raise InputError(f"{name} is {now!r} and the run in {output} has {before!r}; resume it with the same")
     saved = type(model).from_pretrained(found[-1], dtype=model.dtype)

@@ -33,6 +33,10 @@ class Piece(abc.ABC):
 
     rows_P: Tensor | None
 
+    @abc.abstractmethod
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Attention outputs of the piece's rows, (T, H, D) to (P, H, D). `stored` are the layer's keys and values."""
+
     def take(self, x_THD: Tensor) -> Tensor:
         """The piece's rows of new queries, keys or values."""
         return x_THD if self.rows_P is None else x_THD.index_select(0, self.rows_P)
@@ -45,7 +49,7 @@ class Fresh(Piece):
     backend: AttentionBackend
     plan: Any
 
-    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """(T, H, D) to (P, H, D)."""
         return self.backend.attend(self.take(q_THD), self.take(k_THD), self.take(v_THD), self.plan)
 
@@ -71,8 +75,9 @@ class Extended(Piece):
         """Tails and new rows, text by text."""
         return torch.cat([tail, self.take(new_THD)]).index_select(0, self.order)
 
-    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """(T, H, D) to (P, H, D); the tails' own queries are not known and not wanted."""
+        assert stored is not None
         k_tail, v_tail = (x.index_select(0, self.tail_rows) for x in stored)
         q = self.join(q_THD, q_THD.new_zeros((len(self.tail_rows), *q_THD.shape[1:])))
         out = self.backend.attend(q, self.join(k_THD, k_tail), self.join(v_THD, v_tail), self.plan)
@@ -80,7 +85,7 @@ class Extended(Piece):
 
 
 @dataclasses.dataclass(frozen=True)
-class Gathered(Piece):
+class Gathered:
     """The slow, obvious way for all texts: past and new keys put together, and every pair of tokens looked at.
 
     The oracle of the other pieces, the only one that gives attention weights, and the one that gradients pass.
@@ -122,8 +127,9 @@ class Windowed(Piece):
     width: int
     bias_N11W: Tensor
 
-    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """(T, H, D) to (N, H, D)."""
+        assert stored is not None
         k, v = (
             (x if self.slots is None else x.index_select(0, self.slots)).unflatten(0, (-1, self.width)).transpose(1, 2)
             for x in stored
@@ -148,8 +154,9 @@ class Stretch(Piece):
     capacity: int
     length: int
 
-    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """(T, H, D) to (N, H, D)."""
+        assert stored is not None
         k, v = (
             x[self.start : self.start + self.texts * self.capacity]
             .unflatten(0, (self.texts, self.capacity))[:, : self.length]
@@ -171,8 +178,9 @@ class Continued(Piece):
     start: int
     past: int
 
-    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """(T, H, D) to (P, H, D), some queries at a time."""
+        assert stored is not None
         outs, q_PHD = [], self.take(q_THD)
         for first in range(0, len(q_PHD), _CHUNK):
             q = q_PHD[first : first + _CHUNK]
