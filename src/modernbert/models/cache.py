@@ -23,6 +23,7 @@ from modernbert.config import Config, Reach
 from modernbert.errors import InputError
 from modernbert.models.continuation import Continuation, Pass
 from modernbert.ops.attention.base import AttentionBackend
+from modernbert.ops.linear import products_dtype
 from modernbert.ops.packing import Packing
 
 _ROOM = 128  # free rows that a growing region gets: a copy of the text's rows every so many tokens
@@ -139,7 +140,8 @@ class Storage:
         if layer not in self.layers:
             with torch.inference_mode(False), torch.no_grad():
                 shape = (len(self.positions_R), *k_THD.shape[1:])
-                self.layers[layer] = (k_THD.new_zeros(shape), v_THD.new_zeros(shape))
+                dtype = products_dtype(k_THD.dtype, k_THD.device)
+                self.layers[layer] = (k_THD.new_zeros(shape, dtype=dtype), v_THD.new_zeros(shape, dtype=dtype))
         for stored, new in zip(self.layers[layer], (k_THD, v_THD), strict=True):
             new = new.detach().to(stored.dtype)
             stored.index_copy_(0, rows, new if of_T is None else new.index_select(0, of_T))
@@ -227,6 +229,7 @@ class DecoderCache:
     def begin(self, packing: Packing, dtype: torch.dtype) -> Pass:
         """Make room for new tokens, before the layers write them."""
         self._check_whole()
+        dtype = products_dtype(dtype, packing.positions_T.device)
         for _, storage in self.kinds.values():
             for k, _ in storage.layers.values():
                 if k.dtype != dtype:

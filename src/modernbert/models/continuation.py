@@ -15,6 +15,7 @@ from modernbert.config import Reach
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.cached import Continued, Extended, Fresh, Gathered, Piece, Stretch, Windowed
 from modernbert.ops.attention.eager import EagerAttention
+from modernbert.ops.linear import products_dtype
 from modernbert.ops.packing import Packing
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ class Continuation:
         at_NW = (storage.positions_R if slots is None else storage.positions_R[slots]).unflatten(0, (-1, width))
         behind_NW = (shared.positions_T if rows is None else shared.positions_T[rows])[:, None] - at_NW
         seen = (behind_NW >= 0) & (behind_NW <= reach.left)
+        dtype = products_dtype(dtype, seen.device)
         bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
         return Windowed(rows, slots, width, bias[:, None, None])
 

@@ -39,11 +39,18 @@ def _onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
     return torch.float32 if dtype in (torch.float32, torch.bfloat16) else None
 
 
+@functools.cache
 def _multiplies_bfloat16() -> bool:
     """Whether the CPU has bfloat16 products of its own; oneDNN also imitates them, slowly."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that products of numbers of a dtype are best computed in: float32 for what a CPU would imitate."""
+    imitated = dtype == torch.bfloat16 and device.type == "cpu" and not _multiplies_bfloat16()
+    return torch.float32 if imitated else dtype
 
 
 def planned_rows(rows: int) -> int:

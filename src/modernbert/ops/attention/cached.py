@@ -3,6 +3,8 @@
 Each piece serves some texts of the batch, named by the rows of their new tokens. How a text is served depends on that
 text alone, so its numbers do not depend on its batch.
 
+Storage may be of a wider dtype than the new tokens, whose results are then rounded to theirs.
+
 Shapes: T new tokens of all texts together, P of them in a piece, R rows of storage, N texts of a piece, W rows of a
 window, K keys, H heads, D head size.
 """
@@ -78,7 +80,7 @@ class Extended(Piece):
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """(T, H, D) to (P, H, D); the tails' own queries are not known and not wanted."""
         assert stored is not None
-        k_tail, v_tail = (x.index_select(0, self.tail_rows) for x in stored)
+        k_tail, v_tail = (x.index_select(0, self.tail_rows).to(k_THD.dtype) for x in stored)
         q = self.join(q_THD, q_THD.new_zeros((len(self.tail_rows), *q_THD.shape[1:])))
         out = self.backend.attend(q, self.join(k_THD, k_tail), self.join(v_THD, v_tail), self.plan)
         return out.index_select(0, self.new_P)
@@ -106,7 +108,7 @@ class Gathered:
     ) -> tuple[Tensor, list[Tensor]]:
         """(T, H, D) to (T, H, D), and for each text its weights (H, new tokens, all tokens)."""
         if stored is not None:
-            k_tail, v_tail = (x.index_select(0, self.tail_rows) for x in stored)
+            k_tail, v_tail = (x.index_select(0, self.tail_rows).to(k_THD.dtype) for x in stored)
             k_THD = torch.cat([k_tail, k_THD]).index_select(0, self.order)
             v_THD = torch.cat([v_tail, v_THD]).index_select(0, self.order)
         out_THD, weights = EagerAttention().attend_with_weights(q_THD, k_THD, v_THD, self.plan)
@@ -120,7 +122,7 @@ class Windowed(Piece):
     Attributes:
         slots: (N * W,) rows of storage of the texts' rings; None where they are all of it, in order.
         width: W.
-        bias_N11W: hides rows that are out of reach or hold nothing.
+        bias_N11W: hides rows that are out of reach or hold nothing; of storage's dtype.
     """
 
     slots: Tensor | None
@@ -134,8 +136,8 @@ class Windowed(Piece):
             (x if self.slots is None else x.index_select(0, self.slots)).unflatten(0, (-1, self.width)).transpose(1, 2)
             for x in stored
         )
-        q = self.take(q_THD)[:, :, None]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias_N11W)[:, :, 0]
+        q = self.take(q_THD)[:, :, None].to(k.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias_N11W)[:, :, 0].to(q_THD.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +165,8 @@ class Stretch(Piece):
             .transpose(1, 2)
             for x in stored
         )
-        return F.scaled_dot_product_attention(self.take(q_THD)[:, :, None], k, v)[:, :, 0]
+        q = self.take(q_THD)[:, :, None].to(k.dtype)
+        return F.scaled_dot_product_attention(q, k, v)[:, :, 0].to(q_THD.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +184,7 @@ class Continued(Piece):
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """(T, H, D) to (P, H, D), some queries at a time."""
         assert stored is not None
-        outs, q_PHD = [], self.take(q_THD)
+        outs, q_PHD = [], self.take(q_THD).to(stored[0].dtype)
         for first in range(0, len(q_PHD), _CHUNK):
             q = q_PHD[first : first + _CHUNK]
             keys = self.past + first + len(q)
@@ -191,4 +194,4 @@ class Continued(Piece):
             bias = q.new_zeros((len(q), keys)).masked_fill_(hidden, float("-inf"))
             out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=bias)
             outs.append(out[0].transpose(0, 1))
-        return torch.cat(outs)
+        return torch.cat(outs).to(q_THD.dtype)
