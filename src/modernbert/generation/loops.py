@@ -100,7 +100,7 @@ def follow(
 
 
 def _ends(history: History, stop: Stop) -> bool:
-    return len(history.ids) - history.prompt >= history.limit or stop(history)
+    return history.length >= history.limit or stop(history)
 
 
 @dataclasses.dataclass
@@ -128,7 +128,7 @@ class _Search:
                 go on when some end.
         """
         beams, penalty = options.num_beams, options.length_penalty
-        length = len(self.running[0][0].new) + 1
+        length = self.running[0][0].length + 1
         going: list[tuple[int, History, float]] = []
         ended: list[tuple[History, float]] = []
         for rank, (beam, token, score) in enumerate(candidates):

@@ -27,6 +27,11 @@ class History:
     limit: int
 
     @property
+    def length(self) -> int:
+        """How many tokens were generated."""
+        return len(self.ids) - self.prompt
+
+    @property
     def new(self) -> list[int]:
         """What was generated."""
         return self.ids[self.prompt :]
@@ -70,7 +75,7 @@ def forbid_end(eos_ids: Sequence[int], until: int) -> Sampler:
     """Never end a text before it has so many new tokens."""
 
     def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
-        early = [i for i, history in enumerate(histories) if len(history.ids) - history.prompt < until]
+        early = [i for i, history in enumerate(histories) if history.length < until]
         if not early:
             return scores_BV
         out = scores_BV.clone()

@@ -5,7 +5,8 @@ Shapes: B texts, S columns, T real tokens of all texts together, M hidden size, 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     Source: Ettin, arXiv:2507.11412.
     """
 
-    tied_weights = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}  # noqa: RUF012 (never changed)
+    tied_weights: ClassVar[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
 
     def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)

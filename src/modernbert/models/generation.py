@@ -46,6 +46,7 @@ class GenerationMixin:
         generation_config: defaults of the options, as a checkpoint's `generation_config.json` holds them.
     """
 
+    config: Any  # of the model that this is mixed into
     generation_config: dict[str, Any]
 
     def read_more(self, source: Source) -> None:
@@ -278,19 +279,21 @@ class GenerationMixin:
         past_key_values: DecoderCache | None = None,
     ) -> Iterator[int]:
         """New ids of one prompt that is checked already, as they come; arguments as of `continue_prompts`."""
-        steps = self._steps(
-            self._decoder(True, past_key_values, False), [prompt], [limit], options, generator, tokenizer
-        )
+        decoder = self._decoder(True, past_key_values, False)
+        steps = self._steps(decoder, [prompt], [limit], options, generator, tokenizer)
         return (step.tokens[0] for step in steps)
 
     def _options(self, given: dict[str, Any]) -> GenerationOptions:
-        config: Any = self.config  # type: ignore[attr-defined]
-        ids = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        return GenerationOptions.make(given, {**ids, **self.generation_config})
+        return GenerationOptions.make(given, self.generation_defaults())
+
+    def generation_defaults(self, **usual: Any) -> dict[str, Any]:
+        """Options where a caller says nothing: those of the configuration, `usual` ones, the checkpoint's own."""
+        ids = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
+        return {**ids, **usual, **self.generation_config}
 
     def warn_of_length(self, tokens: int) -> None:
         """Say so where a text may become longer than the model was trained for."""
-        context = self.config.max_position_embeddings  # type: ignore[attr-defined]
+        context = self.config.max_position_embeddings
         if tokens > context:
             logger.warning("up to %d tokens are asked for; the model was trained for texts of %d", tokens, context)
 
@@ -298,11 +301,10 @@ class GenerationMixin:
         self, input_ids: Tensor | None, attention_mask: Tensor | None, options: GenerationOptions
     ) -> tuple[Tensor, list[list[int]]]:
         """The prompts as they were given, (B, S), and the real tokens of each."""
-        config: Any = self.config  # type: ignore[attr-defined]
         if input_ids is None:
-            if config.bos_token_id is None:
+            if self.config.bos_token_id is None:
                 raise InputError("input_ids is not given, and the configuration has no bos_token_id to begin with")
-            input_ids = torch.tensor([[config.bos_token_id]])
+            input_ids = torch.tensor([[self.config.bos_token_id]])
         for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
             if value is not None and not isinstance(value, Tensor):
                 raise InputError(f"{name} is a {type(value).__name__}; give a tensor of shape (batch, sequence)")
@@ -312,9 +314,8 @@ class GenerationMixin:
                 "of shape (batch, sequence)"
             )
         if attention_mask is None:
-            pad = options.pad_token_id
-            padded = pad is not None and pad not in options.eos_token_id
-            attention_mask = input_ids.ne(pad) if padded and pad is not None else torch.ones_like(input_ids)
+            pad, ends = options.pad_token_id, options.eos_token_id
+            attention_mask = torch.ones_like(input_ids) if pad is None or pad in ends else input_ids.ne(pad)
         if attention_mask.shape != input_ids.shape:
             raise InputError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {tuple(input_ids.shape)}"
@@ -325,10 +326,9 @@ class GenerationMixin:
         if not prompts or not all(prompts):
             raise InputError("a prompt has no token; give at least one, such as bos_token_id")
         low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= config.vocab_size:
-            raise InputError(
-                f"input_ids holds {low if low < 0 else high}; the vocabulary has ids 0 to {config.vocab_size - 1}"
-            )
+        size = self.config.vocab_size
+        if low < 0 or high >= size:
+            raise InputError(f"input_ids holds {low if low < 0 else high}; the vocabulary has ids 0 to {size - 1}")
         return input_ids, prompts
 
     def _decoder(
@@ -348,10 +348,10 @@ class GenerationMixin:
         """Whether a text is at its end."""
         if options.stop_strings and tokenizer is None:
             raise InputError("stop_strings need tokenizer=, which decodes what they are looked for in")
-        ends = set(options.eos_token_id)
+        ends, strings = set(options.eos_token_id), options.stop_strings
 
         def stop(history: History) -> bool:
-            return history.ids[-1] in ends or holds_stop(tokenizer, options.stop_strings, history.new)
+            return history.ids[-1] in ends or (bool(strings) and holds_stop(tokenizer, strings, history.new))
 
         return stop
 
@@ -365,8 +365,8 @@ class GenerationMixin:
         tokenizer: Any,
     ) -> Iterator[Step]:
         """Steps of decoding without beams; what is wrong with the arguments is said at once."""
-        one = generator is None or isinstance(generator, torch.Generator)
-        if not one and not (isinstance(generator, Sequence) and all(isinstance(g, torch.Generator) for g in generator)):
+        several = generator if isinstance(generator, Sequence) else [generator or torch.default_generator]
+        if not all(isinstance(g, torch.Generator) for g in several):
             raise InputError(f"generator is a {type(generator).__name__}; give a torch.Generator or a list of them")
         decoder.check(prompts)
         texts = len(prompts) * options.num_return_sequences

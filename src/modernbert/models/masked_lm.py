@@ -5,6 +5,9 @@ Shapes: B texts, S columns, T real tokens of all texts together, M hidden size, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor
 
 from modernbert.config import ModernBertConfig
@@ -32,7 +35,7 @@ class ModernBertForMaskedLM(EncoderWithHead):
     Source: ModernBERT, arXiv:2412.13663.
     """
 
-    tied_weights = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}  # noqa: RUF012 (never changed)
+    tied_weights: ClassVar[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)

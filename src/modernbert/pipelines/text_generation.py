@@ -76,9 +76,7 @@ class TextGenerationPipeline(Pipeline):
             defaults["do_sample"] = True
         if given.get("do_sample", defaults.get("do_sample")):
             defaults["temperature"] = _TEMPERATURE
-        config = self.model.config
-        known = {"eos_token_id": config.eos_token_id, "pad_token_id": config.pad_token_id}
-        base = {**known, **defaults, **self.model.generation_config}
+        base = self.model.generation_defaults(**defaults)
         options = GenerationOptions.make({"do_sample": base.get("do_sample"), **given}, base)
         return {**own, "options": options, "seed": seed}
 
