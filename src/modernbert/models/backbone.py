@@ -17,9 +17,12 @@ from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.cache import DecoderCache
+from modernbert.models.fused import FusedLayers
 from modernbert.models.inputs import PackedInputs, pack_inputs
 from modernbert.models.layers import Attention, Embeddings, Layer, LayerContext, layer_norm
 from modernbert.models.outputs import BaseModelOutput
+from modernbert.native.library import serving
+from modernbert.ops.attention import choose_backend
 from modernbert.ops.attention.eager import EagerAttention
 from modernbert.ops.rope import rope_tables
 
@@ -42,10 +45,17 @@ class Backbone(PreTrainedModel):
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
         self.backend = self.make_backend()
+        self.fused: FusedLayers | None = None  # once optimized for inference on a CPU
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList([Layer(config, i, self.attention_class) for i in range(config.num_hidden_layers)])
         self.final_norm = layer_norm(config)
         self._finish()
+
+    def fuse(self) -> None:
+        """Take our own kernels where they run, for attention too unless a backend was asked for by name."""
+        if self.attn_implementation == "auto" and serving(self.dtype, self.device) is not None:
+            self.backend = choose_backend("native")
+        self.fused = FusedLayers.of(self)
 
     @property
     def pack_inputs(self) -> functools.partial[PackedInputs]:
@@ -80,8 +90,16 @@ class Backbone(PreTrainedModel):
         config = self.config
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if self.fused is not None and not want_weights and self.fused.serves(inputs):
+            shared = self._shared(inputs, self.dtype, False, False, cache)
+            last_TM, all_states = self.fused(inputs, shared, want_states)
+            if cache is not None:
+                cache.finish()
+            return BaseModelOutput(last_hidden_state=last_TM, hidden_states=all_states)
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
-        shared = self._shared(inputs, x_TM, want_weights, cache)
+        autocast = torch.is_autocast_enabled(x_TM.device.type)
+        dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
+        shared = self._shared(inputs, dtype, x_TM.requires_grad, want_weights, cache)
         states = [x_TM]
         weights: list[Any] | None = [] if want_weights else None
         for layer in self.layers:
@@ -105,9 +123,14 @@ class Backbone(PreTrainedModel):
         )
 
     def _shared(
-        self, inputs: PackedInputs, x_TM: Tensor, want_weights: bool, cache: DecoderCache | None
+        self,
+        inputs: PackedInputs,
+        dtype: torch.dtype,
+        differentiable: bool,
+        want_weights: bool,
+        cache: DecoderCache | None,
     ) -> dict[str, LayerContext]:
-        """Masks and rotary tables, once for each kind of layer."""
+        """Masks and rotary tables, once for each kind of layer; `dtype` is of q, k and v."""
         config, packing = self.config, inputs.packing
         backend = self.backend
         if want_weights and not isinstance(backend, EagerAttention):
@@ -118,10 +141,8 @@ class Backbone(PreTrainedModel):
                 )
             logger.info("attention backend: eager for this call, which wants attention weights")
             backend = EagerAttention()
-        autocast = torch.is_autocast_enabled(x_TM.device.type)
-        dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
         begun = None if cache is None else cache.begin(packing, dtype)
-        gather = isinstance(backend, EagerAttention) or (begun is not None and any(begun.past) and x_TM.requires_grad)
+        gather = isinstance(backend, EagerAttention) or (begun is not None and any(begun.past) and differentiable)
         shared = {}
         for kind in dict.fromkeys(config.layer_types or ()):
             assert config.rope_parameters is not None

@@ -371,11 +371,12 @@ class PreTrainedModel(nn.Module):
         shared = self.get_input_embeddings().weight
         compiled = [m for m in self.modules() if isinstance(m, MLP)] if self.config.reference_compile else []
         left_out = {inner for mlp in compiled for inner in mlp.modules()}  # the compiler reads plain weights
-        for module in self.modules():  # an attention comes before its own layers
-            if isinstance(module, Attention):
+        for module in self.modules():  # an attention and an MLP come before their own layers
+            if isinstance(module, Attention | MLP) and module not in compiled:
                 module.pack()
             elif isinstance(module, Linear) and module not in left_out:
                 module.pack(keep_weight=module.weight is shared)
+        self.base_model.fuse()
         return self
 
     def _unpack(self) -> None:

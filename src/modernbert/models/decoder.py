@@ -19,7 +19,7 @@ from modernbert.models.cache import DecoderCache
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Attention, Linear, pack_together, select
 from modernbert.models.outputs import BaseModelOutputWithPast
-from modernbert.ops.linear import PackedPart, linear
+from modernbert.ops.linear import Packed, PackedPart, serves_packed
 
 
 class DecoderAttention(Attention):
@@ -36,12 +36,16 @@ class DecoderAttention(Attention):
         """(T, M) to (T, 3, H, D)."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
         packed = self.q_proj.packed
-        if isinstance(packed, PackedPart):
-            bias = torch.cat([part.bias for part in parts]) if self.q_proj.bias is not None else None
-            qkv = linear(x_TM, packed.like, bias, packed.whole)
+        if isinstance(packed, PackedPart) and serves_packed(x_TM):
+            qkv = packed.whole.product(x_TM)
         else:
             qkv = torch.cat([part(x_TM) for part in parts], dim=-1)
         return qkv.unflatten(-1, (3, self.heads, self.head_dim))
+
+    @property
+    def packed_projection(self) -> Packed | PackedPart | None:
+        """What the three are packed as, together."""
+        return self.q_proj.packed
 
     def pack(self) -> None:
         """Lay the three projections out as one, for inference."""

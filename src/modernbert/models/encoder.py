@@ -14,6 +14,7 @@ from modernbert.config import ModernBertConfig
 from modernbert.models.backbone import Backbone, check_kwargs, restore_all
 from modernbert.models.layers import Attention, Linear, select
 from modernbert.models.outputs import BaseModelOutput
+from modernbert.ops.linear import Packed, PackedPart
 
 
 class EncoderAttention(Attention):
@@ -26,6 +27,11 @@ class EncoderAttention(Attention):
     def project(self, x_TM: Tensor) -> Tensor:
         """(T, M) to (T, 3, H, D)."""
         return self.Wqkv(x_TM).unflatten(-1, (3, self.heads, self.head_dim))
+
+    @property
+    def packed_projection(self) -> Packed | PackedPart | None:
+        """What Wqkv is packed as."""
+        return self.Wqkv.packed
 
     def select_heads(self, rows: Tensor) -> None:
         """Keep these outputs of each of the three."""

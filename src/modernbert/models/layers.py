@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from modernbert.config import Config
 from modernbert.models.continuation import Continuation
+from modernbert.native.library import ACTIVATIONS, NativeWeight, Product, serving
 from modernbert.ops.activations import activation
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.eager import EagerAttention
-from modernbert.ops.linear import PackedPart, linear, pack_weight
+from modernbert.ops.linear import Packed, PackedPart, linear, pack_weight, serves_packed
 from modernbert.ops.rope import apply_rope
 
 
@@ -27,22 +28,22 @@ class Linear(nn.Linear):
     back.
     """
 
-    packed: Tensor | PackedPart | None = None
+    packed: Packed | PackedPart | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        if isinstance(self.packed, PackedPart):
+        if isinstance(self.packed, PackedPart) or (self.packed is not None and self.packed.gated):
             return linear(x, self.dense_weight(), self.bias)
         return linear(x, self.weight, self.bias, self.packed)
 
     def dense_weight(self) -> Tensor:
         """The weight, in its plain layout."""
-        return self.weight if self.packed is None else self.packed.to_dense().to(self.weight.dtype)
+        return self.weight if self.packed is None else self.packed.to_dense()
 
-    def pack(self, keep_weight: bool = False) -> None:
+    def pack(self, keep_weight: bool = False, gated: bool = False) -> None:
         """Lay the weight out for inference; `keep_weight` where another module shares it."""
         if self.packed is None:
-            self.packed = pack_weight(self.weight)
+            self.packed = pack_weight(self.weight, self.bias, gated)
         if self.packed is not None and not keep_weight:
             self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
 
@@ -75,14 +76,14 @@ class Linear(nn.Linear):
 
 def pack_together(modules: list[Linear]) -> None:
     """Lay the weights of layers that read the same rows out as one, so that one product serves them all."""
-    whole = torch.cat([module.weight for module in modules])
-    packed = pack_weight(whole)
+    biases = [module.bias for module in modules if module.bias is not None]
+    packed = pack_weight(torch.cat([module.weight for module in modules]), torch.cat(biases) if biases else None)
     if packed is None:
         return
     first = 0
     for module in modules:
         rows = slice(first, first + module.out_features)
-        module.packed = PackedPart(packed, rows, whole.to("meta"))
+        module.packed = PackedPart(packed, rows)
         module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
         first += module.out_features
 
@@ -139,6 +140,11 @@ class Attention(nn.Module, abc.ABC):
     def pack(self) -> None:
         """Lay out together what is computed together, before each layer is packed by itself."""
 
+    @property
+    @abc.abstractmethod
+    def packed_projection(self) -> Packed | PackedPart | None:
+        """What `project` multiplies by once packed."""
+
     @abc.abstractmethod
     def select_heads(self, rows: Tensor) -> None:
         """Keep these outputs of each projection."""
@@ -186,12 +192,21 @@ class MLP(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.Wi = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.activation = config.hidden_activation
         self.act = activation(config.hidden_activation)
         self.drop = nn.Dropout(config.mlp_dropout)
         self.Wo = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
+    def pack(self) -> None:
+        """Lay the two halves of Wi out side by side where our own kernels know the activation."""
+        if self.activation in ACTIVATIONS and serving(self.Wi.weight.dtype, self.Wi.weight.device) is not None:
+            self.Wi.pack(gated=True)
+
     def forward(self, x_TM: Tensor) -> Tensor:
         """(T, M) to (T, M)."""
+        packed = self.Wi.packed
+        if isinstance(packed, NativeWeight) and packed.gated and serves_packed(x_TM):
+            return self.Wo(Product(packed, activation=self.activation)(x_TM))
         in_TI, gate_TI = self.Wi(x_TM).chunk(2, dim=-1)
         # PyTorch has other kernels, with other bits, for strided rows; a single row is never strided.
         return self.Wo(self.drop(self.act(in_TI.contiguous()) * gate_TI))

@@ -4,7 +4,7 @@ A matrix product of general libraries picks its kernel, and so the order of its 
 text alone and the same text in a batch then differ in the last bits. oneDNN's inner product keeps one order for
 every number of rows but one, on any number of threads, so it serves here wherever PyTorch carries it; a single
 row is computed as two, and many rows as a round number of them. Elsewhere fixed-size blocks of rows give the same
-guarantee.
+guarantee. Weights that are packed for inference are multiplied by the kernels of `native`, which were written for it.
 
 Shapes: T rows, I inputs, O outputs.
 """
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import functools
 import platform
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from modernbert.native.library import NativeWeight, serving
 
 _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
 
@@ -106,47 +108,85 @@ class _Linear(torch.autograd.Function):
         )
 
 
+class Packed(Protocol):
+    """A weight and its bias in the layout of whoever multiplies by them.
+
+    Attributes:
+        gated: its product is the activated first half of the outputs times the second half.
+    """
+
+    gated: bool
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        """(T, I) to (T, O), without gradients; not of a gated one."""
+        ...
+
+    def to_dense(self) -> Tensor:
+        """The weight, (O, I)."""
+        ...
+
+
+class OneDnnWeight:
+    """Packed by PyTorch's oneDNN.
+
+    Args:
+        weight_OI: (O, I), float32 or bfloat16, on the CPU.
+        bias_O: (O,) or None.
+        rows: a typical number of rows of x, which the layout is chosen by; any number works.
+    """
+
+    gated = False
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, rows: int = 256) -> None:
+        dense = weight_OI.detach().to(_onednn_computes(weight_OI.dtype)).contiguous()
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(dense, rows)
+        self.like = weight_OI.detach().to("meta")
+        self.bias = None if bias_O is None else bias_O.detach()
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        """(T, I) to (T, O)."""
+        return _product(x_TI, self.like, self.bias, self.packed)
+
+    def to_dense(self) -> Tensor:
+        """The weight, (O, I)."""
+        dense: Tensor = self.packed.to_dense().to(self.like.dtype)
+        return dense
+
+
 class PackedPart:
     """Some outputs of a weight that was packed together with others; they are computed together too.
 
     Args:
         whole: the packed weight.
         rows: which of its outputs.
-        like: a tensor of the whole weight's shape and dtype, without numbers.
     """
 
-    def __init__(self, whole: Tensor, rows: slice, like: Tensor) -> None:
+    def __init__(self, whole: Packed, rows: slice) -> None:
         self.whole = whole
         self.rows = rows
-        self.like = like
 
     def to_dense(self) -> Tensor:
         """The part's weight."""
         return self.whole.to_dense()[self.rows].contiguous()
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed: Packed | None = None) -> Tensor:
     """x @ weight.T + bias, each row independent, bit for bit, of the others on a CPU.
 
     Args:
         x_TI: (T, I) rows; any leading dimensions are taken as rows.
         weight_OI: (O, I); only its shape is read where `packed` serves.
         bias_O: (O,) or None.
-        packed: `pack_weight(weight_OI)`, which saves the layout change at each call; inference only.
+        packed: `pack_weight(weight_OI, bias_O)`, not gated; serves where no gradient is wanted.
 
     Returns:
         (T, O), or the leading dimensions of x and O.
     """
-    if (
-        packed is not None
-        and x_TI.dim() == 2
-        and torch.is_inference_mode_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    ):
-        return _product(x_TI, weight_OI, bias_O, packed)  # what serving runs, without the questions below
-    differentiable = torch.is_grad_enabled() and x_TI.requires_grad
-    if packed is not None and (differentiable or torch.is_autocast_enabled(x_TI.device.type)):
-        weight_OI, packed = packed.to_dense().to(weight_OI.dtype), None
+    if packed is not None:
+        if x_TI.dim() == 2 and serves_packed(x_TI):
+            return packed.product(x_TI)  # what serving runs, without the questions below
+        if not serves_packed(x_TI):
+            weight_OI, packed = packed.to_dense(), None
     if torch.is_autocast_enabled(x_TI.device.type):
         dtype = torch.get_autocast_dtype(x_TI.device.type)
         x_TI, weight_OI = x_TI.to(dtype), weight_OI.to(dtype)
@@ -158,18 +198,24 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TI, weight_OI, bias_O))
     if needs_grad and _onednn_serves(x_TI):
         return _Linear.apply(x_TI, weight_OI, bias_O)
-    return _product(x_TI, weight_OI, bias_O, packed)
+    return _product(x_TI, weight_OI, bias_O, None)
 
 
-def pack_weight(weight_OI: Tensor, rows: int = 256) -> Tensor | None:
-    """Lay a weight out once in the blocks that oneDNN computes in; None where oneDNN does not serve.
+def serves_packed(x: Tensor) -> bool:
+    """Whether packed weights serve these rows: no gradient is wanted, and no autocast."""
+    if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+        return False
+    return not torch.is_autocast_enabled(x.device.type)
+
+
+def pack_weight(weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = False) -> Packed | None:
+    """Lay a weight out once in the blocks that products are computed in; None where nothing here does.
 
     Args:
         weight_OI: (O, I), float32 or bfloat16, on the CPU.
-        rows: a typical number of rows of x, which the layout is chosen by; any number works.
+        bias_O: (O,) or None.
+        gated: wanted for a product whose first half of outputs gates the second; only our own kernels have it.
     """
-    if not _onednn_serves(weight_OI):
-        return None
-    dense = weight_OI.detach().to(_onednn_computes(weight_OI.dtype)).contiguous()
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(dense, rows)
-    return packed
+    if serving(weight_OI.dtype, weight_OI.device) is not None:
+        return NativeWeight(weight_OI, bias_O, gated)
+    return None if gated or not _onednn_serves(weight_OI) else OneDnnWeight(weight_OI, bias_O)

@@ -24,6 +24,7 @@ Reach = tuple[int | None, int | None]
 IMPLEMENTATIONS: dict[str, tuple[str, str] | str] = {
     "eager": ("modernbert.ops.attention.eager", "EagerAttention"),
     "sdpa": ("modernbert.ops.attention.sdpa", "SdpaAttention"),
+    "native": ("modernbert.ops.attention.native", "NativeAttention"),
     "flash_attention_2": "this release has no flash attention backend; choose 'sdpa', which is as exact",
     "flex_attention": "this release has no flex attention backend; choose 'sdpa', which is as exact",
 }

@@ -1,0 +1,200 @@
+/* The library's door: which kernels serve on this processor, and their tasks shared out among threads.
+ *
+ * Threads are PyTorch's own where it runs on an OpenMP whose `GOMP_parallel` could be found: two pools of threads would
+ * wait for each other's cores. Elsewhere they are started for each operation.
+ */
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+#if defined(IMITATE_BF16)
+extern const Kernels kernels_imitated;
+#endif
+#endif
+extern const Kernels kernels_portable;
+
+enum { OK = 0, NO_MEMORY = 1 };
+
+static const struct {
+  const char *name;
+  const Kernels *kernels;
+} table[] = { /* best first */
+#if defined(__x86_64__)
+#if defined(IMITATE_BF16)
+    {"imitated", &kernels_imitated},
+#else
+    {"avx512bf16", &kernels_avx512bf16},
+#endif
+    {"avx512", &kernels_avx512},
+    {"avx2", &kernels_avx2},
+#endif
+    {"portable", &kernels_portable},
+};
+
+static int runs_here(const char *name) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+  if (!strcmp(name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (!strcmp(name, "avx512") || !strcmp(name, "imitated")) return avx512;
+  if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return !strcmp(name, "portable");
+}
+
+/* The kernels of a name, or the best that run here for an empty one; 0 where they do not run. `found` gets their name. */
+const Kernels *modernbert_kernels(const char *wanted, const char **found) {
+  for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
+    if ((*wanted && strcmp(wanted, table[i].name)) || !runs_here(table[i].name)) continue;
+    *found = table[i].name;
+    return table[i].kernels;
+  }
+  return 0;
+}
+
+int64_t modernbert_lanes(const Kernels *k) { return k->lanes; }
+int64_t modernbert_multiplies(const Kernels *k) { return k->multiplies; }
+int64_t modernbert_packed_bytes(const Kernels *k, const Weight *w) { return k->packed_bytes(w); }
+void modernbert_pack(const Kernels *k, const Weight *w) { k->pack(w); }
+void modernbert_unpack(const Kernels *k, const Weight *w) { k->unpack(w); }
+
+/* ---- threads ---- */
+
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+static Parallel openmp = 0;
+void modernbert_share_threads(Parallel gomp_parallel) { openmp = gomp_parallel; }
+
+typedef struct Job Job;
+struct Job {
+  void (*run)(Job *, int64_t task, Scratch *);
+  const Kernels *kernels;
+  const void *operation;
+  Plan plan;
+  int64_t serial;
+  const int64_t *chunks; /* of attention: (text, chunk of it) pairs */
+  int64_t next;
+  int failed;
+};
+
+static pthread_key_t key;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void forget(void *scratch) {
+  free(((Scratch *)scratch)->memory);
+  free(scratch);
+}
+static void make_key(void) { pthread_key_create(&key, forget); }
+
+/* This thread's memory, kept from one operation to the next and given back when the thread ends. */
+static Scratch *scratch_of(int64_t bytes) {
+  pthread_once(&once, make_key);
+  Scratch *scratch = pthread_getspecific(key);
+  if (!scratch) {
+    scratch = calloc(1, sizeof *scratch);
+    if (!scratch) return 0;
+    pthread_setspecific(key, scratch);
+  }
+  if (scratch->bytes < bytes) {
+    void *memory = 0;
+    free(scratch->memory);
+    *scratch = (Scratch){0};
+    if (posix_memalign(&memory, 64, (size_t)bytes)) return 0;
+    scratch->memory = memory;
+    scratch->bytes = bytes;
+  }
+  return scratch;
+}
+
+static void work(void *argument) {
+  Job *job = argument;
+  if (__atomic_load_n(&job->next, __ATOMIC_RELAXED) >= job->plan.tasks) return;
+  Scratch *scratch = scratch_of(job->plan.bytes);
+  if (!scratch) {
+    __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
+    return;
+  }
+  for (;;) {
+    int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+    if (task >= job->plan.tasks) return;
+    job->run(job, task, scratch);
+  }
+}
+
+static void *work_alone(void *argument) {
+  work(argument);
+  return 0;
+}
+
+static int run(Job *job, int64_t threads) {
+  static int64_t serial = 0;
+  job->serial = __atomic_add_fetch(&serial, 1, __ATOMIC_RELAXED);
+  if (threads > job->plan.tasks) threads = job->plan.tasks;
+  if (threads <= 1) {
+    work(job);
+  } else if (openmp) {
+    openmp(work, job, (unsigned)threads, 0);
+  } else {
+    pthread_t others[256];
+    int64_t started = 0;
+    while (started < threads - 1 && started < 256 && !pthread_create(&others[started], 0, work_alone, job)) started++;
+    work(job);
+    for (int64_t i = 0; i < started; i++) pthread_join(others[i], 0);
+  }
+  /* A thread without memory leaves its tasks to the others. */
+  return job->failed && job->next < job->plan.tasks ? NO_MEMORY : OK;
+}
+
+/* ---- operations ---- */
+
+static void run_product(Job *job, int64_t task, Scratch *scratch) {
+  job->kernels->product(job->operation, &job->plan, job->serial, task, scratch);
+}
+
+int modernbert_product(const Kernels *k, const Product *op, int64_t threads) {
+  if (op->rows <= 0 || op->weight.outputs <= 0) return OK;
+  Job job = {.run = run_product, .kernels = k, .operation = op, .plan = k->plan_product(op, threads)};
+  return run(&job, threads);
+}
+
+static void run_attention(Job *job, int64_t task, Scratch *scratch) {
+  const Attention *op = job->operation;
+  const int64_t *chunk = job->chunks + task / op->heads * 2;
+  job->kernels->attention(op, chunk[0], chunk[1], task % op->heads, scratch);
+}
+
+int modernbert_attention(const Kernels *k, const Attention *op, int64_t threads) {
+  int64_t number = 0;
+  for (int64_t i = 0; i < op->texts; i++) number += (op->starts[i + 1] - op->starts[i] + k->chunk - 1) / k->chunk;
+  if (!number) return OK;
+  int64_t *chunks = malloc((size_t)number * 2 * sizeof *chunks), *at = chunks;
+  if (!chunks) return NO_MEMORY;
+  for (int64_t i = 0; i < op->texts; i++)
+    for (int64_t c = 0; c * k->chunk < op->starts[i + 1] - op->starts[i]; c++) *at++ = i, *at++ = c;
+  Job job = {.run = run_attention, .kernels = k, .operation = op, .chunks = chunks};
+  job.plan.tasks = number * op->heads;
+  job.plan.bytes = k->attention_bytes(op);
+  int result = run(&job, threads);
+  free(chunks);
+  return result;
+}
+
+enum { NORM_ROWS = 64 };
+
+static void run_normalize(Job *job, int64_t task, Scratch *scratch) {
+  const Normalize *op = job->operation;
+  int64_t first = task * NORM_ROWS, last = first + NORM_ROWS < op->rows ? first + NORM_ROWS : op->rows;
+  scratch->serial = 0;
+  job->kernels->normalize(op, first, last, (float *)scratch->memory);
+}
+
+int modernbert_normalize(const Kernels *k, const Normalize *op, int64_t threads) {
+  Job job = {.run = run_normalize, .kernels = k, .operation = op};
+  job.plan.tasks = (op->rows + NORM_ROWS - 1) / NORM_ROWS;
+  job.plan.bytes = op->width * 4 + 64;
+  return run(&job, threads);
+}

@@ -1,0 +1,104 @@
+/* What the kernels take and give: plain pointers and sizes, so that one build serves every PyTorch and Python.
+ *
+ * Rows lie one after another, `stride` numbers apart; a row's own numbers are contiguous. Numbers are float32 or
+ * bfloat16. Every row of every result depends on its own inputs alone: neither on how many rows there are, nor on the
+ * number of threads.
+ */
+#ifndef MODERNBERT_KERNELS_H
+#define MODERNBERT_KERNELS_H
+
+#include <stdint.h>
+
+enum { F32 = 0, BF16 = 1 };
+enum { WRITE = 0, ADD = 1, GATE = 2 };
+enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
+
+typedef struct {
+  void *data;
+  int64_t stride;
+  int64_t dtype;
+} Rows;
+
+/* LayerNorm over a row; weight 0 means none is wanted, bias 0 that there is none. */
+typedef struct {
+  const float *weight;
+  const float *bias;
+  float epsilon;
+} Norm;
+
+/* A weight of shape (outputs, inputs), laid out in panels of a few outputs with their biases.
+ * gated: the first half of its outputs lies beside the second half, to be multiplied by it. */
+typedef struct {
+  int64_t outputs, inputs;
+  int64_t gated;
+  int64_t dtype; /* of the packed numbers */
+  void *packed;
+  const void *plain; /* what is packed, or unpacked into; contiguous, of the packed dtype */
+  const float *bias; /* 0 where there is none */
+} Weight;
+
+/* out = norm(x) @ weight.T + bias, or out += it, or out = activation(first half of it) * second half. */
+typedef struct {
+  int64_t rows;
+  Rows x;
+  Norm norm;
+  Weight weight;
+  int64_t epilogue;
+  int64_t activation;
+  Rows out;
+} Product;
+
+/* out = norm(table[ids]), or norm(table) where ids is 0; written as float32 or bfloat16. */
+typedef struct {
+  int64_t rows, width;
+  const int64_t *ids;
+  Rows table;
+  Norm norm;
+  Rows out;
+} Normalize;
+
+/* Softmax attention of each query over the keys of its own text within reach. `out` may be `q`. */
+typedef struct {
+  int64_t texts, heads, head_dim;
+  const int64_t *starts;     /* (texts + 1,) first query of each text, and the end */
+  const int64_t *key_first;  /* (texts,) first row of each text's keys; 0: the keys lie as the queries do */
+  const int64_t *key_length; /* (texts,) */
+  const int64_t *positions;  /* of the queries, rising within a text; 0: every query sees all keys of its text */
+  const int64_t *key_positions;
+  int64_t left, right;         /* inclusive, in positions; -1 is endless */
+  const float *cos, *sin;      /* (queries, head_dim), the sines with their sign; 0: rotated already */
+  const float *key_cos, *key_sin;
+  float scale;
+  Rows q, k, v, out;
+} Attention;
+
+/* What one operation does as many independent tasks, and the memory that a thread needs at a time. */
+typedef struct {
+  int64_t tasks;
+  int64_t bytes;
+  int64_t block, blocks, groups; /* rows a block; blocks of rows; groups of panels */
+} Plan;
+
+/* Where a thread works. `serial` and `block` say which rows `rows` holds. */
+typedef struct {
+  char *memory;
+  int64_t bytes;
+  int64_t serial, block;
+} Scratch;
+
+/* The kernels of one kind of processor. */
+typedef struct {
+  int64_t lanes;      /* float32 numbers in a vector */
+  int64_t multiplies; /* whether bfloat16 numbers are multiplied as such */
+  int64_t chunk;      /* queries of one text that a task of attention takes */
+  int64_t (*packed_bytes)(const Weight *);
+  void (*pack)(const Weight *);
+  void (*unpack)(const Weight *);
+  Plan (*plan_product)(const Product *, int64_t threads);
+  void (*product)(const Product *, const Plan *, int64_t serial, int64_t task, Scratch *);
+  int64_t (*attention_bytes)(const Attention *);
+  void (*attention)(const Attention *, int64_t text, int64_t chunk, int64_t head, Scratch *);
+  void (*normalize)(const Normalize *, int64_t first, int64_t last, float *scratch);
+} Kernels;
+
+#endif
