@@ -11,6 +11,7 @@
 #define HEIGHT 6
 #define MULTIPLIES 0
 #define TARGET_MAX(a, b) ((Floats)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define TARGET_MIN(a, b) ((Floats)_mm256_min_ps((__m256)(a), (__m256)(b)))
 #include "kernels.h"
 #include "kernels.inc"
 #if defined(__clang__)

@@ -11,6 +11,7 @@
 #define HEIGHT 12
 #define MULTIPLIES 0
 #define TARGET_MAX(a, b) ((Floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define TARGET_MIN(a, b) ((Floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #include "kernels.h"
 #include "kernels.inc"
 #if defined(__clang__)

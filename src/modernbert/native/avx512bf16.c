@@ -13,6 +13,7 @@
 #define HEIGHT 12
 #define MULTIPLIES 1
 #define TARGET_MAX(a, b) ((Floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define TARGET_MIN(a, b) ((Floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #if defined(IMITATE_BF16)
 /* The same sums on a processor without the instruction, so that the layouts can be tested there. */
 #define NAME imitated
