@@ -8,14 +8,18 @@ Shapes: T tokens of all texts together, M hidden size, I intermediate size, H he
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modernbert.config import Config
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Layer, LayerContext, Linear
-from modernbert.native.library import Angles, NativeWeight, Norm, Product, normalize
+from modernbert.native.library import DTYPES, Attention, Normalize
+from modernbert.native.library import Product as ProductStruct
+from modernbert.native.operations import NativeWeight, Norm, Product, Program
 from modernbert.ops.attention.native import NativeAttention
 from modernbert.ops.linear import Packed, PackedPart
 from modernbert.ops.rope import apply_rope
@@ -24,15 +28,7 @@ if TYPE_CHECKING:
     from modernbert.models.backbone import Backbone
 
 
-class FusedLayer(NamedTuple):
-    """The products of one layer."""
-
-    kind: str
-    heads: int
-    qkv: Product
-    attention_out: Product
-    gate: Product
-    mlp_out: Product
+_LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output
 
 
 class FusedLayers:
@@ -44,9 +40,21 @@ class FusedLayers:
 
     def __init__(self, model: Backbone) -> None:
         self.model = model
-        self.head_dim = model.config.head_dim
-        self.embedding_norm, self.final_norm = Norm.of(model.embeddings.norm), Norm.of(model.final_norm)
-        self.layers = [_fuse(layer) for layer in model.layers if isinstance(layer, Layer)]
+        layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+        self.kinds = [layer.kind for layer in layers]
+        self.heads = [layer.attn.heads for layer in layers]
+        self.width = max(3 * max(self.heads) * model.config.head_dim, model.config.intermediate_size)
+        norms = Norm.of(model.embeddings.norm), Norm.of(model.final_norm)
+        self._kept: list[Any] = [*norms]
+        structs: list[Any] = []
+        for layer in layers:
+            products = _products(layer)
+            self._kept += products
+            qkv, *others = (product.struct for product in products)
+            structs += [qkv, _attention(model.config, layer), *others]
+        first, last = (_normalize(model.config, norm) for norm in norms)
+        self.program = Program([first, *structs, last])
+        self._lay_out()
         parts = [model.embeddings, model.layers, model.final_norm]
         modules = [module for part in parts for module in part.modules()]
         self._packed = [(module, module.packed) for module in modules if isinstance(module, Linear)]
@@ -55,6 +63,21 @@ class FusedLayers:
         self._hooks: list[Any] = [
             hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
+
+    def _lay_out(self) -> None:
+        """Strides and dtypes, which all passes share. x is float32, everything else of the weights' dtype."""
+        program, dtype, config = self.program, DTYPES[self.model.dtype], self.model.config
+        own = np.array([heads * config.head_dim for heads in self.heads])
+        qkv, attention, out, gate, down = (slice(1 + i, -1, _LAYER) for i in range(_LAYER))
+        M, inner = config.hidden_size, config.intermediate_size
+        program.set(qkv, ProductStruct, x_stride=M, x_dtype=0, out_stride=3 * own, out_dtype=dtype)
+        program.set(out, ProductStruct, x_stride=3 * own, x_dtype=dtype, out_stride=M, out_dtype=0)
+        program.set(gate, ProductStruct, x_stride=M, x_dtype=0, out_stride=inner, out_dtype=dtype)
+        program.set(down, ProductStruct, x_stride=inner, x_dtype=dtype, out_stride=M, out_dtype=0)
+        strides = {f"{x}_stride": 3 * own for x in ("q", "k", "v", "out")}
+        program.set(attention, Attention, **strides, **{f"{x}_dtype": dtype for x in ("q", "k", "v", "out")})
+        program.set(0, Normalize, table_stride=M, table_dtype=dtype, out_stride=M, out_dtype=0)
+        program.set(-1, Normalize, table_stride=M, table_dtype=0, out_stride=M, out_dtype=dtype)
 
     @classmethod
     def of(cls, model: Backbone) -> FusedLayers | None:
@@ -89,36 +112,72 @@ class FusedLayers:
         self, inputs: PackedInputs, shared: dict[str, LayerContext], want_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
-        model, dtype = self.model, self.model.dtype
-        config, T = model.config, inputs.packing.tokens
-        M, I = config.hidden_size, config.intermediate_size
-        x_TM = torch.empty(T, M)
-        table = model.embeddings.tok_embeddings.weight if inputs.embeds_TM is None else inputs.embeds_TM
-        normalize(table.contiguous(), self.embedding_norm, x_TM, inputs.ids_T)
-        widest = max(layer.heads for layer in self.layers) * self.head_dim
-        work = torch.empty(T * max(3 * widest, I), dtype=dtype)
-        states = [x_TM.to(dtype, copy=True)] if want_states else []
-        for number, layer in enumerate(self.layers):
-            context, width = shared[layer.kind], layer.heads * self.head_dim
-            qkv_TW = layer.qkv(x_TM, work[: T * 3 * width].view(T, 3 * width))
-            out_TW = self._attend(number, qkv_TW.view(T, 3, layer.heads, self.head_dim), context)
-            layer.attention_out(out_TW, x_TM)
-            hidden_TI = layer.gate(x_TM, work[: T * I].view(T, I))
-            layer.mlp_out(hidden_TI, x_TM)
-            if want_states:
+        dtype, config, T = self.model.dtype, self.model.config, inputs.packing.tokens
+        x_TM = torch.empty(T, config.hidden_size)
+        last_TM = torch.empty(T, config.hidden_size, dtype=dtype)
+        work = torch.empty(T * self.width, dtype=dtype)
+        table = (
+            self.model.embeddings.tok_embeddings.weight if inputs.embeds_TM is None else inputs.embeds_TM.contiguous()
+        )
+        program = self.program.begin()
+        program.set(0, Normalize, rows=T, table_data=table, table_dtype=DTYPES[table.dtype], out_data=x_TM)
+        if inputs.ids_T is not None:
+            ids_T = inputs.ids_T.long().contiguous()
+            program.set(0, Normalize, ids=ids_T)
+        for start, x, out in ((1, x_TM, work), (3, work, x_TM), (4, x_TM, work), (5, work, x_TM)):
+            program.set(slice(start, -1, _LAYER), ProductStruct, rows=T, x_data=x, out_data=out)
+        program.set(-1, Normalize, rows=T, table_data=x_TM, out_data=last_TM)
+        states: list[Tensor] = []
+        if any(context.cached is not None for context in shared.values()):
+            self._go_on(program, shared, x_TM, work, states if want_states else None)
+            return last_TM, (*states, last_TM) if want_states else None
+        self._aim_attention(program, shared, work)
+        if want_states:
+            for number in range(len(self.kinds)):
+                program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
                 states.append(x_TM.to(dtype, copy=True))
-        out_TM = normalize(x_TM, self.final_norm, torch.empty(T, M, dtype=dtype))
-        return out_TM, (*states[:-1], out_TM) if want_states else None
+            program.run(1 + (len(self.kinds) - 1) * _LAYER)
+        else:
+            program.run()
+        return last_TM, (*states, last_TM) if want_states else None
 
-    def _attend(self, number: int, qkv_T3HD: Tensor, context: LayerContext) -> Tensor:
-        """Attention outputs (T, H * D)."""
-        angles = Angles(context.cos_T1D, context.sin_T1D)
-        if context.cached is None:
-            assert isinstance(context.backend, NativeAttention)
-            return context.backend.attend_rotating(qkv_T3HD, context.plan, angles).flatten(1)
-        heads = qkv_T3HD.shape[2]
-        q_THD, k_THD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), *angles).split(heads, dim=1)
-        return context.cached.attend(number, q_THD, k_THD, qkv_T3HD[:, 2], None).flatten(1)
+    def _aim_attention(self, program: Program, shared: dict[str, LayerContext], work: Tensor) -> None:
+        """Point the attention of all layers at the texts, the angles, and the queries, keys and values in `work`."""
+        size = work.element_size() * self.model.config.head_dim
+        for kind, context in shared.items():
+            rows = [2 + i * _LAYER for i, of in enumerate(self.kinds) if of == kind]
+            own = np.array([heads for heads, of in zip(self.heads, self.kinds, strict=True) if of == kind]) * size
+            plan, start = context.plan, work.data_ptr()
+            program.set(rows, Attention, texts=len(plan.starts) - 1, starts=plan.starts)
+            if tuple(plan.reach) != (None, None):
+                program.set(rows, Attention, positions=plan.positions_T, key_positions=plan.positions_T)
+            cos, sin = context.cos_T1D, context.sin_T1D
+            program.set(rows, Attention, cos=cos, sin=sin, key_cos=cos, key_sin=sin)
+            program.set(rows, Attention, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
+
+    def _go_on(
+        self,
+        program: Program,
+        shared: dict[str, LayerContext],
+        x_TM: Tensor,
+        work: Tensor,
+        states: list[Tensor] | None,
+    ) -> None:
+        """The layers with a cache, which does the attention: the rest of one layer runs with the start of the next."""
+        T, D = len(x_TM), self.model.config.head_dim
+        program.run(0, 2)
+        for number, (kind, heads) in enumerate(zip(self.kinds, self.heads, strict=True)):
+            if states is not None:
+                states.append(x_TM.to(work.dtype, copy=True))
+            context, at = shared[kind], 1 + number * _LAYER
+            assert context.cached is not None
+            qkv_T3HD = work[: T * 3 * heads * D].view(T, 3, heads, D)
+            q_THD, k_THD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), context.cos_T1D, context.sin_T1D).split(heads, 1)
+            out_TW = context.cached.attend(number, q_THD, k_THD, qkv_T3HD[:, 2], None).flatten(1).contiguous()
+            program.set(at + 2, ProductStruct, x_data=out_TW, x_stride=heads * D)
+            last = number == len(self.kinds) - 1
+            program.run(at + 2, at + _LAYER + (0 if last else 1))
+        program.run(len(self.kinds) * _LAYER + 1)
 
 
 def _version(parameter: Tensor) -> int | None:
@@ -135,16 +194,28 @@ def _gated(packed: Packed | PackedPart | None) -> bool:
     return isinstance(packed, NativeWeight) and packed.gated
 
 
-def _fuse(layer: Layer) -> FusedLayer:
+def _products(layer: Layer) -> list[Product]:
+    """A layer's products in the order they run in."""
     attention, mlp = layer.attn, layer.mlp
     weights = [_qkv(layer), attention.Wo.packed, mlp.Wi.packed, mlp.Wo.packed]
-    qkv, attention_out, gate, mlp_out = (weight for weight in weights if isinstance(weight, NativeWeight))
+    qkv, out, gate, down = (weight for weight in weights if isinstance(weight, NativeWeight))
     norm = Norm.of(layer.attn_norm) if isinstance(layer.attn_norm, nn.LayerNorm) else None
-    return FusedLayer(
-        layer.kind,
-        attention.heads,
+    return [
         Product(qkv, norm),
-        Product(attention_out, add=True),
-        Product(gate, Norm.of(layer.mlp_norm), activation=mlp.activation),
-        Product(mlp_out, add=True),
+        Product(out, add=True),
+        Product(gate, Norm.of(layer.mlp_norm), activation=str(mlp.activation)),
+        Product(down, add=True),
+    ]
+
+
+def _attention(config: Config, layer: Layer) -> Attention:
+    left, right = (-1 if r is None else r for r in config.reach(layer.kind))
+    return Attention(
+        heads=layer.attn.heads, head_dim=config.head_dim, left=left, right=right, scale=config.head_dim**-0.5
     )
+
+
+def _normalize(config: Config, norm: Norm) -> Normalize:
+    struct = Normalize(width=config.hidden_size)
+    norm.write(struct)
+    return struct

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from modernbert.config import Config
 from modernbert.models.continuation import Continuation
-from modernbert.native.library import ACTIVATIONS, NativeWeight, Product, serving
+from modernbert.native.library import ACTIVATIONS, serving
+from modernbert.native.operations import NativeWeight, Product
 from modernbert.ops.activations import activation
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.eager import EagerAttention
@@ -76,7 +77,7 @@ class Linear(nn.Linear):
 
 def pack_together(modules: list[Linear]) -> None:
     """Lay the weights of layers that read the same rows out as one, so that one product serves them all."""
-    biases = [module.bias for module in modules if module.bias is not None]
+    biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
     packed = pack_weight(torch.cat([module.weight for module in modules]), torch.cat(biases) if biases else None)
     if packed is None:
         return
@@ -206,7 +207,7 @@ class MLP(nn.Module):
         """(T, M) to (T, M)."""
         packed = self.Wi.packed
         if isinstance(packed, NativeWeight) and packed.gated and serves_packed(x_TM):
-            return self.Wo(Product(packed, activation=self.activation)(x_TM))
+            return self.Wo(Product(packed, activation=str(self.activation))(x_TM))
         in_TI, gate_TI = self.Wi(x_TM).chunk(2, dim=-1)
         # PyTorch has other kernels, with other bits, for strided rows; a single row is never strided.
         return self.Wo(self.drop(self.act(in_TI.contiguous()) * gate_TI))

@@ -155,7 +155,7 @@ static void run_product(Job *job, int64_t task, Scratch *scratch) {
   job->kernels->product(job->operation, &job->plan, job->serial, task, scratch);
 }
 
-int modernbert_product(const Kernels *k, const Product *op, int64_t threads) {
+static int product(const Kernels *k, const Product *op, int64_t threads) {
   if (op->rows <= 0 || op->weight.outputs <= 0) return OK;
   Job job = {.run = run_product, .kernels = k, .operation = op, .plan = k->plan_product(op, threads)};
   return run(&job, threads);
@@ -167,7 +167,7 @@ static void run_attention(Job *job, int64_t task, Scratch *scratch) {
   job->kernels->attention(op, chunk[0], chunk[1], task % op->heads, scratch);
 }
 
-int modernbert_attention(const Kernels *k, const Attention *op, int64_t threads) {
+static int attention(const Kernels *k, const Attention *op, int64_t threads) {
   int64_t number = 0;
   for (int64_t i = 0; i < op->texts; i++) number += (op->starts[i + 1] - op->starts[i] + k->chunk - 1) / k->chunk;
   if (!number) return OK;
@@ -192,9 +192,21 @@ static void run_normalize(Job *job, int64_t task, Scratch *scratch) {
   job->kernels->normalize(op, first, last, (float *)scratch->memory);
 }
 
-int modernbert_normalize(const Kernels *k, const Normalize *op, int64_t threads) {
+static int normalize(const Kernels *k, const Normalize *op, int64_t threads) {
   Job job = {.run = run_normalize, .kernels = k, .operation = op};
   job.plan.tasks = (op->rows + NORM_ROWS - 1) / NORM_ROWS;
   job.plan.bytes = op->width * 4 + 64;
   return run(&job, threads);
+}
+
+/* Run operations one after another; 0, or what went wrong. */
+int modernbert_run(const Kernels *k, const Operation *operations, int64_t count, int64_t threads) {
+  for (int64_t i = 0; i < count; i++) {
+    const Operation *op = operations + i;
+    int result = op->kind == PRODUCT     ? product(k, &op->product, threads)
+                 : op->kind == NORMALIZE ? normalize(k, &op->normalize, threads)
+                                         : attention(k, &op->attention, threads);
+    if (result != OK) return result;
+  }
+  return OK;
 }

@@ -72,6 +72,18 @@ typedef struct {
   Rows q, k, v, out;
 } Attention;
 
+enum { PRODUCT = 0, NORMALIZE = 1, ATTENTION = 2 };
+
+/* One operation of several that run one after another. */
+typedef struct {
+  int64_t kind;
+  union {
+    Product product;
+    Normalize normalize;
+    Attention attention;
+  };
+} Operation;
+
 /* What one operation does as many independent tasks, and the memory that a thread needs at a time. */
 typedef struct {
   int64_t tasks;

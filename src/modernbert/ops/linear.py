@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.native.library import NativeWeight, serving
+from modernbert.native.library import serving
+from modernbert.native.operations import NativeWeight
 
 _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from modernbert.errors import BackendError
-from modernbert.native.library import Angles, attention, library, serving
+from modernbert.native.library import library, serving
+from modernbert.native.operations import attention
 from modernbert.ops.attention.base import AttentionBackend, Reach
 from modernbert.ops.attention.sdpa import SdpaAttention, SdpaPlan
 from modernbert.ops.packing import Packing
@@ -59,8 +60,3 @@ class NativeAttention(AttentionBackend):
         q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THD, k_THD, v_THD))
         out_THD = q.new_empty(q.shape)
         return attention(q, k, v, out_THD, plan.starts, reach=plan.reach, positions_T=plan.positions_T)
-
-    def attend_rotating(self, qkv_T3HD: Tensor, plan: NativePlan, angles: Angles) -> Tensor:
-        """Attention outputs, written in the queries' place; queries and keys are rotated on the way."""
-        q, k, v = qkv_T3HD.unbind(1)
-        return attention(q, k, v, q, plan.starts, reach=plan.reach, positions_T=plan.positions_T, angles=angles)
