@@ -76,7 +76,8 @@ struct Job {
   const void *operation;
   Plan plan;
   int64_t serial;
-  const int64_t *chunks; /* of attention: (text, chunk of it) pairs */
+  const int64_t *chunks; /* of attention: (text, first query of it) pairs */
+  int64_t chunk;         /* queries of each */
   int64_t next;
   int failed;
 };
@@ -164,18 +165,24 @@ static int product(const Kernels *k, const Product *op, int64_t threads) {
 static void run_attention(Job *job, int64_t task, Scratch *scratch) {
   const Attention *op = job->operation;
   const int64_t *chunk = job->chunks + task / op->heads * 2;
-  job->kernels->attention(op, chunk[0], chunk[1], task % op->heads, scratch);
+  job->kernels->attention(op, chunk[0], chunk[1], job->chunk, task % op->heads, scratch);
+}
+
+static int64_t count_chunks(const Attention *op, int64_t chunk) {
+  int64_t number = 0;
+  for (int64_t i = 0; i < op->texts; i++) number += (op->starts[i + 1] - op->starts[i] + chunk - 1) / chunk;
+  return number;
 }
 
 static int attention(const Kernels *k, const Attention *op, int64_t threads) {
-  int64_t number = 0;
-  for (int64_t i = 0; i < op->texts; i++) number += (op->starts[i + 1] - op->starts[i] + k->chunk - 1) / k->chunk;
+  int64_t chunk = k->queries, number = count_chunks(op, chunk);
   if (!number) return OK;
+  while (chunk > k->panel && number * op->heads < 4 * threads) chunk /= 2, number = count_chunks(op, chunk);
   int64_t *chunks = malloc((size_t)number * 2 * sizeof *chunks), *at = chunks;
   if (!chunks) return NO_MEMORY;
   for (int64_t i = 0; i < op->texts; i++)
-    for (int64_t c = 0; c * k->chunk < op->starts[i + 1] - op->starts[i]; c++) *at++ = i, *at++ = c;
-  Job job = {.run = run_attention, .kernels = k, .operation = op, .chunks = chunks};
+    for (int64_t query = 0; query < op->starts[i + 1] - op->starts[i]; query += chunk) *at++ = i, *at++ = query;
+  Job job = {.run = run_attention, .kernels = k, .operation = op, .chunks = chunks, .chunk = chunk};
   job.plan.tasks = number * op->heads;
   job.plan.bytes = k->attention_bytes(op);
   int result = run(&job, threads);

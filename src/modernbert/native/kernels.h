@@ -102,14 +102,15 @@ typedef struct {
 typedef struct {
   int64_t lanes;      /* float32 numbers in a vector */
   int64_t multiplies; /* whether bfloat16 numbers are multiplied as such */
-  int64_t chunk;      /* queries of one text that a task of attention takes */
+  int64_t panel;      /* a task of attention takes so many queries of one text, or several times as many; */
+  int64_t queries;    /* at most these. Results do not depend on it. */
   int64_t (*packed_bytes)(const Weight *);
   void (*pack)(const Weight *);
   void (*unpack)(const Weight *);
   Plan (*plan_product)(const Product *, int64_t threads);
   void (*product)(const Product *, const Plan *, int64_t serial, int64_t task, Scratch *);
   int64_t (*attention_bytes)(const Attention *);
-  void (*attention)(const Attention *, int64_t text, int64_t chunk, int64_t head, Scratch *);
+  void (*attention)(const Attention *, int64_t text, int64_t query, int64_t most, int64_t head, Scratch *);
   void (*normalize)(const Normalize *, int64_t first, int64_t last, float *scratch);
 } Kernels;
 
