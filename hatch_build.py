@@ -1,0 +1,51 @@
+"""Builds the kernels when the package is installed; without a C compiler the package works all the same, more slowly."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread"]
+
+
+class KernelsHook(BuildHookInterface):
+    """Compiles src/modernbert/native/*.c into _kernels.so beside them."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and put the library into the wheel."""
+        folder = Path(self.root) / "src" / "modernbert" / "native"
+        target = folder / "_kernels.so"
+        target.unlink(missing_ok=True)
+        reason = self._compile(folder, target)
+        if reason:
+            self.app.display_warning(f"modernbert: the compiled kernels are left out; PyTorch alone will serve. {reason}")
+            return
+        build_data["artifacts"].append("src/modernbert/native/_kernels.so")
+        build_data["pure_python"] = False
+        build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+    @staticmethod
+    def _compile(folder: Path, target: Path) -> str | None:
+        """Compile, or say why not."""
+        if sys.platform == "win32":
+            return "They are not built on Windows."
+        names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+        found = next((path for name in names if (path := shutil.which(name))), None)
+        if found is None:
+            return f"There is no C compiler ({', '.join(names)})."
+        temporary = target.with_suffix(".tmp")
+        command = [found, *FLAGS, "-o", str(temporary), *map(str, sorted(folder.glob("*.c"))), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+        if done.returncode:
+            temporary.unlink(missing_ok=True)
+            return f"{found} says: {done.stderr.strip()[-500:]}"
+        temporary.replace(target)
+        return None
