@@ -1,4 +1,4 @@
-"""Builds the kernels when the package is installed; without a C compiler the package works all the same, more slowly."""
+"""Builds the kernels when the package is installed; without a C compiler the package works too, more slowly."""
 
 import os
 import shutil
@@ -23,7 +23,9 @@ class KernelsHook(BuildHookInterface):
         target.unlink(missing_ok=True)
         reason = self._compile(folder, target)
         if reason:
-            self.app.display_warning(f"modernbert: the compiled kernels are left out; PyTorch alone will serve. {reason}")
+            self.app.display_warning(
+                f"modernbert: the compiled kernels are left out; PyTorch alone will serve. {reason}"
+            )
             return
         build_data["artifacts"].append("src/modernbert/native/_kernels.so")
         build_data["pure_python"] = False

@@ -246,7 +246,7 @@ def test_resizing_after_optimizing(small_model):
     x = ids(1, 7)
     before = small_model.optimize_for_inference()(x).logits
     small_model.resize_token_embeddings(104)
-    assert torch.equal(small_model(x).logits[..., :96], before)
+    torch.testing.assert_close(small_model(x).logits[..., :96], before)
 
 
 def test_setting_embeddings_keeps_the_tie(small_model):
@@ -321,7 +321,7 @@ def test_optimizing_ends_training_and_survives_a_cast(small_model):
     assert small_model.train().optimize_for_inference() is small_model
     assert not small_model.training
     assert small_model.num_parameters(only_trainable=True) == 0
-    assert torch.equal(small_model(x).logits, before)
+    torch.testing.assert_close(small_model(x).logits, before)
     assert small_model.bfloat16()(x).logits.dtype == torch.bfloat16
     assert torch.equal(small_model.optimize_for_inference()(x).logits, small_model(x).logits)
 
@@ -342,8 +342,9 @@ def test_an_optimized_model_holds_its_weights_once_and_gives_them_back(small_mod
         tmp_path / "plain" / "model.safetensors"
     ).read_bytes()
     copied = copy.deepcopy(small_model)
+    assert torch.equal(copied(x).logits, before)
+    torch.testing.assert_close(small_model(x).logits, before)
     for other in (copied, small_model):
-        assert torch.equal(other(x).logits, before)
         assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
     small_model.load_state_dict({name: value * 2 for name, value in state.items()})
     assert torch.equal(small_model.head.dense.weight, state["head.dense.weight"] * 2)
@@ -358,7 +359,7 @@ def test_an_optimized_model_still_differentiates_by_its_input(small_model):
     plain = small_model(inputs_embeds=embeds).logits
     (expected,) = torch.autograd.grad(plain.square().sum(), embeds)
     fast = small_model.optimize_for_inference()(inputs_embeds=embeds).logits
-    assert torch.equal(fast, plain)
+    torch.testing.assert_close(fast, plain)
     torch.testing.assert_close(torch.autograd.grad(fast.square().sum(), embeds)[0], expected)
 
 

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from modernbert import __version__
+from modernbert.cli.bench import bench
 from modernbert.cli.explain import attention, attribution
 from modernbert.cli.info import info
 from modernbert.cli.run import embed, run, score
@@ -23,6 +24,7 @@ app.command()(run)
 app.command()(embed)
 app.command()(score)
 app.command()(info)
+app.command()(bench)
 app.command()(attention)
 app.command()(attribution)
 app.command("train-tokenizer")(train_tokenizer)

@@ -122,6 +122,11 @@ class Backbone(PreTrainedModel):
             else tuple(EagerAttention.pad_weights(w, inputs.packing) for w in weights),
         )
 
+    def time_parts(self, inputs: PackedInputs) -> dict[str, float]:
+        """Seconds that each kind of operation takes in one pass of an optimized model."""
+        assert self.fused is not None
+        return self.fused.time_parts(inputs, self._shared(inputs, self.dtype, False, False, None))
+
     def _shared(
         self,
         inputs: PackedInputs,

@@ -8,7 +8,8 @@ Shapes: T tokens of all texts together, M hidden size, I intermediate size, H he
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from modernbert.config import Config
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Layer, LayerContext, Linear
-from modernbert.native.library import DTYPES, Attention, Normalize
+from modernbert.native.library import DTYPES, Attention, Normalize, serving
 from modernbert.native.library import Product as ProductStruct
 from modernbert.native.operations import NativeWeight, Norm, Product, Program
 from modernbert.ops.attention.native import NativeAttention
@@ -31,6 +32,19 @@ if TYPE_CHECKING:
 _LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output
 
 
+_PARTS = ("q, k, v", "attention", "attention's output", "gate", "MLP's output")
+
+
+class _Pass(NamedTuple):
+    """One forward pass: what runs, on which memory, and what else has to live as long."""
+
+    program: Program
+    x_TM: Tensor
+    work: Tensor
+    last_TM: Tensor
+    kept: tuple[Tensor | None, ...]
+
+
 class FusedLayers:
     """The forward pass of an optimized backbone, for as long as its weights stay what they were.
 
@@ -40,6 +54,9 @@ class FusedLayers:
 
     def __init__(self, model: Backbone) -> None:
         self.model = model
+        found = serving(model.dtype, model.device)
+        assert found is not None
+        self.kernels = found.name
         layers = [layer for layer in model.layers if isinstance(layer, Layer)]
         self.kinds = [layer.kind for layer in layers]
         self.heads = [layer.attn.heads for layer in layers]
@@ -112,37 +129,56 @@ class FusedLayers:
         self, inputs: PackedInputs, shared: dict[str, LayerContext], want_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
+        run = self._begin(inputs)
+        states: list[Tensor] = []
+        if any(context.cached is not None for context in shared.values()):
+            self._go_on(run, shared, states if want_states else None)
+            return run.last_TM, (*states, run.last_TM) if want_states else None
+        self._aim_attention(run, shared)
+        if want_states:
+            for number in range(len(self.kinds)):
+                run.program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
+                states.append(run.x_TM.to(run.last_TM.dtype, copy=True))
+            run.program.run(1 + (len(self.kinds) - 1) * _LAYER)
+        else:
+            run.program.run()
+        return run.last_TM, (*states, run.last_TM) if want_states else None
+
+    def time_parts(self, inputs: PackedInputs, shared: dict[str, LayerContext]) -> dict[str, float]:
+        """Seconds of each kind of operation in one pass."""
+        run = self._begin(inputs)
+        self._aim_attention(run, shared)
+        seconds: dict[str, float] = {}
+        for row in range(len(self.kinds) * _LAYER + 2):
+            number, part = divmod(row - 1, _LAYER)
+            name = _PARTS[part] if 0 <= number < len(self.kinds) else "embedding, last norm"
+            name = f"{self.kinds[number].removesuffix('_attention')} {name}" if name == "attention" else name
+            start = time.perf_counter()
+            run.program.run(row, row + 1)
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        return seconds
+
+    def _begin(self, inputs: PackedInputs) -> _Pass:
+        """Memory for one pass, and the program that knows of it, but for the attention."""
         dtype, config, T = self.model.dtype, self.model.config, inputs.packing.tokens
         x_TM = torch.empty(T, config.hidden_size)
         last_TM = torch.empty(T, config.hidden_size, dtype=dtype)
         work = torch.empty(T * self.width, dtype=dtype)
-        table = (
-            self.model.embeddings.tok_embeddings.weight if inputs.embeds_TM is None else inputs.embeds_TM.contiguous()
-        )
+        embeds_TM = inputs.embeds_TM
+        table = self.model.embeddings.tok_embeddings.weight if embeds_TM is None else embeds_TM.contiguous()
         program = self.program.begin()
         program.set(0, Normalize, rows=T, table_data=table, table_dtype=DTYPES[table.dtype], out_data=x_TM)
-        if inputs.ids_T is not None:
-            ids_T = inputs.ids_T.long().contiguous()
+        ids_T = None if inputs.ids_T is None else inputs.ids_T.long().contiguous()
+        if ids_T is not None:
             program.set(0, Normalize, ids=ids_T)
         for start, x, out in ((1, x_TM, work), (3, work, x_TM), (4, x_TM, work), (5, work, x_TM)):
             program.set(slice(start, -1, _LAYER), ProductStruct, rows=T, x_data=x, out_data=out)
         program.set(-1, Normalize, rows=T, table_data=x_TM, out_data=last_TM)
-        states: list[Tensor] = []
-        if any(context.cached is not None for context in shared.values()):
-            self._go_on(program, shared, x_TM, work, states if want_states else None)
-            return last_TM, (*states, last_TM) if want_states else None
-        self._aim_attention(program, shared, work)
-        if want_states:
-            for number in range(len(self.kinds)):
-                program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
-                states.append(x_TM.to(dtype, copy=True))
-            program.run(1 + (len(self.kinds) - 1) * _LAYER)
-        else:
-            program.run()
-        return last_TM, (*states, last_TM) if want_states else None
+        return _Pass(program, x_TM, work, last_TM, (table, ids_T))
 
-    def _aim_attention(self, program: Program, shared: dict[str, LayerContext], work: Tensor) -> None:
+    def _aim_attention(self, run: _Pass, shared: dict[str, LayerContext]) -> None:
         """Point the attention of all layers at the texts, the angles, and the queries, keys and values in `work`."""
+        program, work = run.program, run.work
         size = work.element_size() * self.model.config.head_dim
         for kind, context in shared.items():
             rows = [2 + i * _LAYER for i, of in enumerate(self.kinds) if of == kind]
@@ -155,15 +191,9 @@ class FusedLayers:
             program.set(rows, Attention, cos=cos, sin=sin, key_cos=cos, key_sin=sin)
             program.set(rows, Attention, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
 
-    def _go_on(
-        self,
-        program: Program,
-        shared: dict[str, LayerContext],
-        x_TM: Tensor,
-        work: Tensor,
-        states: list[Tensor] | None,
-    ) -> None:
+    def _go_on(self, run: _Pass, shared: dict[str, LayerContext], states: list[Tensor] | None) -> None:
         """The layers with a cache, which does the attention: the rest of one layer runs with the start of the next."""
+        program, x_TM, work, _, _ = run
         T, D = len(x_TM), self.model.config.head_dim
         program.run(0, 2)
         for number, (kind, heads) in enumerate(zip(self.kinds, self.heads, strict=True)):

@@ -1,0 +1,215 @@
+/* Random operations on every set of kernels that runs here, against the definition in double precision. Memory is just
+ * as large as the operation may touch, so that a sanitizer sees every number read or written beside it. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+extern const Kernels *modernbert_kernels(const char *, const char **);
+extern int64_t modernbert_packed_bytes(const Kernels *, const Weight *);
+extern void modernbert_pack(const Kernels *, const Weight *);
+extern void modernbert_unpack(const Kernels *, const Weight *);
+extern int modernbert_run(const Kernels *, const Operation *, int64_t, int64_t);
+
+static uint64_t state = 1;
+static int64_t below(int64_t n) {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return (int64_t)((state >> 33) % (uint64_t)n);
+}
+static double number(void) { return below(2000001) / 1e6 - 1; }
+
+static double get(const Rows *x, int64_t row, int64_t column) {
+  int64_t at = row * x->stride + column;
+  if (x->dtype == F32) return ((float *)x->data)[at];
+  uint32_t bits = (uint32_t)((uint16_t *)x->data)[at] << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+static void put(const Rows *x, int64_t row, int64_t column, double value) {
+  int64_t at = row * x->stride + column;
+  float narrow = (float)value;
+  uint32_t bits;
+  memcpy(&bits, &narrow, 4);
+  if (x->dtype == F32) ((float *)x->data)[at] = narrow;
+  else ((uint16_t *)x->data)[at] = (uint16_t)(bits >> 16);
+}
+static Rows rows_of(int64_t rows, int64_t width, int64_t gap, int64_t dtype) {
+  int64_t stride = width + gap, size = dtype == F32 ? 4 : 2, count = rows ? (rows - 1) * stride + width : 0;
+  Rows x = {malloc((size_t)(count * size)), stride, dtype};
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < width; c++) put(&x, r, c, number());
+  return x;
+}
+static float *floats(int64_t count) {
+  float *x = malloc((size_t)count * 4);
+  for (int64_t i = 0; i < count; i++) x[i] = (float)number();
+  return x;
+}
+static Rows copy_of(const Rows *x, int64_t rows, int64_t width) {
+  Rows y = rows_of(rows, width, 0, F32);
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < width; c++) put(&y, r, c, get(x, r, c));
+  return y;
+}
+
+static int wrong = 0;
+static void expect(const char *what, double got, double wanted, double limit) {
+  if (fabs(got - wanted) <= limit * (1 + fabs(wanted))) return;
+  if (wrong++ < 10) printf("%s: %g where %g is right\n", what, got, wanted);
+}
+
+static void run(const Kernels *k, Operation *op) {
+  if (modernbert_run(k, op, 1, 1 + below(3))) printf("no memory\n"), exit(2);
+}
+
+static double normed(const Norm *norm, const Rows *x, int64_t row, int64_t width, int64_t at) {
+  double mean = 0, square = 0;
+  if (!norm->weight) return get(x, row, at);
+  for (int64_t i = 0; i < width; i++) mean += get(x, row, i) / (double)width;
+  for (int64_t i = 0; i < width; i++) square += pow(get(x, row, i) - mean, 2) / (double)width;
+  return (get(x, row, at) - mean) / sqrt(square + norm->epsilon) * norm->weight[at] + (norm->bias ? norm->bias[at] : 0);
+}
+
+static void fuzz_product(const Kernels *k) {
+  int64_t dtype = below(2), gated = below(3) == 0, inputs = 1 + below(90), outputs = (1 + below(100)) * (gated ? 2 : 1);
+  int64_t rows = below(4) ? below(70) : below(600), width = gated ? outputs / 2 : outputs;
+  Rows plain = rows_of(outputs, inputs, 0, dtype);
+  Operation op = {.kind = PRODUCT};
+  Product *p = &op.product;
+  p->rows = rows;
+  p->weight = (Weight){outputs, inputs, gated, dtype, 0, plain.data, below(2) ? floats(outputs) : 0};
+  size_t bytes = (size_t)modernbert_packed_bytes(k, &p->weight);
+  p->weight.packed = aligned_alloc(64, (bytes + 63) / 64 * 64);
+  modernbert_pack(k, &p->weight);
+  Weight back = p->weight;
+  back.plain = malloc((size_t)(outputs * inputs * (dtype == F32 ? 4 : 2)));
+  modernbert_unpack(k, &back);
+  if (memcmp(back.plain, plain.data, (size_t)(outputs * inputs * (dtype == F32 ? 4 : 2)))) wrong++, printf("unpack\n");
+  p->x = rows_of(rows, inputs, below(3), below(2));
+  if (below(2)) p->norm = (Norm){floats(inputs), below(2) ? floats(inputs) : 0, 1e-5f};
+  p->epilogue = gated ? GATE : below(2) ? ADD : WRITE;
+  p->activation = below(4);
+  p->out = rows_of(rows, width, below(3), below(2));
+  Rows before = copy_of(&p->out, rows, width);
+  run(k, &op);
+  int rounded = dtype == BF16 && k->multiplies;
+  double limit = p->out.dtype == BF16 || rounded ? 0.04 : 2e-5;
+  if (rounded) limit *= sqrt((double)inputs) / 4 + 1;
+  double *sums = malloc((size_t)outputs * 8), *x = malloc((size_t)inputs * 8);
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t i = 0; i < inputs; i++) x[i] = normed(&p->norm, &p->x, r, inputs, i);
+    for (int64_t o = 0; o < outputs; o++) {
+      sums[o] = p->weight.bias ? p->weight.bias[o] : 0;
+      for (int64_t i = 0; i < inputs; i++) sums[o] += x[i] * get(&plain, o, i);
+    }
+    for (int64_t o = 0; o < width; o++) {
+      double u = sums[o], wanted = u + (p->epilogue == ADD ? get(&before, r, o) : 0);
+      if (gated) {
+        double tanh_gelu = u / 2 * (1 + tanh(0.7978845608 * (u + 0.044715 * u * u * u)));
+        double exact = u / 2 * (1 + erf(u / sqrt(2)));
+        double all[] = {exact, tanh_gelu, u > 0 ? u : 0, u / (1 + exp(-u))};
+        wanted = all[p->activation] * sums[width + o];
+      }
+      expect("product", get(&p->out, r, o), wanted, limit * (gated ? 4 : 1));
+    }
+  }
+  free(sums), free(x), free(plain.data), free((void *)p->weight.bias), free(p->weight.packed), free((void *)back.plain);
+  free(p->x.data), free((void *)p->norm.weight), free((void *)p->norm.bias), free(p->out.data), free(before.data);
+}
+
+static void fuzz_normalize(const Kernels *k) {
+  Operation op = {.kind = NORMALIZE};
+  Normalize *n = &op.normalize;
+  int64_t table = 1 + below(50);
+  n->rows = below(150), n->width = 1 + below(100);
+  int64_t *ids = malloc((size_t)n->rows * 8);
+  for (int64_t i = 0; i < n->rows; i++) ids[i] = below(table);
+  n->table = rows_of(table, n->width, below(3), below(2));
+  if (n->rows > table || below(2)) n->ids = ids;
+  n->norm = (Norm){floats(n->width), below(2) ? floats(n->width) : 0, 1e-5f};
+  n->out = rows_of(n->rows, n->width, below(3), below(2));
+  run(k, &op);
+  for (int64_t r = 0; r < n->rows; r++)
+    for (int64_t i = 0; i < n->width; i++)
+      expect("normalize", get(&n->out, r, i), normed(&n->norm, &n->table, n->ids ? ids[r] : r, n->width, i),
+             n->out.dtype == BF16 ? 0.01 : 1e-4);
+  free(ids), free(n->table.data), free((void *)n->norm.weight), free((void *)n->norm.bias), free(n->out.data);
+}
+
+static double rotated(const Rows *x, const float *cos, const float *sin, int64_t row, int64_t column, int64_t d, int64_t dim) {
+  int64_t other = d < dim / 2 ? d + dim / 2 : d - dim / 2;
+  if (!cos) return get(x, row, column + d);
+  return get(x, row, column + d) * cos[row * dim + d] + get(x, row, column + other) * sin[row * dim + d];
+}
+
+static void fuzz_attention(const Kernels *k) {
+  static const int64_t lengths[] = {0, 1, 2, 17, 63, 64, 65, 129, 200};
+  Operation op = {.kind = ATTENTION};
+  Attention *a = &op.attention;
+  int64_t starts[6] = {0}, dtype = below(2), elsewhere = below(3) == 0;
+  a->texts = 1 + below(4), a->heads = 1 + below(3), a->head_dim = 2 * (1 + below(40)), a->scale = 0.3f;
+  int64_t first[5], length[5], keys = 0, width = a->heads * a->head_dim, dim = a->head_dim;
+  for (int64_t i = 0; i < a->texts; i++) {
+    starts[i + 1] = starts[i] + lengths[below(9)];
+    first[i] = keys + below(3), length[i] = 1 + below(150), keys = first[i] + length[i];
+  }
+  int64_t tokens = starts[a->texts], *positions = malloc((size_t)tokens * 8), stored = elsewhere ? keys : tokens;
+  for (int64_t i = 0; i < a->texts; i++)
+    for (int64_t r = starts[i]; r < starts[i + 1]; r++)
+      positions[r] = r == starts[i] ? below(3) : positions[r - 1] + 1 + (below(9) == 0);
+  a->starts = starts, a->left = a->right = -1;
+  if (elsewhere) a->key_first = first, a->key_length = length;
+  else if (below(3)) {
+    a->positions = a->key_positions = positions;
+    a->left = below(3) ? below(80) : -1, a->right = below(3) ? below(80) : -1;
+  }
+  if (below(2)) {
+    a->cos = floats(tokens * dim), a->sin = floats(tokens * dim);
+    if (!elsewhere) a->key_cos = a->cos, a->key_sin = a->sin;
+  }
+  a->q = rows_of(tokens, width, below(3), dtype);
+  a->k = rows_of(stored, width, below(3), dtype), a->v = rows_of(stored, width, below(3), dtype);
+  Rows before = copy_of(&a->q, tokens, width);
+  a->out = below(2) ? a->q : rows_of(tokens, width, 0, dtype);
+  run(k, &op);
+  double *weights = malloc((size_t)(stored + 1) * 8), limit = dtype == BF16 ? 0.03 : 2e-5;
+  for (int64_t t = 0; t < a->texts; t++)
+    for (int64_t r = starts[t]; r < starts[t + 1]; r++)
+      for (int64_t h = 0; h < a->heads; h++) {
+        int64_t from = elsewhere ? first[t] : starts[t], to = elsewhere ? from + length[t] : starts[t + 1];
+        double total = 0;
+        for (int64_t j = from; j < to; j++) {
+          double score = 0;
+          int hidden = a->positions && ((a->left >= 0 && positions[j] < positions[r] - a->left) ||
+                                        (a->right >= 0 && positions[j] > positions[r] + a->right));
+          for (int64_t d = 0; d < dim; d++)
+            score += rotated(&before, a->cos, a->sin, r, h * dim, d, dim) *
+                     rotated(&a->k, a->key_cos, a->key_sin, j, h * dim, d, dim);
+          total += weights[j] = hidden ? 0 : exp(score * a->scale);
+        }
+        for (int64_t d = 0; d < dim; d++) {
+          double wanted = 0;
+          for (int64_t j = from; j < to; j++) wanted += weights[j] / total * get(&a->v, j, h * dim + d);
+          expect("attention", get(&a->out, r, h * dim + d), wanted, limit);
+        }
+      }
+  if (a->out.data != a->q.data) free(a->out.data);
+  free(weights), free(positions), free((void *)a->cos), free((void *)a->sin);
+  free(a->q.data), free(a->k.data), free(a->v.data), free(before.data);
+}
+
+int main(int count, char **arguments) {
+  static const char *names[] = {"avx512bf16", "imitated", "avx512", "avx2", "portable"};
+  int64_t rounds = count > 1 ? atol(arguments[1]) : 100;
+  for (int i = 0; i < 5; i++) {
+    const char *name = 0;
+    const Kernels *k = modernbert_kernels(names[i], &name);
+    if (!k) continue;
+    for (int64_t r = 0; r < rounds; r++) fuzz_product(k), fuzz_normalize(k), fuzz_attention(k);
+    printf("%s %s\n", name, wrong ? "wrong" : "right");
+  }
+  return wrong != 0;
+}
