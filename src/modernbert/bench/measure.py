@@ -159,7 +159,7 @@ def measure(model: Backbone, workload: str, machine: Limits, seconds: float = 2.
     if model.fused is not None:
         inputs = model.pack_inputs(ids, None, cu_seqlens=starts)
         parts = model.time_parts(inputs)
-        parts["the rest"] = max(0.0, fastest - sum(parts.values()))
+        parts["rest"] = max(0.0, fastest - sum(parts.values()))
     return Result(
         workload,
         sum(lengths),

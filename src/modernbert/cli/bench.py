@@ -68,7 +68,9 @@ def bench(
 def _load(model: str | None, dtype: str) -> Any:
     import torch
 
-    from modernbert import AutoModel, ModernBertConfig, ModernBertModel
+    from modernbert.auto import AutoModel
+    from modernbert.config import ModernBertConfig
+    from modernbert.models.encoder import ModernBertModel
 
     if model is not None:
         return AutoModel.from_pretrained(model, dtype=dtype)
@@ -87,12 +89,12 @@ def _show(dtype: str, machine: Limits, results: list[Result]) -> None:
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("batch")
-    for name in ("tokens", "ms", "tokens/s", "useful GFLOP/s", "of the limit"):
+    for name in ("tokens", "ms", "tokens/s", "GFLOP/s", "of limit"):
         table.add_column(name, justify="right")
     table.add_column("where the time goes")
     for r in results:
         parts = sorted(r.parts.items(), key=lambda part: -part[1])
-        said = ", ".join(f"{name} {seconds / r.seconds:.0%}" for name, seconds in parts if seconds > 0.005 * r.seconds)
+        said = " ".join(f"{name} {seconds / r.seconds:.0%}" for name, seconds in parts if seconds > 0.005 * r.seconds)
         table.add_row(
             r.workload,
             f"{r.tokens:,}",

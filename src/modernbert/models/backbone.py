@@ -22,7 +22,7 @@ from modernbert.models.inputs import PackedInputs, pack_inputs
 from modernbert.models.layers import Attention, Embeddings, Layer, LayerContext, layer_norm
 from modernbert.models.outputs import BaseModelOutput
 from modernbert.native.library import serving
-from modernbert.ops.attention import choose_backend
+from modernbert.ops.attention import AttentionBackend
 from modernbert.ops.attention.eager import EagerAttention
 from modernbert.ops.rope import rope_tables
 
@@ -52,10 +52,9 @@ class Backbone(PreTrainedModel):
         self._finish()
 
     def fuse(self) -> None:
-        """Take our own kernels where they run, for attention too unless a backend was asked for by name."""
-        if self.attn_implementation == "auto" and serving(self.dtype, self.device) is not None:
-            self.backend = choose_backend("native")
-        self.fused = FusedLayers.of(self)
+        """Take our own kernels where they serve, unless an attention backend of PyTorch was asked for by name."""
+        if self.attn_implementation in ("auto", "native") and serving(self.dtype, self.device) is not None:
+            self.fused = FusedLayers.of(self)
 
     @property
     def pack_inputs(self) -> functools.partial[PackedInputs]:
@@ -91,7 +90,7 @@ class Backbone(PreTrainedModel):
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if self.fused is not None and not want_weights and self.fused.serves(inputs):
-            shared = self._shared(inputs, self.dtype, False, False, cache)
+            shared = self._shared(inputs, self.fused.backend, self.dtype, False, cache)
             last_TM, all_states = self.fused(inputs, shared, want_states)
             if cache is not None:
                 cache.finish()
@@ -99,7 +98,7 @@ class Backbone(PreTrainedModel):
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
         autocast = torch.is_autocast_enabled(x_TM.device.type)
         dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
-        shared = self._shared(inputs, dtype, x_TM.requires_grad, want_weights, cache)
+        shared = self._shared(inputs, self._backend_for(want_weights), dtype, x_TM.requires_grad, cache)
         states = [x_TM]
         weights: list[Any] | None = [] if want_weights else None
         for layer in self.layers:
@@ -125,27 +124,30 @@ class Backbone(PreTrainedModel):
     def time_parts(self, inputs: PackedInputs) -> dict[str, float]:
         """Seconds that each kind of operation takes in one pass of an optimized model."""
         assert self.fused is not None
-        return self.fused.time_parts(inputs, self._shared(inputs, self.dtype, False, False, None))
+        return self.fused.time_parts(inputs, self._shared(inputs, self.fused.backend, self.dtype, False, None))
+
+    def _backend_for(self, want_weights: bool) -> AttentionBackend:
+        """The backend of one pass: another one where attention weights are wanted and ours never makes any."""
+        if not want_weights or isinstance(self.backend, EagerAttention):
+            return self.backend
+        if self.attn_implementation != "auto":
+            raise InputError(
+                f"output_attentions needs attention weights, which attn_implementation "
+                f"{self.attn_implementation!r} never makes; load the model with 'eager' or 'auto'"
+            )
+        logger.info("attention backend: eager for this call, which wants attention weights")
+        return EagerAttention()
 
     def _shared(
         self,
         inputs: PackedInputs,
+        backend: AttentionBackend,
         dtype: torch.dtype,
         differentiable: bool,
-        want_weights: bool,
         cache: DecoderCache | None,
     ) -> dict[str, LayerContext]:
         """Masks and rotary tables, once for each kind of layer; `dtype` is of q, k and v."""
         config, packing = self.config, inputs.packing
-        backend = self.backend
-        if want_weights and not isinstance(backend, EagerAttention):
-            if self.attn_implementation != "auto":
-                raise InputError(
-                    f"output_attentions needs attention weights, which attn_implementation "
-                    f"{self.attn_implementation!r} never makes; load the model with 'eager' or 'auto'"
-                )
-            logger.info("attention backend: eager for this call, which wants attention weights")
-            backend = EagerAttention()
         begun = None if cache is None else cache.begin(packing, dtype)
         gather = isinstance(backend, EagerAttention) or (begun is not None and any(begun.past) and differentiable)
         shared = {}

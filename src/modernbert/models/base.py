@@ -361,11 +361,10 @@ class PreTrainedModel(nn.Module):
             model.is_gradient_checkpointing = False
 
     def optimize_for_inference(self) -> Self:
-        """Make the model ready to serve on its device: evaluation mode, no gradients, weights laid out once.
+        """Make the model ready to serve: evaluation mode, no gradients, weights laid out once; own kernels on a CPU.
 
-        Changes the model in place and returns it. Results stay the same, bit for bit. Weights are held in the
-        packed layout alone; saving, copying, moving, resizing and pruning give the plain one back, and the latter
-        three end the optimization.
+        Changes the model in place and returns it. Results stay the same but for rounding, and a text's do not depend
+        on its batch. Saving and copying give the plain weights back; moving, resizing and pruning end it as well.
         """
         self.eval().requires_grad_(False)
         shared = self.get_input_embeddings().weight

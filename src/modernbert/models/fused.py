@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output
 
 
-_PARTS = ("q, k, v", "attention", "attention's output", "gate", "MLP's output")
+_PARTS = ("qkv", "attention", "out", "gate", "down")
 
 
 class _Pass(NamedTuple):
@@ -54,6 +54,7 @@ class FusedLayers:
 
     def __init__(self, model: Backbone) -> None:
         self.model = model
+        self.backend = NativeAttention()
         found = serving(model.dtype, model.device)
         assert found is not None
         self.kernels = found.name
@@ -99,7 +100,7 @@ class FusedLayers:
     @classmethod
     def of(cls, model: Backbone) -> FusedLayers | None:
         """The fused layers of a packed model; None where its layers are not all packed by our own kernels."""
-        ours = isinstance(model.backend, NativeAttention) and all(
+        ours = all(
             isinstance(layer, Layer) and isinstance(_qkv(layer), NativeWeight) and _gated(layer.mlp.Wi.packed)
             for layer in model.layers
         )
@@ -145,14 +146,19 @@ class FusedLayers:
         return run.last_TM, (*states, run.last_TM) if want_states else None
 
     def time_parts(self, inputs: PackedInputs, shared: dict[str, LayerContext]) -> dict[str, float]:
-        """Seconds of each kind of operation in one pass."""
+        """Seconds of each kind of operation in one pass.
+
+        Products: qkv, out (of the attention), gate and down (of the MLP); attention: local and global; ends: embedding
+        and last norm.
+        """
         run = self._begin(inputs)
         self._aim_attention(run, shared)
         seconds: dict[str, float] = {}
         for row in range(len(self.kinds) * _LAYER + 2):
             number, part = divmod(row - 1, _LAYER)
-            name = _PARTS[part] if 0 <= number < len(self.kinds) else "embedding, last norm"
-            name = f"{self.kinds[number].removesuffix('_attention')} {name}" if name == "attention" else name
+            name = _PARTS[part] if 0 <= number < len(self.kinds) else "ends"
+            if name == "attention":
+                name = "global" if self.model.config.reach(self.kinds[number]).left is None else "local"
             start = time.perf_counter()
             run.program.run(row, row + 1)
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
