@@ -41,7 +41,6 @@ class _Pass(NamedTuple):
     program: Program
     x_TM: Tensor
     work: Tensor
-    last_TM: Tensor
     kept: tuple[Tensor | None, ...]
 
 
@@ -134,16 +133,17 @@ class FusedLayers:
         states: list[Tensor] = []
         if any(context.cached is not None for context in shared.values()):
             self._go_on(run, shared, states if want_states else None)
-            return run.last_TM, (*states, run.last_TM) if want_states else None
-        self._aim_attention(run, shared)
-        if want_states:
-            for number in range(len(self.kinds)):
-                run.program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
-                states.append(run.x_TM.to(run.last_TM.dtype, copy=True))
-            run.program.run(1 + (len(self.kinds) - 1) * _LAYER)
         else:
-            run.program.run()
-        return run.last_TM, (*states, run.last_TM) if want_states else None
+            self._aim_attention(run, shared)
+            if want_states:
+                for number in range(len(self.kinds)):
+                    run.program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
+                    states.append(run.x_TM.to(self.model.dtype, copy=True))
+                run.program.run(1 + (len(self.kinds) - 1) * _LAYER, -1)
+            else:
+                run.program.run(0, -1)
+        last_TM = self._finish(run)
+        return last_TM, (*states, last_TM) if want_states else None
 
     def time_parts(self, inputs: PackedInputs, shared: dict[str, LayerContext]) -> dict[str, float]:
         """Seconds of each kind of operation in one pass.
@@ -154,22 +154,24 @@ class FusedLayers:
         run = self._begin(inputs)
         self._aim_attention(run, shared)
         seconds: dict[str, float] = {}
-        for row in range(len(self.kinds) * _LAYER + 2):
+        for row in range(len(self.kinds) * _LAYER + 1):
             number, part = divmod(row - 1, _LAYER)
-            name = _PARTS[part] if 0 <= number < len(self.kinds) else "ends"
+            name = _PARTS[part] if row else "ends"
             if name == "attention":
                 name = "global" if self.model.config.reach(self.kinds[number]).left is None else "local"
             start = time.perf_counter()
             run.program.run(row, row + 1)
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        start = time.perf_counter()
+        self._finish(run)
+        seconds["ends"] += time.perf_counter() - start
         return seconds
 
     def _begin(self, inputs: PackedInputs) -> _Pass:
-        """Memory for one pass, and the program that knows of it, but for the attention."""
-        dtype, config, T = self.model.dtype, self.model.config, inputs.packing.tokens
-        x_TM = torch.empty(T, config.hidden_size)
-        last_TM = torch.empty(T, config.hidden_size, dtype=dtype)
-        work = torch.empty(T * self.width, dtype=dtype)
+        """Memory for one pass, and the program that knows of it, but for the attention and the last norm."""
+        T = inputs.packing.tokens
+        x_TM = torch.empty(T, self.model.config.hidden_size)
+        work = torch.empty(T * self.width, dtype=self.model.dtype)
         embeds_TM = inputs.embeds_TM
         table = self.model.embeddings.tok_embeddings.weight if embeds_TM is None else embeds_TM.contiguous()
         program = self.program.begin()
@@ -179,8 +181,17 @@ class FusedLayers:
             program.set(0, Normalize, ids=ids_T)
         for start, x, out in ((1, x_TM, work), (3, work, x_TM), (4, x_TM, work), (5, work, x_TM)):
             program.set(slice(start, -1, _LAYER), ProductStruct, rows=T, x_data=x, out_data=out)
-        program.set(-1, Normalize, rows=T, table_data=x_TM, out_data=last_TM)
-        return _Pass(program, x_TM, work, last_TM, (table, ids_T))
+        return _Pass(program, x_TM, work, (table, ids_T))
+
+    def _finish(self, run: _Pass) -> Tensor:
+        """The last norm: over x itself where its dtype is wanted, else after giving back the memory in between."""
+        last_TM = run.x_TM
+        if self.model.dtype != torch.float32:
+            run.work.untyped_storage().resize_(0)
+            last_TM = torch.empty_like(run.x_TM, dtype=self.model.dtype)
+        run.program.set(-1, Normalize, rows=len(last_TM), table_data=run.x_TM, out_data=last_TM)
+        run.program.run(-1)
+        return last_TM
 
     def _aim_attention(self, run: _Pass, shared: dict[str, LayerContext]) -> None:
         """Point the attention of all layers at the texts, the angles, and the queries, keys and values in `work`."""
@@ -199,7 +210,7 @@ class FusedLayers:
 
     def _go_on(self, run: _Pass, shared: dict[str, LayerContext], states: list[Tensor] | None) -> None:
         """The layers with a cache, which does the attention: the rest of one layer runs with the start of the next."""
-        program, x_TM, work, _, _ = run
+        program, x_TM, work, _ = run
         T, D = len(x_TM), self.model.config.head_dim
         program.run(0, 2)
         for number, (kind, heads) in enumerate(zip(self.kinds, self.heads, strict=True)):
@@ -213,7 +224,6 @@ class FusedLayers:
             program.set(at + 2, ProductStruct, x_data=out_TW, x_stride=heads * D)
             last = number == len(self.kinds) - 1
             program.run(at + 2, at + _LAYER + (0 if last else 1))
-        program.run(len(self.kinds) * _LAYER + 1)
 
 
 def _version(parameter: Tensor) -> int | None:
