@@ -94,7 +94,8 @@ def _show(dtype: str, machine: Limits, results: list[Result]) -> None:
     table.add_column("where the time goes")
     for r in results:
         parts = sorted(r.parts.items(), key=lambda part: -part[1])
-        said = " ".join(f"{name} {seconds / r.seconds:.0%}" for name, seconds in parts if seconds > 0.005 * r.seconds)
+        total = sum(r.parts.values())
+        said = " ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts if seconds > 0.005 * total)
         table.add_row(
             r.workload,
             f"{r.tokens:,}",
