@@ -1,16 +1,19 @@
 """Builds the kernels when the package is installed; without a C compiler the package works too, more slowly."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread"]
+FLAGS = ["-std=gnu11", "-O3", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno"]
+SHARED = ["-fPIC", "-shared", "-pthread"]
 
 
 class KernelsHook(BuildHookInterface):
@@ -37,17 +40,19 @@ class KernelsHook(BuildHookInterface):
         if sys.platform == "win32":
             return "They are not built on Windows."
         names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-        found = next((path for name in names if (path := shutil.which(name))), None)
+        found = next((words for name in names if shutil.which((words := shlex.split(name))[0])), None)
         if found is None:
             return f"There is no C compiler ({', '.join(names)})."
-        temporary = target.with_suffix(".tmp")
-        command = [found, *FLAGS, "-o", str(temporary), *map(str, sorted(folder.glob("*.c"))), "-lm"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return str(error)
-        if done.returncode:
-            temporary.unlink(missing_ok=True)
-            return f"{found} says: {done.stderr.strip()[-500:]}"
-        temporary.replace(target)
-        return None
+        sources = [str(path) for path in sorted(folder.glob("*.c"))]
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            out = Path(temporary) / target.name
+            for more in ([], ["-DWITHOUT_BF16"]):  # older compilers do not know the instruction
+                try:
+                    command = [*found, *FLAGS, *SHARED, *more, "-o", str(out), *sources, "-lm"]
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+                except (OSError, subprocess.TimeoutExpired) as error:
+                    return str(error)
+                if done.returncode == 0:
+                    out.replace(target)
+                    return None
+        return f"{found[0]} says: {done.stderr.strip()[-500:]}"

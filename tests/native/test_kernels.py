@@ -210,6 +210,77 @@ def test_what_listens_or_changes_takes_the_plain_path():
         assert not again.fused.serves(again.pack_inputs(ids, None, attention_mask=mask))
 
 
+def replace_output(model):
+    model.layers[0].attn.Wo = torch.nn.Sequential(model.layers[0].attn.Wo)
+
+
+def drop_layers(model):
+    model.layers = model.layers[:1]
+
+
+def new_forward(model):
+    model.layers[1].mlp.forward = lambda x: x * 0
+
+
+def write_to_bias(model):
+    with torch.no_grad():
+        model.layers[0].mlp.Wo.bias.add_(1)
+
+
+def swap_data(model):
+    model.final_norm.weight.data = model.final_norm.weight.data * 2
+
+
+def add_bias(model):
+    model.final_norm.bias = torch.nn.Parameter(torch.ones_like(model.final_norm.weight), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change", [replace_output, drop_layers, new_forward, write_to_bias, swap_data, add_bias], ids=lambda f: f.__name__
+)
+@torch.no_grad()
+def test_a_change_after_optimizing_counts(change):
+    ids, mask = batch()
+    options = {"mlp_bias": True, "attention_bias": True}
+    plain, fast = model_of(**options), model_of(**options).optimize_for_inference()
+    before = fast(ids, attention_mask=mask)[0]
+    change(plain)
+    change(fast)
+    after = fast(ids, attention_mask=mask)[0]
+    torch.testing.assert_close(after, plain(ids, attention_mask=mask)[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before)
+    assert fast.fused is None
+
+
+@torch.no_grad()
+def test_inner_hooks_and_inner_dropout_are_served():
+    ids, mask = batch()
+    model, seen = model_of(mlp_dropout=0.5).optimize_for_inference(), []
+    model.layers[0].mlp.Wi.register_forward_hook(lambda *_: seen.append(1))
+    still = model(ids, attention_mask=mask)[0]
+    assert seen
+    model.layers[1].mlp.drop.train()
+    assert not torch.equal(model(ids, attention_mask=mask)[0], still)
+
+
+@torch.no_grad()
+def test_a_default_dtype_of_another_kind_is_nothing_to_the_kernels():
+    ids, mask = batch()
+    model = model_of().optimize_for_inference()
+    expected = model(ids, attention_mask=mask)[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(model(ids, attention_mask=mask)[0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_library_of_another_version_is_not_taken(monkeypatch):
+    monkeypatch.setattr(native, "_LAYOUT", 99)
+    with pytest.raises(OSError, match="another version"):
+        native.Library(native.FILE)
+
+
 def test_one_model_in_several_threads():
     model = model_of(kind=ModernBertForMaskedLM).optimize_for_inference()
     batches = [batch((n, 5, 70)) for n in (70, 200, 300, 90)]

@@ -13,7 +13,8 @@ from modernbert.native import library
 SOURCES = Path(library.__file__).parent
 COMPILER = os.environ.get("CC") or shutil.which("cc")
 # bfloat16 products are imitated where the processor has none, so that their layout is seen as well.
-FLAGS = ["-std=gnu11", "-O1", "-g", "-ffp-contract=fast", "-fno-math-errno", "-DIMITATE_BF16", "-pthread"]
+FLAGS = ["-std=gnu11", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-pthread"]
+FLAGS += ["-DIMITATE_BF16"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 

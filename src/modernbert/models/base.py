@@ -357,8 +357,7 @@ class PreTrainedModel(nn.Module):
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations for the backward pass again."""
-        for model in (self, self.base_model):
-            model.is_gradient_checkpointing = False
+        self.is_gradient_checkpointing = self.base_model.is_gradient_checkpointing = False
 
     def optimize_for_inference(self) -> Self:
         """Make the model ready to serve: evaluation mode, no gradients, weights laid out once; own kernels on a CPU.
@@ -382,6 +381,7 @@ class PreTrainedModel(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.unpack()
+        self.base_model.fused = None
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, tied ones once."""

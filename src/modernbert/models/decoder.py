@@ -17,7 +17,7 @@ from modernbert.models.backbone import Backbone, check_kwargs, restore_all
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.cache import DecoderCache
 from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Attention, Linear, pack_together, select
+from modernbert.models.layers import Attention, Linear, listens, pack_together, select
 from modernbert.models.outputs import BaseModelOutputWithPast
 from modernbert.ops.linear import Packed, PackedPart, serves_packed
 
@@ -35,17 +35,25 @@ class DecoderAttention(Attention):
     def project(self, x_TM: Tensor) -> Tensor:
         """(T, M) to (T, 3, H, D)."""
         parts = (self.q_proj, self.k_proj, self.v_proj)
-        packed = self.q_proj.packed
-        if isinstance(packed, PackedPart) and serves_packed(x_TM):
-            qkv = packed.whole.product(x_TM)
+        whole = self._whole()
+        if whole is not None and serves_packed(x_TM, self.q_proj.bias):
+            qkv = whole.product(x_TM)
         else:
             qkv = torch.cat([part(x_TM) for part in parts], dim=-1)
         return qkv.unflatten(-1, (3, self.heads, self.head_dim))
 
+    def _whole(self) -> Packed | None:
+        """What the three are packed as, if nothing came between."""
+        parts = [self.q_proj, self.k_proj, self.v_proj]
+        packed = [getattr(part, "packed", None) for part in parts]
+        wholes = [part.whole if isinstance(part, PackedPart) else None for part in packed]
+        one = wholes[0] if all(whole is wholes[0] for whole in wholes) else None
+        return None if any(listens(part) for part in parts) else one
+
     @property
-    def packed_projection(self) -> Packed | PackedPart | None:
+    def packed_projection(self) -> Packed | None:
         """What the three are packed as, together."""
-        return self.q_proj.packed
+        return self._whole()
 
     def pack(self) -> None:
         """Lay the three projections out as one, for inference."""

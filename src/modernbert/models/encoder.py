@@ -29,9 +29,10 @@ class EncoderAttention(Attention):
         return self.Wqkv(x_TM).unflatten(-1, (3, self.heads, self.head_dim))
 
     @property
-    def packed_projection(self) -> Packed | PackedPart | None:
+    def packed_projection(self) -> Packed | None:
         """What Wqkv is packed as."""
-        return self.Wqkv.packed
+        packed = getattr(self.Wqkv, "packed", None)
+        return None if isinstance(packed, PackedPart) else packed
 
     def select_heads(self, rows: Tensor) -> None:
         """Keep these outputs of each of the three."""

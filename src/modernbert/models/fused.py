@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from modernbert.config import Config
 from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Layer, LayerContext, Linear
+from modernbert.models.layers import MLP, Layer, LayerContext, Linear
+from modernbert.models.layers import Attention as AttentionModule
 from modernbert.native.library import DTYPES, Attention, Normalize, serving
 from modernbert.native.library import Product as ProductStruct
-from modernbert.native.operations import NativeWeight, Norm, Product, Program
+from modernbert.native.operations import NativeWeight, Norm, Product, Program, version_of
 from modernbert.ops.attention.native import NativeAttention
-from modernbert.ops.linear import Packed, PackedPart
 from modernbert.ops.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -72,14 +72,14 @@ class FusedLayers:
         first, last = (_normalize(model.config, norm) for norm in norms)
         self.program = Program([first, *structs, last])
         self._lay_out()
-        parts = [model.embeddings, model.layers, model.final_norm]
-        modules = [module for part in parts for module in part.modules()]
+        modules = [m for part in (model.embeddings, model.layers, model.final_norm) for m in part.modules()]
+        self._modules = modules
+        self._children = [(owner._modules, list(owner._modules.values())) for owner in (model, *modules)]
         self._packed = [(module, module.packed) for module in modules if isinstance(module, Linear)]
-        named = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
-        self._parameters = [(owner, name, p, _version(p)) for owner, name, p in named]
-        self._hooks: list[Any] = [
-            hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        self._parameters = [
+            (owner._parameters, name, p, _state(p)) for owner in modules for name, p in owner._parameters.items()
         ]
+        self._hooks: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def _lay_out(self) -> None:
         """Strides and dtypes, which all passes share. x is float32, everything else of the weights' dtype."""
@@ -93,36 +93,45 @@ class FusedLayers:
         program.set(down, ProductStruct, x_stride=inner, x_dtype=dtype, out_stride=M, out_dtype=0)
         strides = {f"{x}_stride": 3 * own for x in ("q", "k", "v", "out")}
         program.set(attention, Attention, **strides, **{f"{x}_dtype": dtype for x in ("q", "k", "v", "out")})
-        program.set(0, Normalize, table_stride=M, table_dtype=dtype, out_stride=M, out_dtype=0)
+        program.set(0, Normalize, out_stride=M, out_dtype=0)
         program.set(-1, Normalize, table_stride=M, table_dtype=0, out_stride=M, out_dtype=dtype)
 
     @classmethod
     def of(cls, model: Backbone) -> FusedLayers | None:
         """The fused layers of a packed model; None where its layers are not all packed by our own kernels."""
-        ours = all(
-            isinstance(layer, Layer) and isinstance(_qkv(layer), NativeWeight) and _gated(layer.mlp.Wi.packed)
-            for layer in model.layers
-        )
-        return cls(model) if ours else None
+        return cls(model) if len(model.layers) and all(_is_ours(layer) for layer in model.layers) else None
 
     def __reduce__(self) -> Any:  # a copy of a model is not packed
         return type(None), ()
 
     def serves(self, inputs: PackedInputs) -> bool:
         """Whether this pass may be taken: nothing changed, nothing listens, no gradient and no autocast is wanted."""
-        embeds = inputs.embeds_TM
-        given = self.model.dtype if embeds is None else embeds.dtype
-        if self.model.training or torch.is_autocast_enabled("cpu") or given not in (torch.float32, torch.bfloat16):
+        given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
+        assert given is not None
+        if self._changed():
+            self.model.fused = None  # for good: it holds the old weights
+            return False
+        if given.device.type != "cpu" or (given.is_floating_point() and given.dtype not in DTYPES):
             return False
         if torch.is_grad_enabled() and (
-            (embeds is not None and embeds.requires_grad) or any(p.requires_grad for _, _, p, _ in self._parameters)
+            given.requires_grad or any(p is not None and p.requires_grad for _, _, p, _ in self._parameters)
         ):
             return False
+        return not (
+            any(self._hooks)
+            or any(module.training for module in (self.model, *self._modules))
+            or nn.modules.module._has_any_global_hook()
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        )
+
+    def _changed(self) -> bool:
+        """Whether the model is no longer the one whose weights were packed."""
         return (
-            not torch.compiler.is_compiling()
-            and not any(self._hooks)
-            and all(module.packed is packed for module, packed in self._packed)
-            and all(owner[name] is p and _version(p) == before for owner, name, p, before in self._parameters)
+            any(list(owner.values()) != children for owner, children in self._children)
+            or any("forward" in module.__dict__ for module in self._modules)
+            or any(module.packed is not packed for module, packed in self._packed)
+            or any(owner.get(name) is not p or _state(p) != state for owner, name, p, state in self._parameters)
         )
 
     def __call__(
@@ -170,12 +179,13 @@ class FusedLayers:
     def _begin(self, inputs: PackedInputs) -> _Pass:
         """Memory for one pass, and the program that knows of it, but for the attention and the last norm."""
         T = inputs.packing.tokens
-        x_TM = torch.empty(T, self.model.config.hidden_size)
-        work = torch.empty(T * self.width, dtype=self.model.dtype)
+        x_TM = torch.empty(T, self.model.config.hidden_size, dtype=torch.float32, device="cpu")
+        work = torch.empty(T * self.width, dtype=self.model.dtype, device="cpu")
         embeds_TM = inputs.embeds_TM
         table = self.model.embeddings.tok_embeddings.weight if embeds_TM is None else embeds_TM.contiguous()
         program = self.program.begin()
-        program.set(0, Normalize, rows=T, table_data=table, table_dtype=DTYPES[table.dtype], out_data=x_TM)
+        program.set(0, Normalize, rows=T, table_data=table, table_stride=table.stride(0), out_data=x_TM)
+        program.set(0, Normalize, table_dtype=DTYPES[table.dtype])
         ids_T = None if inputs.ids_T is None else inputs.ids_T.long().contiguous()
         if ids_T is not None:
             program.set(0, Normalize, ids=ids_T)
@@ -226,24 +236,30 @@ class FusedLayers:
             program.run(at + 2, at + _LAYER + (0 if last else 1))
 
 
-def _version(parameter: Tensor) -> int | None:
-    return None if parameter.is_inference() else parameter._version
+def _state(parameter: Tensor | None) -> tuple[int, int | None] | None:
+    """What changes when a parameter gets other numbers."""
+    return None if parameter is None else (parameter.data_ptr(), version_of(parameter))
 
 
-def _qkv(layer: Layer) -> Packed | None:
-    """The packed weight of a layer's queries, keys and values."""
-    packed = layer.attn.packed_projection
-    return packed.whole if isinstance(packed, PackedPart) else packed
-
-
-def _gated(packed: Packed | PackedPart | None) -> bool:
-    return isinstance(packed, NativeWeight) and packed.gated
+def _is_ours(layer: nn.Module) -> bool:
+    """Whether a layer is as this package made it, and packed by our own kernels throughout."""
+    if type(layer) is not Layer or type(layer.mlp) is not MLP or not isinstance(layer.attn, AttentionModule):
+        return False
+    norms = (layer.mlp_norm, layer.attn_norm)
+    weights = (layer.attn.packed_projection, *(getattr(m, "packed", None) for m in (layer.attn.Wo, layer.mlp.Wo)))
+    gate = getattr(layer.mlp.Wi, "packed", None)
+    return (
+        all(type(norm) in (nn.LayerNorm, nn.Identity) for norm in norms)
+        and all(isinstance(weight, NativeWeight) and not weight.gated for weight in weights)
+        and isinstance(gate, NativeWeight)
+        and gate.gated
+    )
 
 
 def _products(layer: Layer) -> list[Product]:
     """A layer's products in the order they run in."""
     attention, mlp = layer.attn, layer.mlp
-    weights = [_qkv(layer), attention.Wo.packed, mlp.Wi.packed, mlp.Wo.packed]
+    weights = [attention.packed_projection, attention.Wo.packed, mlp.Wi.packed, mlp.Wo.packed]
     qkv, out, gate, down = (weight for weight in weights if isinstance(weight, NativeWeight))
     norm = Norm.of(layer.attn_norm) if isinstance(layer.attn_norm, nn.LayerNorm) else None
     return [

@@ -89,6 +89,11 @@ def pack_together(modules: list[Linear]) -> None:
         first += module.out_features
 
 
+def listens(module: nn.Module) -> bool:
+    """Whether anything waits for a module to be called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def layer_norm(config: Config) -> nn.LayerNorm:
     """LayerNorm over the hidden size, as the configuration wants it."""
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
@@ -143,7 +148,7 @@ class Attention(nn.Module, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def packed_projection(self) -> Packed | PackedPart | None:
+    def packed_projection(self) -> Packed | None:
         """What `project` multiplies by once packed."""
 
     @abc.abstractmethod
@@ -200,13 +205,20 @@ class MLP(nn.Module):
 
     def pack(self) -> None:
         """Lay the two halves of Wi out side by side where our own kernels know the activation."""
-        if self.activation in ACTIVATIONS and serving(self.Wi.weight.dtype, self.Wi.weight.device) is not None:
+        known = type(self.Wi) is Linear and self.activation in ACTIVATIONS
+        if known and serving(self.Wi.weight.dtype, self.Wi.weight.device) is not None:
             self.Wi.pack(gated=True)
+
+    def _serves_packed(self, packed: NativeWeight, x_TM: Tensor) -> bool:
+        """Whether one kernel may take the place of Wi, the activation, the gate and the dropout."""
+        dropping = self.drop.training and self.drop.p > 0
+        heard = listens(self.Wi) or listens(self.drop)
+        return not dropping and not heard and serves_packed(x_TM, self.Wi.bias) and packed.holds(self.Wi.bias)
 
     def forward(self, x_TM: Tensor) -> Tensor:
         """(T, M) to (T, M)."""
-        packed = self.Wi.packed
-        if isinstance(packed, NativeWeight) and packed.gated and serves_packed(x_TM):
+        packed = getattr(self.Wi, "packed", None)
+        if isinstance(packed, NativeWeight) and packed.gated and self._serves_packed(packed, x_TM):
             return self.Wo(Product(packed, activation=str(self.activation))(x_TM))
         in_TI, gate_TI = self.Wi(x_TM).chunk(2, dim=-1)
         # PyTorch has other kernels, with other bits, for strided rows; a single row is never strided.

@@ -1,5 +1,5 @@
 /* For x86 with AVX-512 and its products of bfloat16 pairs. */
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(WITHOUT_BF16)
 #include <immintrin.h>
 #include <stdint.h>
 #if defined(__clang__)

@@ -10,7 +10,10 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+extern const Kernels kernels_avx2, kernels_avx512;
+#if !defined(WITHOUT_BF16) /* compilers that do not know the instruction */
+extern const Kernels kernels_avx512bf16;
+#endif
 #if defined(IMITATE_BF16)
 extern const Kernels kernels_imitated;
 #endif
@@ -26,7 +29,7 @@ static const struct {
 #if defined(__x86_64__)
 #if defined(IMITATE_BF16)
     {"imitated", &kernels_imitated},
-#else
+#elif !defined(WITHOUT_BF16)
     {"avx512bf16", &kernels_avx512bf16},
 #endif
     {"avx512", &kernels_avx512},
@@ -40,7 +43,9 @@ static int runs_here(const char *name) {
   __builtin_cpu_init();
   int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+#if !defined(WITHOUT_BF16)
   if (!strcmp(name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   if (!strcmp(name, "avx512") || !strcmp(name, "imitated")) return avx512;
   if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
@@ -55,6 +60,11 @@ const Kernels *modernbert_kernels(const char *wanted, const char **found) {
     return table[i].kernels;
   }
   return 0;
+}
+
+/* So that a library left from another build is not taken for this one. */
+int64_t modernbert_layout(void) {
+  return LAYOUT * 1000000 + (int64_t)(sizeof(Operation) * 1000 + sizeof(Weight) + sizeof(Normalize));
 }
 
 int64_t modernbert_lanes(const Kernels *k) { return k->lanes; }

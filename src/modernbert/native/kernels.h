@@ -9,6 +9,7 @@
 
 #include <stdint.h>
 
+enum { LAYOUT = 1 }; /* counts changes of what is below; library.py knows it */
 enum { F32 = 0, BF16 = 1 };
 enum { WRITE = 0, ADD = 1, GATE = 2 };
 enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };

@@ -27,6 +27,7 @@ FILE = Path(__file__).with_name("_kernels.so")
 _NAMES = ("avx512bf16", "avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WRITE, ADD, GATE = 0, 1, 2
+_LAYOUT = 1  # of kernels.h
 PRODUCT, NORMALIZE, ATTENTION = 0, 1, 2
 # The activations that the kernels know, by configurations' names.
 ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
@@ -107,7 +108,7 @@ class Library:
         wanted: a name of `MODERNBERT_KERNELS`, or "" for the best that run here.
 
     Raises:
-        OSError: the file cannot be loaded.
+        OSError, AttributeError: the file cannot be loaded, or is of another version.
         BackendError: these kernels do not run on this processor.
     """
 
@@ -115,6 +116,12 @@ class Library:
         c = ctypes.CDLL(str(file))
         c.modernbert_kernels.restype = c_void_p
         c.modernbert_packed_bytes.restype = c.modernbert_lanes.restype = c.modernbert_multiplies.restype = c_int64
+        c.modernbert_layout.restype = c_int64
+        expected = (
+            _LAYOUT * 1_000_000 + ctypes.sizeof(Operation) * 1000 + ctypes.sizeof(Weight) + ctypes.sizeof(Normalize)
+        )
+        if c.modernbert_layout() != expected:
+            raise OSError("it is of another version; install again")
         found = ctypes.c_char_p()
         kernels = c.modernbert_kernels(wanted.encode(), ctypes.byref(found))
         if not kernels or not found.value:
@@ -163,7 +170,7 @@ def library() -> Library | None:
         return None
     try:
         found = Library(FILE, wanted)
-    except OSError as error:
+    except (OSError, AttributeError) as error:
         logger.warning("the compiled kernels cannot be loaded (%s); PyTorch's own serve, more slowly", error)
         return None
     logger.info("kernels: %s", found.name)

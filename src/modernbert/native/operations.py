@@ -41,9 +41,15 @@ def _library() -> Library:
 
 def _point(struct: Any, name: str, x: Tensor) -> None:
     """Rows of a tensor as a field `name`_data, _stride, _dtype of a structure."""
+    assert x.device.type == "cpu"
     setattr(struct, f"{name}_data", x.data_ptr())
     setattr(struct, f"{name}_stride", x.stride(0))
     setattr(struct, f"{name}_dtype", DTYPES[x.dtype])
+
+
+def version_of(x: Tensor | None) -> int | None:
+    """What changes when a tensor is written to; inference tensors do not count."""
+    return None if x is None or x.is_inference() else x._version
 
 
 def _run(operation: Operation) -> None:
@@ -59,9 +65,9 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: torch.nn.LayerNorm) -> Norm:
-        """What a module holds now."""
-        bias = module.bias.detach().float().contiguous() if module.bias is not None else None
-        return cls(module.weight.detach().float().contiguous(), bias, module.eps)
+        """A copy of what a module holds now."""
+        bias = None if module.bias is None else module.bias.detach().float().clone()
+        return cls(module.weight.detach().float().clone(), bias, module.eps)
 
     def write(self, struct: Any) -> None:
         """Point a structure at them."""
@@ -81,10 +87,11 @@ class NativeWeight:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = False) -> None:
         self.shape, self.dtype, self.gated = weight_OI.shape, weight_OI.dtype, gated
+        self._bias, self._version = bias_O, version_of(bias_O)
         plain = weight_OI.detach().contiguous()
         bias = None if bias_O is None else bias_O.detach().float().contiguous()
         self.struct = Weight(*plain.shape, gated, DTYPES[plain.dtype])
-        self._memory = torch.empty(_library().size(self.struct) + 64, dtype=torch.uint8)
+        self._memory = torch.empty(_library().size(self.struct) + 64, dtype=torch.uint8, device="cpu")
         self.struct.packed = -(-self._memory.data_ptr() // 64) * 64
         self.struct.plain = plain.data_ptr()
         self.struct.bias = None if bias is None else bias.data_ptr()
@@ -94,9 +101,14 @@ class NativeWeight:
         """(T, I) to (T, O), of the dtype of x."""
         return Product(self)(x_TI if x_TI.stride(1) == 1 else x_TI.contiguous())
 
+    def holds(self, bias_O: Tensor | None) -> bool:
+        """Whether this is the bias that was packed, as it was then."""
+        return bias_O is self._bias and version_of(bias_O) == self._version
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def to_dense(self) -> Tensor:
         """The weight, (O, I)."""
-        plain = torch.empty(self.shape, dtype=self.dtype)
+        plain = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         struct = Weight.from_buffer_copy(self.struct)
         struct.plain = plain.data_ptr()
         _library().lay_out("unpack", struct)

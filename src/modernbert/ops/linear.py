@@ -122,6 +122,10 @@ class Packed(Protocol):
         """(T, I) to (T, O), without gradients; not of a gated one."""
         ...
 
+    def holds(self, bias_O: Tensor | None) -> bool:
+        """Whether this is the bias that was packed, as it was then."""
+        ...
+
     def to_dense(self) -> Tensor:
         """The weight, (O, I)."""
         ...
@@ -142,11 +146,15 @@ class OneDnnWeight:
         dense = weight_OI.detach().to(_onednn_computes(weight_OI.dtype)).contiguous()
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(dense, rows)
         self.like = weight_OI.detach().to("meta")
-        self.bias = None if bias_O is None else bias_O.detach()
+        self.bias = bias_O
 
     def product(self, x_TI: Tensor) -> Tensor:
         """(T, I) to (T, O)."""
         return _product(x_TI, self.like, self.bias, self.packed)
+
+    def holds(self, bias_O: Tensor | None) -> bool:
+        """The bias is read when it is added."""
+        return bias_O is self.bias
 
     def to_dense(self) -> Tensor:
         """The weight, (O, I)."""
@@ -184,9 +192,10 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
         (T, O), or the leading dimensions of x and O.
     """
     if packed is not None:
-        if x_TI.dim() == 2 and serves_packed(x_TI):
+        serves = serves_packed(x_TI, bias_O) and packed.holds(bias_O)
+        if x_TI.dim() == 2 and serves:
             return packed.product(x_TI)  # what serving runs, without the questions below
-        if not serves_packed(x_TI):
+        if not serves:
             weight_OI, packed = packed.to_dense(), None
     if torch.is_autocast_enabled(x_TI.device.type):
         dtype = torch.get_autocast_dtype(x_TI.device.type)
@@ -202,11 +211,11 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
     return _product(x_TI, weight_OI, bias_O, None)
 
 
-def serves_packed(x: Tensor) -> bool:
-    """Whether packed weights serve these rows: no gradient is wanted, and no autocast."""
-    if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+def serves_packed(x: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether packed weights serve these rows: on the CPU, where no gradient is wanted, and no autocast."""
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    return not torch.is_autocast_enabled(x.device.type)
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
 
 
 def pack_weight(weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = False) -> Packed | None:

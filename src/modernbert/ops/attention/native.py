@@ -29,7 +29,7 @@ class NativePlan:
 
     def __init__(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> None:
         self.packing, self.reach, self.dtype = packing, reach, dtype
-        self.starts = torch.tensor(packing.starts, dtype=torch.int64)
+        self.starts = torch.tensor(packing.starts, dtype=torch.int64, device="cpu")
         self.positions_T = packing.positions_T
 
     @functools.cached_property
@@ -55,7 +55,7 @@ class NativeAttention(AttentionBackend):
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: NativePlan, dropout: float = 0.0) -> Tensor:
         """Attention outputs of tokens that are rotated already."""
         wanted = torch.is_grad_enabled() and (q_THD.requires_grad or k_THD.requires_grad or v_THD.requires_grad)
-        if wanted or dropout or serving(q_THD.dtype, q_THD.device) is None:
+        if wanted or dropout or torch.compiler.is_compiling() or serving(q_THD.dtype, q_THD.device) is None:
             return SdpaAttention(self.deterministic).attend(q_THD, k_THD, v_THD, plan.sdpa, dropout)
         q, k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (q_THD, k_THD, v_THD))
         out_THD = q.new_empty(q.shape)
