@@ -1,4 +1,4 @@
-"""Draw docs/numbers.svg from benchmarks/results.json: time and memory beside transformers.
+"""Draw docs/numbers.svg from benchmarks/results.json: speed beside transformers and OpenVINO.
 
 pip install matplotlib && python benchmarks/picture.py
 """
@@ -13,7 +13,7 @@ mpl.rcParams["svg.hashsalt"] = "modernbert"  # the same bytes at every run
 import matplotlib.pyplot as plt  # noqa: E402 (after the backend is chosen)
 
 ROOT = Path(__file__).parent.parent
-COLOURS = {"modernbert": "#2563eb", "transformers": "#9ca3af"}
+COLOURS = {"modernbert": "#2563eb", "transformers": "#9ca3af", "openvino": "#d1d5db"}
 
 
 def panel(axes, title, unit, rows):
@@ -21,11 +21,11 @@ def panel(axes, title, unit, rows):
     places, labels = [], []
     for i, (label, figures) in enumerate(rows):
         for j, (name, figure) in enumerate(figures.items()):
-            y = i * 3 + j
+            y = i * (len(COLOURS) + 1) + j
             axes.barh(y, figure, color=COLOURS[name], height=0.9)
             text = f"{figure:,.1f}" if figure < 100 else f"{figure:,.0f}"
             axes.text(figure, y, f" {text} {unit}", va="center", fontsize=9)
-        places.append(i * 3 + (len(figures) - 1) / 2)
+        places.append(i * (len(COLOURS) + 1) + (len(figures) - 1) / 2)
         labels.append(label)
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
@@ -39,22 +39,27 @@ def panel(axes, title, unit, rows):
 def main():
     """Read the results and write the picture."""
     results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.6))
-    names = {"var32": "32 mixed texts", "1x8192": "one text of 8,192"}
-    contenders = ("modernbert", "transformers")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.2))
+    names = {
+        "8x128": "8 texts of 128",
+        "4x512": "4 texts of 512",
+        "var32": "32 mixed texts",
+        "1x2048": "one text of 2,048",
+        "1x8192": "one text of 8,192",
+    }
+    table = results["workloads"]
 
-    def rows(key, scale):
-        table = results["workloads"]
-        return [(label, {c: table[w][c][key] * scale for c in contenders}) for w, label in names.items()]
+    def speeds(workloads):
+        return [(names[w], {c: results["tokens"][w] / table[w][c]["seconds"] for c in COLOURS}) for w in workloads]
 
-    panel(left, "Seconds", "s", rows("seconds", 1))
-    panel(right, "Peak memory of the process", "GiB", rows("peak_kib", 2**-20))
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[c]) for c in contenders]
+    panel(axes[0], "Real tokens a second", "", speeds(["8x128", "4x512", "var32"]))
+    panel(axes[1], "", "", speeds(["1x2048", "1x8192"]))
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     figure.legend(
         handles,
-        ["modernbert", f"transformers {results['transformers']} (sdpa)"],
+        list(COLOURS),
         loc="lower center",
-        ncols=2,
+        ncols=3,
         frameon=False,
         fontsize=9,
     )
