@@ -132,20 +132,23 @@ def cache_bytes(config: Any, tokens: int, item: int) -> int:
 
 
 def activation_bytes(config: Any, tokens: int, item: int) -> int:
-    """Bytes that an encoder needs for the states of so many tokens at once, when serving.
+    """Bytes that an encoder needs for the states of so many tokens at once, when serving on a CPU.
 
-    The most is alive within one MLP: the residual stream, both halves of the first projection, and three tensors of the
-    intermediate size; or within one attention: the stream, queries, keys and values as projected, rotated and laid out
-    in windows, about sixteen tensors like the stream, as measured.
+    Our own kernels keep the residual stream, one buffer for queries, keys and values or the MLP's states, and rotary
+    tables. PyTorch alone needs most within one MLP (the stream, both halves of the first projection, three tensors of
+    the intermediate size) or one attention (about sixteen tensors like the stream, as measured).
 
     Args:
         config: the architecture.
         tokens: of all texts of a forward pass.
         item: bytes of a number.
     """
-    mlp = config.hidden_size + 5 * config.intermediate_size
-    attention = 16 * config.hidden_size
-    return int(tokens * item * max(mlp, attention))
+    from modernbert.native.library import library
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    if library() is not None:
+        return int(tokens * (4 * (hidden + 6 * config.head_dim) + item * max(3 * hidden, inner)))
+    return int(tokens * item * max(hidden + 5 * inner, 16 * hidden))
 
 
 def _show(found: dict[str, Any]) -> None:
