@@ -117,7 +117,10 @@ def test_targets(ours, theirs, folder, log):
 
 
 def test_loaded_models_devices_and_dtypes(folder, ours):
-    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForMaskedLM.from_pretrained(
+        folder
+    ).optimize_for_inference()  # as a pipeline does when it loads one
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert pipeline("fill-mask", model, tokenizer)(TEXTS[0]) == ours(TEXTS[0])
     assert pipeline("fill-mask", model, str(folder), top_k=2)(TEXTS[0]) == ours(TEXTS[0], top_k=2)
     assert pipeline("fill-mask", folder, dtype="bfloat16").model.dtype == torch.bfloat16
