@@ -354,3 +354,15 @@ def test_the_backend_by_name(monkeypatch):
     monkeypatch.setattr("modernbert.ops.attention.native.library", lambda: None)
     with pytest.raises(BackendError, match="needs the compiled kernels"):
         choose_backend("native")
+
+
+def test_the_native_backend_trains_as_sdpa_does():
+    ids, mask = batch()
+    found = []
+    for implementation in ("sdpa", "native"):
+        torch.manual_seed(1)
+        model = ModernBertModel(ModernBertConfig(**SMALL), implementation).train()
+        out = model(ids, attention_mask=mask)[0]
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

@@ -17,6 +17,7 @@ from torch import Tensor
 from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.models.backbone import Backbone
+from modernbert.native.library import library
 from modernbert.ops.linear import Packed, pack_weight
 
 _SHAPES = ((1024, 768, 2304), (2048, 1152, 768), (2048, 2048, 2048))  # rows, inputs, outputs
@@ -173,6 +174,7 @@ def measure(model: Backbone, workload: str, machine: Limits, seconds: float = 2.
 
 def backend_of(model: Backbone) -> str:
     """What serves the model."""
-    if model.fused is not None:
-        return f"fused, {model.fused.kernels} kernels"
+    kernels = library()
+    if model.fused is not None and kernels is not None:
+        return f"fused, {kernels.name} kernels"
     return f"PyTorch, {model.backend.name} attention"

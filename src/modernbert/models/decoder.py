@@ -45,10 +45,13 @@ class DecoderAttention(Attention):
     def _whole(self) -> Packed | None:
         """What the three are packed as, if nothing came between."""
         parts = [self.q_proj, self.k_proj, self.v_proj]
-        packed = [getattr(part, "packed", None) for part in parts]
-        wholes = [part.whole if isinstance(part, PackedPart) else None for part in packed]
-        one = wholes[0] if all(whole is wholes[0] for whole in wholes) else None
-        return None if any(listens(part) for part in parts) else one
+        wholes = []
+        for part in parts:
+            packed = getattr(part, "packed", None)
+            if not isinstance(packed, PackedPart) or not packed.holds(part.bias) or listens(part):
+                return None
+            wholes.append(packed.whole)
+        return wholes[0] if all(whole is wholes[0] for whole in wholes) else None
 
     @property
     def packed_projection(self) -> Packed | None:

@@ -19,7 +19,7 @@ from modernbert.config import Config
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import MLP, Layer, LayerContext, Linear
 from modernbert.models.layers import Attention as AttentionModule
-from modernbert.native.library import DTYPES, Attention, Normalize, serving
+from modernbert.native.library import DTYPES, Attention, Normalize
 from modernbert.native.library import Product as ProductStruct
 from modernbert.native.operations import NativeWeight, Norm, Product, Program, version_of
 from modernbert.ops.attention.native import NativeAttention
@@ -28,10 +28,7 @@ from modernbert.ops.rope import apply_rope
 if TYPE_CHECKING:
     from modernbert.models.backbone import Backbone
 
-
 _LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output
-
-
 _PARTS = ("qkv", "attention", "out", "gate", "down")
 
 
@@ -54,9 +51,6 @@ class FusedLayers:
     def __init__(self, model: Backbone) -> None:
         self.model = model
         self.backend = NativeAttention()
-        found = serving(model.dtype, model.device)
-        assert found is not None
-        self.kernels = found.name
         layers = [layer for layer in model.layers if isinstance(layer, Layer)]
         self.kinds = [layer.kind for layer in layers]
         self.heads = [layer.attn.heads for layer in layers]

@@ -84,7 +84,7 @@ def pack_together(modules: list[Linear]) -> None:
     first = 0
     for module in modules:
         rows = slice(first, first + module.out_features)
-        module.packed = PackedPart(packed, rows)
+        module.packed = PackedPart(packed, rows, module.bias)
         module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
         first += module.out_features
 

@@ -67,7 +67,6 @@ int64_t modernbert_layout(void) {
   return LAYOUT * 1000000 + (int64_t)(sizeof(Operation) * 1000 + sizeof(Weight) + sizeof(Normalize));
 }
 
-int64_t modernbert_lanes(const Kernels *k) { return k->lanes; }
 int64_t modernbert_multiplies(const Kernels *k) { return k->multiplies; }
 int64_t modernbert_packed_bytes(const Kernels *k, const Weight *w) { return k->packed_bytes(w); }
 void modernbert_pack(const Kernels *k, const Weight *w) { k->pack(w); }

@@ -101,7 +101,6 @@ typedef struct {
 
 /* The kernels of one kind of processor. */
 typedef struct {
-  int64_t lanes;      /* float32 numbers in a vector */
   int64_t multiplies; /* whether bfloat16 numbers are multiplied as such */
   int64_t panel;      /* a task of attention takes so many queries of one text, or several times as many; */
   int64_t queries;    /* at most these. Results do not depend on it. */

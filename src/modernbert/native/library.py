@@ -115,7 +115,7 @@ class Library:
     def __init__(self, file: Path, wanted: str = "") -> None:
         c = ctypes.CDLL(str(file))
         c.modernbert_kernels.restype = c_void_p
-        c.modernbert_packed_bytes.restype = c.modernbert_lanes.restype = c.modernbert_multiplies.restype = c_int64
+        c.modernbert_packed_bytes.restype = c.modernbert_multiplies.restype = c_int64
         c.modernbert_layout.restype = c_int64
         expected = (
             _LAYOUT * 1_000_000 + ctypes.sizeof(Operation) * 1000 + ctypes.sizeof(Weight) + ctypes.sizeof(Normalize)
@@ -129,7 +129,6 @@ class Library:
         self.name = found.value.decode()
         self._kernels = c_void_p(kernels)
         self._c = c
-        self.lanes = int(c.modernbert_lanes(self._kernels))
         self.multiplies_bfloat16 = bool(c.modernbert_multiplies(self._kernels))
         self._share_threads()
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modernbert.native.library import serving
-from modernbert.native.operations import NativeWeight
+from modernbert.native.operations import NativeWeight, version_of
 
 _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
 
@@ -168,11 +168,17 @@ class PackedPart:
     Args:
         whole: the packed weight.
         rows: which of its outputs.
+        bias_O: the part's own bias, packed with the others.
     """
 
-    def __init__(self, whole: Packed, rows: slice) -> None:
+    def __init__(self, whole: Packed, rows: slice, bias_O: Tensor | None) -> None:
         self.whole = whole
         self.rows = rows
+        self._bias, self._version = bias_O, version_of(bias_O)
+
+    def holds(self, bias_O: Tensor | None) -> bool:
+        """Whether this is the bias that was packed, as it was then."""
+        return bias_O is self._bias and version_of(bias_O) == self._version
 
     def to_dense(self) -> Tensor:
         """The part's weight."""
