@@ -34,6 +34,7 @@ _EXPORTS = {
     "SentenceEncoder": "models.sentence_encoder",
     "TextStreamer": "generation.text",
     "Tokenizer": "tokenizer",
+    "finetune": "finetuning.run",
     "pipeline": "pipelines",
 }
 __version__ = "0.1.0"

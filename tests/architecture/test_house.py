@@ -31,7 +31,8 @@ FLOORS = {
     "training": 5,
     "explain": 5,
     "pipelines": 6,
-    "cli": 7,
+    "finetuning": 7,
+    "cli": 8,
 }
 
 

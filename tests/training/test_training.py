@@ -24,13 +24,13 @@ from modernbert.training.optimizers import (
     StableAdamW,
     orthogonalize,
     parameter_groups,
-    warmup_stable_decay,
 )
 from modernbert.training.pretrain import (
     PretrainOptions,
     new_model,
     pretrain,
 )
+from modernbert.training.schedules import warmup_stable_decay
 from modernbert.training.text import iter_documents, pieces, split_documents
 from modernbert.training.train_tokenizer import SPECIALS, train_tokenizer
 
@@ -358,7 +358,7 @@ def test_evaluation_counts_what_is_right(documents, tokenizer):
     [({"mask_rate": 0}, "mask_rate"), ({"steps": 0}, "steps is 0"), ({"micro_tokens": 5}, "no multiple"),
      ({"warmup": 0.7, "decay": 0.7}, "shares of the"),
      ({"save_dtype": "int8"}, "save_dtype is 'int8'"),
-     ({"optimizer": "sgd"}, "choose one of stableadamw, muon"), ({"dtype": "int8"}, "dtype is 'int8'")],
+     ({"optimizer": "sgd"}, "choose one of adamw, stableadamw, muon"), ({"dtype": "int8"}, "dtype is 'int8'")],
 )  # fmt: skip
 def test_impossible_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ import typer
 from modernbert import __version__
 from modernbert.cli.bench import bench
 from modernbert.cli.explain import attention, attribution
+from modernbert.cli.finetune import finetune
 from modernbert.cli.info import info
 from modernbert.cli.run import embed, run, score
 from modernbert.cli.train import evaluate, pretrain, train_tokenizer
@@ -28,6 +29,7 @@ app.command()(bench)
 app.command()(attention)
 app.command()(attribution)
 app.command("train-tokenizer")(train_tokenizer)
+app.add_typer(finetune, name="finetune")
 app.command()(pretrain)
 app.command()(evaluate)
 

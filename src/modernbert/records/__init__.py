@@ -1,9 +1,11 @@
-"""Records in files, one after another: .txt, .csv, .tsv, .jsonl and .parquet, read and written as they stream by.
+"""Records in files, one after another: .txt, .csv, .tsv, .jsonl and .parquet, read and written as they stream by;
+.json, CoNLL, SQuAD and folders of the `datasets` library read.
 
 A record is a dict of columns; a line of plain text is {"text": line}.
 """
 
 from modernbert.records.reading import Record, count_records, read_records
+from modernbert.records.structured import parts_of
 from modernbert.records.writing import ResumableOutput
 
-__all__ = ["Record", "ResumableOutput", "count_records", "read_records"]
+__all__ = ["Record", "ResumableOutput", "count_records", "parts_of", "read_records"]

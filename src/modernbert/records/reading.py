@@ -5,34 +5,51 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from modernbert.errors import InputError
+from modernbert.records.structured import is_dataset, read_conll, read_dataset, read_json
 
 Record = dict[str, Any]
 T = TypeVar("T")
 _ROWS_TOGETHER = 1024
 
 
-def read_records(path: Path | None, go_on: bool = False) -> Iterator[Record | InputError]:
+def read_records(
+    path: Path | None, go_on: bool = False, *, part: str | None = None, header: Sequence[str] | None = None
+) -> Iterator[Record | InputError]:
     """Records of a file by its suffix, plain text where that says nothing; standard input without a file.
 
     Args:
-        path: the file.
+        path: the file, or a folder of the `datasets` library.
         go_on: give the error in the place of a line that is no record, and read the lines after it.
+        part: which part, of what has several; see `structured.parts_of`.
+        header: names of the columns of a table whose first line does not name them.
 
     Raises:
         InputError: a line is not what the suffix promises.
         OSError: the file cannot be read.
     """
-    if path is not None and path.is_dir():
-        raise InputError(f"{path} is a folder; give a file: {', '.join(_READERS)}")
+    if path is not None and path.is_dir() and not is_dataset(path):
+        raise InputError(f"{path} is a folder; give a file: {', '.join([*_READERS, *_PARTED])}")
+    suffix = "" if path is None else path.suffix.lower()
+    if header is not None and suffix not in (".csv", ".tsv"):
+        raise InputError(f"{path or 'standard input'} is no table; a header is for .csv and .tsv")
+    records: Records
     if path is None:
         records = _lines(sys.stdin.buffer, "standard input")
+    elif path.is_dir():
+        records = read_dataset(path, part)
+    elif suffix in _PARTED:
+        records = _PARTED[suffix](path, part)
+    elif part is not None:
+        raise InputError(f"{path} has no parts; it cannot give {part!r}")
+    elif header is not None:
+        records = _read_table(path, header)
     else:
-        records = _READERS.get(path.suffix.lower(), _read_text)(path)
+        records = _READERS.get(suffix, _read_text)(path)
     for record in records:
         if isinstance(record, InputError) and not go_on:
             raise record
@@ -41,9 +58,10 @@ def read_records(path: Path | None, go_on: bool = False) -> Iterator[Record | In
 
 def count_records(path: Path | None) -> int | None:
     """How many records a file holds, where that is cheap to say."""
-    if path is None or not path.is_file() or path.suffix.lower() in (".csv", ".tsv"):  # a cell may hold line ends
+    suffix = "" if path is None else path.suffix.lower()
+    if path is None or not path.is_file() or suffix in (".csv", ".tsv", *_PARTED):  # a cell may hold line ends
         return None
-    if path.suffix.lower() == ".parquet":
+    if suffix == ".parquet":
         with _opened_parquet(path) as file:
             return int(file.metadata.num_rows)
     with path.open("rb") as lines:
@@ -98,11 +116,16 @@ def _parsed(text: str, where: str) -> Record | InputError:
     return value
 
 
-def _read_table(path: Path) -> Records:
+def _read_table(path: Path, header: Sequence[str] | None = None) -> Records:
     csv.field_size_limit(2**31 - 1)
     with path.open("rb") as stream:
         lines = (sure(_decoded(line, str(path), number)) for number, line in enumerate(stream, 1))
-        rows = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        tabs = path.suffix.lower() == ".tsv"
+        # Tabs leave quotes alone in most files that have no header.
+        quoting: Any = csv.QUOTE_NONE if tabs and header is not None else csv.QUOTE_MINIMAL
+        rows: csv.DictReader[str] = csv.DictReader(
+            lines, header, delimiter="\t" if tabs else ",", strict=True, quoting=quoting
+        )
         try:
             names = list(rows.fieldnames or ())
             twice = {name for name in names if names.count(name) > 1}
@@ -111,9 +134,7 @@ def _read_table(path: Path) -> Records:
             for row in rows:
                 if None in row or None in row.values():
                     more = "more" if None in row else "fewer"
-                    yield InputError(
-                        f"{path}, line {rows.line_num}, has {more} cells than its first line, {len(names)}"
-                    )
+                    yield InputError(f"{path}, line {rows.line_num}, has {more} cells than its header, {len(names)}")
                 else:
                     yield dict(row)
         except csv.Error as error:
@@ -156,4 +177,8 @@ _READERS: dict[str, Callable[[Path], Records]] = {
     ".tsv": _read_table,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
+}
+_PARTED: dict[str, Callable[[Path, str | None], Iterator[Record]]] = {
+    ".json": read_json,
+    **dict.fromkeys((".conll", ".bio", ".iob2"), read_conll),
 }

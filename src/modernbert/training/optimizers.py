@@ -1,4 +1,4 @@
-"""Optimizers and schedules of the training recipes."""
+"""Optimizers of the training recipes."""
 
 from __future__ import annotations
 
@@ -113,37 +113,48 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-OPTIMIZERS = {"stableadamw": StableAdamW, "muon": Muon}
+OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "stableadamw": StableAdamW, "muon": Muon}
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr: float | None = None, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
     """Weights of linear layers and embeddings decay; norms and biases do not.
 
     Matrices inside the layers are groups of their own, marked for `Muon`; other optimizers read nothing of that.
+
+    Args:
+        model: its trainable parameters are grouped.
+        weight_decay: of what decays.
+        lr: learning rate of the head; needed for a `layer_decay` under 1.
+        layer_decay: learning rate of each layer as a share of that of the layer above it; the last one has the
+            head's share of it, and the embeddings come below the first.
+
+    Returns:
+        Groups for an optimizer; "scale" of a group is its share of the learning rate.
     """
-    groups: dict[str, dict[str, Any]] = {
-        "qkv": {"params": [], "weight_decay": weight_decay, "orthogonal": True, "parts": 3},
-        "hidden": {"params": [], "weight_decay": weight_decay, "orthogonal": True, "parts": 1},
-        "other": {"params": [], "weight_decay": weight_decay},
-        "vectors": {"params": [], "weight_decay": 0.0},
-    }
+    layers = 1 + max((n for name, _ in model.named_parameters() if (n := _layer_of(name)) is not None), default=-1)
+    groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.dim() < 2:
-            kind = "vectors"
-        elif ".layers." not in f".{name}":
-            kind = "other"
-        else:
-            kind = "qkv" if "Wqkv" in name else "hidden"
-        groups[kind]["params"].append(parameter)
-    return [group for group in groups.values() if group["params"]]
+        layer = _layer_of(name)
+        depth = 0 if "final_norm" in name else layers + 1 if "embeddings." in name else 0
+        scale = layer_decay ** (depth if layer is None else layers - layer)
+        orthogonal = layer is not None and parameter.dim() >= 2
+        parts = 3 if orthogonal and "Wqkv" in name else 1
+        decays = weight_decay if parameter.dim() >= 2 else 0.0
+        group = groups.setdefault(
+            (scale, orthogonal, parts, decays),
+            {"params": [], "weight_decay": decays, "orthogonal": orthogonal, "parts": parts, "scale": scale},
+        )
+        if lr is not None:
+            group["lr"] = lr * scale
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
-def warmup_stable_decay(step: int, total: int, warmup: int, decay: int) -> float:
-    """Factor of the learning rate: up in a line, constant, then down as 1 - sqrt over the last `decay` steps."""
-    if step < warmup:
-        return (step + 1) / warmup
-    if step >= total - decay:
-        return max(0.0, 1 - math.sqrt((step - (total - decay) + 1) / (decay + 1)))
-    return 1.0
+def _layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter is in."""
+    _, found, rest = f".{name}".partition(".layers.")
+    return int(rest.partition(".")[0]) if found else None

@@ -11,25 +11,30 @@ import dataclasses
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from modernbert.errors import DivergedError, InputError
-from modernbert.files import replacing, write_text
 from modernbert.hub import Source
 from modernbert.models.masked_lm import ModernBertForMaskedLM
 from modernbert.models.placement import resolve_device
+from modernbert.training.checkpoints import (
+    checkpoints,
+    last_checkpoint,
+    optimizer_state,
+    read_state,
+    restore_optimizer,
+    write_checkpoint,
+)
 from modernbert.training.data import Corpus, token_batches
 from modernbert.training.objectives import LanguageModel, MaskedLM, make_objective
-from modernbert.training.optimizers import OPTIMIZERS, parameter_groups, warmup_stable_decay
+from modernbert.training.optimizers import OPTIMIZERS, parameter_groups
+from modernbert.training.schedules import warmup_stable_decay
 from modernbert.training.train_tokenizer import save_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -147,7 +152,7 @@ def pretrain(
     model.train()
     optimizer = OPTIMIZERS[options.optimizer](parameter_groups(model, options.weight_decay), lr=options.lr)
     step = _restore(model, optimizer, output, options) if resume else 0
-    if not resume and _checkpoints(output):
+    if not resume and checkpoints(output):
         raise InputError(f"{output} holds checkpoints of an earlier run; resume it or choose another folder")
     passes = options.tokens_per_step // options.micro_tokens
     batches = token_batches(train, objective, options.micro_tokens, options.seed, start=step * passes)
@@ -247,11 +252,6 @@ def _autocast(dtype: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _checkpoints(output: Path) -> list[Path]:
-    found = [p for p in output.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
-
-
 def _save(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
@@ -260,30 +260,14 @@ def _save(
     options: PretrainOptions,
     config: Any,
 ) -> None:
-    """Write a checkpoint whole, then remove the one before it."""
-    older = _checkpoints(output)
-    temporary = output / f".checkpoint-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    training_config = model.config
-    model.config = config
-    model.save_pretrained(temporary)
-    model.config = training_config
-    state: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            state[f"{name}/{key}"] = value
-    with replacing(temporary / "optimizer.safetensors") as path:
-        save_file(state, path)
-    write_text(
-        temporary / "trainer.json",
-        json.dumps({"step": step, "options": dataclasses.asdict(options)}, indent=2),
-    )
-    final = output / f"checkpoint-{step}"
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in older:
-        if old != final:
-            shutil.rmtree(old)
+    def save_model(folder: Path) -> None:
+        training_config = model.config
+        model.config = config
+        model.save_pretrained(folder)
+        model.config = training_config
+
+    state = {"rng": torch.get_rng_state(), **optimizer_state(model, optimizer)}
+    write_checkpoint(output, step, save_model, state, {"options": dataclasses.asdict(options)})
 
 
 def _restore(model: LanguageModel, optimizer: torch.optim.Optimizer, output: Path, options: PretrainOptions) -> int:
@@ -292,21 +276,16 @@ def _restore(model: LanguageModel, optimizer: torch.optim.Optimizer, output: Pat
     The run must go on with the options that decide what a step is; the number of steps and the learning rate may
     change.
     """
-    found = _checkpoints(output)
-    if not found:
-        raise InputError(f"{output} holds no checkpoint to resume from")
-    trainer = json.loads((found[-1] / "trainer.json").read_text(encoding="utf-8"))
+    checkpoint, trainer = last_checkpoint(output)
     names = ["objective", "optimizer", "tokens_per_step", "micro_tokens", "seed"]
     for name in [*names, "mask_rate"] if options.objective == "mlm" else names:
         # Runs that began before there were others had the first objective.
         before, now = {"objective": "mlm", **trainer["options"]}[name], getattr(options, name)
         if before != now:
             raise InputError(f"{name} is {now!r} and the run in {output} has {before!r}; resume it with the same")
-    saved = type(model).from_pretrained(found[-1], dtype=model.dtype)
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
     model.load_state_dict(saved.state_dict())
-    state = load_file(found[-1] / "optimizer.safetensors")
+    state = read_state(checkpoint)
     torch.set_rng_state(state.pop("rng"))
-    for name, parameter in model.named_parameters():
-        keys = [k for k in state if k.rpartition("/")[0] == name]
-        optimizer.state[parameter] = {k.rpartition("/")[2]: state[k].to(parameter.device) for k in keys}
+    restore_optimizer(model, optimizer, state)
     return int(trainer["step"])

@@ -1,0 +1,249 @@
+"""Rows of training data: read from files or memory, their columns matched with a task's fields, some held out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from modernbert.errors import InputError
+from modernbert.records import parts_of, read_records
+from modernbert.records.structured import rows_of_dataset
+
+_TRAINING, _VALIDATION = ("train",), ("validation", "val", "valid", "dev", "eval", "test")
+
+
+class Row(NamedTuple):
+    """One record under the names of a task's fields, and where it is, for messages."""
+
+    values: dict[str, Any]
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Something that a task reads of every row.
+
+    Attributes:
+        name: what it is called.
+        others: what columns that hold it are often called.
+        required: whether every row must have it.
+        many: whether it is a list; then several columns may make it.
+    """
+
+    name: str
+    others: tuple[str, ...] = ()
+    required: bool = True
+    many: bool = False
+
+
+class Table(NamedTuple):
+    """Rows as they were read."""
+
+    records: list[dict[str, Any]]
+    name: str
+
+
+def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
+    """Files, datasets in memory or lists of dicts, read whole.
+
+    Args:
+        sources: a path, with "#PART" for a part; a list of rows; a dataset; or a list of paths.
+        header: names of the columns of tables without a header line.
+
+    Raises:
+        InputError: a file is empty, or is not what its suffix promises.
+        OSError: a file cannot be read.
+    """
+    if isinstance(sources, str | Path):
+        sources = [sources]
+    if isinstance(sources, Sequence) and sources and all(isinstance(s, str | Path) for s in sources):
+        return [_read_file(str(source), header) for source in sources]
+    if hasattr(sources, "features"):
+        return [Table(_sure(list(rows_of_dataset(sources)), "the dataset"), "the dataset")]
+    if not isinstance(sources, Iterable) or isinstance(sources, Mapping):
+        raise InputError(f"data is a {type(sources).__name__}; give paths, rows or a dataset")
+    rows = list(sources)
+    wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
+    if wrong is not None:
+        raise InputError(f"a row is a {type(wrong).__name__}; give dicts")
+    return [Table(_sure([dict(row) for row in rows], "the list of rows"), "the list of rows")]
+
+
+def _read_file(source: str, header: Sequence[str] | None) -> Table:
+    path, part = _place(source)
+    if not path.exists():
+        raise InputError(f"there is no file or folder {path}")
+    tabular = path.suffix.lower() in (".csv", ".tsv")
+    records = read_records(path, part=part, header=header if tabular else None)
+    return Table(_sure([r for r in records if not isinstance(r, InputError)], source), source)
+
+
+def _place(source: str) -> tuple[Path, str | None]:
+    if "#" in source and not Path(source).exists():
+        name, _, part = source.rpartition("#")
+        return Path(name), part
+    return Path(source), None
+
+
+def _sure(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    if not rows:
+        raise InputError(f"{name} holds no rows")
+    return rows
+
+
+def with_parts(train: Any, evaluation: Any) -> tuple[Any, Any, str]:
+    """Sources where one file holds both parts; and what was chosen, in words."""
+    alone = [train] if isinstance(train, str | Path) else train
+    if evaluation or not (isinstance(alone, Sequence) and len(alone) == 1 and isinstance(alone[0], str | Path)):
+        return train, evaluation, ""
+    path, part = _place(str(alone[0]))
+    parts = parts_of(path) if path.exists() and part in (None, *_TRAINING) else []
+    first = next((name for name in _TRAINING if name in parts), None)
+    second = next((name for name in _VALIDATION if name in parts), None)
+    if first is None:
+        return train, evaluation, ""
+    rest = f", evaluating on its part {second!r}" if second else ""
+    return [f"{path}#{first}"], [f"{path}#{second}"] if second else [], f"training on the part {first!r} of {path}{rest}"
+
+
+def parse_columns(given: Sequence[str] | Mapping[str, Any], fields: Sequence[Field]) -> dict[str, list[str]]:
+    """"field=column" entries, or a mapping; several columns of a list are apart by commas."""
+    known = {field.name: field for field in fields}
+    pairs: list[tuple[str, Any]] = []
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    else:
+        for entry in given:
+            name, equals, column = entry.partition("=")
+            if not equals or not column:
+                raise InputError(f"column is {entry!r}; write FIELD=COLUMN, such as {fields[0].name}=NAME")
+            pairs.append((name, column))
+    out = {}
+    for name, columns in pairs:
+        if name not in known:
+            raise InputError(f"column names the field {name!r}; this task has {', '.join(known)}")
+        listed = list(columns) if isinstance(columns, list | tuple) else [columns]
+        out[name] = listed[0].split(",") if known[name].many and len(listed) == 1 else listed
+    return out
+
+
+def choose_columns(
+    columns: Sequence[str], fields: Sequence[Field], named: Mapping[str, list[str]], name: str
+) -> dict[str, list[str]]:
+    """The columns of each field: those that were named, else those that are called like it, else by habit.
+
+    Raises:
+        InputError: a required field has no column, or a named column does not exist.
+    """
+    lower = {column.lower(): column for column in columns}
+    chosen: dict[str, list[str]] = {}
+    for field in fields:
+        if field.name in named:
+            missing = [c for c in named[field.name] if c not in columns]
+            if missing:
+                raise InputError(f"{name} has the columns {', '.join(columns)} and no {missing[0]!r}")
+            chosen[field.name] = named[field.name]
+            continue
+        found = next((lower[n] for n in (field.name, *field.others) if n in lower), None)
+        if found is not None and [found] not in chosen.values():
+            chosen[field.name] = [found]
+    required = [field for field in fields if field.required]
+    if list(columns) == [str(i) for i in range(len(required))] and not chosen:  # rows that are lists
+        chosen = {field.name: [column] for field, column in zip(required, columns, strict=True)}
+    for field in required:
+        if field.name not in chosen:
+            raise InputError(
+                f"{name} has the columns {', '.join(columns)}; none is known to hold the {field.name}. Say which one "
+                f"does: {field.name}=COLUMN"
+            )
+    return chosen
+
+
+def rows_of(
+    tables: Sequence[Table], fields: Sequence[Field], named: Mapping[str, list[str]]
+) -> tuple[list[Row], dict[str, list[str]]]:
+    """Rows under the names of the fields, and the columns that these are in.
+
+    Raises:
+        InputError: a column is missing, or a row lacks a value.
+    """
+    rows: list[Row] = []
+    chosen: dict[str, list[str]] = {}
+    many = {field.name for field in fields if field.many}
+    required = {field.name for field in fields if field.required}
+    for table in tables:
+        chosen = choose_columns(list(map(str, table.records[0])), fields, named, table.name)
+        for number, record in enumerate(table.records, 1):
+            where = f"{table.name}, row {number}"
+            values: dict[str, Any] = {}
+            for name, columns in chosen.items():
+                missing = [c for c in columns if c not in record]
+                if missing:
+                    raise InputError(f"{where} has no {missing[0]!r}")
+                cells = [record[c] for c in columns]
+                value = [c for c in cells if c not in (None, "")] if len(cells) > 1 else cells[0]
+                values[name] = _listed(value, where, columns[0]) if name in many else value
+                if name in required and values[name] is None:
+                    raise InputError(f"{where} has nothing in {columns[0]!r}")
+            rows.append(Row({**values, "_record": record}, where))
+    return rows, chosen
+
+
+def _listed(value: Any, where: str, column: str) -> list[Any]:
+    if isinstance(value, str):  # a table's cell
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = value.split()
+    if isinstance(value, Mapping) and "text" in value:  # choices as {"label": [...], "text": [...]}
+        value = value["text"]
+    if not isinstance(value, list | tuple):
+        raise InputError(f"{where} holds a {type(value).__name__} in {column!r}; a list is wanted")
+    return list(value)
+
+
+def text_of(row: Row, name: str) -> str:
+    """A field that must be a text that is not blank.
+
+    Raises:
+        InputError: it is something else.
+    """
+    value = row.values[name]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        what = "is blank" if isinstance(value, str) else f"is a {type(value).__name__}"
+        raise InputError(f"{row.where}: the {name} {what}; a text is wanted")
+    return value
+
+
+def hold_out(rows: Sequence[Row], share: float, group_by: str | None) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to evaluate on, in their order; rows with one value of `group_by` stay together.
+
+    Raises:
+        InputError: a row has no such column, or the share leaves no row on one side.
+    """
+    if not share:
+        return list(rows), []
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        if group_by is None:
+            groups[str(i)] = [i]
+            continue
+        if group_by not in row.values["_record"]:
+            raise InputError(f"{row.where} has no column {group_by!r}, which rows are grouped by")
+        groups.setdefault(str(row.values["_record"][group_by]), []).append(i)
+    names = sorted(groups)
+    random.Random(0).shuffle(names)  # the same rows whatever the run's seed, so that runs can be compared
+    held: set[int] = set()
+    for name in names:
+        if len(held) >= share * len(rows):
+            break
+        held |= set(groups[name])
+    if not held or len(held) == len(rows):
+        raise InputError(f"held_out is {share}; of {len(rows)} rows in {len(groups)} groups it leaves one side empty")
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

@@ -1,0 +1,64 @@
+"""Names of labels, and the numbers that stand for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from modernbert.errors import InputError
+
+
+class Labels:
+    """Names in the order of their numbers.
+
+    Args:
+        names: at least one, each once.
+        given: whether somebody named them, so that a whole number means the name at its place.
+    """
+
+    def __init__(self, names: Sequence[str], given: bool = False) -> None:
+        twice = {name for name in names if names.count(name) > 1}
+        if twice or not names:
+            raise InputError(f"labels name {', '.join(sorted(twice))} twice" if twice else "there are no labels")
+        self.names = list(names)
+        self.given = given
+        self.numbers = {name: i for i, name in enumerate(names)}
+
+    @classmethod
+    def named(cls, given: str) -> Labels:
+        """Of "a,b,c", or of a file with a name a line."""
+        path = Path(given)
+        if "," not in given and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return cls([line.strip() for line in lines if line.strip()], True)
+        return cls([name.strip() for name in given.split(",") if name.strip()], True)
+
+    @classmethod
+    def found(cls, values: Iterable[Any]) -> Labels:
+        """Of the values in the data: numbers in their order, else by the alphabet."""
+        names = {str(value) for value in values}
+        numeric = all(name.lstrip("-").isdigit() for name in names)
+        return cls(sorted(names, key=int) if numeric else sorted(names))
+
+    def number(self, value: Any, where: str) -> int:
+        """The number of a label.
+
+        Raises:
+            InputError: there is no such label.
+        """
+        name = str(value).strip()
+        if name in self.numbers:
+            return self.numbers[name]
+        if self.given and name.isdigit() and int(name) < len(self.names):
+            return int(name)
+        known = ", ".join(self.names[:20]) + (f" and {len(self.names) - 20} more" if len(self.names) > 20 else "")
+        raise InputError(f"{where} has the label {name!r}; known are {known}")
+
+    def config_changes(self) -> dict[str, Any]:
+        """Fields of a configuration."""
+        return {
+            "num_labels": len(self.names),
+            "id2label": dict(enumerate(self.names)),
+            "label2id": dict(self.numbers),
+        }

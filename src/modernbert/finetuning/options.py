@@ -1,0 +1,144 @@
+"""Options of fine-tuning, a dataclass for each task; see `modernbert.training.options`.
+
+Defaults of the optimizer are those of the fine-tuning runs of the ModernBERT paper (arXiv:2412.13663): StableAdamW, a
+short warm-up and a linear way down; each task's number of epochs and learning rate suit data of a few thousand rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from modernbert.training.options import TrainingOptions, option
+
+PROBLEMS = ("auto", "single-label", "multi-label", "regression")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TrainingOptions):
+    """What every task has.
+
+    The order of the fields is that of the command line's help.
+    """
+
+    train: list[str] = option([], "File or datasets folder to train on; FILE#PART for a part of one; repeat.")
+    eval: list[str] = option([], "File to evaluate on; without any, a share of the training data.")
+    output: str = option("", "Folder of the run: metrics, checkpoints, the finished model and its report.")
+    model: str | None = option(None, "Folder or Hub repository; the package's small model if not given.")
+    revision: str | None = option(None, "Branch, tag or commit of the repository.")
+    column: list[str] = option([], "FIELD=COLUMN: which column holds a field; repeat.")
+    header: str | None = option(None, "Names of the columns of tables without a header line: a,b,c.")
+    held_out: float = option(0.1, "Share of the training rows to evaluate on, where no file is given; 0 is none.")
+    group_by: str | None = option(None, "Column whose equal values stay on one side when rows are held out.")
+    max_length: int | None = option(None, "Tokens of a text, cut off there; the model's context, 512 at the most.")
+    attn_implementation: str = option("auto", "auto, eager or sdpa.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(lambda x: 0 <= x < 1, "must lie in [0, 1)", "held_out")
+        self.check(lambda x: x >= 3, "must be at least 3", "max_length")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelOptions(FinetuneOptions):
+    """Of tasks whose labels have names."""
+
+    labels: str | None = option(None, "Names of the labels, in order: a,b,c, or a file with one a line; else the data's.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextClassificationOptions(LabelOptions):
+    """Classes or values of whole texts, or of pairs."""
+
+    problem: str = option("auto", "What labels are; auto looks at them.", PROBLEMS)
+    separator: str = option(",", "multi-label: what stands between the labels of a cell.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenClassificationOptions(LabelOptions):
+    """Classes of words."""
+
+    epochs: float = option(5.0, "Passes over the training data.")
+    batch_size: int = option(16, "Examples a step.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringOptions(FinetuneOptions):
+    """Answers that are spans of a text."""
+
+    epochs: float = option(2.0, "Passes over the training data.")
+    batch_size: int = option(12, "Windows a step.")
+    max_length: int | None = option(384, "Tokens of a window, question included; longer texts are read in windows.")
+    stride: int = option(128, "Tokens that windows share.")
+    max_answer_len: int = option(30, "Longest answer in tokens, in evaluation.")
+    n_best: int = option(20, "Answers of each question that predictions hold.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(lambda x: x >= 0, "must not be negative", "stride")
+        self.check(lambda x: x > 0, "must be above 0", "max_answer_len", "n_best")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultipleChoiceOptions(FinetuneOptions):
+    """One of several continuations."""
+
+    batch_size: int = option(16, "Questions a step.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModelOptions(FinetuneOptions):
+    """Tokens of raw text; long texts are split and never cut off."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedLMOptions(LanguageModelOptions):
+    """Tokens behind the mask."""
+
+    mask_rate: float = option(0.3, "Share of the tokens to predict in training; evaluations hide 15 %.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(lambda x: 0 < x < 1, "must lie between 0 and 1", "mask_rate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentenceEmbeddingOptions(FinetuneOptions):
+    """Vectors of texts that belong together."""
+
+    batch_size: int = option(64, "Pairs a step; each is told apart from all others of its step.")
+    lr: float = option(8e-5, "Peak learning rate.")
+    epochs: float = option(1.0, "Passes over the training data.")
+    warmup: float = option(0.05, "Share of the steps in which the rate rises.")
+    temperature: float = option(0.05, "Similarities are divided by this before the softmax.")
+    matryoshka: list[int] = option([], "Also train the first so many dimensions as vectors of their own; repeat.")
+    pooling: str = option("mean", "How tokens become a vector, of a bare encoder.", ("mean", "cls", "max"))
+    query_prompt: str = option("", "Put before every anchor, and saved as the prompt 'query'.")
+    document_prompt: str = option("", "Put before every positive and negative, and saved as the prompt 'document'.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(lambda x: x > 0, "must be above 0", "temperature")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextRankingOptions(FinetuneOptions):
+    """Scores of documents for a query, read together."""
+
+    negatives: int = option(4, "Other rows' documents beside each right one, where the data names no wrong ones.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(lambda x: x >= 0, "must not be negative", "negatives")
+
+
+# Task -> its options. The class of a task is in `modernbert.finetuning.tasks`.
+OPTIONS: dict[str, type[FinetuneOptions]] = {
+    "text-classification": TextClassificationOptions,
+    "token-classification": TokenClassificationOptions,
+    "question-answering": QuestionAnsweringOptions,
+    "multiple-choice": MultipleChoiceOptions,
+    "masked-lm": MaskedLMOptions,
+    "causal-lm": LanguageModelOptions,
+    "sentence-embedding": SentenceEmbeddingOptions,
+    "text-ranking": TextRankingOptions,
+}

@@ -1,0 +1,276 @@
+"""A run of fine-tuning from data to a finished folder: `finetune`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from modernbert import __version__
+from modernbert.errors import InputError
+from modernbert.files import write_text
+from modernbert.finetuning.data import Row, hold_out, parse_columns, read_tables, rows_of, with_parts
+from modernbert.finetuning.options import OPTIONS, FinetuneOptions
+from modernbert.finetuning.tasks import TASKS, Task
+from modernbert.pipelines import pipeline as make_pipeline
+from modernbert.pipelines import small_model
+from modernbert.training.adapters import has_adapters, merged
+from modernbert.training.checkpoints import explained
+from modernbert.training.engine import Outcome, fit, process
+from modernbert.training.progress import Reporter
+from modernbert.training.report import write_report
+
+logger = logging.getLogger(__name__)
+SETTINGS, RESULTS, PREDICTIONS = "run.yaml", "results.json", "predictions.jsonl"
+# What a run that goes on may change.
+_CHANGEABLE = {"epochs", "max_steps", "lr", "patience", "tracker", "device", "save_every", "eval_every", "keep_best"}
+_PIPELINES = {"masked-lm": "fill-mask", "causal-lm": "text-generation"}  # tasks that are served under another name
+
+
+@dataclasses.dataclass
+class Finetuned:
+    """A finished run.
+
+    Attributes:
+        task: its name.
+        model, tokenizer: what was trained, in evaluation mode.
+        figures: metrics on the held-out rows; empty without any.
+        outcome: steps, seconds, tokens, and the evaluation.
+        output: the run's folder, which `from_pretrained` and `pipeline` load.
+    """
+
+    task: str
+    model: Any
+    tokenizer: Any
+    figures: dict[str, float]
+    outcome: Outcome
+    output: Path
+
+    def pipeline(self, **options: Any) -> Any:
+        """The finished model, ready for texts; options as of `modernbert.pipeline`."""
+        return make_pipeline(_PIPELINES.get(self.task, self.task), str(self.output), **options)
+
+
+def finetune(
+    task: str,
+    train: Any = None,
+    eval: Any = None,  # noqa: A002
+    output: str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    config: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = logger.info,
+    **options: Any,
+) -> Finetuned:
+    """Fine-tune a model for a task.
+
+    Args:
+        task: such as "text-classification"; `modernbert.finetuning.options.OPTIONS` has them all.
+        train: what to train on: a path or a list of paths, a list of dicts, or a dataset of the `datasets` library.
+        eval: what to evaluate on, likewise; where silent, a share of the training rows.
+        output: folder of the run. It gets checkpoints, `metrics.jsonl`, `run.yaml`, and at the end the model, its
+            tokenizer, `results.json`, `predictions.jsonl` and `report.html`.
+        model: folder or Hub repository; the small encoder or decoder of this package where silent.
+        config: a YAML file of options; those that are given here count more.
+        resume: go on from the last checkpoint under `output`, with its options.
+        progress: draw progress on standard error.
+        say: takes a line about what was found in the data.
+        options: the task's; see its class in `modernbert.finetuning.options`.
+
+    Raises:
+        InputError: an option is impossible, data cannot be learnt from, or the folder is in use.
+        DivergedError: the loss is no number.
+        OSError: a file cannot be read or written.
+    """
+    if task not in OPTIONS:
+        raise InputError(f"task is {task!r}; choose one of {', '.join(OPTIONS)}")
+    given = {"train": train, "eval": eval, "output": output, "model": model, **options}
+    settings = _settings(task, {k: v for k, v in given.items() if v is not None}, config, resume)
+    if not settings.output:
+        raise InputError("output is not given; name a folder for the run")
+    folder = Path(settings.output)
+    where = process(settings)
+    with _opened(folder, resume) if where.is_main_process else contextlib.nullcontext():
+        where.wait_for_everyone()
+        say = say if where.is_main_process else lambda line: None
+        worker = TASKS[task](settings)
+        train_rows, eval_rows = _rows(worker, train, eval, settings, say)
+        name = settings.model or small_model("decoder" if task == "causal-lm" else "encoder")
+        worker.learn(train_rows)
+        loaded = _loaded(worker, name, settings)
+        worker.use(worker.load_tokenizer(name, settings), loaded.config.max_position_embeddings)
+        examples = worker.prepare(train_rows, True)
+        worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
+        for note in dict.fromkeys(worker.notes):
+            say(note)
+        size = sum(p.numel() for p in loaded.parameters())
+        tokens = sum(example.tokens for example in examples)
+        say(f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; {size / 1e6:.2f} M weights")
+        if where.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_settings(folder, task, settings)
+        where.wait_for_everyone()
+        began = time.perf_counter()
+        with Reporter(worker.metric, progress and where.is_main_process) as report:
+            outcome = fit(loaded, examples, worker, settings, folder, resume=resume, report=report)
+        result = Finetuned(task, outcome.model, worker.tokenizer, {}, outcome, folder)
+        if outcome.evaluation is not None:
+            result.figures = outcome.evaluation.figures
+        if where.is_main_process:
+            with explained(folder):
+                _finish(result, worker, settings, time.perf_counter() - began)
+        where.wait_for_everyone()
+        return result
+
+
+def _settings(task: str, given: Mapping[str, Any], config: str | Path | None, resume: bool) -> FinetuneOptions:
+    """Options of a file, of the run that goes on, and those given, which count most."""
+    values: dict[str, Any] = {}
+    folder = given.get("output")
+    before: dict[str, Any] = {}
+    if resume and folder is not None and (Path(folder) / SETTINGS).is_file():
+        before = _read_settings(Path(folder) / SETTINGS, task)
+        values |= before
+    if config is not None:
+        values |= _read_settings(Path(config), task)
+    for name, value in given.items():
+        if name in ("train", "eval") and not _are_paths(value):
+            values[name] = []
+        elif name == "column" and isinstance(value, Mapping):
+            values[name] = [f"{k}={v if isinstance(v, str) else ','.join(v)}" for k, v in value.items()]
+        elif name in ("train", "eval") or (name in ("output", "model") and isinstance(value, Path)):
+            values[name] = [str(v) for v in value] if isinstance(value, list | tuple) else str(value)
+        else:
+            values[name] = value
+    options = OPTIONS[task].of(values, str(config) if config is not None else "the task")
+    for name, value in before.items():
+        now = getattr(options, name)
+        if name not in _CHANGEABLE and name not in ("train", "eval", "output") and now != value:
+            raise InputError(f"{name} is {now!r} and the run in {folder} has {value!r}; resume it with the same")
+    return options
+
+
+def _are_paths(value: Any) -> bool:
+    several = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(v, str | Path) for v in several)
+
+
+def _read_settings(path: Path, task: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}; options by their names are wanted")
+    of = values.pop("task", task)
+    if of != task:
+        raise InputError(f"{path} is for {of}, and the task is {task}")
+    values.pop("modernbert", None)
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def _write_settings(folder: Path, task: str, options: FinetuneOptions) -> None:
+    values = {"task": task, "modernbert": __version__, **dataclasses.asdict(options)}
+    write_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, resume: bool) -> Iterator[None]:
+    """Keep a folder for this run alone; a new one that nothing was written to is removed again.
+
+    Raises:
+        InputError: it is in use, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output is {folder}, which is a file; name a folder")
+    is_new = not folder.exists()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"output is {folder}, which another process is writing; name another folder") from None
+    try:
+        files = [] if is_new else sorted(path.name for path in folder.iterdir())
+        if files and not resume:
+            raise InputError(f"output is {folder}, which holds {files[0]}; name another folder, or resume its run")
+        if files and SETTINGS not in files:
+            raise InputError(f"output is {folder}, which holds {files[0]} and no run to resume; name another folder")
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        for place in made:
+            if place.exists() and not any(place.iterdir()):
+                place.rmdir()
+
+
+def _rows(
+    task: Task, train: Any, evaluation: Any, options: FinetuneOptions, say: Callable[[str], None]
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to evaluate on, with a word on where they come from."""
+    train = options.train if train is None or _are_paths(train) else train
+    evaluation = options.eval if evaluation is None or _are_paths(evaluation) else evaluation
+    if isinstance(train, list) and not train:
+        raise InputError("train is not given; name a file to train on")
+    train, evaluation, chosen = with_parts(train, evaluation)
+    if chosen:
+        say(chosen)
+    header = None if options.header is None else [name.strip() for name in options.header.split(",")]
+    named = parse_columns(options.column, task.fields)
+    rows, columns = rows_of(read_tables(train, header), task.fields, named)
+    say("columns: " + ", ".join(f"{field} = {'+'.join(names)}" for field, names in columns.items()))
+    if evaluation is None or (isinstance(evaluation, list) and not evaluation):
+        rows, held = hold_out(rows, options.held_out, options.group_by)
+        if held:
+            say(f"{len(held)} of the {len(rows) + len(held)} rows are held out to evaluate on")
+        return rows, held
+    held, _ = rows_of(read_tables(evaluation, header), task.fields, named)
+    return rows, held
+
+
+def _loaded(task: Task, name: str | Path, options: FinetuneOptions) -> Any:
+    """The model; what the task lacks is freshly initialised from the seed."""
+    import torch
+
+    torch.manual_seed(options.seed)
+    return task.load(name, options)
+
+
+def _finish(result: Finetuned, task: Task, options: FinetuneOptions, wall: float) -> None:
+    """Write the finished model and all that is told of it."""
+    folder, outcome = result.output, result.outcome
+    if has_adapters(result.model):
+        task.save(result.model, folder / "adapter")
+        result.model = merged(result.model)
+    task.save(result.model, folder)
+    evaluation = outcome.evaluation
+    if evaluation is not None and evaluation.predictions:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
+        write_text(folder / PREDICTIONS, "".join(lines))
+    results = {
+        "task": result.task,
+        "metric": task.metric,
+        "figures": result.figures,
+        "steps": outcome.steps,
+        "best_step": outcome.best_step,
+        "stopped": outcome.stopped,
+        "train_seconds": round(outcome.seconds, 2),
+        "wall_seconds": round(wall, 2),
+        "tokens": outcome.tokens,
+        "tokens_per_second": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds else None,
+        "notes": list(dict.fromkeys(task.notes)),
+    }
+    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_report(folder, result.task, results, dataclasses.asdict(options), evaluation)

@@ -1,0 +1,120 @@
+"""Classes of words, such as the names of people and places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modernbert.auto import AutoModelForTokenClassification
+from modernbert.errors import InputError
+from modernbert.finetuning.data import Field, Row
+from modernbert.finetuning.labels import Labels
+from modernbert.finetuning.metrics import entity_figures
+from modernbert.finetuning.options import FinetuneOptions
+from modernbert.finetuning.tasks.base import Task, shown, worst
+from modernbert.ops.losses import IGNORED
+from modernbert.tokenizer import Tokenizer
+from modernbert.training.engine import Batch, Evaluation
+from modernbert.training.examples import Example
+
+
+class TokenClassification(Task):
+    """A classifier of words: the first token of each has the word's tag, the others do not count.
+
+    Rows hold words and their tags, lists of one length; a .conll file holds a word and its tag a line.
+    """
+
+    name = "token-classification"
+    auto_model = AutoModelForTokenClassification
+    fields = (
+        Field("tokens", ("words", "text", "sentence"), many=True),
+        Field("tags", ("ner_tags", "labels", "pos_tags", "chunk_tags", "ner", "label"), many=True),
+    )
+    metric = "f1"
+
+    def learn(self, rows: Sequence[Row]) -> None:
+        """The names of tags."""
+        if self.options.labels is not None:
+            self.names = Labels.named(self.options.labels)
+            return
+        found = {str(tag) for row in rows for tag in row.values["tags"]}
+        # "O" first, then each type's beginning beside its inside.
+        self.names = Labels(sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2] or tag, tag)))
+
+    def config_changes(self) -> dict[str, Any]:
+        """Labels."""
+        return self.names.config_changes()
+
+    def load_tokenizer(self, name: str | Path, options: FinetuneOptions) -> Tokenizer:
+        """The model's tokenizer, for words: each begins with a space, the first one too."""
+        try:
+            return Tokenizer.from_pretrained(name, revision=options.revision, add_prefix_space=True)
+        except AttributeError:  # of another kind than byte-level
+            return super().load_tokenizer(name, options)
+
+    def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
+        """One row each; words that the context cuts off are wrong in evaluation, unless their tag is "O"."""
+        for row in rows:
+            words, tags = row.values["tokens"], row.values["tags"]
+            if len(words) != len(tags):
+                raise InputError(f"{row.where} has {len(words)} words and {len(tags)} tags; they must be as many")
+            bad = next((word for word in words if not isinstance(word, str) or not word), None)
+            if bad is not None or not words:
+                raise InputError(f"{row.where} has {'the word ' + repr(bad) if words else 'no words'}; texts are wanted")
+        numbers = [[self.names.number(tag, row.where) for tag in row.values["tags"]] for row in rows]
+        encoded = self.tokenizer(
+            [row.values["tokens"] for row in rows],
+            is_split_into_words=True,
+            truncation=True,
+            max_length=self.max_length,
+        )
+        assert encoded.encodings is not None
+        self.note_cut(sum(bool(e.overflowing) for e in encoded.encodings), len(rows))
+        examples = []
+        for row, encoding, tags in zip(rows, encoded.encodings, numbers, strict=True):
+            label, before = [], None
+            for word in encoding.word_ids:
+                label.append(IGNORED if word is None or word == before else tags[word])
+                before = word
+            firsts = {word: i for i, word in reversed(list(enumerate(encoding.word_ids))) if word is not None}
+            record = {"words": row.values["tokens"], "tags": [self.names.names[t] for t in tags], "firsts": firsts}
+            examples.append(Example([encoding.ids], label, record))
+        return examples
+
+    def labels(self, examples: Sequence[Example]) -> Batch:
+        """(T,) classes, -100 where nothing counts."""
+        return {"labels": torch.tensor([tag for example in examples for tag in example.label])}
+
+    def judge(self, model: Any, examples: Sequence[Example]) -> Evaluation:
+        """Precision, recall and F1 of whole entities."""
+        said: list[list[str]] = [[] for _ in examples]
+        names = self.names.names
+        nothing = "O" if "O" in self.names.numbers else names[0]
+        for chosen, out in self.outputs(model, examples):
+            best = out.logits.argmax(-1).tolist()
+            start = 0
+            for i in chosen:
+                firsts = examples[i].record["firsts"]
+                said[i] = [
+                    names[best[start + firsts[word]]] if word in firsts else nothing
+                    for word in range(len(examples[i].record["words"]))
+                ]
+                start += examples[i].tokens
+        truth = [example.record["tags"] for example in examples]
+        wrong, predictions = [], []
+        counts = np.zeros((len(names), len(names)), dtype=int)
+        for example, right, predicted in zip(examples, truth, said, strict=True):
+            words = example.record["words"]
+            predictions.append({"tokens": words, "tags": right, "predicted": predicted})
+            missed = [
+                f"{w}: {r} as {p}" for w, r, p in zip(words, right, predicted, strict=True) if r != p
+            ]
+            if missed:
+                wrong.append((len(missed), {"text": shown(" ".join(words)), "wrong": shown("; ".join(missed))}))
+            for r, p in zip(right, predicted, strict=True):
+                counts[self.names.numbers[r], self.names.numbers[p]] += 1
+        return Evaluation(entity_figures(truth, said), names, counts.tolist(), worst(wrong), predictions)

@@ -1,0 +1,66 @@
+"""Low-rank adapters by the PEFT library: small matrices that are trained in the place of the weights."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modernbert.errors import InputError
+
+_TARGETS = ("Wqkv", "q_proj", "k_proj", "v_proj", "Wo", "Wi")
+
+
+def add_adapters(model: nn.Module, rank: int, alpha: float | None) -> Any:
+    """A model whose layers have adapters; they and its head are trainable, and nothing else.
+
+    Args:
+        model: of any class of this package.
+        rank: of the adapters.
+        alpha: their outputs are scaled by alpha / rank; twice the rank where None.
+
+    Raises:
+        InputError: PEFT is not installed.
+    """
+    peft = _peft()
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    body = [name for name, _ in model.named_children() if name != "model"]
+    # A tied output layer is the embedding, which stays as it is.
+    heads = [name for name in body if any(True for _ in getattr(model, name).parameters()) and name != "decoder"]
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules=sorted(names & set(_TARGETS)),
+        modules_to_save=heads or None,
+        bias="none",
+    )
+    return peft.get_peft_model(model, config)
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether `add_adapters` made the model."""
+    return hasattr(model, "peft_config")
+
+
+def load_adapters(model: Any, folder: Path) -> None:
+    """Read saved adapters into a model that has such."""
+    from safetensors.torch import load_file
+
+    _peft().set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+
+def merged(model: Any) -> Any:
+    """The model without adapters, their products added to its weights."""
+    return model.merge_and_unload()
+
+
+def _peft() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it imports
+            import peft
+    except ImportError as error:
+        raise InputError("adapters need peft: pip install 'modernbert[lora]'") from error
+    return peft

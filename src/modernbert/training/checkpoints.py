@@ -1,0 +1,121 @@
+"""Checkpoints of a run: a folder a step, written whole or not at all, in safetensors and JSON.
+
+A checkpoint holds the model in its ordinary form, the optimizer's state by the parameters' names, and what the run
+has to remember.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modernbert.errors import InputError
+
+STATE, ABOUT = "optimizer.safetensors", "trainer.json"
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The checkpoints of a run, by their steps."""
+    found = [p for p in output.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was made after."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def write_checkpoint(
+    output: Path,
+    step: int,
+    save_model: Callable[[Path], None],
+    state: dict[str, Tensor],
+    about: dict[str, Any],
+    keep: Collection[int] = (),
+) -> Path:
+    """Write `checkpoint-STEP` whole, then remove those before it.
+
+    Args:
+        output: folder of the run.
+        step: the step that was done last.
+        save_model: writes the model into a folder.
+        state: tensors to go on with, such as `optimizer_state`.
+        about: what else to remember, for JSON.
+        keep: steps whose checkpoints stay.
+
+    Raises:
+        OSError: there is no room, or no permission; the checkpoints before are untouched.
+    """
+    older = [path for path in checkpoints(output) if step_of(path) not in {step, *keep}]
+    temporary, final = output / f".checkpoint-{step}", output / f"checkpoint-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        save_model(temporary)
+        save_file(state, temporary / STATE)
+        (temporary / ABOUT).write_text(json.dumps({"step": step, **about}, indent=2), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = f"{older[-1]} is whole" if older else "there is none before it"
+        raise OSError(f"{final} cannot be written: {error}; {last}") from error
+    for path in older:
+        shutil.rmtree(path, ignore_errors=True)
+    return final
+
+
+def last_checkpoint(output: Path) -> tuple[Path, dict[str, Any]]:
+    """The last checkpoint of a run and what it remembers.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = checkpoints(output)
+    if not found:
+        raise InputError(f"{output} holds no checkpoint to resume from")
+    return found[-1], json.loads((found[-1] / ABOUT).read_text(encoding="utf-8"))
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as tensors by "parameter/key"."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{name}/{key}"] = value.detach().contiguous()
+    return state
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_state` gave."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, part = key.rpartition("/")
+        found.setdefault(name, {})[part] = value
+    for name, parameter in model.named_parameters():
+        if name in found:  # counts of steps stay on the CPU, where optimizers keep them
+            optimizer.state[parameter] = {
+                part: value if part == "step" else value.to(parameter.device) for part, value in found[name].items()
+            }
+
+
+def read_state(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint to go on with."""
+    return load_file(checkpoint / STATE)
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """What the safetensors library says of a full disk or a missing permission, as the `OSError` that it is."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"the model cannot be written to {folder}: {error}") from error

@@ -1,0 +1,466 @@
+"""The loop of a run: steps of packed batches under Accelerate, evaluations, checkpoints, the best one at the end.
+
+Every random number comes from the seed and the number of the step, so that a run that was killed goes on as if it had
+not been. Every label of a step weighs the same, however many forward passes and processes share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modernbert.errors import DivergedError, InputError
+from modernbert.files import write_text
+from modernbert.training.adapters import add_adapters, has_adapters
+from modernbert.training.checkpoints import (
+    checkpoints,
+    last_checkpoint,
+    optimizer_state,
+    read_state,
+    restore_optimizer,
+    step_of,
+    write_checkpoint,
+)
+from modernbert.training.examples import Example, StepPlan, by_tokens
+from modernbert.training.optimizers import OPTIMIZERS, parameter_groups
+from modernbert.training.options import TrainingOptions
+from modernbert.training.schedules import make_schedule
+
+logger = logging.getLogger(__name__)
+Batch = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """How a model does on examples that it was not trained on.
+
+    Attributes:
+        figures: metrics by name, as the field names them.
+        classes, confusion: counts of [true class][predicted class], where there are classes.
+        errors: examples that it got wrong, the worst first; rows of a table.
+        predictions: a record for each example.
+    """
+
+    figures: dict[str, float]
+    classes: list[str] = dataclasses.field(default_factory=list)
+    confusion: list[list[int]] = dataclasses.field(default_factory=list)
+    errors: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    predictions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class Objective(Protocol):
+    """What a model is trained for."""
+
+    metric: str
+    greater_is_better: bool
+
+    def collate(self, examples: Sequence[Example], generator: torch.Generator) -> Batch:
+        """A packed batch: what the model is called with, labels included."""
+        ...
+
+    def count(self, batch: Batch) -> float:
+        """What the sum of the batch's losses is divided by to be their mean."""
+        ...
+
+    def losses(
+        self, model: nn.Module, batches: Sequence[Batch], total: float, backward: Callable[[Tensor, bool], None]
+    ) -> Tensor:
+        """Go through the batches of a step; the loss, without gradient.
+
+        Args:
+            model: in training mode.
+            batches: of one step, on the model's device.
+            total: `count` of the whole step.
+            backward: takes a loss, and whether it is the step's last.
+        """
+        ...
+
+    def evaluate(self, model: Any) -> Evaluation | None:
+        """How the model does on held-out examples; None without any."""
+        ...
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the model, with all that is needed to use it."""
+        ...
+
+    def load_weights(self, model: Any, folder: Path) -> None:
+        """Read the weights that `save` wrote into a model of the same form."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run says of itself after a step; `figures` are those of an evaluation, where there was one."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+    seconds_left: float
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        model: the trained model, in evaluation mode.
+        evaluation: of the weights that it ended with.
+        steps: steps that were done in all.
+        best_step: the step of the best evaluation, if any.
+        seconds: of training, evaluations not counted.
+        tokens: real tokens that were trained on, in this process's lifetime.
+        stopped: why it ended before its last step, if it did.
+    """
+
+    model: Any
+    evaluation: Evaluation | None
+    steps: int
+    best_step: int | None
+    seconds: float
+    tokens: int
+    stopped: str = ""
+
+
+def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+    """The optimizer of the options, over the model's trainable parameters."""
+    groups = parameter_groups(model, options.weight_decay, options.lr, options.layer_decay)
+    if not groups:
+        raise InputError("every parameter is frozen; there is nothing to train")
+    fused = {"fused": True} if options.optimizer == "adamw" else {}
+    made: torch.optim.Optimizer = OPTIMIZERS[options.optimizer](
+        groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, **fused
+    )
+    return made
+
+
+def freeze(model: nn.Module, embeddings: bool, layers: int) -> None:
+    """Leave the token embeddings, or the first so many layers and the embeddings, out of training."""
+    body: Any = next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embeddings"))
+    if layers > len(body.layers):
+        raise InputError(f"freeze_layers is {layers}; the model has {len(body.layers)} layers")
+    if embeddings or layers:
+        body.embeddings.requires_grad_(False)
+    for layer in body.layers[:layers]:
+        layer.requires_grad_(False)
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 products where they are asked for, or where "auto" finds that the device has them."""
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    enabled = precision == "bfloat16" or (precision == "auto" and native)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def fit(
+    model: Any,
+    examples: Sequence[Example],
+    objective: Objective,
+    options: TrainingOptions,
+    output: Path,
+    *,
+    resume: bool = False,
+    report: Callable[[Progress], None] = lambda progress: None,
+) -> Outcome:
+    """Train a model, with checkpoints and `metrics.jsonl` under `output`.
+
+    Args:
+        model: of any class of this package; it is trained in place.
+        examples: what to train on.
+        objective: what to train for.
+        options: how to train.
+        output: folder of the run; it exists.
+        resume: go on from the last checkpoint under `output`.
+        report: called after every step.
+
+    Raises:
+        InputError: there is nothing to train, or a tracker is not known.
+        DivergedError: the loss is no number; the last checkpoint stays.
+    """
+    return _Run(model, examples, objective, options, output, resume, report).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        objective: Objective,
+        options: TrainingOptions,
+        output: Path,
+        resume: bool,
+        report: Callable[[Progress], None],
+    ) -> None:
+        if not examples:
+            raise InputError("there is no example to train on")
+        self.accelerator = _accelerator(options, output)
+        self.objective, self.options, self.output, self.report = objective, options, output, report
+        self.examples = examples
+        lengths = np.array([example.tokens for example in examples], dtype=np.int64)
+        self.plan = StepPlan(lengths, options.batch_size, options.batch_tokens, options.seed)
+        self.total = options.max_steps or max(1, self.plan.steps(options.epochs))
+        self.epoch_steps = len(self.plan.epoch(0))
+        self.schedule = make_schedule(options.schedule, self.total, options.warmup, options.decay)
+        freeze(model, options.freeze_embeddings, options.freeze_layers)
+        if options.lora_rank:
+            model = add_adapters(model, options.lora_rank, options.lora_alpha)
+        if options.gradient_checkpointing:
+            target = model.model if not hasattr(model, "gradient_checkpointing_enable") else model
+            target.gradient_checkpointing_enable()
+        self.bare = model.to(self.accelerator.device)
+        optimizer = make_optimizer(self.bare, options)
+        self.step, self.best, self.since_best = 0, None, 0
+        self.stopped = ""
+        if resume and checkpoints(output):
+            self._restore(optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        self.begun = self.step
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def run(self) -> Outcome:
+        options, objective = self.options, self.objective
+        trackers = bool(options.tracker)
+        if trackers:
+            settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
+            self.accelerator.init_trackers("modernbert", config=settings)
+        self._trim_metrics()
+        tokens, seconds, speed = 0, 0.0, 0.0
+        evaluation: Evaluation | None = None
+        evaluated_at = -1
+        self.bare.train()
+        steps = self._steps()
+        while self.step < self.total and not self.stopped:
+            started = time.perf_counter()
+            chosen, epoch = next(steps)
+            loss, norm, count = self._train_step(chosen)
+            self.step += 1
+            took = time.perf_counter() - started
+            seconds, tokens = seconds + took, tokens + count
+            speed = count / took if not speed else 0.95 * speed + 0.05 * count / took
+            figures: dict[str, float] = {}
+            last = self.step == self.total
+            if last or self.step % (options.eval_every or self.epoch_steps) == 0:
+                evaluation = self._evaluate()
+                evaluated_at = self.step
+                if evaluation is not None:
+                    figures = evaluation.figures
+                    self._compare(figures)
+            progress = Progress(
+                step=self.step,
+                steps=self.total,
+                epoch=epoch,
+                loss=loss,
+                lr=options.lr * self.schedule(self.step - 1),
+                grad_norm=norm,
+                tokens=tokens,
+                tokens_per_second=speed,
+                seconds=seconds,
+                seconds_left=seconds / (self.step - self.begun) * (self.total - self.step),
+                figures=figures,
+            )
+            self._record(progress, trackers)
+            wanted = self.step % options.save_every == 0 if options.save_every else evaluated_at == self.step
+            if wanted or last or self.stopped or self.best == (self.step, figures.get(objective.metric)):
+                self._save()
+        if self.best is not None and options.keep_best and self.best[0] != self.step:
+            self.objective.load_weights(self.bare, self.output / f"checkpoint-{self.best[0]}")
+            evaluated_at = -1
+        if evaluated_at != self.step:
+            evaluation = self._evaluate()
+        if trackers:
+            self.accelerator.end_training()
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        best = None if self.best is None else self.best[0]
+        return Outcome(model.eval(), evaluation, self.step, best, seconds, tokens, self.stopped)
+
+    def _steps(self) -> Iterator[tuple[list[int], float]]:
+        """The examples of each step from the present one on, and the epochs that are done after it."""
+        number, epoch = 0, 0
+        while True:
+            groups = self.plan.epoch(epoch)
+            for i, group in enumerate(groups, 1):
+                if number >= self.step:
+                    yield group, epoch + i / len(groups)
+                number += 1
+            epoch += 1
+
+    def _train_step(self, chosen: list[int]) -> tuple[float, float, int]:
+        """One step: its loss, the norm of its gradients, and its tokens."""
+        options, accelerator = self.options, self.accelerator
+        factor = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * factor * group["scale"]
+        # Every process collates the whole step, so that all know its number of labels, and trains on its share.
+        groups = by_tokens([self.examples[i].tokens for i in chosen], options.micro_tokens)
+        processes = accelerator.num_processes
+        while len(groups) % processes:  # no process may sit out a step
+            largest = max(range(len(groups)), key=lambda g: len(groups[g]))
+            half = len(groups[largest]) // 2
+            if not half:
+                break
+            groups[largest : largest + 1] = [groups[largest][:half], groups[largest][half:]]
+        generator = torch.Generator().manual_seed(self._random(1))
+        batches = [self.objective.collate([self.examples[chosen[i]] for i in group], generator) for group in groups]
+        total = sum(self.objective.count(batch) for batch in batches)
+        mine = batches[accelerator.process_index :: processes] or batches[-1:]
+        mine = [_moved(batch, accelerator.device) for batch in mine]
+        torch.manual_seed(self._random(2 + accelerator.process_index))  # of dropout
+
+        def backward(loss: Tensor, is_last: bool) -> None:
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+                accelerator.backward(loss * processes)  # gradients are averaged over processes
+
+        with autocast(options.precision, accelerator.device):
+            loss_tensor = self.objective.losses(self.model, mine, max(total, 1), backward)
+        loss = float(accelerator.reduce(loss_tensor.detach().float(), "sum"))
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._diverged(loss, norm, chosen)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, norm, sum(self.examples[i].tokens for i in chosen)
+
+    def _random(self, purpose: int) -> int:
+        sequence = np.random.SeedSequence((self.options.seed, self.step, purpose))
+        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def _diverged(self, loss: float, norm: float, chosen: list[int]) -> None:
+        found = checkpoints(self.output)
+        kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was made yet"
+        texts = ", ".join(repr(_shortened(self.examples[i].record)) for i in chosen[:3])
+        more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
+        raise DivergedError(
+            f"{what} at step {self.step + 1}; {kept}. Lower the learning rate ({self.options.lr}), or look at the "
+            f"step's examples: {texts}{more}"
+        )
+
+    def _evaluate(self) -> Evaluation | None:
+        """Evaluate the model as it is; every process gets the figures."""
+        evaluation = None
+        if self.is_main:
+            self.bare.eval()
+            packed = not has_adapters(self.bare) and self.accelerator.device.type == "cpu"
+            model = copy.deepcopy(self.bare).optimize_for_inference() if packed else self.bare
+            precision = "float32" if packed else self.options.precision
+            with torch.no_grad(), autocast(precision, self.accelerator.device):
+                evaluation = self.objective.evaluate(model)
+            self.bare.train()
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            evaluation = broadcast_object_list([evaluation])[0]
+        return evaluation
+
+    def _compare(self, figures: dict[str, float]) -> None:
+        """Remember the best evaluation, and stop after too many that are not."""
+        value, sign = figures[self.objective.metric], 1 if self.objective.greater_is_better else -1
+        if self.best is None or sign * value > sign * self.best[1]:
+            self.best, self.since_best = (self.step, value), 0
+            return
+        self.since_best += 1
+        if self.options.patience is not None and self.since_best >= self.options.patience and self.step < self.total:
+            self.stopped = f"no better {self.objective.metric} in {self.since_best} evaluations"
+
+    def _record(self, progress: Progress, trackers: bool) -> None:
+        values = dataclasses.asdict(progress)
+        values |= {f"eval_{name}": value for name, value in values.pop("figures").items()}
+        if self.is_main:
+            with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+            self.report(progress)
+        if trackers:
+            self.accelerator.log({k: v for k, v in values.items() if k not in ("step", "steps")}, step=progress.step)
+
+    def _trim_metrics(self) -> None:
+        """Forget the steps after the checkpoint that the run goes on from."""
+        path = self.output / "metrics.jsonl"
+        if not self.is_main or not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(ValueError):
+                if line.endswith("\n") and json.loads(line)["step"] <= self.step:
+                    kept.append(line)
+        write_text(path, "".join(kept))
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if not self.is_main:
+            return
+        about = {
+            "best": self.best,
+            "since_best": self.since_best,
+            "stopped": self.stopped,
+            "options": dataclasses.asdict(self.options),
+        }
+        state = optimizer_state(self.bare, self.optimizer.optimizer)
+        keep = [self.best[0]] if self.best is not None and self.options.keep_best else []
+        write_checkpoint(
+            self.output, self.step, lambda folder: self.objective.save(self.bare, folder), state, about, keep
+        )
+
+    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+        checkpoint, about = last_checkpoint(self.output)
+        self.objective.load_weights(self.bare, checkpoint)
+        restore_optimizer(self.bare, optimizer, read_state(checkpoint))
+        self.step = step_of(checkpoint)
+        self.best = None if about["best"] is None else tuple(about["best"])
+        self.since_best, self.stopped = about["since_best"], about["stopped"]
+
+
+def process(options: TrainingOptions) -> Any:
+    """This process among those of the run: Accelerate's `PartialState`."""
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise InputError("training needs accelerate: pip install 'modernbert[train]'") from error
+    return PartialState(cpu=options.device == "cpu")
+
+
+def _accelerator(options: TrainingOptions, output: Path) -> Any:
+    from accelerate import Accelerator
+
+    process(options)
+    tracked: dict[str, Any] = {}
+    if options.tracker:
+        tracked = {"log_with": list(options.tracker), "project_dir": str(output)}
+    try:
+        return Accelerator(cpu=True if options.device == "cpu" else None, **tracked)
+    except ValueError as error:
+        raise InputError(f"tracker is {', '.join(options.tracker)}: {error}") from error
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device) if isinstance(v, Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
+
+
+def _shortened(record: Any) -> str:
+    value = record
+    if isinstance(record, dict):
+        texts = [v for v in record.values() if isinstance(v, str) and v]
+        value = texts[0] if texts else record
+    said = " ".join(str(value).split())
+    return said if len(said) <= 60 else said[:57] + "..."
+

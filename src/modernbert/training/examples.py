@@ -1,0 +1,88 @@
+"""Examples of a task, put together into steps and packed batches.
+
+Shapes: B rows of a batch, T tokens of all of them together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One thing to learn from.
+
+    Attributes:
+        rows: ids of what the model reads of it: one text, or several, such as choices.
+        label: what it should say; its form is the task's.
+        record: what it came from, for evaluation and reports.
+    """
+
+    rows: Sequence[Sequence[int]]
+    label: Any = None
+    record: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its rows."""
+        return sum(len(row) for row in self.rows)
+
+
+def pack_rows(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Rows of ids end to end: `input_ids` (T,) and `cu_seqlens` (B + 1,) int32, as every model takes them."""
+    starts = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum([len(row) for row in rows], out=starts[1:])
+    ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if rows else np.zeros(0, np.int64)
+    return {"input_ids": torch.from_numpy(ids), "cu_seqlens": torch.from_numpy(starts)}
+
+
+def by_tokens(lengths: Sequence[int] | npt.NDArray[np.int64], budget: int) -> list[list[int]]:
+    """Consecutive groups of at most `budget` tokens; one that is longer is a group by itself."""
+    groups: list[list[int]] = []
+    filled = budget
+    for i, length in enumerate(lengths):
+        if not groups or filled + length > budget:
+            groups.append([])
+            filled = 0
+        groups[-1].append(i)
+        filled += int(length)
+    return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """Which examples each step of a run sees: shuffled anew in every epoch, by the seed and the epoch alone.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: examples a step.
+        batch_tokens: tokens a step, in its place.
+        seed: of the order.
+    """
+
+    lengths: npt.NDArray[np.int64]
+    batch_size: int
+    batch_tokens: int | None
+    seed: int
+
+    def epoch(self, number: int) -> list[list[int]]:
+        """The steps of an epoch, every example in exactly one of them."""
+        order = np.random.default_rng((self.seed, number)).permutation(len(self.lengths))
+        if self.batch_tokens is not None:
+            return [[int(order[i]) for i in group] for group in by_tokens(self.lengths[order], self.batch_tokens)]
+        size = self.batch_size
+        return [order[i : i + size].tolist() for i in range(0, len(order), size)]
+
+    def steps(self, epochs: float) -> int:
+        """Steps of so many epochs."""
+        whole, rest = int(epochs), epochs - int(epochs)
+        if self.batch_tokens is None:
+            return round(epochs * -(-len(self.lengths) // self.batch_size))
+        return sum(len(self.epoch(i)) for i in range(whole)) + (round(rest * len(self.epoch(whole))) if rest else 0)
