@@ -45,13 +45,13 @@ def _command(task: str, options: type[FinetuneOptions]) -> Callable[..., None]:
         "resume": Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")],
     }
     parameters += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None if name == "config" else False, annotation=kind)
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None if name == "config" else False, annotation=kind
+        )
         for name, kind in extra.items()
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__doc__ = (
-        f"{options.__doc__}\n\nExample: modernbert finetune {task} --train train.jsonl --output runs/{task}"
-    )
+    run.__doc__ = f"{options.__doc__}\n\nExample: modernbert finetune {task} --train train.jsonl --output runs/{task}"
     return run
 
 

@@ -84,8 +84,14 @@ def squad_figures(answers: Sequence[Sequence[str]], predicted: Sequence[str]) ->
 
     Source: the evaluation of SQuAD, arXiv:1606.05250 and arXiv:1806.03822.
     """
-    exact = [max(float(_normal(said) == _normal(one)) for one in right or [""]) for right, said in _paired(answers, predicted)]
-    f1 = [max(_overlap(_normal(said).split(), _normal(one).split()) for one in right or [""]) for right, said in _paired(answers, predicted)]
+    exact = [
+        max(float(_normal(said) == _normal(one)) for one in right or [""])
+        for right, said in _paired(answers, predicted)
+    ]
+    f1 = [
+        max(_overlap(_normal(said).split(), _normal(one).split()) for one in right or [""])
+        for right, said in _paired(answers, predicted)
+    ]
     return {"exact_match": 100 * math.fsum(exact) / len(exact), "f1": 100 * math.fsum(f1) / len(f1)}
 
 

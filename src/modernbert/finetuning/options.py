@@ -42,7 +42,9 @@ class FinetuneOptions(TrainingOptions):
 class LabelOptions(FinetuneOptions):
     """Of tasks whose labels have names."""
 
-    labels: str | None = option(None, "Names of the labels, in order: a,b,c, or a file with one a line; else the data's.")
+    labels: str | None = option(
+        None, "Names of the labels, in order: a,b,c, or a file with one a line; else the data's."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

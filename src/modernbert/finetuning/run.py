@@ -115,7 +115,9 @@ def finetune(
             say(note)
         size = sum(p.numel() for p in loaded.parameters())
         tokens = sum(example.tokens for example in examples)
-        say(f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; {size / 1e6:.2f} M weights")
+        say(
+            f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; {size / 1e6:.2f} M weights"
+        )
         if where.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             _write_settings(folder, task, settings)

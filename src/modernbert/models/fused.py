@@ -23,7 +23,7 @@ from modernbert.native.library import DTYPES, Attention, Normalize
 from modernbert.native.library import Product as ProductStruct
 from modernbert.native.operations import NativeWeight, Norm, Product, Program, version_of
 from modernbert.ops.attention.native import NativeAttention
-from modernbert.ops.rope import apply_rope
+from modernbert.ops.rope import split_rotated
 
 if TYPE_CHECKING:
     from modernbert.models.backbone import Backbone
@@ -223,8 +223,8 @@ class FusedLayers:
             context, at = shared[kind], 1 + number * _LAYER
             assert context.cached is not None
             qkv_T3HD = work[: T * 3 * heads * D].view(T, 3, heads, D)
-            q_THD, k_THD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), context.cos_T1D, context.sin_T1D).split(heads, 1)
-            out_TW = context.cached.attend(number, q_THD, k_THD, qkv_T3HD[:, 2], None).flatten(1).contiguous()
+            q_THD, k_THD, v_THD = split_rotated(qkv_T3HD, context.cos_T1D, context.sin_T1D)
+            out_TW = context.cached.attend(number, q_THD, k_THD, v_THD, None).flatten(1).contiguous()
             program.set(at + 2, ProductStruct, x_data=out_TW, x_stride=heads * D)
             last = number == len(self.kinds) - 1
             program.run(at + 2, at + _LAYER + (0 if last else 1))

@@ -19,7 +19,7 @@ from modernbert.ops.activations import activation
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.eager import EagerAttention
 from modernbert.ops.linear import Packed, PackedPart, linear, pack_weight, serves_packed
-from modernbert.ops.rope import apply_rope
+from modernbert.ops.rope import split_rotated
 
 
 class Linear(nn.Linear):
@@ -158,9 +158,7 @@ class Attention(nn.Module, abc.ABC):
     def forward(self, x_TM: Tensor, shared: LayerContext, weights: list[Any] | None = None) -> Tensor:
         """(T, M) to (T, M). Attention weights, one (H, L, L) a text, are appended to `weights` where given."""
         qkv_T3HD = self.project(x_TM)
-        qk_TGD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), shared.cos_T1D, shared.sin_T1D)
-        q_THD, k_THD = qk_TGD.split(self.heads, dim=1)
-        v_THD = qkv_T3HD[:, 2]
+        q_THD, k_THD, v_THD = split_rotated(qkv_T3HD, shared.cos_T1D, shared.sin_T1D)
         dropout = self.dropout if self.training else 0.0
         if shared.cached is not None:
             out_THD = shared.cached.attend(self.layer, q_THD, k_THD, v_THD, weights)

@@ -159,6 +159,27 @@ static int run(Job *job, int64_t threads) {
   return job->failed && job->next < job->plan.tasks ? NO_MEMORY : OK;
 }
 
+/* Numbers below the normal ones are taken as zero, or as what they are. They cost a hundred times a normal number, and
+ * gradients of attention are full of them. Each thread has its own switch. */
+static void set_flushing(void *on) {
+#if defined(__x86_64__)
+  unsigned both = 0x8040, now = __builtin_ia32_stmxcsr(); /* what comes out, and what goes in */
+  __builtin_ia32_ldmxcsr(*(int *)on ? now | both : now & ~both);
+#elif defined(__aarch64__)
+  uint64_t flush = (uint64_t)1 << 24, now;
+  __asm__ volatile("mrs %0, fpcr" : "=r"(now));
+  __asm__ volatile("msr fpcr, %0" ::"r"(*(int *)on ? now | flush : now & ~flush));
+#else
+  (void)on;
+#endif
+}
+
+/* Set the switch of all threads that share the work; of those that are not shared, the caller's alone. */
+void modernbert_flush_denormals(int on, int64_t threads) {
+  if (openmp && threads > 1) openmp(set_flushing, &on, (unsigned)threads, 0);
+  else set_flushing(&on);
+}
+
 /* ---- operations ---- */
 
 static void run_product(Job *job, int64_t task, Scratch *scratch) {

@@ -95,3 +95,41 @@ def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
     x = x_THD if x_THD.dtype == torch.float32 else x_THD.float()
     rotated = (x * cos_T1D).add_(x.roll(x.shape[-1] // 2, -1).mul_(sin_T1D))
     return rotated if x_THD.dtype == torch.float32 else rotated.to(x_THD.dtype)
+
+
+def split_rotated(qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys rotated by their tokens' angles, and values, (T, H, D) each.
+
+    Args:
+        qkv_T3HD: queries, keys and values.
+        cos_T1D, sin_T1D: of `rope_tables`.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and qkv_T3HD.requires_grad):
+        return _split(qkv_T3HD, cos_T1D, sin_T1D)
+    return _SplitRotated.apply(qkv_T3HD, cos_T1D, sin_T1D)
+
+
+def _split(qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q_THD, k_THD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), cos_T1D, sin_T1D).chunk(2, dim=1)
+    return q_THD, k_THD, qkv_T3HD[:, 2]
+
+
+class _SplitRotated(torch.autograd.Function):
+    """PyTorch's own backward would add up three gradients of the whole, two thirds of each zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos_T1D, sin_T1D)
+        return _split(qkv_T3HD, cos_T1D, sin_T1D)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos_T1D, sin_T1D = ctx.saved_tensors
+        q_THD, k_THD, v_THD = grads
+        out_T3HD = torch.empty((v_THD.shape[0], 3, *v_THD.shape[1:]), dtype=v_THD.dtype, device=v_THD.device)
+        half = v_THD.shape[-1] // 2
+        for i, grad_THD in enumerate((q_THD, k_THD)):
+            g = grad_THD.float()
+            out_T3HD[:, i] = (g * cos_T1D).add_((g * sin_T1D).roll(half, -1))
+        out_T3HD[:, 2] = v_THD
+        return out_T3HD, None, None

@@ -91,8 +91,8 @@ class QuestionAnsweringPipeline(Pipeline):
         return jobs
 
     def _windows(self, question: str, context: str, settings: dict[str, Any]) -> list[Encoding]:
-        asked = len(self.tokenizer(question, add_special_tokens=False).input_ids)
-        if not asked or not self.tokenizer(context, add_special_tokens=False).input_ids:
+        asked, told = len(self.tokenizer.tokenize(question)), len(self.tokenizer.tokenize(context))
+        if not asked or not told:
             empty = short(context if asked else question)
             raise InputError(f"a {'context' if asked else 'question'} makes no token with this tokenizer: {empty!r}")
         special = self.tokenizer.num_special_tokens_to_add(pair=True)
@@ -100,7 +100,7 @@ class QuestionAnsweringPipeline(Pipeline):
         if longest is not None and asked > longest:
             raise InputError(f"a question has {asked} tokens; max_question_len is {longest}: {short(question)!r}")
         room = settings["window"] - asked - special
-        if room <= settings["stride"] and self._overflows(context, room):
+        if room <= settings["stride"] and told > room:
             raise InputError(
                 f"a question has {asked} tokens and leaves {max(room, 0)} of max_seq_len {settings['window']} for the "
                 f"context; with doc_stride {settings['stride']} it needs more: {short(question)!r}"
@@ -114,9 +114,6 @@ class QuestionAnsweringPipeline(Pipeline):
         ).encodings
         assert encodings is not None
         return [encodings[0], *encodings[0].overflowing]
-
-    def _overflows(self, context: str, room: int) -> bool:
-        return len(self.tokenizer(context, add_special_tokens=False).input_ids) > room
 
     def _allowed(self, window: Encoding) -> list[bool]:
         """Where an answer may lie: in the context; and at the first token, which stands for no answer."""

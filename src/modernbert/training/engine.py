@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from modernbert.errors import DivergedError, InputError
 from modernbert.files import write_text
+from modernbert.native.library import denormals_flushed
 from modernbert.training.adapters import add_adapters, has_adapters
 from modernbert.training.checkpoints import (
     checkpoints,
@@ -195,7 +196,8 @@ def fit(
         InputError: there is nothing to train, or a tracker is not known.
         DivergedError: the loss is no number; the last checkpoint stays.
     """
-    return _Run(model, examples, objective, options, output, resume, report).run()
+    with denormals_flushed():
+        return _Run(model, examples, objective, options, output, resume, report).run()
 
 
 class _Run:
@@ -227,8 +229,8 @@ class _Run:
             target.gradient_checkpointing_enable()
         self.bare = model.to(self.accelerator.device)
         optimizer = make_optimizer(self.bare, options)
-        self.step, self.best, self.since_best = 0, None, 0
-        self.stopped = ""
+        self.step, self.since_best, self.stopped = 0, 0, ""
+        self.best: tuple[int, float] | None = None
         if resume and checkpoints(output):
             self._restore(optimizer)
         self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
@@ -426,7 +428,7 @@ class _Run:
         self.objective.load_weights(self.bare, checkpoint)
         restore_optimizer(self.bare, optimizer, read_state(checkpoint))
         self.step = step_of(checkpoint)
-        self.best = None if about["best"] is None else tuple(about["best"])
+        self.best = None if about["best"] is None else (int(about["best"][0]), float(about["best"][1]))
         self.since_best, self.stopped = about["since_best"], about["stopped"]
 
 
@@ -463,4 +465,3 @@ def _shortened(record: Any) -> str:
         value = texts[0] if texts else record
     said = " ".join(str(value).split())
     return said if len(said) <= 60 else said[:57] + "..."
-

@@ -57,7 +57,9 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
     steps = [row["step"] for row in history]
     judged = [row for row in history if any(name.startswith("eval_") for name in row)]
     pictures = [
-        _picture("training loss", steps, {"each step": _column(history, "loss"), "mean": _smooth(_column(history, "loss"))}),
+        _picture(
+            "training loss", steps, {"each step": _column(history, "loss"), "mean": _smooth(_column(history, "loss"))}
+        ),
         _picture("learning rate", steps, {"": _column(history, "lr")}),
         _picture("norm of the gradients", steps, {"": _column(history, "grad_norm")}),
         _picture("real tokens a second", steps, {"": _column(history, "tokens_per_second")}),

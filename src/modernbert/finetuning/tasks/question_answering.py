@@ -114,7 +114,9 @@ class QuestionAnswering(Task):
         wrong, predictions = [], []
         for example, truth, one, several in zip(examples, right, said, best, strict=True):
             record = example.record
-            predictions.append({"id": record["id"], "question": record["question"], "answers": truth, "n_best": several})
+            predictions.append(
+                {"id": record["id"], "question": record["question"], "answers": truth, "n_best": several}
+            )
             f1 = squad_figures([truth], [one])["f1"]
             if f1 < 100:
                 expected = " | ".join(dict.fromkeys(truth)) or "(no answer)"

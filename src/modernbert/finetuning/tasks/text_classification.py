@@ -103,7 +103,9 @@ class TextClassification(Task):
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):
-            raise InputError(f"{row.where} has the label {value!r}; regression learns numbers, or names that labels has")
+            raise InputError(
+                f"{row.where} has the label {value!r}; regression learns numbers, or names that labels has"
+            )
         return number
 
     def labels(self, examples: Sequence[Example]) -> Batch:

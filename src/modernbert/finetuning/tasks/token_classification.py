@@ -64,7 +64,9 @@ class TokenClassification(Task):
                 raise InputError(f"{row.where} has {len(words)} words and {len(tags)} tags; they must be as many")
             bad = next((word for word in words if not isinstance(word, str) or not word), None)
             if bad is not None or not words:
-                raise InputError(f"{row.where} has {'the word ' + repr(bad) if words else 'no words'}; texts are wanted")
+                raise InputError(
+                    f"{row.where} has {'the word ' + repr(bad) if words else 'no words'}; texts are wanted"
+                )
         numbers = [[self.names.number(tag, row.where) for tag in row.values["tags"]] for row in rows]
         encoded = self.tokenizer(
             [row.values["tokens"] for row in rows],
@@ -110,9 +112,7 @@ class TokenClassification(Task):
         for example, right, predicted in zip(examples, truth, said, strict=True):
             words = example.record["words"]
             predictions.append({"tokens": words, "tags": right, "predicted": predicted})
-            missed = [
-                f"{w}: {r} as {p}" for w, r, p in zip(words, right, predicted, strict=True) if r != p
-            ]
+            missed = [f"{w}: {r} as {p}" for w, r, p in zip(words, right, predicted, strict=True) if r != p]
             if missed:
                 wrong.append((len(missed), {"text": shown(" ".join(words)), "wrong": shown("; ".join(missed))}))
             for r, p in zip(right, predicted, strict=True):

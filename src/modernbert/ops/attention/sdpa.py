@@ -179,7 +179,8 @@ class SdpaAttention(AttentionBackend):
         if not plan.pieces:
             return v_THD
         if plan.gather is not None:
-            q_THD, k_THD, v_THD = (x.index_select(0, plan.gather) for x in (q_THD, k_THD, v_THD))
+            assert plan.order_T is not None
+            q_THD, k_THD, v_THD = (_to_rows(x, plan.gather, plan.order_T) for x in (q_THD, k_THD, v_THD))
         kernel = sdpa_kernel(SDPBackend.MATH) if self.deterministic and q_THD.is_cuda else contextlib.nullcontext()
         with kernel:
             outs = [
@@ -189,7 +190,50 @@ class SdpaAttention(AttentionBackend):
                 )
             ]
         out_THD = torch.cat(outs) if len(outs) > 1 else outs[0]
-        return out_THD if plan.order_T is None else out_THD.index_select(0, plan.order_T)
+        return out_THD if plan.order_T is None else _from_rows(out_THD, plan.order_T)
+
+
+class _ToRows(torch.autograd.Function):
+    """Tokens to the pieces' rows. Rows that hold no token take any, and give no gradient: nobody sees them."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, gather: Tensor, order_T: Tensor) -> Tensor:
+        ctx.save_for_backward(order_T)
+        return x_THD.index_select(0, gather)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _FromRows(torch.autograd.Function):
+    """The pieces' rows back to tokens, each of which is in one row."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RHD: Tensor, order_T: Tensor) -> Tensor:
+        ctx.save_for_backward(order_T)
+        ctx.rows = len(x_RHD)
+        return x_RHD.index_select(0, order_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_THD,) = grads
+        rows = grad_THD.new_zeros((ctx.rows, *grad_THD.shape[1:]))
+        return rows.index_copy_(0, ctx.saved_tensors[0], grad_THD), None
+
+
+def _to_rows(x_THD: Tensor, gather: Tensor, order_T: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not x_THD.requires_grad:
+        return x_THD.index_select(0, gather)
+    rows: Tensor = _ToRows.apply(x_THD, gather, order_T)
+    return rows
+
+
+def _from_rows(x_RHD: Tensor, order_T: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or not x_RHD.requires_grad:
+        return x_RHD.index_select(0, order_T)
+    tokens: Tensor = _FromRows.apply(x_RHD, order_T)
+    return tokens
 
 
 class _Layout(NamedTuple):
