@@ -40,15 +40,11 @@ def _command(task: str, options: type[FinetuneOptions]) -> Callable[..., None]:
         dataclasses.fields(options), key=lambda f: _FIRST.index(f.name) if f.name in _FIRST else len(_FIRST)
     )
     parameters = [_parameter(field, hints[field.name]) for field in fields]
-    extra = {
-        "config": Annotated[Path | None, typer.Option(help="YAML file of options; flags count more.")],
-        "resume": Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")],
-    }
+    file = Annotated[Path | None, typer.Option(help="YAML file of options; flags count more.")]
+    again = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")]
     parameters += [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None if name == "config" else False, annotation=kind
-        )
-        for name, kind in extra.items()
+        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file),
+        inspect.Parameter("resume", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=again),
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = f"{options.__doc__}\n\nExample: modernbert finetune {task} --train train.jsonl --output runs/{task}"

@@ -107,11 +107,8 @@ def with_parts(train: Any, evaluation: Any) -> tuple[Any, Any, str]:
     if first is None:
         return train, evaluation, ""
     rest = f", evaluating on its part {second!r}" if second else ""
-    return (
-        [f"{path}#{first}"],
-        [f"{path}#{second}"] if second else [],
-        f"training on the part {first!r} of {path}{rest}",
-    )
+    said = f"training on the part {first!r} of {path}{rest}"
+    return [f"{path}#{first}"], [f"{path}#{second}"] if second else [], said
 
 
 def parse_columns(given: Sequence[str] | Mapping[str, Any], fields: Sequence[Field]) -> dict[str, list[str]]:

@@ -84,19 +84,13 @@ def squad_figures(answers: Sequence[Sequence[str]], predicted: Sequence[str]) ->
 
     Source: the evaluation of SQuAD, arXiv:1606.05250 and arXiv:1806.03822.
     """
-    exact = [
-        max(float(_normal(said) == _normal(one)) for one in right or [""])
-        for right, said in _paired(answers, predicted)
-    ]
-    f1 = [
-        max(_overlap(_normal(said).split(), _normal(one).split()) for one in right or [""])
-        for right, said in _paired(answers, predicted)
-    ]
+    exact, f1 = [], []
+    for right, said in zip(answers, predicted, strict=True):
+        words = _normal(said).split()
+        bags = [_normal(one).split() for one in right or [""]]
+        exact.append(max(float(words == bag) for bag in bags))
+        f1.append(max(_overlap(words, bag) for bag in bags))
     return {"exact_match": 100 * math.fsum(exact) / len(exact), "f1": 100 * math.fsum(f1) / len(f1)}
-
-
-def _paired(answers: Sequence[Sequence[str]], predicted: Sequence[str]) -> list[tuple[Sequence[str], str]]:
-    return list(zip(answers, predicted, strict=True))
 
 
 def _normal(text: str) -> str:

@@ -113,11 +113,9 @@ def finetune(
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
         for note in dict.fromkeys(worker.notes):
             say(note)
-        size = sum(p.numel() for p in loaded.parameters())
+        size = sum(p.numel() for p in loaded.parameters()) / 1e6
         tokens = sum(example.tokens for example in examples)
-        say(
-            f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; {size / 1e6:.2f} M weights"
-        )
+        say(f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; {size:.2f} M weights")
         if where.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             _write_settings(folder, task, settings)

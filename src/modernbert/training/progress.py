@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -23,7 +24,7 @@ class Reporter:
         self.metric, self.shown = metric, shown
         self.live: Any = None
         self.task: Any = None
-        self.judged = ""
+        self.judged, self.loss = "", math.nan
         self.said = time.monotonic()
 
     def __enter__(self) -> Reporter:
@@ -46,10 +47,12 @@ class Reporter:
         """Show it, or wait for the next."""
         if not self.shown:
             return
+        # A batch's loss jumps; people want to see where it goes.
+        self.loss = progress.loss if math.isnan(self.loss) else 0.9 * self.loss + 0.1 * progress.loss
         if self.metric in progress.figures:
             self.judged = f" · {self.metric} {progress.figures[self.metric]:.4g}"
         line = (
-            f"epoch {progress.epoch:.2f} · loss {progress.loss:.4f} · {progress.tokens_per_second:,.0f} tokens/s · "
+            f"epoch {progress.epoch:.2f} · loss {self.loss:.4f} · {progress.tokens_per_second:,.0f} tokens/s · "
             f"{duration(progress.seconds_left)} left{self.judged}"
         )
         if self.live is not None:

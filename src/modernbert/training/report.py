@@ -56,10 +56,9 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
         return []
     steps = [row["step"] for row in history]
     judged = [row for row in history if any(name.startswith("eval_") for name in row)]
+    losses = _column(history, "loss")
     pictures = [
-        _picture(
-            "training loss", steps, {"each step": _column(history, "loss"), "mean": _smooth(_column(history, "loss"))}
-        ),
+        _picture("training loss", steps, {"each step": losses, "mean": _smooth(losses)}),
         _picture("learning rate", steps, {"": _column(history, "lr")}),
         _picture("norm of the gradients", steps, {"": _column(history, "grad_norm")}),
         _picture("real tokens a second", steps, {"": _column(history, "tokens_per_second")}),
@@ -116,13 +115,13 @@ def _confusion(evaluation: Evaluation | None) -> dict[str, Any]:
     if evaluation is None or not evaluation.confusion:
         return {"classes": [], "matrix": [], "confused": []}
     names, counts = evaluation.classes, evaluation.confusion
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         {"label": names[i], "predicted": names[j], "count": counts[i][j], "of": sum(counts[i])}
         for i in range(len(names))
         for j in range(len(names))
         if i != j and counts[i][j]
     ]
-    pairs.sort(key=lambda pair: -pair["count"])
+    pairs.sort(key=lambda pair: pair["count"], reverse=True)
     small = len(names) <= _MATRIX
     matrix = [[(n, round(100 * n / (sum(row) or 1))) for n in row] for row in counts] if small else []
     return {"classes": names if small else [], "matrix": matrix, "confused": pairs[:_CONFUSIONS]}
