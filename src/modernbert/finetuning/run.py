@@ -24,7 +24,8 @@ from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
 from modernbert.training.adapters import has_adapters, merged
 from modernbert.training.checkpoints import explained
-from modernbert.training.engine import Outcome, fit, process
+from modernbert.training.contract import Outcome
+from modernbert.training.engine import fit, process
 from modernbert.training.progress import Reporter
 from modernbert.training.report import write_report
 
@@ -95,7 +96,7 @@ def finetune(
     if task not in OPTIONS:
         raise InputError(f"task is {task!r}; choose one of {', '.join(OPTIONS)}")
     given = {"train": train, "eval": eval, "output": output, "model": model, **options}
-    settings = _settings(task, {k: v for k, v in given.items() if v is not None}, config, resume)
+    settings = settings_of(task, {k: v for k, v in given.items() if v is not None}, config, resume)
     if not settings.output:
         raise InputError("output is not given; name a folder for the run")
     folder = Path(settings.output)
@@ -104,7 +105,7 @@ def finetune(
         where.wait_for_everyone()
         say = say if where.is_main_process else lambda line: None
         worker = TASKS[task](settings)
-        train_rows, eval_rows = _rows(worker, train, eval, settings, say)
+        train_rows, eval_rows = read_rows(worker, train, eval, settings, say)
         name = settings.model or small_model("decoder" if task == "causal-lm" else "encoder")
         worker.learn(train_rows)
         loaded = _loaded(worker, name, settings)
@@ -133,7 +134,7 @@ def finetune(
         return result
 
 
-def _settings(task: str, given: Mapping[str, Any], config: str | Path | None, resume: bool) -> FinetuneOptions:
+def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, resume: bool) -> FinetuneOptions:
     """Options of a file, of the run that goes on, and those given, which count most."""
     values: dict[str, Any] = {}
     folder = given.get("output")
@@ -216,7 +217,7 @@ def _opened(folder: Path, resume: bool) -> Iterator[None]:
                 place.rmdir()
 
 
-def _rows(
+def read_rows(
     task: Task, train: Any, evaluation: Any, options: FinetuneOptions, say: Callable[[str], None]
 ) -> tuple[list[Row], list[Row]]:
     """Rows to train on and rows to evaluate on, with a word on where they come from."""

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from modernbert.training.engine import Progress
+from modernbert.training.contract import Progress
 
 _SECONDS_BETWEEN = 20.0
 

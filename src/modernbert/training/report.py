@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modernbert.files import write_text
-from modernbert.training.engine import Evaluation
+from modernbert.training.contract import Evaluation
 from modernbert.training.progress import duration
 
 _CONFUSIONS = 25  # pairs of classes that are listed

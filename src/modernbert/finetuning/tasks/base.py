@@ -19,7 +19,7 @@ from modernbert.finetuning.data import Field, Row
 from modernbert.finetuning.options import FinetuneOptions
 from modernbert.tokenizer import Tokenizer
 from modernbert.training.adapters import has_adapters, load_adapters
-from modernbert.training.engine import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example, by_tokens, pack_rows
 
 _SHOWN = 50  # wrong examples that a report has room for

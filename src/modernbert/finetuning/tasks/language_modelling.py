@@ -14,8 +14,8 @@ from modernbert.finetuning.data import Field, Row, text_of
 from modernbert.finetuning.tasks.base import Task
 from modernbert.models.masked_lm import ModernBertForMaskedLM
 from modernbert.tokenizer import Tokenizer
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.data import Corpus
-from modernbert.training.engine import Batch, Evaluation
 from modernbert.training.examples import Example, pack_rows
 from modernbert.training.objectives import CausalLM, MaskedLM
 from modernbert.training.objectives import Objective as LanguageObjective

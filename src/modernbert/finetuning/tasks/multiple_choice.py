@@ -11,7 +11,7 @@ from modernbert.auto import AutoModelForMultipleChoice
 from modernbert.errors import InputError
 from modernbert.finetuning.data import Field, Row, text_of
 from modernbert.finetuning.tasks.base import Task, shown, worst
-from modernbert.training.engine import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 
 
@@ -40,7 +40,7 @@ class MultipleChoice(Task):
                 raise InputError(f"{row.where} has the choices {given!r}; two texts or more are wanted")
             prompts += [text_of(row, "prompt")] * len(given)
             choices += given
-        labels = [_number(row) for row in rows]
+        labels = [choice_number(row) for row in rows]
         ids = iter(self.encode(prompts, choices))
         examples = []
         for row, label in zip(rows, labels, strict=True):
@@ -75,7 +75,7 @@ class MultipleChoice(Task):
         return Evaluation(figures, errors=worst(wrong), predictions=predictions)
 
 
-def _number(row: Row) -> int:
+def choice_number(row: Row) -> int:
     """The number of the right choice."""
     value, choices = row.values["label"], row.values["choices"]
     if isinstance(value, str):

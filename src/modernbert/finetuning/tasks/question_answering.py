@@ -15,7 +15,7 @@ from modernbert.finetuning.metrics import squad_figures
 from modernbert.finetuning.tasks.base import Task, shown, worst
 from modernbert.pipelines.question_answering import QuestionAnsweringPipeline
 from modernbert.tokenizer import Tokenizer
-from modernbert.training.engine import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 
 
@@ -50,7 +50,7 @@ class QuestionAnswering(Task):
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
         """In training an example a window, in evaluation an example a question."""
-        records = [self._record(row) for row in rows]
+        records = [self.record_of(row) for row in rows]
         if not training:
             return [Example([[0]], None, record) for record in records]
         examples = []
@@ -67,7 +67,8 @@ class QuestionAnswering(Task):
                 examples.append(Example([window.ids], _span(window, record["answers"]), record))
         return examples
 
-    def _record(self, row: Row) -> dict[str, Any]:
+    def record_of(self, row: Row) -> dict[str, Any]:
+        """A row's id, question, context, and (text, start) of its answers, which stand where they say."""
         question, context = text_of(row, "question"), text_of(row, "context")
         given = row.values["answers"]
         if isinstance(given, dict):

@@ -21,7 +21,7 @@ from modernbert.finetuning.options import FinetuneOptions
 from modernbert.finetuning.tasks.base import Task, shown, worst
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.ops.losses import cross_entropy
-from modernbert.training.engine import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 
 

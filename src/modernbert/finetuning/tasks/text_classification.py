@@ -15,7 +15,7 @@ from modernbert.finetuning.data import Field, Row, text_of
 from modernbert.finetuning.labels import Labels
 from modernbert.finetuning.metrics import classification_figures, multi_label_figures, regression_figures
 from modernbert.finetuning.tasks.base import Task, shown, worst
-from modernbert.training.engine import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 
 _KINDS = {
@@ -83,12 +83,13 @@ class TextClassification(Task):
         if any(paired) and not all(paired):
             raise InputError(f"{rows[paired.index(False)].where} has no text_pair, and other rows have")
         pairs = [text_of(row, "text_pair") for row in rows] if any(paired) else None
-        labels = [self._label(row) for row in rows]
+        labels = [self.label_of(row) for row in rows]
         ids = self.encode(texts, pairs)
         records = [row.values for row in rows]
         return [Example([i], label, record) for i, label, record in zip(ids, labels, records, strict=True)]
 
-    def _label(self, row: Row) -> Any:
+    def label_of(self, row: Row) -> Any:
+        """A row's label as `labels` takes it: a class, a list of classes, or a value."""
         if self.problem == "multi-label":
             assert self.names is not None
             return [self.names.number(label, row.where) for label in self._several(row)]

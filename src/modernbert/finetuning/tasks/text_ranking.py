@@ -13,7 +13,7 @@ from modernbert.errors import InputError
 from modernbert.finetuning.data import Field, Row, text_of
 from modernbert.finetuning.metrics import retrieval_figures
 from modernbert.finetuning.tasks.base import Task, shown, worst
-from modernbert.training.engine import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 
 

@@ -18,7 +18,7 @@ from modernbert.finetuning.options import FinetuneOptions
 from modernbert.finetuning.tasks.base import Task, shown, worst
 from modernbert.ops.losses import IGNORED
 from modernbert.tokenizer import Tokenizer
-from modernbert.training.engine import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 
 
