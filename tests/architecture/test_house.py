@@ -33,6 +33,7 @@ FLOORS = {
     "pipelines": 6,
     "finetuning": 7,
     "cli": 8,
+    "__main__": 9,
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from modernbert.config import Config
 from modernbert.errors import InputError
 
 
@@ -40,6 +41,11 @@ class Labels:
         names = {str(value) for value in values}
         numeric = all(name.lstrip("-").isdigit() for name in names)
         return cls(sorted(names, key=int) if numeric else sorted(names))
+
+    def of_model(self, config: Config) -> Labels:
+        """A model's own labels, in its order, where it knows all of these and nobody named others."""
+        theirs = [] if config.id2label is None else [config.id2label[i] for i in sorted(config.id2label)]
+        return Labels(theirs) if not self.given and set(self.names) <= set(theirs) else self
 
     def number(self, value: Any, where: str) -> int:
         """The number of a label.

@@ -105,9 +105,10 @@ def finetune(
         where.wait_for_everyone()
         say = say if where.is_main_process else lambda line: None
         worker = TASKS[task](settings)
-        train_rows, eval_rows = read_rows(worker, train, eval, settings, say)
+        train_rows, eval_rows, is_held_out = read_rows(worker, train, eval, settings, say)
         name = settings.model or small_model("decoder" if task == "causal-lm" else "encoder")
-        worker.learn(train_rows)
+        # Of rows that were held out here the labels are known; a file of its own may not have others.
+        worker.learn([*train_rows, *eval_rows] if is_held_out else train_rows)
         loaded = _loaded(worker, name, settings)
         worker.use(worker.load_tokenizer(name, settings), loaded.config.max_position_embeddings)
         examples = worker.prepare(train_rows, True)
@@ -219,8 +220,8 @@ def _opened(folder: Path, resume: bool) -> Iterator[None]:
 
 def read_rows(
     task: Task, train: Any, evaluation: Any, options: FinetuneOptions, say: Callable[[str], None]
-) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows to evaluate on, with a word on where they come from."""
+) -> tuple[list[Row], list[Row], bool]:
+    """Rows to train on, rows to evaluate on, and whether these were held out of one source."""
     train = options.train if train is None or _are_paths(train) else train
     evaluation = options.eval if evaluation is None or _are_paths(evaluation) else evaluation
     if isinstance(train, list) and not train:
@@ -236,9 +237,9 @@ def read_rows(
         rows, held = hold_out(rows, options.held_out, options.group_by)
         if held:
             say(f"{len(held)} of the {len(rows) + len(held)} rows are held out to evaluate on")
-        return rows, held
+        return rows, held, True
     held, _ = rows_of(read_tables(evaluation, header), task.fields, named)
-    return rows, held
+    return rows, held, False
 
 
 def _loaded(task: Task, name: str | Path, options: FinetuneOptions) -> Any:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -227,17 +228,18 @@ class _Run:
         generator = torch.Generator().manual_seed(self._random(1))
         batches = [self.objective.collate([self.examples[chosen[i]] for i in group], generator) for group in groups]
         total = sum(self.objective.count(batch) for batch in batches)
-        mine = batches[accelerator.process_index :: processes] or batches[-1:]
-        mine = [_moved(batch, accelerator.device) for batch in mine]
+        mine = batches[accelerator.process_index :: processes]
+        weight = processes if mine else 0  # gradients are averaged over processes; one without a share adds nothing
+        mine = [_moved(batch, accelerator.device) for batch in mine or batches[-1:]]
         torch.manual_seed(self._random(2 + accelerator.process_index))  # of dropout
 
         def backward(loss: Tensor, is_last: bool) -> None:
             with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
-                accelerator.backward(loss * processes)  # gradients are averaged over processes
+                accelerator.backward(loss * weight)
 
         with autocast(options.precision, accelerator.device):
             loss_tensor = self.objective.losses(self.model, mine, max(total, 1), backward)
-        loss = float(accelerator.reduce(loss_tensor.detach().float(), "sum"))
+        loss = float(accelerator.reduce(loss_tensor.detach().float() * bool(weight), "sum"))
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._diverged(loss, norm, chosen)
@@ -251,6 +253,8 @@ class _Run:
 
     def _diverged(self, loss: float, norm: float, chosen: list[int]) -> None:
         found = checkpoints(self.output)
+        if found and step_of(found[-1]) == self.step and not math.isfinite(loss) and self.is_main:
+            shutil.rmtree(found.pop())  # the weights that gave this loss
         kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was made yet"
         texts = ", ".join(repr(_shortened(self.examples[i].record)) for i in chosen[:3])
         more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
@@ -320,7 +324,10 @@ class _Run:
             "options": dataclasses.asdict(self.options),
         }
         state = optimizer_state(self.bare, self.optimizer.optimizer)
-        keep = [self.best[0]] if self.best is not None and self.options.keep_best else []
+        # The one before stays too: what a checkpoint is worth shows at the step after it.
+        keep = [step_of(path) for path in checkpoints(self.output)][-1:]
+        if self.best is not None and self.options.keep_best:
+            keep.append(self.best[0])
         write_checkpoint(
             self.output, self.step, lambda folder: self.objective.save(self.bare, folder), state, about, keep
         )

@@ -62,12 +62,12 @@ class TrainingOptions:
     patience: int | None = option(None, "Stop after so many evaluations without a better one.")
     keep_best: bool = option(True, "Finish with the weights of the best evaluation, not the last.")
     tracker: list[str] = option([], "Trackers of Accelerate that follow the run, such as tensorboard; repeat.")
-    device: str | None = option(None, "cpu, or a GPU's index; what Accelerate finds where silent.")
+    device: str | None = option(None, "cpu stays on the CPU; where silent, what Accelerate finds.", ("cpu",))
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, choices = getattr(self, field.name), field.metadata.get("choices")
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise InputError(f"{field.name} is {value!r}; choose one of {', '.join(choices)}")
         positive = ("epochs", "max_steps", "batch_size", "batch_tokens", "micro_tokens", "eval_every", "save_every")
         self.check(lambda x: x > 0, "must be above 0", *positive, "patience", "eps")

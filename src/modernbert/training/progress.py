@@ -61,7 +61,8 @@ class Reporter:
         last = progress.step == progress.steps
         if last or progress.figures or time.monotonic() - self.said > _SECONDS_BETWEEN:
             self.said = time.monotonic()
-            print(f"step {progress.step}/{progress.steps} · {line}", file=sys.stderr, flush=True)  # noqa: T201
+            sys.stderr.write(f"step {progress.step}/{progress.steps} · {line}\n")
+            sys.stderr.flush()
 
 
 def duration(seconds: float) -> str:

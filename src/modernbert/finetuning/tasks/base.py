@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from modernbert.auto import AutoConfig
+from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.finetuning.data import Field, Row
 from modernbert.finetuning.options import FinetuneOptions
@@ -54,12 +56,16 @@ class Task(abc.ABC):
     def learn(self, rows: Sequence[Row]) -> None:  # noqa: B027
         """Find out what only the training rows can tell, such as the names of labels."""
 
+    def adopt(self, config: Config) -> None:  # noqa: B027
+        """Take over what the checkpoint knows already, such as the order of labels."""
+
     def config_changes(self) -> dict[str, Any]:
         """Fields of the configuration that the task sets."""
         return {}
 
     def load(self, name: str | Path, options: FinetuneOptions) -> Any:
         """The model to train, float32."""
+        self.adopt(AutoConfig.from_pretrained(name, revision=options.revision))
         return self.auto_model.from_pretrained(
             name,
             dtype=torch.float32,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from modernbert.auto import AutoModelForSequenceClassification
+from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.finetuning.data import Field, Row, text_of
 from modernbert.finetuning.labels import Labels
@@ -36,7 +37,7 @@ class TextClassification(Task):
     name = "text-classification"
     auto_model = AutoModelForSequenceClassification
     fields = (
-        Field("text", ("sentence", "content", "sentence1", "premise", "question1", "utterance", "review", "tokens")),
+        Field("text", ("sentence", "content", "sentence1", "premise", "question1", "utterance", "review")),
         Field("label", ("labels", "category", "intent", "class", "target", "score", "level", "emotion", "sentiment")),
         Field("text_pair", ("sentence2", "hypothesis", "question2"), required=False),
     )
@@ -62,6 +63,11 @@ class TextClassification(Task):
             self.names = Labels.found(values)
         if self.names is not None and len(self.names.names) < 2 and problem == "single-label":
             raise InputError(f"every row has the label {self.names.names[0]!r}; a classifier needs two or more")
+
+    def adopt(self, config: Config) -> None:
+        """Go on with the model's labels where it knows all of the data's."""
+        if self.names is not None:
+            self.names = self.names.of_model(config)
 
     def _several(self, row: Row) -> list[Any]:
         value = row.values["label"]

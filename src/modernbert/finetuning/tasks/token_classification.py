@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from modernbert.auto import AutoModelForTokenClassification
+from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.finetuning.data import Field, Row
 from modernbert.finetuning.labels import Labels
@@ -44,6 +45,10 @@ class TokenClassification(Task):
         found = {str(tag) for row in rows for tag in row.values["tags"]}
         # "O" first, then each type's beginning beside its inside.
         self.names = Labels(sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2] or tag, tag)))
+
+    def adopt(self, config: Config) -> None:
+        """Go on with the model's labels where it knows all of the data's."""
+        self.names = self.names.of_model(config)
 
     def config_changes(self) -> dict[str, Any]:
         """Labels."""

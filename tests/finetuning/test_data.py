@@ -1,0 +1,201 @@
+"""Data in: every form of file, columns found and named, rows held out, and bad rows refused by name."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from modernbert import finetune
+from modernbert.errors import InputError
+from modernbert.finetuning.data import Field, choose_columns, hold_out, parse_columns, read_tables, rows_of, with_parts
+from modernbert.finetuning.tasks import TASKS
+from modernbert.records import parts_of
+from tests.finetuning.conftest import answer_rows, choice_rows, mood_rows, pair_rows, tag_rows
+
+FIELDS = TASKS["text-classification"].fields
+ROWS = [{"text": "one", "label": "a"}, {"text": 'two, "2"', "label": "b"}, {"text": "three", "label": "a"}]
+
+
+def table_of(path, rows):
+    """The rows as a file of the path's kind."""
+    kind = path.suffix
+    if kind == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == ".json":
+        path.write_text(json.dumps(rows))
+    elif kind in (".csv", ".tsv"):
+        mark = "," if kind == ".csv" else "\t"
+        quoted = [['"' + str(v).replace('"', '""') + '"' for v in row.values()] for row in rows]
+        path.write_text("\n".join(mark.join(cells) for cells in [list(rows[0]), *quoted]))
+    elif kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "folder"])
+def test_rows_of_every_kind_of_file(tmp_path, name):
+    (table,) = read_tables(table_of(tmp_path / name, ROWS), None)
+    assert table.records == ROWS
+
+
+def test_parts_of_files_and_folders(tmp_path):
+    parts = {"train": ROWS, "val": ROWS[:1], "odd": [["x", "y"]]}
+    (tmp_path / "p.json").write_text(json.dumps(parts))
+    path = str(tmp_path / "p.json")
+    assert parts_of(Path(path)) == ["train", "val", "odd"]
+    assert read_tables(f"{path}#val", None)[0].records == ROWS[:1]
+    assert read_tables(f"{path}#odd", None)[0].records == [{"0": "x", "1": "y"}]
+    with pytest.raises(InputError, match="has the parts train, val, odd; which is not said"):
+        read_tables(path, None)
+    with pytest.raises(InputError, match="not 'test'"):
+        read_tables(f"{path}#test", None)
+    train, held, said = with_parts(path, None)
+    assert (train, held) == ([f"{path}#train"], [f"{path}#val"])
+    assert "evaluating on its part 'val'" in said
+    assert with_parts(path, "other.json")[1] == "other.json"
+    named = datasets.Dataset.from_list(ROWS).class_encode_column("label")
+    datasets.DatasetDict({"train": named, "test": named}).save_to_disk(tmp_path / "folder")
+    assert read_tables(f"{tmp_path / 'folder'}#test", None)[0].records == ROWS  # names, not numbers
+    assert read_tables(named, None)[0].records == ROWS
+    assert with_parts(str(tmp_path / "folder"), None)[1] == [f"{tmp_path / 'folder'}#test"]
+
+
+def test_squad_and_conll(tmp_path):
+    who = {"id": "1", "question": "who", "answers": [{"text": "cat", "answer_start": 4}]}
+    why = {"id": "2", "question": "why", "is_impossible": True, "answers": []}
+    paragraph = {"context": "the cat", "qas": [who, why]}
+    (tmp_path / "s.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": [paragraph]}]}))
+    rows = read_tables(str(tmp_path / "s.json"), None)[0].records
+    assert [row["question"] for row in rows] == ["who", "why"]
+    assert rows[0]["answers"] == [{"text": "cat", "answer_start": 4}]
+    assert rows[1]["answers"] == []
+    (tmp_path / "s.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "x"}]}]}))
+    with pytest.raises(InputError, match="not in SQuAD's form: KeyError 'qas'"):
+        read_tables(str(tmp_path / "s.json"), None)
+    (tmp_path / "n.conll").write_text("-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\nrejects VBZ I-VP O\n\n\nBye UH O O\n")
+    assert read_tables(str(tmp_path / "n.conll"), None)[0].records == [
+        {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]},
+        {"tokens": ["Bye"], "tags": ["O"]},
+    ]
+    (tmp_path / "n.conll").write_text("EU B-ORG\nrejects\n")
+    with pytest.raises(InputError, match=r"line 2, is 'rejects'"):
+        read_tables(str(tmp_path / "n.conll"), None)
+
+
+def test_columns_are_found_named_and_missed(tmp_path):
+    assert choose_columns(["Sentence", "intent"], FIELDS, {}, "t") == {"text": ["Sentence"], "label": ["intent"]}
+    assert choose_columns(["0", "1"], FIELDS, {}, "t") == {"text": ["0"], "label": ["1"]}
+    named = parse_columns(["label=b"], FIELDS)
+    assert choose_columns(["text", "b", "label"], FIELDS, named, "t")["label"] == ["b"]
+    with pytest.raises(InputError, match=r"t has the columns a, b; none is known to hold the text.*text=COLUMN"):
+        choose_columns(["a", "b"], FIELDS, {}, "t")
+    with pytest.raises(InputError, match="no 'c'"):
+        choose_columns(["text", "label"], FIELDS, {"label": ["c"]}, "t")
+    with pytest.raises(InputError, match="this task has text, label, text_pair"):
+        parse_columns(["colour=b"], FIELDS)
+    many = (Field("choices", many=True),)
+    rows, _ = rows_of(
+        [read_tables([{"a": "x", "b": "y", "c": ""}], None)[0]], many, parse_columns({"choices": ["a", "b", "c"]}, many)
+    )
+    assert rows[0].values["choices"] == ["x", "y"]
+    (tmp_path / "h.tsv").write_text('one\ta\n"two\tb\n')
+    assert read_tables(str(tmp_path / "h.tsv"), ["text", "label"])[0].records[1] == {"text": '"two', "label": "b"}
+
+
+def test_what_is_held_out():
+    rows, _ = rows_of(read_tables([{**row, "doc": i // 4} for i, row in enumerate(mood_rows(40))], None), FIELDS, {})
+    train, held = hold_out(rows, 0.2, None)
+    assert (len(train), len(held)) == (32, 8)
+    assert {r.where for r in train} | {r.where for r in held} == {r.where for r in rows}
+    assert hold_out(rows, 0.2, None)[1] == held
+    train, held = hold_out(rows, 0.2, "doc")
+    assert not {r.values["_record"]["doc"] for r in train} & {r.values["_record"]["doc"] for r in held}
+    assert len(held) == 8
+    assert hold_out(rows, 0.0, None) == (rows, [])
+    with pytest.raises(InputError, match="no column 'page'"):
+        hold_out(rows, 0.2, "page")
+    with pytest.raises(InputError, match="leaves one side empty"):
+        hold_out(rows[:1], 0.5, None)
+
+
+def changed(rows, **values):
+    return [*rows[:-1], {**rows[-1], **values}]
+
+
+BAD = {
+    "no rows": ("text-classification", [], "train is not given"),
+    "columns": ("text-classification", [{"a": "x", "b": 1}], "has the columns a, b; none is known to hold the text"),
+    "blank text": ("text-classification", changed(mood_rows(), text="  "), "row 48: the text is blank"),
+    "no label": ("text-classification", changed(mood_rows(), label=None), "row 48 has nothing in 'label'"),
+    "one class": ("text-classification", [{"text": "x", "label": "a"}] * 9, "every row has the label 'a'"),
+    "word for a value": (
+        "text-classification",
+        [{"text": "x", "label": 0.5}, {"text": "y", "label": "high"}],
+        "row 2 has the label 'high'; regression learns numbers",
+    ),
+    "tags": ("token-classification", changed(tag_rows(), tags=["O"]), r"row 40 has \d+ words and 1 tags"),
+    "empty word": ("token-classification", changed(tag_rows(), tokens=[""], tags=["O"]), "the word ''"),
+    "answer": (
+        "question-answering",
+        changed(answer_rows(), answers=[{"text": "wolf", "answer_start": 3}]),
+        "row 40: the answer 'wolf' does not stand at character 3",
+    ),
+    "choices": ("multiple-choice", changed(choice_rows(), choices=["one"]), r"row 30 has the choices \['one'\]"),
+    "choice": ("multiple-choice", changed(choice_rows(), label=9), "row 30 has the label 9; it must be 0 to"),
+    "pair": ("sentence-embedding", changed(pair_rows(), positive=3.5j), "row 40: the positive is a complex"),
+    "share": (
+        "text-ranking",
+        [{"query": "q", "document": "d", "label": 2}],
+        r"row 1 has the label 2; it must lie in \[0, 1\]",
+    ),
+    "rows": ("text-classification", ["a text", 3], "train is not given|a row is"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_rows_are_named_and_nothing_is_written(case, base, tmp_path):
+    task, rows, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        finetune(
+            task, rows, output=tmp_path / "runs" / "x", model=base(), held_out=0.0, progress=False,
+            problem="regression" if case == "word for a value" else None,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_that_training_has_not_seen_and_empty_files(base, tmp_path):
+    options = {"output": tmp_path / "x", "model": base(), "progress": False}
+    with pytest.raises(InputError, match=r"row 1 has the label 'angry'; known are calm, happy, sad"):
+        finetune("text-classification", mood_rows(), [{"text": "no", "label": "angry"}], **options)
+    with pytest.raises(InputError, match=r"row 1 has the label 'calm'; known are happy, sad"):
+        finetune("text-classification", [{"text": "x", "label": "calm"}], labels="happy,sad", held_out=0.0, **options)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=r"empty\.jsonl holds no rows"):
+        finetune("text-classification", tmp_path / "empty.jsonl", **options)
+    with pytest.raises(InputError, match="there is no file or folder"):
+        finetune("text-classification", tmp_path / "none.jsonl", **options)
+    with pytest.raises(InputError, match="task is 'poetry'; choose one of text-classification"):
+        finetune("poetry", mood_rows(), **options)
+    with pytest.raises(InputError, match="the task has no option colour"):
+        finetune("text-classification", mood_rows(), colour=3, **options)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1}, "lr is -1"), ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"batch_size": 0}, "batch_size is 0; it must be above 0"), ({"batch_size": 2.5}, "it must be a whole number"),
+        ({"optimizer": "sgd"}, "choose one of adamw, stableadamw, muon"), ({"warmup": 1.5}, "must lie in"),
+        ({"keep_best": "yes"}, "must be true or false"), ({"schedule": "wsd", "warmup": 0.9}, "at most 1 together"),
+        ({"max_length": 100_000}, "the model's context holds 64"), ({"freeze_layers": 9}, "the model has 3 layers"),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_named(options, message, base, tmp_path):
+    with pytest.raises(InputError, match=message):
+        finetune("text-classification", mood_rows(), output=tmp_path / "x", model=base(), progress=False, **options)

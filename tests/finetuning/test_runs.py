@@ -1,0 +1,317 @@
+"""Whole runs: what they write, killed and resumed ones, diverged ones, and folders they may not touch."""
+
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+
+from modernbert import finetune, pipeline
+from modernbert.cli import main
+from modernbert.errors import DivergedError, InputError
+from modernbert.finetuning.tasks import TASKS
+from modernbert.training.checkpoints import checkpoints
+from tests.finetuning.conftest import TASK_ROWS, mood_rows
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def moods(tmp_path):
+    return written(tmp_path / "moods.jsonl", mood_rows())
+
+
+@pytest.mark.parametrize("task", list(TASKS))
+def test_each_task_runs_learns_and_is_served(task, base, tmp_path):
+    rows, kind, changes = TASK_ROWS[task]
+    data = rows(60)
+    if task == "text-ranking":
+        data = [{"query": row["anchor"], "document": row["positive"]} for row in data]
+    folder = tmp_path / "run"
+    run = finetune(
+        task, data, output=folder, model=base(kind, **changes), epochs=4, lr=3e-3, batch_size=8, progress=False,
+        held_out=0.2,
+    )  # fmt: skip
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "run.yaml"} <= names
+    assert {"results.json", "report.html"} <= names
+    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in history]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert run.figures
+    assert json.loads((folder / "results.json").read_text())["figures"] == run.figures
+    predicted = folder / "predictions.jsonl"
+    if task not in ("masked-lm", "causal-lm"):
+        assert len(predicted.read_text().splitlines()) >= 12
+    inputs = {
+        "text-classification": "the cat sat happy",
+        "token-classification": "the cat sat",
+        "question-answering": {"question": "which animal", "context": "the cat sat on the mat"},
+        "multiple-choice": {"prompt": "the cat", "choices": ["sat", "ran"]},
+        "masked-lm": "the [MASK] sat",
+        "causal-lm": "the cat",
+        "sentence-embedding": "the cat",
+        "text-ranking": {"query": "q cat", "documents": ["the cat", "a dog"]},
+    }
+    assert run.pipeline()(inputs[task]) is not None
+
+
+def test_a_learnable_task_is_learnt_and_labels_are_saved(base, tmp_path, moods):
+    run = finetune(
+        "text-classification", moods, output=tmp_path / "run", model=base(), epochs=12, lr=5e-3, batch_size=8,
+        progress=False, held_out=0.25,
+    )  # fmt: skip
+    assert run.figures["accuracy"] == 1.0
+    answer = pipeline("text-classification", str(tmp_path / "run"))("the bird flew sad")
+    assert answer[0]["label"] == "sad"
+    assert run.model.config.id2label == {0: "calm", 1: "happy", 2: "sad"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<svg") >= 5
+    assert "Confusion" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert "src=" not in page
+
+
+def test_the_best_weights_are_kept_and_a_run_stops_early(base, tmp_path, moods, monkeypatch):
+    """Evaluations get worse after the second."""
+    values = iter([0.5, 0.9, 0.8, 0.7, 0.6, 0.5])
+    judge = TASKS["text-classification"].judge
+
+    def falling(self, model, examples):
+        found = judge(self, model, examples)
+        found.figures["accuracy"] = next(values)
+        return found
+
+    monkeypatch.setattr(TASKS["text-classification"], "judge", falling)
+    run = finetune(
+        "text-classification", moods, output=tmp_path / "run", model=base(), max_steps=20, eval_every=2, patience=2,
+        batch_size=8, lr=1e-2, progress=False,
+    )  # fmt: skip
+    assert run.outcome.best_step == 4
+    assert run.outcome.steps == 8
+    assert "no better accuracy in 2 evaluations" in run.outcome.stopped
+    best = tmp_path / "run" / "checkpoint-4" / "model.safetensors"
+    assert best.read_bytes() == (tmp_path / "run" / "model.safetensors").read_bytes()
+
+
+COMMAND = [
+    "finetune", "text-classification", "--max-steps", "60", "--eval-every", "7", "--batch-size", "8", "--lr", "3e-3",
+    "--micro-tokens", "40", "--seed", "5", "--optimizer", "stableadamw", "--weight-decay", "0.01",
+]  # fmt: skip
+
+
+def test_a_killed_run_goes_on_bit_for_bit(base, tmp_path, moods):
+    """Killed at three random moments, with dropout, accumulation and the best checkpoint kept."""
+    folder = base("ModernBertForMaskedLM", mlp_dropout=0.1, classifier_dropout=0.2)
+    program = [sys.executable, "-m", "modernbert", *COMMAND, "--model", str(folder), "--train", str(moods)]
+    subprocess.run([*program, "--output", str(tmp_path / "whole")], check=True, capture_output=True)
+    rng, killed = random.Random(time.time_ns()), 0
+    for _ in range(3):
+        log = tmp_path / "killed" / "metrics.jsonl"
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        process = subprocess.Popen(
+            [*program, "--output", str(tmp_path / "killed"), "--resume"],
+            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        wanted = before + rng.randint(1, 20)
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= wanted):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 1
+    subprocess.run([*program, "--output", str(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
+    for name in ("model.safetensors", "config.json", "predictions.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    histories = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    assert [row["step"] for row in histories[1]] == list(range(1, 61))
+    assert [row["loss"] for row in histories[0]] == [row["loss"] for row in histories[1]]
+
+
+def test_adapters_are_trained_resumed_saved_and_merged(base, tmp_path, moods):
+    import peft
+
+    from modernbert import ModernBertForSequenceClassification
+
+    folder = base("ModernBertForSequenceClassification", num_labels=3)
+    options = {"model": folder, "lora_rank": 4, "lr": 5e-3, "batch_size": 8, "progress": False, "eval_every": 4}
+    run = finetune("text-classification", moods, output=tmp_path / "run", max_steps=16, **options)
+    part = finetune("text-classification", moods, output=tmp_path / "part", max_steps=8, schedule="constant", **options)
+    whole = finetune(
+        "text-classification", moods, output=tmp_path / "two", max_steps=16, schedule="constant", **options
+    )
+    again = finetune(
+        "text-classification",
+        moods,
+        output=tmp_path / "part",
+        max_steps=16,
+        schedule="constant",
+        resume=True,
+        **options,
+    )
+    assert part.outcome.steps == 8
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    plain = ModernBertForSequenceClassification.from_pretrained(folder, num_labels=3)
+    same = dict(plain.named_parameters())
+    moved = {name for name, value in run.model.named_parameters() if not torch.equal(value, same[name])}
+    assert "model.embeddings.tok_embeddings.weight" not in moved
+    assert {"model.layers.0.attn.Wqkv.weight", "model.layers.2.mlp.Wo.weight", "classifier.weight"} <= moved
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()
+    x = torch.randint(0, 300, (2, 9))
+    torch.testing.assert_close(adapted(input_ids=x).logits, run.model(x).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_as_one(base, tmp_path, moods):
+    folder = base("ModernBertForSequenceClassification", num_labels=3)
+    common = [*COMMAND, "--model", str(folder), "--train", str(moods), "--max-steps", "12"]
+    subprocess.run(
+        [sys.executable, "-m", "modernbert", *common, "--output", str(tmp_path / "one")],
+        check=True,
+        capture_output=True,
+    )
+    launched = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "modernbert",
+    ]
+    done = subprocess.run(
+        [*launched, *common, "--device", "cpu", "--output", str(tmp_path / "two")], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    from safetensors.torch import load_file
+
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(base, tmp_path, moods, monkeypatch):
+    losses, calls = TASKS["text-classification"].losses, []
+
+    def breaking(self, model, batches, total, backward):
+        calls.append(1)
+        found = losses(self, model, batches, total, backward)
+        return found * float("nan") if len(calls) == 7 else found
+
+    monkeypatch.setattr(TASKS["text-classification"], "losses", breaking)
+    options = {"model": base(), "batch_size": 4, "progress": False, "save_every": 2}
+    with pytest.raises(DivergedError, match=r"loss is nan at step 7; .*checkpoint-4\..*examples: '.*' and 1 more"):
+        finetune("text-classification", moods, output=tmp_path / "run", max_steps=20, **options)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
+    monkeypatch.undo()
+    again = finetune("text-classification", moods, output=tmp_path / "run", max_steps=20, resume=True, **options)
+    assert again.outcome.steps == 20
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoints_before(base, tmp_path, moods):
+    """A limit on files' sizes stands for the full disk: the same error from the same call."""
+    program = [sys.executable, "-m", "modernbert", *COMMAND, "--model", str(base()), "--train", str(moods)]
+    output = ["--output", str(tmp_path / "run"), "--max-steps", "8", "--eval-every", "4"]
+    done = subprocess.run(
+        [*program, *output], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )  # fmt: skip
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("modernbert: ")
+    assert "checkpoint-4 cannot be written" in last
+    assert "File too large" in last
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    again = subprocess.run([*program, *output, "--resume"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+
+
+def test_folders_that_are_in_use_or_hold_something_else(base, tmp_path, moods, capsys):
+    folder = base()
+    options = {"model": folder, "max_steps": 2, "progress": False}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"holds thesis\.txt"):
+            finetune("text-classification", moods, output=tmp_path / "other", resume=resume, **options)
+    with pytest.raises(InputError, match="which is a file"):
+        finetune("text-classification", moods, output=tmp_path / "other" / "thesis.txt", **options)
+    with FileLock(tmp_path / ".busy.lock"), pytest.raises(InputError, match="another process is writing"):
+        finetune("text-classification", moods, output=tmp_path / "busy", **options)
+    assert not (tmp_path / "busy").exists()
+    finetune("text-classification", moods, output=tmp_path / "run", **options)
+    with pytest.raises(InputError, match="name another folder, or resume"):
+        finetune("text-classification", moods, output=tmp_path / "run", **options)
+    with pytest.raises(InputError, match=r"batch_size is 3 and the run in .* has 32"):
+        finetune("text-classification", moods, output=tmp_path / "run", resume=True, batch_size=3, **options)
+    with pytest.raises(SystemExit) as stopped:
+        main(["finetune", "text-classification", "--train", str(moods), "--output", str(tmp_path / "run")])
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) <= 2
+    assert list(tmp_path.glob(".*lock")) == []
+
+
+def test_flags_and_a_file_say_the_same(base, tmp_path, moods):
+    folder = base()
+    values = {
+        "train": str(moods), "model": str(folder), "max_steps": 3, "lr": "1e-3", "batch-size": 8, "held_out": 0.2,
+        "output": str(tmp_path / "file"),
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit) as done:
+        main(["finetune", "text-classification", "--config", str(tmp_path / "run.yaml"), "--seed", "4"])
+    assert done.value.code == 0
+    flags = ["--train", str(moods), "--model", str(folder), "--max-steps", "3", "--lr", "1e-3", "--batch-size", "8"]
+    with pytest.raises(SystemExit):
+        main(["finetune", "text-classification", *flags, "--held-out", "0.2", "--seed", "4",
+              "--output", str(tmp_path / "flags")])  # fmt: skip
+    saved = [yaml.safe_load((tmp_path / name / "run.yaml").read_text()) for name in ("file", "flags")]
+    assert {**saved[0], "output": ""} == {**saved[1], "output": ""}
+    assert saved[0]["task"] == "text-classification"
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("file", "flags")]
+    assert weights[0] == weights[1]
+    values["task"] = "masked-lm"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match="is for masked-lm"):
+        finetune("text-classification", config=tmp_path / "run.yaml", output=tmp_path / "x")
+
+
+def test_trackers_of_accelerate_follow_a_run(base, tmp_path, moods):
+    options = {"model": base(), "max_steps": 3, "progress": False}
+    finetune("text-classification", moods, output=tmp_path / "run", tracker=["tensorboard"], **options)
+    assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+    with pytest.raises(InputError, match="tracker is abacus"):
+        finetune("text-classification", moods, output=tmp_path / "other", tracker=["abacus"], **options)
+
+
+def test_help_is_quick_and_names_the_options(capsys):
+    code = (
+        "import sys\nfrom modernbert.cli import app\nassert 'torch' not in sys.modules\n"
+        "from typer.main import get_command\nc = get_command(app).commands['finetune']\n"
+        "print(sorted(c.commands), 'torch' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "question-answering" in said
+    assert said.endswith("False\n")
+    with pytest.raises(SystemExit):
+        main(["finetune", "sentence-embedding", "--help"])
+    shown = capsys.readouterr().out
+    for flag in ("--matryoshka", "--temperature", "--micro-tokens", "--resume"):
+        assert flag in shown
