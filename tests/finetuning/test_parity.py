@@ -1,5 +1,6 @@
 """A run beside a padded loop over the transformers model, written by hand: first loss, and weights after ten steps."""
 
+import itertools
 import json
 
 import pytest
@@ -16,7 +17,6 @@ from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.training.examples import StepPlan, by_tokens
 from modernbert.training.schedules import make_schedule
 from tests.finetuning.conftest import TASK_ROWS
-import itertools
 
 PEERS = {
     "text-classification": "AutoModelForSequenceClassification",

@@ -1,5 +1,7 @@
 """What tasks make of rows, and how they judge."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,6 @@ from modernbert.finetuning.options import OPTIONS
 from modernbert.finetuning.tasks import TASKS
 from modernbert.ops.losses import IGNORED
 from tests.finetuning.conftest import answer_rows, tag_rows
-import itertools
 
 
 def worker_of(task, backend, rows, **options):

@@ -1,5 +1,6 @@
 """The parts of a run, apart: options, steps, batches, schedules, groups, freezing, and loops of one's own."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from modernbert.training.optimizers import parameter_groups
 from modernbert.training.options import SCHEDULES, TrainingOptions
 from modernbert.training.schedules import make_schedule
 from tests.conftest import SMALL
-import itertools
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=60)
 
