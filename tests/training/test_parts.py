@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from modernbert import ModernBertConfig, ModernBertForSequenceClassification
 from modernbert.errors import InputError
 from modernbert.native.library import denormals_flushed
-from modernbert.training.engine import freeze, make_optimizer
 from modernbert.training.examples import StepPlan, by_tokens, pack_rows
-from modernbert.training.optimizers import parameter_groups
+from modernbert.training.optimizers import freeze, make_optimizer, parameter_groups
 from modernbert.training.options import SCHEDULES, TrainingOptions
 from modernbert.training.schedules import make_schedule
 from tests.conftest import SMALL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,8 @@ def _command(task: str, options: type[FinetuneOptions]) -> Callable[..., None]:
         given = {name: value for name, value in given.items() if value not in (None, [])}
         _say(f"{task}: {options.__doc__ or ''}".strip())
         result = tune(task, config=config, resume=resume, say=_say, **given)
+        if os.environ.get("RANK", "0") != "0":  # one process speaks for all
+            return
         if result.outcome.stopped:
             _say(f"stopped early: {result.outcome.stopped}")
         for name, value in result.figures.items():

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from modernbert.errors import InputError
 from modernbert.records import parts_of, read_records
+from modernbert.records.reading import sure
 from modernbert.records.structured import rows_of_dataset
 
 _TRAINING, _VALIDATION = ("train",), ("validation", "val", "valid", "dev", "eval", "test")
@@ -31,13 +32,15 @@ class Field:
         name: what it is called.
         others: what columns that hold it are often called.
         required: whether every row must have it.
-        many: whether it is a list; then several columns may make it.
+        many: whether it is a list; then several columns may make it, and a text alone is a list of one.
+        words: whether a text stands for the list of its words.
     """
 
     name: str
     others: tuple[str, ...] = ()
     required: bool = True
     many: bool = False
+    words: bool = False
 
 
 class Table(NamedTuple):
@@ -64,6 +67,8 @@ def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
         return [_read_file(str(source), header) for source in sources]
     if hasattr(sources, "features"):
         return [Table(_sure(list(rows_of_dataset(sources)), "the dataset"), "the dataset")]
+    if hasattr(sources, "columns") and hasattr(sources, "to_dict"):  # a table of pandas
+        sources = sources.to_dict("records")
     if not isinstance(sources, Iterable) or isinstance(sources, Mapping):
         raise InputError(f"data is a {type(sources).__name__}; give paths, rows or a dataset")
     rows = list(sources)
@@ -79,7 +84,7 @@ def _read_file(source: str, header: Sequence[str] | None) -> Table:
         raise InputError(f"there is no file or folder {path}")
     tabular = path.suffix.lower() in (".csv", ".tsv")
     records = read_records(path, part=part, header=header if tabular else None)
-    return Table(_sure([r for r in records if not isinstance(r, InputError)], source), source)
+    return Table(_sure([sure(record) for record in records], source), source)
 
 
 def _place(source: str) -> tuple[Path, str | None]:
@@ -174,34 +179,48 @@ def rows_of(
     """
     rows: list[Row] = []
     chosen: dict[str, list[str]] = {}
-    many = {field.name for field in fields if field.many}
-    required = {field.name for field in fields if field.required}
+    by_name = {field.name: field for field in fields}
     for table in tables:
-        chosen = choose_columns(list(map(str, table.records[0])), fields, named, table.name)
+        columns = list(dict.fromkeys(str(column) for record in table.records for column in record))
+        chosen = choose_columns(columns, fields, named, table.name)
         for number, record in enumerate(table.records, 1):
             where = f"{table.name}, row {number}"
-            values: dict[str, Any] = {}
-            for name, columns in chosen.items():
-                missing = [c for c in columns if c not in record]
-                if missing:
-                    raise InputError(f"{where} has no {missing[0]!r}")
-                cells = [record[c] for c in columns]
-                value = [c for c in cells if c not in (None, "")] if len(cells) > 1 else cells[0]
-                values[name] = _listed(value, where, columns[0]) if name in many else value
-                if name in required and values[name] is None:
-                    raise InputError(f"{where} has nothing in {columns[0]!r}")
-            rows.append(Row({**values, "_record": record}, where))
+            values: dict[str, Any] = {"_record": record}
+            for name, wanted in chosen.items():
+                field = by_name[name]
+                cells = [record.get(column) for column in wanted]
+                given = [cell for cell in cells if not _is_nothing(cell)]
+                if not given:
+                    if field.required:
+                        lack = "nothing in" if wanted[0] in record else "no"
+                        raise InputError(f"{where} has {lack} {wanted[0]!r}")
+                    continue
+                if field.many and isinstance(given[0], Mapping) and "text" in given[0]:
+                    # Choices as {"label": ["A", "B"], "text": [...]}: the right one is named by its label.
+                    values[f"{name}_keys"] = [str(key) for key in given[0].get("label", ())]
+                    given = [list(given[0]["text"])]
+                values[name] = _listed(given, len(cells) > 1, field, where, wanted[0]) if field.many else given[0]
+            rows.append(Row(values, where))
     return rows, chosen
 
 
-def _listed(value: Any, where: str, column: str) -> list[Any]:
+def _is_nothing(cell: Any) -> bool:
+    """Whether a cell is empty, as files, tables and datasets say it."""
+    return cell is None or cell == "" or (isinstance(cell, float) and cell != cell)
+
+
+def _listed(given: list[Any], several: bool, field: Field, where: str, column: str) -> list[Any]:
+    if several:
+        return given
+    value = given[0]
     if isinstance(value, str):  # a table's cell
         try:
-            value = json.loads(value)
+            found = json.loads(value)
         except ValueError:
-            value = value.split()
-    if isinstance(value, Mapping) and "text" in value:  # choices as {"label": [...], "text": [...]}
-        value = value["text"]
+            found = None
+        if isinstance(found, list):
+            return found
+        return value.split() if field.words else [value]
     if not isinstance(value, list | tuple):
         raise InputError(f"{where} holds a {type(value).__name__} in {column!r}; a list is wanted")
     return list(value)
@@ -222,8 +241,16 @@ def text_of(row: Row, name: str) -> str:
     return value
 
 
-def hold_out(rows: Sequence[Row], share: float, group_by: str | None) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows to evaluate on, in their order; rows with one value of `group_by` stay together.
+def hold_out(
+    rows: Sequence[Row], share: float, group_by: str | None, group_field: str | None = None
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and rows to evaluate on, in their order; some stay together.
+
+    Args:
+        rows: all of them.
+        share: of them to evaluate on.
+        group_by: column whose equal values stay together.
+        group_field: field whose equal values do, where no column is named.
 
     Raises:
         InputError: a row has no such column, or the share leaves no row on one side.
@@ -233,7 +260,7 @@ def hold_out(rows: Sequence[Row], share: float, group_by: str | None) -> tuple[l
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         if group_by is None:
-            groups[str(i)] = [i]
+            groups.setdefault(str(i) if group_field is None else str(row.values[group_field]), []).append(i)
             continue
         if group_by not in row.values["_record"]:
             raise InputError(f"{row.where} has no column {group_by!r}, which rows are grouped by")

@@ -29,23 +29,30 @@ class Labels:
     @classmethod
     def named(cls, given: str) -> Labels:
         """Of "a,b,c", or of a file with a name a line."""
-        path = Path(given)
-        if "," not in given and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return cls([line.strip() for line in lines if line.strip()], True)
-        return cls([name.strip() for name in given.split(",") if name.strip()], True)
+        names = given.split(",")
+        if len(names) == 1:
+            if not Path(given).is_file():
+                raise InputError(f"labels is {given!r}; give names, a,b,c, or a file with one a line")
+            names = Path(given).read_text(encoding="utf-8").splitlines()
+        return cls([name.strip() for name in names if name.strip()], True)
 
     @classmethod
     def found(cls, values: Iterable[Any]) -> Labels:
         """Of the values in the data: numbers in their order, else by the alphabet."""
-        names = {str(value) for value in values}
+        names = {str(value).strip() for value in values} - {""}
         numeric = all(name.lstrip("-").isdigit() for name in names)
         return cls(sorted(names, key=int) if numeric else sorted(names))
 
     def of_model(self, config: Config) -> Labels:
         """A model's own labels, in its order, where it knows all of these and nobody named others."""
         theirs = [] if config.id2label is None else [config.id2label[i] for i in sorted(config.id2label)]
-        return Labels(theirs) if not self.given and set(self.names) <= set(theirs) else self
+        if self.given or not theirs:
+            return self
+        if set(self.names) <= set(theirs):
+            return Labels(theirs)
+        are_places = all(name.isdigit() and int(name) < len(theirs) for name in self.names)
+        unnamed = any(name.startswith("LABEL_") or name.isdigit() for name in theirs)
+        return Labels(theirs, given=True) if are_places and not unnamed else self
 
     def number(self, value: Any, where: str) -> int:
         """The number of a label.
@@ -56,7 +63,8 @@ class Labels:
         name = str(value).strip()
         if name in self.numbers:
             return self.numbers[name]
-        if self.given and name.isdigit() and int(name) < len(self.names):
+        # Numbers are places where no name is a number itself.
+        if self.given and name.isdigit() and int(name) < len(self.names) and not any(n.isdigit() for n in self.names):
             return int(name)
         known = ", ".join(self.names[:20]) + (f" and {len(self.names) - 20} more" if len(self.names) > 20 else "")
         raise InputError(f"{where} has the label {name!r}; known are {known}")

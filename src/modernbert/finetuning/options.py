@@ -107,14 +107,14 @@ class MaskedLMOptions(LanguageModelOptions):
 class SentenceEmbeddingOptions(FinetuneOptions):
     """Vectors of texts that belong together."""
 
-    batch_size: int = option(64, "Pairs a step; each is told apart from all others of its step.")
+    batch_size: int = option(64, "Pairs a step; each is told apart from all others of its step and process.")
     lr: float = option(8e-5, "Peak learning rate.")
     epochs: float = option(1.0, "Passes over the training data.")
     warmup: float = option(0.05, "Share of the steps in which the rate rises.")
     temperature: float = option(0.05, "Similarities are divided by this before the softmax.")
     matryoshka: list[int] = option([], "Also train the first so many dimensions as vectors of their own; repeat.")
     pooling: str = option("mean", "How tokens become a vector, of a bare encoder.", ("mean", "cls", "max"))
-    query_prompt: str = option("", "Put before every anchor, and saved as the prompt 'query'.")
+    query_prompt: str = option("", "Put before every anchor, and saved as the prompt 'query'; else the model's own.")
     document_prompt: str = option("", "Put before every positive and negative, and saved as the prompt 'document'.")
 
     def __post_init__(self) -> None:

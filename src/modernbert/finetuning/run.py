@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ from modernbert.finetuning.tasks import TASKS, Task
 from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
 from modernbert.training.adapters import has_adapters, merged
-from modernbert.training.checkpoints import explained
+from modernbert.training.checkpoints import checkpoints, explained
 from modernbert.training.contract import Outcome
 from modernbert.training.engine import fit, process
 from modernbert.training.progress import Reporter
@@ -70,7 +72,7 @@ def finetune(
     config: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
-    say: Callable[[str], None] = logger.info,
+    say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Finetuned:
     """Fine-tune a model for a task.
@@ -85,7 +87,7 @@ def finetune(
         config: a YAML file of options; those that are given here count more.
         resume: go on from the last checkpoint under `output`, with its options.
         progress: draw progress on standard error.
-        say: takes a line about what was found in the data.
+        say: takes a line about what was found in the data; standard error where `progress` is shown, else the log.
         options: the task's; see its class in `modernbert.finetuning.options`.
 
     Raises:
@@ -99,11 +101,15 @@ def finetune(
     settings = settings_of(task, {k: v for k, v in given.items() if v is not None}, config, resume)
     if not settings.output:
         raise InputError("output is not given; name a folder for the run")
-    folder = Path(settings.output)
+    folder = Path(settings.output).resolve()
+    _check_libraries()
     where = process(settings)
+    if say is None:
+        say = _to_stderr if progress else logger.info
     with _opened(folder, resume) if where.is_main_process else contextlib.nullcontext():
         where.wait_for_everyone()
-        say = say if where.is_main_process else lambda line: None
+        if not where.is_main_process:
+            say = logger.debug
         worker = TASKS[task](settings)
         train_rows, eval_rows, is_held_out = read_rows(worker, train, eval, settings, say)
         name = settings.model or small_model("decoder" if task == "causal-lm" else "encoder")
@@ -118,13 +124,16 @@ def finetune(
         size = sum(p.numel() for p in loaded.parameters()) / 1e6
         tokens = sum(example.tokens for example in examples)
         say(f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; {size:.2f} M weights")
-        if where.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_settings(folder, task, settings)
-        where.wait_for_everyone()
+
+        def begin() -> None:
+            if where.is_main_process:
+                folder.mkdir(parents=True, exist_ok=True)
+                _write_settings(folder, task, settings)
+            where.wait_for_everyone()
+
         began = time.perf_counter()
         with Reporter(worker.metric, progress and where.is_main_process) as report:
-            outcome = fit(loaded, examples, worker, settings, folder, resume=resume, report=report)
+            outcome = fit(loaded, examples, worker, settings, folder, resume=resume, report=report, begin=begin)
         result = Finetuned(task, outcome.model, worker.tokenizer, {}, outcome, folder)
         if outcome.evaluation is not None:
             result.figures = outcome.evaluation.figures
@@ -137,17 +146,17 @@ def finetune(
 
 def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, resume: bool) -> FinetuneOptions:
     """Options of a file, of the run that goes on, and those given, which count most."""
-    values: dict[str, Any] = {}
-    folder = given.get("output")
+    named = {} if config is None else _read_settings(Path(config), task)
+    folder = given.get("output", named.get("output"))
     before: dict[str, Any] = {}
     if resume and folder is not None and (Path(folder) / SETTINGS).is_file():
         before = _read_settings(Path(folder) / SETTINGS, task)
-        values |= before
-    if config is not None:
-        values |= _read_settings(Path(config), task)
+    values = {**before, **named}
     for name, value in given.items():
         if name in ("train", "eval") and not _are_paths(value):
             values[name] = []
+        elif name == "labels" and isinstance(value, list | tuple):
+            values[name] = ",".join(map(str, value))
         elif name == "column" and isinstance(value, Mapping):
             values[name] = [f"{k}={v if isinstance(v, str) else ','.join(v)}" for k, v in value.items()]
         elif name in ("train", "eval") or (name in ("output", "model") and isinstance(value, Path)):
@@ -155,11 +164,22 @@ def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, 
         else:
             values[name] = value
     options = OPTIONS[task].of(values, str(config) if config is not None else "the task")
-    for name, value in before.items():
+    for name, value in before.items() if folder is not None and checkpoints(Path(folder)) else ():
         now = getattr(options, name)
         if name not in _CHANGEABLE and name not in ("train", "eval", "output") and now != value:
             raise InputError(f"{name} is {now!r} and the run in {folder} has {value!r}; resume it with the same")
     return options
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+
+
+def _check_libraries() -> None:
+    """Raise before the work where something is missing that is wanted after it."""
+    for name in ("accelerate", "jinja2", "matplotlib", "seqeval", "sklearn"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"fine-tuning needs {name}: pip install 'modernbert[train]'")
 
 
 def _are_paths(value: Any) -> bool:
@@ -204,15 +224,15 @@ def _opened(folder: Path, resume: bool) -> Iterator[None]:
     except Timeout:
         raise InputError(f"output is {folder}, which another process is writing; name another folder") from None
     try:
-        files = [] if is_new else sorted(path.name for path in folder.iterdir())
+        files = [] if is_new else sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if files and not resume:
             raise InputError(f"output is {folder}, which holds {files[0]}; name another folder, or resume its run")
         if files and SETTINGS not in files:
             raise InputError(f"output is {folder}, which holds {files[0]} and no run to resume; name another folder")
         yield
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # before it is released, lest another's be removed
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
         for place in made:
             if place.exists() and not any(place.iterdir()):
                 place.rmdir()
@@ -234,7 +254,7 @@ def read_rows(
     rows, columns = rows_of(read_tables(train, header), task.fields, named)
     say("columns: " + ", ".join(f"{field} = {'+'.join(names)}" for field, names in columns.items()))
     if evaluation is None or (isinstance(evaluation, list) and not evaluation):
-        rows, held = hold_out(rows, options.held_out, options.group_by)
+        rows, held = hold_out(rows, options.held_out, options.group_by, task.group_field)
         if held:
             say(f"{len(held)} of the {len(rows) + len(held)} rows are held out to evaluate on")
         return rows, held, True

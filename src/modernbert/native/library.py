@@ -206,8 +206,9 @@ def denormals_flushed() -> Iterator[None]:
         if found is not None:
             found.flush_denormals(on)
 
+    before = float(torch.tensor(1e-30) * torch.tensor(1e-10)) == 0.0  # PyTorch does not say
     switch(True)
     try:
         yield
     finally:
-        switch(False)
+        switch(before)

@@ -102,6 +102,8 @@ def read_conll(path: Path, part: str | None) -> Iterator[Record]:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
         except UnicodeDecodeError as error:
             raise InputError(f"{path}, line {number}, is not UTF-8: {error.reason}") from None
+        if line.startswith("# ") and " = " in line and "\t" not in line:
+            continue  # what CoNLL-U says of a sentence
         if not line.strip() or line.startswith("-DOCSTART-"):
             if tokens:
                 yield {"tokens": tokens, "tags": tags}

@@ -26,9 +26,11 @@ def add_adapters(model: nn.Module, rank: int, alpha: float | None) -> Any:
     """
     peft = _peft()
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    body = [name for name, _ in model.named_children() if name != "model"]
-    # A tied output layer is the embedding, which stays as it is.
-    heads = [name for name in body if any(True for _ in getattr(model, name).parameters()) and name != "decoder"]
+    parts: list[str] = []
+    for name, part in model.named_children():
+        listed = [f"{name}.{i}" for i in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
+        parts += listed if name not in ("model", "decoder") else []  # a tied output layer is the embedding
+    heads = [name for name in parts if any(True for _ in model.get_submodule(name).parameters())]
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,

@@ -66,7 +66,8 @@ def write_checkpoint(
         temporary.rename(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        last = f"{older[-1]} is whole" if older else "there is none before it"
+        whole = [path for path in checkpoints(output) if path != final]
+        last = f"{whole[-1]} is whole" if whole else "there is none before it"
         raise OSError(f"{final} cannot be written: {error}; {last}") from error
     for path in older:
         shutil.rmtree(path, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from modernbert.training.examples import Example
 
 Batch = dict[str, Any]
+# Whether a pass is the last of its step -> a context that gives what takes the loss.
+Pass = Callable[[bool], AbstractContextManager[Callable[[Tensor], None]]]
 
 
 @dataclasses.dataclass
@@ -47,16 +50,14 @@ class Objective(Protocol):
         """What the sum of the batch's losses is divided by to be their mean."""
         ...
 
-    def losses(
-        self, model: nn.Module, batches: Sequence[Batch], total: float, backward: Callable[[Tensor, bool], None]
-    ) -> Tensor:
+    def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
         """Go through the batches of a step; the loss, without gradient.
 
         Args:
             model: in training mode.
             batches: of one step, on the model's device.
             total: `count` of the whole step.
-            backward: takes a loss, and whether it is the step's last.
+            one_pass: `with one_pass(is_last) as backward` goes around each forward and its `backward(loss)`.
         """
         ...
 
@@ -100,7 +101,7 @@ class Outcome:
         steps: steps that were done in all.
         best_step: the step of the best evaluation, if any.
         seconds: of training, evaluations not counted.
-        tokens: real tokens that were trained on, in this process's lifetime.
+        tokens: real tokens that were trained on.
         stopped: why it ended before its last step, if it did.
     """
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import datetime
+import hashlib
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modernbert.errors import DivergedError, InputError
 from modernbert.files import write_text
+from modernbert.models.backbone import Backbone
+from modernbert.models.base import PreTrainedModel
 from modernbert.native.library import denormals_flushed
 from modernbert.training.adapters import add_adapters, has_adapters
 from modernbert.training.checkpoints import (
@@ -37,39 +40,19 @@ from modernbert.training.checkpoints import (
 )
 from modernbert.training.contract import Batch, Evaluation, Objective, Outcome, Progress
 from modernbert.training.examples import Example, StepPlan, by_tokens
-from modernbert.training.optimizers import OPTIMIZERS, parameter_groups
+from modernbert.training.optimizers import freeze, make_optimizer
 from modernbert.training.options import TrainingOptions
 from modernbert.training.schedules import make_schedule
 
 logger = logging.getLogger(__name__)
 
 
-def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """The optimizer of the options, over the model's trainable parameters."""
-    groups = parameter_groups(model, options.weight_decay, options.lr, options.layer_decay)
-    if not groups:
-        raise InputError("every parameter is frozen; there is nothing to train")
-    fused = {"fused": True} if options.optimizer == "adamw" else {}
-    made: torch.optim.Optimizer = OPTIMIZERS[options.optimizer](
-        groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, **fused
-    )
-    return made
-
-
-def freeze(model: nn.Module, embeddings: bool, layers: int) -> None:
-    """Leave the token embeddings, or the first so many layers and the embeddings, out of training."""
-    body: Any = next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embeddings"))
-    if layers > len(body.layers):
-        raise InputError(f"freeze_layers is {layers}; the model has {len(body.layers)} layers")
-    if embeddings or layers:
-        body.embeddings.requires_grad_(False)
-    for layer in body.layers[:layers]:
-        layer.requires_grad_(False)
-
-
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """bfloat16 products where they are asked for, or where "auto" finds that the device has them."""
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
     enabled = precision == "bfloat16" or (precision == "auto" and native)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
@@ -83,6 +66,7 @@ def fit(
     *,
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Train a model, with checkpoints and `metrics.jsonl` under `output`.
 
@@ -94,13 +78,16 @@ def fit(
         output: folder of the run; it exists.
         resume: go on from the last checkpoint under `output`.
         report: called after every step.
+        begin: called once everything is set up, before the first step.
 
     Raises:
         InputError: there is nothing to train, or a tracker is not known.
         DivergedError: the loss is no number; the last checkpoint stays.
     """
     with denormals_flushed():
-        return _Run(model, examples, objective, options, output, resume, report).run()
+        run = _Run(model, examples, objective, options, output, resume, report)
+        begin()
+        return run.run()
 
 
 class _Run:
@@ -124,15 +111,16 @@ class _Run:
         self.total = options.max_steps or max(1, self.plan.steps(options.epochs))
         self.epoch_steps = len(self.plan.epoch(0))
         self.schedule = make_schedule(options.schedule, self.total, options.warmup, options.decay)
-        freeze(model, options.freeze_embeddings, options.freeze_layers)
+        if options.gradient_checkpointing:
+            (model if isinstance(model, PreTrainedModel) else model.model).gradient_checkpointing_enable()
         if options.lora_rank:
             model = add_adapters(model, options.lora_rank, options.lora_alpha)
-        if options.gradient_checkpointing:
-            target = model.model if not hasattr(model, "gradient_checkpointing_enable") else model
-            target.gradient_checkpointing_enable()
+        freeze(model, options.freeze_embeddings, options.freeze_layers)
         self.bare = model.to(self.accelerator.device)
         optimizer = make_optimizer(self.bare, options)
         self.step, self.since_best, self.stopped = 0, 0, ""
+        self.seconds, self.tokens = 0.0, 0
+        self.data = hashlib.sha256(lengths.tobytes()).hexdigest()
         self.best: tuple[int, float] | None = None
         if resume and checkpoints(output):
             self._restore(optimizer)
@@ -150,7 +138,7 @@ class _Run:
             settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
             self.accelerator.init_trackers("modernbert", config=settings)
         self._trim_metrics()
-        tokens, seconds, speed = 0, 0.0, 0.0
+        began, speed = self.seconds, 0.0
         evaluation: Evaluation | None = None
         evaluated_at = -1
         self.bare.train()
@@ -161,7 +149,7 @@ class _Run:
             loss, norm, count = self._train_step(chosen)
             self.step += 1
             took = time.perf_counter() - started
-            seconds, tokens = seconds + took, tokens + count
+            self.seconds, self.tokens = self.seconds + took, self.tokens + count
             speed = count / took if not speed else 0.95 * speed + 0.05 * count / took
             figures: dict[str, float] = {}
             last = self.step == self.total
@@ -178,10 +166,10 @@ class _Run:
                 loss=loss,
                 lr=options.lr * self.schedule(self.step - 1),
                 grad_norm=norm,
-                tokens=tokens,
+                tokens=self.tokens,
                 tokens_per_second=speed,
-                seconds=seconds,
-                seconds_left=seconds / (self.step - self.begun) * (self.total - self.step),
+                seconds=self.seconds,
+                seconds_left=(self.seconds - began) / (self.step - self.begun) * (self.total - self.step),
                 figures=figures,
             )
             self._record(progress, trackers)
@@ -197,7 +185,7 @@ class _Run:
             self.accelerator.end_training()
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         best = None if self.best is None else self.best[0]
-        return Outcome(model.eval(), evaluation, self.step, best, seconds, tokens, self.stopped)
+        return Outcome(model.eval(), evaluation, self.step, best, self.seconds, self.tokens, self.stopped)
 
     def _steps(self) -> Iterator[tuple[list[int], float]]:
         """The examples of each step from the present one on, and the epochs that are done after it."""
@@ -233,12 +221,24 @@ class _Run:
         mine = [_moved(batch, accelerator.device) for batch in mine or batches[-1:]]
         torch.manual_seed(self._random(2 + accelerator.process_index))  # of dropout
 
-        def backward(loss: Tensor, is_last: bool) -> None:
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+        def backward(loss: Tensor) -> None:
+            with torch.autocast(accelerator.device.type, enabled=False):
                 accelerator.backward(loss * weight)
 
-        with autocast(options.precision, accelerator.device):
-            loss_tensor = self.objective.losses(self.model, mine, max(total, 1), backward)
+        @contextlib.contextmanager
+        def one_pass(is_last: bool) -> Iterator[Callable[[Tensor], None]]:
+            # Gradients meet those of other processes once a step; whether they will is settled in the forward.
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+                yield backward
+
+        try:
+            with autocast(options.precision, accelerator.device):
+                loss_tensor = self.objective.losses(self.model, mine, max(total, 1), one_pass)
+        except torch.OutOfMemoryError as error:
+            largest = max(len(batch["input_ids"]) for batch in mine)
+            raise InputError(
+                f"the device has no memory for a pass of {largest} tokens; lower micro_tokens ({options.micro_tokens})"
+            ) from error
         loss = float(accelerator.reduce(loss_tensor.detach().float() * bool(weight), "sum"))
         norm = float(accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -253,8 +253,6 @@ class _Run:
 
     def _diverged(self, loss: float, norm: float, chosen: list[int]) -> None:
         found = checkpoints(self.output)
-        if found and step_of(found[-1]) == self.step and not math.isfinite(loss) and self.is_main:
-            shutil.rmtree(found.pop())  # the weights that gave this loss
         kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was made yet"
         texts = ", ".join(repr(_shortened(self.examples[i].record)) for i in chosen[:3])
         more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
@@ -269,11 +267,17 @@ class _Run:
         evaluation = None
         if self.is_main:
             self.bare.eval()
-            packed = not has_adapters(self.bare) and self.accelerator.device.type == "cpu"
-            model = copy.deepcopy(self.bare).optimize_for_inference() if packed else self.bare
+            model = self.bare.get_base_model() if has_adapters(self.bare) else self.bare
+            packed = model is self.bare and self.accelerator.device.type == "cpu"
+            if packed:
+                model = copy.deepcopy(model).optimize_for_inference()
             precision = "float32" if packed else self.options.precision
             with torch.no_grad(), autocast(precision, self.accelerator.device):
                 evaluation = self.objective.evaluate(model)
+            if packed:  # it holds itself in a circle, and would wait long to be collected
+                for module in model.modules():
+                    if isinstance(module, Backbone):
+                        module.fused = None
             self.bare.train()
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
@@ -284,10 +288,13 @@ class _Run:
     def _compare(self, figures: dict[str, float]) -> None:
         """Remember the best evaluation, and stop after too many that are not."""
         value, sign = figures[self.objective.metric], 1 if self.objective.greater_is_better else -1
-        if self.best is None or sign * value > sign * self.best[1]:
+        if math.isfinite(value) and (self.best is None or sign * value > sign * self.best[1]):
             self.best, self.since_best = (self.step, value), 0
             return
         self.since_best += 1
+        self._stop_if_patience_ends()
+
+    def _stop_if_patience_ends(self) -> None:
         if self.options.patience is not None and self.since_best >= self.options.patience and self.step < self.total:
             self.stopped = f"no better {self.objective.metric} in {self.since_best} evaluations"
 
@@ -320,25 +327,40 @@ class _Run:
         about = {
             "best": self.best,
             "since_best": self.since_best,
-            "stopped": self.stopped,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "data": self.data,
             "options": dataclasses.asdict(self.options),
         }
         state = optimizer_state(self.bare, self.optimizer.optimizer)
-        # The one before stays too: what a checkpoint is worth shows at the step after it.
-        keep = [step_of(path) for path in checkpoints(self.output)][-1:]
-        if self.best is not None and self.options.keep_best:
-            keep.append(self.best[0])
+        wrong = [name for name, value in self.bare.named_parameters() if not bool(value.isfinite().all())]
+        if wrong:
+            raise DivergedError(
+                f"{wrong[0]} is no number any more after step {self.step}, which is not saved; lower the learning rate "
+                f"({self.options.lr})"
+            )
+        # The one before stays, with the best one that it knows of, in case this one turns out to be of no use.
+        before = checkpoints(self.output)[-1:]
+        keep = [step_of(path) for path in before]
+        known = [self.best] + ([last_checkpoint(self.output)[1]["best"]] if before else [])
+        keep += [best[0] for best in known if best is not None and self.options.keep_best]
         write_checkpoint(
             self.output, self.step, lambda folder: self.objective.save(self.bare, folder), state, about, keep
         )
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         checkpoint, about = last_checkpoint(self.output)
+        if about["data"] != self.data:
+            raise InputError(f"the run in {self.output} was trained on other data; resume it with the same")
         self.objective.load_weights(self.bare, checkpoint)
         restore_optimizer(self.bare, optimizer, read_state(checkpoint))
         self.step = step_of(checkpoint)
-        self.best = None if about["best"] is None else (int(about["best"][0]), float(about["best"][1]))
-        self.since_best, self.stopped = about["since_best"], about["stopped"]
+        self.seconds, self.tokens = about["seconds"], about["tokens"]
+        best = about["best"]
+        if best is not None and (self.output / f"checkpoint-{best[0]}").is_dir():
+            self.best = (int(best[0]), float(best[1]))
+        self.since_best = about["since_best"]
+        self._stop_if_patience_ends()
 
 
 def process(options: TrainingOptions) -> Any:
@@ -347,20 +369,28 @@ def process(options: TrainingOptions) -> Any:
         from accelerate import PartialState
     except ImportError as error:
         raise InputError("training needs accelerate: pip install 'modernbert[train]'") from error
-    return PartialState(cpu=options.device == "cpu")
+    # Evaluations are one process's work, which the others wait for.
+    return PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(hours=12))
 
 
 def _accelerator(options: TrainingOptions, output: Path) -> Any:
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
 
     process(options)
     tracked: dict[str, Any] = {}
     if options.tracker:
+        known = sorted(str(name) for name in get_available_trackers())
+        unknown = [name for name in options.tracker if name not in known]
+        if unknown:
+            raise InputError(
+                f"tracker is {unknown[0]}; of those that Accelerate knows {', '.join(known)} are installed"
+            )
         tracked = {"log_with": list(options.tracker), "project_dir": str(output)}
-    try:
-        return Accelerator(cpu=True if options.device == "cpu" else None, **tracked)
+    try:  # `precision` says what is computed in bfloat16, not Accelerate's environment
+        return Accelerator(cpu=True if options.device == "cpu" else None, mixed_precision="no", **tracked)
     except ValueError as error:
-        raise InputError(f"tracker is {', '.join(options.tracker)}: {error}") from error
+        raise InputError(f"this process uses Accelerate in another way already: {error}") from error
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

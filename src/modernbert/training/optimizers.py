@@ -1,4 +1,4 @@
-"""Optimizers of the training recipes."""
+"""Optimizers of the training recipes, and which parameters they get."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from modernbert.errors import InputError
+from modernbert.training.options import TrainingOptions
 
 
 class StableAdamW(torch.optim.Optimizer):
@@ -141,7 +144,7 @@ def parameter_groups(
         layer = _layer_of(name)
         depth = 0 if "final_norm" in name else layers + 1 if "embeddings." in name else 0
         scale = layer_decay ** (depth if layer is None else layers - layer)
-        orthogonal = layer is not None and parameter.dim() >= 2
+        orthogonal = layer is not None and parameter.dim() >= 2 and "lora_" not in name
         parts = 3 if orthogonal and "Wqkv" in name else 1
         decays = weight_decay if parameter.dim() >= 2 else 0.0
         group = groups.setdefault(
@@ -158,3 +161,26 @@ def _layer_of(name: str) -> int | None:
     """The number of the layer that a parameter is in."""
     _, found, rest = f".{name}".partition(".layers.")
     return int(rest.partition(".")[0]) if found else None
+
+
+def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+    """The optimizer of the options, over the model's trainable parameters."""
+    groups = parameter_groups(model, options.weight_decay, options.lr, options.layer_decay)
+    if not groups:
+        raise InputError("every parameter is frozen; there is nothing to train")
+    fused = {"fused": True} if options.optimizer == "adamw" else {}
+    made: torch.optim.Optimizer = OPTIMIZERS[options.optimizer](
+        groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, **fused
+    )
+    return made
+
+
+def freeze(model: nn.Module, embeddings: bool, layers: int) -> None:
+    """Leave the token embeddings, or the first so many layers and the embeddings, out of training."""
+    body: Any = next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embeddings"))
+    if layers > len(body.layers):
+        raise InputError(f"freeze_layers is {layers}; the model has {len(body.layers)} layers")
+    if embeddings or layers:
+        body.embeddings.requires_grad_(False)
+    for layer in body.layers[:layers]:
+        layer.requires_grad_(False)

@@ -23,6 +23,7 @@ from modernbert.errors import DivergedError, InputError
 from modernbert.hub import Source
 from modernbert.models.masked_lm import ModernBertForMaskedLM
 from modernbert.models.placement import resolve_device
+from modernbert.native.library import denormals_flushed
 from modernbert.training.checkpoints import (
     checkpoints,
     last_checkpoint,
@@ -114,6 +115,7 @@ class Progress:
     val_accuracy: float | None = None
 
 
+@denormals_flushed()
 def pretrain(
     model: LanguageModel,
     train: Corpus,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from modernbert.finetuning.data import Field, Row
 from modernbert.finetuning.options import FinetuneOptions
 from modernbert.tokenizer import Tokenizer
 from modernbert.training.adapters import has_adapters, load_adapters
-from modernbert.training.contract import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation, Pass
 from modernbert.training.examples import Example, by_tokens, pack_rows
 
 _SHOWN = 50  # wrong examples that a report has room for
@@ -41,6 +41,7 @@ class Task(abc.ABC):
     name: ClassVar[str]
     fields: ClassVar[tuple[Field, ...]]
     auto_model: ClassVar[Any]
+    group_field: ClassVar[str | None] = None  # rows with equal values of it are held out together
     metric: str
     greater_is_better: bool = True
 
@@ -122,14 +123,13 @@ class Task(abc.ABC):
         """Labels of a batch."""
         return float((batch["labels"] != -100).sum())
 
-    def losses(
-        self, model: nn.Module, batches: Sequence[Batch], total: float, backward: Callable[[Tensor, bool], None]
-    ) -> Tensor:
+    def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
         """The mean loss over a step's labels; see `modernbert.training.engine.Objective`."""
         loss = torch.zeros(())
         for i, batch in enumerate(batches):
-            part = model(**batch, num_items_in_batch=total).loss
-            backward(part, i == len(batches) - 1)
+            with one_pass(i == len(batches) - 1) as backward:
+                part = model(**batch, num_items_in_batch=total).loss
+                backward(part)
             loss = loss.to(part.device) + part.detach()
         return loss
 

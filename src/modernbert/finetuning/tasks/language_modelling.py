@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from modernbert.finetuning.data import Field, Row, text_of
 from modernbert.finetuning.tasks.base import Task
 from modernbert.models.masked_lm import ModernBertForMaskedLM
 from modernbert.tokenizer import Tokenizer
-from modernbert.training.contract import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation, Pass
 from modernbert.training.data import Corpus
 from modernbert.training.examples import Example, pack_rows
 from modernbert.training.objectives import CausalLM, MaskedLM
@@ -70,15 +70,13 @@ class MaskedLanguageModelling(LanguageModelling):
         self.learnt = MaskedLM(tokenizer.backend, self.options.mask_rate)
         self.judged = MaskedLM(tokenizer.backend, 0.15)
 
-    def losses(
-        self, model: nn.Module, batches: Sequence[Batch], total: float, backward: Callable[[Tensor, bool], None]
-    ) -> Tensor:
+    def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
         """As always, without logits for tokens that have no label."""
         bare = next(module for module in model.modules() if isinstance(module, ModernBertForMaskedLM))
         own = bare.config
         bare.config = own.replace(sparse_prediction=True)
         try:
-            return super().losses(model, batches, total, backward)
+            return super().losses(model, batches, total, one_pass)
         finally:
             bare.config = own
 

@@ -77,11 +77,18 @@ class MultipleChoice(Task):
 
 def choice_number(row: Row) -> int:
     """The number of the right choice."""
-    value, choices = row.values["label"], row.values["choices"]
+    value, choices, keys = row.values["label"], row.values["choices"], row.values.get("choices_keys")
+    if keys and str(value).strip() in keys:
+        return int(keys.index(str(value).strip()))
     if isinstance(value, str):
         value = value.strip()
         if value in choices:
-            return int(choices.index(value))
+            place = int(choices.index(value))
+            if value.isdigit() and int(value) != place:
+                raise InputError(
+                    f"{row.where} has the label {value!r}, which is one choice's text and another's number"
+                )
+            return place
         if len(value) == 1 and value.isalpha():
             value = ord(value.upper()) - ord("A")
     try:

@@ -51,6 +51,15 @@ class QuestionAnswering(Task):
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
         """In training an example a window, in evaluation an example a question."""
         records = [self.record_of(row) for row in rows]
+        asked = self.tokenizer([record["question"] for record in records], add_special_tokens=False).input_ids
+        # A window has room for the question and more of the context than it shares with the next one.
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.options.stride
+        for row, ids in zip(rows, asked, strict=True):
+            if not 0 < len(ids) < room:
+                raise InputError(
+                    f"{row.where}: the question has {len(ids)} tokens; with max_length {self.max_length} and stride "
+                    f"{self.options.stride} it must have 1 to {room - 1}"
+                )
         if not training:
             return [Example([[0]], None, record) for record in records]
         examples = []
@@ -71,13 +80,20 @@ class QuestionAnswering(Task):
         """A row's id, question, context, and (text, start) of its answers, which stand where they say."""
         question, context = text_of(row, "question"), text_of(row, "context")
         given = row.values["answers"]
-        if isinstance(given, dict):
-            given = [{"text": t, "answer_start": s} for t, s in zip(given["text"], given["answer_start"], strict=True)]
-        if isinstance(given, str):
-            given = [{"text": given, "answer_start": context.find(given)}]
+        try:
+            if isinstance(given, dict):
+                pairs = list(zip(given["text"], given["answer_start"], strict=True))
+            elif isinstance(given, str):
+                pairs = [(given, context.find(given))]
+            else:
+                pairs = [(answer["text"], answer["answer_start"]) for answer in given]
+            pairs = [(str(text), int(start)) for text, start in pairs]
+        except (KeyError, TypeError, ValueError):
+            raise InputError(
+                f"{row.where} has the answers {given!r}; a list of text and answer_start is wanted, or a dict of two"
+            ) from None
         answers = []
-        for answer in given:
-            text, start = answer["text"], int(answer["answer_start"])
+        for text, start in pairs:
             if start < 0 or context[start : start + len(text)] != text:
                 raise InputError(
                     f"{row.where}: the answer {text!r} does not stand at character {start} of its context, which has "

@@ -6,7 +6,7 @@ Shapes: B pairs of a step, R rows of a forward pass, N candidates, D dimensions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from modernbert.finetuning.options import FinetuneOptions
 from modernbert.finetuning.tasks.base import Task, shown, worst
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.ops.losses import cross_entropy
-from modernbert.training.contract import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation, Pass
 from modernbert.training.examples import Example
 
 
@@ -48,17 +48,21 @@ class SentenceEmbedding(Task):
     )
     metric = "recall_at_1"
 
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        given = {"query": options.query_prompt, "document": options.document_prompt}
+        self.prompts = {name: prompt for name, prompt in given.items() if prompt}
+
     def load(self, name: str | Path, options: FinetuneOptions) -> SentenceEncoder:
         """An encoder of sentences; a bare encoder gets a pooling."""
         model = SentenceEncoder.from_pretrained(
             name, dtype=torch.float32, revision=options.revision, attn_implementation=options.attn_implementation
         )
         settings = model.settings
+        self.prompts = {**settings.prompts, **self.prompts}
         if not model.is_layout:
             settings = dataclasses.replace(settings, poolings=(self.options.pooling,))
-        prompts = {"query": self.options.query_prompt, "document": self.options.document_prompt}
-        prompts = {name: prompt for name, prompt in prompts.items() if prompt}
-        model.settings = dataclasses.replace(settings, prompts={**settings.prompts, **prompts})
+        model.settings = dataclasses.replace(settings, prompts=self.prompts)
         wide = [d for d in self.options.matryoshka if not 0 < d < model.dimensions]
         if wide:
             raise InputError(f"matryoshka is {wide[0]}; vectors have {model.dimensions} dimensions, take fewer")
@@ -66,7 +70,7 @@ class SentenceEmbedding(Task):
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
         """Each with the rows of its anchor, its positive and its negatives; the label is what these read."""
-        before, behind = self.options.query_prompt, self.options.document_prompt
+        before, behind = self.prompts.get("query", ""), self.prompts.get("document", "")
         anchors = [text_of(row, "anchor") for row in rows]
         documents = []
         for row in rows:
@@ -95,14 +99,13 @@ class SentenceEmbedding(Task):
         """Pairs of a batch."""
         return float((batch["documents"] < 0).sum())
 
-    def losses(
-        self, model: nn.Module, batches: Sequence[Batch], total: float, backward: Callable[[Tensor, bool], None]
-    ) -> Tensor:
+    def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
         """In one pass, or with cached gradients of the vectors."""
         documents = torch.cat([batch["documents"] for batch in batches])
         if len(batches) == 1:
-            loss = self.contrast(_vectors(model, batches[0]), documents, total)
-            backward(loss, True)
+            with one_pass(True) as backward:
+                loss = self.contrast(_vectors(model, batches[0]), documents, total)
+                backward(loss)
             return loss.detach()
         first = torch.initial_seed()
 
@@ -116,7 +119,8 @@ class SentenceEmbedding(Task):
         loss = self.contrast(leaf, documents, total)
         (gradient,) = torch.autograd.grad(loss, leaf)
         for i, part in enumerate(gradient.split([len(p) for p in parts])):
-            backward((vectors_of(i).float() * part).sum(), i == len(batches) - 1)
+            with one_pass(i == len(batches) - 1) as backward:
+                backward((vectors_of(i).float() * part).sum())
         return loss.detach()
 
     def contrast(self, vectors_RD: Tensor, documents_R: Tensor, total: float) -> Tensor:
@@ -152,7 +156,7 @@ class SentenceEmbedding(Task):
             for part_BD, part_right in zip(left_BD.split(1024), right.split(1024), strict=True):
                 scores_BN = part_BD @ unit_ND.mT
                 own_B = scores_BN.gather(1, part_right[:, None])
-                ranks += (1 + (scores_BN > own_B).sum(1)).tolist()
+                ranks += (~(scores_BN < own_B)).sum(1).tolist()  # itself, what ties with it, what is no number
                 top_B, first_B = scores_BN.max(1)
                 best += first_B.tolist()
                 margins += (top_B - own_B[:, 0]).tolist()

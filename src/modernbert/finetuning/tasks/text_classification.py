@@ -45,6 +45,9 @@ class TextClassification(Task):
 
     def learn(self, rows: Sequence[Row]) -> None:
         """What kind of labels there are, and their names."""
+        for row in rows:
+            if isinstance(row.values["label"], str) and not row.values["label"].strip():
+                raise InputError(f"{row.where} has a blank label")
         values = [row.values["label"] for row in rows]
         problem = self.options.problem
         if problem == "auto":

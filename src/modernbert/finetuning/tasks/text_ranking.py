@@ -35,10 +35,11 @@ class TextRanking(Task):
         Field("negatives", ("negative", "neg", "hard_negatives"), required=False, many=True),
     )
     metric = "mrr"
+    group_field = "query"
 
     def learn(self, rows: Sequence[Row]) -> None:
         """Whether rows are pairs with labels."""
-        self.labelled = "label" in rows[0].values
+        self.labelled = any("label" in row.values for row in rows)
 
     def config_changes(self) -> dict[str, Any]:
         """One score, as a probability's logit."""
@@ -91,11 +92,12 @@ class TextRanking(Task):
             queries.setdefault(example.record["query"], []).append(i)
         ranks, wrong, sizes = [], [], []
         for query, rows in queries.items():
-            best = max(rows, key=lambda i: examples[i].label)
-            others = [i for i in rows if examples[i].label < examples[best].label]
+            top = max(examples[i].label for i in rows)
+            best = max((i for i in rows if examples[i].label == top), key=scores.__getitem__)
+            others = [i for i in rows if examples[i].label < top]
             if not others:
                 continue  # all are as good
-            ranks.append(1 + sum(scores[i] >= scores[best] for i in others))
+            ranks.append(1 + sum(not scores[i] < scores[best] for i in others))
             sizes.append(1 + len(others))
             first = max(rows, key=scores.__getitem__)
             if ranks[-1] > 1:
@@ -104,20 +106,24 @@ class TextRanking(Task):
                 wrong.append((scores[first] - scores[best], {**row, **found}))
         right = [(score > 0.5) == (example.label > 0.5) for score, example in zip(scores, examples, strict=True)]
         figures = {"accuracy": sum(right) / len(right)}
-        ranked = retrieval_figures(ranks) if ranks else {"recall_at_1": 0.0, "recall_at_10": 0.0, "mrr": 0.0}
-        chance = sum(sum(1 / r for r in range(1, n + 1)) / n for n in sizes) / len(sizes) if sizes else 0.0
+        if ranks:
+            chance = sum(sum(1 / r for r in range(1, n + 1)) / n for n in sizes) / len(sizes)
+            figures |= {**retrieval_figures(ranks), "chance_mrr": chance}
+        else:  # pairs without rivals are classified, not ranked
+            self.metric = "accuracy"
         predictions = [
             {**example.record, "label": example.label, "score": score}
             for example, score in zip(examples, scores, strict=True)
         ]
-        return Evaluation({**ranked, **figures, "chance_mrr": chance}, errors=worst(wrong), predictions=predictions)
+        return Evaluation(figures, errors=worst(wrong), predictions=predictions)
 
 
 def _share(row: Row) -> float:
+    given = row.values.get("label")
     try:
-        label = float(row.values["label"])
+        label = -1.0 if given is None else float(given)
     except (TypeError, ValueError):
         label = -1.0
     if not 0 <= label <= 1:
-        raise InputError(f"{row.where} has the label {row.values['label']!r}; it must lie in [0, 1]")
+        raise InputError(f"{row.where} has the label {given!r}; it must lie in [0, 1]")
     return label

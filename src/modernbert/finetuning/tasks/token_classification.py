@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from modernbert.tokenizer import Tokenizer
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 
+_ENTITY = re.compile(r"O|[BIESLU]-.+")
+
 
 class TokenClassification(Task):
     """A classifier of words: the first token of each has the word's tag, the others do not count.
@@ -32,19 +35,22 @@ class TokenClassification(Task):
     name = "token-classification"
     auto_model = AutoModelForTokenClassification
     fields = (
-        Field("tokens", ("words", "text", "sentence"), many=True),
-        Field("tags", ("ner_tags", "labels", "pos_tags", "chunk_tags", "ner", "label"), many=True),
+        Field("tokens", ("words", "text", "sentence"), many=True, words=True),
+        Field("tags", ("ner_tags", "labels", "pos_tags", "chunk_tags", "ner", "label"), many=True, words=True),
     )
     metric = "f1"
 
     def learn(self, rows: Sequence[Row]) -> None:
-        """The names of tags."""
+        """The names of tags, and whether they make entities."""
         if self.options.labels is not None:
             self.names = Labels.named(self.options.labels)
-            return
-        found = {str(tag) for row in rows for tag in row.values["tags"]}
-        # "O" first, then each type's beginning beside its inside.
-        self.names = Labels(sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2] or tag, tag)))
+        else:
+            found = {str(tag) for row in rows for tag in row.values["tags"]}
+            # "O" first, then each type's beginning beside its inside.
+            self.names = Labels(sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2] or tag, tag)))
+        # Tags of another kind, such as parts of speech, make no entities.
+        self.has_entities = all(_ENTITY.fullmatch(name) for name in self.names.names)
+        self.metric = "f1" if self.has_entities else "accuracy"
 
     def adopt(self, config: Config) -> None:
         """Go on with the model's labels where it knows all of the data's."""
@@ -100,7 +106,7 @@ class TokenClassification(Task):
         """Precision, recall and F1 of whole entities."""
         said: list[list[str]] = [[] for _ in examples]
         names = self.names.names
-        nothing = "O" if "O" in self.names.numbers else names[0]
+        nothing = "O" if "O" in self.names.numbers else "(cut off)"
         for chosen, out in self.outputs(model, examples):
             best = out.logits.argmax(-1).tolist()
             start = 0
@@ -121,5 +127,11 @@ class TokenClassification(Task):
             if missed:
                 wrong.append((len(missed), {"text": shown(" ".join(words)), "wrong": shown("; ".join(missed))}))
             for r, p in zip(right, predicted, strict=True):
-                counts[self.names.numbers[r], self.names.numbers[p]] += 1
-        return Evaluation(entity_figures(truth, said), names, counts.tolist(), worst(wrong), predictions)
+                if p in self.names.numbers:
+                    counts[self.names.numbers[r], self.names.numbers[p]] += 1
+        if self.has_entities:
+            figures = entity_figures(truth, said)
+        else:
+            flat = [[tag for tags in side for tag in tags] for side in (truth, said)]
+            figures = {"accuracy": sum(r == p for r, p in zip(*flat, strict=True)) / len(flat[0])}
+        return Evaluation(figures, names, counts.tolist(), worst(wrong), predictions)
