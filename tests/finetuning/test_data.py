@@ -10,8 +10,18 @@ import pytest
 
 from modernbert import finetune
 from modernbert.errors import InputError
-from modernbert.finetuning.data import Field, choose_columns, hold_out, parse_columns, read_tables, rows_of, with_parts
+from modernbert.finetuning.data import (
+    Field,
+    Row,
+    choose_columns,
+    hold_out,
+    parse_columns,
+    read_tables,
+    rows_of,
+    with_parts,
+)
 from modernbert.finetuning.tasks import TASKS
+from modernbert.finetuning.tasks.multiple_choice import choice_number
 from modernbert.records import parts_of
 from tests.finetuning.conftest import answer_rows, choice_rows, mood_rows, pair_rows, tag_rows
 
@@ -82,6 +92,8 @@ def test_squad_and_conll(tmp_path):
         {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]},
         {"tokens": ["Bye"], "tags": ["O"]},
     ]
+    (tmp_path / "u.conll").write_text("# text = Hello there\n# O\nHello O\n")
+    assert read_tables(str(tmp_path / "u.conll"), None)[0].records == [{"tokens": ["#", "Hello"], "tags": ["O", "O"]}]
     (tmp_path / "n.conll").write_text("EU B-ORG\nrejects\n")
     with pytest.raises(InputError, match=r"line 2, is 'rejects'"):
         read_tables(str(tmp_path / "n.conll"), None)
@@ -105,6 +117,27 @@ def test_columns_are_found_named_and_missed(tmp_path):
     assert rows[0].values["choices"] == ["x", "y"]
     (tmp_path / "h.tsv").write_text('one\ta\n"two\tb\n')
     assert read_tables(str(tmp_path / "h.tsv"), ["text", "label"])[0].records[1] == {"text": '"two', "label": "b"}
+
+
+def test_lists_and_fields_that_some_rows_lack(tmp_path):
+    fields = TASKS["sentence-embedding"].fields
+    rows = [{"anchor": "a", "positive": "b"} for _ in range(4)]
+    for row, negative in zip(rows[1:], ["a man is asleep", None, '["x", "y"]'], strict=True):
+        row["negative"] = negative
+    found, chosen = rows_of(read_tables(rows, None), fields, {})
+    assert chosen["negatives"] == ["negative"]
+    assert [row.values.get("negatives") for row in found] == [None, ["a man is asleep"], None, ["x", "y"]]
+    tagged = read_tables([{"tokens": "the cat sat", "tags": "O B-x O"}], None)
+    words, _ = rows_of(tagged, TASKS["token-classification"].fields, {})
+    assert words[0].values["tokens"] == ["the", "cat", "sat"]
+    asked = {"question": "q", "choices": {"text": ["one", "two"], "label": ["1", "2"]}, "answerKey": "1"}
+    found, _ = rows_of(read_tables([asked], None), TASKS["multiple-choice"].fields, {})
+    assert choice_number(found[0]) == 0
+    with pytest.raises(InputError, match="one choice's text"):
+        choice_number(Row({"choices": ["1", "0"], "label": "1"}, "r"))
+    (tmp_path / "q.tsv").write_text('text\tlabel\n"one\ta\ntwo"\tb\n')
+    with pytest.raises(InputError, match="a quote began lines before"):
+        read_tables(str(tmp_path / "q.tsv"), None)
 
 
 def test_what_is_held_out():

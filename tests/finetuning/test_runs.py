@@ -34,9 +34,7 @@ def moods(tmp_path):
 @pytest.mark.parametrize("task", list(TASKS))
 def test_each_task_runs_learns_and_is_served(task, base, tmp_path):
     rows, kind, changes = TASK_ROWS[task]
-    data = rows(60)
-    if task == "text-ranking":
-        data = [{"query": row["anchor"], "document": row["positive"]} for row in data]
+    data = named_for(task, rows(60))
     folder = tmp_path / "run"
     run = finetune(
         task, data, output=folder, model=base(kind, **changes), epochs=4, lr=3e-3, batch_size=8, progress=False,
@@ -177,6 +175,25 @@ def test_adapters_are_trained_resumed_saved_and_merged(base, tmp_path, moods):
     torch.testing.assert_close(adapted(input_ids=x).logits, run.model(x).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("task", list(TASKS))
+def test_adapters_serve_every_task(task, base, tmp_path):
+    rows, kind, changes = TASK_ROWS[task]
+    options = {"lora_rank": 3, "max_steps": 3, "batch_size": 4, "progress": False, "gradient_checkpointing": True}
+    run = finetune(
+        task, named_for(task, rows(20)), output=tmp_path / "run", model=base(kind, **changes), optimizer="muon",
+        freeze_layers=1, **options,
+    )  # fmt: skip
+    assert run.figures
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not any("lora" in name for name in run.model.state_dict())
+
+
+def named_for(task, rows):
+    if task != "text-ranking":
+        return rows
+    return [{"query": row["anchor"], "document": row["positive"]} for row in rows]
+
+
 def test_two_processes_train_as_one(base, tmp_path, moods):
     folder = base("ModernBertForSequenceClassification", num_labels=3)
     common = [*COMMAND, "--model", str(folder), "--train", str(moods), "--max-steps", "12"]
@@ -215,13 +232,16 @@ def test_a_loss_that_is_no_number_stops_the_run(base, tmp_path, moods, monkeypat
         return found * float("nan") if len(calls) == 7 else found
 
     monkeypatch.setattr(TASKS["text-classification"], "losses", breaking)
-    options = {"model": base(), "batch_size": 4, "progress": False, "save_every": 2}
-    with pytest.raises(DivergedError, match=r"loss is nan at step 7; .*checkpoint-4\..*examples: '.*' and 1 more"):
+    options = {"model": base(), "batch_size": 4, "progress": False, "save_every": 2, "eval_every": 50}
+    with pytest.raises(DivergedError, match=r"loss is nan at step 7; .*checkpoint-6\..*examples: '.*' and 1 more"):
         finetune("text-classification", moods, output=tmp_path / "run", max_steps=20, **options)
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-6"]
     monkeypatch.undo()
     again = finetune("text-classification", moods, output=tmp_path / "run", max_steps=20, resume=True, **options)
     assert again.outcome.steps == 20
+    with pytest.raises(DivergedError, match="is no number any more after step"):
+        finetune("text-classification", moods, output=tmp_path / "fast", max_steps=20, **{**options, "lr": 1e38})
+    assert checkpoints(tmp_path / "fast") == []
 
 
 def test_a_disk_that_is_full_leaves_the_checkpoints_before(base, tmp_path, moods):

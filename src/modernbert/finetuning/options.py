@@ -69,8 +69,8 @@ class QuestionAnsweringOptions(FinetuneOptions):
 
     epochs: float = option(2.0, "Passes over the training data.")
     batch_size: int = option(12, "Windows a step.")
-    max_length: int | None = option(384, "Tokens of a window, question included; longer texts are read in windows.")
-    stride: int = option(128, "Tokens that windows share.")
+    max_length: int | None = option(None, "Tokens of a window, question included; 384, or the model's context.")
+    stride: int | None = option(None, "Tokens that windows share; 128, or half a window.")
     max_answer_len: int = option(30, "Longest answer in tokens, in evaluation.")
     n_best: int = option(20, "Answers of each question that predictions hold.")
 

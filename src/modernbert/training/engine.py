@@ -42,19 +42,10 @@ from modernbert.training.contract import Batch, Evaluation, Objective, Outcome, 
 from modernbert.training.examples import Example, StepPlan, by_tokens
 from modernbert.training.optimizers import freeze, make_optimizer
 from modernbert.training.options import TrainingOptions
+from modernbert.training.precision import autocast
 from modernbert.training.schedules import make_schedule
 
 logger = logging.getLogger(__name__)
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 products where they are asked for, or where "auto" finds that the device has them."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported()
-    enabled = precision == "bfloat16" or (precision == "auto" and native)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def fit(

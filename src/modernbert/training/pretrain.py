@@ -5,14 +5,13 @@ Everything that a run writes is safetensors and JSON, and a run goes on from its
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from modernbert.training.checkpoints import (
 from modernbert.training.data import Corpus, token_batches
 from modernbert.training.objectives import LanguageModel, MaskedLM, make_objective
 from modernbert.training.optimizers import OPTIMIZERS, parameter_groups
+from modernbert.training.precision import autocast
 from modernbert.training.schedules import warmup_stable_decay
 from modernbert.training.train_tokenizer import save_tokenizer
 
@@ -172,7 +172,7 @@ def pretrain(
         labels = sum(int((b.labels != -100).sum()) for b in micro)
         loss = 0.0
         for batch in micro:
-            with _autocast(options.dtype, model.device):
+            with autocast(options.dtype, model.device):
                 out: Any = model(
                     input_ids=batch.input_ids.to(model.device),
                     cu_seqlens=batch.cu_seqlens,
@@ -244,14 +244,6 @@ def new_model(
     kind = make_objective(objective, tokenizer, 0.5)
     model = kind.new_model(values)
     return model.to(resolve_device(device))
-
-
-@contextlib.contextmanager
-def _autocast(dtype: str, device: torch.device) -> Iterator[None]:
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    enabled = dtype == "bfloat16" or (dtype == "auto" and native)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
-        yield
 
 
 def _save(

@@ -43,22 +43,24 @@ class QuestionAnswering(Task):
 
     def use(self, tokenizer: Tokenizer, context: int) -> None:
         """A window that the context holds; the default shrinks to it."""
-        super().use(tokenizer, max(context, self.options.max_length or 0))
-        self.max_length = min(self.max_length, context)
-        if self.options.stride >= self.max_length:
-            raise InputError(f"stride is {self.options.stride}; windows hold {self.max_length} tokens and share fewer")
+        super().use(tokenizer, context)
+        if self.options.max_length is None:
+            self.max_length = min(context, 384)
+        self.stride = min(self.max_length // 2, 128) if self.options.stride is None else self.options.stride
+        if self.stride >= self.max_length:
+            raise InputError(f"stride is {self.stride}; windows hold {self.max_length} tokens and must share fewer")
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
         """In training an example a window, in evaluation an example a question."""
         records = [self.record_of(row) for row in rows]
         asked = self.tokenizer([record["question"] for record in records], add_special_tokens=False).input_ids
         # A window has room for the question and more of the context than it shares with the next one.
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.options.stride
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.stride
         for row, ids in zip(rows, asked, strict=True):
             if not 0 < len(ids) < room:
                 raise InputError(
                     f"{row.where}: the question has {len(ids)} tokens; with max_length {self.max_length} and stride "
-                    f"{self.options.stride} it must have 1 to {room - 1}"
+                    f"{self.stride} it must have 1 to {room - 1}"
                 )
         if not training:
             return [Example([[0]], None, record) for record in records]
@@ -68,7 +70,7 @@ class QuestionAnswering(Task):
             [record["context"] for record in records],
             truncation="only_second",
             max_length=self.max_length,
-            stride=self.options.stride,
+            stride=self.stride,
         )
         assert encoded.encodings is not None
         for record, first in zip(records, encoded.encodings, strict=True):
@@ -120,7 +122,7 @@ class QuestionAnswering(Task):
             [{"question": e.record["question"], "context": e.record["context"]} for e in examples],
             top_k=self.options.n_best,
             max_seq_len=self.max_length,
-            doc_stride=self.options.stride,
+            doc_stride=self.stride,
             max_answer_len=self.options.max_answer_len,
             handle_impossible_answer=nothing,
             align_to_words=False,
