@@ -112,6 +112,7 @@ def test_exported_names():
         "TextStreamer",
         "Tokenizer",
         "__version__",
+        "finetune",
         "pipeline",
     ]
     for name in modernbert.__all__:

@@ -115,10 +115,10 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
     lengths = torch.tensor([example.tokens for example in examples]).numpy()
     plan = StepPlan(lengths, 8, None, 7)
     steps = [step for epoch in range(10) for step in plan.epoch(epoch)][:10]
+    passes = []
     for number, chosen in enumerate(steps):
         picked = [examples[i] for i in chosen]
-        if parts == 4:
-            assert len(by_tokens([e.tokens for e in picked], micro)) > 1
+        passes.append(len(by_tokens([e.tokens for e in picked], micro)))
         size = -(-len(picked) // parts)
         pieces = [picked[i : i + size] for i in range(0, len(picked), size)]
         with torch.no_grad():
@@ -133,6 +133,10 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
         step(number)
     ours, theirs = run.model.state_dict(), peer.state_dict()
     assert len(steps) == 10
+    assert (max(passes) == 1) == (parts == 1)
+    if task in ("question-answering", "multiple-choice"):
+        # Scores that a softmax compares have no gradient by what is added to all; Adam makes steps of its rounding.
+        del theirs["classifier.bias"]
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
 

@@ -55,9 +55,9 @@ def test_packed_rows():
 def test_schedules(name):
     schedule = make_schedule(name, 100, 0.1, 0.2)
     factors = [schedule(i) for i in range(100)]
-    assert all(0 < a < b <= 1 for a, b in itertools.pairwise(factors))
+    assert all(0 < a < b <= 1 for a, b in itertools.pairwise(factors[:10]))
     assert max(factors) == 1.0
-    assert all(a >= b for a, b in itertools.pairwise(factors))
+    assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
     expected = {"linear": 50 / 90, "cosine": (1 + math.cos(math.pi * 40 / 90)) / 2, "wsd": 1.0, "constant": 1.0}
     assert factors[50] == pytest.approx(expected[name])
     assert factors[-1] < 0.15 or name == "constant"

@@ -135,11 +135,6 @@ def _read_table(path: Path, header: Sequence[str] | None = None) -> Records:
                 if None in row or None in row.values():
                     more = "more" if None in row else "fewer"
                     yield InputError(f"{path}, line {rows.line_num}, has {more} cells than its header, {len(names)}")
-                elif tabs and any("\n" in cell for cell in row.values()):
-                    yield InputError(
-                        f"{path}, line {rows.line_num}, ends a cell that a quote began lines before; with a header "
-                        "given by hand quotes are read as they are"
-                    )
                 else:
                     yield dict(row)
         except csv.Error as error:
