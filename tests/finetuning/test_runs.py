@@ -237,9 +237,7 @@ def test_a_loss_that_is_no_number_stops_the_run(base, tmp_path, moods, monkeypat
         return found
 
     monkeypatch.setattr(TASKS["text-classification"], "losses", spoiling)
-    with pytest.raises(
-        DivergedError, match=r"classifier\.weight is no number any more after step 1, which is not saved"
-    ):
+    with pytest.raises(DivergedError, match=r"classifier\.weight is no number any more after step 1"):
         finetune("text-classification", moods, output=tmp_path / "spoilt", max_steps=1, **options)
     assert checkpoints(tmp_path / "spoilt") == []
 
