@@ -82,6 +82,35 @@ def test_a_learnable_task_is_learnt_and_labels_are_saved(base, tmp_path, moods):
     assert "src=" not in page
 
 
+def test_a_finished_folder_is_transformers_too_and_goes_on_with_its_own_labels(base, tmp_path, moods):
+    import transformers
+
+    options = {"max_steps": 6, "batch_size": 8, "progress": False}
+    run = finetune("text-classification", moods, output=tmp_path / "run", model=base(), lr=1e-3, **options)
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").eval()
+    x = torch.randint(0, 300, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(run.model(x).logits, peer(x).logits, rtol=1e-4, atol=1e-5)
+    assert peer.config.id2label == {0: "calm", 1: "happy", 2: "sad"}
+    two = [{"text": "the cat", "label": label} for label in ("sad", "calm", "sad", "calm")]
+    again = finetune(
+        "text-classification", two, output=tmp_path / "two", model=tmp_path / "run", held_out=0.0, **options
+    )
+    assert again.model.config.id2label == {0: "calm", 1: "happy", 2: "sad"}
+
+
+@pytest.mark.parametrize(("task", "labels"), [("text-classification", 3), ("text-ranking", 1)])
+def test_decoders_learn_what_they_have_a_head_for(task, labels, base, tmp_path):
+    rows = named_for(task, TASK_ROWS[task][0](40))
+    folder = base("ModernBertDecoderForSequenceClassification", num_labels=labels)
+    run = finetune(task, rows, output=tmp_path / "run", model=folder, max_steps=6, batch_size=8, progress=False)
+    asked = {"text-classification": "the cat", "text-ranking": {"query": "q cat", "documents": ["the cat", "a dog"]}}
+    assert run.pipeline()(asked[task])
+    with pytest.raises(ValueError, match="no model for model_type 'modernbert-decoder'"):
+        finetune("token-classification", TASK_ROWS["token-classification"][0](), output=tmp_path / "x", model=folder,
+                 progress=False)  # fmt: skip
+
+
 def test_the_best_weights_are_kept_and_a_run_stops_early(base, tmp_path, moods, monkeypatch):
     """Evaluations get worse after the second."""
     values = iter([0.5, 0.9, 0.8, 0.7, 0.6, 0.5])
