@@ -1,5 +1,6 @@
 """Whole runs: what they write, killed and resumed ones, diverged ones, and folders they may not touch."""
 
+import itertools
 import json
 import random
 import resource
@@ -109,6 +110,39 @@ def test_decoders_learn_what_they_have_a_head_for(task, labels, base, tmp_path):
     with pytest.raises(ValueError, match="no model for model_type 'modernbert-decoder'"):
         finetune("token-classification", TASK_ROWS["token-classification"][0](), output=tmp_path / "x", model=folder,
                  progress=False)  # fmt: skip
+
+
+WAYS = {
+    "bfloat16": {"precision": "bfloat16"},
+    "tokens a step": {"batch_tokens": 90, "micro_tokens": 50},
+    "frozen below": {"freeze_layers": 1, "layer_decay": 0.8, "schedule": "wsd"},
+    "orthogonal steps": {"optimizer": "muon", "weight_decay": 0.1},
+    "without clipping": {"max_grad_norm": 0, "gradient_checkpointing": True, "schedule": "constant"},
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_other_ways_to_train(way, base, tmp_path, moods):
+    folder = base("ModernBertForSequenceClassification", num_labels=3)
+    plain = {"model": folder, "max_steps": 12, "lr": 3e-3, "batch_size": 8, "progress": False}
+    run = finetune("text-classification", moods, output=tmp_path / "run", **{**plain, **WAYS[way]})
+    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert history[-1]["loss"] < history[0]["loss"]
+    if way == "bfloat16":
+        finetune("text-classification", moods, output=tmp_path / "exact", precision="float32", **plain)
+        exact = json.loads((tmp_path / "exact" / "metrics.jsonl").read_text().splitlines()[0])
+        assert history[0]["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+        assert history[0]["loss"] != exact["loss"]
+    if way == "tokens a step":
+        steps = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(history)]
+        assert max(steps) <= 90
+    if way == "frozen below":
+        from modernbert import ModernBertForSequenceClassification
+
+        before = ModernBertForSequenceClassification.from_pretrained(folder, num_labels=3).state_dict()
+        same = {name for name, value in run.model.state_dict().items() if torch.equal(value, before[name])}
+        assert {"model.embeddings.tok_embeddings.weight", "model.layers.0.mlp.Wi.weight"} <= same
+        assert "model.layers.1.mlp.Wi.weight" not in same
 
 
 def test_the_best_weights_are_kept_and_a_run_stops_early(base, tmp_path, moods, monkeypatch):
