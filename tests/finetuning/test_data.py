@@ -133,8 +133,8 @@ def test_lists_and_fields_that_some_rows_lack():
     asked = {"question": "q", "choices": {"text": ["one", "two"], "label": ["1", "2"]}, "answerKey": "1"}
     found, _ = rows_of(read_tables([asked], None), TASKS["multiple-choice"].fields, {})
     assert choice_number(found[0]) == 0
-    with pytest.raises(InputError, match="one choice's text"):
-        choice_number(Row({"choices": ["1", "0"], "label": "1"}, "r"))
+    both = Row({"choices": ["1", "0"], "label": "1"}, "r")  # a place, and a text
+    assert (choice_number(both), choice_number(both, by_place=False)) == (1, 0)
 
 
 def test_what_is_held_out():

@@ -31,6 +31,10 @@ class MultipleChoice(Task):
     )
     metric = "accuracy"
 
+    def learn(self, rows: Sequence[Row]) -> None:
+        """Whether labels are places: numbers throughout."""
+        self.by_place = all(_is_place(row) for row in rows if not row.values.get("choices_keys"))
+
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
         """A row of ids for each choice."""
         prompts, choices = [], []
@@ -40,7 +44,7 @@ class MultipleChoice(Task):
                 raise InputError(f"{row.where} has the choices {given!r}; two texts or more are wanted")
             prompts += [text_of(row, "prompt")] * len(given)
             choices += given
-        labels = [choice_number(row) for row in rows]
+        labels = [choice_number(row, self.by_place) for row in rows]
         ids = iter(self.encode(prompts, choices))
         examples = []
         for row, label in zip(rows, labels, strict=True):
@@ -75,29 +79,32 @@ class MultipleChoice(Task):
         return Evaluation(figures, errors=worst(wrong), predictions=predictions)
 
 
-def choice_number(row: Row) -> int:
-    """The number of the right choice."""
-    value, choices, keys = row.values["label"], row.values["choices"], row.values.get("choices_keys")
-    if keys and str(value).strip() in keys:
-        return int(keys.index(str(value).strip()))
-    if isinstance(value, str):
-        value = value.strip()
-        if value in choices:
-            place = int(choices.index(value))
-            if value.isdigit() and int(value) != place:
-                raise InputError(
-                    f"{row.where} has the label {value!r}, which is one choice's text and another's number"
-                )
-            return place
-        if len(value) == 1 and value.isalpha():
-            value = ord(value.upper()) - ord("A")
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < len(choices):
-        raise InputError(
-            f"{row.where} has the label {row.values['label']!r}; it must be 0 to {len(choices) - 1}, a letter, or one "
-            "of the choices"
-        )
-    return number
+def choice_number(row: Row, by_place: bool = True) -> int:
+    """The number of the right choice.
+
+    Args:
+        row: with the choices, the label, and perhaps the choices' own keys.
+        by_place: whether a number is a place rather than a choice's text, where it could be both.
+    """
+    given, choices = row.values["label"], row.values["choices"]
+    value = str(given).strip()
+    keys = row.values.get("choices_keys") or []
+    texts = [str(choice).strip() for choice in choices]
+    if value in keys:
+        return int(keys.index(value))
+    if by_place and _is_place(row):
+        return int(value)
+    if value in texts:
+        return texts.index(value)
+    if len(value) == 1 and value.isalpha():
+        value = str(ord(value.upper()) - ord("A"))
+    if value.isdigit() and int(value) < len(choices):
+        return int(value)
+    raise InputError(
+        f"{row.where} has the label {given!r}; it must be 0 to {len(choices) - 1}, a letter, or one of the choices"
+    )
+
+
+def _is_place(row: Row) -> bool:
+    value = str(row.values["label"]).strip()
+    return value.isdigit() and int(value) < len(row.values["choices"])
