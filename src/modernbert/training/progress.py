@@ -50,7 +50,7 @@ class Reporter:
         # A batch's loss jumps; people want to see where it goes.
         self.loss = progress.loss if math.isnan(self.loss) else 0.9 * self.loss + 0.1 * progress.loss
         if self.metric in progress.figures:
-            self.judged = f" · {self.metric} {progress.figures[self.metric]:.4g}"
+            self.judged = f" · held out: {self.metric} {progress.figures[self.metric]:.4g}"
         line = (
             f"epoch {progress.epoch:.2f} · loss {self.loss:.4f} · {progress.tokens_per_second:,.0f} tokens/s · "
             f"{duration(progress.seconds_left)} left{self.judged}"
