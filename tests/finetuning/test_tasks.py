@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from modernbert import Tokenizer
 from modernbert.finetuning.data import Row
-from modernbert.finetuning.metrics import entity_figures, multi_label_figures, regression_figures, squad_figures
+from modernbert.finetuning.metrics import (
+    classification_figures,
+    entity_figures,
+    multi_label_figures,
+    regression_figures,
+    squad_figures,
+)
 from modernbert.finetuning.options import OPTIONS
 from modernbert.finetuning.tasks import TASKS
 from modernbert.ops.losses import IGNORED
@@ -70,6 +76,10 @@ def test_figures_of_constants_and_of_nothing_are_numbers():
     ones = np.ones(4)
     assert regression_figures(ones, np.arange(4.0))["pearson"] == 0.0
     assert multi_label_figures(np.eye(3, dtype=int), np.zeros((3, 3), int), np.zeros((3, 3)))["f1_micro"] == 0.0
+    assert classification_figures([0, 0], [0, 0], 2) == (
+        {"accuracy": 1.0, "f1_macro": 1.0, "matthews": 0.0},
+        [[2, 0], [0, 0]],
+    )
     assert entity_figures([["O", "O"]], [["O", "B-x"]])["f1"] == 0.0
     assert entity_figures([["B-x", "I-x", "O"]], [["B-x", "O", "O"]])["f1"] == 0.0  # a part is none
     assert entity_figures([["B-x", "I-x", "O"]], [["B-x", "I-x", "O"]])["f1"] == 1.0

@@ -26,11 +26,13 @@ def _sklearn() -> Any:
 def classification_figures(truth: Any, predicted: Any, classes: int) -> tuple[dict[str, float], list[list[int]]]:
     """Accuracy, macro F1 over the classes that occur, Matthews' correlation; and the confusion matrix."""
     metrics = _sklearn()
-    figures = {
-        "accuracy": float(metrics.accuracy_score(truth, predicted)),
-        "f1_macro": float(metrics.f1_score(truth, predicted, average="macro", zero_division=0)),
-        "matthews": float(metrics.matthews_corrcoef(truth, predicted)),
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single class, where the correlation is 0
+        figures = {
+            "accuracy": float(metrics.accuracy_score(truth, predicted)),
+            "f1_macro": float(metrics.f1_score(truth, predicted, average="macro", zero_division=0)),
+            "matthews": float(metrics.matthews_corrcoef(truth, predicted)),
+        }
     return figures, metrics.confusion_matrix(truth, predicted, labels=range(classes)).tolist()
 
 

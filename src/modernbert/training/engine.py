@@ -279,10 +279,10 @@ class _Run:
     def _compare(self, figures: dict[str, float]) -> None:
         """Remember the best evaluation, and stop after too many that are not."""
         value, sign = figures[self.objective.metric], 1 if self.objective.greater_is_better else -1
-        if math.isfinite(value) and (self.best is None or sign * value > sign * self.best[1]):
-            self.best, self.since_best = (self.step, value), 0
-            return
-        self.since_best += 1
+        better = math.isfinite(value) and (self.best is None or sign * value > sign * self.best[1])
+        if better or (self.best is not None and value == self.best[1]):  # of equal ones the one that learnt longer
+            self.best = (self.step, value)
+        self.since_best = 0 if better else self.since_best + 1
         self._stop_if_patience_ends()
 
     def _stop_if_patience_ends(self) -> None:
