@@ -9,7 +9,28 @@ import modernbert
 from modernbert import ModernBertConfig, ModernBertDecoderConfig, Tokenizer
 from modernbert.training.train_tokenizer import train_tokenizer
 
-WORDS = tuple("the a cat dog bird sat ran flew on over under mat hill tree and then it was happy sad".split())  # noqa: SIM905
+WORDS = (
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "flew",
+    "on",
+    "over",
+    "under",
+    "mat",
+    "hill",
+    "tree",
+    "and",
+    "then",
+    "it",
+    "was",
+    "happy",
+    "sad",
+)
 MOODS = ("happy", "sad", "calm")
 
 

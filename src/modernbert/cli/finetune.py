@@ -49,7 +49,7 @@ def _command(task: str, options: type[FinetuneOptions]) -> Callable[..., None]:
         inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=file),
         inspect.Parameter("resume", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=again),
     ]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    typing.cast(Any, run).__signature__ = inspect.Signature(parameters)  # what typer makes flags of
     run.__doc__ = f"{options.__doc__}\n\nExample: modernbert finetune {task} --train train.jsonl --output runs/{task}"
     return run
 

@@ -15,10 +15,7 @@ PROBLEMS = ("auto", "single-label", "multi-label", "regression")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(TrainingOptions):
-    """What every task has.
-
-    The order of the fields is that of the command line's help.
-    """
+    """What every task has."""
 
     train: list[str] = option([], "File or datasets folder to train on; FILE#PART for a part of one; repeat.")
     eval: list[str] = option([], "File to evaluate on; without any, a share of the training data.")

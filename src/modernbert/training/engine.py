@@ -12,7 +12,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,8 +43,6 @@ from modernbert.training.optimizers import freeze, make_optimizer
 from modernbert.training.options import TrainingOptions
 from modernbert.training.precision import autocast
 from modernbert.training.schedules import make_schedule
-
-logger = logging.getLogger(__name__)
 
 
 def fit(

@@ -18,9 +18,9 @@ SCHEDULES = ("linear", "cosine", "wsd", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: A002
+def option(default: Any, said: str, choices: tuple[str, ...] = ()) -> Any:
     """A field with its description."""
-    metadata = {"help": help, "choices": choices}
+    metadata = {"help": said, "choices": choices}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

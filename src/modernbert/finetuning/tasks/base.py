@@ -124,7 +124,7 @@ class Task(abc.ABC):
         return float((batch["labels"] != -100).sum())
 
     def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
-        """The mean loss over a step's labels; see `modernbert.training.engine.Objective`."""
+        """The mean loss over a step's labels; see `modernbert.training.contract.Objective`."""
         loss = torch.zeros(())
         for i, batch in enumerate(batches):
             with one_pass(i == len(batches) - 1) as backward:

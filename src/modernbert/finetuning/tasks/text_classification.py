@@ -185,14 +185,10 @@ class TextClassification(Task):
         return Evaluation(multi_label_figures(truth, predicted, scores), errors=worst(wrong), predictions=predictions)
 
     def _judge_values(self, predicted: Any, truth: Any, texts: list[str]) -> Evaluation:
-        rows = [
-            {"text": text, "value": float(t), "predicted": float(p)}
-            for text, t, p in zip(texts, truth, predicted, strict=True)
-        ]
-        wrong = [
-            (abs(float(row["value"]) - float(row["predicted"])), {**row, "text": shown(str(row["text"]))})  # type: ignore[arg-type]
-            for row in rows
-        ]
+        rows, wrong = [], []
+        for text, right, said in zip(texts, truth.tolist(), predicted.tolist(), strict=True):
+            rows.append({"text": text, "value": right, "predicted": said})
+            wrong.append((abs(right - said), {"text": shown(text), "value": right, "predicted": said}))
         return Evaluation(regression_figures(truth, predicted), errors=worst(wrong), predictions=rows)
 
     def count(self, batch: Batch) -> float:
