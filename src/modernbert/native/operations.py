@@ -105,6 +105,7 @@ class NativeWeight:
         """Whether this is the bias that was packed, as it was then."""
         return bias_O is self._bias and version_of(bias_O) == self._version
 
+    # A compiler that traced this would warn of the pointers; PyTorch leaves the decorator without types.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def to_dense(self) -> Tensor:
         """The weight, (O, I)."""
