@@ -21,5 +21,9 @@ class DivergedError(RuntimeError):
     """A training run's loss is no longer a number."""
 
 
+class InterruptedRunError(RuntimeError):
+    """A training run was told to stop, or lost one of its processes; the message says what it goes on from."""
+
+
 class BackendError(RuntimeError):
     """An attention backend asked for by name cannot run here; the message gives the reason."""

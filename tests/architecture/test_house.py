@@ -30,6 +30,7 @@ FLOORS = {
     "auto": 5,
     "training": 5,
     "explain": 5,
+    "pretraining": 6,
     "pipelines": 6,
     "finetuning": 7,
     "cli": 8,

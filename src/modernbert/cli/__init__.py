@@ -11,8 +11,8 @@ from modernbert.cli.bench import bench
 from modernbert.cli.explain import attention, attribution
 from modernbert.cli.finetune import finetune
 from modernbert.cli.info import info
+from modernbert.cli.pretrain import evaluate, prepare_data, pretrain, train_tokenizer
 from modernbert.cli.run import embed, run, score
-from modernbert.cli.train import evaluate, pretrain, train_tokenizer
 
 app = typer.Typer(
     name="modernbert",
@@ -30,7 +30,8 @@ app.command()(attention)
 app.command()(attribution)
 app.command("train-tokenizer")(train_tokenizer)
 app.add_typer(finetune, name="finetune")
-app.command()(pretrain)
+app.command("prepare-data")(prepare_data)
+app.command("pretrain")(pretrain)
 app.command()(evaluate)
 
 

@@ -26,6 +26,10 @@ class FinetuneOptions(TrainingOptions):
     header: str | None = option(None, "Names of the columns of tables without a header line: a,b,c.")
     held_out: float = option(0.1, "Share of the training rows to evaluate on, where no file is given; 0 is none.")
     group_by: str | None = option(None, "Column whose equal values stay on one side when rows are held out.")
+    batch_size: int = option(32, "Examples a step.")
+    batch_tokens: int | None = option(None, "Tokens a step, in the place of batch_size.")
+    lora_rank: int = option(0, "Train adapters of this rank (LoRA) in the place of the weights; 0 trains the weights.")
+    lora_alpha: float | None = option(None, "Scale of the adapters; twice the rank where silent.")
     max_length: int | None = option(None, "Tokens of a text, cut off there; the model's context, 512 at the most.")
     attn_implementation: str = option("auto", "auto, eager or sdpa.")
 
@@ -33,6 +37,8 @@ class FinetuneOptions(TrainingOptions):
         super().__post_init__()
         self.check(lambda x: 0 <= x < 1, "must lie in [0, 1)", "held_out")
         self.check(lambda x: x >= 3, "must be at least 3", "max_length")
+        self.check(lambda x: x > 0, "must be above 0", "batch_size", "batch_tokens")
+        self.check(lambda x: x >= 0, "must not be negative", "lora_rank")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

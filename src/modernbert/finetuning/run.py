@@ -9,32 +9,30 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from filelock import FileLock, Timeout
-
-from modernbert import __version__
 from modernbert.errors import InputError
 from modernbert.files import write_text
 from modernbert.finetuning.data import Row, hold_out, parse_columns, read_tables, rows_of, with_parts
 from modernbert.finetuning.options import OPTIONS, FinetuneOptions
 from modernbert.finetuning.tasks import TASKS, Task
+from modernbert.models.base import PreTrainedModel
 from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
-from modernbert.training.adapters import has_adapters, merged
-from modernbert.training.checkpoints import checkpoints, explained
+from modernbert.training.adapters import add_adapters, has_adapters, merged
+from modernbert.training.checkpoints import explained
 from modernbert.training.contract import Outcome
-from modernbert.training.engine import fit, process
+from modernbert.training.distributed import process
+from modernbert.training.engine import fit
+from modernbert.training.examples import ExampleFeed
+from modernbert.training.folder import RESULTS, SETTINGS, check_unchanged, opened, read_settings, write_settings
 from modernbert.training.progress import Reporter
 from modernbert.training.report import write_report
 
 logger = logging.getLogger(__name__)
-SETTINGS, RESULTS, PREDICTIONS = "run.yaml", "results.json", "predictions.jsonl"
-# What a run that goes on may change.
-_CHANGEABLE = {"epochs", "max_steps", "lr", "patience", "tracker", "device", "save_every", "eval_every", "keep_best"}
+PREDICTIONS = "predictions.jsonl"
 _PIPELINES = {"masked-lm": "fill-mask", "causal-lm": "text-generation"}  # tasks that are served under another name
 
 
@@ -106,7 +104,7 @@ def finetune(
     where = process(settings)
     if say is None:
         say = _to_stderr if progress else logger.info
-    with _opened(folder, resume) if where.is_main_process else contextlib.nullcontext():
+    with opened(folder, resume) if where.is_main_process else contextlib.nullcontext():
         where.wait_for_everyone()
         if not where.is_main_process:
             say = logger.debug
@@ -125,15 +123,31 @@ def finetune(
         tokens = sum(example.tokens for example in examples)
         say(f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; {size:.2f} M weights")
 
+        if not examples:
+            raise InputError("there is no example to train on")
+        feed = ExampleFeed(
+            examples,
+            batch_size=settings.batch_size,
+            batch_tokens=settings.batch_tokens,
+            micro_tokens=settings.micro_tokens,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            seed=settings.seed,
+        )
+        if settings.gradient_checkpointing:
+            (loaded if isinstance(loaded, PreTrainedModel) else loaded.model).gradient_checkpointing_enable()
+        if settings.lora_rank:
+            loaded = add_adapters(loaded, settings.lora_rank, settings.lora_alpha)
+
         def begin() -> None:
             if where.is_main_process:
                 folder.mkdir(parents=True, exist_ok=True)
-                _write_settings(folder, task, settings)
+                write_settings(folder, task, settings)
             where.wait_for_everyone()
 
         began = time.perf_counter()
         with Reporter(worker.metric, progress and where.is_main_process) as report:
-            outcome = fit(loaded, examples, worker, settings, folder, resume=resume, report=report, begin=begin)
+            outcome = fit(loaded, feed, worker, settings, folder, resume=resume, report=report, begin=begin)
         result = Finetuned(task, outcome.model, worker.tokenizer, {}, outcome, folder)
         if outcome.evaluation is not None:
             result.figures = outcome.evaluation.figures
@@ -146,11 +160,11 @@ def finetune(
 
 def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, resume: bool) -> FinetuneOptions:
     """Options of a file, of the run that goes on, and those given, which count most."""
-    named = {} if config is None else _read_settings(Path(config), task)
+    named = {} if config is None else read_settings(Path(config), task)
     folder = given.get("output", named.get("output"))
     before: dict[str, Any] = {}
     if resume and folder is not None and (Path(folder) / SETTINGS).is_file():
-        before = _read_settings(Path(folder) / SETTINGS, task)
+        before = read_settings(Path(folder) / SETTINGS, task)
     values = {**before, **named}
     for name, value in given.items():
         if name in ("train", "eval") and not _are_paths(value):
@@ -164,10 +178,8 @@ def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, 
         else:
             values[name] = value
     options = OPTIONS[task].of(values, str(config) if config is not None else "the task")
-    for name, value in before.items() if folder is not None and checkpoints(Path(folder)) else ():
-        now = getattr(options, name)
-        if name not in _CHANGEABLE and name not in ("train", "eval", "output") and now != value:
-            raise InputError(f"{name} is {now!r} and the run in {folder} has {value!r}; resume it with the same")
+    if folder is not None:
+        check_unchanged(Path(folder), before, options, ("train", "eval", "output"))
     return options
 
 
@@ -185,57 +197,6 @@ def _check_libraries() -> None:
 def _are_paths(value: Any) -> bool:
     several = value if isinstance(value, list | tuple) else [value]
     return all(isinstance(v, str | Path) for v in several)
-
-
-def _read_settings(path: Path, task: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}; options by their names are wanted")
-    of = values.pop("task", task)
-    if of != task:
-        raise InputError(f"{path} is for {of}, and the task is {task}")
-    values.pop("modernbert", None)
-    return {name.replace("-", "_"): value for name, value in values.items()}
-
-
-def _write_settings(folder: Path, task: str, options: FinetuneOptions) -> None:
-    values = {"task": task, "modernbert": __version__, **dataclasses.asdict(options)}
-    write_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
-
-@contextlib.contextmanager
-def _opened(folder: Path, resume: bool) -> Iterator[None]:
-    """Keep a folder for this run alone; a new one that nothing was written to is removed again.
-
-    Raises:
-        InputError: it is in use, or holds something else.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output is {folder}, which is a file; name a folder")
-    is_new = not folder.exists()
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"output is {folder}, which another process is writing; name another folder") from None
-    try:
-        files = [] if is_new else sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        if files and not resume:
-            raise InputError(f"output is {folder}, which holds {files[0]}; name another folder, or resume its run")
-        if files and SETTINGS not in files:
-            raise InputError(f"output is {folder}, which holds {files[0]} and no run to resume; name another folder")
-        yield
-    finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # before it is released, lest another's be removed
-        lock.release()
-        for place in made:
-            if place.exists() and not any(place.iterdir()):
-                place.rmdir()
 
 
 def read_rows(

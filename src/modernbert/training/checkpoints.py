@@ -38,7 +38,7 @@ def write_checkpoint(
     output: Path,
     step: int,
     save_model: Callable[[Path], None],
-    state: dict[str, Tensor],
+    state: dict[str, Tensor] | None,
     about: dict[str, Any],
     keep: Collection[int] = (),
 ) -> Path:
@@ -48,7 +48,7 @@ def write_checkpoint(
         output: folder of the run.
         step: the step that was done last.
         save_model: writes the model into a folder.
-        state: tensors to go on with, such as `optimizer_state`.
+        state: tensors to go on with, such as `optimizer_state`; None where every process called `write_part`.
         about: what else to remember, for JSON.
         keep: steps whose checkpoints stay.
 
@@ -56,22 +56,49 @@ def write_checkpoint(
         OSError: there is no room, or no permission; the checkpoints before are untouched.
     """
     older = [path for path in checkpoints(output) if step_of(path) not in {step, *keep}]
-    temporary, final = output / f".checkpoint-{step}", output / f"checkpoint-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    temporary, final = _temporary(output, step), output / f"checkpoint-{step}"
+    if state is not None:  # else the folder holds the processes' parts already
+        shutil.rmtree(temporary, ignore_errors=True)
+    with _whole_or_not(output, step):
         save_model(temporary)
-        save_file(state, temporary / STATE)
+        if state is not None:
+            save_file(state, temporary / STATE)
         (temporary / ABOUT).write_text(json.dumps({"step": step, **about}, indent=2), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        whole = [path for path in checkpoints(output) if path != final]
-        last = f"{whole[-1]} is whole" if whole else "there is none before it"
-        raise OSError(f"{final} cannot be written: {error}; {last}") from error
     for path in older:
         shutil.rmtree(path, ignore_errors=True)
     return final
+
+
+def write_part(output: Path, step: int, state: dict[str, Tensor], number: int, processes: int) -> None:
+    """Write one process's part of a checkpoint that `write_checkpoint` finishes once all have."""
+    temporary = _temporary(output, step)
+    with _whole_or_not(output, step):
+        temporary.mkdir(parents=True, exist_ok=True)
+        save_file(state, temporary / f"shard-{number:05}-of-{processes:05}.safetensors")
+
+
+def discard(output: Path, step: int) -> None:
+    """Remove the parts of a checkpoint that was not finished."""
+    shutil.rmtree(_temporary(output, step), ignore_errors=True)
+
+
+def _temporary(output: Path, step: int) -> Path:
+    return output / f".checkpoint-{step}"
+
+
+@contextlib.contextmanager
+def _whole_or_not(output: Path, step: int) -> Iterator[None]:
+    """Leave nothing of a checkpoint that cannot be written, and say which one is whole."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(_temporary(output, step), ignore_errors=True)
+        final = output / f"checkpoint-{step}"
+        whole = [path for path in checkpoints(output) if path != final]
+        last = f"{whole[-1]} is whole" if whole else "there is none before it"
+        raise OSError(f"{final} cannot be written: {error}; {last}") from error
 
 
 def last_checkpoint(output: Path) -> tuple[Path, dict[str, Any]]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from modernbert.training.examples import Example
 
 Batch = dict[str, Any]
 # Whether a pass is the last of its step -> a context that gives what takes the loss.
@@ -36,14 +34,84 @@ class Evaluation:
     predictions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
+class Item(Protocol):
+    """Something to learn from."""
+
+    @property
+    def rows(self) -> Sequence[Any]:
+        """Ids of what the model reads of it."""
+        ...
+
+    @property
+    def label(self) -> Any:
+        """What it should say; its form is the task's."""
+        ...
+
+    @property
+    def record(self) -> Any:
+        """What it came from, for messages."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its rows."""
+        ...
+
+
+class Step(NamedTuple):
+    """What one step trains on.
+
+    Attributes:
+        passes: the items of each forward pass.
+        epoch: passes over the data that are done after it.
+        place: what the feed must be told to go on from here, for JSON.
+    """
+
+    passes: list[list[Any]]
+    epoch: float
+    place: dict[str, Any]
+
+
+class Feed(Protocol):
+    """What a run trains on, step by step; each step is the same at every run.
+
+    Attributes:
+        total: steps of the run.
+        between: steps between evaluations where nothing else is said.
+        fingerprint: equal for equal data.
+    """
+
+    total: int
+    between: int
+    fingerprint: str
+
+    def steps(self, first: int, place: Mapping[str, Any] | None) -> Iterator[Step]:
+        """Steps from a number on.
+
+        Args:
+            first: number of the first step to give, from 0.
+            place: of the step before it; None where it is not known.
+        """
+        ...
+
+
 class Objective(Protocol):
     """What a model is trained for."""
 
     metric: str
     greater_is_better: bool
 
-    def collate(self, examples: Sequence[Example], generator: torch.Generator) -> Batch:
-        """A packed batch: what the model is called with, labels included."""
+    def collate(self, examples: Sequence[Any], seeds: Sequence[int]) -> Batch:
+        """A packed batch: what the model is called with, labels included.
+
+        Args:
+            examples: items of the pass.
+            seeds: one of each item, for what is drawn at random.
+        """
+        ...
+
+    def at_step(self, step: int, total: int) -> None:
+        """Called before each step: what changes over a run, such as the rate of masking, changes here."""
         ...
 
     def count(self, batch: Batch) -> float:
@@ -71,6 +139,29 @@ class Objective(Protocol):
 
     def load_weights(self, model: Any, folder: Path) -> None:
         """Read the weights that `save` wrote into a model of the same form."""
+        ...
+
+
+def summed(model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
+    """`Objective.losses` of a model that gives the loss of a batch as a share of the step's."""
+    loss = torch.zeros(())
+    for i, batch in enumerate(batches):
+        with one_pass(i == len(batches) - 1) as backward:
+            part = model(**batch, num_items_in_batch=total).loss
+            backward(part)
+        loss = loss.to(part.device) + part.detach()
+    return loss
+
+
+class Frame(Protocol):
+    """A model without its weights, for runs in which every process has a part of these."""
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write all but the weights."""
+        ...
+
+    def rebuild(self, weights: Mapping[str, Tensor]) -> Any:
+        """A whole model of these weights, on the CPU."""
         ...
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import datetime
-import hashlib
 import json
 import math
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modernbert.errors import DivergedError, InputError
+from modernbert.errors import DivergedError, InputError, InterruptedRunError
 from modernbert.files import write_text
 from modernbert.models.backbone import Backbone
-from modernbert.models.base import PreTrainedModel
 from modernbert.native.library import denormals_flushed
-from modernbert.training.adapters import add_adapters, has_adapters
+from modernbert.training.adapters import has_adapters
 from modernbert.training.checkpoints import (
     checkpoints,
+    discard,
     last_checkpoint,
     optimizer_state,
     read_state,
     restore_optimizer,
     step_of,
     write_checkpoint,
+    write_part,
 )
-from modernbert.training.contract import Batch, Evaluation, Objective, Outcome, Progress
-from modernbert.training.examples import Example, StepPlan, by_tokens
+from modernbert.training.contract import Batch, Evaluation, Feed, Frame, Objective, Outcome, Progress, Step
+from modernbert.training.distributed import (
+    accelerator,
+    is_lost,
+    listening,
+    own,
+    own_state,
+    restore_own_state,
+    shard,
+    whole,
+)
 from modernbert.training.optimizers import freeze, make_optimizer
 from modernbert.training.options import TrainingOptions
 from modernbert.training.precision import autocast
@@ -47,7 +56,7 @@ from modernbert.training.schedules import make_schedule
 
 def fit(
     model: Any,
-    examples: Sequence[Example],
+    feed: Feed,
     objective: Objective,
     options: TrainingOptions,
     output: Path,
@@ -55,25 +64,29 @@ def fit(
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     begin: Callable[[], None] = lambda: None,
+    frame: Frame | None = None,
 ) -> Outcome:
     """Train a model, with checkpoints and `metrics.jsonl` under `output`.
 
     Args:
         model: of any class of this package; it is trained in place.
-        examples: what to train on.
+        feed: what to train on.
         objective: what to train for.
         options: how to train.
         output: folder of the run; it exists.
         resume: go on from the last checkpoint under `output`.
         report: called after every step.
         begin: called once everything is set up, before the first step.
+        frame: given where no process is to have the whole model, which is shared over them all.
 
     Raises:
         InputError: there is nothing to train, or a tracker is not known.
         DivergedError: the loss is no number; the last checkpoint stays.
+        InterruptedRunError: the process was told to end, or another one of the run is lost; what was done is kept.
     """
-    with denormals_flushed():
-        run = _Run(model, examples, objective, options, output, resume, report)
+    with denormals_flushed(), listening() as told_to_end:
+        run = _Run(model, feed, objective, options, output, resume, report, frame)
+        run.told_to_end = told_to_end
         begin()
         return run.run()
 
@@ -82,37 +95,33 @@ class _Run:
     def __init__(
         self,
         model: Any,
-        examples: Sequence[Example],
+        feed: Feed,
         objective: Objective,
         options: TrainingOptions,
         output: Path,
         resume: bool,
         report: Callable[[Progress], None],
+        frame: Frame | None,
     ) -> None:
-        if not examples:
-            raise InputError("there is no example to train on")
-        self.accelerator = _accelerator(options, output)
+        self.accelerator = accelerator(options, output)
         self.objective, self.options, self.output, self.report = objective, options, output, report
-        self.examples = examples
-        lengths = np.array([example.tokens for example in examples], dtype=np.int64)
-        self.plan = StepPlan(lengths, options.batch_size, options.batch_tokens, options.seed)
-        self.total = options.max_steps or max(1, self.plan.steps(options.epochs))
-        self.epoch_steps = len(self.plan.epoch(0))
+        self.feed, self.total, self.frame = feed, feed.total, frame
+        self.place: dict[str, Any] | None = None
+        self.told_to_end = threading.Event()
         self.schedule = make_schedule(options.schedule, self.total, options.warmup, options.decay)
-        if options.gradient_checkpointing:
-            (model if isinstance(model, PreTrainedModel) else model.model).gradient_checkpointing_enable()
-        if options.lora_rank:
-            model = add_adapters(model, options.lora_rank, options.lora_alpha)
         freeze(model, options.freeze_embeddings, options.freeze_layers)
         self.bare = model.to(self.accelerator.device)
+        if frame is not None:
+            shard(self.bare, self.accelerator.device)
         optimizer = make_optimizer(self.bare, options)
-        self.step, self.since_best, self.stopped = 0, 0, ""
+        self.step, self.since_best, self.stopped, self.ended = 0, 0, "", False
         self.seconds, self.tokens = 0.0, 0
-        self.data = hashlib.sha256(lengths.tobytes()).hexdigest()
         self.best: tuple[int, float] | None = None
         if resume and checkpoints(output):
             self._restore(optimizer)
-        self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        # A sharded model is one already; Accelerate would replicate it.
+        self.model = self.bare if frame is not None else self.accelerator.prepare(self.bare)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.begun = self.step
 
     @property
@@ -130,18 +139,23 @@ class _Run:
         evaluation: Evaluation | None = None
         evaluated_at = -1
         self.bare.train()
-        steps = self._steps()
+        steps = self.feed.steps(self.step, self.place)
         while self.step < self.total and not self.stopped:
             started = time.perf_counter()
-            chosen, epoch = next(steps)
-            loss, norm, count = self._train_step(chosen)
-            self.step += 1
+            step = next(steps)
+            try:
+                loss, norm, count = self._train_step(step)
+            except RuntimeError as error:
+                if not is_lost(error):
+                    raise
+                self._lost(error)
+            self.step, self.place = self.step + 1, step.place
             took = time.perf_counter() - started
             self.seconds, self.tokens = self.seconds + took, self.tokens + count
             speed = count / took if not speed else 0.95 * speed + 0.05 * count / took
             figures: dict[str, float] = {}
             last = self.step == self.total
-            if last or self.step % (options.eval_every or self.epoch_steps) == 0:
+            if last or self.step % (options.eval_every or self.feed.between) == 0:
                 evaluation = self._evaluate()
                 evaluated_at = self.step
                 if evaluation is not None:
@@ -150,7 +164,7 @@ class _Run:
             progress = Progress(
                 step=self.step,
                 steps=self.total,
-                epoch=epoch,
+                epoch=step.epoch,
                 loss=loss,
                 lr=options.lr * self.schedule(self.step - 1),
                 grad_norm=norm,
@@ -164,6 +178,8 @@ class _Run:
             wanted = self.step % options.save_every == 0 if options.save_every else evaluated_at == self.step
             if wanted or last or self.stopped or self.best == (self.step, figures.get(objective.metric)):
                 self._save()
+            if self.ended:
+                self._end()
         if self.best is not None and options.keep_best and self.best[0] != self.step:
             self.objective.load_weights(self.bare, self.output / f"checkpoint-{self.best[0]}")
             evaluated_at = -1
@@ -171,43 +187,37 @@ class _Run:
             evaluation = self._evaluate()
         if trackers:
             self.accelerator.end_training()
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.frame is not None:
+            weights = {name: whole(value.detach()).cpu() for name, value in self.bare.named_parameters()}
+            model = self.frame.rebuild(weights)
+        else:
+            model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         best = None if self.best is None else self.best[0]
         return Outcome(model.eval(), evaluation, self.step, best, self.seconds, self.tokens, self.stopped)
 
-    def _steps(self) -> Iterator[tuple[list[int], float]]:
-        """The examples of each step from the present one on, and the epochs that are done after it."""
-        number, epoch = 0, 0
-        while True:
-            groups = self.plan.epoch(epoch)
-            for i, group in enumerate(groups, 1):
-                if number >= self.step:
-                    yield group, epoch + i / len(groups)
-                number += 1
-            epoch += 1
-
-    def _train_step(self, chosen: list[int]) -> tuple[float, float, int]:
+    def _train_step(self, step: Step) -> tuple[float, float, int]:
         """One step: its loss, the norm of its gradients, and its tokens."""
         options, accelerator = self.options, self.accelerator
         factor = self.schedule(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = options.lr * factor * group["scale"]
-        # Every process collates the whole step, so that all know its number of labels, and trains on its share.
-        groups = by_tokens([self.examples[i].tokens for i in chosen], options.micro_tokens)
+        self.objective.at_step(self.step, self.total)
         processes = accelerator.num_processes
-        while len(groups) % processes:  # no process may sit out a step
-            largest = max(range(len(groups)), key=lambda g: len(groups[g]))
-            half = len(groups[largest]) // 2
-            if not half:
-                break
-            groups[largest : largest + 1] = [groups[largest][:half], groups[largest][half:]]
-        generator = torch.Generator().manual_seed(self._random(1))
-        batches = [self.objective.collate([self.examples[chosen[i]] for i in group], generator) for group in groups]
-        total = sum(self.objective.count(batch) for batch in batches)
-        mine = batches[accelerator.process_index :: processes]
+        shares = _shared_out(step.passes, processes)
+        seeds = iter(self._random(1, sum(map(len, shares))))
+        drawn = [[next(seeds) for _ in share] for share in shares]  # an item's own, whoever computes it
+        mine = range(accelerator.process_index, len(shares), processes)
         weight = processes if mine else 0  # gradients are averaged over processes; one without a share adds nothing
-        mine = [_moved(batch, accelerator.device) for batch in mine or batches[-1:]]
-        torch.manual_seed(self._random(2 + accelerator.process_index))  # of dropout
+        batches = [self.objective.collate(shares[i], drawn[i]) for i in mine or [len(shares) - 1]]
+        counted = torch.tensor(
+            [bool(weight) * sum(self.objective.count(batch) for batch in batches), float(self.told_to_end.is_set())],
+            dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32,
+            device=accelerator.device,
+        )
+        labels, told = accelerator.reduce(counted, "sum").tolist()
+        self.ended = bool(told)
+        batches = [_moved(batch, accelerator.device) for batch in batches]
+        torch.manual_seed(self._random(2 + accelerator.process_index)[0])  # of dropout
 
         def backward(loss: Tensor) -> None:
             with torch.autocast(accelerator.device.type, enabled=False):
@@ -216,44 +226,76 @@ class _Run:
         @contextlib.contextmanager
         def one_pass(is_last: bool) -> Iterator[Callable[[Tensor], None]]:
             # Gradients meet those of other processes once a step; whether they will is settled in the forward.
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(self.model):
+            if self.frame is not None:
+                self.bare.set_requires_gradient_sync(is_last)
+            if is_last or self.frame is not None:
+                yield backward
+                return
+            with accelerator.no_sync(self.model):
                 yield backward
 
         try:
             with autocast(options.precision, accelerator.device):
-                loss_tensor = self.objective.losses(self.model, mine, max(total, 1), one_pass)
+                loss_tensor = self.objective.losses(self.model, batches, max(labels, 1), one_pass)
         except torch.OutOfMemoryError as error:
-            largest = max(len(batch["input_ids"]) for batch in mine)
+            largest = max(len(batch["input_ids"]) for batch in batches)
             raise InputError(
                 f"the device has no memory for a pass of {largest} tokens; lower micro_tokens ({options.micro_tokens})"
             ) from error
         loss = float(accelerator.reduce(loss_tensor.detach().float() * bool(weight), "sum"))
-        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf))
+        norm = float(whole(accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._diverged(loss, norm, chosen)
+            self._diverged(loss, norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm, sum(self.examples[i].tokens for i in chosen)
+        return loss, norm, sum(item.tokens for some in step.passes for item in some)
 
-    def _random(self, purpose: int) -> int:
+    def _random(self, purpose: int, count: int = 1) -> list[int]:
         sequence = np.random.SeedSequence((self.options.seed, self.step, purpose))
-        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        return [int(seed) for seed in sequence.generate_state(count, np.uint64) >> np.uint64(1)]
 
-    def _diverged(self, loss: float, norm: float, chosen: list[int]) -> None:
+    def _diverged(self, loss: float, norm: float, step: Step) -> None:
         found = checkpoints(self.output)
         kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was made yet"
-        texts = ", ".join(repr(_shortened(self.examples[i].record)) for i in chosen[:3])
-        more = f" and {len(chosen) - 3} more" if len(chosen) > 3 else ""
+        items = [item for some in step.passes for item in some]
+        texts = ", ".join(repr(_shortened(item.record)) for item in items[:3])
+        more = f" and {len(items) - 3} more" if len(items) > 3 else ""
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
         raise DivergedError(
             f"{what} at step {self.step + 1}; {kept}. Lower the learning rate ({self.options.lr}), or look at the "
             f"step's examples: {texts}{more}"
         )
 
+    def _lost(self, error: Exception) -> None:
+        """Another process is gone: keep what was done, and say what to do."""
+        if self.is_main and self.frame is None and self.step > self.begun and self.place is not None:
+            with contextlib.suppress(OSError):  # weights and optimizer are those of the last whole step
+                self._save(alone=True)
+        found = checkpoints(self.output)
+        kept = f"go on from {found[-1]} with resume" if found else "no checkpoint was made yet"
+        raise InterruptedRunError(
+            f"a process of the run was lost after step {self.step} ({' '.join(str(error).split())[:120]}); {kept}"
+        ) from error
+
+    def _end(self) -> None:
+        """The process was told to end: keep what was done, and say so."""
+        if step_of(checkpoints(self.output)[-1]) != self.step if checkpoints(self.output) else True:
+            self._save()
+        self.accelerator.wait_for_everyone()
+        raise InterruptedRunError(
+            f"told to end (SIGTERM) after step {self.step} of {self.total}; go on from "
+            f"{self.output / f'checkpoint-{self.step}'} with resume"
+        )
+
     def _evaluate(self) -> Evaluation | None:
         """Evaluate the model as it is; every process gets the figures."""
         evaluation = None
-        if self.is_main:
+        if self.frame is not None:  # no process has the whole model
+            self.bare.eval()
+            with torch.no_grad(), autocast(self.options.precision, self.accelerator.device):
+                evaluation = self.objective.evaluate(self.bare)
+            self.bare.train()
+        elif self.is_main:
             self.bare.eval()
             model = self.bare.get_base_model() if has_adapters(self.bare) else self.bare
             packed = model is self.bare and self.accelerator.device.type == "cpu"
@@ -308,41 +350,57 @@ class _Run:
                     kept.append(line)
         write_text(path, "".join(kept))
 
-    def _save(self) -> None:
-        self.accelerator.wait_for_everyone()
-        if not self.is_main:
-            return
-        about = {
-            "best": self.best,
-            "since_best": self.since_best,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "data": self.data,
-            "options": dataclasses.asdict(self.options),
-        }
-        state = optimizer_state(self.bare, self.optimizer.optimizer)
-        wrong = [name for name, value in self.bare.named_parameters() if not bool(value.isfinite().all())]
+    def _save(self, alone: bool = False) -> None:
+        """Write a checkpoint; `alone` where the other processes are gone."""
+        if not alone:
+            self.accelerator.wait_for_everyone()
+        wrong = [name for name, value in self.bare.named_parameters() if not bool(own(value).isfinite().all())]
         if wrong:
             raise DivergedError(
                 f"{wrong[0]} is no number any more after step {self.step}, which is not saved; lower the learning rate "
                 f"({self.options.lr})"
             )
+        if self.frame is not None:
+            if self.is_main:
+                discard(self.output, self.step)
+            self.accelerator.wait_for_everyone()
+            part = own_state(self.bare, self.optimizer.optimizer)
+            write_part(self.output, self.step, part, self.accelerator.process_index, self.accelerator.num_processes)
+            self.accelerator.wait_for_everyone()
+        if self.is_main:
+            self._write()
+        if not alone:
+            self.accelerator.wait_for_everyone()
+
+    def _write(self) -> None:
+        about = {
+            "best": self.best,
+            "since_best": self.since_best,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "data": self.feed.fingerprint,
+            "place": self.place,
+            "options": dataclasses.asdict(self.options),
+        }
         # The one before stays, with the best one that it knows of, in case this one turns out to be of no use.
         before = checkpoints(self.output)[-1:]
         keep = [step_of(path) for path in before]
         known = [self.best] + ([last_checkpoint(self.output)[1]["best"]] if before else [])
         keep += [best[0] for best in known if best is not None and self.options.keep_best]
-        write_checkpoint(
-            self.output, self.step, lambda folder: self.objective.save(self.bare, folder), state, about, keep
-        )
+        state = None if self.frame is not None else optimizer_state(self.bare, self.optimizer.optimizer)
+        save = self.objective.save if self.frame is None else self.frame.save
+        write_checkpoint(self.output, self.step, lambda folder: save(self.bare, folder), state, about, keep)
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         checkpoint, about = last_checkpoint(self.output)
-        if about["data"] != self.data:
+        if about["data"] != self.feed.fingerprint:
             raise InputError(f"the run in {self.output} was trained on other data; resume it with the same")
-        self.objective.load_weights(self.bare, checkpoint)
-        restore_optimizer(self.bare, optimizer, read_state(checkpoint))
-        self.step = step_of(checkpoint)
+        if self.frame is not None:
+            restore_own_state(self.bare, optimizer, checkpoint)
+        else:
+            self.objective.load_weights(self.bare, checkpoint)
+            restore_optimizer(self.bare, optimizer, read_state(checkpoint))
+        self.step, self.place = step_of(checkpoint), about["place"]
         self.seconds, self.tokens = about["seconds"], about["tokens"]
         best = about["best"]
         if best is not None and (self.output / f"checkpoint-{best[0]}").is_dir():
@@ -351,34 +409,16 @@ class _Run:
         self._stop_if_patience_ends()
 
 
-def process(options: TrainingOptions) -> Any:
-    """This process among those of the run: Accelerate's `PartialState`."""
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise InputError("training needs accelerate: pip install 'modernbert[train]'") from error
-    # Evaluations are one process's work, which the others wait for.
-    return PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(hours=12))
-
-
-def _accelerator(options: TrainingOptions, output: Path) -> Any:
-    from accelerate import Accelerator
-    from accelerate.tracking import get_available_trackers
-
-    process(options)
-    tracked: dict[str, Any] = {}
-    if options.tracker:
-        known = sorted(str(name) for name in get_available_trackers())
-        unknown = [name for name in options.tracker if name not in known]
-        if unknown:
-            raise InputError(
-                f"tracker is {unknown[0]}; of those that Accelerate knows {', '.join(known)} are installed"
-            )
-        tracked = {"log_with": list(options.tracker), "project_dir": str(output)}
-    try:  # `precision` says what is computed in bfloat16, not Accelerate's environment
-        return Accelerator(cpu=True if options.device == "cpu" else None, mixed_precision="no", **tracked)
-    except ValueError as error:
-        raise InputError(f"this process uses Accelerate in another way already: {error}") from error
+def _shared_out(passes: list[list[Any]], processes: int) -> list[list[Any]]:
+    """Passes, some of them halved until every process has as many: none may sit out a step."""
+    shares = [list(some) for some in passes]
+    while len(shares) % processes:
+        largest = max(range(len(shares)), key=lambda g: len(shares[g]))
+        half = len(shares[largest]) // 2
+        if not half:
+            break
+        shares[largest : largest + 1] = [shares[largest][:half], shares[largest][half:]]
+    return shares
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:

@@ -6,7 +6,8 @@ Shapes: B rows of a batch, T tokens of all of them together.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,18 +15,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from modernbert.training.contract import Step
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One thing to learn from.
 
     Attributes:
-        rows: ids of what the model reads of it: one text, or several, such as choices.
+        rows: ids of what the model reads of it: one text, or several, such as choices; lists or arrays.
         label: what it should say; its form is the task's.
         record: what it came from, for evaluation and reports.
     """
 
-    rows: Sequence[Sequence[int]]
+    rows: Sequence[Any]
     label: Any = None
     record: Any = None
 
@@ -35,7 +38,7 @@ class Example:
         return sum(len(row) for row in self.rows)
 
 
-def pack_rows(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+def pack_rows(rows: Sequence[Any]) -> dict[str, Tensor]:
     """Rows of ids end to end: `input_ids` (T,) and `cu_seqlens` (B + 1,) int32, as every model takes them."""
     starts = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum([len(row) for row in rows], out=starts[1:])
@@ -86,3 +89,46 @@ class StepPlan:
         if self.batch_tokens is None:
             return round(epochs * -(-len(self.lengths) // self.batch_size))
         return sum(len(self.epoch(i)) for i in range(whole)) + (round(rest * len(self.epoch(whole))) if rest else 0)
+
+
+class ExampleFeed:
+    """Examples in memory, shuffled anew in every epoch; see `modernbert.training.contract.Feed`.
+
+    Args:
+        examples: what to train on.
+        batch_size, batch_tokens: examples, or tokens, a step.
+        micro_tokens: tokens of a forward pass.
+        epochs, max_steps: how long; `max_steps` counts where it is given.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        batch_tokens: int | None,
+        micro_tokens: int,
+        epochs: float,
+        max_steps: int | None,
+        seed: int,
+    ) -> None:
+        lengths = np.array([example.tokens for example in examples], dtype=np.int64)
+        self.examples, self.micro_tokens = examples, micro_tokens
+        self.plan = StepPlan(lengths, batch_size, batch_tokens, seed)
+        self.total = max_steps or max(1, self.plan.steps(epochs))
+        self.between = len(self.plan.epoch(0))
+        self.fingerprint = hashlib.sha256(lengths.tobytes()).hexdigest()
+
+    def steps(self, first: int, place: Mapping[str, Any] | None) -> Iterator[Step]:
+        """Steps from a number on."""
+        number, epoch = 0, 0
+        while True:
+            groups = self.plan.epoch(epoch)
+            for i, group in enumerate(groups, 1):
+                if number >= first:
+                    chosen = [self.examples[j] for j in group]
+                    passes = by_tokens([example.tokens for example in chosen], self.micro_tokens)
+                    yield Step([[chosen[j] for j in some] for some in passes], epoch + i / len(groups), {})
+                number += 1
+            epoch += 1

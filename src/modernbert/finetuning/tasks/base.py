@@ -21,7 +21,7 @@ from modernbert.finetuning.data import Field, Row
 from modernbert.finetuning.options import FinetuneOptions
 from modernbert.tokenizer import Tokenizer
 from modernbert.training.adapters import has_adapters, load_adapters
-from modernbert.training.contract import Batch, Evaluation, Pass
+from modernbert.training.contract import Batch, Evaluation, Pass, summed
 from modernbert.training.examples import Example, by_tokens, pack_rows
 
 _SHOWN = 50  # wrong examples that a report has room for
@@ -115,7 +115,10 @@ class Task(abc.ABC):
     def labels(self, examples: Sequence[Example]) -> Batch:
         """What the model is told of the right answers of a batch."""
 
-    def collate(self, examples: Sequence[Example], generator: torch.Generator) -> Batch:
+    def at_step(self, step: int, total: int) -> None:  # noqa: B027
+        """Change what changes over a run."""
+
+    def collate(self, examples: Sequence[Example], seeds: Sequence[int]) -> Batch:
         """A packed batch."""
         return {**pack_rows([row for example in examples for row in example.rows]), **self.labels(examples)}
 
@@ -125,13 +128,7 @@ class Task(abc.ABC):
 
     def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
         """The mean loss over a step's labels; see `modernbert.training.contract.Objective`."""
-        loss = torch.zeros(())
-        for i, batch in enumerate(batches):
-            with one_pass(i == len(batches) - 1) as backward:
-                part = model(**batch, num_items_in_batch=total).loss
-                backward(part)
-            loss = loss.to(part.device) + part.detach()
-        return loss
+        return summed(model, batches, total, one_pass)
 
     # Evaluation
 

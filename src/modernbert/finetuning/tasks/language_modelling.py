@@ -6,19 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from modernbert.auto import AutoModelForCausalLM, AutoModelForMaskedLM
 from modernbert.finetuning.data import Field, Row, text_of
 from modernbert.finetuning.tasks.base import Task
-from modernbert.models.masked_lm import ModernBertForMaskedLM
+from modernbert.pretraining.objectives import CausalLM, LanguageObjective, MaskedLM
+from modernbert.pretraining.texts import Cutter
 from modernbert.tokenizer import Tokenizer
 from modernbert.training.contract import Batch, Evaluation, Pass
-from modernbert.training.data import Corpus
-from modernbert.training.examples import Example, pack_rows
-from modernbert.training.objectives import CausalLM, MaskedLM
-from modernbert.training.objectives import Objective as LanguageObjective
+from modernbert.training.examples import Example
 
 
 class LanguageModelling(Task):
@@ -33,27 +30,27 @@ class LanguageModelling(Task):
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
         """An example a piece."""
         documents = [text_of(row, "text") for row in rows]
-        corpus = Corpus.from_documents(documents, self.tokenizer.backend, self.max_length, seed=0)
-        if not training:
-            self.corpus = corpus
-        starts = corpus.starts
-        pieces = [corpus.tokens[starts[i] : starts[i + 1]].tolist() for i in range(len(corpus))]
-        self.notes.append(f"{len(documents)} texts make {len(pieces)} pieces, {len(corpus.tokens)} tokens")
-        return [Example([ids], None, {"text": self.tokenizer.decode(ids[:20])}) for ids in pieces]
+        texts = Cutter(self.tokenizer.backend, self.max_length).texts(documents)
+        pieces = [ids for some in texts for ids in some]
+        self.notes.append(f"{len(documents)} texts make {len(pieces)} pieces, {sum(map(len, pieces))} tokens")
+        return [Example([ids], None, {"text": self.tokenizer.decode(ids[:20].tolist())}) for ids in pieces]
 
     def labels(self, examples: Sequence[Example]) -> Batch:
         """Made by `collate`, which draws them."""
         return {}
 
-    def collate(self, examples: Sequence[Example], generator: torch.Generator) -> Batch:
+    def collate(self, examples: Sequence[Example], seeds: Sequence[int]) -> Batch:
         """A packed batch; what is hidden is drawn anew each time."""
-        batch: Batch = pack_rows([row for example in examples for row in example.rows])
-        batch["input_ids"], batch["labels"] = self.learnt(batch["input_ids"], generator)
-        return batch
+        return self.learnt.batch([row for example in examples for row in example.rows], seeds)
+
+    def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
+        """As always, with no more logits than there are labels."""
+        with self.learnt.ready(model):
+            return super().losses(model, batches, total, one_pass)
 
     def judge(self, model: Any, examples: Sequence[Example]) -> Evaluation:
         """Loss in nats a token, perplexity, and the share of tokens that are the model's first guess."""
-        score = self.judged.evaluate(model, self.corpus, seed=0)
+        score = self.judged.evaluate(model, (example.rows[0] for example in examples))
         figures = {"loss": score.loss, "perplexity": math.exp(min(score.loss, 700)), "accuracy": score.top1}
         return Evaluation(figures)
 
@@ -69,16 +66,6 @@ class MaskedLanguageModelling(LanguageModelling):
         super().use(tokenizer, context)
         self.learnt = MaskedLM(tokenizer.backend, self.options.mask_rate)
         self.judged = MaskedLM(tokenizer.backend, 0.15)
-
-    def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
-        """As always, without logits for tokens that have no label."""
-        bare = next(module for module in model.modules() if isinstance(module, ModernBertForMaskedLM))
-        own = bare.config
-        bare.config = own.replace(sparse_prediction=True)
-        try:
-            return super().losses(model, batches, total, one_pass)
-        finally:
-            bare.config = own
 
 
 class CausalLanguageModelling(LanguageModelling):

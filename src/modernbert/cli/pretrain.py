@@ -1,0 +1,191 @@
+"""`modernbert train-tokenizer`, `prepare-data`, `pretrain` and `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modernbert.cli.flags import command
+from modernbert.errors import InputError
+from modernbert.pretraining.options import PretrainOptions
+
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files (.txt, a document each; .jsonl and .parquet, a document a row), folders of them, folders of the "
+        "datasets library, or - for standard input, a document a line. NAME=PATH names a source."
+    ),
+]
+HeldOut = Annotated[float, typer.Option(help="Share of the documents of each file or folder kept out of training.")]
+Column = Annotated[str, typer.Option(help="Where rows hold their text.")]
+
+
+def train_tokenizer(
+    paths: Paths,
+    output: Annotated[Path, typer.Option(help="Folder to write the tokenizer to.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of ids, special tokens included.")] = 8192,
+    max_length: Annotated[int, typer.Option(help="Longest text of the model, in tokens.")] = 512,
+    held_out: HeldOut = 0.01,
+    column: Column = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer with ModernBERT's special tokens on raw text."""
+    from modernbert.pretraining.documents import Collection
+    from modernbert.pretraining.train_tokenizer import save_tokenizer
+    from modernbert.pretraining.train_tokenizer import train_tokenizer as train
+
+    collection = Collection(paths, held_out, column)
+    if len(collection.held_out) == collection.documents:
+        raise InputError(f"a held-out share of {held_out} leaves none of {collection.documents} documents to train on")
+    _say(f"{collection.documents} documents, of which {len(collection.held_out)} are kept out")
+    tokenizer = train((d.text for d in collection if not d.held_out), vocab_size)
+    save_tokenizer(tokenizer, output, max_length)
+    sample = next(d.text for d in collection if not d.held_out)[:20_000]
+    rate = len(sample) / max(1, len(tokenizer.encode(sample).ids))
+    _say(f"{tokenizer.get_vocab_size()} ids, {rate:.2f} characters a token; written to {output}")
+
+
+def prepare_data(
+    paths: Paths,
+    tokenizer: Annotated[str, typer.Option(help="Folder or Hub repository of the tokenizer.")],
+    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    max_length: Annotated[int, typer.Option(help="Longest text in tokens; longer documents become several.")] = 1024,
+    held_out: HeldOut = 0.01,
+    short: Annotated[float, typer.Option(help="Share of the texts that are cut shorter than they need be.")] = 0.0,
+    column: Column = "text",
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard, about.")] = 1 << 26,
+    seed: Annotated[int, typer.Option(help="Of the lengths that texts are cut to.")] = 0,
+) -> None:
+    """Tokenize raw text once, into shards that every run maps into memory."""
+    from modernbert.pretraining.prepare import prepare_data as prepare
+
+    began = time.perf_counter()
+    with _Count() as count:
+        manifest = prepare(
+            paths,
+            tokenizer,
+            output,
+            max_length=max_length,
+            held_out=held_out,
+            short=short,
+            column=column,
+            shard_tokens=shard_tokens,
+            seed=seed,
+            report=count,
+        )
+    for name, source in manifest.sources.items():
+        texts, held = sum(shard.texts for shard in source.train), sum(shard.tokens for shard in source.held_out)
+        typer.echo(
+            f"{name:<24}{source.documents:>10,} documents {texts:>12,} texts {source.tokens:>15,} tokens; "
+            f"held out: {source.held_out_documents:,} documents, {held:,} tokens"
+        )
+    total = sum(source.tokens for source in manifest.sources.values())
+    took = time.perf_counter() - began
+    _say(f"{total:,} tokens in {took:.1f} s, {total / took:,.0f} a second; written to {output}")
+
+
+def _pretrain(settings: Path | None, resume: bool, given: dict[str, Any]) -> None:
+    from modernbert.pretraining.run import pretrain as train
+
+    result = train(settings=settings, resume=resume, say=_say, **given)
+    if os.environ.get("RANK", "0") != "0":  # one process speaks for all
+        return
+    for name, value in result.figures.items():
+        typer.echo(f"{name:<32}{value:.4f}")
+    _say(f"written to {result.output}; open {result.output / 'report.html'} for the curves")
+
+
+pretrain = command(
+    PretrainOptions,
+    _pretrain,
+    "settings",
+    "modernbert pretrain --data data --output run --hidden-size 256 --intermediate-size 384 --layers 6 --heads 4",
+    ("data", "output", "objective", "model", "config"),
+)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub repository of a language model.")],
+    paths: Paths,
+    mask_rate: Annotated[float, typer.Option(help="Share of the tokens to hide, all behind the mask.")] = 0.15,
+    held_out: Annotated[
+        float,
+        typer.Option(
+            help="Evaluate on this share of the documents, the one that `prepare-data` keeps out; 1 means on all."
+        ),
+    ] = 0.01,
+    column: Column = "text",
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest text in tokens; the model's context if not given.")
+    ] = None,
+    short: Annotated[float, typer.Option(help="Share of the texts that are cut shorter than they need be.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of cuts and masks.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")] = None,
+) -> None:
+    """Have a model say tokens of held-out text, masked ones or the next ones; prints one JSON object.
+
+    Of a decoder it gives the perplexity a token and the bits a byte too, the end of each text counted.
+    """
+    from modernbert.auto import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+    from modernbert.pretraining.documents import Collection
+    from modernbert.pretraining.objectives import make_objective
+    from modernbert.pretraining.texts import Cutter
+    from modernbert.tokenizer import Tokenizer
+
+    if not 0 < mask_rate < 1:
+        raise InputError(f"mask_rate is {mask_rate}; it must lie between 0 and 1")
+    causal = AutoConfig.from_pretrained(model).model_type == "modernbert-decoder"
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    loaded = auto.from_pretrained(model, dtype=dtype, device=device).optimize_for_inference()
+    tokenizer = Tokenizer.from_pretrained(model)
+    texts = [document.text for document in Collection(paths, held_out, column) if document.held_out]
+    if not texts:
+        raise InputError(f"a held-out share of {held_out} leaves no document; give more text, or --held-out 1")
+    length = max_length or loaded.config.max_position_embeddings
+    corpus = Cutter(tokenizer.backend, length, short, seed).corpus(texts)
+    objective = make_objective("clm" if causal else "mlm", tokenizer.backend, mask_rate)
+    score = objective.evaluate(loaded, (corpus[i] for i in range(len(corpus))), seed=seed)
+    result: dict[str, Any] = {
+        "documents": len(texts),
+        "tokens" if causal else "masked_tokens": score.tokens,
+        "loss": round(score.loss, 4),
+        "top1": round(score.top1, 4),
+        "top5": round(score.top5, 4),
+    }
+    if causal:
+        size = sum(len(text.encode()) for text in texts)
+        result |= {
+            "perplexity": round(math.exp(score.loss), 2),
+            "bits_per_byte": round(score.loss * score.tokens / math.log(2) / size, 4),
+            "perplexity_per_byte": round(math.exp(score.loss * score.tokens / size), 4),
+        }
+    typer.echo(json.dumps(result))
+
+
+class _Count:
+    """How many documents are done, on a terminal."""
+
+    def __enter__(self) -> _Count:
+        self.said = 0.0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.said:
+            sys.stderr.write("\r\033[K")
+
+    def __call__(self, done: int, documents: int) -> None:
+        if sys.stderr.isatty() and time.monotonic() - self.said > 0.2:
+            self.said = time.monotonic()
+            sys.stderr.write(f"\r{done:,} of {documents:,} documents")
+            sys.stderr.flush()
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

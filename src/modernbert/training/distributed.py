@@ -1,0 +1,225 @@
+"""Many processes: Accelerate's set-up, sharding by FSDP2, and what each process keeps of a sharded run.
+
+A sharded checkpoint has a file a process, in safetensors: this process's rows of every weight and of the optimizer's
+state. Any number of processes reads them again, each the rows that it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import threading
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from modernbert.errors import CheckpointError, InputError
+from modernbert.training.options import TrainingOptions
+
+SHARDS = "shard-*-of-*.safetensors"
+_MODEL, _OPTIMIZER = "model/", "optimizer/"
+_LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "NCCL", "gloo", "Timed out")
+
+
+def process(options: TrainingOptions) -> Any:
+    """This process among those of the run: Accelerate's `PartialState`."""
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise InputError("training needs accelerate: pip install 'modernbert[train]'") from error
+    # Evaluations are one process's work, which the others wait for.
+    return PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(hours=12))
+
+
+def accelerator(options: TrainingOptions, output: Path) -> Any:
+    """Accelerate's `Accelerator` for a run."""
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    process(options)
+    tracked: dict[str, Any] = {}
+    if options.tracker:
+        known = sorted(str(name) for name in get_available_trackers())
+        unknown = [name for name in options.tracker if name not in known]
+        if unknown:
+            raise InputError(
+                f"tracker is {unknown[0]}; of those that Accelerate knows {', '.join(known)} are installed"
+            )
+        tracked = {"log_with": list(options.tracker), "project_dir": str(output)}
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
+        raise InputError("Accelerate is set up for FSDP; launch with its defaults and give --shard, which uses FSDP2")
+    try:  # `precision` says what is computed in bfloat16, not Accelerate's environment
+        return Accelerator(cpu=True if options.device == "cpu" else None, mixed_precision="no", **tracked)
+    except ValueError as error:
+        raise InputError(f"this process uses Accelerate in another way already: {error}") from error
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    import torch.distributed as dist
+
+    if not isinstance(error, RuntimeError) or not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[threading.Event]:
+    """An event that is set when the process is told to end (SIGTERM), which then is left to whoever waits for it."""
+    told = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield told
+        return
+
+    def note(number: int, frame: types.FrameType | None) -> None:
+        told.set()
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Share weights, gradients and, later, the optimizer's state over the processes: FSDP2, a unit a layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if not torch.distributed.is_initialized():
+        raise InputError("shard needs several processes; start the command with torchrun or accelerate launch")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called on a model."""
+    return any(_is_distributed(parameter) for parameter in model.parameters())
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor with the rows of all processes; all of them must call this together."""
+    return value.full_tensor() if _is_distributed(value) else value  # type: ignore[attr-defined]
+
+
+def own(value: Tensor) -> Tensor:
+    """This process's rows of a tensor."""
+    return value.to_local() if _is_distributed(value) else value  # type: ignore[attr-defined]
+
+
+def like(value: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor, shared over the processes as another one is."""
+    if not _is_distributed(model):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def _is_distributed(value: Tensor) -> bool:
+    return hasattr(value, "to_local")
+
+
+def own_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """This process's rows of all weights, and of the optimizer's state."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        state[_MODEL + name] = own(parameter.detach()).contiguous()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{_OPTIMIZER}{name}/{key}"] = own(value.detach()).contiguous()
+    return state
+
+
+def restore_own_state(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Read this process's rows of what `own_state` gave each of any number of processes."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    with Rows(sorted(checkpoint.glob(SHARDS))) as rows, torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            size = parameter.shape[0]
+            each = -(-size // processes)  # as torch.chunk shares them out
+            start, stop = min(rank * each, size), min((rank + 1) * each, size)
+            parameter.to_local().copy_(rows.read(_MODEL + name, start, stop))
+            state: dict[str, Tensor] = {}
+            for key in rows.keys_below(f"{_OPTIMIZER}{name}/"):
+                full = f"{_OPTIMIZER}{name}/{key}"
+                if not rows.shape(full):  # a count of steps, of which every process has its own
+                    state[key] = rows.read_scalar(full)
+                    continue
+                part = rows.read(full, start, stop).to(parameter.device)
+                state[key] = DTensor.from_local(
+                    part, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+                )
+            if state:
+                optimizer.state[parameter] = state
+
+
+def merged_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """All weights of a sharded checkpoint, whole, by their names."""
+    with Rows(sorted(checkpoint.glob(SHARDS))) as rows:
+        return {name: rows.read(_MODEL + name) for name in rows.keys_below(_MODEL)}
+
+
+class Rows:
+    """Tensors whose rows are spread over files.
+
+    Args:
+        files: in the order of the rows.
+
+    Raises:
+        CheckpointError: a file is missing.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        if not files:
+            raise CheckpointError("there is no shard")
+        wanted = int(files[0].stem.rpartition("-")[2])
+        if len(files) != wanted:
+            raise CheckpointError(f"{files[0].parent} holds {len(files)} of {wanted} shards; copy the others back")
+        self.files = files
+
+    def __enter__(self) -> Rows:
+        self._stack = contextlib.ExitStack()
+        self.opened = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+        self.keys = set(self.opened[0].keys())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def keys_below(self, prefix: str) -> list[str]:
+        """Names of tensors that begin with something, without it."""
+        return sorted(key.removeprefix(prefix) for key in self.keys if key.startswith(prefix))
+
+    def shape(self, key: str) -> list[int]:
+        """Shape of the first file's part of a tensor."""
+        return list(self.opened[0].get_slice(key).get_shape())
+
+    def read_scalar(self, key: str) -> Tensor:
+        """A number that every file has."""
+        return self.opened[0].get_tensor(key)
+
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows of a tensor, from all files that hold some of them."""
+        parts: list[Tensor] = []
+        first = 0
+        for file in self.opened:
+            part = file.get_slice(key)
+            size = part.get_shape()[0]
+            begin, end = max(start - first, 0), size if stop is None else min(stop - first, size)
+            if begin < end or not parts:
+                parts.append(part[min(begin, size) : max(end, min(begin, size))])
+            first += size
+        return torch.cat(parts)
