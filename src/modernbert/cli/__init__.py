@@ -8,6 +8,7 @@ import typer
 
 from modernbert import __version__
 from modernbert.cli.bench import bench
+from modernbert.cli.convert import convert
 from modernbert.cli.explain import attention, attribution
 from modernbert.cli.finetune import finetune
 from modernbert.cli.info import info
@@ -33,6 +34,7 @@ app.add_typer(finetune, name="finetune")
 app.command("prepare-data")(prepare_data)
 app.command("pretrain")(pretrain)
 app.command()(evaluate)
+app.command()(convert)
 
 
 def _version(value: bool) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +72,7 @@ class Collection:
         if not 0 <= held_out <= 1:
             raise InputError(f"the held-out share is {held_out}; it must lie in [0, 1]")
         self.column = column
-        self._spool: tempfile.TemporaryDirectory[str] | None = None
+        self._spool: Path | None = None
         self.places = [place for path in paths for place in self._places(str(path))]
         self.held_out = self._lowest(held_out)
 
@@ -136,8 +138,9 @@ class Collection:
         """Standard input as a file: documents are read more than once."""
         if self._spool is not None:
             raise InputError("standard input is named twice; it can be read once")
-        self._spool = tempfile.TemporaryDirectory(prefix="modernbert-")
-        path = Path(self._spool.name) / "standard input"
+        self._spool = Path(tempfile.mkdtemp(prefix="modernbert-"))
+        weakref.finalize(self, shutil.rmtree, self._spool, ignore_errors=True)
+        path = self._spool / "standard input"
         with path.open("wb") as file:
             while block := sys.stdin.buffer.read(1 << 20):
                 file.write(block)

@@ -82,7 +82,8 @@ class PretrainFeed:
             chosen = list(itertools.islice(passes, self.first[step + 1] - self.first[step]))
             cursor = chosen[-1][0]
             items = [[StoredText(self.stream, text) for text in texts] for _, texts in chosen]
-            yield Step(items, self.stream.epochs(cursor), dataclasses.asdict(cursor))
+            epoch = self.first[step + 1] * self.options.micro_tokens / sum(self.stream.sizes)
+            yield Step(items, epoch, dataclasses.asdict(cursor))
 
 
 def _cursor(place: Mapping[str, Any]) -> Cursor:

@@ -101,10 +101,6 @@ class PassStream:
         """Tokens of a text."""
         return int(self.lengths[text.source][text.shard][text.number])
 
-    def epochs(self, cursor: Cursor) -> float:
-        """How often the data has been seen: tokens drawn as a share of all."""
-        return sum(cursor.tokens) / sum(self.sizes)
-
     def window(self, cursor: Cursor) -> tuple[list[list[Text]], Cursor]:
         """The passes of a window, and where the next one begins."""
         texts = list(cursor.waiting)

@@ -1,10 +1,11 @@
-"""Documents to texts of tokens that a context holds: cut where sentences end, nothing lost, nothing truncated."""
+"""Documents to texts of tokens that a context holds: cut where sentences or words end, nothing truncated."""
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import math
 import os
 import random
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from modernbert.errors import InputError
 
@@ -21,7 +22,8 @@ Ids = npt.NDArray[np.integer]
 # The end of a sentence or of a line; what begins behind it begins with the white space there.
 _END = re.compile(r"[.!?][\"'\u201d\u2019)\]]*(?=\s)|[\u3002\uff01\uff1f]+|(?<!\n)(?=\n)")
 _CHARACTERS_A_TOKEN = 4  # a guess: how finely documents are split before their tokens are counted
-_SPARE = 4  # tokens that a text's first word may have more of without the space before it
+_SPARE = 2  # tokens that a text's first word may have more of without the space before it
+_FULL = 0.99  # of the context: a text that is filled less goes on to the end of a word
 _CHARACTERS_TOGETHER = 1 << 19  # what a thread encodes at once
 
 
@@ -58,9 +60,9 @@ class Corpus:
 class Cutter:
     """Cuts documents into texts and tokenizes them.
 
-    A text is as long as the context holds, but for the last of a document; `short` of them are cut sooner, to any
-    length from a sentence on, so that a model knows short texts too. The lengths depend on the seed and the
-    document's number alone.
+    A text is as long as the context holds, but for the last of a document: it ends with a sentence where that fills
+    it, else with a word. `short` of the texts are cut sooner, to any length from a sentence on, so that a model knows
+    short texts too. The lengths depend on the seed and the document's number alone.
 
     Args:
         tokenizer: gives ids without special tokens; `[CLS]` and `[SEP]` are put around each text here.
@@ -106,6 +108,12 @@ class Cutter:
             filled = target = 0
             for unit in some:
                 ids = next(counts)
+                if texts and filled + len(ids) > target > _FULL * room > filled:
+                    fits = self._words(ids, target - filled)
+                    if fits:
+                        texts[-1].append(ids[:fits])
+                        ids, filled = ids[fits:], target
+                        unit = self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
                 if not texts or filled + len(ids) > target:
                     texts.append([])
                     heads.append(unit.lstrip())
@@ -139,6 +147,19 @@ class Cutter:
     def corpus(self, documents: Iterable[str]) -> Corpus:
         """All texts of documents, in memory."""
         return Corpus.of([text for texts in self.texts(documents) for text in texts])
+
+    def _words(self, ids: Ids, room: int) -> int:
+        """How many of the first tokens are whole words and fit."""
+        starts = np.flatnonzero(self._begins_word[ids[: room + 1]])
+        return int(starts[-1]) if len(starts) else 0
+
+    @functools.cached_property
+    def _begins_word(self) -> npt.NDArray[np.bool_]:
+        """Whether each id begins with the white space before a word, as byte-level tokens write it."""
+        marks = tuple(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(c)[0][0]
+                      for c in " \n\t\r")  # fmt: skip
+        tokens = (self.tokenizer.id_to_token(i) or "" for i in range(self.tokenizer.get_vocab_size()))
+        return np.array([token.startswith(marks) for token in tokens])
 
     def _unit(self) -> int:
         """Least characters that are encoded together: sentences, or more where texts are long anyway."""

@@ -35,7 +35,12 @@ def process(options: TrainingOptions) -> Any:
     except ImportError as error:
         raise InputError("training needs accelerate: pip install 'modernbert[train]'") from error
     # Evaluations are one process's work, which the others wait for.
-    return PartialState(cpu=options.device == "cpu", timeout=datetime.timedelta(hours=12))
+    return PartialState(cpu=_on_cpu(options), timeout=datetime.timedelta(hours=12))
+
+
+def _on_cpu(options: TrainingOptions) -> bool:
+    """Whether the run stays on the CPU: Accelerate connects its processes only where it is told so."""
+    return options.device == "cpu" or not torch.accelerator.is_available()
 
 
 def accelerator(options: TrainingOptions, output: Path) -> Any:
@@ -56,7 +61,7 @@ def accelerator(options: TrainingOptions, output: Path) -> Any:
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
         raise InputError("Accelerate is set up for FSDP; launch with its defaults and give --shard, which uses FSDP2")
     try:  # `precision` says what is computed in bfloat16, not Accelerate's environment
-        return Accelerator(cpu=True if options.device == "cpu" else None, mixed_precision="no", **tracked)
+        return Accelerator(cpu=True if _on_cpu(options) else None, mixed_precision="no", **tracked)
     except ValueError as error:
         raise InputError(f"this process uses Accelerate in another way already: {error}") from error
 

@@ -294,6 +294,7 @@ class _Run:
             self.bare.eval()
             with torch.no_grad(), autocast(self.options.precision, self.accelerator.device):
                 evaluation = self.objective.evaluate(self.bare)
+            self.bare.reshard()  # a backward pass would
             self.bare.train()
         elif self.is_main:
             self.bare.eval()

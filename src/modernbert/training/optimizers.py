@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from modernbert.errors import InputError
+from modernbert.training.distributed import like, whole
 from modernbert.training.options import TrainingOptions
 
 
@@ -65,7 +67,8 @@ class StableAdamW(torch.optim.Optimizer):
         mean.lerp_(grad, 1 - beta1)
         variance.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         spread = (variance / (1 - beta2**step)).sqrt_()
-        surprise = (grad / spread.clamp(min=group["eps"])).square_().mean().sqrt_()
+        squares = whole((grad / spread.clamp(min=group["eps"])).square_().sum())
+        surprise = (squares / parameter.numel()).sqrt()
         lr = group["lr"] / max(1.0, float(surprise))
         parameter.mul_(1 - lr * group["weight_decay"])
         parameter.addcdiv_(mean, spread.add_(group["eps"]), value=-lr / (1 - beta1**step))
@@ -88,6 +91,19 @@ class Muon(StableAdamW):
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95, **kwargs: Any) -> None:
         super().__init__(params, lr, **kwargs)
         self.momentum = momentum
+        self._waiting: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step by the gradients that the parameters hold; processes share the work of the matrices."""
+        loss = super().step(closure)
+        with torch.no_grad():
+            for (parameter, _, group), update in zip(
+                self._waiting, _orthogonal([ahead for _, ahead, _ in self._waiting]), strict=True
+            ):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(like(update.flatten(0, 1).to(parameter.dtype), parameter), alpha=-group["lr"])
+        self._waiting.clear()
+        return loss
 
     def _step_one(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if not group.get("orthogonal"):
@@ -98,10 +114,27 @@ class Muon(StableAdamW):
             state["momentum"] = torch.zeros_like(parameter)
         average = state["momentum"].lerp_(grad, 1 - self.momentum)
         parts = group["parts"]  # a projection to q, k and v is three matrices
-        ahead = grad.lerp(average, self.momentum).unflatten(0, (parts, -1))
-        update = orthogonalize(ahead) * (0.2 * math.sqrt(max(ahead.shape[-2:])))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update.flatten(0, 1).to(parameter.dtype), alpha=-group["lr"])
+        ahead = whole(grad.lerp(average, self.momentum)).unflatten(0, (parts, -1))
+        self._waiting.append((parameter, ahead, group))
+
+
+def _orthogonal(matrices: list[Tensor]) -> list[Tensor]:
+    """Updates of the size of an Adam step; each process computes some of them and all get them."""
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    updates = [torch.zeros_like(matrix) for matrix in matrices] if processes > 1 else matrices
+    loads = [0.0] * processes
+    for i in sorted(range(len(matrices)), key=lambda i: -matrices[i].numel()):
+        matrix = matrices[i]
+        chosen = loads.index(min(loads))
+        loads[chosen] += matrix.numel() * min(matrix.shape[-2:])
+        if processes == 1 or chosen == dist.get_rank():
+            updates[i] = orthogonalize(matrix) * (0.2 * math.sqrt(max(matrix.shape[-2:])))
+    if processes > 1 and matrices:
+        together = torch.cat([update.flatten() for update in updates])
+        dist.all_reduce(together)
+        parts = together.split([update.numel() for update in updates])
+        updates = [part.view(update.shape) for part, update in zip(parts, updates, strict=True)]
+    return updates
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
