@@ -117,7 +117,7 @@ class Pretraining:
         self.learnt = make_objective(options.objective, data.tokenizer, options.mask_rates[0][1])
         # Encoders are compared at the rate of BERT's papers, whatever rate they are trained at.
         self.judged = make_objective(options.objective, data.tokenizer, 0.15)
-        self.last = False
+        self.last = True  # a run that is done already evaluates on all of the text
         self.model: LanguageModel = make_model(self.learnt, data.tokenizer, options, data.max_length)
         self.config = self.model.config
 

@@ -61,9 +61,13 @@ def accelerator(options: TrainingOptions, output: Path) -> Any:
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
         raise InputError("Accelerate is set up for FSDP; launch with its defaults and give --shard, which uses FSDP2")
     try:  # `precision` says what is computed in bfloat16, not Accelerate's environment
-        return Accelerator(cpu=True if _on_cpu(options) else None, mixed_precision="no", **tracked)
+        made = Accelerator(cpu=True if _on_cpu(options) else None, mixed_precision="no", **tracked)
     except ValueError as error:
         raise InputError(f"this process uses Accelerate in another way already: {error}") from error
+    if options.tracker:
+        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
+        made.init_trackers("modernbert", config=settings)
+    return made
 
 
 def is_lost(error: Exception) -> bool:
@@ -144,8 +148,14 @@ def own_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
     return state
 
 
-def restore_own_state(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Read this process's rows of what `own_state` gave each of any number of processes."""
+def restore_own_state(model: nn.Module, optimizer: torch.optim.Optimizer | None, checkpoint: Path) -> None:
+    """Read this process's rows of what `own_state` gave each of any number of processes.
+
+    Args:
+        model: sharded, of the form of the one that was saved.
+        optimizer: of it; None reads the weights alone.
+        checkpoint: folder with the shards.
+    """
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
@@ -157,6 +167,8 @@ def restore_own_state(model: nn.Module, optimizer: torch.optim.Optimizer, checkp
             each = -(-size // processes)  # as torch.chunk shares them out
             start, stop = min(rank * each, size), min((rank + 1) * each, size)
             parameter.to_local().copy_(rows.read(_MODEL + name, start, stop))
+            if optimizer is None:
+                continue
             state: dict[str, Tensor] = {}
             for key in rows.keys_below(f"{_OPTIMIZER}{name}/"):
                 full = f"{_OPTIMIZER}{name}/{key}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import math
 import threading
 import time
@@ -22,7 +21,6 @@ import torch
 from torch import Tensor
 
 from modernbert.errors import DivergedError, InputError, InterruptedRunError
-from modernbert.files import write_text
 from modernbert.models.backbone import Backbone
 from modernbert.native.library import denormals_flushed
 from modernbert.training.adapters import has_adapters
@@ -37,7 +35,7 @@ from modernbert.training.checkpoints import (
     write_checkpoint,
     write_part,
 )
-from modernbert.training.contract import Batch, Evaluation, Feed, Frame, Objective, Outcome, Progress, Step
+from modernbert.training.contract import Evaluation, Feed, Frame, Objective, Outcome, Progress, Step
 from modernbert.training.distributed import (
     accelerator,
     is_lost,
@@ -48,6 +46,8 @@ from modernbert.training.distributed import (
     shard,
     whole,
 )
+from modernbert.training.examples import moved, shared_out, shortened
+from modernbert.training.folder import append_metrics, trim_metrics
 from modernbert.training.optimizers import freeze, make_optimizer
 from modernbert.training.options import TrainingOptions
 from modernbert.training.precision import autocast
@@ -131,10 +131,8 @@ class _Run:
     def run(self) -> Outcome:
         options, objective = self.options, self.objective
         trackers = bool(options.tracker)
-        if trackers:
-            settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
-            self.accelerator.init_trackers("modernbert", config=settings)
-        self._trim_metrics()
+        if self.is_main:
+            trim_metrics(self.output, self.step)
         began, speed = self.seconds, 0.0
         evaluation: Evaluation | None = None
         evaluated_at = -1
@@ -181,7 +179,11 @@ class _Run:
             if self.ended:
                 self._end()
         if self.best is not None and options.keep_best and self.best[0] != self.step:
-            self.objective.load_weights(self.bare, self.output / f"checkpoint-{self.best[0]}")
+            best = self.output / f"checkpoint-{self.best[0]}"
+            if self.frame is not None:
+                restore_own_state(self.bare, None, best)
+            else:
+                self.objective.load_weights(self.bare, best)
             evaluated_at = -1
         if evaluated_at != self.step:
             evaluation = self._evaluate()
@@ -192,8 +194,8 @@ class _Run:
             model = self.frame.rebuild(weights)
         else:
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        best = None if self.best is None else self.best[0]
-        return Outcome(model.eval(), evaluation, self.step, best, self.seconds, self.tokens, self.stopped)
+        best_step = None if self.best is None else self.best[0]
+        return Outcome(model.eval(), evaluation, self.step, best_step, self.seconds, self.tokens, self.stopped)
 
     def _train_step(self, step: Step) -> tuple[float, float, int]:
         """One step: its loss, the norm of its gradients, and its tokens."""
@@ -203,7 +205,7 @@ class _Run:
             group["lr"] = options.lr * factor * group["scale"]
         self.objective.at_step(self.step, self.total)
         processes = accelerator.num_processes
-        shares = _shared_out(step.passes, processes)
+        shares = shared_out(step.passes, processes)
         seeds = iter(self._random(1, sum(map(len, shares))))
         drawn = [[next(seeds) for _ in share] for share in shares]  # an item's own, whoever computes it
         mine = range(accelerator.process_index, len(shares), processes)
@@ -216,7 +218,7 @@ class _Run:
         )
         labels, told = accelerator.reduce(counted, "sum").tolist()
         self.ended = bool(told)
-        batches = [_moved(batch, accelerator.device) for batch in batches]
+        batches = [moved(batch, accelerator.device) for batch in batches]
         torch.manual_seed(self._random(2 + accelerator.process_index)[0])  # of dropout
 
         def backward(loss: Tensor) -> None:
@@ -258,7 +260,7 @@ class _Run:
         found = checkpoints(self.output)
         kept = f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was made yet"
         items = [item for some in step.passes for item in some]
-        texts = ", ".join(repr(_shortened(item.record)) for item in items[:3])
+        texts = ", ".join(repr(shortened(item.record)) for item in items[:3])
         more = f" and {len(items) - 3} more" if len(items) > 3 else ""
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
         raise DivergedError(
@@ -333,32 +335,21 @@ class _Run:
         values = dataclasses.asdict(progress)
         values |= {f"eval_{name}": value for name, value in values.pop("figures").items()}
         if self.is_main:
-            with (self.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            append_metrics(self.output, values)
             self.report(progress)
         if trackers:
             self.accelerator.log({k: v for k, v in values.items() if k not in ("step", "steps")}, step=progress.step)
-
-    def _trim_metrics(self) -> None:
-        """Forget the steps after the checkpoint that the run goes on from."""
-        path = self.output / "metrics.jsonl"
-        if not self.is_main or not path.is_file():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                if line.endswith("\n") and json.loads(line)["step"] <= self.step:
-                    kept.append(line)
-        write_text(path, "".join(kept))
 
     def _save(self, alone: bool = False) -> None:
         """Write a checkpoint; `alone` where the other processes are gone."""
         if not alone:
             self.accelerator.wait_for_everyone()
         wrong = [name for name, value in self.bare.named_parameters() if not bool(own(value).isfinite().all())]
-        if wrong:
+        found = torch.tensor(float(len(wrong)), device=self.accelerator.device)
+        if float(found if alone else self.accelerator.reduce(found, "sum")):  # of its rows a process knows alone
+            name = wrong[0] if wrong else "a weight"
             raise DivergedError(
-                f"{wrong[0]} is no number any more after step {self.step}, which is not saved; lower the learning rate "
+                f"{name} is no number any more after step {self.step}, which is not saved; lower the learning rate "
                 f"({self.options.lr})"
             )
         if self.frame is not None:
@@ -408,28 +399,3 @@ class _Run:
             self.best = (int(best[0]), float(best[1]))
         self.since_best = about["since_best"]
         self._stop_if_patience_ends()
-
-
-def _shared_out(passes: list[list[Any]], processes: int) -> list[list[Any]]:
-    """Passes, some of them halved until every process has as many: none may sit out a step."""
-    shares = [list(some) for some in passes]
-    while len(shares) % processes:
-        largest = max(range(len(shares)), key=lambda g: len(shares[g]))
-        half = len(shares[largest]) // 2
-        if not half:
-            break
-        shares[largest : largest + 1] = [shares[largest][:half], shares[largest][half:]]
-    return shares
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device) if isinstance(v, Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
-
-
-def _shortened(record: Any) -> str:
-    value = record
-    if isinstance(record, dict):
-        texts = [v for v in record.values() if isinstance(v, str) and v]
-        value = texts[0] if texts else record
-    said = " ".join(str(value).split())
-    return said if len(said) <= 60 else said[:57] + "..."

@@ -46,6 +46,11 @@ def pack_rows(rows: Sequence[Any]) -> dict[str, Tensor]:
     return {"input_ids": torch.from_numpy(ids), "cu_seqlens": torch.from_numpy(starts)}
 
 
+def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch on a device; where its texts begin stays on the CPU."""
+    return {k: v.to(device) if isinstance(v, Tensor) and k != "cu_seqlens" else v for k, v in batch.items()}
+
+
 def by_tokens(lengths: Sequence[int] | npt.NDArray[np.int64], budget: int) -> list[list[int]]:
     """Consecutive groups of at most `budget` tokens; one that is longer is a group by itself."""
     groups: list[list[int]] = []
@@ -57,6 +62,18 @@ def by_tokens(lengths: Sequence[int] | npt.NDArray[np.int64], budget: int) -> li
         groups[-1].append(i)
         filled += int(length)
     return groups
+
+
+def shared_out(passes: list[list[Any]], processes: int) -> list[list[Any]]:
+    """Passes, some of them halved until every process has as many: none may sit out a step."""
+    shares = [list(some) for some in passes]
+    while len(shares) % processes:
+        largest = max(range(len(shares)), key=lambda g: len(shares[g]))
+        half = len(shares[largest]) // 2
+        if not half:
+            break
+        shares[largest : largest + 1] = [shares[largest][:half], shares[largest][half:]]
+    return shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,3 +149,13 @@ class ExampleFeed:
                     yield Step([[chosen[j] for j in some] for some in passes], epoch + i / len(groups), {})
                 number += 1
             epoch += 1
+
+
+def shortened(record: Any) -> str:
+    """What an example came from, in a few words."""
+    value = record
+    if isinstance(record, dict):
+        texts = [v for v in record.values() if isinstance(v, str) and v]
+        value = texts[0] if texts else record
+    said = " ".join(str(value).split())
+    return said if len(said) <= 60 else said[:57] + "..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from modernbert.files import write_text
 from modernbert.training.checkpoints import checkpoints
 from modernbert.training.options import TrainingOptions
 
-SETTINGS, RESULTS = "run.yaml", "results.json"
+SETTINGS, RESULTS, METRICS = "run.yaml", "results.json", "metrics.jsonl"
 # What a run that goes on may change.
 CHANGEABLE = {"epochs", "max_steps", "lr", "patience", "tracker", "device", "save_every", "eval_every", "keep_best"}
 
@@ -88,3 +89,22 @@ def check_unchanged(folder: Path, before: Mapping[str, Any], options: TrainingOp
         now = getattr(options, name)
         if name not in CHANGEABLE and name not in free and now != value:
             raise InputError(f"{name} is {now!r} and the run in {folder} has {value!r}; resume it with the same")
+
+
+def append_metrics(folder: Path, values: Mapping[str, Any]) -> None:
+    """Add a step's figures to the run's history."""
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def trim_metrics(folder: Path, step: int) -> None:
+    """Forget the steps after the checkpoint that a run goes on from, and a line that was not written whole."""
+    path = folder / METRICS
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_text(path, "".join(kept))

@@ -31,9 +31,9 @@ class LanguageModelling(Task):
         """An example a piece."""
         documents = [text_of(row, "text") for row in rows]
         texts = Cutter(self.tokenizer.backend, self.max_length).texts(documents)
-        pieces = [ids for some in texts for ids in some]
+        pieces = [ids.tolist() for some in texts for ids in some]
         self.notes.append(f"{len(documents)} texts make {len(pieces)} pieces, {sum(map(len, pieces))} tokens")
-        return [Example([ids], None, {"text": self.tokenizer.decode(ids[:20].tolist())}) for ids in pieces]
+        return [Example([ids], None, {"text": self.tokenizer.decode(ids[:20])}) for ids in pieces]
 
     def labels(self, examples: Sequence[Example]) -> Batch:
         """Made by `collate`, which draws them."""
