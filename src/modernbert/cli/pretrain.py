@@ -32,7 +32,7 @@ def train_tokenizer(
     output: Annotated[Path, typer.Option(help="Folder to write the tokenizer to.")],
     vocab_size: Annotated[int, typer.Option(help="Number of ids, special tokens included.")] = 8192,
     max_length: Annotated[int, typer.Option(help="Longest text of the model, in tokens.")] = 512,
-    held_out: HeldOut = 0.01,
+    held_out: HeldOut = 0.02,
     column: Column = "text",
 ) -> None:
     """Train a byte-level BPE tokenizer with ModernBERT's special tokens on raw text."""
@@ -56,7 +56,7 @@ def prepare_data(
     tokenizer: Annotated[str, typer.Option(help="Folder or Hub repository of the tokenizer.")],
     output: Annotated[Path, typer.Option(help="Folder to make.")],
     max_length: Annotated[int, typer.Option(help="Longest text in tokens; longer documents become several.")] = 1024,
-    held_out: HeldOut = 0.01,
+    held_out: HeldOut = 0.02,
     short: Annotated[float, typer.Option(help="Share of the texts that are cut shorter than they need be.")] = 0.0,
     column: Column = "text",
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard, about.")] = 1 << 26,

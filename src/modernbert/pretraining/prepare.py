@@ -24,7 +24,7 @@ def prepare_data(
     output: str | Path,
     *,
     max_length: int = 1024,
-    held_out: float = 0.01,
+    held_out: float = 0.02,
     short: float = 0.0,
     column: str = "text",
     shard_tokens: int = _SHARD_TOKENS,

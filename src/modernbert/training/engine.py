@@ -174,7 +174,7 @@ class _Run:
             )
             self._record(progress, trackers)
             wanted = self.step % options.save_every == 0 if options.save_every else evaluated_at == self.step
-            if wanted or last or self.stopped or self.best == (self.step, figures.get(objective.metric)):
+            if wanted or last or self.stopped or self.ended or self.best == (self.step, figures.get(objective.metric)):
                 self._save()
             if self.ended:
                 self._end()
@@ -280,10 +280,7 @@ class _Run:
         ) from error
 
     def _end(self) -> None:
-        """The process was told to end: keep what was done, and say so."""
-        if step_of(checkpoints(self.output)[-1]) != self.step if checkpoints(self.output) else True:
-            self._save()
-        self.accelerator.wait_for_everyone()
+        """The process was told to end, and what it did is saved: say so."""
         raise InterruptedRunError(
             f"told to end (SIGTERM) after step {self.step} of {self.total}; go on from "
             f"{self.output / f'checkpoint-{self.step}'} with resume"
