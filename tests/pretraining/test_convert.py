@@ -31,7 +31,8 @@ THEIRS = {
 
 
 def random_model(kind=ModernBertForMaskedLM, **changes):
-    config = ModernBertConfig(**{**SMALL, "max_position_embeddings": 128, "initializer_range": 0.3, **changes})
+    sizes = {**SMALL, "vocab_size": 328, "max_position_embeddings": 128, "initializer_range": 0.3}
+    config = ModernBertConfig(**{**sizes, **changes})
     return kind(config).eval()
 
 
@@ -70,7 +71,7 @@ def saved(tmp_path, tokenizer):
     return model, tmp_path / "ep0-ba100-rank0.pt"
 
 
-def test_a_composer_checkpoint_becomes_a_folder(saved, tmp_path, capsys):
+def test_a_composer_checkpoint_becomes_a_folder(saved, tokenizer, tmp_path, capsys):
     model, path = saved
     with pytest.raises(SystemExit) as end:
         main(["convert", str(path), "--output", str(tmp_path / "made")])
@@ -86,8 +87,9 @@ def test_a_composer_checkpoint_becomes_a_folder(saved, tmp_path, capsys):
     config = made.config
     assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     assert (config.global_rope_theta, config.local_rope_theta, config.local_attention) == (160_000.0, 10_000.0, 16)
-    assert config.vocab_size == 96  # the weights', which the original trainer pads
+    assert config.vocab_size == 328  # the weights', which the original trainer pads
     assert AutoTokenizer.from_pretrained(tmp_path / "made").mask_token == "[MASK]"
+    assert config.sep_token_id == tokenizer.token_to_id("[SEP]")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "made").eval()
     torch.testing.assert_close(theirs(input_ids=ids).logits, made(ids).logits, rtol=0, atol=2e-5)
@@ -109,7 +111,8 @@ def test_plain_states_classifiers_and_decoders(tmp_path, raw):
     ids = torch.randint(3, 90, (2, 20))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert (made / "tokenizer.json").is_file()
-    model.config.save_pretrained(tmp_path / "ours")
+    config = loaded.config  # with the tokenizer's special tokens
+    config.save_pretrained(tmp_path / "ours")
     torch.save({f"module._orig_mod.{k}": v for k, v in their_names(model).items()}, tmp_path / "weights.pt")
     again = convert(tmp_path / "weights.pt", tmp_path / "again", config=tmp_path / "ours" / "config.json",
                     allow_pickle=True)  # fmt: skip
@@ -142,7 +145,15 @@ def test_what_is_no_such_checkpoint_is_refused(saved, tmp_path):
         convert(tmp_path / "tensor.pt", tmp_path / "made", allow_pickle=True)
     with pytest.raises(CheckpointError, match="there is no file"):
         convert(tmp_path / "none.pt", tmp_path / "made")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        convert(tmp_path / "cut.safetensors", tmp_path / "made")
+    save_file(dict(model.model.state_dict()), tmp_path / "ours.safetensors")
+    (tmp_path / "theirs.json").write_text(json.dumps(THEIRS))
+    with pytest.raises(CheckpointError, match="not under the original trainer's names"):
+        convert(tmp_path / "ours.safetensors", tmp_path / "made", config=tmp_path / "theirs.json")
     for changes, message in (
+        ({"rotary_emb_dim": 8}, "has rotary_emb_dim 8"),
         ({"num_hidden_layers": 5}, r"lacks model\.layers\.4"),
         ({"num_hidden_layers": 3}, r"does not know model\.layers\.3"),
         ({"intermediate_size": 32}, "has another shape of"),

@@ -177,6 +177,8 @@ def test_a_model_changes_sides(prepared, tmp_path):
     assert isinstance(encoder.model, modernbert.ModernBertForMaskedLM)
     for name, value in encoder.model.state_dict().items():
         assert torch.equal(value, there[name]), name
+    framed = AutoTokenizer.from_pretrained(tmp_path / "encoder")
+    assert framed("a").input_ids[-1] == framed.sep_token_id
     same = encoder.model.config.rope_parameters
     assert same == first.model.config.rope_parameters
     decoder = pretrain(
@@ -217,8 +219,16 @@ def test_weights_and_several_folders(raw, prepared, tmp_path):
     prepare_data([raw / "first.jsonl"], raw / "tokenizer", tmp_path / "more", max_length=32)
     data = Data.open([prepared, tmp_path / "more"])
     assert list(data.train) == ["first", "second", "more/first"]
-    options = {**RUN, "max_steps": 2, "weight": ["second=1", "more/first=3"]}
+    options = {**RUN, "max_steps": 2, "weight": ["first=0", "second=1", "more/first=3"]}
     assert pretrain([prepared, tmp_path / "more"], tmp_path / "run", **options).outcome.steps == 2
+    (tmp_path / "deep").mkdir()
+    prepare_data([raw / "first.jsonl"], raw / "tokenizer", tmp_path / "deep" / "more", max_length=32)
+    with pytest.raises(InputError, match="has a source more/first, as another folder does"):
+        Data.open([prepared, tmp_path / "more", tmp_path / "deep" / "more"])
+    with pytest.raises(InputError, match="weight is not given for second"):
+        pretrain(prepared, tmp_path / "bad", **{**RUN, "weight": ["first=1"]})
+    with pytest.raises(InputError, match="micro_tokens is 16, and texts of the data have up to 32 tokens"):
+        pretrain(prepared, tmp_path / "bad", **{**RUN, "micro_tokens": 16})
     with pytest.raises(InputError, match="weight is given for third; the data has first, second"):
         pretrain(prepared, tmp_path / "bad", **{**RUN, "weight": ["third=1"]})
     assert not (tmp_path / "bad").exists()
@@ -286,7 +296,8 @@ def test_bfloat16_and_checkpointed_gradients_train(prepared, tmp_path):
      ({"batch_start": 131072, "batch_warmup": 9}, "must be at most"), ({"objective": "rtd"}, "choose one of mlm, clm"),
      ({"warmup": 0.7, "decay": 0.7}, "shares of the"), ({"save_dtype": "int8"}, "save_dtype is 'int8'"),
      ({"optimizer": "sgd"}, "choose one of adamw, stableadamw, muon"), ({"weight": ["a"]}, "write SOURCE=WEIGHT"),
-     ({"rope_scaling": "ntk:2"}, "write linear:4"), ({"model": "x", "layers": 3}, "layers is of a new model"),
+     ({"rope_scaling": "ntk:2", "model": "x", "context": 9}, "write linear:4"),
+     ({"rope_scaling": "yarn:2"}, "give both"), ({"model": "x", "layers": 3}, "layers is of a new model"),
      ({"context": 0}, "context is 0"), ({"eval_tokens": 0}, "eval_tokens is 0")],
 )  # fmt: skip
 def test_impossible_options_are_named(options, message):

@@ -84,7 +84,7 @@ def test_bad_data_is_named(raw, prepared, documents, tmp_path):
         Data.open([])
     spoilt = copy("spoilt")
     (spoilt / "manifest.json").write_text('{"format": "another"}')
-    with pytest.raises(InputError, match="of the format 'another'"):
+    with pytest.raises(InputError, match=r"^[^:]*manifest\.json is of the format 'another'"):
         Data.open([spoilt])
     (spoilt / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match="is no manifest"):
@@ -166,14 +166,19 @@ def test_an_epoch_has_every_text_once_and_the_next_another_order():
 
 def test_weights_share_out_the_tokens():
     sources = {"a": corpora([7, 9, 30] * 20), "b": corpora([5, 40] * 50), "c": corpora([8] * 9)}
-    stream = PassStream(sources, 200, 1, {"a": 3, "b": 1})
+    stream = PassStream(sources, 200, 1, {"a": 3, "b": 1, "c": 0})
     tokens = [0, 0]
     for _, texts in itertools.islice(stream.passes(), 2000):
         for text in texts:
             tokens[text.source] += stream.length(text)
     assert stream.names == ["a", "b"]
     assert tokens[0] / sum(tokens) == pytest.approx(0.75, abs=0.01)
-    for weights, message in (({"d": 1}, "weight is given for d"), ({"a": -1}, "negative"), ({"a": 0}, "no source")):
+    for weights, message in (
+        ({"d": 1}, "weight is given for d"),
+        ({"a": -1, "b": 1, "c": 1}, "negative"),
+        ({"a": 1, "b": 1}, "not given for c"),
+        ({"a": 0, "b": 0, "c": 0}, "no source"),
+    ):
         with pytest.raises(InputError, match=message):
             PassStream(sources, 200, 1, weights)
 

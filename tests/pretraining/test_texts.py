@@ -70,6 +70,13 @@ def test_bad_paths_and_rows_are_named(tmp_path, monkeypatch):
     (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
     with pytest.raises(InputError, match=r"has a int in 'text'"):
         Collection([tmp_path / "b.jsonl"])
+    (tmp_path / "c.jsonl").write_text('{"text": "bad \\ud83d"}\n')
+    with pytest.raises(InputError, match=r"c\.jsonl, row 1, is no Unicode text"):
+        Collection([tmp_path / "c.jsonl"])
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jsonl").write_text('{"text": "fine"}\n')
+    with pytest.raises(InputError, match=r"would both be called a; write NAME=PATH"):
+        Collection([tmp_path / "d" / "a.jsonl", tmp_path / "a.jsonl"])
     with pytest.raises(InputError, match="lie in"):
         Collection([tmp_path / "b.jsonl"], 1.5)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a line")))

@@ -96,6 +96,8 @@ def _pretrain(settings: Path | None, resume: bool, given: dict[str, Any]) -> Non
     result = train(settings=settings, resume=resume, say=_say, **given)
     if os.environ.get("RANK", "0") != "0":  # one process speaks for all
         return
+    if result.outcome.stopped:
+        _say(f"stopped early: {result.outcome.stopped}")
     for name, value in result.figures.items():
         typer.echo(f"{name:<32}{value:.4f}")
     _say(f"written to {result.output}; open {result.output / 'report.html'} for the curves")
@@ -119,7 +121,7 @@ def evaluate(
         typer.Option(
             help="Evaluate on this share of the documents, the one that `prepare-data` keeps out; 1 means on all."
         ),
-    ] = 0.01,
+    ] = 0.02,
     column: Column = "text",
     max_length: Annotated[
         int | None, typer.Option(help="Longest text in tokens; the model's context if not given.")

@@ -94,6 +94,10 @@ class MultipleChoiceOptions(FinetuneOptions):
 class LanguageModelOptions(FinetuneOptions):
     """Tokens of raw text; long texts are split and never cut off."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(lambda x: x >= 5, "must be at least 5", "max_length")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLMOptions(LanguageModelOptions):

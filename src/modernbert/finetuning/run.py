@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import logging
 import sys
@@ -27,7 +26,15 @@ from modernbert.training.contract import Outcome
 from modernbert.training.distributed import process
 from modernbert.training.engine import fit
 from modernbert.training.examples import ExampleFeed
-from modernbert.training.folder import RESULTS, SETTINGS, check_unchanged, opened, read_settings, write_settings
+from modernbert.training.folder import (
+    RESULTS,
+    SETTINGS,
+    check_libraries,
+    check_unchanged,
+    opened,
+    read_settings,
+    write_settings,
+)
 from modernbert.training.progress import Reporter
 from modernbert.training.report import write_report
 
@@ -100,7 +107,7 @@ def finetune(
     if not settings.output:
         raise InputError("output is not given; name a folder for the run")
     folder = Path(settings.output).resolve()
-    _check_libraries()
+    check_libraries("accelerate", "jinja2", "matplotlib", "seqeval", "sklearn")
     where = process(settings)
     if say is None:
         say = _to_stderr if progress else logger.info
@@ -185,13 +192,6 @@ def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, 
 
 def _to_stderr(line: str) -> None:
     sys.stderr.write(f"{line}\n")
-
-
-def _check_libraries() -> None:
-    """Raise before the work where something is missing that is wanted after it."""
-    for name in ("accelerate", "jinja2", "matplotlib", "seqeval", "sklearn"):
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"fine-tuning needs {name}: pip install 'modernbert[train]'")
 
 
 def _are_paths(value: Any) -> bool:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -64,7 +66,14 @@ _ONLY = (
     ("skip_first_prenorm", True, False),
     ("rotary_emb_interleaved", False, False),
     ("head_pred_norm", True, True),
+    ("rotary_emb_dim", None, None),
+    ("local_attn_rotary_emb_dim", None, None),
+    ("rotary_emb_scale_base", None, None),
+    ("initial_attention_layer", None, None),
+    ("initial_bert_layer", None, None),
+    ("initial_mlp_layer", None, None),
 )
+_TOKENS = {"pad": "[PAD]", "cls": "[CLS]", "bos": "[CLS]", "sep": "[SEP]", "eos": "[SEP]"}
 
 
 def convert(
@@ -93,6 +102,8 @@ def convert(
     if output.exists():
         raise InputError(f"output is {output}, which exists; name a folder to make")
     if source.is_dir():
+        if config is not None:
+            raise InputError(f"config is given, and {source} has its own")
         weights, found = _sharded(source)
         texts = {name: (source / name).read_text("utf-8") for name in ("tokenizer.json", "tokenizer_config.json")}
     else:
@@ -104,6 +115,7 @@ def convert(
         found = configuration(given, weights, str(source if config is None else config))
         if isinstance(found, ModernBertDecoderConfig):
             weights = to_decoder_weights(weights)
+        found = found.replace(**_special_ids(texts, tokenizer))
     model = _model(found, weights, str(source))
     temporary = output.with_name(f".{output.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -143,10 +155,15 @@ def configuration(given: Mapping[str, Any], weights: Mapping[str, Tensor], name:
             raise CheckpointError(f"{name} has {one} {given.get(one)} and {other} {given.get(other)}; they must agree")
     values = {ours: given[theirs] for theirs, ours in _FIELDS.items() if given.get(theirs) is not None}
     values.setdefault("classifier_activation", "silu")
-    values["vocab_size"] = len(weights["model.embeddings.tok_embeddings.weight"])
+    embedding = weights.get("model.embeddings.tok_embeddings.weight")
+    if embedding is None:
+        raise CheckpointError(
+            f"the weights are not under the original trainer's names: {', '.join(sorted(weights)[:3])}"
+        )
+    values["vocab_size"] = len(embedding)
     norm = given.get("norm_kwargs") or {}
     values["norm_eps"], values["norm_bias"] = norm.get("eps", 1e-5), norm.get("bias", True)
-    window, every = given.get("sliding_window", -1), given.get("global_attn_every_n_layers", -1)
+    window, every = given.get("sliding_window") or -1, given.get("global_attn_every_n_layers") or -1
     values["local_attention"] = window if window > 0 else 128
     values["global_attn_every_n_layers"] = every if every > 0 and window > 0 else 1
     if window > 0 and every <= 0:
@@ -156,6 +173,18 @@ def configuration(given: Mapping[str, Any], weights: Mapping[str, Tensor], name:
     values["global_rope_theta"], values["local_rope_theta"] = theta, local if local and local > 0 else theta
     causal = bool(given.get("causal_mask"))
     return (ModernBertDecoderConfig if causal else ModernBertConfig).from_dict(values)
+
+
+def _special_ids(texts: Mapping[str, str], tokenizer: str | Path | None) -> dict[str, int]:
+    """Ids of the special tokens by the tokenizer that the folder will have."""
+    if tokenizer is not None:
+        backend = Tokenizer.from_pretrained(tokenizer).backend
+    elif "tokenizer.json" in texts:
+        backend = tokenizers.Tokenizer.from_str(texts["tokenizer.json"])
+    else:
+        return {}
+    ids = {f"{name}_token_id": backend.token_to_id(token) for name, token in _TOKENS.items()}
+    return {name: i for name, i in ids.items() if i is not None}
 
 
 def _sharded(folder: Path) -> tuple[dict[str, Tensor], Config]:
@@ -171,7 +200,10 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     if path.suffix == ".safetensors":
-        return load_file(path), None, {}
+        try:
+            return load_file(path), None, {}
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
     if not allow_pickle:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when it is loaded; where you trust it, allow it (--allow-pickle): "

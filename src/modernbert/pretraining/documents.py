@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from modernbert.errors import InputError
 from modernbert.records import parts_of, read_records
@@ -48,6 +48,7 @@ class _Place:
     source: str
     path: Path
     group: str
+    is_standard_input: bool = False
 
 
 class Collection:
@@ -73,7 +74,14 @@ class Collection:
             raise InputError(f"the held-out share is {held_out}; it must lie in [0, 1]")
         self.column = column
         self._spool: Path | None = None
-        self.places = [place for path in paths for place in self._places(str(path))]
+        self.places: list[_Place] = []
+        unnamed: dict[str, str] = {}
+        for path in map(str, paths):
+            found = list(self._places(path))
+            source = found[0].source
+            if not path.startswith(f"{source}=") and unnamed.setdefault(source, path) != path:
+                raise InputError(f"{unnamed[source]} and {path} would both be called {source}; write NAME=PATH")
+            self.places += found
         self.held_out = self._lowest(held_out)
 
     def __iter__(self) -> Iterator[Document]:
@@ -83,10 +91,11 @@ class Collection:
     def _lowest(self, share: float) -> set[int]:
         """Numbers of the documents that are held out."""
         groups: dict[str, list[tuple[bytes, int]]] = {}
+        self.documents = 0
         for number, (text, place) in enumerate(self._texts()):
-            digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-            groups.setdefault(place.group, []).append((digest, number))
-        self.documents = sum(map(len, groups.values()))
+            self.documents += 1
+            if share:
+                groups.setdefault(place.group, []).append((hashlib.sha256(text.encode()).digest(), number))
         return {number for group in groups.values() for _, number in sorted(group)[: round(len(group) * share)]}
 
     def _texts(self) -> Iterator[tuple[str, _Place]]:
@@ -96,14 +105,20 @@ class Collection:
                 continue
             parts: list[str | None] = [*parts_of(place.path)]
             for part in parts or [None]:
-                for number, found in enumerate(read_records(place.path, part=part), 1):
-                    text = sure(found).get(self.column)
-                    if not isinstance(text, str):
-                        has = "no column" if text is None else f"a {type(text).__name__} in"
-                        raise InputError(
-                            f"{place.path}, row {number}, has {has} {self.column!r}; name the text's column"
-                        )
-                    yield text, place
+                for number, record in enumerate(read_records(place.path, part=part), 1):
+                    yield self._text_of(sure(record), place, number), place
+
+    def _text_of(self, record: dict[str, Any], place: _Place, number: int) -> str:
+        column = "text" if place.is_standard_input else self.column
+        text = record.get(column)
+        if not isinstance(text, str):
+            has = f"a {type(text).__name__} in" if column in record else "no column"
+            raise InputError(f"{place.path}, row {number}, has {has} {column!r}; name the column of the text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{place.path}, row {number}, is no Unicode text: {error}") from None
+        return text
 
     def _places(self, given: str) -> Iterator[_Place]:
         name, named, rest = given.partition("=")
@@ -111,7 +126,7 @@ class Collection:
             name, rest = "", given
         if rest == STANDARD_INPUT:
             path = self._spooled()
-            yield _Place(name or "standard input", path, str(path))
+            yield _Place(name or "standard input", path, str(path), is_standard_input=True)
             return
         path = Path(rest)
         source = name or path.resolve().stem

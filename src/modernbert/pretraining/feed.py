@@ -21,7 +21,6 @@ class StoredText:
 
     stream: PassStream
     text: Text
-    label: None = None
 
     @property
     def rows(self) -> list[Ids]:

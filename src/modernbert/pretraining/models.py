@@ -17,6 +17,7 @@ from modernbert.hub import Source
 from modernbert.pretraining.objectives import LanguageModel, LanguageObjective
 from modernbert.pretraining.options import PretrainOptions
 from modernbert.pretraining.shards import fingerprint
+from modernbert.tokenizer import Tokenizer as LoadedTokenizer
 
 
 def make_model(
@@ -65,7 +66,7 @@ def make_model(
     }
     config: Any = objective.model_class.config_class.from_dict(values)
     model: Any = objective.model_class
-    made: LanguageModel = model(config.replace(**_rope(options, config)))
+    made: LanguageModel = model(config.replace(**_rope(options, config, config.max_position_embeddings)))
     return made
 
 
@@ -75,10 +76,9 @@ def _started(
     """A model with the weights of another one, of either kind."""
     assert options.model is not None
     source = Source(options.model)
-    if source.find("tokenizer.json") is not None:
-        theirs = Tokenizer.from_file(str(source.need("tokenizer.json")))
-        if fingerprint(theirs) != fingerprint(tokenizer):
-            raise InputError(f"{options.model} has another tokenizer than the data; prepare the data with its own")
+    own = LoadedTokenizer.from_pretrained(options.model).backend if source.find("tokenizer.json") else tokenizer
+    if fingerprint(own) != fingerprint(tokenizer):
+        raise InputError(f"{options.model} has another tokenizer than the data; prepare the data with its own")
     found: Any = AutoConfig.from_pretrained(options.model)
     if found.vocab_size < tokenizer.get_vocab_size():
         raise InputError(
@@ -93,7 +93,7 @@ def _started(
         )
     kind: Any = objective.model_class
     shared = found.replace(max_position_embeddings=longest)
-    shared = shared.replace(**_rope(options, shared))
+    shared = shared.replace(**_rope(options, shared, found.max_position_embeddings))
     if type(found) is kind.config_class:
         same: LanguageModel = kind.from_pretrained(options.model, config=shared, dtype=torch.float32)
         return same
@@ -102,9 +102,9 @@ def _started(
     weights = dict(read_weights(weight_files(source), lambda name: True))
     to_encoder = kind.config_class is ModernBertConfig
     translated = to_encoder_weights(weights) if to_encoder else to_decoder_weights(weights)
-    own = model.state_dict()
-    missing = sorted(set(own) - set(translated) - {"decoder.weight"})  # tied to the embedding
-    unknown = sorted(set(translated) - set(own))
+    wanted = model.state_dict()
+    missing = sorted(set(wanted) - set(translated) - {"decoder.weight"})  # tied to the embedding
+    unknown = sorted(set(translated) - set(wanted))
     if missing or unknown:
         raise InputError(f"{options.model} lacks {missing or 'nothing'} and has {unknown or 'nothing'} beside; give a "
                          "language model")  # fmt: skip
@@ -113,8 +113,8 @@ def _started(
     return model
 
 
-def _rope(options: PretrainOptions, config: Any) -> dict[str, Any]:
-    """Changes of the rotary embedding."""
+def _rope(options: PretrainOptions, config: Any, before: int) -> dict[str, Any]:
+    """Changes of the rotary embedding of a model whose context was `before`."""
     parameters = {kind: dict(rope) for kind, rope in config.rope_parameters.items()}
     for kind, theta in (
         ("full_attention", options.global_rope_theta),
@@ -125,9 +125,7 @@ def _rope(options: PretrainOptions, config: Any) -> dict[str, Any]:
     if options.scaling is not None:
         scaled = dict(options.scaling)
         if scaled["rope_type"] == "yarn":
-            scaled["original_max_position_embeddings"] = max(
-                1, round(config.max_position_embeddings / float(str(scaled["factor"])))
-            )
+            scaled["original_max_position_embeddings"] = before
         parameters["full_attention"].update(scaled)  # a window never reaches beyond the first context
     return {"rope_parameters": parameters} if parameters != config.rope_parameters else {}
 

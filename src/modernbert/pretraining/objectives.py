@@ -98,9 +98,15 @@ class LanguageObjective(abc.ABC):
         """While a model computes no more logits than it must."""
         yield
 
+    @abc.abstractmethod
     def finish_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
-        """The tokenizer to save beside the model."""
-        return tokenizer
+        """The tokenizer to save beside the model, which frames texts as they were trained on."""
+
+    def _framed(self, tokenizer: Tokenizer, single: str, pair: str) -> Tokenizer:
+        copy = Tokenizer.from_str(tokenizer.to_str())
+        specials = [(t, self.special_ids[t]) for t in ("[CLS]", "[SEP]")]
+        copy.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=specials)
+        return copy
 
     @torch.no_grad()
     def evaluate(
@@ -177,6 +183,10 @@ class MaskedLM(LanguageObjective):
         """The labels that there are, whose logits alone are computed."""
         return labels_T[labels_T != IGNORED]
 
+    def finish_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Texts stand between `[CLS]` and `[SEP]`."""
+        return self._framed(tokenizer, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:0 [SEP]")
+
     @contextlib.contextmanager
     def ready(self, model: nn.Module) -> Iterator[None]:
         """While logits are computed for labelled tokens alone."""
@@ -206,12 +216,7 @@ class CausalLM(LanguageObjective):
 
     def finish_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
         """A prompt is to be gone on with: texts begin with `[CLS]` and have no `[SEP]` behind them."""
-        copy = Tokenizer.from_str(tokenizer.to_str())
-        specials = [(t, self.special_ids[t]) for t in ("[CLS]", "[SEP]")]
-        copy.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A", pair="[CLS] $A [SEP] $B:0", special_tokens=specials
-        )
-        return copy
+        return self._framed(tokenizer, "[CLS] $A", "[CLS] $A [SEP] $B:0")
 
 
 def make_objective(name: str, tokenizer: Tokenizer, mask_rate: float) -> LanguageObjective:

@@ -9,7 +9,7 @@ from modernbert.training.options import TrainingOptions, option
 
 KINDS = ("mlm", "clm")
 DTYPES = ("float32", "bfloat16", "float16")
-SCALINGS = ("linear", "dynamic", "yarn")
+SCALINGS = ("linear", "yarn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class PretrainOptions(TrainingOptions):
     data: list[str] = option([], "Folder that `modernbert prepare-data` made; repeat for several.")
     output: str = option("", "Folder of the run: metrics, checkpoints, the finished model and its report.")
     objective: str = option("mlm", "mlm: an encoder, by masked tokens; clm: a decoder, by the next ones.", KINDS)
-    weight: list[str] = option([], "SOURCE=WEIGHT: share of the tokens that a source of the data gets; repeat.")
+    weight: list[str] = option([], "SOURCE=WEIGHT: share of the tokens, in any unit, one for every source; repeat.")
     model: str | None = option(None, "Start from the weights of this folder or Hub repository, of either kind.")
     config: str | None = option(None, "JSON file or folder with the configuration of a new model.")
     hidden_size: int | None = option(None, "Width of a new model.")
@@ -33,7 +33,7 @@ class PretrainOptions(TrainingOptions):
     context: int | None = option(None, "Longest text of the model, in tokens; the data's longest if not given.")
     global_rope_theta: float | None = option(None, "Base period of the rotary embedding in global layers.")
     local_rope_theta: float | None = option(None, "Base period of the rotary embedding in local layers.")
-    rope_scaling: str | None = option(None, "TYPE:FACTOR for contexts beyond the first: linear:4, dynamic:4 or yarn:4.")
+    rope_scaling: str | None = option(None, "TYPE:FACTOR, for a context beyond the model's: linear:4 or yarn:4.")
     mask_rate: str = option("0.3", "mlm: share of the tokens to predict; 0.3,0.15@0.8,0.05@0.95 changes it on the way.")
     epochs: float = option(1.0, "Passes over the data.")
     batch_tokens: int = option(65536, "Tokens a step.")
@@ -46,7 +46,7 @@ class PretrainOptions(TrainingOptions):
     warmup: float = option(0.02, "Share of the steps in which the rate rises.")
     decay: float = option(0.1, "wsd: share of the steps, the last ones, in which the rate falls.")
     eval_every: int | None = option(500, "Steps between evaluations.")
-    eval_tokens: int = option(200_000, "Tokens of held-out text of each source in an evaluation; the last reads all.")
+    eval_tokens: int = option(200_000, "Held-out tokens of each source that evaluations read; the last reads all.")
     save_every: int | None = option(500, "Steps between checkpoints.")
     keep_best: bool = option(False, "Finish with the weights of the best evaluation, not the last.")
     save_dtype: str = option("float32", "Of the finished model's weights on disk.", DTYPES)
@@ -70,6 +70,8 @@ class PretrainOptions(TrainingOptions):
         fresh = [name for name in ("config", *sizes[:-1]) if getattr(self, name) is not None]
         if self.model is not None and fresh:
             raise InputError(f"{fresh[0]} is of a new model, and model is {self.model}, which has its own; give one")
+        if self.rope_scaling is not None and (self.model is None or self.context is None):
+            raise InputError(f"rope_scaling is {self.rope_scaling}; it extends a model to a context: give both")
         _ = self.mask_rates, self.weights, self.scaling
 
     @property

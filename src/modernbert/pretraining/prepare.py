@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,9 +61,8 @@ def prepare_data(
     cutter = Cutter(backend, max_length, short, seed)
     collection = Collection(paths, held_out, column)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.parent / f".{output.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    temporary.chmod(0o755)
     try:
         writers: dict[str, _Writer] = {}
         documents, copy = itertools.tee(collection)

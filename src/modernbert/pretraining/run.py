@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from modernbert.errors import InputError
 from modernbert.files import write_text
-from modernbert.hub import Source as Files
+from modernbert.ops.losses import IGNORED
 from modernbert.pretraining.feed import PretrainFeed
 from modernbert.pretraining.models import check_same, make_model
 from modernbert.pretraining.objectives import LanguageModel, MaskedLM, Score, make_objective
@@ -29,11 +29,20 @@ from modernbert.pretraining.shards import MANIFEST, Manifest, checksum, fingerpr
 from modernbert.pretraining.stream import PassStream
 from modernbert.pretraining.texts import Corpus
 from modernbert.pretraining.train_tokenizer import save_tokenizer
+from modernbert.tokenizer import Tokenizer as LoadedTokenizer
 from modernbert.training.checkpoints import checkpoints, explained, last_checkpoint
 from modernbert.training.contract import Batch, Evaluation, Outcome, Pass, summed
 from modernbert.training.distributed import process
 from modernbert.training.engine import fit
-from modernbert.training.folder import RESULTS, SETTINGS, check_unchanged, opened, read_settings, write_settings
+from modernbert.training.folder import (
+    RESULTS,
+    SETTINGS,
+    check_libraries,
+    check_unchanged,
+    opened,
+    read_settings,
+    write_settings,
+)
 from modernbert.training.progress import Reporter
 from modernbert.training.report import write_report
 
@@ -82,6 +91,8 @@ class Data:
         for folder, manifest in found:
             for name, source in manifest.sources.items():
                 unique = f"{folder.name}/{name}" if name in data.train else name
+                if unique in data.train:
+                    raise InputError(f"{folder} has a source {unique}, as another folder does; rename the folder")
                 for shard in [*source.train, *source.held_out] if verify else []:
                     verify_shard(folder, shard)
                 data.train[unique] = [open_shard(folder, shard) for shard in source.train]
@@ -94,7 +105,7 @@ class Data:
 
 
 def _tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(Files(folder).need("tokenizer.json")))
+    tokenizer = LoadedTokenizer.from_pretrained(folder).backend
     if fingerprint(tokenizer) != manifest.tokenizer:
         path = folder / "tokenizer.json"
         raise InputError(f"{path} is another tokenizer than the manifest's; prepare the data again")
@@ -111,19 +122,18 @@ class Pretraining:
 
     metric = "loss"
     greater_is_better = False
+    reads_more_at_the_end = True
 
     def __init__(self, options: PretrainOptions, data: Data) -> None:
         self.options, self.data = options, data
         self.learnt = make_objective(options.objective, data.tokenizer, options.mask_rates[0][1])
         # Encoders are compared at the rate of BERT's papers, whatever rate they are trained at.
         self.judged = make_objective(options.objective, data.tokenizer, 0.15)
-        self.last = True  # a run that is done already evaluates on all of the text
         self.model: LanguageModel = make_model(self.learnt, data.tokenizer, options, data.max_length)
         self.config = self.model.config
 
     def at_step(self, step: int, total: int) -> None:
         """Hide as many tokens as this part of the run does."""
-        self.last = step == total - 1
         if isinstance(self.learnt, MaskedLM):
             self.learnt.mask_rate = [rate for share, rate in self.options.mask_rates if share * total <= step][-1]
 
@@ -140,10 +150,10 @@ class Pretraining:
         with self.learnt.ready(model):
             return summed(model, batches, total, one_pass)
 
-    def evaluate(self, model: Any) -> Evaluation | None:
+    def evaluate(self, model: Any, at_the_end: bool) -> Evaluation | None:
         """Figures on the held-out text of each source, and on all of it; None without any."""
         scores: dict[str, Score] = {}
-        budget = None if self.last else self.options.eval_tokens
+        budget = None if at_the_end else self.options.eval_tokens
         for name, shards in self.data.held_out.items():
             texts = (shard[i] for shard in shards for i in range(len(shard)))
             with contextlib.suppress(InputError):  # a source may hold out a text too short to hide anything in
@@ -197,6 +207,10 @@ class Skeleton:
         folder.mkdir(parents=True, exist_ok=True)
         self.run.config.save_pretrained(folder)
         self.run._save_tokenizer(folder)
+
+    def without_labels(self, batch: Batch) -> Batch:
+        """A batch with nothing to say."""
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def rebuild(self, weights: Mapping[str, Tensor]) -> Any:
         """A model of these weights."""
@@ -261,6 +275,7 @@ def pretrain(
     if not chosen.output:
         raise InputError("output is not given; name a folder for the run")
     folder = Path(chosen.output).resolve()
+    check_libraries("accelerate", "jinja2", "matplotlib")
     where = process(chosen)
     if not where.is_main_process:
         say = _silent
@@ -269,6 +284,10 @@ def pretrain(
         where.wait_for_everyone()
         # One process computes the checksums; all map the files.
         prepared = Data.open(chosen.data, chosen.verify and where.is_main_process)
+        if chosen.micro_tokens < prepared.max_length:
+            raise InputError(
+                f"micro_tokens is {chosen.micro_tokens}, and texts of the data have up to {prepared.max_length} tokens"
+            )
         run = Pretraining(chosen, prepared)
         if resume and checkpoints(folder):
             check_same(run.model, last_checkpoint(folder)[0])

@@ -111,6 +111,8 @@ class Manifest:
                 raise InputError(f"{path} is of the format {found!r}; this version reads {FORMAT!r}")
             sources = {name: _source(source) for name, source in values.pop("sources").items()}
             return cls(**values, sources=sources)
+        except InputError:
+            raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path} is no manifest: {type(error).__name__} {error}") from error
 

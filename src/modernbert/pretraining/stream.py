@@ -75,6 +75,9 @@ class PassStream:
         unknown = sorted(set(weights or ()) - set(sources))
         if unknown:
             raise InputError(f"weight is given for {unknown[0]}; the data has {', '.join(sources)}")
+        forgotten = [name for name in sources if weights and name not in weights]
+        if forgotten:
+            raise InputError(f"weight is not given for {forgotten[0]}; give one for every source, 0 leaves one out")
         if any(weight < 0 for weight in chosen.values()):
             raise InputError(f"weights are {dict(chosen)}; they must not be negative")
         names = [name for name in sources if chosen[name] > 0 and sizes[name]]

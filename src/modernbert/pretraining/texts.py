@@ -128,8 +128,11 @@ class Cutter:
             cut.append([])
             for parts in texts:
                 ids = np.concatenate([next(beginnings), *parts[1:]])
-                for i in range(0, len(ids), room):  # a sentence may be longer than the context
-                    cut[-1].append(np.concatenate([before, ids[i : i + room], behind]))
+                while len(ids) > room:  # a sentence may be longer than the context
+                    fits = self._words(ids, room) or room
+                    cut[-1].append(np.concatenate([before, ids[:fits], behind]))
+                    ids = ids[fits:]
+                cut[-1].append(np.concatenate([before, ids, behind]))
         return cut
 
     def texts(self, documents: Iterable[str]) -> Iterator[list[Ids]]:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modernbert.errors import InputError
+from modernbert.errors import CheckpointError, InputError
 
 STATE, ABOUT = "optimizer.safetensors", "trainer.json"
 
@@ -137,7 +137,10 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
 
 def read_state(checkpoint: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint to go on with."""
-    return load_file(checkpoint / STATE)
+    try:
+        return load_file(checkpoint / STATE)
+    except SafetensorError as error:
+        raise CheckpointError(f"{checkpoint / STATE} is not a whole safetensors file: {error}") from error
 
 
 @contextlib.contextmanager

@@ -34,35 +34,11 @@ class Evaluation:
     predictions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
-class Item(Protocol):
-    """Something to learn from."""
-
-    @property
-    def rows(self) -> Sequence[Any]:
-        """Ids of what the model reads of it."""
-        ...
-
-    @property
-    def label(self) -> Any:
-        """What it should say; its form is the task's."""
-        ...
-
-    @property
-    def record(self) -> Any:
-        """What it came from, for messages."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all its rows."""
-        ...
-
-
 class Step(NamedTuple):
     """What one step trains on.
 
     Attributes:
-        passes: the items of each forward pass.
+        passes: the items of each forward pass; an item has `tokens`, how many it is of, and a `record` for messages.
         epoch: passes over the data that are done after it.
         place: what the feed must be told to go on from here, for JSON.
     """
@@ -100,6 +76,7 @@ class Objective(Protocol):
 
     metric: str
     greater_is_better: bool
+    reads_more_at_the_end: bool
 
     def collate(self, examples: Sequence[Any], seeds: Sequence[int]) -> Batch:
         """A packed batch: what the model is called with, labels included.
@@ -129,8 +106,13 @@ class Objective(Protocol):
         """
         ...
 
-    def evaluate(self, model: Any) -> Evaluation | None:
-        """How the model does on held-out examples; None without any."""
+    def evaluate(self, model: Any, at_the_end: bool) -> Evaluation | None:
+        """How the model does on held-out examples; None without any.
+
+        Args:
+            model: as it is.
+            at_the_end: whether it is the finished model. Evaluations before the end are compared with each other.
+        """
         ...
 
     def save(self, model: Any, folder: Path) -> None:
@@ -158,6 +140,10 @@ class Frame(Protocol):
 
     def save(self, model: Any, folder: Path) -> None:
         """Write all but the weights."""
+        ...
+
+    def without_labels(self, batch: Batch) -> Batch:
+        """A batch that nothing is learnt from."""
         ...
 
     def rebuild(self, weights: Mapping[str, Tensor]) -> Any:

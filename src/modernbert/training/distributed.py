@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from modernbert.errors import CheckpointError, InputError
@@ -61,13 +61,17 @@ def accelerator(options: TrainingOptions, output: Path) -> Any:
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
         raise InputError("Accelerate is set up for FSDP; launch with its defaults and give --shard, which uses FSDP2")
     try:  # `precision` says what is computed in bfloat16, not Accelerate's environment
-        made = Accelerator(cpu=True if _on_cpu(options) else None, mixed_precision="no", **tracked)
+        return Accelerator(cpu=True if _on_cpu(options) else None, mixed_precision="no", **tracked)
     except ValueError as error:
         raise InputError(f"this process uses Accelerate in another way already: {error}") from error
+
+
+def start_trackers(accelerator: Any, options: TrainingOptions) -> bool:
+    """Begin to tell the trackers of the options; whether there are any."""
     if options.tracker:
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
-        made.init_trackers("modernbert", config=settings)
-    return made
+        accelerator.init_trackers("modernbert", config=settings)
+    return bool(options.tracker)
 
 
 def is_lost(error: Exception) -> bool:
@@ -108,11 +112,6 @@ def shard(model: Any, device: torch.device) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` was called on a model."""
-    return any(_is_distributed(parameter) for parameter in model.parameters())
 
 
 def whole(value: Tensor) -> Tensor:
@@ -209,7 +208,13 @@ class Rows:
 
     def __enter__(self) -> Rows:
         self._stack = contextlib.ExitStack()
-        self.opened = [self._stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+        self.opened = []
+        for file in self.files:
+            try:
+                self.opened.append(self._stack.enter_context(safe_open(file, framework="pt")))
+            except SafetensorError as error:
+                self._stack.close()
+                raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
         self.keys = set(self.opened[0].keys())
         return self
 

@@ -7,23 +7,20 @@ not been. Every label of a step weighs the same, however many forward passes and
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from modernbert.errors import DivergedError, InputError, InterruptedRunError
-from modernbert.models.backbone import Backbone
 from modernbert.native.library import denormals_flushed
-from modernbert.training.adapters import has_adapters
 from modernbert.training.checkpoints import (
     checkpoints,
     discard,
@@ -44,8 +41,10 @@ from modernbert.training.distributed import (
     own_state,
     restore_own_state,
     shard,
+    start_trackers,
     whole,
 )
+from modernbert.training.evaluating import evaluating
 from modernbert.training.examples import moved, shared_out, shortened
 from modernbert.training.folder import append_metrics, trim_metrics
 from modernbert.training.optimizers import freeze, make_optimizer
@@ -77,7 +76,7 @@ def fit(
         resume: go on from the last checkpoint under `output`.
         report: called after every step.
         begin: called once everything is set up, before the first step.
-        frame: given where no process is to have the whole model, which is shared over them all.
+        frame: given where weights, gradients and optimizer are shared over the processes while they train.
 
     Raises:
         InputError: there is nothing to train, or a tracker is not known.
@@ -115,6 +114,7 @@ class _Run:
             shard(self.bare, self.accelerator.device)
         optimizer = make_optimizer(self.bare, options)
         self.step, self.since_best, self.stopped, self.ended = 0, 0, "", False
+        self.is_whole = True  # weights and optimizer are those after `step`, not in the middle of another one
         self.seconds, self.tokens = 0.0, 0
         self.best: tuple[int, float] | None = None
         if resume and checkpoints(output):
@@ -129,8 +129,16 @@ class _Run:
         return bool(self.accelerator.is_main_process)
 
     def run(self) -> Outcome:
+        try:
+            return self._run()
+        except RuntimeError as error:
+            if not is_lost(error):
+                raise
+            self._lost(error)
+
+    def _run(self) -> Outcome:
         options, objective = self.options, self.objective
-        trackers = bool(options.tracker)
+        trackers = start_trackers(self.accelerator, options)
         if self.is_main:
             trim_metrics(self.output, self.step)
         began, speed = self.seconds, 0.0
@@ -141,13 +149,8 @@ class _Run:
         while self.step < self.total and not self.stopped:
             started = time.perf_counter()
             step = next(steps)
-            try:
-                loss, norm, count = self._train_step(step)
-            except RuntimeError as error:
-                if not is_lost(error):
-                    raise
-                self._lost(error)
-            self.step, self.place = self.step + 1, step.place
+            loss, norm, count = self._train_step(step)
+            self.step, self.place, self.is_whole = self.step + 1, step.place, True
             took = time.perf_counter() - started
             self.seconds, self.tokens = self.seconds + took, self.tokens + count
             speed = count / took if not speed else 0.95 * speed + 0.05 * count / took
@@ -174,7 +177,8 @@ class _Run:
             )
             self._record(progress, trackers)
             wanted = self.step % options.save_every == 0 if options.save_every else evaluated_at == self.step
-            if wanted or last or self.stopped or self.ended or self.best == (self.step, figures.get(objective.metric)):
+            is_best = options.keep_best and self.best == (self.step, figures.get(objective.metric))
+            if wanted or last or self.stopped or self.ended or is_best:
                 self._save()
             if self.ended:
                 self._end()
@@ -185,8 +189,8 @@ class _Run:
             else:
                 self.objective.load_weights(self.bare, best)
             evaluated_at = -1
-        if evaluated_at != self.step:
-            evaluation = self._evaluate()
+        if evaluated_at != self.step or objective.reads_more_at_the_end:
+            evaluation = self._evaluate(at_the_end=True)
         if trackers:
             self.accelerator.end_training()
         if self.frame is not None:
@@ -211,6 +215,11 @@ class _Run:
         mine = range(accelerator.process_index, len(shares), processes)
         weight = processes if mine else 0  # gradients are averaged over processes; one without a share adds nothing
         batches = [self.objective.collate(shares[i], drawn[i]) for i in mine or [len(shares) - 1]]
+        if self.frame is not None:  # every process has to take part in every pass
+            weight = processes
+            batches = batches[: len(mine)]
+            while len(batches) < -(-len(shares) // processes):
+                batches.append(self.frame.without_labels(self.objective.collate(shares[-1], drawn[-1])))
         counted = torch.tensor(
             [bool(weight) * sum(self.objective.count(batch) for batch in batches), float(self.told_to_end.is_set())],
             dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32,
@@ -248,6 +257,7 @@ class _Run:
         norm = float(whole(accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._diverged(loss, norm, step)
+        self.is_whole = False
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm, sum(item.tokens for some in step.passes for item in some)
@@ -268,10 +278,10 @@ class _Run:
             f"step's examples: {texts}{more}"
         )
 
-    def _lost(self, error: Exception) -> None:
+    def _lost(self, error: Exception) -> NoReturn:
         """Another process is gone: keep what was done, and say what to do."""
-        if self.is_main and self.frame is None and self.step > self.begun and self.place is not None:
-            with contextlib.suppress(OSError):  # weights and optimizer are those of the last whole step
+        if self.is_main and self.frame is None and self.step > self.begun and self.is_whole:
+            with contextlib.suppress(OSError):
                 self._save(alone=True)
         found = checkpoints(self.output)
         kept = f"go on from {found[-1]} with resume" if found else "no checkpoint was made yet"
@@ -279,36 +289,20 @@ class _Run:
             f"a process of the run was lost after step {self.step} ({' '.join(str(error).split())[:120]}); {kept}"
         ) from error
 
-    def _end(self) -> None:
+    def _end(self) -> NoReturn:
         """The process was told to end, and what it did is saved: say so."""
         raise InterruptedRunError(
             f"told to end (SIGTERM) after step {self.step} of {self.total}; go on from "
             f"{self.output / f'checkpoint-{self.step}'} with resume"
         )
 
-    def _evaluate(self) -> Evaluation | None:
+    def _evaluate(self, at_the_end: bool = False) -> Evaluation | None:
         """Evaluate the model as it is; every process gets the figures."""
         evaluation = None
-        if self.frame is not None:  # no process has the whole model
-            self.bare.eval()
-            with torch.no_grad(), autocast(self.options.precision, self.accelerator.device):
-                evaluation = self.objective.evaluate(self.bare)
-            self.bare.reshard()  # a backward pass would
-            self.bare.train()
-        elif self.is_main:
-            self.bare.eval()
-            model = self.bare.get_base_model() if has_adapters(self.bare) else self.bare
-            packed = model is self.bare and self.accelerator.device.type == "cpu"
-            if packed:
-                model = copy.deepcopy(model).optimize_for_inference()
-            precision = "float32" if packed else self.options.precision
-            with torch.no_grad(), autocast(precision, self.accelerator.device):
-                evaluation = self.objective.evaluate(model)
-            if packed:  # it holds itself in a circle, and would wait long to be collected
-                for module in model.modules():
-                    if isinstance(module, Backbone):
-                        module.fused = None
-            self.bare.train()
+        if self.is_main or self.frame is not None:
+            options, device = self.options, self.accelerator.device
+            with evaluating(self.bare, options.precision, device, self.frame is not None) as model:
+                evaluation = self.objective.evaluate(model, at_the_end)
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -369,7 +363,6 @@ class _Run:
             "tokens": self.tokens,
             "data": self.feed.fingerprint,
             "place": self.place,
-            "options": dataclasses.asdict(self.options),
         }
         # The one before stays, with the best one that it knows of, in case this one turns out to be of no use.
         before = checkpoints(self.output)[-1:]
@@ -389,10 +382,10 @@ class _Run:
         else:
             self.objective.load_weights(self.bare, checkpoint)
             restore_optimizer(self.bare, optimizer, read_state(checkpoint))
-        self.step, self.place = step_of(checkpoint), about["place"]
+        self.step, self.place = step_of(checkpoint), about.get("place")
         self.seconds, self.tokens = about["seconds"], about["tokens"]
         best = about["best"]
-        if best is not None and (self.output / f"checkpoint-{best[0]}").is_dir():
+        if best is not None and (not self.options.keep_best or (self.output / f"checkpoint-{best[0]}").is_dir()):
             self.best = (int(best[0]), float(best[1]))
         self.since_best = about["since_best"]
         self._stop_if_patience_ends()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -89,6 +90,13 @@ def check_unchanged(folder: Path, before: Mapping[str, Any], options: TrainingOp
         now = getattr(options, name)
         if name not in CHANGEABLE and name not in free and now != value:
             raise InputError(f"{name} is {now!r} and the run in {folder} has {value!r}; resume it with the same")
+
+
+def check_libraries(*names: str) -> None:
+    """Raise `InputError` before the work where a library is missing that is wanted after it."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"training needs {name}: pip install 'modernbert[train]'")
 
 
 def append_metrics(folder: Path, values: Mapping[str, Any]) -> None:

@@ -44,6 +44,7 @@ class Task(abc.ABC):
     group_field: ClassVar[str | None] = None  # rows with equal values of it are held out together
     metric: str
     greater_is_better: bool = True
+    reads_more_at_the_end: bool = False
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -132,7 +133,7 @@ class Task(abc.ABC):
 
     # Evaluation
 
-    def evaluate(self, model: Any) -> Evaluation | None:
+    def evaluate(self, model: Any, at_the_end: bool) -> Evaluation | None:
         """Figures on the held-out examples."""
         return self.judge(model, self.held_out) if self.held_out else None
 

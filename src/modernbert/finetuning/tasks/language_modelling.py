@@ -30,7 +30,7 @@ class LanguageModelling(Task):
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
         """An example a piece."""
         documents = [text_of(row, "text") for row in rows]
-        texts = Cutter(self.tokenizer.backend, self.max_length).texts(documents)
+        texts = Cutter(self.tokenizer.backend, self.max_length, short=0.5).texts(documents)
         pieces = [ids.tolist() for some in texts for ids in some]
         self.notes.append(f"{len(documents)} texts make {len(pieces)} pieces, {sum(map(len, pieces))} tokens")
         return [Example([ids], None, {"text": self.tokenizer.decode(ids[:20])}) for ids in pieces]
