@@ -38,6 +38,7 @@ def write_report(
     page = environment.from_string(template).render(
         title=f"{task}: {folder.name}",
         results=results,
+        parts=_by_part(results["figures"]),
         duration=duration,
         curves=[figure for figure in _curves(history) if figure],
         evaluations=[row for row in history if any(name.startswith("eval_") for name in row)],
@@ -48,6 +49,16 @@ def write_report(
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+def _by_part(figures: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Figures of parts of the data, "metric/part", by part."""
+    parts: dict[str, dict[str, float]] = {}
+    for name, value in figures.items():
+        metric, found, part = name.partition("/")
+        if found:
+            parts.setdefault(part, {})[metric] = value
+    return parts
 
 
 def _curves(history: list[dict[str, Any]]) -> list[str]:
@@ -64,11 +75,16 @@ def _curves(history: list[dict[str, Any]]) -> list[str]:
         _picture("real tokens a second", steps, {"": _column(history, "tokens_per_second")}),
     ]
     names = [name for name in (judged[0] if judged else {}) if name.startswith("eval_")]
-    shares = [name for name in names if all(0 <= row.get(name, 2) <= 1 for row in judged)]
-    groups = [("evaluation", shares)] + [(name.removeprefix("eval_"), [name]) for name in names if name not in shares]
+    whole = [name for name in names if "/" not in name]
+    shares = [name for name in whole if all(0 <= row.get(name, 2) <= 1 for row in judged)]
+    groups = [("evaluation", shares)]
+    for name in whole:  # with what it is of each part of the data
+        parts = [part for part in names if part.startswith(f"{name}/")]
+        if parts or name not in shares:
+            groups.append((name.removeprefix("eval_"), [name, *parts]))
     for title, group in groups:
         if group and len(judged) > 1:
-            lines = {name.removeprefix("eval_"): _column(judged, name) for name in group}
+            lines = {name.removeprefix("eval_").rpartition("/")[2]: _column(judged, name) for name in group}
             pictures.append(_picture(title, [row["step"] for row in judged], lines, marker="o"))
     return pictures
 
@@ -96,7 +112,7 @@ def _picture(title: str, steps: list[int], lines: dict[str, list[float]], marker
         faint = name == "each step"
         axes.plot(
             steps, values, label=name, linewidth=0.8 if faint else 1.6, alpha=0.35 if faint else 1.0, marker=marker,
-            markersize=3, color="#1d4ed8" if len(lines) <= 2 else f"C{i}",
+            markersize=3, color="#1d4ed8" if len(lines) == 1 or "each step" in lines else f"C{i}",
         )  # fmt: skip
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("step", fontsize=8)
