@@ -34,6 +34,13 @@ def launched(*arguments):
     return done
 
 
+def alone(*arguments):
+    """In this process."""
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    assert not end.value.code
+
+
 def one_thread():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -53,10 +60,7 @@ def close(folder, other):
 @pytest.mark.parametrize("optimizer", ["stableadamw", "muon"])
 def test_two_processes_train_as_one(optimizer, prepared, tmp_path):
     """Replicated and sharded; the sharded one stops half-way and goes on."""
-    subprocess.run(
-        [sys.executable, "-m", "modernbert", *command(prepared, tmp_path / "one", "--optimizer", optimizer)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    alone(*command(prepared, tmp_path / "one", "--optimizer", optimizer))
     launched(*command(prepared, tmp_path / "two", "--optimizer", optimizer))
     launched(*command(prepared, tmp_path / "parts", "--optimizer", optimizer, "--shard"))
     one = losses(tmp_path / "one")
@@ -70,11 +74,7 @@ def test_two_processes_train_as_one(optimizer, prepared, tmp_path):
 def test_a_process_without_a_text_takes_part_all_the_same(prepared, tmp_path):
     """Steps of three texts, a pass each, on two sharded processes."""
     few = ["--micro-tokens", "32", "--batch-tokens", "96", "--max-steps", "6"]
-    subprocess.run(
-        [sys.executable, "-m", "modernbert", *command(prepared, tmp_path / "one", *few)],
-        check=True,
-        capture_output=True,
-    )
+    alone(*command(prepared, tmp_path / "one", *few))
     launched(*command(prepared, tmp_path / "two", *few, "--shard"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     close(tmp_path / "one", tmp_path / "two")

@@ -184,12 +184,14 @@ def split(document: str, least: int) -> list[str]:
     White space stays at the beginning of pieces, where tokenizers that split words from each other leave it, so that
     the tokens of the pieces are those of the whole.
     """
-    pieces, start = [], 0
-    for match in _END.finditer(document):
+    pieces, start, look = [], 0, least
+    while match := _END.search(document, look):
         end = match.end()
         if end - start >= least and document[start:end].strip():
             pieces.append(document[start:end])
-            start = end
+            start, look = end, end + least
+        else:
+            look = end + 1
     if start < len(document):
         pieces.append(document[start:])
     return pieces
