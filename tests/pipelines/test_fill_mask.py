@@ -268,4 +268,4 @@ def test_the_small_model_is_small_and_complete():
         "tokenizer_config.json",
     }
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 10 * 10**6
-    assert transformers.AutoModelForMaskedLM.from_pretrained(folder).config.vocab_size == 8192
+    assert transformers.AutoModelForMaskedLM.from_pretrained(folder).config.vocab_size == 2048
