@@ -55,8 +55,8 @@ def test_json_one_object_a_line_in_order_from_standard_input_and_from_a_file(tmp
 
 
 def test_targets():
-    done = run("run", "--json", "The dog ran across the [MASK].", "--target", "road", "--target", "moon")
-    assert {a["token_str"] for a in json.loads(done.stdout)["output"]} == {" road", " moon"}
+    done = run("run", "--json", "The dog ran across the [MASK].", "--target", "house", "--target", "door")
+    assert {a["token_str"] for a in json.loads(done.stdout)["output"]} == {" house", " door"}
 
 
 @pytest.mark.parametrize(
