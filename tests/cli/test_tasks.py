@@ -247,7 +247,7 @@ def test_a_question_that_is_missing_is_said(heads, capsys):
 def test_info_says_what_a_checkpoint_is(heads, capsys):
     code, out, _ = called(capsys, "info", small_model())
     assert code == 0
-    for part in ("ModernBertForMaskedLM", "4,401,664", "64 tokens to either side", "model.safetensors", "8.8 MB"):
+    for part in ("ModernBertForMaskedLM", "3,937,792", "64 tokens to either side", "model.safetensors", "7.9 MB"):
         assert part in out
     code, out, _ = called(capsys, "info", heads / "SequenceClassification", "--json", "--lengths", "100,200")
     found = json.loads(out)
@@ -287,7 +287,7 @@ print((memory("VmHWM") - before) / activation_bytes(config, 24000, 4))
 
 def test_pages_are_written(heads, tmp_path, capsys):
     code, out, _ = called(capsys, "attention", "The dog ran.", "--output", tmp_path / "a.html")
-    assert (code, "4 layers, 6 tokens" in out) == (0, True)
+    assert (code, "6 layers, " in out) == (0, True)
     code, out, _ = called(
         capsys,
         *("attribution", "The dog ran.", "--model", heads / "SequenceClassification", "--target", "LABEL_1"),

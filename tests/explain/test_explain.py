@@ -51,8 +51,8 @@ def test_the_page_of_attention_holds_every_weight_and_fetches_nothing(tokenizer)
     assert not re.search(r"(?:src|href)=|https?://|@import", page)
     data = data_of(page)
     n = len(data["tokens"])
-    assert data["heads"] == [4, 2, 4, 4]
-    assert data["kinds"] == ["global", "local", "local", "global"]
+    assert data["heads"] == [4, 2, 4, 4, 4, 4]
+    assert data["kinds"] == ["global", "local", "local"] * 2
     for text, weights in zip(data["layers"], found.weights, strict=True):
         drawn = np.frombuffer(base64.b64decode(text), np.uint8).reshape(-1, n, n) / 255
         np.testing.assert_allclose(drawn**2, weights.numpy(), atol=0.004)
@@ -71,9 +71,9 @@ def test_attributions_add_up_to_the_score(masked_lm, tokenizer):
     assert abs(found.error) <= 0.05 * abs(found.score - found.baseline)
     special = [i for i, token in enumerate(found.tokens) if token in ("[CLS]", "[SEP]", "[MASK]")]
     assert all(found.scores[i] == 0 for i in special)
-    other = attribute(masked_lm, tokenizer, text, target="pocket")
-    assert other.target == " pocket"
-    assert other.score == pytest.approx(probabilities[tokenizer.convert_tokens_to_ids("Ġpocket")].item(), abs=1e-6)
+    other = attribute(masked_lm, tokenizer, text, target="hand")
+    assert other.target == " hand"
+    assert other.score == pytest.approx(probabilities[tokenizer.convert_tokens_to_ids("Ġhand")].item(), abs=1e-6)
 
 
 def test_what_a_label_rests_on(tokenizer):
