@@ -25,5 +25,9 @@ class InterruptedRunError(RuntimeError):
     """A training run was told to stop, or lost one of its processes; the message says what it goes on from."""
 
 
+class QuantizationError(ValueError):
+    """Quantizing a model would cost more than was allowed; the message gives what it would."""
+
+
 class BackendError(RuntimeError):
     """An attention backend asked for by name cannot run here; the message gives the reason."""

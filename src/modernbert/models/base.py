@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -11,19 +10,17 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from modernbert.checkpoint import dtype_of, read_weights, weight_files, weight_names, write_weights
+from modernbert.checkpoint import dtype_of, weight_files, weight_names, write_weights
 from modernbert.config import Config
-from modernbert.errors import CheckpointError
 from modernbert.hub import Source
 from modernbert.models.initialization import initial_std, initialize
 from modernbert.models.layers import MLP, Attention, Linear
+from modernbert.models.loading import load_weights
+from modernbert.models.quantization.gate import quantize_loaded
+from modernbert.models.quantization.modules import QuantizedEmbedding, part_names, quantized_modules
+from modernbert.models.quantization.options import Record, resolve
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.ops.attention import AttentionBackend, choose_backend
-
-logger = logging.getLogger(__name__)
-
-# Every head's parameters begin with one of these. A checkpoint of another head may hold them beside the encoder.
-_HEADS = ("head.", "lm_head.", "decoder.", "classifier.")
 
 
 class PreTrainedModel(nn.Module):
@@ -103,7 +100,9 @@ class PreTrainedModel(nn.Module):
             device: where the weights go; an index means that GPU, or the CPU where there is none.
             device_map: "auto" takes the GPU where there is one; else like `device`.
             attn_implementation: see the class.
-            quantization_config: not served by this release.
+            quantization_config: quantize after loading: "int8", "int4", "int8-weight-only", "int4-weight-only", a
+                `QuantizationConfig`, or a `BitsAndBytesConfig`. What it costs is measured, on the CPU; see
+                `modernbert.quantize`. On a GPU torchao's kernels serve, and nothing is measured.
             revision, subfolder, cache_dir, token, local_files_only: where to look; see `modernbert.hub.Source`.
             config_overrides: fields of the configuration to change, such as `num_labels=5`.
 
@@ -111,9 +110,9 @@ class PreTrainedModel(nn.Module):
             NotFoundError: no such folder, repository or file.
             CheckpointError: a tensor is unexpected or has the wrong shape, or the weights are a pickle.
             ConfigError, TypeError: an override is impossible or unknown.
+            QuantizationError: quantizing would cost more than allowed.
         """
-        if quantization_config is not None:
-            raise ValueError("quantization_config is given; this release loads float32, bfloat16 and float16 only")
+        quantization = None if quantization_config is None else resolve(quantization_config)
         source = Source(name_or_folder, revision, subfolder or "", cache_dir, token, local_files_only)
         stored = None
         if config is None or source.find("config.json") is not None:
@@ -126,84 +125,22 @@ class PreTrainedModel(nn.Module):
         files = weight_files(source)
         names = weight_names(files)
         place = resolve_device(device_map if device is None else device)
-        wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, dtype_of(names), place)
         with torch.device("meta"):
             model = cls(config, attn_implementation)
-        model._load(str(name_or_folder), files, names, place, wanted, relabelled)
+        kept_in = dtype_of(names) if model.quantization is None else resolve_dtype(config.dtype, None, place)
+        wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, place)
+        if quantization is not None and model.quantization is not None:
+            raise ValueError(f"{name_or_folder} is quantized already, as {model.quantization.scheme}")
+        load_weights(model, str(name_or_folder), files, names, place, wanted, relabelled)
         model.read_more(source)
-        return model.eval()
+        model.eval()
+        return model if quantization is None else quantize_loaded(model, quantization, source)
 
     def read_more(self, source: Source) -> None:
         """Read what a checkpoint holds for this class beside configuration and weights."""
 
     def save_more(self, folder: Path) -> None:
         """Write what `read_more` reads."""
-
-    def _load(
-        self,
-        origin: str,
-        files: list[Path],
-        names: Mapping[str, tuple[Path, tuple[int, ...], str]],
-        device: torch.device,
-        dtype: torch.dtype,
-        relabelled: bool,
-    ) -> None:
-        shapes = {name: tuple(p.shape) for name, p in self.state_dict().items()}
-        target = self._match_names(names, shapes)
-        kept: dict[str, str] = {}  # name in the checkpoint -> name in the model
-        unexpected: list[str] = []
-        misshapen: list[str] = []
-        passed_over: list[str] = []
-        for name, (_, shape, _) in names.items():
-            mine = target(name)
-            if mine in self.tied_weights and self.config.tie_word_embeddings:
-                continue  # some writers store a tied weight twice
-            if mine not in shapes:
-                (passed_over if mine.startswith(_HEADS) else unexpected).append(name)
-            elif shapes[mine] != shape:
-                if relabelled and mine.startswith("classifier."):
-                    continue
-                misshapen.append(f"{name} is {shape}, the model wants {shapes[mine]}")
-            else:
-                kept[name] = mine
-        if unexpected or misshapen:
-            what = [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
-            raise CheckpointError(f"{origin} does not fit {type(self).__name__}; " + "; ".join(what + misshapen))
-        if passed_over:
-            logger.info("%s: weights of another head are left out: %s", origin, ", ".join(passed_over))
-
-        modules = dict(self.named_modules())
-
-        def put(name: str, value: Tensor) -> None:
-            owner, _, leaf = name.rpartition(".")
-            setattr(modules[owner], leaf, nn.Parameter(value))
-
-        for name, tensor in read_weights(files, kept.__contains__):
-            put(kept[name], tensor.to(device=device, dtype=dtype, copy=True))
-        self.tie_weights()
-        missing = {name for name, p in self.named_parameters() if p.is_meta}
-        prefix = f"{self.base_model_prefix}."
-        lost = sorted(name for name in missing if not name.startswith(_HEADS))
-        if lost:
-            raise CheckpointError(f"{origin} is incomplete; it lacks {', '.join(n.removeprefix(prefix) for n in lost)}")
-        for name in missing:
-            put(name, torch.empty(shapes[name], device=device, dtype=dtype))
-        if missing:
-            initialize(self, self.config, only=missing)
-            logger.warning(
-                "%s has no weights that fit %s; they are freshly initialised", origin, ", ".join(sorted(missing))
-            )
-
-    def _match_names(self, names: Iterable[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:
-        """How the checkpoint's names become this model's: a bare encoder's names have no `model.` prefix."""
-        prefix = f"{self.base_model_prefix}."
-        theirs = any(name.startswith(prefix) for name in names)
-        ours = any(name.startswith(prefix) for name in shapes)
-        if theirs and not ours:
-            return lambda name: name.removeprefix(prefix)
-        if ours and not theirs:
-            return lambda name: name if name.startswith(_HEADS) else prefix + name
-        return lambda name: name
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Write `config.json` and the weights into a folder, which transformers 4.48 and later read too.
@@ -214,11 +151,11 @@ class PreTrainedModel(nn.Module):
             folder: made where missing.
             max_shard_size: bytes, or a text such as "500MB"; larger models are saved in shards with an index.
         """
-        weights = {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if not (self.config.tie_word_embeddings and name in self.tied_weights)
-        }
+        weights = self.state_dict()
+        if self.config.tie_word_embeddings:
+            for tied in self.tied_weights:
+                for name in part_names(tied.removesuffix("weight")):
+                    weights.pop(name, None)
         config = self.config.replace(
             extra={**self.config.extra, "architectures": [type(self).__name__]},
             dtype=str(self.dtype).removeprefix("torch."),
@@ -227,6 +164,30 @@ class PreTrainedModel(nn.Module):
         self.save_more(Path(folder))
         write_weights(Path(folder), weights, max_shard_size)
         config.save_pretrained(folder)
+
+    @property
+    def quantization(self) -> Record | None:
+        """How the model is quantized, and what was measured then; None where its weights are floats."""
+        values = self.config.extra.get("quantization_config")
+        return None if values is None else Record.from_dict(values)
+
+    def set_quantization(self, record: Record) -> None:
+        """Write down that the model is quantized; its configuration says so from now on."""
+        self.config = self.config.replace(extra={**self.config.extra, "quantization_config": record.to_dict()})
+        self.base_model.config = self.config
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode.
+
+        Raises:
+            ValueError: training is asked for, and the model is quantized.
+        """
+        if mode and self.quantization is not None:
+            raise ValueError(
+                f"{type(self).__name__} is quantized ({self.quantization.scheme}): whole numbers have no gradient. "
+                "Train the float checkpoint, and quantize what comes out"
+            )
+        return super().train(mode)
 
     # Embeddings
 
@@ -241,7 +202,8 @@ class PreTrainedModel(nn.Module):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Put another token embedding in place; a tied output follows. Ends `optimize_for_inference`."""
-        self._unpack()
+        self._refuse_quantized("set_input_embeddings")
+        self.unpack()
         self.base_model.embeddings.tok_embeddings = value
         self.tie_weights()
 
@@ -257,8 +219,8 @@ class PreTrainedModel(nn.Module):
 
     def tie_weights(self) -> None:
         """Let tied parameters share one tensor, where the configuration ties them."""
-        if not self.config.tie_word_embeddings:
-            return
+        if not self.config.tie_word_embeddings or isinstance(self.get_input_embeddings(), QuantizedEmbedding):
+            return  # quantized ones share what they were made of
         for name, source in self.tied_weights.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, self.get_parameter(source))
@@ -279,9 +241,10 @@ class PreTrainedModel(nn.Module):
             The token embedding.
 
         Raises:
-            ValueError: the size is below 1, or leaves the padding id outside.
+            ValueError: the size is below 1, or leaves the padding id outside, or the model is quantized.
         """
-        self._unpack()
+        self._refuse_quantized("resize_token_embeddings")
+        self.unpack()
         old = self.get_input_embeddings()
         size = old.num_embeddings if new_num_tokens is None else int(new_num_tokens)
         if pad_to_multiple_of is not None:
@@ -326,15 +289,16 @@ class PreTrainedModel(nn.Module):
 
         Raises:
             ConfigError: a layer or head does not exist.
-            ValueError: no head would be left in a layer.
+            ValueError: no head would be left in a layer, or the model is quantized.
         """
+        self._refuse_quantized("prune_heads")
         pruned = {**self.config.pruned_heads}
         for layer, heads in heads_to_prune.items():
             pruned[layer] = sorted({*pruned.get(layer, []), *heads})
             if len(pruned[layer]) >= self.config.num_attention_heads:
                 raise ValueError(f"prune_heads would remove all {len(pruned[layer])} heads of layer {layer}")
         config = self.config.replace(pruned_heads=pruned)  # refuses layers and heads that do not exist
-        self._unpack()
+        self.unpack()
         layers: Any = self.base_model.layers
         for layer in heads_to_prune:
             attention: Attention = layers[layer].attn
@@ -366,28 +330,41 @@ class PreTrainedModel(nn.Module):
         on its batch. Saving and copying give the plain weights back; moving, resizing and pruning end it as well.
         """
         self.eval().requires_grad_(False)
-        shared = self.get_input_embeddings().weight
+        embedding = self.get_input_embeddings()
+        shared = embedding.weight if isinstance(embedding, nn.Embedding) else None
         compiled = [m for m in self.modules() if isinstance(m, MLP)] if self.config.reference_compile else []
         left_out = {inner for mlp in compiled for inner in mlp.modules()}  # the compiler reads plain weights
         for module in self.modules():  # an attention and an MLP come before their own layers
             if isinstance(module, Attention | MLP) and module not in compiled:
                 module.pack()
             elif isinstance(module, Linear) and module not in left_out:
-                module.pack(keep_weight=module.weight is shared)
+                module.pack(keep_weight=shared is not None and module.weight is shared)
         self.base_model.fuse()
         return self
 
-    def _unpack(self) -> None:
+    def unpack(self) -> None:
+        """Undo `optimize_for_inference`, but for the mode."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.unpack()
         self.base_model.fused = None
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Count parameters, tied ones once."""
-        skipped = {id(self.get_input_embeddings().weight)} if exclude_embeddings else set()
+        """Count parameters, tied ones once; quantized ones too."""
+        embedding = self.get_input_embeddings()
+        quantized = {} if only_trainable else quantized_modules(self)
+        if isinstance(embedding, nn.Embedding):
+            skipped = {id(embedding.weight)} if exclude_embeddings else set()
+        else:
+            tied = self.get_output_embeddings() if self.config.tie_word_embeddings else None
+            out = (embedding, tied) if exclude_embeddings else (tied,)
+            quantized, skipped = {n: m for n, m in quantized.items() if m not in out}, set()
         counted = [p for p in self.parameters() if id(p) not in skipped and (p.requires_grad or not only_trainable)]
-        return sum(p.numel() for p in counted)
+        return sum(p.numel() for p in counted) + sum(math.prod(m.shape) for m in quantized.values())
+
+    def _refuse_quantized(self, what: str) -> None:
+        if self.quantization is not None:
+            raise ValueError(f"{what} needs float weights; the model is quantized ({self.quantization.scheme})")
 
     @property
     def device(self) -> torch.device:

@@ -19,6 +19,7 @@ from modernbert.config import Config
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import MLP, Layer, LayerContext, Linear
 from modernbert.models.layers import Attention as AttentionModule
+from modernbert.models.quantization.modules import QuantizedEmbedding
 from modernbert.native.library import DTYPES, Attention, Normalize
 from modernbert.native.library import Product as ProductStruct
 from modernbert.native.operations import NativeWeight, Norm, Product, Program, version_of
@@ -175,13 +176,16 @@ class FusedLayers:
         T = inputs.packing.tokens
         x_TM = torch.empty(T, self.model.config.hidden_size, dtype=torch.float32, device="cpu")
         work = torch.empty(T * self.width, dtype=self.model.dtype, device="cpu")
-        embeds_TM = inputs.embeds_TM
-        table = self.model.embeddings.tok_embeddings.weight if embeds_TM is None else embeds_TM.contiguous()
+        ids_T, embeds_TM, embedding = inputs.ids_T, inputs.embeds_TM, self.model.embeddings.tok_embeddings
+        if embeds_TM is None and isinstance(embedding, QuantizedEmbedding):
+            assert ids_T is not None
+            ids_T, embeds_TM = None, embedding(ids_T)
+        table = embedding.weight if embeds_TM is None else embeds_TM.contiguous()
         program = self.program.begin()
         program.set(0, Normalize, rows=T, table_data=table, table_stride=table.stride(0), out_data=x_TM)
         program.set(0, Normalize, table_dtype=DTYPES[table.dtype])
-        ids_T = None if inputs.ids_T is None else inputs.ids_T.long().contiguous()
         if ids_T is not None:
+            ids_T = ids_T.long().contiguous()
             program.set(0, Normalize, ids=ids_T)
         for start, x, out in ((1, x_TM, work), (3, work, x_TM), (4, x_TM, work), (5, work, x_TM)):
             program.set(slice(start, -1, _LAYER), ProductStruct, rows=T, x_data=x, out_data=out)

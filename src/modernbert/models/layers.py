@@ -48,6 +48,20 @@ class Linear(nn.Linear):
         if self.packed is not None and not keep_weight:
             self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
 
+    @staticmethod
+    def pack_together(modules: list[Linear]) -> None:
+        """Lay the weights of layers that read the same rows out as one, so that one product serves them all."""
+        biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
+        packed = pack_weight(torch.cat([module.weight for module in modules]), torch.cat(biases) if biases else None)
+        if packed is not None:
+            share(modules, packed)
+            for module in modules:
+                module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+
+    def is_native(self) -> bool:
+        """Whether our own kernels multiply by it once it is packed."""
+        return serving(self.weight.dtype, self.weight.device) is not None
+
     def unpack(self) -> None:
         """Undo `pack`."""
         if self.packed is not None and self.weight.is_meta:
@@ -75,17 +89,11 @@ class Linear(nn.Linear):
         return state
 
 
-def pack_together(modules: list[Linear]) -> None:
-    """Lay the weights of layers that read the same rows out as one, so that one product serves them all."""
-    biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
-    packed = pack_weight(torch.cat([module.weight for module in modules]), torch.cat(biases) if biases else None)
-    if packed is None:
-        return
+def share(modules: list[Linear], packed: Packed) -> None:
+    """Give layers that were packed as one their parts of it."""
     first = 0
     for module in modules:
-        rows = slice(first, first + module.out_features)
-        module.packed = PackedPart(packed, rows, module.bias)
-        module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+        module.packed = PackedPart(packed, slice(first, first + module.out_features), module.bias)
         first += module.out_features
 
 
@@ -203,8 +211,7 @@ class MLP(nn.Module):
 
     def pack(self) -> None:
         """Lay the two halves of Wi out side by side where our own kernels know the activation."""
-        known = type(self.Wi) is Linear and self.activation in ACTIVATIONS
-        if known and serving(self.Wi.weight.dtype, self.Wi.weight.device) is not None:
+        if isinstance(self.Wi, Linear) and self.activation in ACTIVATIONS and self.Wi.is_native():
             self.Wi.pack(gated=True)
 
     def _serves_packed(self, packed: NativeWeight, x_TM: Tensor) -> bool:

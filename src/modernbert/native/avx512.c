@@ -12,6 +12,14 @@
 #define MULTIPLIES 0
 #define TARGET_MAX(a, b) ((Floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define TARGET_MIN(a, b) ((Floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
+/* The signs move to the inputs, so that pairs of products fit in 16 bits. */
+static inline __m512i dot_signed(__m512i sums, __m512i weights, __m512i inputs) {
+  __m512i turned = _mm512_mask_sub_epi8(inputs, _mm512_movepi8_mask(weights), _mm512_setzero_si512(), inputs);
+  __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(weights), turned);
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+#define ZERO 0
+#define DOT(sums, weights, inputs) ((Ints)dot_signed((__m512i)(sums), (__m512i)(weights), (__m512i)(inputs)))
 #include "kernels.h"
 #include "kernels.inc"
 #if defined(__clang__)

@@ -1,13 +1,13 @@
-/* For x86 with AVX-512 and its products of bfloat16 pairs. */
+/* For x86 with AVX-512, its products of bfloat16 pairs, and its sums of four products of bytes. */
 #if defined(__x86_64__) && !defined(WITHOUT_BF16)
 #include <immintrin.h>
 #include <stdint.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma"))), apply_to = function)
 #elif defined(IMITATE_BF16)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma,prefer-vector-width=512")
 #endif
 #define LANES 16
 #define HEIGHT 12
@@ -26,6 +26,8 @@ static inline __m512 imitate(__m512 sums, __m512i a, __m512i b) {
 #else
 #define NAME avx512bf16
 #define dot(sums, pairs, others) ((Floats)_mm512_dpbf16_ps((__m512)(sums), (__m512bh)(pairs), (__m512bh)(others)))
+#define ZERO 128
+#define DOT(sums, weights, inputs) ((Ints)_mm512_dpbusd_epi32((__m512i)(sums), (__m512i)(weights), (__m512i)(inputs)))
 #endif
 #include "kernels.h"
 #include "kernels.inc"

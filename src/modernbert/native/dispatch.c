@@ -12,7 +12,7 @@
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
 #if !defined(WITHOUT_BF16) /* compilers that do not know the instruction */
-extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_avx512bf16, kernels_avx512vnni;
 #endif
 #if defined(IMITATE_BF16)
 extern const Kernels kernels_imitated;
@@ -32,6 +32,9 @@ static const struct {
 #elif !defined(WITHOUT_BF16)
     {"avx512bf16", &kernels_avx512bf16},
 #endif
+#if !defined(WITHOUT_BF16)
+    {"avx512vnni", &kernels_avx512vnni},
+#endif
     {"avx512", &kernels_avx512},
     {"avx2", &kernels_avx2},
 #endif
@@ -44,7 +47,9 @@ static int runs_here(const char *name) {
   int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 #if !defined(WITHOUT_BF16)
-  if (!strcmp(name, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+  int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (!strcmp(name, "avx512bf16")) return vnni && __builtin_cpu_supports("avx512bf16");
+  if (!strcmp(name, "avx512vnni")) return vnni;
 #endif
   if (!strcmp(name, "avx512") || !strcmp(name, "imitated")) return avx512;
   if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -1,7 +1,7 @@
 /* What the kernels take and give: plain pointers and sizes, so that one build serves every PyTorch and Python.
  *
  * Rows lie one after another, `stride` numbers apart; a row's own numbers are contiguous. Numbers are float32 or
- * bfloat16. Every row of every result depends on its own inputs alone: neither on how many rows there are, nor on the
+ * bfloat16, those of weights also integers. Every row of every result depends on its own inputs alone: neither on how many rows there are, nor on the
  * number of threads.
  */
 #ifndef MODERNBERT_KERNELS_H
@@ -9,8 +9,8 @@
 
 #include <stdint.h>
 
-enum { LAYOUT = 1 }; /* counts changes of what is below; library.py knows it */
-enum { F32 = 0, BF16 = 1 };
+enum { LAYOUT = 2 }; /* counts changes of what is below; library.py knows it */
+enum { F32 = 0, BF16 = 1, S8 = 2, S4 = 3 }; /* the last two: weights of 8 and 4 bits */
 enum { WRITE = 0, ADD = 1, GATE = 2 };
 enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
 
@@ -36,6 +36,13 @@ typedef struct {
   void *packed;
   const void *plain; /* what is packed, or unpacked into; contiguous, of the packed dtype */
   const float *bias; /* 0 where there is none */
+  /* Of S8 and S4, whose plain numbers are bytes of -127 to 127, or half-bytes 8 too large, the even ones low: */
+  int64_t group;             /* inputs that share a scale, a multiple of 4 */
+  const float *scales;       /* (outputs, groups) */
+  int64_t kept;              /* columns that are floats; their integers are zeros */
+  const int32_t *columns;    /* (kept,) */
+  const float *kept_weights; /* (outputs, kept) */
+  int64_t float_rows;        /* whether rows stay floats; else they become bytes, a scale for each group */
 } Weight;
 
 /* out = norm(x) @ weight.T + bias, or out += it, or out = activation(first half of it) * second half. */

@@ -2,7 +2,7 @@
 
 The library is built when the package is installed, where there is a C compiler; without it everything runs on PyTorch
 alone. Which vector instructions serve is chosen when it is loaded. `MODERNBERT_KERNELS` names others: avx512bf16,
-avx512, avx2, portable, or none for PyTorch alone.
+avx512vnni, avx512, avx2, portable, or none for PyTorch alone.
 
 Every row of a result depends on its own inputs alone, bit for bit, whatever the batch and the number of threads.
 """
@@ -26,10 +26,10 @@ from modernbert.errors import BackendError
 logger = logging.getLogger(__name__)
 
 FILE = Path(__file__).with_name("_kernels.so")
-_NAMES = ("avx512bf16", "avx512", "avx2", "portable")
+_NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WRITE, ADD, GATE = 0, 1, 2
-_LAYOUT = 1  # of kernels.h
+_LAYOUT = 2  # of kernels.h
 PRODUCT, NORMALIZE, ATTENTION = 0, 1, 2
 # The activations that the kernels know, by configurations' names.
 ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
@@ -48,6 +48,9 @@ def _fields(*names: str) -> list[tuple[str, Any]]:
         "norm_bias",
         "positions",
         "starts",
+        "scales",
+        "columns",
+        "kept_weights",
         "cos",
         "sin",
     )
@@ -60,7 +63,10 @@ def _fields(*names: str) -> list[tuple[str, Any]]:
 class Weight(ctypes.Structure):
     """A weight's layout."""
 
-    _fields_: ClassVar = _fields("outputs", "inputs", "gated", "dtype", "packed", "plain", "bias")
+    _fields_: ClassVar = _fields(
+        *("outputs", "inputs", "gated", "dtype", "packed", "plain", "bias"),
+        *("group", "scales", "kept", "columns", "kept_weights", "float_rows"),
+    )
 
 
 class Product(ctypes.Structure):

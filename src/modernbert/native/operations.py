@@ -88,9 +88,11 @@ class NativeWeight:
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = False) -> None:
         self.shape, self.dtype, self.gated = weight_OI.shape, weight_OI.dtype, gated
         self._bias, self._version = bias_O, version_of(bias_O)
-        plain = weight_OI.detach().contiguous()
+        self.struct = Weight(*weight_OI.shape, gated, DTYPES[weight_OI.dtype])
+        self._lay_out(weight_OI.detach().contiguous(), bias_O)
+
+    def _lay_out(self, plain: Tensor, bias_O: Tensor | None) -> None:
         bias = None if bias_O is None else bias_O.detach().float().contiguous()
-        self.struct = Weight(*plain.shape, gated, DTYPES[plain.dtype])
         self._memory = torch.empty(_library().size(self.struct) + 64, dtype=torch.uint8, device="cpu")
         self.struct.packed = -(-self._memory.data_ptr() // 64) * 64
         self.struct.plain = plain.data_ptr()
@@ -110,10 +112,13 @@ class NativeWeight:
     def to_dense(self) -> Tensor:
         """The weight, (O, I)."""
         plain = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        self._unpack_into(plain)
+        return plain
+
+    def _unpack_into(self, plain: Tensor) -> None:
         struct = Weight.from_buffer_copy(self.struct)
         struct.plain = plain.data_ptr()
         _library().lay_out("unpack", struct)
-        return plain
 
 
 class Product:
