@@ -18,6 +18,7 @@ _EXPORTS = {
     "AutoModelForSequenceClassification": "auto",
     "AutoModelForTokenClassification": "auto",
     "AutoTokenizer": "auto",
+    "BitsAndBytesConfig": "models.quantization.options",
     "DecoderCache": "models.cache",
     "GenerateOutput": "models.outputs",
     "ModernBertConfig": "config",
@@ -31,11 +32,13 @@ _EXPORTS = {
     "ModernBertForSequenceClassification": "models.sequence_classification",
     "ModernBertForTokenClassification": "models.token_classification",
     "ModernBertModel": "models.encoder",
+    "QuantizationConfig": "models.quantization.options",
     "SentenceEncoder": "models.sentence_encoder",
     "TextStreamer": "generation.text",
     "Tokenizer": "tokenizer",
     "finetune": "finetuning.run",
     "pipeline": "pipelines",
+    "quantize": "models.quantization.gate",
 }
 __version__ = "0.1.0"
 __all__ = sorted([*_EXPORTS, "__version__"])

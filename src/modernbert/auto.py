@@ -11,6 +11,8 @@ from modernbert.config import Config
 from modernbert.errors import ConfigError
 from modernbert.hub import Source
 from modernbert.models.base import PreTrainedModel
+from modernbert.models.sentence_encoder import SentenceEncoder
+from modernbert.models.sentence_layout import read_parts
 from modernbert.tokenizer import Tokenizer
 
 # model_type -> where each kind of class is. A new architecture or head is one entry.
@@ -117,6 +119,22 @@ class _AutoModelBase:
                 f"{cls.__name__} has no model for model_type {config.model_type!r}; known are {', '.join(models)}"
             )
         return _load(models[config.model_type])
+
+
+def load_as_saved(name_or_folder: str | Path, **kwargs: Any) -> Any:
+    """Load a checkpoint as the class that its `config.json` names; one that names none as a bare model.
+
+    A folder in sentence-transformers' layout becomes a `SentenceEncoder`. Arguments as of
+    `PreTrainedModel.from_pretrained`.
+
+    Raises:
+        NotFoundError, CheckpointError, ConfigError: it cannot be loaded.
+    """
+    if read_parts(Source.pop_from(name_or_folder, dict(kwargs))):
+        return SentenceEncoder.from_pretrained(name_or_folder, **kwargs)
+    config = AutoConfig.from_pretrained(name_or_folder, **_where(kwargs))
+    model = _load(_MODELS[kind_of(config.extra) or "base"][config.model_type])
+    return model.from_pretrained(name_or_folder, **kwargs)
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def test_exported_names():
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
         "AutoTokenizer",
+        "BitsAndBytesConfig",
         "DecoderCache",
         "GenerateOutput",
         "ModernBertConfig",
@@ -109,12 +110,14 @@ def test_exported_names():
         "ModernBertForSequenceClassification",
         "ModernBertForTokenClassification",
         "ModernBertModel",
+        "QuantizationConfig",
         "SentenceEncoder",
         "TextStreamer",
         "Tokenizer",
         "__version__",
         "finetune",
         "pipeline",
+        "quantize",
     ]
     for name in modernbert.__all__:
         assert getattr(modernbert, name).__doc__, f"{name} has no docstring"

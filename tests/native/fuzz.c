@@ -120,6 +120,79 @@ static void fuzz_product(const Kernels *k) {
   free(p->x.data), free((void *)p->norm.weight), free((void *)p->norm.bias), free(p->out.data), free(before.data);
 }
 
+/* Weights of 8 and 4 bits. Rows that become bytes are compared with floats that stray from them by half a step. */
+static void fuzz_integers(const Kernels *k) {
+  int64_t halves = below(2), gated = below(3) == 0, inputs = 2 * (1 + below(45)), outputs = (1 + below(70)) * (gated ? 2 : 1);
+  int64_t rows = below(4) ? below(40) : below(300), width = gated ? outputs / 2 : outputs, group = 4 * (1 + below(24));
+  if (group > inputs) group = (inputs + 3) / 4 * 4;
+  int64_t groups = (inputs + group - 1) / group, kept = below(3) ? 0 : 1 + below(inputs / 2), most = halves ? 8 : 128;
+  size_t bytes = (size_t)(halves ? outputs * inputs / 2 : outputs * inputs);
+  int8_t *plain = malloc(bytes), *numbers = malloc((size_t)(outputs * inputs));
+  int32_t *columns = malloc((size_t)kept * 4);
+  for (int64_t i = 0; i < kept; i++) columns[i] = (int32_t)(i * (inputs / kept));
+  for (int64_t i = 0; i < outputs * inputs; i++) {
+    numbers[i] = (int8_t)(below(2 * most - 1) - most + 1);
+    for (int64_t j = 0; j < kept; j++) numbers[i] = columns[j] == i % inputs ? 0 : numbers[i];
+    if (!halves) plain[i] = numbers[i];
+    else if (i % 2) plain[i / 2] |= (int8_t)((numbers[i] + 8) << 4);
+    else plain[i / 2] = (int8_t)(numbers[i] + 8);
+  }
+  Operation op = {.kind = PRODUCT};
+  Product *p = &op.product;
+  p->rows = rows;
+  float *scales = floats(outputs * groups), *kept_weights = floats(outputs * kept);
+  p->weight = (Weight){outputs, inputs, gated, halves ? S4 : S8, 0, plain, below(2) ? floats(outputs) : 0,
+                       group, scales, kept, columns, kept_weights, below(3) == 0};
+  size_t packed = (size_t)modernbert_packed_bytes(k, &p->weight);
+  p->weight.packed = aligned_alloc(64, (packed + 63) / 64 * 64);
+  modernbert_pack(k, &p->weight);
+  Weight back = p->weight;
+  back.plain = malloc(bytes);
+  modernbert_unpack(k, &back);
+  if (memcmp(back.plain, plain, bytes)) wrong++, printf("unpack integers\n");
+  p->x = rows_of(rows, inputs, below(3), below(2));
+  if (below(2)) p->norm = (Norm){floats(inputs), below(2) ? floats(inputs) : 0, 1e-5f};
+  p->epilogue = gated ? GATE : below(2) ? ADD : WRITE;
+  p->activation = 2;
+  p->out = rows_of(rows, width, below(3), F32);
+  Rows before = copy_of(&p->out, rows, width);
+  run(k, &op);
+  double *sums = malloc((size_t)outputs * 8), *stray = malloc((size_t)outputs * 8), *x = malloc((size_t)inputs * 8);
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t i = 0; i < inputs; i++) x[i] = normed(&p->norm, &p->x, r, inputs, i);
+    for (int64_t o = 0; o < outputs; o++) {
+      sums[o] = p->weight.bias ? p->weight.bias[o] : 0, stray[o] = 0;
+      for (int64_t g = 0; g < groups; g++) {
+        double top = 0, scale = scales[o * groups + g];
+        for (int64_t i = g * group; i < inputs && i < (g + 1) * group; i++) {
+          int64_t of = 0;
+          while (of < kept && columns[of] != i) of++;
+          if (of < kept) sums[o] += x[i] * kept_weights[o * kept + of];
+          else if (fabs(x[i]) > top) top = fabs(x[i]);
+        }
+        for (int64_t i = g * group; i < inputs && i < (g + 1) * group; i++) {
+          double weight = scale * numbers[o * inputs + i];
+          sums[o] += x[i] * weight;
+          if (!p->weight.float_rows) stray[o] += fabs(weight) * top / 127 * 0.501;
+        }
+      }
+    }
+    for (int64_t o = 0; o < width; o++) {
+      double limit = 1e-3 * (1 + fabs(sums[o])) + stray[o], wanted = sums[o] + (p->epilogue == ADD ? get(&before, r, o) : 0);
+      if (gated) {
+        double u = sums[o] > 0 ? sums[o] : 0, v = sums[width + o];
+        wanted = u * v;
+        limit = 1e-3 * (1 + fabs(wanted)) + stray[o] * fabs(v) + (u + stray[o]) * (stray[width + o] + 1e-3);
+      }
+      double got = get(&p->out, r, o);
+      if (!(fabs(got - wanted) <= limit) && wrong++ < 10) printf("integers: %g where %g is right\n", got, wanted);
+    }
+  }
+  free(sums), free(stray), free(x), free(plain), free(numbers), free(columns), free(scales), free(kept_weights);
+  free((void *)p->weight.bias), free(p->weight.packed), free((void *)back.plain), free(p->x.data), free(before.data);
+  free((void *)p->norm.weight), free((void *)p->norm.bias), free(p->out.data);
+}
+
 static void fuzz_normalize(const Kernels *k) {
   Operation op = {.kind = NORMALIZE};
   Normalize *n = &op.normalize;
@@ -202,13 +275,13 @@ static void fuzz_attention(const Kernels *k) {
 }
 
 int main(int count, char **arguments) {
-  static const char *names[] = {"avx512bf16", "imitated", "avx512", "avx2", "portable"};
+  static const char *names[] = {"avx512bf16", "imitated", "avx512vnni", "avx512", "avx2", "portable"};
   int64_t rounds = count > 1 ? atol(arguments[1]) : 100;
-  for (int i = 0; i < 5; i++) {
+  for (int i = 0; i < 6; i++) {
     const char *name = 0;
     const Kernels *k = modernbert_kernels(names[i], &name);
     if (!k) continue;
-    for (int64_t r = 0; r < rounds; r++) fuzz_product(k), fuzz_normalize(k), fuzz_attention(k);
+    for (int64_t r = 0; r < rounds; r++) fuzz_product(k), fuzz_integers(k), fuzz_normalize(k), fuzz_attention(k);
     printf("%s %s\n", name, wrong ? "wrong" : "right");
   }
   return wrong != 0;

@@ -13,6 +13,7 @@ from modernbert.cli.explain import attention, attribution
 from modernbert.cli.finetune import finetune
 from modernbert.cli.info import info
 from modernbert.cli.pretrain import evaluate, prepare_data, pretrain, train_tokenizer
+from modernbert.cli.quantize import quantize
 from modernbert.cli.run import embed, run, score
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app.command("prepare-data")(prepare_data)
 app.command("pretrain")(pretrain)
 app.command()(evaluate)
 app.command()(convert)
+app.command()(quantize)
 
 
 def _version(value: bool) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from modernbert.cli.flags import command
+from modernbert.cli.flags import command, tell
 from modernbert.finetuning.options import OPTIONS, FinetuneOptions
 
 finetune = typer.Typer(
@@ -27,13 +26,7 @@ def _command(task: str, options: type[FinetuneOptions]) -> Callable[..., None]:
 
         _say(f"{task}: {options.__doc__ or ''}".strip())
         result = tune(task, config=config, resume=resume, say=_say, **given)
-        if os.environ.get("RANK", "0") != "0":  # one process speaks for all
-            return
-        if result.outcome.stopped:
-            _say(f"stopped early: {result.outcome.stopped}")
-        for name, value in result.figures.items():
-            typer.echo(f"{name:<24}{value:.4f}")
-        _say(f"written to {result.output}; open {result.output / 'report.html'} for curves and errors")
+        tell(result.outcome, result.figures, result.output)
 
     example = f"modernbert finetune {task} --train train.jsonl --output runs/{task}"
     return command(options, act, "config", example, _FIRST)

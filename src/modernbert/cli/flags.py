@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modernbert.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from modernbert.training.contract import Outcome
 
 
 def command(
@@ -45,6 +49,17 @@ def command(
     typing.cast(Any, run).__signature__ = inspect.Signature(parameters)  # what typer makes flags of
     run.__doc__ = f"{options.__doc__}\n\nExample: {example}"
     return run
+
+
+def tell(outcome: Outcome, figures: Mapping[str, float], output: Path) -> None:
+    """Say how a run went: its figures on standard output, the rest beside them. One process speaks for all."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if outcome.stopped:
+        typer.echo(f"stopped early: {outcome.stopped}", err=True)
+    for name, value in figures.items():
+        typer.echo(f"{name:<32}{value:.4f}")
+    typer.echo(f"written to {output}; open {output / 'report.html'} for curves and errors", err=True)
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:

@@ -12,7 +12,8 @@ import typer
 
 from modernbert.errors import CheckpointError, InputError
 
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_BYTES = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
+_HELPERS = (".weight_scale", ".outliers", ".outlier_weight")  # of quantized weights, whose numbers they are not
 
 
 def info(
@@ -52,6 +53,7 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     from modernbert.auto import AutoConfig, kind_of
     from modernbert.checkpoint import weight_files, weight_names
     from modernbert.hub import Source
+    from modernbert.models.quantization.options import Record
     from modernbert.models.sentence_layout import read_parts
     from modernbert.tokenizer import Tokenizer
 
@@ -62,13 +64,15 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     config = AutoConfig.from_pretrained(name_or_folder, revision=revision, subfolder=inner)
     files = weight_files(body)
     names = weight_names(files)
-    counts = {name: math.prod(shape) for name, (_, shape, _) in names.items()}
-    dtypes = Counter({dtype: 0 for _, _, dtype in names.values()})
+    halves = {name: 2 if dtype == "U8" else 1 for name, (_, _, dtype) in names.items()}
+    stored = sum(math.prod(shape) * _BYTES.get(dtype, 4) for _, shape, dtype in names.values())
+    names = {name: of for name, of in names.items() if not name.endswith(_HELPERS)}
+    counts = {name: math.prod(shape) * halves[name] for name, (_, shape, _) in names.items()}
+    dtypes = Counter({_said(dtype): 0 for _, _, dtype in names.values()})
     for name, (_, _, dtype) in names.items():
-        dtypes[dtype] += counts[name]
+        dtypes[_said(dtype)] += counts[name]
     embedding = sum(n for name, n in counts.items() if name.endswith("tok_embeddings.weight"))
-    stored = sum(counts[name] * _BYTES.get(dtype, 4) for name, (_, _, dtype) in names.items())
-    item = max((_BYTES.get(dtype, 4) for dtype in dtypes), default=4)
+    item = max((_BYTES.get(dtype, 4) for _, _, dtype in names.values()), default=4)
     kinds = config.layer_types or []
     rope = config.rope_parameters or {}
     out: dict[str, Any] = {
@@ -92,6 +96,8 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
             "vocabulary": config.vocab_size,
         },
     }
+    if "quantization_config" in config.extra:
+        out["quantization"] = Record.from_dict(config.extra["quantization_config"]).to_dict()
     if any(name.startswith("classifier.") for name in counts):
         out["labels"] = {str(i): label for i, label in (config.id2label or {}).items()}
         out["architecture"]["pooling"] = getattr(config, "classifier_pooling", "last token")
@@ -110,6 +116,10 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     if config.reach("full_attention").right == 0:
         out["cache"] = {str(n): cache_bytes(config, n, item) for n in lengths}
     return out
+
+
+def _said(dtype: str) -> str:
+    return "4 bits" if dtype == "U8" else dtype
 
 
 def _window(config: Any) -> str:
@@ -169,6 +179,10 @@ def _show(found: dict[str, Any]) -> None:
         for name, value in found[section].items():
             add(f"tokenizer {name}" if section == "tokenizer" else name, value)
         table.add_section()
+    if "quantization" in found:
+        from modernbert.cli.quantize import described
+
+        add("quantized", "\n".join([found["quantization"]["scheme"], *described(found["quantization"])]))
     if "labels" in found:
         labels = list(found["labels"].values())
         add("labels", f"{len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.cli.flags import command
+from modernbert.cli.flags import command, tell
 from modernbert.errors import InputError
 from modernbert.pretraining.options import PretrainOptions
 
@@ -94,13 +93,7 @@ def _pretrain(settings: Path | None, resume: bool, given: dict[str, Any]) -> Non
     from modernbert.pretraining.run import pretrain as train
 
     result = train(settings=settings, resume=resume, say=_say, **given)
-    if os.environ.get("RANK", "0") != "0":  # one process speaks for all
-        return
-    if result.outcome.stopped:
-        _say(f"stopped early: {result.outcome.stopped}")
-    for name, value in result.figures.items():
-        typer.echo(f"{name:<32}{value:.4f}")
-    _say(f"written to {result.output}; open {result.output / 'report.html'} for the curves")
+    tell(result.outcome, result.figures, result.output)
 
 
 pretrain = command(

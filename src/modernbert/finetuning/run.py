@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,16 +26,15 @@ from modernbert.training.distributed import process
 from modernbert.training.engine import fit
 from modernbert.training.examples import ExampleFeed
 from modernbert.training.folder import (
-    RESULTS,
-    SETTINGS,
     check_libraries,
     check_unchanged,
     opened,
     read_settings,
+    settings_before,
     write_settings,
 )
-from modernbert.training.progress import Reporter
-from modernbert.training.report import write_report
+from modernbert.training.progress import Reporter, to_stderr
+from modernbert.training.report import write_results
 
 logger = logging.getLogger(__name__)
 PREDICTIONS = "predictions.jsonl"
@@ -110,7 +108,7 @@ def finetune(
     check_libraries("accelerate", "jinja2", "matplotlib", "seqeval", "sklearn")
     where = process(settings)
     if say is None:
-        say = _to_stderr if progress else logger.info
+        say = to_stderr if progress else logger.info
     with opened(folder, resume) if where.is_main_process else contextlib.nullcontext():
         where.wait_for_everyone()
         if not where.is_main_process:
@@ -148,7 +146,6 @@ def finetune(
 
         def begin() -> None:
             if where.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
                 write_settings(folder, task, settings)
             where.wait_for_everyone()
 
@@ -169,9 +166,7 @@ def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, 
     """Options of a file, of the run that goes on, and those given, which count most."""
     named = {} if config is None else read_settings(Path(config), task)
     folder = given.get("output", named.get("output"))
-    before: dict[str, Any] = {}
-    if resume and folder is not None and (Path(folder) / SETTINGS).is_file():
-        before = read_settings(Path(folder) / SETTINGS, task)
+    before = settings_before(folder, task) if resume else {}
     values = {**before, **named}
     for name, value in given.items():
         if name in ("train", "eval") and not _are_paths(value):
@@ -188,10 +183,6 @@ def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, 
     if folder is not None:
         check_unchanged(Path(folder), before, options, ("train", "eval", "output"))
     return options
-
-
-def _to_stderr(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
 
 
 def _are_paths(value: Any) -> bool:
@@ -242,18 +233,5 @@ def _finish(result: Finetuned, task: Task, options: FinetuneOptions, wall: float
     if evaluation is not None and evaluation.predictions:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
         write_text(folder / PREDICTIONS, "".join(lines))
-    results = {
-        "task": result.task,
-        "metric": task.metric,
-        "figures": result.figures,
-        "steps": outcome.steps,
-        "best_step": outcome.best_step,
-        "stopped": outcome.stopped,
-        "train_seconds": round(outcome.seconds, 2),
-        "wall_seconds": round(wall, 2),
-        "tokens": outcome.tokens,
-        "tokens_per_second": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds else None,
-        "notes": list(dict.fromkeys(task.notes)),
-    }
-    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-    write_report(folder, result.task, results, dataclasses.asdict(options), evaluation)
+    notes = list(dict.fromkeys(task.notes))
+    write_results(folder, result.task, task.metric, outcome, options, wall, notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,10 +16,10 @@ from modernbert.hub import Source
 from modernbert.models.initialization import initial_std, initialize
 from modernbert.models.layers import MLP, Attention, Linear
 from modernbert.models.loading import load_weights
+from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.models.quantization.gate import quantize_loaded
 from modernbert.models.quantization.modules import QuantizedEmbedding, part_names, quantized_modules
 from modernbert.models.quantization.options import Record, resolve
-from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.ops.attention import AttentionBackend, choose_backend
 
 
@@ -331,7 +331,7 @@ class PreTrainedModel(nn.Module):
         """
         self.eval().requires_grad_(False)
         embedding = self.get_input_embeddings()
-        shared = embedding.weight if isinstance(embedding, nn.Embedding) else None
+        shared = None if isinstance(embedding, QuantizedEmbedding) else embedding.weight
         compiled = [m for m in self.modules() if isinstance(m, MLP)] if self.config.reference_compile else []
         left_out = {inner for mlp in compiled for inner in mlp.modules()}  # the compiler reads plain weights
         for module in self.modules():  # an attention and an MLP come before their own layers
@@ -353,14 +353,14 @@ class PreTrainedModel(nn.Module):
         """Count parameters, tied ones once; quantized ones too."""
         embedding = self.get_input_embeddings()
         quantized = {} if only_trainable else quantized_modules(self)
-        if isinstance(embedding, nn.Embedding):
-            skipped = {id(embedding.weight)} if exclude_embeddings else set()
-        else:
-            tied = self.get_output_embeddings() if self.config.tie_word_embeddings else None
-            out = (embedding, tied) if exclude_embeddings else (tied,)
-            quantized, skipped = {n: m for n, m in quantized.items() if m not in out}, set()
-        counted = [p for p in self.parameters() if id(p) not in skipped and (p.requires_grad or not only_trainable)]
-        return sum(p.numel() for p in counted) + sum(math.prod(m.shape) for m in quantized.values())
+        skipped: set[object] = {embedding.weight if type(embedding) is nn.Embedding else embedding}
+        if not exclude_embeddings:
+            skipped.clear()
+        if self.config.tie_word_embeddings and isinstance(embedding, QuantizedEmbedding):
+            skipped.add(self.get_output_embeddings())
+        counted = [p for p in self.parameters() if p not in skipped and (p.requires_grad or not only_trainable)]
+        whole = [math.prod(m.shape) for m in quantized.values() if m not in skipped]
+        return sum(p.numel() for p in counted) + sum(whole)
 
     def _refuse_quantized(self, what: str) -> None:
         if self.quantization is not None:

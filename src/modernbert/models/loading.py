@@ -137,7 +137,7 @@ def _put_quantized(model: PreTrainedModel, origin: str, parts: Mapping[str, Tens
     weights = {}
     for owner in owners:
         weight = from_parts(parts, owner, record.float_rows)
-        wanted = tuple(model.get_submodule(owner[:-1]).weight.shape)
+        wanted = tuple(model.get_parameter(f"{owner}weight").shape)
         if weight.shape != wanted:
             raise CheckpointError(f"{origin}: {owner}weight is {tuple(weight.shape)}, the model wants {wanted}")
         weights[owner[:-1]] = weight
@@ -146,4 +146,3 @@ def _put_quantized(model: PreTrainedModel, origin: str, parts: Mapping[str, Tens
             if source.removesuffix(".weight") in weights:
                 weights[tied.removesuffix(".weight")] = weights[source.removesuffix(".weight")]
     put(model, weights, dtype)
-

@@ -24,6 +24,8 @@ from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Linear
+from modernbert.models.quantization.gate import quantize_loaded
+from modernbert.models.quantization.options import Record, resolve
 from modernbert.models.sentence_layout import (
     MODULES,
     SETTINGS,
@@ -116,6 +118,11 @@ class SentenceEncoder(nn.Module):
         return self.model.dtype
 
     @property
+    def quantization(self) -> Record | None:
+        """How the encoder is quantized; None where its weights are floats."""
+        return self.model.quantization
+
+    @property
     def width(self) -> int:
         """Dimensions of what is pooled."""
         dense = [part.linear.out_features for part in self.after_tokens if isinstance(part, Dense)]
@@ -200,6 +207,12 @@ class SentenceEncoder(nn.Module):
             NotFoundError: there is no such folder, repository or file.
             CheckpointError: the layout has parts that are not known here.
         """
+        quantization = kwargs.pop("quantization_config", None)
+        if quantization is not None:  # with the tokenizer of the whole folder
+            encoder = cls.from_pretrained(name_or_folder, **kwargs)
+            source = Source.pop_from(name_or_folder, dict(kwargs))
+            quantize_loaded(encoder.model, resolve(quantization), source)
+            return encoder
         source = Source.pop_from(name_or_folder, dict(kwargs))
         parts = read_parts(source)
         if not parts:

@@ -1,9 +1,9 @@
 """Weights of 8 or 4 bits, and their products with rows that are brought to 8 bits on the way.
 
-A weight is cut into groups of inputs; each output has a scale a group. A row is cut the same way, and each of its groups
-divided by its own largest number: what a row becomes depends on nothing but the row. Products of integers are exact in
-any order, so nothing depends on the batch, on any machine. A few columns may stay floats: inputs that reach far beyond
-the others would leave those no digits.
+A weight is cut into groups of inputs; each output has a scale a group. A row is cut the same way, and each of its
+groups divided by its own largest number: what a row becomes depends on nothing but the row. Products of integers are
+exact in any order, so nothing depends on the batch, on any machine. A few columns may stay floats: inputs that reach
+far beyond the others would leave those no digits.
 
 `QuantizedWeight.product` is the definition, in PyTorch's own operations; the kernels of `native` are the fast way.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,7 @@ class QuantizedWeight:
 
     def outputs(self, rows: slice) -> QuantizedWeight:
         """The part of the weight that makes these outputs."""
-        parts = {name: getattr(self, name)[rows].contiguous() for name in ("codes", "scales", "kept")}
+        parts: dict[str, Any] = {name: getattr(self, name)[rows].contiguous() for name in ("codes", "scales", "kept")}
         return dataclasses.replace(self, **parts, columns=self.columns.clone())
 
     def to_dense(self, rows: Tensor | None = None) -> Tensor:
@@ -103,10 +103,8 @@ class QuantizedWeight:
 
     def map(self, move: Callable[[Tensor], Tensor]) -> QuantizedWeight:
         """The same with every tensor moved by a function."""
-        return dataclasses.replace(self, **{name: move(getattr(self, name)) for name in TENSORS})
-
-
-TENSORS = ("codes", "scales", "columns", "kept")
+        moved: dict[str, Any] = {name: move(getattr(self, name)) for name in ("codes", "scales", "columns", "kept")}
+        return dataclasses.replace(self, **moved)
 
 
 def quantize_rows(x_TI: Tensor, group: int) -> QuantizedRows:

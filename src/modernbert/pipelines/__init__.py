@@ -63,8 +63,8 @@ def pipeline(
         device: such as "cpu", "cuda:0" or 0; None takes the CPU.
         dtype: dtype of the weights, "auto" for the checkpoint's.
         torch_dtype: older spelling of `dtype`.
-        kwargs: `attn_implementation`, `device_map`, `revision`, `subfolder`, `cache_dir`, `token`,
-            `local_files_only`, `batch_tokens`, `batch_size`, and the task's own options, which become defaults
+        kwargs: `attn_implementation`, `device_map`, `quantization_config`, `revision`, `subfolder`, `cache_dir`,
+            `token`, `local_files_only`, `batch_tokens`, `batch_size`, and the task's own options, which become defaults
             of its calls.
 
     Raises:

@@ -24,7 +24,7 @@ from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.pipelines.progress import progress_bar
 from modernbert.tokenizer import Tokenizer
 
-_LOADING = ("attn_implementation", "device_map")
+_LOADING = ("attn_implementation", "device_map", "quantization_config")
 _PLACES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 _LOOK_AHEAD = 4096  # inputs that are sorted by length together, at the most
 _BUDGETS = 8  # forward passes that a window is enough for

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from modernbert.config import Config, ModernBertConfig, ModernBertDecoderConfig
 from modernbert.errors import CheckpointError, InputError
+from modernbert.files import making
 from modernbert.hub import Source
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
 from modernbert.models.masked_lm import ModernBertForMaskedLM
@@ -117,17 +117,12 @@ def convert(
             weights = to_decoder_weights(weights)
         found = found.replace(**_special_ids(texts, tokenizer))
     model = _model(found, weights, str(source))
-    temporary = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with making(output) as temporary:
         model.save_pretrained(temporary)
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         if tokenizer is not None:
             Tokenizer.from_pretrained(tokenizer).save_pretrained(temporary)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return output
 
 
@@ -230,8 +225,8 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
 
 def _unpickled(path: Path) -> dict[str, Any]:
     """A file of plain data; what numpy's random state and Composer's clock are made of is plain too."""
-    plain: list[Any] = [np.ndarray, np.dtype, type(np.dtype(np.uint32)), type(np.dtype(np.int64)), datetime.timedelta]
-    plain.append(np._core.multiarray._reconstruct)  # type: ignore[attr-defined]
+    array: Any = np.empty(0).__reduce__()  # the function that unpickling an array calls stands first
+    plain = [array[0], np.ndarray, np.dtype, *(type(np.dtype(t)) for t in (np.uint32, np.int64)), datetime.timedelta]
     try:
         with torch.serialization.safe_globals(plain):
             whole = torch.load(path, map_location="cpu", weights_only=True)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from modernbert.errors import InputError
+from modernbert.files import making
 from modernbert.pretraining.documents import Collection, Document
 from modernbert.pretraining.shards import HELD_OUT, TRAIN, Manifest, Shard, Source, fingerprint, write_shard
 from modernbert.pretraining.texts import Cutter, Ids
@@ -60,10 +59,7 @@ def prepare_data(
     backend.no_padding()
     cutter = Cutter(backend, max_length, short, seed)
     collection = Collection(paths, held_out, column)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    temporary.chmod(0o755)
-    try:
+    with making(output) as temporary:
         writers: dict[str, _Writer] = {}
         documents, copy = itertools.tee(collection)
         tokenized = cutter.texts(document.text for document in copy)
@@ -79,9 +75,6 @@ def prepare_data(
         manifest = Manifest(fingerprint(backend), backend.get_vocab_size(), max_length, short, seed, sources)
         save_tokenizer(backend, temporary, max_length)
         manifest.write(temporary)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return manifest
 
 

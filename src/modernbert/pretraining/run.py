@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from modernbert.errors import InputError
-from modernbert.files import write_text
 from modernbert.ops.losses import IGNORED
 from modernbert.pretraining.feed import PretrainFeed
 from modernbert.pretraining.models import check_same, make_model
@@ -35,16 +33,15 @@ from modernbert.training.contract import Batch, Evaluation, Outcome, Pass, summe
 from modernbert.training.distributed import process
 from modernbert.training.engine import fit
 from modernbert.training.folder import (
-    RESULTS,
-    SETTINGS,
     check_libraries,
     check_unchanged,
     opened,
     read_settings,
+    settings_before,
     write_settings,
 )
-from modernbert.training.progress import Reporter
-from modernbert.training.report import write_report
+from modernbert.training.progress import Reporter, to_stderr
+from modernbert.training.report import write_results
 
 _NAME = "pretrain"
 
@@ -279,7 +276,7 @@ def pretrain(
     where = process(chosen)
     if not where.is_main_process:
         say = _silent
-    say = say or _to_stderr
+    say = say or to_stderr
     with opened(folder, resume) if where.is_main_process else contextlib.nullcontext():
         where.wait_for_everyone()
         # One process computes the checksums; all map the files.
@@ -300,7 +297,6 @@ def pretrain(
 
         def begin() -> None:
             if where.is_main_process:
-                folder.mkdir(parents=True, exist_ok=True)
                 write_settings(folder, _NAME, chosen)
             where.wait_for_everyone()
 
@@ -317,10 +313,6 @@ def pretrain(
         return result
 
 
-def _to_stderr(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
-
-
 def _silent(line: str) -> None:
     """Another process says it."""
 
@@ -329,9 +321,7 @@ def _settings(given: Mapping[str, Any], settings: str | Path | None, resume: boo
     """Options of a file, of the run that goes on, and those given, which count most."""
     named = {} if settings is None else read_settings(Path(settings), _NAME)
     output = given.get("output", named.get("output"))
-    before: dict[str, Any] = {}
-    if resume and output is not None and (Path(output) / SETTINGS).is_file():
-        before = read_settings(Path(output) / SETTINGS, _NAME)
+    before = settings_before(output, _NAME) if resume else {}
     options = PretrainOptions.of({**before, **named, **given}, str(settings) if settings is not None else "pretraining")
     if output is not None:
         check_unchanged(Path(output), before, options, ("data", "output", "verify", "eval_tokens", "save_dtype"))
@@ -345,18 +335,4 @@ def _finish(result: Pretrained, run: Pretraining, options: PretrainOptions, wall
     if options.save_dtype != "float32":
         model = copy.deepcopy(model).to(getattr(torch, options.save_dtype))
     run.save(model, folder)
-    results = {
-        "task": _NAME,
-        "metric": run.metric,
-        "figures": result.figures,
-        "steps": outcome.steps,
-        "best_step": outcome.best_step,
-        "stopped": outcome.stopped,
-        "train_seconds": round(outcome.seconds, 2),
-        "wall_seconds": round(wall, 2),
-        "tokens": outcome.tokens,
-        "tokens_per_second": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds else None,
-        "notes": [],
-    }
-    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-    write_report(folder, _NAME, results, dataclasses.asdict(options), outcome.evaluation)
+    write_results(folder, _NAME, run.metric, outcome, options, wall)

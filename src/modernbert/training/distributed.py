@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from modernbert.errors import CheckpointError, InputError
 from modernbert.training.options import TrainingOptions
@@ -116,25 +117,19 @@ def shard(model: Any, device: torch.device) -> None:
 
 def whole(value: Tensor) -> Tensor:
     """A tensor with the rows of all processes; all of them must call this together."""
-    return value.full_tensor() if _is_distributed(value) else value  # type: ignore[attr-defined]
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def own(value: Tensor) -> Tensor:
     """This process's rows of a tensor."""
-    return value.to_local() if _is_distributed(value) else value  # type: ignore[attr-defined]
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def like(value: Tensor, model: Tensor) -> Tensor:
     """A whole tensor, shared over the processes as another one is."""
-    if not _is_distributed(model):
+    if not isinstance(model, DTensor):
         return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)  # type: ignore[attr-defined]
-
-
-def _is_distributed(value: Tensor) -> bool:
-    return hasattr(value, "to_local")
+    return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)
 
 
 def own_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

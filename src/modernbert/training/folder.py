@@ -39,9 +39,16 @@ def read_settings(path: Path, task: str) -> dict[str, Any]:
     return {name.replace("-", "_"): value for name, value in values.items()}
 
 
+def settings_before(folder: str | Path | None, task: str) -> dict[str, Any]:
+    """The settings of the run in a folder; none where there is no run."""
+    path = None if folder is None else Path(folder) / SETTINGS
+    return read_settings(path, task) if path is not None and path.is_file() else {}
+
+
 def write_settings(folder: Path, task: str, options: TrainingOptions) -> None:
     """Write the settings of a run into its folder."""
     values = {"task": task, "modernbert": __version__, **dataclasses.asdict(options)}
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 

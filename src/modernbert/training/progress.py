@@ -65,6 +65,11 @@ class Reporter:
             sys.stderr.flush()
 
 
+def to_stderr(line: str) -> None:
+    """A line on standard error."""
+    sys.stderr.write(f"{line}\n")
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them."""
     if seconds < 60:

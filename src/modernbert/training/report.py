@@ -2,19 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from modernbert.files import write_text
-from modernbert.training.contract import Evaluation
+from modernbert.training.contract import Evaluation, Outcome
+from modernbert.training.folder import METRICS, RESULTS
+from modernbert.training.options import TrainingOptions
 from modernbert.training.progress import duration
 
 _CONFUSIONS = 25  # pairs of classes that are listed
 _MATRIX = 20  # classes that a whole matrix has room for
+
+
+def write_results(
+    folder: Path,
+    task: str,
+    metric: str,
+    outcome: Outcome,
+    options: TrainingOptions,
+    seconds: float,
+    notes: Sequence[str] = (),
+) -> None:
+    """Write `results.json` and `report.html` of a finished run.
+
+    Args:
+        folder: of the run, with its `metrics.jsonl`.
+        task: its name.
+        metric: the figure that checkpoints were compared by.
+        outcome: what `fit` returned.
+        options: the run's.
+        seconds: that it took in all.
+        notes: lines about the data.
+    """
+    results = {
+        "task": task,
+        "metric": metric,
+        "figures": {} if outcome.evaluation is None else outcome.evaluation.figures,
+        "steps": outcome.steps,
+        "best_step": outcome.best_step,
+        "stopped": outcome.stopped,
+        "train_seconds": round(outcome.seconds, 2),
+        "wall_seconds": round(seconds, 2),
+        "tokens": outcome.tokens,
+        "tokens_per_second": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds else None,
+        "notes": list(notes),
+    }
+    write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_report(folder, task, results, dataclasses.asdict(options), outcome.evaluation)
 
 
 def write_report(
@@ -33,7 +74,7 @@ def write_report(
 
     template = (files("modernbert.training") / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     history = [json.loads(line) for line in lines]
     page = environment.from_string(template).render(
         title=f"{task}: {folder.name}",

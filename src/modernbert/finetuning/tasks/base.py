@@ -55,11 +55,13 @@ class Task(abc.ABC):
 
     # Data
 
-    def learn(self, rows: Sequence[Row]) -> None:  # noqa: B027
+    def learn(self, rows: Sequence[Row]) -> None:
         """Find out what only the training rows can tell, such as the names of labels."""
+        return
 
-    def adopt(self, config: Config) -> None:  # noqa: B027
+    def adopt(self, config: Config) -> None:
         """Take over what the checkpoint knows already, such as the order of labels."""
+        return
 
     def config_changes(self) -> dict[str, Any]:
         """Fields of the configuration that the task sets."""
@@ -116,8 +118,9 @@ class Task(abc.ABC):
     def labels(self, examples: Sequence[Example]) -> Batch:
         """What the model is told of the right answers of a batch."""
 
-    def at_step(self, step: int, total: int) -> None:  # noqa: B027
+    def at_step(self, step: int, total: int) -> None:
         """Change what changes over a run."""
+        return
 
     def collate(self, examples: Sequence[Example], seeds: Sequence[int]) -> Batch:
         """A packed batch."""

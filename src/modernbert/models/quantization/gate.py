@@ -134,7 +134,9 @@ def quantize(
     weights = _weights(model, SCHEMES[config.scheme])
     originals = {name: model.get_submodule(name) for weight in weights for name in weight.names}
     try:
-        record = _let_in(model, weights, config, make_batches(texts or own_texts(), tokenizer, model, config.tokens), report)
+        record = _let_in(
+            model, weights, config, make_batches(texts or own_texts(), tokenizer, model, config.tokens), report
+        )
     except BaseException:
         for name, module in originals.items():
             put_module(model, name, module)
@@ -158,10 +160,7 @@ def quantize_loaded(model: Any, config: QuantizationConfig, source: Source) -> A
             "%s has no tokenizer.json; what quantizing costs is measured on ids drawn at random", source.name_or_folder
         )
         return quantize(model, config)
-    place = (source.revision, source.subfolder, source.cache_dir, source.token, source.local_files_only)
-    names = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
-    tokenizer = Tokenizer.from_pretrained(source.name_or_folder, **dict(zip(names, place, strict=True)))
-    return quantize(model, config, tokenizer=tokenizer)
+    return quantize(model, config, tokenizer=Tokenizer.from_pretrained(**vars(source)))
 
 
 def _weights(model: Any, steps: tuple[Scheme, ...]) -> list[_Weight]:
@@ -216,9 +215,9 @@ def _let_in(
         more = sum(w.has_more_bits() for w in weights) / len(weights)
         if not finer or round_ == _ROUNDS - 1 or more > config.most_kept:
             raise QuantizationError(
-                f"{config.scheme} was refused: the worst token's cosine is {measured.cosine_min:.4f}, {config.limit} is "
-                f"wanted, and more than {config.most_kept:.0%} of the weights would need more bits; ask for less with "
-                "min_cosine, allow more with most_kept, or choose another scheme"
+                f"{config.scheme} was refused: the worst token's cosine is {measured.cosine_min:.4f}, and "
+                f"{config.limit:.4f} is wanted; more than {config.most_kept:.0%} of the weights would need more bits. Ask for less "
+                "with min_cosine, allow more with most_kept, or choose another scheme"
             )
         for weight in finer:
             _install(model, weight, originals, _round(originals, weight, inputs))
@@ -227,9 +226,7 @@ def _let_in(
     return Record(config.scheme, finer_by_name, dataclasses.asdict(measured))
 
 
-def _round(
-    originals: Mapping[str, Any], weight: _Weight, inputs: Mapping[str, Inputs]
-) -> list[QuantizedWeight] | None:
+def _round(originals: Mapping[str, Any], weight: _Weight, inputs: Mapping[str, Inputs]) -> list[QuantizedWeight] | None:
     """A weight's layers, quantized; None where they stay bfloat16."""
     if weight.scheme is None:
         return None

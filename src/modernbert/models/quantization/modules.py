@@ -47,7 +47,7 @@ class QuantizedLinear(Linear):
         return self.out_features, self.in_features
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The numbers that the codes stand for, (out, in), made anew each time."""
         return self.dense_weight()
 
@@ -127,7 +127,7 @@ class QuantizedLinear(Linear):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(nn.Embedding):
     """An embedding with a quantized weight.
 
     Args:
@@ -137,7 +137,7 @@ class QuantizedEmbedding(nn.Module):
     """
 
     def __init__(self, weight: QuantizedWeight, padding_idx: int | None, dtype: torch.dtype) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.quantized, self.padding_idx, self.dtype = weight, padding_idx, dtype
 
@@ -147,7 +147,7 @@ class QuantizedEmbedding(nn.Module):
         return self.num_embeddings, self.embedding_dim
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The numbers that the codes stand for, (V, M), made anew each time."""
         return self.quantized.to_dense().to(self.dtype)
 
@@ -232,5 +232,7 @@ def together(weights: Iterable[QuantizedWeight]) -> QuantizedWeight | None:
         and torch.equal(w.columns, first.columns)
         for w in others
     )
-    joined = {name: torch.cat([getattr(w, name) for w in (first, *others)]) for name in ("codes", "scales", "kept")}
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(w, name) for w in (first, *others)]) for name in ("codes", "scales", "kept")
+    }
     return dataclasses.replace(first, **joined) if same else None

@@ -143,7 +143,7 @@ class Record:
             )
         if values.get("format") != FORMAT or values.get("scheme") not in SCHEMES:
             raise CheckpointError(
-                f"the checkpoint is quantized in format {values.get('format')!r}, scheme {values.get('scheme')!r}; this "
-                f"version reads format {FORMAT} with {', '.join(SCHEMES)}; a newer modernbert may read it"
+                f"the checkpoint is quantized in format {values.get('format')!r}, scheme {values.get('scheme')!r}; "
+                f"this version reads format {FORMAT} with {', '.join(SCHEMES)}; a newer modernbert may read it"
             )
         return cls(str(values["scheme"]), dict(values.get("finer") or {}), dict(values.get("measured") or {}))

@@ -1,0 +1,92 @@
+"""`modernbert quantize`: a checkpoint with weights of 8 or 4 bits, and what that costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modernbert.errors import CheckpointError, InputError
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
+    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    scheme: Annotated[str, typer.Option(help="int8, int8-weight-only, int4 or int4-weight-only.")] = "int8",
+    texts: Annotated[Path | None, typer.Option(help="Texts to measure on; the package's own if not given.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of --texts that holds the text.")] = None,
+    min_cosine: Annotated[float | None, typer.Option(help="Of the last hidden states, at every token.")] = None,
+    most_kept: Annotated[float, typer.Option(help="Share of the weights that may have more bits, to reach it.")] = 0.25,
+    tokens: Annotated[int, typer.Option(help="How many tokens of the texts to read.")] = 4096,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Quantize a checkpoint, measure what it costs, and write it if that is little enough.
+
+    Example: modernbert quantize answerdotai/ModernBERT-base --output base-int8
+    """
+    from modernbert.auto import load_as_saved
+    from modernbert.files import making
+    from modernbert.models.quantization.gate import quantize as act
+    from modernbert.models.quantization.options import QuantizationConfig
+    from modernbert.tokenizer import Tokenizer
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"--output is {output}, which is there already; name another folder")
+    config = QuantizationConfig(scheme=scheme, min_cosine=min_cosine, most_kept=most_kept, tokens=tokens)
+    given = None if texts is None else _read(texts, column)
+    if column is not None and texts is None:
+        raise InputError("--column is for --texts")
+    try:
+        tokenizer = Tokenizer.from_pretrained(source, revision=revision)
+    except CheckpointError:
+        if given is not None:
+            raise
+        tokenizer = None
+    model = load_as_saved(source, revision=revision)
+    before = sum(p.numel() * p.element_size() for p in model.parameters())
+    act(model, config, tokenizer=tokenizer, texts=given, report=lambda line: typer.echo(line, err=True))
+    with making(output) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+    after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    record = model.quantization
+    said = {"output": str(output), **record.to_dict(), "bytes": {"before": before, "after": after}}
+    if as_json:
+        typer.echo(json.dumps(said, ensure_ascii=False))
+        return
+    typer.echo(f"{output}: {scheme}, {after / 1e6:,.1f} MB; the weights were {before / 1e6:,.1f} MB")
+    for line in described(record.to_dict()):
+        typer.echo(line)
+
+
+def described(record: dict[str, Any]) -> list[str]:
+    """What a checkpoint's `quantization_config` says, in lines for people."""
+    measured, finer = record["measured"], record["finer"]
+    cosine = f"{measured['cosine_mean']:.5f}, at the worst token {measured['cosine_min']:.5f}"
+    lines = [f"cosine of the last hidden states {cosine} ({measured['tokens']:,} tokens of {measured['texts']})"]
+    if measured["agreement"] is not None:
+        lines.append(f"{measured['agreement']:.1%} of the answers are the same")
+    for how in sorted(set(finer.values())):
+        names = [name.removeprefix("model.") for name, other in finer.items() if other == how]
+        lines.append(f"{how}: {', '.join(names)}")
+    return lines
+
+
+def _read(path: Path, column: str | None) -> list[str]:
+    """Texts of a file."""
+    from modernbert.records import read_records
+    from modernbert.records.reading import sure
+
+    if not path.exists():
+        raise InputError(f"there is no file {path}")
+    texts = []
+    for record in map(sure, read_records(path)):
+        value = record.get(column or "text")
+        if not isinstance(value, str):
+            raise InputError(f"{path} has no text in the column {column or 'text'!r}; name one with --column")
+        texts.append(value)
+    return texts
