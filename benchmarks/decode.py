@@ -1,6 +1,7 @@
-"""Generation beside transformers, and beside reading the weights once a token.
+"""Generation beside transformers, quantized weights, and reading the weights once a token.
 
     python benchmarks/decode.py --dtype float32 --rounds 2
+    python benchmarks/decode.py --dtype bfloat16 --workloads 1x32+64 --contenders modernbert,modernbert-int8
 
 A random base-size decoder. Each contender runs in a process of its own, one after another; the best round counts. The
 time of a step is that of N + 1 tokens less that of one, over N. The limit is the time that this machine takes to read
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 CONTENDERS = ("modernbert", "transformers")
+SCHEMES = ("int8", "int8-weight-only", "int4", "int4-weight-only")
 WORKLOADS = ("1x32+64", "8x32+64", "1x2048+32")
 
 
@@ -38,10 +40,12 @@ def measure(contender: str, workload: str, dtype: str, folder: Path, threads: in
     torch.set_num_threads(threads)
     shape, new = workload.split("+")
     texts, prompt = map(int, shape.split("x"))
-    if contender == "modernbert":
+    if contender.startswith("modernbert"):
         from modernbert import ModernBertDecoderForCausalLM
 
-        model = ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=dtype).optimize_for_inference()
+        scheme = contender.partition("-")[2] or None
+        model = ModernBertDecoderForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=scheme)
+        model.optimize_for_inference()
     else:
         from transformers import ModernBertDecoderForCausalLM as Theirs
 
@@ -84,6 +88,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    known = ["modernbert", *(f"modernbert-{scheme}" for scheme in SCHEMES), "transformers"]
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help=f"the first is compared: {', '.join(known)}")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="TEXTSxPROMPT+NEW, with commas between")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
@@ -93,24 +99,32 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(*args.one, args.dtype, args.folder, args.threads)))
         return
+    contenders = args.contenders.split(",")
+    if unknown := [name for name in contenders if name not in known]:
+        parser.error(f"--contenders has {unknown[0]!r}; choose among {', '.join(known)}")
     checkpoint(args.folder)
     limit = read_milliseconds(args.dtype, args.threads)
     print(f"{args.dtype}: reading the weights once takes {limit:.1f} ms here")
     for workload in args.workloads.split(","):
         best: dict[str, dict[str, float]] = {}
         for _ in range(args.rounds):
-            for contender in CONTENDERS:
+            for contender in contenders:
                 command = [sys.executable, __file__, "--dtype", args.dtype, "--threads", str(args.threads)]
                 command += ["--folder", str(args.folder), "--one", contender, workload]
                 out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 new = json.loads(out.strip().splitlines()[-1])
                 old = best.get(contender)
                 best[contender] = new if old is None else {k: min(v, old[k]) for k, v in new.items()}
-        ours, theirs = best["modernbert"], best["transformers"]
+        ours = best[contenders[0]]
+        others = "".join(
+            f", {name} {of['step']:.1f} ms ({of['step'] / ours['step']:.2f} times)"
+            for name, of in best.items()
+            if name != contenders[0]
+        )
+        prompts = ", ".join(f"{of['prompt']:.0f}" for of in best.values())
         print(
-            f"{workload:10s} step {ours['step']:6.1f} ms, transformers {theirs['step']:6.1f} ms "
-            f"({theirs['step'] / ours['step']:.2f} times); {ours['step'] / limit:.2f} times the limit; "
-            f"prompt {ours['prompt']:.0f} and {theirs['prompt']:.0f} ms",
+            f"{workload:10s} step {ours['step']:6.1f} ms, {ours['step'] / limit:.2f} times the limit{others}; "
+            f"prompt {prompts} ms",
             flush=True,
         )
 

@@ -6,7 +6,7 @@ Shapes: T new tokens of all texts together, R rows of storage, H heads, D head s
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,28 @@ class Pass:
         return packing
 
 
+class Steps(NamedTuple):
+    """One new token each of N texts.
+
+    Attributes:
+        rows_N: the row of storage that each goes to.
+        first_N: the first row that each attends to.
+        length_N: how many rows that is, free ones of a ring included.
+        most: the largest of them.
+        positions_N: of the tokens.
+        storage: where keys and values lie.
+        left: how far back a token sees; None is all of its text, whose rows then hold nothing else.
+    """
+
+    rows_N: Tensor
+    first_N: Tensor
+    length_N: Tensor
+    most: int
+    positions_N: Tensor
+    storage: Storage
+    left: int | None
+
+
 class Continuation:
     """How the layers of one kind attend in one forward pass: some pieces, the new tokens' rows, and the way back.
 
@@ -85,6 +107,7 @@ class Continuation:
     ) -> None:
         self.storage = storage
         self.shared = shared
+        self.left = reach.left
         self.before: list[Piece] = []
         self.after: list[Piece] = []
         self.gathered: Gathered | None = None
@@ -122,6 +145,15 @@ class Continuation:
             self.back = torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
         elif pieces and pieces[0].rows_P is not None:
             self.back = torch.argsort(pieces[0].rows_P)
+
+    def as_steps(self) -> Steps | None:
+        """What our own kernels need where every new token goes on a text by itself; None elsewhere."""
+        shared, storage = self.shared, self.storage
+        if self.gathered is not None or shared.fresh or shared.later or self.of_T is not None or not shared.steps:
+            return None
+        lengths = [storage.ring or shared.past[i] + 1 for i in shared.steps]
+        first_N, length_N = (torch.tensor(x) for x in ([storage.starts[i] for i in shared.steps], lengths))
+        return Steps(self.rows, first_N, length_N, max(lengths), shared.positions_T, storage, self.left)
 
     def attend(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, weights: list[Any] | None) -> Tensor:
         """Attention outputs (T, H, D) of a layer's new tokens, which are added to the cache."""

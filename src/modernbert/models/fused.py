@@ -9,6 +9,7 @@ Shapes: T tokens of all texts together, M hidden size, I intermediate size, H he
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.config import Config
+from modernbert.models.continuation import Steps
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import MLP, Layer, LayerContext, Linear
 from modernbert.models.layers import Attention as AttentionModule
 from modernbert.models.quantization.modules import QuantizedEmbedding
-from modernbert.native.library import DTYPES, Attention, Normalize
+from modernbert.native.library import DTYPES, Attention, Normalize, Step
 from modernbert.native.library import Product as ProductStruct
 from modernbert.native.operations import NativeWeight, Norm, Product, Program, version_of
 from modernbert.ops.attention.native import NativeAttention
@@ -58,14 +60,17 @@ class FusedLayers:
         self.width = max(3 * max(self.heads) * model.config.head_dim, model.config.intermediate_size)
         norms = Norm.of(model.embeddings.norm), Norm.of(model.final_norm)
         self._kept: list[Any] = [*norms]
-        structs: list[Any] = []
+        whole: list[Any] = []
+        steps: list[Any] = []
         for layer in layers:
             products = _products(layer)
             self._kept += products
             qkv, *others = (product.struct for product in products)
-            structs += [qkv, _attention(model.config, layer), *others]
+            whole += [qkv, _attention(model.config, layer), *others]
+            steps += [qkv, _step(model.config, layer), *others]
         first, last = (_normalize(model.config, norm) for norm in norms)
-        self.program = Program([first, *structs, last])
+        self.program = Program([first, *whole, last])
+        self.stepping = Program([first, *steps, last])  # one new token of each text
         self._lay_out()
         modules = [m for part in (model.embeddings, model.layers, model.final_norm) for m in part.modules()]
         self._modules = modules
@@ -78,18 +83,20 @@ class FusedLayers:
 
     def _lay_out(self) -> None:
         """Strides and dtypes, which all passes share. x is float32, everything else of the weights' dtype."""
-        program, dtype, config = self.program, DTYPES[self.model.dtype], self.model.config
+        dtype, config = DTYPES[self.model.dtype], self.model.config
         own = np.array([heads * config.head_dim for heads in self.heads])
         qkv, attention, out, gate, down = (slice(1 + i, -1, _LAYER) for i in range(_LAYER))
         M, inner = config.hidden_size, config.intermediate_size
-        program.set(qkv, ProductStruct, x_stride=M, x_dtype=0, out_stride=3 * own, out_dtype=dtype)
-        program.set(out, ProductStruct, x_stride=3 * own, x_dtype=dtype, out_stride=M, out_dtype=0)
-        program.set(gate, ProductStruct, x_stride=M, x_dtype=0, out_stride=inner, out_dtype=dtype)
-        program.set(down, ProductStruct, x_stride=inner, x_dtype=dtype, out_stride=M, out_dtype=0)
         strides = {f"{x}_stride": 3 * own for x in ("q", "k", "v", "out")}
-        program.set(attention, Attention, **strides, **{f"{x}_dtype": dtype for x in ("q", "k", "v", "out")})
-        program.set(0, Normalize, out_stride=M, out_dtype=0)
-        program.set(-1, Normalize, table_stride=M, table_dtype=0, out_stride=M, out_dtype=dtype)
+        dtypes = {f"{x}_dtype": dtype for x in ("q", "k", "v", "out")}
+        for program, struct in ((self.program, Attention), (self.stepping, Step)):
+            program.set(qkv, ProductStruct, x_stride=M, x_dtype=0, out_stride=3 * own, out_dtype=dtype)
+            program.set(out, ProductStruct, x_stride=3 * own, x_dtype=dtype, out_stride=M, out_dtype=0)
+            program.set(gate, ProductStruct, x_stride=M, x_dtype=0, out_stride=inner, out_dtype=dtype)
+            program.set(down, ProductStruct, x_stride=inner, x_dtype=dtype, out_stride=M, out_dtype=0)
+            program.set(attention, struct, **strides, **dtypes)
+            program.set(0, Normalize, out_stride=M, out_dtype=0)
+            program.set(-1, Normalize, table_stride=M, table_dtype=0, out_stride=M, out_dtype=dtype)
 
     @classmethod
     def of(cls, model: Backbone) -> FusedLayers | None:
@@ -133,12 +140,17 @@ class FusedLayers:
         self, inputs: PackedInputs, shared: dict[str, LayerContext], want_states: bool
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
-        run = self._begin(inputs)
+        steps = {kind: context.cached.as_steps() for kind, context in shared.items() if context.cached is not None}
+        all_steps = bool(steps) and all(steps.values())
+        run = self._begin(inputs, self.stepping if all_steps else self.program)
         states: list[Tensor] = []
-        if any(context.cached is not None for context in shared.values()):
+        if steps and not all_steps:
             self._go_on(run, shared, states if want_states else None)
         else:
-            self._aim_attention(run, shared)
+            if steps:
+                self._aim_steps(run, shared, steps)
+            else:
+                self._aim_attention(run, shared)
             if want_states:
                 for number in range(len(self.kinds)):
                     run.program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
@@ -155,7 +167,7 @@ class FusedLayers:
         Products: qkv, out (of the attention), gate and down (of the MLP); attention: local and global; ends: embedding
         and last norm.
         """
-        run = self._begin(inputs)
+        run = self._begin(inputs, self.program)
         self._aim_attention(run, shared)
         seconds: dict[str, float] = {}
         for row in range(len(self.kinds) * _LAYER + 1):
@@ -171,7 +183,7 @@ class FusedLayers:
         seconds["ends"] += time.perf_counter() - start
         return seconds
 
-    def _begin(self, inputs: PackedInputs) -> _Pass:
+    def _begin(self, inputs: PackedInputs, program: Program) -> _Pass:
         """Memory for one pass, and the program that knows of it, but for the attention and the last norm."""
         T = inputs.packing.tokens
         x_TM = torch.empty(T, self.model.config.hidden_size, dtype=torch.float32, device="cpu")
@@ -181,7 +193,7 @@ class FusedLayers:
             assert ids_T is not None
             ids_T, embeds_TM = None, embedding(ids_T)
         table = embedding.weight if embeds_TM is None else embeds_TM.contiguous()
-        program = self.program.begin()
+        program = program.begin()
         program.set(0, Normalize, rows=T, table_data=table, table_stride=table.stride(0), out_data=x_TM)
         program.set(0, Normalize, table_dtype=DTYPES[table.dtype])
         if ids_T is not None:
@@ -215,6 +227,28 @@ class FusedLayers:
             cos, sin = context.cos_T1D, context.sin_T1D
             program.set(rows, Attention, cos=cos, sin=sin, key_cos=cos, key_sin=sin)
             program.set(rows, Attention, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
+
+    def _aim_steps(self, run: _Pass, shared: dict[str, LayerContext], steps: Mapping[str, Steps | None]) -> None:
+        """Point the attention of all layers at the caches: a new token of each text goes in, and looks back."""
+        program, work = run.program, run.work
+        size = work.element_size() * self.model.config.head_dim
+        for kind, context in shared.items():
+            numbers = [i for i, of in enumerate(self.kinds) if of == kind]
+            rows = [2 + i * _LAYER for i in numbers]
+            step = steps[kind]
+            assert step is not None
+            own, start = np.array([self.heads[i] for i in numbers]) * size, work.data_ptr()
+            program.set(rows, Step, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
+            program.set(rows, Step, cos=context.cos_T1D, sin=context.sin_T1D, texts=len(step.rows_N), most=step.most)
+            program.set(rows, Step, rows=step.rows_N, first=step.first_N, length=step.length_N)
+            if step.left is not None:
+                positions = {"positions": step.positions_N, "key_positions": step.storage.positions_R}
+                program.set(rows, Step, **positions, left=step.left)
+            pairs = [step.storage.layers[i] for i in numbers]
+            for name, stored in zip(("keys", "values"), zip(*pairs, strict=True), strict=True):
+                cells = {"data": [x.data_ptr() for x in stored], "stride": [x.stride(0) for x in stored]}
+                program.set(rows, Step, **{f"{name}_{cell}": values for cell, values in cells.items()})
+                program.set(rows, Step, **{f"{name}_dtype": DTYPES[stored[0].dtype]})
 
     def _go_on(self, run: _Pass, shared: dict[str, LayerContext], states: list[Tensor] | None) -> None:
         """The layers with a cache, which does the attention: the rest of one layer runs with the start of the next."""
@@ -273,6 +307,10 @@ def _attention(config: Config, layer: Layer) -> Attention:
     return Attention(
         heads=layer.attn.heads, head_dim=config.head_dim, left=left, right=right, scale=config.head_dim**-0.5
     )
+
+
+def _step(config: Config, layer: Layer) -> Step:
+    return Step(heads=layer.attn.heads, head_dim=config.head_dim, scale=config.head_dim**-0.5)
 
 
 def _normalize(config: Config, norm: Norm) -> Normalize:

@@ -241,12 +241,26 @@ static int normalize(const Kernels *k, const Normalize *op, int64_t threads) {
   return run(&job, threads);
 }
 
+static void run_step(Job *job, int64_t task, Scratch *scratch) {
+  const Step *op = job->operation;
+  scratch->serial = 0;
+  job->kernels->step(op, task / op->heads, task % op->heads, (float *)scratch->memory);
+}
+
+static int step(const Kernels *k, const Step *op, int64_t threads) {
+  Job job = {.run = run_step, .kernels = k, .operation = op};
+  job.plan.tasks = op->texts * op->heads;
+  job.plan.bytes = k->step_bytes(op);
+  return run(&job, threads);
+}
+
 /* Run operations one after another; 0, or what went wrong. */
 int modernbert_run(const Kernels *k, const Operation *operations, int64_t count, int64_t threads) {
   for (int64_t i = 0; i < count; i++) {
     const Operation *op = operations + i;
     int result = op->kind == PRODUCT     ? product(k, &op->product, threads)
                  : op->kind == NORMALIZE ? normalize(k, &op->normalize, threads)
+                 : op->kind == STEP      ? step(k, &op->step, threads)
                                          : attention(k, &op->attention, threads);
     if (result != OK) return result;
   }

@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-enum { LAYOUT = 2 }; /* counts changes of what is below; library.py knows it */
+enum { LAYOUT = 3 }; /* counts changes of what is below; library.py knows it */
 enum { F32 = 0, BF16 = 1, S8 = 2, S4 = 3 }; /* the last two: weights of 8 and 4 bits */
 enum { WRITE = 0, ADD = 1, GATE = 2 };
 enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
@@ -80,7 +80,23 @@ typedef struct {
   Rows q, k, v, out;
 } Attention;
 
-enum { PRODUCT = 0, NORMALIZE = 1, ATTENTION = 2 };
+/* One new token of each text: its key and value are rotated and stored, and it attends to stored rows within reach. */
+typedef struct {
+  int64_t texts, heads, head_dim;
+  const int64_t *rows;          /* (texts,) where the new keys and values go */
+  const int64_t *first;         /* (texts,) first stored row of each text */
+  const int64_t *length;        /* (texts,) how many there are, the new one among them */
+  int64_t most;                 /* the largest length */
+  const int64_t *positions;     /* (texts,) of the new tokens; 0: they see all of these rows */
+  const int64_t *key_positions; /* of all stored rows */
+  int64_t left;                 /* how far back a token sees, inclusive */
+  const float *cos, *sin;       /* (texts, head_dim) */
+  float scale;
+  Rows q, k, v, out; /* of the new tokens; `out` may be `q` */
+  Rows keys, values; /* stored */
+} Step;
+
+enum { PRODUCT = 0, NORMALIZE = 1, ATTENTION = 2, STEP = 3 };
 
 /* One operation of several that run one after another. */
 typedef struct {
@@ -89,6 +105,7 @@ typedef struct {
     Product product;
     Normalize normalize;
     Attention attention;
+    Step step;
   };
 } Operation;
 
@@ -118,6 +135,8 @@ typedef struct {
   void (*product)(const Product *, const Plan *, int64_t serial, int64_t task, Scratch *);
   int64_t (*attention_bytes)(const Attention *);
   void (*attention)(const Attention *, int64_t text, int64_t query, int64_t most, int64_t head, Scratch *);
+  int64_t (*step_bytes)(const Step *);
+  void (*step)(const Step *, int64_t text, int64_t head, float *scratch);
   void (*normalize)(const Normalize *, int64_t first, int64_t last, float *scratch);
 } Kernels;
 

@@ -29,8 +29,8 @@ FILE = Path(__file__).with_name("_kernels.so")
 _NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WRITE, ADD, GATE = 0, 1, 2
-_LAYOUT = 2  # of kernels.h
-PRODUCT, NORMALIZE, ATTENTION = 0, 1, 2
+_LAYOUT = 3  # of kernels.h
+PRODUCT, NORMALIZE, ATTENTION, STEP = 0, 1, 2, 3
 # The activations that the kernels know, by configurations' names.
 ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
 
@@ -98,8 +98,18 @@ class Attention(ctypes.Structure):
     )
 
 
+class Step(ctypes.Structure):
+    """Attention of one new token of each text to stored rows, where its own key and value go first."""
+
+    _fields_: ClassVar = _fields(
+        *("texts", "heads", "head_dim", "rows", "first", "length", "most", "positions", "key_positions", "left"),
+        *("cos", "sin", "scale"),
+        *(f"{x}_{field}" for x in ("q", "k", "v", "out", "keys", "values") for field in ("data", "stride", "dtype")),
+    )
+
+
 class _Body(ctypes.Union):
-    _fields_: ClassVar = [("product", Product), ("normalize", Normalize), ("attention", Attention)]
+    _fields_: ClassVar = [("product", Product), ("normalize", Normalize), ("attention", Attention), ("step", Step)]
 
 
 class Operation(ctypes.Structure):

@@ -22,11 +22,13 @@ from modernbert.native.library import (
     GATE,
     NORMALIZE,
     PRODUCT,
+    STEP,
     WRITE,
     Attention,
     Library,
     Normalize,
     Operation,
+    Step,
     Weight,
     library,
 )
@@ -242,11 +244,12 @@ class Program:
         structs: what is to be run.
     """
 
-    def __init__(self, structs: list[ProductStruct | Normalize | Attention]) -> None:
+    def __init__(self, structs: list[ProductStruct | Normalize | Attention | Step]) -> None:
         kinds = {
             ProductStruct: ("product", PRODUCT),
             Normalize: ("normalize", NORMALIZE),
             Attention: ("attention", ATTENTION),
+            Step: ("step", STEP),
         }
         table = (Operation * len(structs))()
         for operation, struct in zip(table, structs, strict=True):

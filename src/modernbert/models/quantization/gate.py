@@ -216,8 +216,8 @@ def _let_in(
         if not finer or round_ == _ROUNDS - 1 or more > config.most_kept:
             raise QuantizationError(
                 f"{config.scheme} was refused: the worst token's cosine is {measured.cosine_min:.4f}, and "
-                f"{config.limit:.4f} is wanted; more than {config.most_kept:.0%} of the weights would need more bits. Ask for less "
-                "with min_cosine, allow more with most_kept, or choose another scheme"
+                f"{config.limit:.4f} is wanted; more than {config.most_kept:.0%} of the weights would need more bits. "
+                "Ask for less with min_cosine, allow more with most_kept, or choose another scheme"
             )
         for weight in finer:
             _install(model, weight, originals, _round(originals, weight, inputs))
