@@ -140,7 +140,9 @@ static void fuzz_integers(const Kernels *k) {
   Operation op = {.kind = PRODUCT};
   Product *p = &op.product;
   p->rows = rows;
-  float *scales = floats(outputs * groups), *kept_weights = floats(outputs * kept);
+  Rows kept_rows = rows_of(outputs, kept, 0, BF16), scale_rows = rows_of(outputs, groups, 0, BF16); /* such numbers */
+  Rows kept_floats = copy_of(&kept_rows, outputs, kept), scale_floats = copy_of(&scale_rows, outputs, groups);
+  float *scales = scale_floats.data, *kept_weights = kept_floats.data;
   p->weight = (Weight){outputs, inputs, gated, halves ? S4 : S8, 0, plain, below(2) ? floats(outputs) : 0,
                        group, scales, kept, columns, kept_weights, below(3) == 0};
   size_t packed = (size_t)modernbert_packed_bytes(k, &p->weight);
@@ -189,6 +191,7 @@ static void fuzz_integers(const Kernels *k) {
     }
   }
   free(sums), free(stray), free(x), free(plain), free(numbers), free(columns), free(scales), free(kept_weights);
+  free(kept_rows.data), free(scale_rows.data);
   free((void *)p->weight.bias), free(p->weight.packed), free((void *)back.plain), free(p->x.data), free(before.data);
   free((void *)p->norm.weight), free((void *)p->norm.bias), free(p->out.data);
 }

@@ -8,6 +8,8 @@ Shapes: T tokens of all texts together, M hidden size, I intermediate size, H he
 
 from __future__ import annotations
 
+import itertools
+import operator
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 _LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output
 _PARTS = ("qkv", "attention", "out", "gate", "down")
+_IS_TRAINING, _PACKED = operator.attrgetter("training"), operator.attrgetter("packed")
 
 
 class _Pass(NamedTuple):
@@ -74,11 +77,16 @@ class FusedLayers:
         self._lay_out()
         modules = [m for part in (model.embeddings, model.layers, model.final_norm) for m in part.modules()]
         self._modules = modules
-        self._children = [(owner._modules, list(owner._modules.values())) for owner in (model, *modules)]
-        self._packed = [(module, module.packed) for module in modules if isinstance(module, Linear)]
-        self._parameters = [
-            (owner._parameters, name, p, _state(p)) for owner in modules for name, p in owner._parameters.items()
-        ]
+        self._all = [model, *modules]
+        self._children = [module._modules for module in self._all]
+        self._child_lists = [list(children.values()) for children in self._children]
+        self._own = [module.__dict__ for module in modules]
+        linear = [module for module in modules if isinstance(module, Linear)]
+        self._packed = linear, [module.packed for module in linear]
+        named = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
+        self._parameters = [owner for owner, _, _ in named], [name for _, name, _ in named], [p for _, _, p in named]
+        self._held = [p for p in self._parameters[2] if p is not None]
+        self._states = list(map(_state, self._held))
         self._hooks: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def _lay_out(self) -> None:
@@ -116,12 +124,12 @@ class FusedLayers:
         if given.device.type != "cpu" or (given.is_floating_point() and given.dtype not in DTYPES):
             return False
         if torch.is_grad_enabled() and (
-            given.requires_grad or any(p is not None and p.requires_grad for _, _, p, _ in self._parameters)
+            given.requires_grad or any(p.requires_grad for p in self._held)
         ):
             return False
         return not (
             any(self._hooks)
-            or any(module.training for module in (self.model, *self._modules))
+            or any(map(_IS_TRAINING, self._all))
             or nn.modules.module._has_any_global_hook()
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
@@ -129,11 +137,15 @@ class FusedLayers:
 
     def _changed(self) -> bool:
         """Whether the model is no longer the one whose weights were packed."""
+        # Run before every pass: in a step of generation a loop of Python here would take as long as a layer.
+        modules, packed = self._packed
+        owners, names, held = self._parameters
         return (
-            any(list(owner.values()) != children for owner, children in self._children)
-            or any("forward" in module.__dict__ for module in self._modules)
-            or any(module.packed is not packed for module, packed in self._packed)
-            or any(owner.get(name) is not p or _state(p) != state for owner, name, p, state in self._parameters)
+            any(map(operator.ne, map(list, map(dict.values, self._children)), self._child_lists))
+            or any(map(operator.contains, self._own, itertools.repeat("forward")))
+            or any(map(operator.is_not, map(_PACKED, modules), packed))
+            or any(map(operator.is_not, map(dict.get, owners, names), held))
+            or any(map(operator.ne, map(_state, self._held), self._states))
         )
 
     def __call__(
@@ -268,9 +280,9 @@ class FusedLayers:
             program.run(at + 2, at + _LAYER + (0 if last else 1))
 
 
-def _state(parameter: Tensor | None) -> tuple[int, int | None] | None:
+def _state(parameter: Tensor) -> tuple[int, int | None]:
     """What changes when a parameter gets other numbers."""
-    return None if parameter is None else (parameter.data_ptr(), version_of(parameter))
+    return parameter.data_ptr(), version_of(parameter)
 
 
 def _is_ours(layer: nn.Module) -> bool:

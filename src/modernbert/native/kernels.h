@@ -38,10 +38,10 @@ typedef struct {
   const float *bias; /* 0 where there is none */
   /* Of S8 and S4, whose plain numbers are bytes of -127 to 127, or half-bytes 8 too large, the even ones low: */
   int64_t group;             /* inputs that share a scale, a multiple of 4 */
-  const float *scales;       /* (outputs, groups) */
+  const float *scales;       /* (outputs, groups); bfloat16 numbers where there is more than one group */
   int64_t kept;              /* columns that are floats; their integers are zeros */
   const int32_t *columns;    /* (kept,) */
-  const float *kept_weights; /* (outputs, kept) */
+  const float *kept_weights; /* (outputs, kept), bfloat16 numbers */
   int64_t float_rows;        /* whether rows stay floats; else they become bytes, a scale for each group */
 } Weight;
 
