@@ -17,44 +17,49 @@ from modernbert.errors import CheckpointError
 from modernbert.files import replacing, write_text
 from modernbert.hub import Source
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_SHARD = "model-{:05d}-of-{:05d}.safetensors"
+# Quantized weights have a name of their own, so that no program reads whole numbers for the floats they stand for.
+PLAIN, QUANTIZED = "model", "quantized"
+_WEIGHTS, _INDEX = "{}.safetensors", "{}.safetensors.index.json"
+_SHARD = "{}-{:05d}-of-{:05d}.safetensors"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB") -> None:
+def write_weights(
+    folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB", name: str = PLAIN
+) -> None:
     """Write tensors as `model.safetensors`, or in shards with an index where they are larger than one shard.
 
     Args:
         folder: made where missing. Weight files of an earlier save that this one does not use are removed last.
         tensors: by name; they are written in the order of their names, so that equal tensors give equal bytes.
         max_shard_size: bytes, or a text such as "500MB" or "5GB".
+        name: what stands in the place of "model" in the files' names.
     """
     limit = _bytes(max_shard_size)
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous().cpu()
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().contiguous().cpu()
         if shards[-1] and size + tensor.nbytes > limit:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor
+        shards[-1][key] = tensor
         size += tensor.nbytes
-    names = [_SHARD.format(i + 1, len(shards)) for i in range(len(shards))] if len(shards) > 1 else [WEIGHTS]
-    for name, shard in zip(names, shards, strict=True):
-        with replacing(folder / name) as temporary:
+    numbers = range(1, len(shards) + 1)
+    names = [_SHARD.format(name, i, len(shards)) for i in numbers] if len(shards) > 1 else [_WEIGHTS.format(name)]
+    for file, shard in zip(names, shards, strict=True):
+        with replacing(folder / file) as temporary:
             save_file(shard, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(t.nbytes for shard in shards for t in shard.values())
-        where = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        where = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-        names.append(INDEX)
-    for stale in (*folder.glob("model*.safetensors"), folder / INDEX):
-        if stale.name not in names and re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", stale.name):
-            stale.unlink(missing_ok=True)
+        names.append(_INDEX.format(name))
+        write_text(folder / names[-1], json.dumps(index, indent=2) + "\n")
+    ours = re.compile(rf"({PLAIN}|{QUANTIZED})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    for stale in [path for path in folder.iterdir() if ours.fullmatch(path.name) and path.name not in names]:
+        stale.unlink(missing_ok=True)
 
 
 def weight_files(source: Source) -> list[Path]:
@@ -64,14 +69,15 @@ def weight_files(source: Source) -> list[Path]:
         CheckpointError: there are none, or an index names files that are missing. A pickle is refused with the
             way to convert it.
     """
-    whole = source.find(WEIGHTS)
-    if whole is not None:
-        return [whole]
-    if source.find(INDEX) is not None:
-        index = source.read_json(INDEX)
-        if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
-            raise CheckpointError(f"{INDEX} of {source.name_or_folder} has no weight_map")
-        return [source.need(str(name)) for name in sorted(set(index["weight_map"].values()))]
+    for stem in (PLAIN, QUANTIZED):
+        whole = source.find(_WEIGHTS.format(stem))
+        if whole is not None:
+            return [whole]
+        if source.find(_INDEX.format(stem)) is not None:
+            index = source.read_json(_INDEX.format(stem))
+            if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
+                raise CheckpointError(f"{_INDEX.format(stem)} of {source.name_or_folder} has no weight_map")
+            return [source.need(str(name)) for name in sorted(set(index["weight_map"].values()))]
     for name in _PICKLES:
         if source.exists(name):
             raise CheckpointError(
@@ -81,7 +87,8 @@ def weight_files(source: Source) -> list[Path]:
                 "'model.safetensors', metadata={'format': 'pt'})`"
             )
     offline = "" if source.folder else ", or they are not in the cache and the Hub cannot be reached"
-    raise CheckpointError(f"{source.folder or source.name_or_folder} holds neither {WEIGHTS} nor {INDEX}{offline}")
+    wanted = f"{_WEIGHTS.format(PLAIN)} nor {_INDEX.format(PLAIN)}"
+    raise CheckpointError(f"{source.folder or source.name_or_folder} holds neither {wanted}{offline}")
 
 
 def weight_names(files: list[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:

@@ -43,7 +43,8 @@ def outputs_of(model, ids, mask):
     if type(model).__name__ == "ModernBertForMultipleChoice":
         ids, mask = ids[None], mask[None]
     out = model(input_ids=ids, attention_mask=mask)
-    return next(out[name] for name in ("logits", "start_logits", "last_hidden_state") if out.get(name) is not None)
+    out = next(out[name] for name in ("logits", "start_logits", "last_hidden_state") if out.get(name) is not None)
+    return out.clamp(min=-1e3)  # of padding, the lowest number that there is
 
 
 @pytest.fixture(scope="module", params=["encoder", "decoder"])
@@ -54,7 +55,7 @@ def small(request):
     model, tokenizer = kind.from_pretrained(folder, dtype="float32"), Tokenizer.from_pretrained(folder)
     text = (small_model().parents[1] / "tokenizer.py").read_text()
     prose = "The old house stood at the end of the lane, and nobody had lived there since the war. " * 3
-    rows = tokenizer([prose, text[:1500], text[3000:3300], "Yes."], padding=True, return_tensors="pt")
+    rows = tokenizer([prose, text[:1000], text[3000:3300], "Yes."], padding=True, return_tensors="pt")
     return model, kind.from_pretrained(folder, dtype="float32", quantization_config="int8"), tokenizer, rows
 
 
@@ -91,7 +92,7 @@ def test_files_are_as_small_as_promised(small, scheme, most, tmp_path):
         quantized = modernbert.quantize(copy.deepcopy(model), scheme, tokenizer=tokenizer)
     quantized.save_pretrained(tmp_path)
     floats = sum(p.numel() * 4 for p in model.parameters())
-    assert (tmp_path / "model.safetensors").stat().st_size <= most * floats
+    assert (tmp_path / "quantized.safetensors").stat().st_size <= most * floats
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -111,7 +112,7 @@ def test_every_head_saved_and_loaded_gives_the_same_bits(name, scheme, tmp_path)
     fused = outputs_of(loaded, *batch())
     assert torch.nn.functional.cosine_similarity(fused.flatten(), after.flatten(), dim=0) > 0.99
     loaded.save_pretrained(tmp_path / "b")
-    for file in ("model.safetensors", "config.json"):
+    for file in ("quantized.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     copied = copy.deepcopy(loaded)
     assert torch.equal(outputs_of(copied, *batch()), after)
@@ -130,7 +131,8 @@ def made_state(name, scheme):
 @pytest.mark.parametrize("channels", ["norms", "columns", "gates", "outputs"])
 def test_channels_fifty_times_larger(channels):
     """What trained models are known for: a few inputs that reach far beyond the others."""
-    model = made("ModernBertModel", hidden_size=256, num_attention_heads=4, intermediate_size=384, num_hidden_layers=6)
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 384, "num_hidden_layers": 6}
+    model = made("ModernBertModel", **sizes, initializer_range=0.02)
     few = torch.tensor([5, 77, 130])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -178,7 +180,7 @@ def test_the_gate_refuses_and_leaves_the_model_as_it_was():
 def test_the_gate_gives_more_bits_where_they_are_needed(tmp_path):
     model = made("ModernBertForMaskedLM")
     said = []
-    config = QuantizationConfig(scheme="int4", min_cosine=0.9995, most_kept=1.0)
+    config = QuantizationConfig(scheme="int4", min_cosine=0.99999, most_kept=1.0)
     modernbert.quantize(model, config, report=said.append)
     finer = model.quantization.finer
     assert set(finer.values()) <= {"int8 in groups of 32", "bfloat16"}
@@ -268,7 +270,7 @@ def test_transformers_refuses_our_format(tmp_path):
     from transformers import AutoModel
 
     modernbert.quantize(made("ModernBertModel"), QuantizationConfig(min_cosine=0.5)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="modernbert"):
+    with pytest.raises(OSError, match=r"model\.safetensors"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -315,13 +317,17 @@ def test_the_command_writes_a_checkpoint_that_info_describes(tmp_path, capsys):
     said = json.loads(out)
     assert said["bytes"]["after"] < 0.3 * said["bytes"]["before"] * 2  # the small model's file is bfloat16
     assert said["measured"]["cosine_min"] >= 0.9995
-    assert {path.name for path in (tmp_path / "q").iterdir()} >= {"tokenizer.json", "model.safetensors", "config.json"}
+    assert {path.name for path in (tmp_path / "q").iterdir()} >= {
+        "tokenizer.json",
+        "quantized.safetensors",
+        "config.json",
+    }
     code, out, err = called(capsys, "info", tmp_path / "q", "--json")
     found = json.loads(out)
     assert found["quantization"]["measured"] == said["measured"]
     assert found["model"]["parameters"] == AutoModelForMaskedLM.from_pretrained(small_model()).num_parameters()
     code, out, err = called(capsys, "info", tmp_path / "q")
-    assert "at the worst token 0.999" in out
+    assert "at the worst token 0.999" in " ".join(out.split())
     code, out, err = called(capsys, *where)
     assert (code, out) == (2, "")
     assert "which is there already" in err

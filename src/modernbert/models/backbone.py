@@ -90,7 +90,7 @@ class Backbone(PreTrainedModel):
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if not want_weights and self.fused is not None and self.fused.serves(inputs):
-            shared = self._shared(inputs, self.fused.backend, self.dtype, False, cache)
+            shared = self._shared(inputs, self.fused.backend, self.fused.dtype, False, cache)
             last_TM, all_states = self.fused(inputs, shared, want_states)
             if cache is not None:
                 cache.finish()

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from modernbert.checkpoint import dtype_of, weight_files, weight_names, write_weights
+from modernbert.checkpoint import PLAIN, QUANTIZED, dtype_of, weight_files, weight_names, write_weights
 from modernbert.config import Config
 from modernbert.hub import Source
 from modernbert.models.initialization import initial_std, initialize
@@ -162,7 +162,7 @@ class PreTrainedModel(nn.Module):
         )
         config.to_json_string()  # a configuration that cannot be saved is refused before anything is written
         self.save_more(Path(folder))
-        write_weights(Path(folder), weights, max_shard_size)
+        write_weights(Path(folder), weights, max_shard_size, PLAIN if self.quantization is None else QUANTIZED)
         config.save_pretrained(folder)
 
     @property

@@ -5,6 +5,7 @@ Shapes: T new tokens of all texts together, R rows of storage, H heads, D head s
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,9 +108,7 @@ class Continuation:
     ) -> None:
         self.storage = storage
         self.shared = shared
-        self.left = reach.left
         self.before: list[Piece] = []
-        self.after: list[Piece] = []
         self.gathered: Gathered | None = None
         lengths, past = shared.packing.lengths, shared.past
         if gather:
@@ -131,20 +130,29 @@ class Continuation:
             self.of_T = torch.cat(parts).to(self.rows.device)
         written = shared.positions_T if self.of_T is None else shared.positions_T[self.of_T]
         storage.positions_R.index_copy_(0, self.rows, written)
-        if not gather:
-            if reach.left is None:
-                self.after += self._stretches()
-                for i in shared.later:
-                    self.after.append(Continued(shared.rows_of([i]), storage.starts[i], past[i]))
-            elif shared.steps:
-                self.after.append(self._windows(reach, dtype))
-        self.back: Tensor | None = None
+        self.reach, self.dtype = reach, dtype
+
+    @functools.cached_property
+    def after(self) -> list[Piece]:
+        """What attends to stored rows, once the new ones are among them."""
+        shared, storage = self.shared, self.storage
+        if self.gathered is not None:
+            return []
+        if self.reach.left is not None:
+            return [self._windows(self.reach, self.dtype)] if shared.steps else []
+        later = [Continued(shared.rows_of([i]), storage.starts[i], shared.past[i]) for i in shared.later]
+        return [*self._stretches(), *later]
+
+    @functools.cached_property
+    def back(self) -> Tensor | None:
+        """Where each new token's output stands among the pieces' outputs; None where they are in order."""
         pieces: list[Piece] = [*self.before, *self.after]
         if len(pieces) > 1:
             rows = torch.cat([piece.rows_P for piece in pieces if piece.rows_P is not None])
-            self.back = torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
-        elif pieces and pieces[0].rows_P is not None:
-            self.back = torch.argsort(pieces[0].rows_P)
+            return torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
+        if pieces and pieces[0].rows_P is not None:
+            return torch.argsort(pieces[0].rows_P)
+        return None
 
     def as_steps(self) -> Steps | None:
         """What our own kernels need where every new token goes on a text by itself; None elsewhere."""
@@ -153,7 +161,7 @@ class Continuation:
             return None
         lengths = [storage.ring or shared.past[i] + 1 for i in shared.steps]
         first_N, length_N = (torch.tensor(x) for x in ([storage.starts[i] for i in shared.steps], lengths))
-        return Steps(self.rows, first_N, length_N, max(lengths), shared.positions_T, storage, self.left)
+        return Steps(self.rows, first_N, length_N, max(lengths), shared.positions_T, storage, self.reach.left)
 
     def attend(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, weights: list[Any] | None) -> Tensor:
         """Attention outputs (T, H, D) of a layer's new tokens, which are added to the cache."""

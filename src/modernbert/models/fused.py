@@ -55,7 +55,7 @@ class FusedLayers:
     """
 
     def __init__(self, model: Backbone) -> None:
-        self.model = model
+        self.model, self.dtype = model, model.dtype
         self.backend = NativeAttention()
         layers = [layer for layer in model.layers if isinstance(layer, Layer)]
         self.kinds = [layer.kind for layer in layers]
@@ -91,7 +91,7 @@ class FusedLayers:
 
     def _lay_out(self) -> None:
         """Strides and dtypes, which all passes share. x is float32, everything else of the weights' dtype."""
-        dtype, config = DTYPES[self.model.dtype], self.model.config
+        dtype, config = DTYPES[self.dtype], self.model.config
         own = np.array([heads * config.head_dim for heads in self.heads])
         qkv, attention, out, gate, down = (slice(1 + i, -1, _LAYER) for i in range(_LAYER))
         M, inner = config.hidden_size, config.intermediate_size
@@ -123,9 +123,7 @@ class FusedLayers:
             return False
         if given.device.type != "cpu" or (given.is_floating_point() and given.dtype not in DTYPES):
             return False
-        if torch.is_grad_enabled() and (
-            given.requires_grad or any(p.requires_grad for p in self._held)
-        ):
+        if torch.is_grad_enabled() and (given.requires_grad or any(p.requires_grad for p in self._held)):
             return False
         return not (
             any(self._hooks)
@@ -166,7 +164,7 @@ class FusedLayers:
             if want_states:
                 for number in range(len(self.kinds)):
                     run.program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
-                    states.append(run.x_TM.to(self.model.dtype, copy=True))
+                    states.append(run.x_TM.to(self.dtype, copy=True))
                 run.program.run(1 + (len(self.kinds) - 1) * _LAYER, -1)
             else:
                 run.program.run(0, -1)
@@ -199,7 +197,7 @@ class FusedLayers:
         """Memory for one pass, and the program that knows of it, but for the attention and the last norm."""
         T = inputs.packing.tokens
         x_TM = torch.empty(T, self.model.config.hidden_size, dtype=torch.float32, device="cpu")
-        work = torch.empty(T * self.width, dtype=self.model.dtype, device="cpu")
+        work = torch.empty(T * self.width, dtype=self.dtype, device="cpu")
         ids_T, embeds_TM, embedding = inputs.ids_T, inputs.embeds_TM, self.model.embeddings.tok_embeddings
         if embeds_TM is None and isinstance(embedding, QuantizedEmbedding):
             assert ids_T is not None
@@ -218,9 +216,9 @@ class FusedLayers:
     def _finish(self, run: _Pass) -> Tensor:
         """The last norm: over x itself where its dtype is wanted, else after giving back the memory in between."""
         last_TM = run.x_TM
-        if self.model.dtype != torch.float32:
+        if self.dtype != torch.float32:
             run.work.untyped_storage().resize_(0)
-            last_TM = torch.empty_like(run.x_TM, dtype=self.model.dtype)
+            last_TM = torch.empty_like(run.x_TM, dtype=self.dtype)
         run.program.set(-1, Normalize, rows=len(last_TM), table_data=run.x_TM, out_data=last_TM)
         run.program.run(-1)
         return last_TM

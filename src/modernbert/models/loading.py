@@ -146,3 +146,4 @@ def _put_quantized(model: PreTrainedModel, origin: str, parts: Mapping[str, Tens
             if source.removesuffix(".weight") in weights:
                 weights[tied.removesuffix(".weight")] = weights[source.removesuffix(".weight")]
     put(model, weights, dtype)
+    model.requires_grad_(False)

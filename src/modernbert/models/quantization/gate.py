@@ -147,7 +147,7 @@ def quantize(
     else:
         record.measured["texts"] = "the package's own" if texts is None else f"{len(texts)} given"
     model.set_quantization(record)
-    model.to(dtype)
+    model.to(dtype).requires_grad_(False)
     return model
 
 

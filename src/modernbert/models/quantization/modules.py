@@ -18,11 +18,26 @@ from torch import Tensor, nn
 
 from modernbert.errors import CheckpointError
 from modernbert.models.layers import Linear, share
-from modernbert.ops.linear import PackedPart, linear
+from modernbert.ops.linear import PackedPart
 from modernbert.ops.quantized import GROUP, PackedIntegers, PlainIntegers, QuantizedWeight, pack_quantized
 
 # The tensors of a quantized weight by their names in a checkpoint.
 PARTS = {"codes": "weight", "scales": "weight_scale", "columns": "outliers", "kept": "outlier_weight"}
+
+
+class _Through(torch.autograd.Function):
+    """The product as it is; its derivative by the inputs is that of the floats which the codes stand for."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, dense_OI: Tensor, packed: Any) -> Tensor:
+        ctx.save_for_backward(dense_OI)
+        out: Tensor = packed.product(x_TI)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (dense_OI,) = ctx.saved_tensors
+        return grads[0] @ dense_OI, None, None
 
 
 class QuantizedLinear(Linear):
@@ -71,7 +86,9 @@ class QuantizedLinear(Linear):
         if isinstance(packed, PackedPart) or packed.gated:
             packed = pack_quantized(self.quantized, self.bias)
         if x.requires_grad and torch.is_grad_enabled():  # what the inputs weigh can still be asked
-            return linear(x, self.dense_weight().to(x.dtype), self.bias)
+            x_TI, dense = x.flatten(0, -2), self.dense_weight().to(x.dtype)
+            out: Tensor = _Through.apply(x_TI, dense, packed)
+            return out.unflatten(0, x.shape[:-1])
         return packed.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
     def is_native(self) -> bool:
