@@ -66,7 +66,7 @@ def test_8_bits_are_near_at_every_token_of_texts_unseen(small):
     real = rows["attention_mask"].bool()
     assert torch.cosine_similarity(a[real], b[real], dim=-1).min() >= 0.999
     record = quantized.quantization
-    assert record.measured["cosine_min"] >= 0.9995
+    assert record.measured["cosine_min"] >= 0.999
     assert record.measured["texts"] == "the package's own"
     assert len(record.measured["layers"]) == model.config.num_hidden_layers + 1
     assert quantized.num_parameters() == model.num_parameters()
@@ -316,7 +316,7 @@ def test_the_command_writes_a_checkpoint_that_info_describes(tmp_path, capsys):
     assert "at the worst token" in err
     said = json.loads(out)
     assert said["bytes"]["after"] < 0.3 * said["bytes"]["before"] * 2  # the small model's file is bfloat16
-    assert said["measured"]["cosine_min"] >= 0.9995
+    assert said["measured"]["cosine_min"] >= 0.999
     assert {path.name for path in (tmp_path / "q").iterdir()} >= {
         "tokenizer.json",
         "quantized.safetensors",

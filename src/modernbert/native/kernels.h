@@ -41,7 +41,7 @@ typedef struct {
   const float *scales;       /* (outputs, groups); bfloat16 numbers where there is more than one group */
   int64_t kept;              /* columns that are floats; their integers are zeros */
   const int32_t *columns;    /* (kept,) */
-  const float *kept_weights; /* (outputs, kept), bfloat16 numbers */
+  const float *kept_weights; /* (outputs, kept) */
   int64_t float_rows;        /* whether rows stay floats; else they become bytes, a scale for each group */
 } Weight;
 

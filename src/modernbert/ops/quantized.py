@@ -43,7 +43,7 @@ class QuantizedWeight:
         codes: (O, I) int8 of -127 to 127; of 4 bits (O, I / 2) uint8, two numbers 8 too large in a byte, the first low.
         scales: (O, G), float32 or bfloat16.
         columns: (K,) int32, inputs whose numbers are floats; their codes stand for 0.
-        kept: (O, K) bfloat16, those numbers.
+        kept: (O, K) float16, those numbers.
         bits: 8 or 4.
         group: inputs that share a scale, a multiple of 4; the last group may be shorter.
         float_rows: whether rows stay floats, and the weight alone is quantized.

@@ -43,7 +43,6 @@ from modernbert.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 BFLOAT16 = "bfloat16"
-_ROUNDS = 24  # of cutting finer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +90,10 @@ class _Weight:
     def has_more_bits(self) -> bool:
         """Whether it takes more bits than the scheme that was asked for."""
         return self.scheme is None or self.scheme.bits > self.steps[0].bits
+
+    def next_has_more_bits(self) -> bool:
+        """Whether it would, cut one step finer."""
+        return self.step + 1 >= len(self.steps) or self.steps[self.step + 1].bits > self.steps[0].bits
 
 
 @torch.no_grad()
@@ -202,28 +205,39 @@ def _let_in(
     reference = _weigh(model, weights, rounded, measured_on)
     for weight in weights:
         _install(model, weight, originals, rounded[weight.names[0]])
-    for round_ in range(_ROUNDS):
+    while True:
         measured = _measure(model, reference, measured_on)
         report(_said(measured))
-        if measured.cosine_min >= config.limit:
+        finer = _finer(weights, measured.cosine_min, config)
+        if not finer:
             break
-        # More scales cost little, so all get them before any gets more bits; and the embedding, the largest, last.
-        finer = sorted((w for w in weights if w.scheme), key=lambda w: (w.step, w.step and w.embeds, -w.weighs))
-        finer = finer[: max(1, len(weights) // 8)]
         for weight in finer:
             weight.step += 1
-        more = sum(w.has_more_bits() for w in weights) / len(weights)
-        if not finer or round_ == _ROUNDS - 1 or more > config.most_kept:
+        if sum(w.has_more_bits() for w in weights) > config.most_kept * len(weights):
             raise QuantizationError(
                 f"{config.scheme} was refused: the worst token's cosine is {measured.cosine_min:.4f}, and "
-                f"{config.limit:.4f} is wanted; more than {config.most_kept:.0%} of the weights would need more bits. "
-                "Ask for less with min_cosine, allow more with most_kept, or choose another scheme"
+                f"{config.limit} is wanted; more than {config.most_kept:.0%} of the weights would need more bits. Ask "
+                "for less with min_cosine, allow more with most_kept, or choose another scheme"
             )
         for weight in finer:
             _install(model, weight, originals, _round(originals, weight, inputs))
             report(f"cut finer: {', '.join(weight.names)}: {weight.scheme or BFLOAT16}")
     finer_by_name = {name: str(w.scheme or BFLOAT16) for w in weights if w.step for name in w.names}
     return Record(config.scheme, finer_by_name, dataclasses.asdict(measured))
+
+
+def _finer(weights: Sequence[_Weight], reached: float, config: QuantizationConfig) -> list[_Weight]:
+    """The weights to cut finer next; none where it is enough.
+
+    More scales cost little: they are given until the model is twice as near as it must be. More bits are given only to
+    reach what is wanted; to the embedding, the largest, last.
+    """
+    if reached >= (1 + config.limit) / 2:
+        return []
+    cheap = [w for w in weights if not w.next_has_more_bits()]
+    others = [w for w in weights if w.scheme is not None] if reached < config.limit else []
+    order = sorted(cheap or others, key=lambda w: (w.step, w.embeds and not cheap, -w.weighs))
+    return order[: max(1, len(weights) // 8)]
 
 
 def _round(originals: Mapping[str, Any], weight: _Weight, inputs: Mapping[str, Inputs]) -> list[QuantizedWeight] | None:

@@ -205,7 +205,7 @@ def from_parts(tensors: Mapping[str, Tensor], prefix: str, float_rows: bool) -> 
     """The way back."""
     codes, scales = tensors[f"{prefix}weight"], tensors[f"{prefix}weight_scale"]
     columns = tensors.get(f"{prefix}outliers", codes.new_empty(0, dtype=torch.int32))
-    kept = tensors.get(f"{prefix}outlier_weight", scales.new_empty((len(codes), 0), dtype=torch.bfloat16))
+    kept = tensors.get(f"{prefix}outlier_weight", scales.new_empty((len(codes), 0), dtype=torch.float16))
     bits = 8 if codes.dtype == torch.int8 else 4
     inputs = codes.shape[1] * (8 // bits)
     group = -(-inputs // 4) * 4 if scales.shape[1] == 1 else GROUP

@@ -13,9 +13,9 @@ from modernbert.ops.quantized import GROUP
 METHOD, FORMAT = "modernbert", 1
 # What a weight is rounded to by each scheme; and to what next, where that costs too much. Bfloat16 is the last resort.
 SCHEMES = {
-    "int8": (Scheme(8, None), Scheme(8, GROUP, kept=128)),
+    "int8": (Scheme(8, None), Scheme(8, GROUP, kept=256)),
     "int8-weight-only": (Scheme(8, None, float_rows=True), Scheme(8, GROUP, float_rows=True)),
-    "int4": (Scheme(4, GROUP), Scheme(8, GROUP, kept=128)),
+    "int4": (Scheme(4, GROUP, kept=128), Scheme(8, GROUP, kept=256)),
     "int4-weight-only": (Scheme(4, GROUP, float_rows=True), Scheme(8, GROUP, float_rows=True)),
 }
 _COSINES = {8: 0.999, 4: 0.9}
@@ -28,9 +28,9 @@ class QuantizationConfig:
     Args:
         scheme: "int8" and "int4" bring inputs to 8 bits as well, each token by itself; "int8-weight-only" and
             "int4-weight-only" leave them floats, which is slower on many tokens.
-        min_cosine: between the last hidden states of the float model and the quantized one, at every token. None is
-            0.999 for 8 bits and 0.9 for 4. On the texts that it is measured on the model must come twice as near,
-            since other texts hold worse tokens.
+        min_cosine: between the last hidden states of the float model and the quantized one, at every token that is
+            measured; None is 0.999 for 8 bits and 0.9 for 4. Since other texts hold worse tokens, what costs next to
+            nothing is done to come twice as near.
         most_kept: share of the weights, 0 to 1, that may have more bits than the scheme's to reach it: bfloat16 in
             the place of 8, 8 in the place of 4. Where these do not suffice, quantizing is refused.
         tokens: how many tokens of the texts are read, half to choose by and half to measure on.
@@ -56,9 +56,8 @@ class QuantizationConfig:
 
     @property
     def limit(self) -> float:
-        """The cosine that must be reached where it is measured: halfway from the one that is wanted to 1."""
-        wanted = _COSINES[SCHEMES[self.scheme][0].bits] if self.min_cosine is None else self.min_cosine
-        return (1 + wanted) / 2
+        """The cosine that must be reached."""
+        return _COSINES[SCHEMES[self.scheme][0].bits] if self.min_cosine is None else self.min_cosine
 
 
 class BitsAndBytesConfig:

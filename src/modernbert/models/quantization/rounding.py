@@ -45,11 +45,12 @@ class Scheme:
 
 def choose_columns(weight_OI: Tensor, top_I: Tensor | None, scheme: Scheme) -> Tensor:
     """The columns that stay floats, (K,) int32, rising: where inputs or weights reach furthest beyond the median."""
-    reach_I = _over_median(weight_OI.abs().amax(0))
+    largest_I = weight_OI.abs().amax(0)
+    reach_I = _over_median(largest_I)
     if top_I is not None and not scheme.float_rows:
         reach_I = torch.maximum(reach_I, _over_median(top_I))
-    most = weight_OI.shape[1] // scheme.kept
-    far, columns = reach_I.topk(most)
+    reach_I = reach_I.masked_fill(largest_I > torch.finfo(torch.float16).max, 0.0)
+    far, columns = reach_I.topk(weight_OI.shape[1] // scheme.kept)
     return columns[far > _FAR].sort().values.to(torch.int32)
 
 
@@ -89,7 +90,7 @@ def round_weight(
         codes=whole_OI.to(torch.int8) if scheme.bits == 8 else pack_halves(whole_OI),
         scales=scales_OG if group >= inputs else scales_OG.to(torch.bfloat16),
         columns=columns.to(torch.int32),
-        kept=left_OI[:, columns.long()].to(torch.bfloat16),
+        kept=left_OI[:, columns.long()].to(torch.float16),
         bits=scheme.bits,
         group=group,
         float_rows=scheme.float_rows,
