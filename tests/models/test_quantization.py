@@ -1,6 +1,7 @@
 """Quantized models: near the float ones, a text its own, saved and loaded; the gate that measures and refuses."""
 
 import copy
+import importlib.util
 import json
 import logging
 import os
@@ -367,3 +368,33 @@ def test_other_processors_and_pytorch_alone(kernels):
     assert done.returncode == 0, done.stderr
     model = modernbert.quantize(made("ModernBertForMaskedLM"))
     assert float(done.stdout) == pytest.approx(model(*batch()).logits.norm().item(), rel=0.01)
+
+
+TORCHAO = """
+import sys, torch, modernbert
+from modernbert.models.quantization.torchao import quantize_by_torchao
+from tests.models.test_quantization import batch, made
+for scheme in ("int8", "int8-weight-only"):
+    model = made("ModernBertForMaskedLM", hidden_size=128, num_attention_heads=2, initializer_range=0.02)
+    ids, mask = batch()
+    with torch.no_grad():
+        before = model(ids, mask).logits[mask.bool()]
+        quantize_by_torchao(model, modernbert.QuantizationConfig(scheme=scheme))
+        after = model(ids, mask).logits[mask.bool()]
+    assert type(model.model.layers[0].mlp.Wi.weight).__module__.startswith("torchao")
+    assert not torch.equal(before, after)
+    assert torch.cosine_similarity(before, after, dim=-1).min() > 0.99
+    try:
+        model.save_pretrained(sys.argv[1])
+    except ValueError as error:
+        assert "torchao" in str(error)
+    else:
+        raise AssertionError("it was saved")
+"""
+
+
+def test_torchao_serves_where_a_gpu_would(tmp_path):
+    if importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", TORCHAO, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -152,6 +152,8 @@ class PreTrainedModel(nn.Module):
             max_shard_size: bytes, or a text such as "500MB"; larger models are saved in shards with an index.
         """
         weights = self.state_dict()
+        if any(type(tensor).__module__.startswith("torchao") for tensor in weights.values()):
+            raise ValueError("the model was quantized by torchao, whose tensors are not saved; quantize it on the CPU")
         if self.config.tie_word_embeddings:
             for tied in self.tied_weights:
                 for name in part_names(tied.removesuffix("weight")):

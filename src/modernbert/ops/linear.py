@@ -22,6 +22,7 @@ from torch import Tensor
 from modernbert.native.library import serving
 from modernbert.native.operations import NativeWeight, version_of
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
 
 
@@ -203,6 +204,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
             return packed.product(x_TI)  # what serving runs, without the questions below
         if not serves:
             weight_OI, packed = packed.to_dense(), None
+    if type(weight_OI) not in _PLAIN:  # a class of its own brings its own product, as torchao's do
+        return F.linear(x_TI, weight_OI, bias_O)
     if torch.is_autocast_enabled(x_TI.device.type):
         dtype = torch.get_autocast_dtype(x_TI.device.type)
         x_TI, weight_OI = x_TI.to(dtype), weight_OI.to(dtype)

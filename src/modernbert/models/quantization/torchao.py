@@ -18,7 +18,7 @@ def quantize_by_torchao(model: Any, config: QuantizationConfig) -> Any:
         config: only the scheme counts; nothing is measured.
 
     Raises:
-        BackendError: torchao is not installed.
+        BackendError: torchao is not installed, or lacks what the scheme needs.
     """
     try:
         from torchao import quantization as ao
@@ -37,5 +37,8 @@ def quantize_by_torchao(model: Any, config: QuantizationConfig) -> Any:
     def is_meant(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and not name.startswith(left_out)
 
-    ao.quantize_(model, schemes[config.scheme](), filter_fn=is_meant)
+    try:
+        ao.quantize_(model, schemes[config.scheme](), filter_fn=is_meant)
+    except ImportError as error:
+        raise BackendError(f"torchao cannot serve {config.scheme} here: {error}") from error
     return model
