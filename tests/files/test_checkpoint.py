@@ -179,8 +179,8 @@ def test_dtype_and_overrides_on_load(small_model, tmp_path, dtype):
     assert ModernBertForMaskedLM.from_pretrained(tmp_path, torch_dtype=torch.float32).dtype == torch.float32
     with pytest.raises(TypeError, match="hiden_size"):
         ModernBertForMaskedLM.from_pretrained(tmp_path, hiden_size=4)
-    with pytest.raises(ValueError, match="quantization_config"):
-        ModernBertForMaskedLM.from_pretrained(tmp_path, quantization_config="int8")
+    with pytest.raises(ValueError, match="scheme is 'int3'"):
+        ModernBertForMaskedLM.from_pretrained(tmp_path, quantization_config="int3")
 
 
 def test_a_configuration_of_another_kind_is_refused(small_model, tmp_path):

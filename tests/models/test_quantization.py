@@ -26,8 +26,8 @@ from tests.heads import DECODER_HEADS, HEADS
 KINDS = {**HEADS, **DECODER_HEADS}
 
 
-def made(name, **changes):
-    torch.manual_seed(0)
+def made(name, seed=0, **changes):
+    torch.manual_seed(seed)
     kind = getattr(modernbert, name)
     config = kind.config_class(
         **{**SMALL, "hidden_size": 64, "num_attention_heads": 2, "initializer_range": 0.1, **changes}
@@ -117,16 +117,16 @@ def test_every_head_saved_and_loaded_gives_the_same_bits(name, scheme, tmp_path)
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     copied = copy.deepcopy(loaded)
     assert torch.equal(outputs_of(copied, *batch()), after)
-    copied.load_state_dict(made_state(name, scheme))
+    other = made(name, 1, attention_bias=name.endswith("Model"), mlp_bias=name.endswith("Model"))
+    expected = outputs_of(modernbert.quantize(other, config), *batch())
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(outputs_of(copied, *batch()), expected)
+    assert not torch.equal(expected, after)
     assert copied.bfloat16().dtype == torch.bfloat16
     assert outputs_of(copied, *batch()).isfinite().all()
-
-
-def made_state(name, scheme):
-    """Another model's state, quantized alike."""
-    other = made(name, attention_bias=name.endswith("Model"), mlp_bias=name.endswith("Model"))
-    config = QuantizationConfig(scheme=scheme, min_cosine=0.5)
-    return modernbert.quantize(other, config).state_dict()
+    assert outputs_of(copied.half(), *batch()).isfinite().all()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        copied.load_state_dict({n: t for n, t in other.state_dict().items() if not n.endswith("weight_scale")})
 
 
 @pytest.mark.parametrize("channels", ["norms", "columns", "gates", "outputs"])
@@ -181,8 +181,9 @@ def test_the_gate_refuses_and_leaves_the_model_as_it_was():
 def test_the_gate_gives_more_bits_where_they_are_needed(tmp_path):
     model = made("ModernBertForMaskedLM")
     said = []
-    config = QuantizationConfig(scheme="int4", min_cosine=0.99999, most_kept=1.0)
+    config = QuantizationConfig(scheme="int4", min_cosine=0.9998, most_kept=1.0)
     modernbert.quantize(model, config, report=said.append)
+    assert model.quantization.measured["cosine_min"] >= 0.9998
     finer = model.quantization.finer
     assert set(finer.values()) <= {"int8 in groups of 32", "bfloat16"}
     assert any("cut finer" in line for line in said)
@@ -194,6 +195,30 @@ def test_the_gate_gives_more_bits_where_they_are_needed(tmp_path):
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert torch.equal(outputs_of(loaded, *batch()), before)
     assert loaded.quantization == model.quantization
+
+
+def test_what_cannot_be_reached_is_refused_though_every_weight_may_have_more_bits():
+    with pytest.raises(QuantizationError):
+        modernbert.quantize(made("ModernBertModel"), QuantizationConfig(min_cosine=1.0, most_kept=1.0))
+
+
+def test_a_bare_checkpoint_in_a_model_with_a_head(tmp_path):
+    modernbert.quantize(made("ModernBertModel"), QuantizationConfig(min_cosine=0.5)).save_pretrained(tmp_path / "bare")
+    model = modernbert.ModernBertForMaskedLM.from_pretrained(tmp_path / "bare")
+    assert not any(p.is_meta or p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        before = model(*batch()).logits
+        model.decoder.bias += 1.0
+        torch.testing.assert_close(model(*batch()).logits[0], before[0] + 1.0)
+    model.save_pretrained(tmp_path / "whole")
+    fresh = modernbert.ModernBertForMaskedLM(modernbert.ModernBertConfig.from_pretrained(tmp_path / "whole"))
+    assert fresh.train().quantization is None
+    fresh.save_pretrained(tmp_path / "fresh")
+    assert "quantization_config" not in json.loads((tmp_path / "fresh" / "config.json").read_text())
+    inner = made("ModernBertForMaskedLM", tie_word_embeddings=False)
+    modernbert.quantize(inner.model, QuantizationConfig(min_cosine=0.5))
+    with pytest.raises(ValueError, match="quantize the whole model to save it"):
+        inner.save_pretrained(tmp_path / "inner")
 
 
 def test_training_is_refused_with_the_reason(tmp_path):
@@ -216,9 +241,18 @@ def test_gradients_to_what_goes_in_are_those_of_the_floats_it_stands_for():
     embeds = torch.randn(1, 9, 64, requires_grad=True)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model(inputs_embeds=embeds).logits.sum().backward()
-    assert embeds.grad.isfinite().all()
-    assert embeds.grad.any()
+    out = model(inputs_embeds=embeds).logits
+    out.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=embeds).logits, out)
+    plain = made("ModernBertForSequenceClassification")
+    dense = {
+        n: t for n, t in model.state_dict().items() if not n.endswith(("weight_scale", "outliers", "outlier_weight"))
+    }
+    dense |= {f"{n}.weight": module.weight for n, module in quantized_modules(model).items()}
+    plain.load_state_dict(dense)
+    plain(inputs_embeds=(other := embeds.detach().clone().requires_grad_())).logits.sum().backward()
+    assert torch.cosine_similarity(embeds.grad.flatten(), other.grad.flatten(), dim=0) > 0.98
 
 
 @pytest.mark.parametrize(
@@ -351,7 +385,7 @@ def test_a_command_that_cannot_be_served_writes_nothing(arguments, message, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["none", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("kernels", ["none", "avx512vnni", "avx512", "avx2", "portable"])
 def test_other_processors_and_pytorch_alone(kernels):
     code = (
         "import torch, modernbert\nfrom tests.models.test_quantization import made, batch\n"

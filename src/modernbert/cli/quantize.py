@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.errors import CheckpointError, InputError
+from modernbert.errors import InputError
 
 
 def quantize(
@@ -29,6 +29,7 @@ def quantize(
     """
     from modernbert.auto import load_as_saved
     from modernbert.files import making
+    from modernbert.hub import Source
     from modernbert.models.quantization.gate import quantize as act
     from modernbert.models.quantization.options import QuantizationConfig
     from modernbert.tokenizer import Tokenizer
@@ -39,12 +40,11 @@ def quantize(
     given = None if texts is None else _read(texts, column)
     if column is not None and texts is None:
         raise InputError("--column is for --texts")
-    try:
+    tokenizer = None
+    if given is not None or Source(source, revision).find("tokenizer.json") is not None:
         tokenizer = Tokenizer.from_pretrained(source, revision=revision)
-    except CheckpointError:
-        if given is not None:
-            raise
-        tokenizer = None
+    else:
+        typer.echo(f"{source} has no tokenizer.json; the cost is measured on ids drawn at random", err=True)
     model = load_as_saved(source, revision=revision)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     act(model, config, tokenizer=tokenizer, texts=given, report=lambda line: typer.echo(line, err=True))

@@ -19,7 +19,7 @@ from modernbert.models.loading import load_weights
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.models.quantization.gate import quantize_loaded
 from modernbert.models.quantization.modules import QuantizedEmbedding, part_names, quantized_modules
-from modernbert.models.quantization.options import Record, resolve
+from modernbert.models.quantization.options import KEY, Record, resolve
 from modernbert.ops.attention import AttentionBackend, choose_backend
 
 
@@ -121,16 +121,17 @@ class PreTrainedModel(nn.Module):
         assert config is not None
         if config_overrides:
             config = config.replace(**config_overrides)
+        record = Record.of(config)
+        if quantization is not None and record is not None:
+            raise ValueError(f"{name_or_folder} is quantized already, as {record.scheme}")
         relabelled = stored is None or stored.num_labels != config.num_labels
         files = weight_files(source)
         names = weight_names(files)
         place = resolve_device(device_map if device is None else device)
         with torch.device("meta"):
             model = cls(config, attn_implementation)
-        kept_in = dtype_of(names) if model.quantization is None else resolve_dtype(config.dtype, None, place)
+        kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, place)
         wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, place)
-        if quantization is not None and model.quantization is not None:
-            raise ValueError(f"{name_or_folder} is quantized already, as {model.quantization.scheme}")
         load_weights(model, str(name_or_folder), files, names, place, wanted, relabelled)
         model.read_more(source)
         model.eval()
@@ -158,24 +159,27 @@ class PreTrainedModel(nn.Module):
             for tied in self.tied_weights:
                 for name in part_names(tied.removesuffix("weight")):
                     weights.pop(name, None)
+        is_quantized = bool(quantized_modules(self))
+        extra = {name: value for name, value in self.config.extra.items() if name != KEY or is_quantized}
+        if is_quantized and KEY not in extra:
+            raise ValueError("a part of the model was quantized by itself; quantize the whole model to save it")
         config = self.config.replace(
-            extra={**self.config.extra, "architectures": [type(self).__name__]},
+            extra={**extra, "architectures": [type(self).__name__]},
             dtype=str(self.dtype).removeprefix("torch."),
         )
         config.to_json_string()  # a configuration that cannot be saved is refused before anything is written
         self.save_more(Path(folder))
-        write_weights(Path(folder), weights, max_shard_size, PLAIN if self.quantization is None else QUANTIZED)
+        write_weights(Path(folder), weights, max_shard_size, QUANTIZED if is_quantized else PLAIN)
         config.save_pretrained(folder)
 
     @property
     def quantization(self) -> Record | None:
         """How the model is quantized, and what was measured then; None where its weights are floats."""
-        values = self.config.extra.get("quantization_config")
-        return None if values is None else Record.from_dict(values)
+        return Record.of(self.config) if quantized_modules(self) else None
 
     def set_quantization(self, record: Record) -> None:
         """Write down that the model is quantized; its configuration says so from now on."""
-        self.config = self.config.replace(extra={**self.config.extra, "quantization_config": record.to_dict()})
+        self.config = self.config.replace(extra={**self.config.extra, KEY: record.to_dict()})
         self.base_model.config = self.config
 
     def train(self, mode: bool = True) -> Self:

@@ -67,6 +67,7 @@ class Steps(NamedTuple):
     """One new token each of N texts.
 
     Attributes:
+        of_N: which of the new tokens they are; None where they are all of them.
         rows_N: the row of storage that each goes to.
         first_N: the first row that each attends to.
         length_N: how many rows that is, free ones of a ring included.
@@ -76,6 +77,7 @@ class Steps(NamedTuple):
         left: how far back a token sees; None is all of its text, whose rows then hold nothing else.
     """
 
+    of_N: Tensor | None
     rows_N: Tensor
     first_N: Tensor
     length_N: Tensor
@@ -155,13 +157,18 @@ class Continuation:
         return None
 
     def as_steps(self) -> Steps | None:
-        """What our own kernels need where every new token goes on a text by itself; None elsewhere."""
+        """What our own kernels need for the texts that go on by one token; None where there are none."""
         shared, storage = self.shared, self.storage
-        if self.gathered is not None or shared.fresh or shared.later or self.of_T is not None or not shared.steps:
+        if self.gathered is not None or not shared.steps:
             return None
+        of_N = shared.rows_of(shared.steps) if shared.fresh or shared.later else None
+        rows_N = (
+            self.rows if of_N is None else storage.rows([(i, shared.past[i], shared.past[i] + 1) for i in shared.steps])
+        )
         lengths = [storage.ring or shared.past[i] + 1 for i in shared.steps]
         first_N, length_N = (torch.tensor(x) for x in ([storage.starts[i] for i in shared.steps], lengths))
-        return Steps(self.rows, first_N, length_N, max(lengths), shared.positions_T, storage, self.reach.left)
+        positions_N = shared.positions_T if of_N is None else shared.positions_T[of_N]
+        return Steps(of_N, rows_N, first_N, length_N, max(lengths), positions_N, storage, self.reach.left)
 
     def attend(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, weights: list[Any] | None) -> Tensor:
         """Attention outputs (T, H, D) of a layer's new tokens, which are added to the cache."""

@@ -17,7 +17,7 @@ from modernbert.models.backbone import Backbone, check_kwargs, restore_all
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.cache import DecoderCache
 from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Attention, Linear, listens, select
+from modernbert.models.layers import Attention, Linear, is_ours, listens, select
 from modernbert.models.outputs import BaseModelOutputWithPast
 from modernbert.ops.linear import Packed, PackedPart, serves_packed
 
@@ -61,7 +61,7 @@ class DecoderAttention(Attention):
     def pack(self) -> None:
         """Lay the three projections out as one, for inference."""
         parts = [self.q_proj, self.k_proj, self.v_proj]
-        if len({type(part) for part in parts}) == 1:
+        if len({type(part) for part in parts}) == 1 and is_ours(self.q_proj):
             type(self.q_proj).pack_together(parts)
 
     def select_heads(self, rows: Tensor) -> None:

@@ -26,7 +26,7 @@ from modernbert.models.layers import Attention as AttentionModule
 from modernbert.models.quantization.modules import QuantizedEmbedding
 from modernbert.native.library import DTYPES, Attention, Normalize, Step
 from modernbert.native.library import Product as ProductStruct
-from modernbert.native.operations import NativeWeight, Norm, Product, Program, version_of
+from modernbert.native.operations import Angles, NativeWeight, Norm, Product, Program, attend_step, version_of
 from modernbert.ops.attention.native import NativeAttention
 from modernbert.ops.rope import split_rotated
 
@@ -109,7 +109,8 @@ class FusedLayers:
     @classmethod
     def of(cls, model: Backbone) -> FusedLayers | None:
         """The fused layers of a packed model; None where its layers are not all packed by our own kernels."""
-        return cls(model) if len(model.layers) and all(_is_ours(layer) for layer in model.layers) else None
+        ours = len(model.layers) and all(_is_ours(layer) for layer in model.layers)
+        return cls(model) if ours and model.dtype in DTYPES else None
 
     def __reduce__(self) -> Any:  # a copy of a model is not packed
         return type(None), ()
@@ -151,11 +152,11 @@ class FusedLayers:
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
         steps = {kind: context.cached.as_steps() for kind, context in shared.items() if context.cached is not None}
-        all_steps = bool(steps) and all(steps.values())
+        all_steps = bool(steps) and all(step is not None and step.of_N is None for step in steps.values())
         run = self._begin(inputs, self.stepping if all_steps else self.program)
         states: list[Tensor] = []
         if steps and not all_steps:
-            self._go_on(run, shared, states if want_states else None)
+            self._go_on(run, shared, steps, states if want_states else None)
         else:
             if steps:
                 self._aim_steps(run, shared, steps)
@@ -260,8 +261,17 @@ class FusedLayers:
                 program.set(rows, Step, **{f"{name}_{cell}": values for cell, values in cells.items()})
                 program.set(rows, Step, **{f"{name}_dtype": DTYPES[stored[0].dtype]})
 
-    def _go_on(self, run: _Pass, shared: dict[str, LayerContext], states: list[Tensor] | None) -> None:
-        """The layers with a cache, which does the attention: the rest of one layer runs with the start of the next."""
+    def _go_on(
+        self,
+        run: _Pass,
+        shared: dict[str, LayerContext],
+        steps: Mapping[str, Steps | None],
+        states: list[Tensor] | None,
+    ) -> None:
+        """The layers with a cache, which does the attention: the rest of one layer runs with the start of the next.
+
+        Texts that go on by one token are served as they are where all do, lest their bits depend on the others.
+        """
         program, x_TM, work, _ = run
         T, D = len(x_TM), self.model.config.head_dim
         program.run(0, 2)
@@ -272,10 +282,21 @@ class FusedLayers:
             assert context.cached is not None
             qkv_T3HD = work[: T * 3 * heads * D].view(T, 3, heads, D)
             q_THD, k_THD, v_THD = split_rotated(qkv_T3HD, context.cos_T1D, context.sin_T1D)
+            raw_N3HD = None if (step := steps[kind]) is None else qkv_T3HD[step.of_N].contiguous()
             out_TW = context.cached.attend(number, q_THD, k_THD, v_THD, None).flatten(1).contiguous()
+            if step is not None and raw_N3HD is not None:
+                angles = Angles(context.cos_T1D[step.of_N].contiguous(), context.sin_T1D[step.of_N].contiguous())
+                out_TW[step.of_N] = _attend_step(step, number, raw_N3HD, angles).flatten(1)
             program.set(at + 2, ProductStruct, x_data=out_TW, x_stride=heads * D)
             last = number == len(self.kinds) - 1
             program.run(at + 2, at + _LAYER + (0 if last else 1))
+
+
+def _attend_step(step: Steps, layer: int, qkv_N3HD: Tensor, angles: Angles) -> Tensor:
+    """(N, H, D): what `FusedLayers._aim_steps` has done in a program, for one layer."""
+    keys, values = step.storage.layers[layer]
+    seen = None if step.left is None else (step.positions_N, step.storage.positions_R, step.left)
+    return attend_step(qkv_N3HD, angles, step.rows_N, (step.first_N, step.length_N, step.most), keys, values, seen)
 
 
 def _state(parameter: Tensor) -> tuple[int, int | None]:

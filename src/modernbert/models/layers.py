@@ -30,6 +30,7 @@ class Linear(nn.Linear):
     """
 
     packed: Packed | PackedPart | None = None
+    is_ours = True  # said again by those subclasses whose products are like this one's
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
@@ -87,6 +88,11 @@ class Linear(nn.Linear):
             weight = nn.Parameter(self.dense_weight(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a linear layer is of this package; a subclass made elsewhere may compute something else."""
+    return "is_ours" in type(module).__dict__
 
 
 def share(modules: list[Linear], packed: Packed) -> None:
@@ -211,7 +217,7 @@ class MLP(nn.Module):
 
     def pack(self) -> None:
         """Lay the two halves of Wi out side by side where our own kernels know the activation."""
-        if isinstance(self.Wi, Linear) and self.activation in ACTIVATIONS and self.Wi.is_native():
+        if is_ours(self.Wi) and self.activation in ACTIVATIONS and self.Wi.is_native():
             self.Wi.pack(gated=True)
 
     def _serves_packed(self, packed: NativeWeight, x_TM: Tensor) -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from modernbert.checkpoint import read_weights
 from modernbert.errors import CheckpointError
 from modernbert.models.initialization import initialize
-from modernbert.models.quantization.modules import PARTS, from_parts, put
+from modernbert.models.quantization.modules import PARTS, QuantizedLinear, from_parts, put, quantized_modules
+from modernbert.models.quantization.options import Record
 
 if TYPE_CHECKING:
     from modernbert.models.base import PreTrainedModel
@@ -22,6 +23,7 @@ logger = logging.getLogger("modernbert.models.base")
 
 # Every head's parameters begin with one of these. A checkpoint of another head may hold them beside the encoder.
 _HEADS = ("head.", "lm_head.", "decoder.", "classifier.")
+_WHOLE = ("I8", "U8", "I16", "I32", "I64")  # dtypes that stand for nothing by themselves
 _PARTS = tuple(f".{name}" for name in PARTS.values() if name != "weight")
 
 
@@ -48,7 +50,6 @@ def load_weights(
     Raises:
         CheckpointError: a tensor is unexpected, missing or has the wrong shape.
     """
-    modules = dict(model.named_modules())
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     target = _match_names(model.base_model_prefix, names, shapes)
     quantized = _quantized(model, names, target)
@@ -56,8 +57,11 @@ def load_weights(
     unexpected: list[str] = []
     misshapen: list[str] = []
     passed_over: list[str] = []
-    for name, (_, shape, _) in names.items():
+    for name, (_, shape, kind) in names.items():
         mine = target(name)
+        if name not in quantized and kind in _WHOLE:
+            (passed_over if mine.startswith(_HEADS) else unexpected).append(name)
+            continue
         if name in quantized or (mine in model.tied_weights and model.config.tie_word_embeddings):
             continue  # some writers store a tied weight twice
         if mine not in shapes:
@@ -76,7 +80,7 @@ def load_weights(
 
     def place(name: str, value: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
-        setattr(modules[owner], leaf, nn.Parameter(value))
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
 
     parts: dict[str, Tensor] = {}
     for name, tensor in read_weights(files, lambda name: name in kept or name in quantized):
@@ -93,6 +97,11 @@ def load_weights(
         raise CheckpointError(f"{origin} is incomplete; it lacks {', '.join(n.removeprefix(prefix) for n in lost)}")
     for name in missing:
         place(name, torch.empty(shapes[name], device=device, dtype=dtype))
+    for module in quantized_modules(model).values():
+        if isinstance(module, QuantizedLinear):
+            module.follow_bias()
+    if quantized:
+        model.requires_grad_(False)
     if missing:
         initialize(model, model.config, only=missing)
         logger.warning(
@@ -116,7 +125,7 @@ def _quantized(
     model: PreTrainedModel, names: Mapping[str, tuple[Path, tuple[int, ...], str]], target: Callable[[str], str]
 ) -> dict[str, str]:
     """The tensors of quantized weights that this model has a place for, by their names; and their names there."""
-    if model.quantization is None:
+    if Record.of(model.config) is None:
         return {}
     owners = {target(name).removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")}
     own = {name for name, _ in model.named_modules()}
@@ -130,7 +139,7 @@ def _quantized(
 
 def _put_quantized(model: PreTrainedModel, origin: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Quantized layers in the places of those whose parts were read; a tied output shares the embedding's."""
-    record = model.quantization
+    record = Record.of(model.config)
     if record is None:
         return
     owners = [name.removesuffix("weight_scale") for name in parts if name.endswith(".weight_scale")]
@@ -146,4 +155,3 @@ def _put_quantized(model: PreTrainedModel, origin: str, parts: Mapping[str, Tens
             if source.removesuffix(".weight") in weights:
                 weights[tied.removesuffix(".weight")] = weights[source.removesuffix(".weight")]
     put(model, weights, dtype)
-    model.requires_grad_(False)

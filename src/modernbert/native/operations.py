@@ -237,6 +237,43 @@ def attention(
     return out_THD
 
 
+def attend_step(
+    qkv_N3HD: Tensor,
+    angles: Angles,
+    rows_N: Tensor,
+    looks: tuple[Tensor, Tensor, int],
+    keys_RHD: Tensor,
+    values_RHD: Tensor,
+    seen: tuple[Tensor, Tensor, int] | None,
+) -> Tensor:
+    """Attention of one new token each of N texts, after its key and value were rotated and stored: (N, H, D).
+
+    Args:
+        qkv_N3HD: of the new tokens, not rotated; contiguous.
+        angles: theirs, (N, 1, D).
+        rows_N: (N,) int64, the stored row that each new key and value goes to.
+        looks: (N,) first stored row of each text, (N,) how many there are, and the most of them.
+        keys_RHD: stored keys; written to.
+        values_RHD: stored values, likewise.
+        seen: positions of the new tokens and of all stored rows, and how far back a token sees; None sees all.
+    """
+    operation = Operation(STEP)
+    struct = operation.body.step
+    struct.texts, _, struct.heads, struct.head_dim = qkv_N3HD.shape
+    first_N, length_N, struct.most = looks
+    struct.rows, struct.first, struct.length = (t.data_ptr() for t in (rows_N, first_N, length_N))
+    if seen is not None:
+        struct.positions, struct.key_positions, struct.left = seen[0].data_ptr(), seen[1].data_ptr(), seen[2]
+    struct.cos, struct.sin = (t.data_ptr() for t in angles)
+    struct.scale = qkv_N3HD.shape[3] ** -0.5
+    out_NHD = torch.empty_like(qkv_N3HD[:, 0], memory_format=torch.contiguous_format)
+    new = zip(("q", "k", "v"), qkv_N3HD.unbind(1), strict=True)
+    for name, x in (*new, ("out", out_NHD), ("keys", keys_RHD), ("values", values_RHD)):
+        _point(struct, name, x)
+    _run(operation)
+    return out_NHD
+
+
 class Program:
     """Operations that run one after another in one call, as a table whose cells can be set.
 

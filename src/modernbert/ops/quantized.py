@@ -22,6 +22,7 @@ from torch import Tensor
 
 from modernbert.native.library import Weight, library
 from modernbert.native.operations import NativeWeight, version_of
+from modernbert.ops.linear import linear
 
 BITS = {8: 2, 4: 3}  # kernels.h
 LARGEST = {8: 127, 4: 7}
@@ -87,19 +88,24 @@ class QuantizedWeight:
 
     def product(self, x_TI: Tensor) -> Tensor:
         """(T, I) to (T, O), of the dtype of x: what the kernels compute, slowly."""
-        x_TI, dtype = x_TI.float(), x_TI.dtype
+        with torch.autocast(x_TI.device.type, enabled=False):
+            return self._product(x_TI.float()).to(x_TI.dtype)
+
+    def _product(self, x_TI: Tensor) -> Tensor:
         if self.float_rows:
-            return F.linear(x_TI, self.to_dense()).to(dtype)
+            return linear(x_TI, self.to_dense())
         columns = self.columns.long()
-        out_TO = x_TI[:, columns] @ self.kept.float().mT
         rows = quantize_rows(x_TI.index_fill(1, columns, 0.0), self.group)
         whole_OI = F.pad(self.whole().float(), (0, -self.shape[1] % self.group))
+        out_TO = x_TI.new_zeros(len(x_TI), len(whole_OI))
+        if len(columns):
+            out_TO = linear(x_TI[:, columns].contiguous(), self.kept.float())
         # Floats hold these sums of integers exactly, in pieces of 1,024 products of at most 127 squared.
         for g, codes_OI in enumerate(whole_OI.split(self.group, dim=1)):
             pieces = zip(rows.whole[:, g].split(1024, dim=1), codes_OI.split(1024, dim=1), strict=True)
             sums_TO = sum((a @ b.mT for a, b in pieces), start=out_TO.new_zeros(()))
             out_TO = out_TO + sums_TO * (self.scales[:, g].float() * rows.scales[:, g, None])
-        return out_TO.to(dtype)
+        return out_TO
 
     def map(self, move: Callable[[Tensor], Tensor]) -> QuantizedWeight:
         """The same with every tensor moved by a function."""

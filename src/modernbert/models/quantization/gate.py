@@ -47,7 +47,7 @@ BFLOAT16 = "bfloat16"
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What quantizing cost, on texts that it was not chosen by.
+    """What quantizing cost, on texts that scales and columns were not chosen by.
 
     Attributes:
         cosine_min: between the last hidden states of both models, at the worst token.
@@ -209,11 +209,11 @@ def _let_in(
         measured = _measure(model, reference, measured_on)
         report(_said(measured))
         finer = _finer(weights, measured.cosine_min, config)
-        if not finer:
+        if not finer and measured.cosine_min >= config.limit:
             break
         for weight in finer:
             weight.step += 1
-        if sum(w.has_more_bits() for w in weights) > config.most_kept * len(weights):
+        if not finer or sum(w.has_more_bits() for w in weights) > config.most_kept * len(weights):
             raise QuantizationError(
                 f"{config.scheme} was refused: the worst token's cosine is {measured.cosine_min:.4f}, and "
                 f"{config.limit} is wanted; more than {config.most_kept:.0%} of the weights would need more bits. Ask "
@@ -324,7 +324,7 @@ def _measure(model: Any, reference: Sequence[Seen], batches: Sequence[Batch]) ->
         seen = look(model, batch)
         pairs = zip(seen.states, right.states, strict=True)
         cosines.append([F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs])
-        if seen.answers is not None and right.answers is not None:
+        if seen.answers is not None and right.answers is not None and len(seen.answers):
             same.append((seen.answers == right.answers).float())
     layers = [torch.cat(parts) for parts in zip(*cosines, strict=True)]
     return Measured(

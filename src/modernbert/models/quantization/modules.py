@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modernbert.errors import CheckpointError
 from modernbert.models.layers import Linear, share
+from modernbert.native.library import DTYPES
 from modernbert.ops.linear import PackedPart
 from modernbert.ops.quantized import GROUP, PackedIntegers, PlainIntegers, QuantizedWeight, pack_quantized
 
@@ -48,6 +49,8 @@ class QuantizedLinear(Linear):
         bias: (out,) or None.
         dtype: of what is made of `weight` for those who read it.
     """
+
+    is_ours = True
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -82,6 +85,7 @@ class QuantizedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
+        self.follow_bias()
         packed = self.packed
         if isinstance(packed, PackedPart) or packed.gated:
             packed = pack_quantized(self.quantized, self.bias)
@@ -89,7 +93,18 @@ class QuantizedLinear(Linear):
             x_TI, dense = x.flatten(0, -2), self.dense_weight().to(x.dtype)
             out: Tensor = _Through.apply(x_TI, dense, packed)
             return out.unflatten(0, x.shape[:-1])
-        return packed.product(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        dtype = x.dtype if x.dtype in DTYPES else torch.float32
+        return packed.product(x.flatten(0, -2).to(dtype)).unflatten(0, x.shape[:-1]).to(x.dtype)
+
+    def follow_bias(self) -> None:
+        """Pack again where the bias is no longer the one that was packed."""
+        if not self.packed.holds(self.bias):
+            self.packed = pack_quantized(self.quantized, self.bias, self.packed_as_gate)
+
+    @property
+    def packed_as_gate(self) -> bool:
+        """Whether the outputs lie as gates."""
+        return not isinstance(self.packed, PackedPart) and self.packed.gated
 
     def is_native(self) -> bool:
         """Whether our own kernels multiply by it."""
@@ -128,9 +143,7 @@ class QuantizedLinear(Linear):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-        weight = self.quantized
-        self.packed = pack_quantized(from_parts(state_dict, prefix, weight.float_rows), self.bias)
-        args[-2][:] = [name for name in args[-2] if name.removeprefix(prefix) not in PARTS.values()]  # unexpected ones
+        self.packed = pack_quantized(_loaded(self.quantized, state_dict, prefix, *args), self.bias)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy is packed anew
         return {**self.__dict__, "packed": self.quantized}
@@ -182,12 +195,38 @@ class QuantizedEmbedding(nn.Embedding):
         destination.update(named_parts(self.quantized, prefix))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.quantized = from_parts(state_dict, prefix, self.quantized.float_rows)
-        args[-2][:] = [name for name in args[-2] if name.removeprefix(prefix) not in PARTS.values()]
+        self.quantized = _loaded(self.quantized, state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.quantized.bits}"
+
+
+def _loaded(
+    old: QuantizedWeight,
+    state_dict: Any,
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: Any,
+    unexpected: Any,
+    errors: Any,
+) -> QuantizedWeight:
+    """The weight that a state holds, where it fits the old one; else the old one, and what was wrong."""
+    unexpected[:] = [name for name in unexpected if name.removeprefix(prefix) not in PARTS.values()]
+    absent = [name for name in (f"{prefix}weight", f"{prefix}weight_scale") if name not in state_dict]
+    if absent:
+        missing += [name for name in absent if name not in missing]
+        return old
+    try:
+        new = from_parts(state_dict, prefix, old.float_rows)
+    except CheckpointError as error:
+        errors.append(str(error))
+        return old
+    if new.shape != old.shape:
+        errors.append(f"{prefix}weight is {tuple(new.shape)}, the model wants {tuple(old.shape)}")
+        return old
+    return new.map(lambda tensor: tensor.detach().to(old.codes.device, copy=True))
 
 
 def named_parts(weight: QuantizedWeight, prefix: str) -> dict[str, Tensor]:
@@ -203,9 +242,15 @@ def part_names(prefix: str) -> list[str]:
 
 def from_parts(tensors: Mapping[str, Tensor], prefix: str, float_rows: bool) -> QuantizedWeight:
     """The way back."""
+    if f"{prefix}weight" not in tensors or f"{prefix}weight_scale" not in tensors:
+        raise CheckpointError(f"{prefix}weight and {prefix}weight_scale belong together; one of them is missing")
     codes, scales = tensors[f"{prefix}weight"], tensors[f"{prefix}weight_scale"]
     columns = tensors.get(f"{prefix}outliers", codes.new_empty(0, dtype=torch.int32))
     kept = tensors.get(f"{prefix}outlier_weight", scales.new_empty((len(codes), 0), dtype=torch.float16))
+    if codes.dtype not in (torch.int8, torch.uint8) or columns.dtype != torch.int32 or codes.dim() != 2:
+        raise CheckpointError(
+            f"{prefix}weight is {codes.dtype}, its outliers {columns.dtype}; int8 or uint8, and int32"
+        )
     bits = 8 if codes.dtype == torch.int8 else 4
     inputs = codes.shape[1] * (8 // bits)
     group = -(-inputs // 4) * 4 if scales.shape[1] == 1 else GROUP

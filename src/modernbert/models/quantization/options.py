@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from modernbert.config import Config
 from modernbert.errors import CheckpointError
 from modernbert.models.quantization.rounding import Scheme
 from modernbert.ops.quantized import GROUP
 
-METHOD, FORMAT = "modernbert", 1
+KEY, METHOD, FORMAT = "quantization_config", "modernbert", 1
 # What a weight is rounded to by each scheme; and to what next, where that costs too much. Bfloat16 is the last resort.
 SCHEMES = {
     "int8": (Scheme(8, None), Scheme(8, GROUP, kept=256)),
@@ -123,6 +124,12 @@ class Record:
     def float_rows(self) -> bool:
         """Whether the inputs of products stay floats."""
         return SCHEMES[self.scheme][0].float_rows
+
+    @classmethod
+    def of(cls, config: Config) -> Record | None:
+        """What a model's configuration says; None where it says nothing of quantization."""
+        values = config.extra.get(KEY)
+        return None if values is None else cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for `config.json`."""

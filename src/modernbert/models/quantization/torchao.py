@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -9,13 +10,15 @@ from torch import nn
 from modernbert.errors import BackendError
 from modernbert.models.quantization.options import QuantizationConfig
 
+logger = logging.getLogger(__name__)
+
 
 def quantize_by_torchao(model: Any, config: QuantizationConfig) -> Any:
     """Put torchao's tensors in the places of a model's weights; embedding, tied output and classifier stay floats.
 
     Args:
         model: on a GPU.
-        config: only the scheme counts; nothing is measured.
+        config: only the scheme counts; nothing is measured. Both schemes of 4 bits leave the inputs floats.
 
     Raises:
         BackendError: torchao is not installed, or lacks what the scheme needs.
@@ -32,6 +35,7 @@ def quantize_by_torchao(model: Any, config: QuantizationConfig) -> Any:
         "int4": ao.Int4WeightOnlyConfig,
         "int4-weight-only": ao.Int4WeightOnlyConfig,
     }
+    logger.warning("on a GPU torchao quantizes (%s), and nothing is measured", schemes[config.scheme].__name__)
     left_out = ("classifier", "decoder")
 
     def is_meant(module: nn.Module, name: str) -> bool:
