@@ -3,8 +3,8 @@
     python benchmarks/quantization.py ../shared/data --runs /tmp/runs --output benchmarks/quantization.json
 
 The small models of the package are measured on texts that quantizing did not see. An encoder is fine-tuned for
-clinc150 and for wnut17 (kept under --runs, and taken from there the next time); float32 and quantized models then answer the
-same rows. Every quantized model is chosen by the package's own texts.
+clinc150 and for wnut17 (kept under --runs, and taken from there the next time); float32 and quantized models then
+answer the same rows. Every quantized model is chosen by the package's own texts.
 """
 
 import argparse
