@@ -91,15 +91,15 @@ def fine_tuned(data: Path, runs: Path) -> list[dict[str, object]]:
     """Accuracy of intents, F1 of names, on the rows that training did not see."""
     rows: list[dict[str, object]] = []
     cases = {
-        "clinc150": ("text-classification", "classification/clinc150-train-val.json", None, 4, "accuracy"),
-        "wnut17": ("token-classification", "ner/wnut17-train.conll", "ner/wnut17-dev.conll", 8, "f1"),
+        "clinc150": ("text-classification", "classification/clinc150-train-val.json", None, 1, "accuracy"),
+        "wnut17": ("token-classification", "ner/wnut17-train.conll", "ner/wnut17-dev.conll", 4, "f1"),
     }
     for name, (task, train, held_out, epochs, metric) in cases.items():
         folder, paths = runs / name, {"train": str(data / train)}
         if held_out is not None:
             paths["eval"] = str(data / held_out)
         if not (folder / "results.json").exists():
-            finetune(task, **paths, output=folder, lr=5e-4, epochs=epochs, progress=False)
+            finetune(task, **paths, output=folder, lr=1e-3, epochs=epochs, progress=False)
         settings = settings_of(task, {**paths, "output": str(folder)}, None, False)
         worker = TASKS[task](settings)
         seen, unseen_rows, is_held_out = read_rows(worker, None, None, settings, lambda line: None)

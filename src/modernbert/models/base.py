@@ -19,7 +19,7 @@ from modernbert.models.loading import load_weights
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.models.quantization.gate import quantize_loaded
 from modernbert.models.quantization.modules import QuantizedEmbedding, part_names, quantized_modules
-from modernbert.models.quantization.options import KEY, Record, resolve
+from modernbert.models.quantization.options import BFLOAT16, KEY, Record, resolve
 from modernbert.ops.attention import AttentionBackend, choose_backend
 
 
@@ -160,6 +160,9 @@ class PreTrainedModel(nn.Module):
                 for name in part_names(tied.removesuffix("weight")):
                     weights.pop(name, None)
         is_quantized = bool(quantized_modules(self))
+        for name, how in (self.quantization.finer if self.quantization else {}).items():
+            if how == BFLOAT16 and f"{name}.weight" in weights:
+                weights[f"{name}.weight"] = weights[f"{name}.weight"].bfloat16()  # as its numbers are
         extra = {name: value for name, value in self.config.extra.items() if name != KEY or is_quantized}
         if is_quantized and KEY not in extra:
             raise ValueError("a part of the model was quantized by itself; quantize the whole model to save it")

@@ -34,15 +34,13 @@ from modernbert.models.quantization.calibration import (
     own_texts,
 )
 from modernbert.models.quantization.modules import put, put_module, quantized_modules
-from modernbert.models.quantization.options import SCHEMES, QuantizationConfig, Record, resolve
+from modernbert.models.quantization.options import BFLOAT16, SCHEMES, QuantizationConfig, Record, resolve
 from modernbert.models.quantization.rounding import Scheme, choose_columns, round_weight
 from modernbert.models.quantization.torchao import quantize_by_torchao
 from modernbert.ops.quantized import QuantizedWeight, pack_quantized
 from modernbert.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-BFLOAT16 = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ def quantize(
         report: called with a line about each step.
 
     Returns:
-        The model. `model.config.quantization_config` says what was measured.
+        The model. `model.quantization` says what was measured.
 
     Raises:
         QuantizationError: the cosine that is asked for is out of reach; the model is as it was.

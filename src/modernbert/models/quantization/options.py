@@ -19,6 +19,7 @@ SCHEMES = {
     "int4": (Scheme(4, GROUP, kept=128), Scheme(8, GROUP, kept=256)),
     "int4-weight-only": (Scheme(4, GROUP, float_rows=True), Scheme(8, GROUP, float_rows=True)),
 }
+BFLOAT16 = "bfloat16"  # of a weight that keeps that much
 _COSINES = {8: 0.999, 4: 0.9}
 
 
