@@ -335,6 +335,22 @@ def test_pipelines_serve_quantized_models(tmp_path):
     assert torch.cosine_similarity(a, b, dim=-1).min() > 0.999
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_code_that_was_written_for_bitsandbytes(bits):
+    where = small_model("decoder")
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    tokenizer = modernbert.AutoTokenizer.from_pretrained(where)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, dtype=torch.float16, device_map="auto", quantization_config=config
+    )
+    assert model.quantization.scheme == f"int{bits}"
+    inputs = tokenizer("The future of the house is", return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        outputs = model.generate(**inputs, max_length=30, do_sample=True)
+    assert inputs.input_ids.shape[1] < outputs.shape[1] <= 30
+    assert tokenizer.decode(outputs[0], skip_special_tokens=True).startswith("The future of the house is")
+
+
 def called(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
         main([str(a) for a in arguments])
