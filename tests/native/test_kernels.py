@@ -344,7 +344,7 @@ def test_without_kernels_pytorch_serves_and_says_so_once(tmp_path):
     done = run(SAY.format(missing=""), MODERNBERT_KERNELS="none")
     assert (done.stdout, done.stderr) == ("True False\n", "")
     assert (
-        "choose one of avx512bf16, avx512, avx2, portable, none"
+        "choose one of avx512bf16, avx512vnni, avx512, avx2, portable, none"
         in run(SAY.format(missing=""), MODERNBERT_KERNELS="sse").stderr
     )
 
