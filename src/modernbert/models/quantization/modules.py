@@ -64,7 +64,7 @@ class QuantizedLinear(Linear):
         """Of the weight, (out, in)."""
         return self.out_features, self.in_features
 
-    @property
+    @property  # in the place of a parameter that callers read, but could not write with any effect
     def weight(self) -> Tensor:  # type: ignore[override]
         """The numbers that the codes stand for, (out, in), made anew each time."""
         return self.dense_weight()
@@ -176,7 +176,7 @@ class QuantizedEmbedding(nn.Embedding):
         """Of the weight, (V, M)."""
         return self.num_embeddings, self.embedding_dim
 
-    @property
+    @property  # as of `QuantizedLinear`
     def weight(self) -> Tensor:  # type: ignore[override]
         """The numbers that the codes stand for, (V, M), made anew each time."""
         return self.quantized.to_dense().to(self.dtype)
