@@ -19,6 +19,7 @@ FLOORS = {
     "records": 1,
     "hub": 1,
     "native": 1,
+    "gpu": 1,
     "config": 2,
     "encoding": 2,
     "ops": 2,

@@ -63,8 +63,7 @@ def test_one_text_has_one_result(activation, dtype, implementation, optimized):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_optimizing_without_kernels_of_our_own_changes_no_bit(threads, monkeypatch):
-    for module in ("ops.linear", "models.layers", "models.backbone"):
-        monkeypatch.setattr(f"modernbert.{module}.serving", lambda dtype, device: None)
+    monkeypatch.setattr("modernbert.native.library.serving", lambda dtype, device: None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

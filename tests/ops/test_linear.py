@@ -14,7 +14,8 @@ SHAPES = [(768, 2304), (1152, 768), (192, 576), (64, 192), (48, 97), (33, 5)]
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "blocks"])
 def test_a_row_is_the_same_whatever_the_number_of_rows(shape, dtype, threads, onednn, monkeypatch):
-    monkeypatch.setattr("modernbert.ops.linear.serving", lambda dtype, device: None)  # our own kernels: tests/native
+    # Our own kernels are tested in tests/native.
+    monkeypatch.setattr("modernbert.native.library.serving", lambda dtype, device: None)
     if not onednn:
         torch._C._set_mkldnn_enabled(False)
         monkeypatch.setattr("modernbert.ops.linear._onednn_serves", lambda x: False)

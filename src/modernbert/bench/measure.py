@@ -17,6 +17,7 @@ from torch import Tensor
 from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.models.backbone import Backbone
+from modernbert.models.fused import FusedLayers
 from modernbert.native.library import library
 from modernbert.ops.linear import Packed, pack_weight
 
@@ -157,7 +158,7 @@ def measure(model: Backbone, workload: str, machine: Limits, seconds: float = 2.
     flops = useful_flops(model.config, lengths)
     weights = sum(p.numel() * p.element_size() for p in model.layers.parameters())
     parts: dict[str, float] = {}
-    if model.fused is not None:
+    if isinstance(model.fused, FusedLayers):
         start = time.perf_counter()
         parts = model.time_parts(model.pack_inputs(ids, None, cu_seqlens=starts))
         parts["rest"] = time.perf_counter() - start - sum(parts.values())
@@ -175,6 +176,6 @@ def measure(model: Backbone, workload: str, machine: Limits, seconds: float = 2.
 def backend_of(model: Backbone) -> str:
     """What serves the model."""
     kernels = library()
-    if model.fused is not None and kernels is not None:
+    if isinstance(model.fused, FusedLayers) and kernels is not None:
         return f"fused, {kernels.name} kernels"
     return f"PyTorch, {model.backend.name} attention"

@@ -5,7 +5,6 @@ Shapes: B texts, T real tokens of all texts together, M hidden size.
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any, ClassVar
 
@@ -15,14 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from modernbert.config import Config
 from modernbert.errors import InputError
+from modernbert.gpu import operations as gpu
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.cache import DecoderCache
 from modernbert.models.fused import FusedLayers
+from modernbert.models.fused_gpu import GpuLayers
 from modernbert.models.inputs import PackedInputs, pack_inputs
 from modernbert.models.layers import Attention, Embeddings, Layer, LayerContext, layer_norm
 from modernbert.models.outputs import BaseModelOutput
-from modernbert.native.library import serving
-from modernbert.ops.attention import AttentionBackend
+from modernbert.native import library as native
+from modernbert.ops.attention import AttentionBackend, choose_backend
 from modernbert.ops.attention.eager import EagerAttention
 from modernbert.ops.rope import rope_tables
 
@@ -44,8 +45,10 @@ class Backbone(PreTrainedModel):
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
-        self.backend = self.make_backend()
-        self.fused: FusedLayers | None = None  # once optimized for inference on a CPU
+        self._backends: dict[tuple[str, torch.dtype], AttentionBackend] = {}
+        if self.attn_implementation != "auto":
+            self._make_backend(torch.device("cpu"), torch.float32)  # a name that cannot be served is refused at once
+        self.fused: FusedLayers | GpuLayers | None = None  # once optimized for inference
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList([Layer(config, i, self.attention_class) for i in range(config.num_hidden_layers)])
         self.final_norm = layer_norm(config)
@@ -53,13 +56,20 @@ class Backbone(PreTrainedModel):
 
     def fuse(self) -> None:
         """Take our own kernels where they serve, unless an attention backend of PyTorch was asked for by name."""
-        if self.attn_implementation in ("auto", "native") and serving(self.dtype, self.device) is not None:
+        if gpu.serving(self.dtype, self.device):
+            self.fused = GpuLayers.of(self)
+        elif self.attn_implementation in ("auto", "native") and native.serving(self.dtype, self.device) is not None:
             self.fused = FusedLayers.of(self)
 
-    @property
-    def pack_inputs(self) -> functools.partial[PackedInputs]:
-        """`models.inputs.pack_inputs` for this model's vocabulary and width."""
-        return functools.partial(pack_inputs, vocab_size=self.config.vocab_size, hidden_size=self.config.hidden_size)
+    def pack_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, **given: Any) -> PackedInputs:
+        """`models.inputs.pack_inputs` for this model's vocabulary and width, on the model's device.
+
+        What comes on the CPU is checked and packed there, and goes to a card in one copy that nobody waits for.
+        """
+        config = self.config
+        vocabulary, width = config.vocab_size, config.hidden_size
+        inputs = pack_inputs(input_ids, inputs_embeds, vocab_size=vocabulary, hidden_size=width, **given)
+        return inputs.to(self.device)
 
     def encode(
         self,
@@ -90,15 +100,15 @@ class Backbone(PreTrainedModel):
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if not want_weights and self.fused is not None and self.fused.serves(inputs):
-            shared = self._shared(inputs, self.fused.backend, self.fused.dtype, False, cache)
-            last_TM, all_states = self.fused(inputs, shared, want_states)
+            last_TM, all_states = self.fused(inputs, want_states, cache)
             if cache is not None:
                 cache.finish()
             return BaseModelOutput(last_hidden_state=last_TM, hidden_states=all_states)
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
         autocast = torch.is_autocast_enabled(x_TM.device.type)
         dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
-        shared = self._shared(inputs, self._backend_for(want_weights), dtype, x_TM.requires_grad, cache)
+        backend = self._backend_for(want_weights, x_TM.device, dtype)
+        shared = self.shared(inputs, backend, dtype, x_TM.requires_grad, cache)
         states = [x_TM]
         weights: list[Any] | None = [] if want_weights else None
         for layer in self.layers:
@@ -123,13 +133,26 @@ class Backbone(PreTrainedModel):
 
     def time_parts(self, inputs: PackedInputs) -> dict[str, float]:
         """Seconds that each kind of operation takes in one pass of an optimized model."""
-        assert self.fused is not None
-        return self.fused.time_parts(inputs, self._shared(inputs, self.fused.backend, self.dtype, False, None))
+        assert isinstance(self.fused, FusedLayers)
+        return self.fused.time_parts(inputs)
 
-    def _backend_for(self, want_weights: bool) -> AttentionBackend:
+    @property
+    def backend(self) -> AttentionBackend:
+        """What attends where the weights are now: "auto" chooses by their device and dtype."""
+        return self._make_backend(self.device, self.dtype)
+
+    def _make_backend(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+        key = (device.type, dtype) if self.attn_implementation == "auto" else ("", torch.float32)
+        if key not in self._backends:
+            name, deterministic = self.attn_implementation, self.config.deterministic_flash_attn
+            self._backends[key] = choose_backend(name, deterministic, device, dtype)
+        return self._backends[key]
+
+    def _backend_for(self, want_weights: bool, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
         """The backend of one pass: another one where attention weights are wanted and ours never makes any."""
-        if not want_weights or isinstance(self.backend, EagerAttention):
-            return self.backend
+        backend = self._make_backend(device, dtype)
+        if not want_weights or isinstance(backend, EagerAttention):
+            return backend
         if self.attn_implementation != "auto":
             raise InputError(
                 f"output_attentions needs attention weights, which attn_implementation "
@@ -138,7 +161,7 @@ class Backbone(PreTrainedModel):
         logger.info("attention backend: eager for this call, which wants attention weights")
         return EagerAttention()
 
-    def _shared(
+    def shared(
         self,
         inputs: PackedInputs,
         backend: AttentionBackend,

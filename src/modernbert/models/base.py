@@ -20,7 +20,6 @@ from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.models.quantization.gate import quantize_loaded
 from modernbert.models.quantization.modules import QuantizedEmbedding, part_names, quantized_modules
 from modernbert.models.quantization.options import BFLOAT16, KEY, Record, resolve
-from modernbert.ops.attention import AttentionBackend, choose_backend
 
 
 class PreTrainedModel(nn.Module):
@@ -59,10 +58,6 @@ class PreTrainedModel(nn.Module):
             for module in self.modules():
                 if isinstance(module, MLP):
                     module.compile(dynamic=True)
-
-    def make_backend(self) -> AttentionBackend:
-        """The attention backend that `attn_implementation` names."""
-        return choose_backend(self.attn_implementation, self.config.deterministic_flash_attn)
 
     # Loading and saving
 

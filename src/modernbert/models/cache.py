@@ -245,7 +245,9 @@ class DecoderCache:
             if storage.positions_R.device != device:
                 storage.to(device)
             storage.make_room(self.lengths, packing.lengths)
-        last = [int(p[-1]) + 1 if len(p) else 0 for p in packing.positions_T.split(packing.lengths)]
+        last = list(packing.lengths)
+        if packing.gaps:
+            last = [int(p[-1]) + 1 if len(p) else 0 for p in packing.positions_T.split(packing.lengths)]
         ends = [end + n for end, n in zip(self.ends, last, strict=True)]
         lengths = [length + n for length, n in zip(self.lengths, packing.lengths, strict=True)]
         columns = self.columns + packing.grid[1] if packing.grid is not None else max(lengths, default=0)

@@ -8,8 +8,6 @@ Shapes: T tokens of all texts together, M hidden size, I intermediate size, H he
 
 from __future__ import annotations
 
-import itertools
-import operator
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,21 +19,21 @@ from torch import Tensor, nn
 from modernbert.config import Config
 from modernbert.models.continuation import Steps
 from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import MLP, Layer, LayerContext, Linear
-from modernbert.models.layers import Attention as AttentionModule
+from modernbert.models.layers import Layer, LayerContext
 from modernbert.models.quantization.modules import QuantizedEmbedding
+from modernbert.models.unchanged import Unchanged, as_made
 from modernbert.native.library import DTYPES, Attention, Normalize, Step
 from modernbert.native.library import Product as ProductStruct
-from modernbert.native.operations import Angles, NativeWeight, Norm, Product, Program, attend_step, version_of
+from modernbert.native.operations import Angles, NativeWeight, Norm, Product, Program, attend_step
 from modernbert.ops.attention.native import NativeAttention
 from modernbert.ops.rope import split_rotated
 
 if TYPE_CHECKING:
     from modernbert.models.backbone import Backbone
+    from modernbert.models.cache import DecoderCache
 
 _LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output
 _PARTS = ("qkv", "attention", "out", "gate", "down")
-_IS_TRAINING, _PACKED = operator.attrgetter("training"), operator.attrgetter("packed")
 
 
 class _Pass(NamedTuple):
@@ -75,19 +73,7 @@ class FusedLayers:
         self.program = Program([first, *whole, last])
         self.stepping = Program([first, *steps, last])  # one new token of each text
         self._lay_out()
-        modules = [m for part in (model.embeddings, model.layers, model.final_norm) for m in part.modules()]
-        self._modules = modules
-        self._all = [model, *modules]
-        self._children = [module._modules for module in self._all]
-        self._child_lists = [list(children.values()) for children in self._children]
-        self._own = [module.__dict__ for module in modules]
-        linear = [module for module in modules if isinstance(module, Linear)]
-        self._packed = linear, [module.packed for module in linear]
-        named = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
-        self._parameters = [owner for owner, _, _ in named], [name for _, name, _ in named], [p for _, _, p in named]
-        self._held = [p for p in self._parameters[2] if p is not None]
-        self._states = list(map(_state, self._held))
-        self._hooks: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._unchanged = Unchanged(model, [model.embeddings, model.layers, model.final_norm])
 
     def _lay_out(self) -> None:
         """Strides and dtypes, which all passes share. x is float32, everything else of the weights' dtype."""
@@ -109,7 +95,7 @@ class FusedLayers:
     @classmethod
     def of(cls, model: Backbone) -> FusedLayers | None:
         """The fused layers of a packed model; None where its layers are not all packed by our own kernels."""
-        ours = len(model.layers) and all(_is_ours(layer) for layer in model.layers)
+        ours = len(model.layers) and all(as_made(layer, NativeWeight) for layer in model.layers)
         return cls(model) if ours and model.dtype in DTYPES else None
 
     def __reduce__(self) -> Any:  # a copy of a model is not packed
@@ -119,38 +105,18 @@ class FusedLayers:
         """Whether this pass may be taken: nothing changed, nothing listens, no gradient and no autocast is wanted."""
         given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
         assert given is not None
-        if self._changed():
+        if not self._unchanged.holds():
             self.model.fused = None  # for good: it holds the old weights
             return False
         if given.device.type != "cpu" or (given.is_floating_point() and given.dtype not in DTYPES):
             return False
-        if torch.is_grad_enabled() and (given.requires_grad or any(p.requires_grad for p in self._held)):
-            return False
-        return not (
-            any(self._hooks)
-            or any(map(_IS_TRAINING, self._all))
-            or nn.modules.module._has_any_global_hook()
-            or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
-        )
-
-    def _changed(self) -> bool:
-        """Whether the model is no longer the one whose weights were packed."""
-        # Run before every pass: in a step of generation a loop of Python here would take as long as a layer.
-        modules, packed = self._packed
-        owners, names, held = self._parameters
-        return (
-            any(map(operator.ne, map(list, map(dict.values, self._children)), self._child_lists))
-            or any(map(operator.contains, self._own, itertools.repeat("forward")))
-            or any(map(operator.is_not, map(_PACKED, modules), packed))
-            or any(map(operator.is_not, map(dict.get, owners, names), held))
-            or any(map(operator.ne, map(_state, self._held), self._states))
-        )
+        return self._unchanged.is_quiet(given)
 
     def __call__(
-        self, inputs: PackedInputs, shared: dict[str, LayerContext], want_states: bool
+        self, inputs: PackedInputs, want_states: bool, cache: DecoderCache | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
+        shared = self.model.shared(inputs, self.backend, self.dtype, False, cache)
         steps = {kind: context.cached.as_steps() for kind, context in shared.items() if context.cached is not None}
         all_steps = bool(steps) and all(step is not None and step.of_N is None for step in steps.values())
         run = self._begin(inputs, self.stepping if all_steps else self.program)
@@ -172,14 +138,15 @@ class FusedLayers:
         last_TM = self._finish(run)
         return last_TM, (*states, last_TM) if want_states else None
 
-    def time_parts(self, inputs: PackedInputs, shared: dict[str, LayerContext]) -> dict[str, float]:
+    def time_parts(self, inputs: PackedInputs) -> dict[str, float]:
         """Seconds of each kind of operation in one pass.
 
         Products: qkv, out (of the attention), gate and down (of the MLP); attention: local and global; ends: embedding
         and last norm.
         """
+        shared = self.model.shared(inputs, self.backend, self.dtype, False, None)
         run = self._begin(inputs, self.program)
-        self._aim_attention(run, shared)
+        self._aim_attention(run, shared)  # which the program points into
         seconds: dict[str, float] = {}
         for row in range(len(self.kinds) * _LAYER + 1):
             number, part = divmod(row - 1, _LAYER)
@@ -297,26 +264,6 @@ def _attend_step(step: Steps, layer: int, qkv_N3HD: Tensor, angles: Angles) -> T
     keys, values = step.storage.layers[layer]
     seen = None if step.left is None else (step.positions_N, step.storage.positions_R, step.left)
     return attend_step(qkv_N3HD, angles, step.rows_N, (step.first_N, step.length_N, step.most), keys, values, seen)
-
-
-def _state(parameter: Tensor) -> tuple[int, int | None]:
-    """What changes when a parameter gets other numbers."""
-    return parameter.data_ptr(), version_of(parameter)
-
-
-def _is_ours(layer: nn.Module) -> bool:
-    """Whether a layer is as this package made it, and packed by our own kernels throughout."""
-    if type(layer) is not Layer or type(layer.mlp) is not MLP or not isinstance(layer.attn, AttentionModule):
-        return False
-    norms = (layer.mlp_norm, layer.attn_norm)
-    weights = (layer.attn.packed_projection, *(getattr(m, "packed", None) for m in (layer.attn.Wo, layer.mlp.Wo)))
-    gate = getattr(layer.mlp.Wi, "packed", None)
-    return (
-        all(type(norm) in (nn.LayerNorm, nn.Identity) for norm in norms)
-        and all(isinstance(weight, NativeWeight) and not weight.gated for weight in weights)
-        and isinstance(gate, NativeWeight)
-        and gate.gated
-    )
 
 
 def _products(layer: Layer) -> list[Product]:

@@ -6,6 +6,7 @@ Shapes: B texts, S columns of a padded grid, T real tokens of all texts together
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,8 +41,38 @@ class PackedInputs:
         """(T, ...) to the caller's leading shape; padding comes back as `fill`."""
         return packed_T.unflatten(0, self.given) if self.packing.grid is None else self.packing.repad(packed_T, fill)
 
+    def to(self, device: torch.device) -> PackedInputs:
+        """The same on a card, by one copy from pinned memory that nobody waits for; elsewhere these themselves."""
+        if device.type != "cuda" or self.packing.positions_T.device == device:
+            return self
+
+        def send(rows: list[Tensor]) -> Tensor:
+            block = torch.empty(sum(map(len, rows)), dtype=torch.int64, pin_memory=True)
+            return torch.cat(rows, out=block).to(device, non_blocking=True)
+
+        return self.sent(send, device)
+
+    def sent(self, send: Callable[[list[Tensor]], Tensor], device: torch.device) -> PackedInputs:
+        """The same where `send` puts a list of int64 tensors, end to end."""
+        packing = self.packing
+        own = None if self.positions_T is packing.positions_T else self.positions_T
+        named = {
+            "positions": packing.positions_T, "text": packing.text_T, "starts": torch.tensor(packing.starts),
+            "ids": self.ids_T, "indices": packing.indices_T, "own": own,
+        }  # fmt: skip
+        rows = {name: x.long() for name, x in named.items() if x is not None}
+        there = dict(zip(rows, send(list(rows.values())).split([len(x) for x in rows.values()]), strict=True))
+        packing = dataclasses.replace(
+            packing, positions_T=there["positions"], text_T=there["text"], indices_T=there.get("indices")
+        )
+        packing.__dict__["cu_seqlens"] = there["starts"].int()  # where the property keeps what it has made
+        embeds_TM = None if self.embeds_TM is None else self.embeds_TM.to(device)
+        positions_T = there.get("own", packing.positions_T)
+        return PackedInputs(there.get("ids"), embeds_TM, packing, positions_T, self.given, self.came_packed)
+
     def pack(self, name: str, values: Tensor) -> Tensor:
         """Pack one value a token, such as labels, given in the shape of the input or of its padded grid."""
+        values = values.to(self.packing.positions_T.device)
         shape, grid = tuple(values.shape), self.packing.grid
         if self.came_packed and shape == self.given:
             return values.flatten()

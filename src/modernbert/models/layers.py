@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.config import Config
+from modernbert.gpu import operations as gpu
+from modernbert.gpu.operations import TritonWeight
 from modernbert.models.continuation import Continuation
-from modernbert.native.library import ACTIVATIONS, serving
-from modernbert.native.operations import NativeWeight, Product
+from modernbert.native.operations import NativeWeight
 from modernbert.ops.activations import activation
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.eager import EagerAttention
-from modernbert.ops.linear import Packed, PackedPart, linear, pack_weight, serves_packed
+from modernbert.ops.linear import Packed, PackedPart, gates, linear, pack_weight, serves_packed
 from modernbert.ops.rope import split_rotated
 
 
@@ -59,9 +60,9 @@ class Linear(nn.Linear):
             for module in modules:
                 module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
 
-    def is_native(self) -> bool:
-        """Whether our own kernels multiply by it once it is packed."""
-        return serving(self.weight.dtype, self.weight.device) is not None
+    def gates(self, activation: Any) -> bool:
+        """Whether our own kernels, once it is packed, compute this activation and the gate after it too."""
+        return gates(activation, self.weight.dtype, self.weight.device)
 
     def unpack(self) -> None:
         """Undo `pack`."""
@@ -217,21 +218,29 @@ class MLP(nn.Module):
 
     def pack(self) -> None:
         """Lay the two halves of Wi out side by side where our own kernels know the activation."""
-        if is_ours(self.Wi) and self.activation in ACTIVATIONS and self.Wi.is_native():
+        if is_ours(self.Wi) and self.Wi.gates(self.activation):
             self.Wi.pack(gated=True)
 
-    def _serves_packed(self, packed: NativeWeight, x_TM: Tensor) -> bool:
+    def _serves_packed(self, packed: NativeWeight | TritonWeight, x_TM: Tensor) -> bool:
         """Whether one kernel may take the place of Wi, the activation, the gate and the dropout."""
         dropping = self.drop.training and self.drop.p > 0
         heard = listens(self.Wi) or listens(self.drop)
         return not dropping and not heard and serves_packed(x_TM, self.Wi.bias) and packed.holds(self.Wi.bias)
 
+    def _is_geglu_on_card(self, x_TO: Tensor) -> bool:
+        """Whether one kernel may take the place of the activation and the gate, and one that of their gradients."""
+        compiling = torch.compiler.is_compiling()
+        return self.activation == "gelu" and not compiling and gpu.serving(x_TO.dtype, x_TO.device)
+
     def forward(self, x_TM: Tensor) -> Tensor:
         """(T, M) to (T, M)."""
         packed = getattr(self.Wi, "packed", None)
-        if isinstance(packed, NativeWeight) and packed.gated and self._serves_packed(packed, x_TM):
-            return self.Wo(Product(packed, activation=str(self.activation))(x_TM))
-        in_TI, gate_TI = self.Wi(x_TM).chunk(2, dim=-1)
+        if isinstance(packed, NativeWeight | TritonWeight) and packed.gated and self._serves_packed(packed, x_TM):
+            return self.Wo(packed.gated_product(x_TM, str(self.activation)))
+        both_TO = self.Wi(x_TM)
+        if self._is_geglu_on_card(both_TO):
+            return self.Wo(self.drop(gpu.geglu(both_TO)))
+        in_TI, gate_TI = both_TO.chunk(2, dim=-1)
         # PyTorch has other kernels, with other bits, for strided rows; a single row is never strided.
         return self.Wo(self.drop(self.act(in_TI.contiguous()) * gate_TI))
 

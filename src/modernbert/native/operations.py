@@ -105,6 +105,10 @@ class NativeWeight:
         """(T, I) to (T, O), of the dtype of x."""
         return Product(self)(x_TI if x_TI.stride(1) == 1 else x_TI.contiguous())
 
+    def gated_product(self, x_TI: Tensor, activation: str) -> Tensor:
+        """(T, I) to (T, O / 2), of a gated weight."""
+        return Product(self, activation=activation)(x_TI if x_TI.stride(1) == 1 else x_TI.contiguous())
+
     def holds(self, bias_O: Tensor | None) -> bool:
         """Whether this is the bias that was packed, as it was then."""
         return bias_O is self._bias and version_of(bias_O) == self._version

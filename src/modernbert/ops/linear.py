@@ -4,7 +4,8 @@ A matrix product of general libraries picks its kernel, and so the order of its 
 text alone and the same text in a batch then differ in the last bits. oneDNN's inner product keeps one order for
 every number of rows but one, on any number of threads, so it serves here wherever PyTorch carries it; a single
 row is computed as two, and many rows as a round number of them. Elsewhere fixed-size blocks of rows give the same
-guarantee. Weights that are packed for inference are multiplied by the kernels of `native`, which were written for it.
+guarantee. Weights that are packed for inference are multiplied by the kernels of `native` and, on a card, of `gpu`,
+which were written for it. On a card plain weights are left to PyTorch, which picks by the number of rows.
 
 Shapes: T rows, I inputs, O outputs.
 """
@@ -19,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.native.library import serving
+from modernbert.gpu import operations as gpu
+from modernbert.gpu.operations import TritonWeight
+from modernbert.native import library as native
 from modernbert.native.operations import NativeWeight, version_of
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -221,20 +224,31 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
 
 
 def serves_packed(x: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether packed weights serve these rows: on the CPU, where no gradient is wanted, and no autocast."""
+    """Whether packed weights serve these rows: where no gradient is wanted, and no autocast."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+
+
+def gates(activation: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether our own kernels compute an activation and a gate together with the product before them."""
+    if gpu.serving(dtype, device):
+        return activation in gpu.ACTIVATIONS
+    return activation in native.ACTIVATIONS and native.serving(dtype, device) is not None
 
 
 def pack_weight(weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = False) -> Packed | None:
     """Lay a weight out once in the blocks that products are computed in; None where nothing here does.
 
     Args:
-        weight_OI: (O, I), float32 or bfloat16, on the CPU.
+        weight_OI: (O, I).
         bias_O: (O,) or None.
         gated: wanted for a product whose first half of outputs gates the second; only our own kernels have it.
     """
-    if serving(weight_OI.dtype, weight_OI.device) is not None:
+    if type(weight_OI) not in _PLAIN:
+        return None
+    if gpu.serving(weight_OI.dtype, weight_OI.device):
+        return TritonWeight(weight_OI, bias_O, gated)
+    if native.serving(weight_OI.dtype, weight_OI.device) is not None:
         return NativeWeight(weight_OI, bias_O, gated)
     return None if gated or not _onednn_serves(weight_OI) else OneDnnWeight(weight_OI, bias_O)

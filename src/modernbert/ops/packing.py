@@ -6,6 +6,7 @@ Shapes: B texts, S columns of a padded grid, T real tokens of all texts together
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import torch
@@ -51,7 +52,7 @@ class Packing:
         """For each text its first row and the row after its last one."""
         return list(itertools.pairwise(self.starts))
 
-    @property
+    @functools.cached_property
     def cu_seqlens(self) -> Tensor:
         """`starts` as an int32 tensor of shape (B + 1,), the form that attention kernels take."""
         return torch.tensor(self.starts, dtype=torch.int32, device=self.positions_T.device)

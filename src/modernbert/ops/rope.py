@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modernbert.gpu import operations as gpu
+
 
 def _powers(theta: float | Tensor, head_dim: int, device: torch.device) -> Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
@@ -46,6 +48,24 @@ def _yarn(rope: Mapping[str, Any], powers: Tensor, head_dim: int) -> tuple[Tenso
     return frequencies, float(attention)
 
 
+def rope_frequencies(rope: Mapping[str, Any], head_dim: int, device: torch.device) -> tuple[Tensor, float]:
+    """Angle a position of each pair of dimensions, (D / 2,) float32, and what cosines and sines are multiplied by.
+
+    Of every type but "dynamic", whose frequencies follow from the texts.
+    """
+    powers = _powers(rope["rope_theta"], head_dim, device)
+    if rope["rope_type"] == "yarn":
+        return _yarn(rope, powers, head_dim)
+    return 1.0 / powers / (rope["factor"] if rope["rope_type"] == "linear" else 1.0), 1.0
+
+
+def angle_tables(frequencies: Tensor, scale: float, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as of `rope_tables`, by frequencies (D / 2,) or (T, D / 2)."""
+    angles = positions_T.float()[:, None] * frequencies
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+
+
 def rope_tables(
     rope: Mapping[str, Any],
     head_dim: int,
@@ -68,26 +88,16 @@ def rope_tables(
         Two float32 tensors of shape (T, 1, D), already multiplied by the type's attention factor: the cosines, and
         the sines with the sign that `apply_rope` adds them with.
     """
-    kind, theta = rope["rope_type"], rope["rope_theta"]
-    device, scale = positions_T.device, 1.0
-    if kind == "dynamic":
+    device = positions_T.device
+    if rope["rope_type"] == "dynamic":
         texts = torch.zeros_like(positions_T) if text_T is None else text_T
         number = int(texts.max()) + 1 if texts.numel() else 1
         length_B = torch.full((number,), max_positions, device=device, dtype=torch.float32)
         length_B = length_B.scatter_reduce(0, texts, positions_T.float() + 1, "amax")
         stretch_B = rope["factor"] * length_B / max_positions - (rope["factor"] - 1)
-        theta_B = theta * stretch_B ** (head_dim / (head_dim - 2))
-        frequencies = (1.0 / _powers(theta_B, head_dim, device))[texts]
-    else:
-        powers = _powers(theta, head_dim, device)
-        frequencies = 1.0 / powers
-        if kind == "linear":
-            frequencies = frequencies / rope["factor"]
-        elif kind == "yarn":
-            frequencies, scale = _yarn(rope, powers, head_dim)
-    angles = positions_T.float()[:, None] * frequencies
-    cos, sin = angles.cos() * scale, angles.sin() * scale
-    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+        theta_B = rope["rope_theta"] * stretch_B ** (head_dim / (head_dim - 2))
+        return angle_tables((1.0 / _powers(theta_B, head_dim, device))[texts], 1.0, positions_T)
+    return angle_tables(*rope_frequencies(rope, head_dim, device), positions_T)
 
 
 def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
@@ -110,8 +120,16 @@ def split_rotated(qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[T
 
 
 def _split(qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if _on_card(qkv_T3HD):
+        q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+        q_THD, k_THD, v_THD = gpu.rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D).unbind(1)
+        return q_THD, k_THD, v_THD
     q_THD, k_THD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), cos_T1D, sin_T1D).chunk(2, dim=1)
     return q_THD, k_THD, qkv_T3HD[:, 2]
+
+
+def _on_card(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and gpu.serving(x.dtype, x.device)
 
 
 class _SplitRotated(torch.autograd.Function):
@@ -126,6 +144,8 @@ class _SplitRotated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_T1D, sin_T1D = ctx.saved_tensors
         q_THD, k_THD, v_THD = grads
+        if _on_card(v_THD):
+            return gpu.rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D, back=True), None, None
         out_T3HD = torch.empty((v_THD.shape[0], 3, *v_THD.shape[1:]), dtype=v_THD.dtype, device=v_THD.device)
         half = v_THD.shape[-1] // 2
         for i, grad_THD in enumerate((q_THD, k_THD)):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from modernbert.errors import CheckpointError
 from modernbert.models.layers import Linear, share
-from modernbert.native.library import DTYPES
+from modernbert.native.library import ACTIVATIONS, DTYPES
 from modernbert.ops.linear import PackedPart
 from modernbert.ops.quantized import GROUP, PackedIntegers, PlainIntegers, QuantizedWeight, pack_quantized
 
@@ -106,8 +106,11 @@ class QuantizedLinear(Linear):
         """Whether the outputs lie as gates."""
         return not isinstance(self.packed, PackedPart) and self.packed.gated
 
-    def is_native(self) -> bool:
-        """Whether our own kernels multiply by it."""
+    def gates(self, activation: Any) -> bool:
+        """Whether our own kernels compute this activation and the gate after it too."""
+        return self._is_native() and activation in ACTIVATIONS
+
+    def _is_native(self) -> bool:
         return isinstance(self.packed, PackedPart | PackedIntegers)
 
     @staticmethod
@@ -116,7 +119,7 @@ class QuantizedLinear(Linear):
         quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
         weight = together(module.quantized for module in quantized)
         biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
-        if weight is not None and all(module.is_native() for module in quantized):
+        if weight is not None and all(module._is_native() for module in quantized):
             share(modules, pack_quantized(weight, torch.cat(biases) if biases else None))
 
     def pack(self, keep_weight: bool = False, gated: bool = False) -> None:

@@ -13,20 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modernbert.errors import BackendError
 from modernbert.ops.packing import Packing
 
 logger = logging.getLogger(__name__)
 
 Reach = tuple[int | None, int | None]
 
-# The class of each name. A name without one is known, and says why it cannot run.
-IMPLEMENTATIONS: dict[str, tuple[str, str] | str] = {
+# The class of each name.
+IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
     "eager": ("modernbert.ops.attention.eager", "EagerAttention"),
     "sdpa": ("modernbert.ops.attention.sdpa", "SdpaAttention"),
     "native": ("modernbert.ops.attention.native", "NativeAttention"),
-    "flash_attention_2": "this release has no flash attention backend; choose 'sdpa', which is as exact",
-    "flex_attention": "this release has no flex attention backend; choose 'sdpa', which is as exact",
+    "flash_attention_2": ("modernbert.ops.attention.flash", "FlashAttention"),
+    "flex_attention": ("modernbert.ops.attention.flex", "FlexAttention"),
 }
 
 
@@ -60,21 +59,39 @@ class AttentionBackend(abc.ABC):
         """Attention outputs of shape (T, H, D); scores are scaled by D**-0.5, `dropout` falls on the weights."""
 
 
-def choose_backend(name: str | None, deterministic: bool = False) -> AttentionBackend:
-    """Make the backend of this name; "auto" and None choose, and log what they chose.
+def choose_backend(
+    name: str | None,
+    deterministic: bool = False,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AttentionBackend:
+    """Make the backend of this name; "auto" and None choose one for a device and a dtype, and log what and why.
 
     Raises:
         BackendError: the backend cannot run here; the message gives the reason.
         ValueError: there is no such name.
     """
     if name in (None, "auto"):
-        name = "sdpa"
-        logger.info("attention backend: %s", name)
-    entry = IMPLEMENTATIONS.get(str(name))
-    if entry is None:
+        name, reason = _best(device or torch.device("cpu"), dtype)
+        logger.info("attention backend: %s (%s)", name, reason)
+    if name not in IMPLEMENTATIONS:
         raise ValueError(f"attn_implementation is {name!r}; choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    if isinstance(entry, str):
-        raise BackendError(f"attn_implementation {name!r} cannot run here: {entry}")
-    module, attribute = entry
+    module, attribute = IMPLEMENTATIONS[name]
     backend: AttentionBackend = getattr(importlib.import_module(module), attribute)(deterministic)
     return backend
+
+
+def _best(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The fastest backend that is exact for numbers of a dtype on a device, and why it is that one."""
+    if device.type == "cpu":
+        return "sdpa", "on a CPU"
+    if device.type != "cuda":
+        return "sdpa", f"the others are not for {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", f"flash attention has no {dtype}".replace("torch.", "")
+    flash, flex = (importlib.import_module(f"modernbert.ops.attention.{file}").why_not() for file in ("flash", "flex"))
+    if not flash:
+        return "flash_attention_2", f"on {device.type}, {dtype}".replace("torch.", "")
+    if torch.version.hip is not None and not flex:
+        return "flex_attention", f"flash attention: {flash}"
+    return "sdpa", f"flash attention: {flash}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modernbert.ops.attention.base import AttentionBackend, Reach
+from modernbert.ops.attention.layout import Layout, from_rows, lay_out, to_rows, way
 from modernbert.ops.packing import Packing
 
 _ALONE = 256  # texts longer than this are worth a call of their own
@@ -121,13 +122,13 @@ class SdpaAttention(AttentionBackend):
         causal = reach[1] == 0
         windowed, alone, shared = self._sort(packing, reach)
         pieces: list[Whole | Windows] = []
-        layouts: list[_Layout] = []
+        layouts: list[Layout] = []
         for texts in alone:
             width = packing.lengths[texts[0]]
             pieces.append(Whole(len(texts), width, causal))
-            layouts.append(_lay_out(texts, [width] * len(texts), packing))
+            layouts.append(lay_out(texts, [width] * len(texts), packing))
         for width, texts in shared.items():
-            layout = _lay_out(texts, [width] * len(texts), packing)
+            layout = lay_out(texts, [width] * len(texts), packing)
             bias_N1QK = None
             if not causal:
                 bias_N1QK = _bias(layout.held.unflatten(0, (-1, width)), dtype)[:, None, None].expand(-1, 1, width, -1)
@@ -141,15 +142,7 @@ class SdpaAttention(AttentionBackend):
             pieces.append(windows)
             layouts.append(layout)
         rows = [len(layout.tokens) for layout in layouts]
-        empty = packing.positions_T[:0]
-        gather = torch.cat([empty, *(layout.tokens for layout in layouts)])
-        held = torch.cat([empty.bool(), *(layout.held for layout in layouts)])
-        if bool(held.all()) and bool((gather[1:] > gather[:-1]).all()):
-            return SdpaPlan(pieces, rows, None, None)
-        order_T = torch.empty_like(packing.positions_T)
-        filled = held.nonzero().squeeze(1)
-        order_T[gather[filled]] = filled
-        return SdpaPlan(pieces, rows, gather, order_T)
+        return SdpaPlan(pieces, rows, *way(layouts, packing))
 
     @staticmethod
     def _sort(packing: Packing, reach: Reach) -> tuple[list[int], list[list[int]], dict[int, list[int]]]:
@@ -180,7 +173,7 @@ class SdpaAttention(AttentionBackend):
             return v_THD
         if plan.gather is not None:
             assert plan.order_T is not None
-            q_THD, k_THD, v_THD = (_to_rows(x, plan.gather, plan.order_T) for x in (q_THD, k_THD, v_THD))
+            q_THD, k_THD, v_THD = (to_rows(x, plan.gather, plan.order_T) for x in (q_THD, k_THD, v_THD))
         kernel = sdpa_kernel(SDPBackend.MATH) if self.deterministic and q_THD.is_cuda else contextlib.nullcontext()
         with kernel:
             outs = [
@@ -190,79 +183,18 @@ class SdpaAttention(AttentionBackend):
                 )
             ]
         out_THD = torch.cat(outs) if len(outs) > 1 else outs[0]
-        return out_THD if plan.order_T is None else _from_rows(out_THD, plan.order_T)
-
-
-class _ToRows(torch.autograd.Function):
-    """Tokens to the pieces' rows. Rows that hold no token take any, and give no gradient: nobody sees them."""
-
-    @staticmethod
-    def forward(ctx: Any, x_THD: Tensor, gather: Tensor, order_T: Tensor) -> Tensor:
-        ctx.save_for_backward(order_T)
-        return x_THD.index_select(0, gather)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class _FromRows(torch.autograd.Function):
-    """The pieces' rows back to tokens, each of which is in one row."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RHD: Tensor, order_T: Tensor) -> Tensor:
-        ctx.save_for_backward(order_T)
-        ctx.rows = len(x_RHD)
-        return x_RHD.index_select(0, order_T)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_THD,) = grads
-        rows = grad_THD.new_zeros((ctx.rows, *grad_THD.shape[1:]))
-        return rows.index_copy_(0, ctx.saved_tensors[0], grad_THD), None
-
-
-def _to_rows(x_THD: Tensor, gather: Tensor, order_T: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not x_THD.requires_grad:
-        return x_THD.index_select(0, gather)
-    rows: Tensor = _ToRows.apply(x_THD, gather, order_T)
-    return rows
-
-
-def _from_rows(x_RHD: Tensor, order_T: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or not x_RHD.requires_grad:
-        return x_RHD.index_select(0, order_T)
-    tokens: Tensor = _FromRows.apply(x_RHD, order_T)
-    return tokens
-
-
-class _Layout(NamedTuple):
-    """The token of each row of a piece, and which rows hold one at all."""
-
-    tokens: Tensor
-    held: Tensor
-
-
-def _lay_out(texts: list[int], widths: list[int], packing: Packing) -> _Layout:
-    """Lay texts out one after another in `widths` rows each."""
-    starts, device = packing.starts, packing.positions_T.device
-    width_N = torch.tensor(widths)
-    owner = torch.arange(len(texts)).repeat_interleave(width_N)
-    place = torch.arange(int(width_N.sum())) - (width_N.cumsum(0) - width_N)[owner]
-    held = place < torch.tensor([packing.lengths[i] for i in texts])[owner]
-    tokens = torch.where(held, torch.tensor([starts[i] for i in texts])[owner] + place, 0)
-    return _Layout(tokens.to(device), held.to(device))
+        return out_THD if plan.order_T is None else from_rows(out_THD, plan.order_T)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def _windows(texts: list[int], packing: Packing, reach: tuple[int, int], dtype: torch.dtype) -> tuple[Windows, _Layout]:
+def _windows(texts: list[int], packing: Packing, reach: tuple[int, int], dtype: torch.dtype) -> tuple[Windows, Layout]:
     # A block is about the reach: smaller ones visit fewer keys that are out of sight, larger ones run faster.
     size = min(max(-(-max(reach) // 16) * 16, 16), 128)
     left, right = (-(-r // size) for r in reach)
-    layout = _lay_out(texts, [-(-packing.lengths[i] // size) * size for i in texts], packing)
+    layout = lay_out(texts, [-(-packing.lengths[i] // size) * size for i in texts], packing)
     # A query sees a key of its own text within reach. Rows that hold no token see each other, lest they be NaN.
     text = torch.where(layout.held, packing.text_T[layout.tokens], -1)
     position = packing.positions_T[layout.tokens]

@@ -1,0 +1,287 @@
+"""A backbone's layers for inference on a card: seven launches a layer, and for short batches one for all of them.
+
+What the kernels of `gpu` fuse: rotation into the product that makes queries and keys, the gate into the product before
+it, the residual into the product after it, the embedding into its norm. Products are cut the same way whatever the
+number of rows, so a text's bits do not follow from its batch.
+
+Shapes: T tokens of all texts together, N texts, M hidden size, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modernbert.gpu import graphs
+from modernbert.gpu import operations as gpu
+from modernbert.gpu.operations import Look, Norm, TritonWeight
+from modernbert.models.continuation import Steps
+from modernbert.models.inputs import PackedInputs
+from modernbert.models.layers import Layer, LayerContext
+from modernbert.models.unchanged import Unchanged, as_made
+from modernbert.ops.attention.flash import FlashAttention, FlashPlan, serves
+from modernbert.ops.packing import Packing
+from modernbert.ops.rope import angle_tables, rope_frequencies
+
+if TYPE_CHECKING:
+    from modernbert.models.backbone import Backbone
+    from modernbert.models.cache import DecoderCache
+
+# Rotated queries, keys and values (T, 3, H, D) of a layer, by its number and kind, to its attention outputs (T, H, D).
+Attend = Callable[[int, str, Tensor], Tensor]
+Angles = dict[str, tuple[Tensor, Tensor]]
+
+
+class _Layer(NamedTuple):
+    """What a layer multiplies by."""
+
+    kind: str
+    attn_norm: Norm | None
+    qkv: TritonWeight
+    out: TritonWeight
+    mlp_norm: Norm
+    gate: TritonWeight
+    down: TritonWeight
+    activation: str
+
+
+class GpuLayers:
+    """The forward pass of an optimized backbone, for as long as its weights stay what they were.
+
+    Args:
+        model: packed by the kernels of `gpu`; see `of`.
+    """
+
+    def __init__(self, model: Backbone) -> None:
+        self.model, self.dtype, self.device = model, model.dtype, model.device
+        self.backend = model.backend
+        self.first, self.last = Norm.of(model.embeddings.norm), Norm.of(model.final_norm)
+        self.layers = [_layer(layer) for layer in model.layers if isinstance(layer, Layer)]
+        self._unchanged = Unchanged(model, [model.embeddings, model.layers, model.final_norm])
+        ropes = model.config.rope_parameters or {}
+        self._is_dynamic = any(rope["rope_type"] == "dynamic" for rope in ropes.values())
+        self._frequencies = {} if self._is_dynamic else {
+            kind: rope_frequencies(rope, model.config.head_dim, self.device) for kind, rope in ropes.items()
+        }  # fmt: skip
+        self.graphs = graphs.Graphs(self.device)
+
+    @classmethod
+    def of(cls, model: Backbone) -> GpuLayers | None:
+        """The fused layers of a packed model; None where its layers are not all packed by the kernels of `gpu`."""
+        ours = len(model.layers) and all(as_made(layer, TritonWeight) for layer in model.layers)
+        return cls(model) if ours and type(model.embeddings.tok_embeddings) is nn.Embedding else None
+
+    def __reduce__(self) -> Any:  # a copy of a model is not packed
+        return type(None), ()
+
+    def serves(self, inputs: PackedInputs) -> bool:
+        """Whether this pass may be taken: nothing changed, nothing listens, no gradient and no autocast is wanted."""
+        given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
+        assert given is not None
+        if not self._unchanged.holds():
+            self.model.fused = None  # for good: it holds the old weights
+            return False
+        if given.device != self.device or (given.is_floating_point() and given.dtype != self.dtype):
+            return False
+        return self._unchanged.is_quiet(given)
+
+    @torch.no_grad()
+    def __call__(
+        self, inputs: PackedInputs, want_states: bool, cache: DecoderCache | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
+        if cache is None and not want_states and (size := self._bucket(inputs)) is not None:
+            return self._short(inputs, size), None
+        shared = self.model.shared(inputs, self.backend, self.dtype, False, cache)
+        if cache is not None and not want_states and inputs.ids_T is not None:
+            steps = {kind: c.cached.as_steps() for kind, c in shared.items() if c.cached is not None}
+            whole = {kind: step for kind, step in steps.items() if step is not None and step.of_N is None}
+            if not self._is_dynamic and len(whole) == len(shared) and self._fits(whole):
+                return self._step(inputs, whole), None
+        x_TM = inputs.embeds_TM
+        if x_TM is None:
+            x_TM = gpu.normalize(self.model.embeddings.tok_embeddings.weight, self.first, inputs.ids_T)
+        else:
+            x_TM = gpu.normalize(x_TM.contiguous(), self.first)
+        states: list[Tensor] | None = [] if want_states else None
+        last_TM = self._run(x_TM, _angles_of(shared), _attend_by(shared), states)
+        return last_TM, None if states is None else (*states, last_TM)
+
+    def _run(self, x_TM: Tensor, angles: Angles, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
+        """Embedded rows through all layers and the last norm. The rows given are overwritten."""
+        for number, layer in enumerate(self.layers):
+            if states is not None:
+                states.append(x_TM.clone())
+            normed_TM = x_TM if layer.attn_norm is None else gpu.normalize(x_TM, layer.attn_norm)
+            qkv_T3HD = gpu.rotated_product(normed_TM, layer.qkv.weight, layer.qkv.bias, *angles[layer.kind])
+            out_THD = attend(number, layer.kind, qkv_T3HD)
+            gpu.product(out_THD.flatten(1), layer.out.weight, layer.out.bias, add_to=x_TM)
+            normed_TM = gpu.normalize(x_TM, layer.mlp_norm)
+            gated_TI = gpu.gated_product(normed_TM, layer.gate.weight, layer.gate.bias, layer.activation)
+            gpu.product(gated_TI, layer.down.weight, layer.down.bias, add_to=x_TM)
+        return gpu.normalize(x_TM, self.last)
+
+    def _angles(self, positions_T: Tensor) -> Angles:
+        return {kind: angle_tables(*found, positions_T) for kind, found in self._frequencies.items()}
+
+    # Short batches
+
+    def _bucket(self, inputs: PackedInputs) -> graphs.Bucket | None:
+        """The bucket of a batch whose launches can be recorded; None where they cannot, or need not."""
+        packing = inputs.packing
+        recordable = isinstance(self.backend, FlashAttention) and serves(self.dtype, self.model.config.head_dim)
+        if not recordable or self._is_dynamic or inputs.ids_T is None or packing.gaps:
+            return None
+        return graphs.bucket(packing.tokens, len(packing.lengths))
+
+    def _short(self, inputs: PackedInputs, size: graphs.Bucket) -> Tensor:
+        """The last hidden state of a short batch, (T, M)."""
+        with self.graphs.lock:
+            recorded, replay = self.graphs.find(size, lambda: _Short(self, size))
+            self.graphs.begin()
+            recorded.take(inputs)
+            replay()
+            out_TM: Tensor = recorded.out_TM[: inputs.packing.tokens].clone()
+            self.graphs.end()
+        return out_TM
+
+    # Steps of generation
+
+    def _fits(self, steps: dict[str, Steps]) -> bool:
+        """Whether the caches are what the kernel reads: rows of contiguous numbers of the model's dtype."""
+        for kind, step in steps.items():
+            numbers = [i for i, layer in enumerate(self.layers) if layer.kind == kind]
+            if any(i not in step.storage.layers for i in numbers):
+                return False
+            pairs = [x for i in numbers for x in step.storage.layers[i]]
+            if any(x.dtype != self.dtype or not x.is_contiguous() for x in pairs):
+                return False
+        return True
+
+    def _step(self, inputs: PackedInputs, steps: dict[str, Steps]) -> Tensor:
+        """The last hidden state of one new token of each text, (N, M)."""
+        texts = inputs.packing.tokens
+        size = graphs.step_bucket(texts)
+        with self.graphs.lock:
+            recorded, replay = self.graphs.find(size, lambda: _Step(self, size))
+            self.graphs.begin()
+            recorded.take(inputs, steps)
+            replay()
+            out_NM: Tensor = recorded.out_NM[:texts].clone()
+            self.graphs.end()
+        return out_NM
+
+
+class _Short:
+    """A forward pass over memory of its own: up to so many tokens of up to so many texts."""
+
+    def __init__(self, layers: GpuLayers, size: graphs.Bucket) -> None:
+        self.layers, device = layers, layers.device
+        self.ids_T = torch.zeros(size.tokens, dtype=torch.int64, device=device)
+        self.positions_T = torch.zeros(size.tokens, dtype=torch.int64, device=device)
+        self.cu_seqlens = torch.zeros(size.texts + 1, dtype=torch.int32, device=device)
+        self.out_TM = torch.empty(0)
+        packing = Packing.from_lengths((size.tokens,), device)  # says how long a text may be
+        self.plans = {
+            kind: FlashPlan(packing, layers.model.config.reach(kind), layers.dtype, self.cu_seqlens)
+            for kind in layers._frequencies
+        }
+
+    def take(self, inputs: PackedInputs) -> None:
+        """Read a batch. Texts past its end are empty, and rows past it are whatever they were."""
+        packing = inputs.packing
+        assert inputs.ids_T is not None
+        self.ids_T[: packing.tokens].copy_(inputs.ids_T)
+        self.positions_T[: packing.tokens].copy_(inputs.positions_T)
+        texts = len(packing.lengths)
+        self.cu_seqlens[: texts + 1].copy_(packing.cu_seqlens)
+        self.cu_seqlens[texts + 1 :].fill_(packing.tokens)
+
+    def __call__(self) -> None:
+        layers = self.layers
+
+        def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
+            q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+            return layers.backend.attend(q_THD, k_THD, v_THD, self.plans[kind])
+
+        x_TM = gpu.normalize(layers.model.embeddings.tok_embeddings.weight, layers.first, self.ids_T)
+        self.out_TM = layers._run(x_TM, layers._angles(self.positions_T), attend)
+
+
+class _Step:
+    """A step of generation over memory of its own: one new token each of up to so many texts.
+
+    Where the caches lie is read from memory too, so that a recording outlives them.
+    """
+
+    def __init__(self, layers: GpuLayers, size: int) -> None:
+        self.layers, device = layers, layers.device
+
+        def numbers(count: int = size) -> Tensor:
+            return torch.zeros(count, dtype=torch.int64, device=device)
+
+        self.ids_N, self.positions_N, self.out_NM = numbers(), numbers(), torch.empty(0)
+        self.looks: dict[str, Look] = {}
+        self.addresses: dict[str, Tensor] = {}  # of a kind's positions, then of keys and values of each of its layers
+        self.places: dict[int, int] = {}  # of a layer's keys among the addresses of its kind
+        for kind in layers._frequencies:
+            of_kind = [i for i, layer in enumerate(layers.layers) if layer.kind == kind]
+            self.addresses[kind] = numbers(1 + 2 * len(of_kind))
+            self.places |= {number: 1 + 2 * i for i, number in enumerate(of_kind)}
+            left = layers.model.config.reach(kind).left
+            look = Look(numbers(), numbers(), numbers(), self.positions_N, self.addresses[kind][:1], left)
+            self.looks[kind] = look
+
+    def take(self, inputs: PackedInputs, steps: dict[str, Steps]) -> None:
+        """Read a step's tokens and where each text looks. Texts past the last one are none."""
+        texts = inputs.packing.tokens
+        assert inputs.ids_T is not None
+        self.ids_N[:texts].copy_(inputs.ids_T)
+        for kind, step in steps.items():
+            look, stored = self.looks[kind], step.storage
+            self.positions_N[:texts].copy_(step.positions_N)
+            for mine, given in ((look.rows_N, step.rows_N), (look.first_N, step.first_N)):
+                mine[:texts].copy_(given)
+            look.length_N[:texts].copy_(step.length_N)
+            look.length_N[texts:].zero_()
+            of_kind = [number for number, layer in enumerate(self.layers.layers) if layer.kind == kind]
+            pairs = [x.data_ptr() for number in of_kind for x in stored.layers[number]]
+            self.addresses[kind].copy_(torch.tensor([stored.positions_R.data_ptr(), *pairs]))
+
+    def __call__(self) -> None:
+        layers = self.layers
+
+        def attend(number: int, kind: str, qkv_N3HD: Tensor) -> Tensor:
+            keys = self.addresses[kind][self.places[number] :]
+            return gpu.attend_step(qkv_N3HD, self.looks[kind], keys, keys[1:])
+
+        x_NM = gpu.normalize(layers.model.embeddings.tok_embeddings.weight, layers.first, self.ids_N)
+        self.out_NM = layers._run(x_NM, layers._angles(self.positions_N), attend)
+
+
+def _angles_of(shared: dict[str, LayerContext]) -> Angles:
+    return {kind: (context.cos_T1D, context.sin_T1D) for kind, context in shared.items()}
+
+
+def _attend_by(shared: dict[str, LayerContext]) -> Attend:
+    """Attention as a pass plans it: by the backend, or with the cache."""
+
+    def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
+        q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+        context = shared[kind]
+        if context.cached is not None:
+            return context.cached.attend(number, q_THD, k_THD, v_THD, None)
+        return context.backend.attend(q_THD, k_THD, v_THD, context.plan)
+
+    return attend
+
+
+def _layer(layer: Layer) -> _Layer:
+    attention, mlp = layer.attn, layer.mlp
+    weights = [attention.packed_projection, attention.Wo.packed, mlp.Wi.packed, mlp.Wo.packed]
+    qkv, out, gate, down = (weight for weight in weights if isinstance(weight, TritonWeight))
+    norm = Norm.of(layer.attn_norm) if isinstance(layer.attn_norm, nn.LayerNorm) else None
+    return _Layer(layer.kind, norm, qkv, out, Norm.of(layer.mlp_norm), gate, down, str(mlp.activation))
