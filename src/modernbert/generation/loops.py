@@ -20,6 +20,9 @@ from modernbert.generation.samplers import Draw, History, Sampler
 class Decoder(Protocol):
     """What the loops need of a model. Texts are numbered as they are when a method is called."""
 
+    def reserve(self, tokens: int) -> None:
+        """Be ready for so many new tokens of each text."""
+
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts; scores (B, V), float32, of what follows each."""
 
@@ -72,6 +75,7 @@ def follow(
         draw: draws tokens; None takes the best one.
         stop: whether a text is at its end.
     """
+    model.reserve(max(limits, default=0))
     logits_BV = model.start(prompts)
     copies = [i for i in range(len(prompts)) for _ in range(options.num_return_sequences)]
     histories = [History(list(prompts[i]), len(prompts[i]), limits[i]) for i in copies]
@@ -166,6 +170,7 @@ def search(
     Arguments as of `follow`; with `do_sample` continuations are drawn instead of the best ones taken.
     """
     beams = options.num_beams
+    model.reserve(max(limits, default=0))
     logits_BV = model.start(prompts)
     searches = [
         _Search([(History(list(prompt), len(prompt), limit), 0.0)])

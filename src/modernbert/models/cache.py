@@ -27,6 +27,7 @@ from modernbert.ops.linear import products_dtype
 from modernbert.ops.packing import Packing
 
 _ROOM = 128  # free rows that a growing region gets: a copy of the text's rows every so many tokens
+_MOST_RESERVED = 4096  # free rows that may be asked for ahead
 _NOWHERE = -(2**40)  # position of a row that holds no token: out of everyone's reach
 
 
@@ -34,6 +35,7 @@ class Storage:
     """Rows of keys and values of all layers of one kind.
 
     Attributes:
+        room_ahead: free rows that a growing region gets.
         starts: first row of each text's region.
         capacities: rows of each region.
         ring: tokens that a region keeps, token i in row i modulo this; None keeps all.
@@ -44,6 +46,7 @@ class Storage:
 
     def __init__(self, ring: int | None) -> None:
         self.ring = ring
+        self.room_ahead = _ROOM
         self.starts: list[int] = []
         self.capacities: list[int] = []
         self.first: list[int] = []
@@ -77,7 +80,7 @@ class Storage:
 
     def room(self, length: int) -> int:
         """Rows for a text of this length."""
-        return self.ring or -(-length // 16) * 16 + _ROOM
+        return self.ring or -(-length // 16) * 16 + self.room_ahead
 
     def move(self, texts: Sequence[int], lengths: Sequence[int], capacities: Sequence[int]) -> None:
         """Lay the regions out anew: these of the present texts, of these lengths and new capacities."""
@@ -253,6 +256,11 @@ class DecoderCache:
         columns = self.columns + packing.grid[1] if packing.grid is not None else max(lengths, default=0)
         self._unfinished = (lengths, ends, columns)
         return Pass(packing, list(self.lengths), list(self.ends))
+
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many more tokens of each text at once, not bit by bit; what is held already stays."""
+        for _, storage in self.kinds.values():
+            storage.room_ahead = min(max(tokens, _ROOM), _MOST_RESERVED)
 
     def continuation(
         self, shared: Pass, kind: str, backend: AttentionBackend, dtype: torch.dtype, gather: bool

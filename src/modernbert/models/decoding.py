@@ -56,6 +56,11 @@ class CachedDecoder:
                 )
         return past
 
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many new tokens of each text. A CPU's memory is cheap to move, and dear to touch ahead."""
+        if self.model.device.type != "cpu":
+            self.cache.reserve(tokens)
+
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Scores of what follows one more token each."""
         new: list[list[int]] = [[] for _ in range(len(self.cache))]
@@ -75,12 +80,13 @@ class CachedDecoder:
     def _read(self, new: list[list[int]]) -> Tensor:
         """Scores after the last token of each text that has new ones."""
         model, device = self.model, self.model.device
-        packing = Packing.from_lengths([len(ids) for ids in new], device)
-        ids_T = torch.tensor([i for ids in new for i in ids], dtype=torch.int64).to(device)
+        packing = Packing.from_lengths([len(ids) for ids in new])
+        ids_T = torch.tensor([i for ids in new for i in ids], dtype=torch.int64)
         positions_T = packing.positions_T
         if self.cache.ends:
-            positions_T = positions_T + torch.tensor(self.cache.ends, device=device)[packing.text_T]
-        inputs = PackedInputs(ids_T, None, packing, positions_T, (packing.tokens,), came_packed=True)
+            positions_T = positions_T + torch.tensor(self.cache.ends)[packing.text_T]
+        inputs = PackedInputs(ids_T, None, packing, positions_T, (packing.tokens,), came_packed=True).to(device)
+        packing = inputs.packing
         x_TM = model.model.encode(inputs, False, False, self.cache).last_hidden_state
         assert x_TM is not None
         if packing.tokens > len(self.active):
@@ -99,10 +105,13 @@ class UncachedDecoder:
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Any prompts will do."""
 
+    def reserve(self, tokens: int) -> None:
+        """Nothing is kept, so nothing is made room for."""
+
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Scores of what follows each prompt."""
         self.texts = [list(prompt) for prompt in prompts]
-        ids_T = torch.tensor([i for text in self.texts for i in text], device=self.model.device)
+        ids_T = torch.tensor([i for text in self.texts for i in text])
         starts = [0, *itertools.accumulate(len(text) for text in self.texts)]
         inputs = self.model.model.pack_inputs(ids_T, None, cu_seqlens=torch.tensor(starts, dtype=torch.int32))
         x_TM = self.model.model.encode(inputs, False, False).last_hidden_state

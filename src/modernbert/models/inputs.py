@@ -43,11 +43,11 @@ class PackedInputs:
 
     def to(self, device: torch.device) -> PackedInputs:
         """The same on a card, by one copy from pinned memory that nobody waits for; elsewhere these themselves."""
-        if device.type != "cuda" or self.packing.positions_T.device == device:
+        if device.type in ("cpu", "meta") or self.packing.positions_T.device == device:
             return self
 
         def send(rows: list[Tensor]) -> Tensor:
-            block = torch.empty(sum(map(len, rows)), dtype=torch.int64, pin_memory=True)
+            block = torch.empty(sum(map(len, rows)), dtype=torch.int64, pin_memory=device.type == "cuda")
             return torch.cat(rows, out=block).to(device, non_blocking=True)
 
         return self.sent(send, device)

@@ -32,6 +32,9 @@ _TOKENIZED_TOGETHER = 64
 _CPU_BUDGET, _GPU_BUDGET = 4096, 65536  # tokens of a forward pass
 
 
+Results = Sequence[Any] | Callable[[], Sequence[Any]]  # one a row
+
+
 class Row(NamedTuple):
     """One row of ids, and what its result needs to know about it."""
 
@@ -224,12 +227,16 @@ class Pipeline(abc.ABC):
         rows = [(job, i) for job in window for i in range(len(job.rows))]
         for job in window:
             job.results = [None] * len(job.rows)
+        begun: list[tuple[list[tuple[Job, int]], Results]] = []
         for batch in self._batches([self.weight(job.rows[i]) for job, i in rows]):
             chosen = [rows[k] for k in batch]
             with torch.inference_mode():
                 results = self.run([job.rows[i]._replace(number=job.number) for job, i in chosen], settings)
-            for (job, i), result in zip(chosen, results, strict=True):
-                job.results[i] = result
+            begun.append((chosen, results))
+            if len(begun) > 1:  # a card computes this batch while the one before is read, and the next one is packed
+                _keep(*begun.pop(0))
+        for chosen, results in begun:
+            _keep(chosen, results)
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Numbers of rows, long rows first, as many together as the token budget holds, in batches of like size."""
@@ -268,8 +275,8 @@ class Pipeline(abc.ABC):
         """One job an input; raises `InputError` where one of them cannot be answered."""
 
     @abc.abstractmethod
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
-        """One forward pass: a result a row."""
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
+        """One forward pass: a result a row, or what gives them later."""
 
     @abc.abstractmethod
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:
@@ -314,10 +321,32 @@ class Pipeline(abc.ABC):
         return list(encodings)
 
     def pack(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of ids end to end on the model's device, and their `cu_seqlens`."""
+        """Rows of ids end to end, and their `cu_seqlens`. Both stay on the CPU: the model takes them to its device."""
         ids_T = torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64)
         starts = [0, *itertools.accumulate(len(row.ids) for row in rows)]
-        return ids_T.to(self.model.device), torch.tensor(starts, dtype=torch.int32)
+        return ids_T, torch.tensor(starts, dtype=torch.int32)
+
+
+def read(values: torch.Tensor, finish: Callable[[torch.Tensor], Sequence[Any]]) -> Results:
+    """`finish` of values on the CPU: at once where they are there, else later, when a card has computed them."""
+    if values.device.type != "cuda":
+        return finish(values.cpu())
+    here = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    here.copy_(values, non_blocking=True)
+    done = torch.cuda.current_stream(values.device).record_event()
+
+    def later() -> Sequence[Any]:
+        done.synchronize()
+        return finish(here)
+
+    return later
+
+
+def _keep(chosen: list[tuple[Job, int]], results: Results) -> None:
+    with torch.inference_mode():
+        got = results() if callable(results) else results
+    for (job, i), result in zip(chosen, got, strict=True):
+        job.results[i] = result
 
 
 def check_text(text: Any, what: str = "a text") -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from modernbert.auto import AutoModel
 from modernbert.errors import InputError
 from modernbert.models.backbone import Backbone
-from modernbert.pipelines.base import Job, Pipeline, Row
+from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 
 _TOKENIZE = ("truncation", "max_length", "add_special_tokens", "padding")
 
@@ -48,12 +47,11 @@ class FeatureExtractionPipeline(Pipeline):
         """One row a text."""
         return [Job([Row(e.ids)]) for e in self.encode(items, **settings["tokenize_kwargs"])]
 
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Hidden states (tokens, hidden) of each row."""
         ids_T, cu_seqlens = self.pack(rows)
         states = self.model.encode(self.model.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_hidden_state
-        states = states.float().cpu()
-        return states.split([len(row.ids) for row in rows])
+        return read(states.float(), lambda states: states.split([len(row.ids) for row in rows]))
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:
         """A tensor or nested lists of shape (1, tokens, hidden)."""

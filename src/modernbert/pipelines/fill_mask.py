@@ -84,7 +84,8 @@ class FillMaskPipeline(Pipeline):
         ids_T, cu_seqlens = self.pack(rows)
         encoder = self.model.model
         hidden = encoder.encode(encoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_hidden_state
-        states = self.model.head(hidden[(ids_T == self.tokenizer.mask_token_id).nonzero().squeeze(1)])
+        masked = (ids_T == self.tokenizer.mask_token_id).nonzero().squeeze(1)
+        states = self.model.head(hidden[masked.to(hidden.device)])
         targets = [of_mask for row in rows for of_mask in row.extra[1]]
         best: list[tuple[list[float], list[int]]] = []
         for first in range(0, len(targets), _MASKS_TOGETHER):

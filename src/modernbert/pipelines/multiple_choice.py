@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from modernbert.auto import AutoModelForMultipleChoice
 from modernbert.errors import InputError
 from modernbert.models.multiple_choice import ModernBertForMultipleChoice
-from modernbert.pipelines.base import Job, Pipeline, Row, check_fields
+from modernbert.pipelines.base import Job, Pipeline, Results, Row, check_fields, read
 
 
 class MultipleChoicePipeline(Pipeline):
@@ -52,10 +51,11 @@ class MultipleChoicePipeline(Pipeline):
             jobs.append(Job([Row(encoding.ids) for encoding in encodings], list(choices)))
         return jobs
 
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """One score a row."""
         ids_T, cu_seqlens = self.pack(rows)
-        return self.model(ids_T, cu_seqlens=cu_seqlens, num_choices=1).logits[:, 0].float().cpu().unbind(0)
+        logits = self.model(ids_T, cu_seqlens=cu_seqlens, num_choices=1).logits
+        return read(logits[:, 0].float(), lambda scores: scores.unbind(0))
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:
         """The best choice."""

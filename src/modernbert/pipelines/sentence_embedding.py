@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +19,17 @@ from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import EmbeddingSettings, encoder_folder
 from modernbert.ops.packing import Packing
 from modernbert.ops.pooling import POOLINGS
-from modernbert.pipelines.base import Job, Pipeline, Row, check_choice, check_count, check_fields, check_text
+from modernbert.pipelines.base import (
+    Job,
+    Pipeline,
+    Results,
+    Row,
+    check_choice,
+    check_count,
+    check_fields,
+    check_text,
+    read,
+)
 from modernbert.tokenizer import Tokenizer
 
 Vectors = NDArray[np.float32]
@@ -110,7 +119,7 @@ class EmbeddingPipeline(Pipeline):
         """Whether texts over the context are cut: as asked, or as the checkpoint's layout has it."""
         return bool(self.model.is_layout if given is None else given)
 
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Vectors of each row, float32 on the CPU: of its tokens, or of its `Spans`."""
         ids_T, cu_seqlens = self.pack(rows)
         inputs = self.model.model.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)
@@ -123,7 +132,8 @@ class EmbeddingPipeline(Pipeline):
         vectors = vectors.float()
         if settings.get("truncate_dim") is not None:
             vectors = vectors[:, : settings["truncate_dim"]]
-        return (F.normalize(vectors, dim=-1) if settings["normalize"] else vectors).cpu().split(counts)
+        vectors = F.normalize(vectors, dim=-1) if settings["normalize"] else vectors
+        return read(vectors, lambda vectors: vectors.split(counts))
 
     def _pooled(
         self, states_TM: torch.Tensor, rows: list[Row], packing: Packing, poolings: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.errors import InputError
 from modernbert.models.decoder_classification import ModernBertDecoderForSequenceClassification
 from modernbert.models.sequence_classification import ModernBertForSequenceClassification
-from modernbert.pipelines.base import Job, Pipeline, Row, check_choice, check_count, check_fields
+from modernbert.pipelines.base import Job, Pipeline, Results, Row, check_choice, check_count, check_fields, read
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
@@ -30,11 +30,11 @@ class ClassifierPipeline(Pipeline):
             raise InputError(f"{self.task} needs a sequence classification model; this is a {type(model).__name__}")
         super().__init__(model, tokenizer, **options)
 
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Logits of each row, float32 on the CPU."""
         ids_T, cu_seqlens = self.pack(rows)
         more = {"use_cache": False} if isinstance(self.model, ModernBertDecoderForSequenceClassification) else {}
-        return self.model(ids_T, cu_seqlens=cu_seqlens, **more).logits.float().cpu().unbind(0)
+        return read(self.model(ids_T, cu_seqlens=cu_seqlens, **more).logits.float(), lambda logits: logits.unbind(0))
 
 
 class TextClassificationPipeline(ClassifierPipeline):

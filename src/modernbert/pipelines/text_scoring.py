@@ -83,11 +83,10 @@ class TextScoringPipeline(Pipeline):
         hidden = decoder.encode(decoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_hidden_state
         starts = cu_seqlens.tolist()
         wanted = torch.tensor([start + i for start, row in zip(starts, rows, strict=False) for i in row.extra])
-        wanted = wanted.to(ids_T)
         found: list[float] = []
-        for some in wanted.split(_ROWS_TOGETHER):
-            scores = self.model.score(hidden[some - 1]).float().log_softmax(-1)
-            found += scores.gather(1, ids_T[some, None]).squeeze(1).double().tolist()
+        for some in wanted.to(torch.int64).split(_ROWS_TOGETHER):
+            scores = self.model.score(hidden[(some - 1).to(hidden.device)]).float().log_softmax(-1)
+            found += scores.gather(1, ids_T[some, None].to(hidden.device)).squeeze(1).double().tolist()
         rest = iter(found)
         return [math.fsum(next(rest) for _ in row.extra) for row in rows]
 

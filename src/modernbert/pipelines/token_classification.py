@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from tokenizers import Encoding
 from modernbert.auto import AutoModelForTokenClassification
 from modernbert.errors import InputError
 from modernbert.models.token_classification import ModernBertForTokenClassification
-from modernbert.pipelines.base import Job, Pipeline, Row, check_choice, check_count, check_text, short
+from modernbert.pipelines.base import Job, Pipeline, Results, Row, check_choice, check_count, check_text, read, short
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 Scores = NDArray[np.float32]  # one a label
@@ -144,11 +143,11 @@ class TokenClassificationPipeline(Pipeline):
                 break
         return rows
 
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+    def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Probabilities (tokens, labels) of each row."""
         ids_T, cu_seqlens = self.pack(rows)
         logits = self.model(ids_T, cu_seqlens=cu_seqlens).logits.float()
-        return logits.softmax(-1).cpu().split([len(row.ids) for row in rows])
+        return read(logits.softmax(-1), lambda scores: scores.split([len(row.ids) for row in rows]))
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:
         """Tokens or entities."""
