@@ -16,7 +16,6 @@ from modernbert.files import write_text
 from modernbert.finetuning.data import Row, hold_out, parse_columns, read_tables, rows_of, with_parts
 from modernbert.finetuning.options import OPTIONS, FinetuneOptions
 from modernbert.finetuning.tasks import TASKS, Task
-from modernbert.models.base import PreTrainedModel
 from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
 from modernbert.training.adapters import add_adapters, has_adapters, merged
@@ -139,8 +138,6 @@ def finetune(
             max_steps=settings.max_steps,
             seed=settings.seed,
         )
-        if settings.gradient_checkpointing:
-            (loaded if isinstance(loaded, PreTrainedModel) else loaded.model).gradient_checkpointing_enable()
         if settings.lora_rank:
             loaded = add_adapters(loaded, settings.lora_rank, settings.lora_alpha)
 

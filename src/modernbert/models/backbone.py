@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from modernbert.config import Config
 from modernbert.errors import InputError
@@ -22,6 +21,7 @@ from modernbert.models.fused_gpu import GpuLayers
 from modernbert.models.inputs import PackedInputs, pack_inputs
 from modernbert.models.layers import Attention, Embeddings, Layer, LayerContext, layer_norm
 from modernbert.models.outputs import BaseModelOutput
+from modernbert.models.recompute import Recompute
 from modernbert.native import library as native
 from modernbert.ops.attention import AttentionBackend, choose_backend
 from modernbert.ops.attention.eager import EagerAttention
@@ -49,6 +49,7 @@ class Backbone(PreTrainedModel):
         if self.attn_implementation != "auto":
             self._make_backend(torch.device("cpu"), torch.float32)  # a name that cannot be served is refused at once
         self.fused: FusedLayers | GpuLayers | None = None  # once optimized for inference
+        self.recompute = Recompute()
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList([Layer(config, i, self.attention_class) for i in range(config.num_hidden_layers)])
         self.final_norm = layer_norm(config)
@@ -111,11 +112,13 @@ class Backbone(PreTrainedModel):
         shared = self.shared(inputs, backend, dtype, x_TM.requires_grad, cache)
         states = [x_TM]
         weights: list[Any] | None = [] if want_weights else None
-        for layer in self.layers:
+        recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
+        kept = self.recompute.plan(config.layer_types or (), x_TM) if recomputes else []
+        for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             context = shared[layer.kind]
-            if self.is_gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x_TM = checkpoint(layer, x_TM, context, weights, use_reentrant=False)
+            if recomputes:
+                x_TM = self.recompute.run(layer, kept[number], layer.kind, x_TM, context, weights)
             else:
                 x_TM = layer(x_TM, context, weights)
             states.append(x_TM)

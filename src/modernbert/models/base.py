@@ -20,6 +20,7 @@ from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.models.quantization.gate import quantize_loaded
 from modernbert.models.quantization.modules import QuantizedEmbedding, part_names, quantized_modules
 from modernbert.models.quantization.options import BFLOAT16, KEY, Record, resolve
+from modernbert.models.recompute import Recompute
 
 
 class PreTrainedModel(nn.Module):
@@ -312,16 +313,25 @@ class PreTrainedModel(nn.Module):
         self.config = config
         self.base_model.config = config
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, keep_bytes: int | None = None
+    ) -> None:
         """Recompute each layer in the backward pass instead of keeping its activations.
 
         Args:
             gradient_checkpointing_kwargs: accepted for compatibility; only `use_reentrant=False` is served.
+            keep_bytes: recompute no more layers than it takes for the others' activations to fit into so many bytes.
+
+        Raises:
+            ValueError: an argument cannot be served.
         """
+        if keep_bytes is not None and keep_bytes < 0:
+            raise ValueError(f"keep_bytes is {keep_bytes}; it must be a number of bytes, at least 0")
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("gradient_checkpointing_kwargs has use_reentrant=True; only False is served")
         for model in (self, self.base_model):
             model.is_gradient_checkpointing = True
+        self.base_model.recompute = Recompute(keep_bytes)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations for the backward pass again."""

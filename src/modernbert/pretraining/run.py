@@ -288,8 +288,6 @@ def pretrain(
         run = Pretraining(chosen, prepared)
         if resume and checkpoints(folder):
             check_same(run.model, last_checkpoint(folder)[0])
-        if chosen.gradient_checkpointing:
-            run.model.gradient_checkpointing_enable()
         stream = PassStream(prepared.train, chosen.micro_tokens, chosen.seed, chosen.weights)
         feed = PretrainFeed(stream, chosen, prepared.digest)
         sizes = ", ".join(f"{name} {size:,}" for name, size in zip(stream.names, stream.sizes, strict=True))

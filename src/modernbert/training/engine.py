@@ -47,6 +47,7 @@ from modernbert.training.distributed import (
 from modernbert.training.evaluating import evaluating
 from modernbert.training.examples import moved, shared_out, shortened
 from modernbert.training.folder import append_metrics, trim_metrics
+from modernbert.training.memory import save_memory
 from modernbert.training.optimizers import freeze, make_optimizer
 from modernbert.training.options import TrainingOptions
 from modernbert.training.precision import autocast
@@ -109,6 +110,7 @@ class _Run:
         self.told_to_end = threading.Event()
         self.schedule = make_schedule(options.schedule, self.total, options.warmup, options.decay)
         freeze(model, options.freeze_embeddings, options.freeze_layers)
+        save_memory(model, options)
         self.bare = model.to(self.accelerator.device)
         if frame is not None:
             shard(self.bare, self.accelerator.device)

@@ -51,6 +51,9 @@ class TrainingOptions:
     freeze_embeddings: bool = option(False, "Leave the token embeddings as they are.")
     freeze_layers: int = option(0, "Leave the first so many layers, and the embeddings, as they are.")
     gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: less memory.")
+    activation_memory: float | None = option(
+        None, "GiB of activations to keep for the backward pass; layers past it are computed again."
+    )
     precision: str = option("auto", "Of products; auto is bfloat16 where the device has it.", PRECISIONS)
     seed: int = option(0, "Of new weights, order, masks and dropout.")
     eval_every: int | None = option(None, "Steps between evaluations; an epoch where silent.")
@@ -68,7 +71,7 @@ class TrainingOptions:
         positive = ("epochs", "max_steps", "micro_tokens", "eval_every", "save_every")
         self.check(lambda x: x > 0, "must be above 0", *positive, "patience", "eps")
         self.check(lambda x: x >= 0, "must not be negative", "lr", "weight_decay", "max_grad_norm")
-        self.check(lambda x: x >= 0, "must not be negative", "freeze_layers", "seed")
+        self.check(lambda x: x >= 0, "must not be negative", "freeze_layers", "seed", "activation_memory")
         self.check(lambda x: 0 <= x < 1, "must lie in [0, 1)", "beta1", "beta2")
         self.check(lambda x: 0 <= x <= 1, "must lie in [0, 1]", "warmup", "decay")
         self.check(lambda x: 0 < x <= 1, "must lie in (0, 1]", "layer_decay")
