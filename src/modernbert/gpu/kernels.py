@@ -167,21 +167,22 @@ def rotated_product(x, weight, bias, out, cos, sin, T, inputs, P, ROTATED, x_str
     tl.store(out_TP + HALF, right_TP.to(dtype), mask=written)
 
 
-@triton.jit
-def normalize(table, ids, weight, bias, out, M, table_stride, out_stride, eps,
-              IDS: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """LayerNorm of a row, or of the row of a table that an id names."""
-    t = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["T"])
+def normalize(table, ids, weight, bias, out, T, M, table_stride, out_stride, eps,
+              IDS: tl.constexpr, BIAS: tl.constexpr, TILE_T: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """LayerNorm of rows, or of the rows of a table that ids name."""
+    t_T = tl.program_id(0).to(tl.int64) * TILE_T + tl.arange(0, TILE_T)
     m_M = tl.arange(0, WIDTH)
-    real_M = m_M < M
-    source = tl.load(ids + t).to(tl.int64) if IDS else t
-    x_M = tl.load(table + source * table_stride + m_M, mask=real_M, other=0.0).to(tl.float32)
-    apart_M = tl.where(real_M, x_M - tl.sum(x_M, 0) / M, 0.0)
-    y_M = apart_M * tl.rsqrt(tl.sum(apart_M * apart_M, 0) / M + eps)
-    y_M *= tl.load(weight + m_M, mask=real_M, other=0.0).to(tl.float32)
+    in_T, in_M = t_T < T, m_M < M
+    source_T = tl.load(ids + t_T, mask=in_T, other=0).to(tl.int64) if IDS else t_T
+    real = in_T[:, None] & in_M[None, :]
+    x_TM = tl.load(table + source_T[:, None] * table_stride + m_M[None, :], mask=real, other=0.0).to(tl.float32)
+    apart_TM = tl.where(in_M[None, :], x_TM - (tl.sum(x_TM, 1) / M)[:, None], 0.0)
+    y_TM = apart_TM * tl.rsqrt(tl.sum(apart_TM * apart_TM, 1) / M + eps)[:, None]
+    y_TM *= tl.load(weight + m_M, mask=in_M, other=0.0).to(tl.float32)[None, :]
     if BIAS:
-        y_M += tl.load(bias + m_M, mask=real_M, other=0.0).to(tl.float32)
-    tl.store(out + t * out_stride + m_M, y_M.to(out.dtype.element_ty), mask=real_M)
+        y_TM += tl.load(bias + m_M, mask=in_M, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + t_T[:, None] * out_stride + m_M[None, :], y_TM.to(out.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -275,13 +276,14 @@ def attend_step(q, k, v, keys, values, rows, first, length, positions, key_posit
         total = tl.sum(tl.where(d_D == 0, 1.0, 0.0), 0)
         sum_D = wide_v
         j_J = tl.arange(0, TILE)
+        from_JD = j_J[:, None] * (HEADS * D) + d_D[None, :]
+        stored_k += (begin * HEADS + h) * D
+        stored_v += (begin * HEADS + h) * D
         for start in range(0, length_n, TILE):
-            row_J = begin + start + j_J
-            seen_J = (start + j_J < length_n) & (row_J != mine)
+            seen_J = (j_J < length_n - start) & (j_J != mine - begin - start)
             if WINDOW:
-                behind_J = here - tl.load(stored_at + row_J, mask=seen_J, other=0)
+                behind_J = here - tl.load(stored_at + begin + start + j_J, mask=seen_J, other=0)
                 seen_J = seen_J & (behind_J >= 0) & (behind_J <= left)
-            from_JD = (row_J * HEADS + h)[:, None] * D + d_D[None, :]
             read = seen_J[:, None] & real_D[None, :]
             key_JD = tl.load(stored_k + from_JD, mask=read, other=0.0).to(tl.float32)
             score_J = tl.where(seen_J, tl.sum(key_JD * wide_q[None, :], 1), float("-inf"))
@@ -289,6 +291,8 @@ def attend_step(q, k, v, keys, values, rows, first, length, positions, key_posit
             weight_J = tl.exp(score_J - higher)
             shrink = tl.exp(most - higher)
             value_JD = tl.load(stored_v + from_JD, mask=read, other=0.0).to(tl.float32)
+            stored_k += TILE * HEADS * D
+            stored_v += TILE * HEADS * D
             sum_D = sum_D * shrink + tl.sum(weight_J[:, None] * value_JD, 0)
             total = total * shrink + tl.sum(weight_J, 0)
             most = higher

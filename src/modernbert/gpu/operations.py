@@ -77,7 +77,7 @@ def tiles(dtype: torch.dtype, shared_memory: int) -> Tiles:
 @functools.cache
 def _tiles_of(dtype: torch.dtype, device: torch.device) -> Tiles:
     if device.type != "cuda":
-        return Tiles(32, 32, 32, 1, 1)
+        return Tiles(64, 64, 64, 1, 1)
     properties = torch.cuda.get_device_properties(device)
     return tiles(dtype, getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
 
@@ -177,7 +177,7 @@ def rotated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, cos_
     (T, inputs), outputs, D = x_TI.shape, weight_OI.shape[0], cos_T1D.shape[-1]
     launch = _launch(T, outputs // 2, inputs, x_TI.dtype, x_TI.device, True)
     if launch.constants["TILE_O"] % (D // 2):  # heads that do not fit into tiles
-        q_THD, k_THD, v_THD = product(x_TI, weight_OI, bias_O).view(T, 3, -1, D).unbind(1)
+        q_THD, k_THD, v_THD = product(x_TI, weight_OI, bias_O).view(T, 3, outputs // (3 * D), D).unbind(1)
         return rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D)
     out = x_TI.new_empty((T, outputs))
     if T:
@@ -185,7 +185,7 @@ def rotated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, cos_
             x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, cos_T1D, sin_T1D, T, inputs, outputs // 2,
             outputs // 3, x_TI.stride(0), outputs, HALF=D // 2, BIAS=bias_O is not None, **launch.constants,
         )  # fmt: skip
-    return out.view(T, 3, -1, D)
+    return out.view(T, 3, outputs // (3 * D), D)
 
 
 def normalize(table: Tensor, norm: Norm, ids_T: Tensor | None = None) -> Tensor:
@@ -194,9 +194,11 @@ def normalize(table: Tensor, norm: Norm, ids_T: Tensor | None = None) -> Tensor:
     out = table.new_empty((rows, width))
     if rows:
         weight, bias, eps = norm
-        _kernels().normalize[(rows,)](
-            table, table if ids_T is None else ids_T, weight, _weight_of(weight, bias), out, width, table.stride(0),
-            width, eps, IDS=ids_T is not None, BIAS=bias is not None, WIDTH=_power(width),
+        tile = 4 if table.is_cuda else 64  # on a card a row a warp
+        _kernels().normalize[(-(-rows // tile),)](
+            table, table if ids_T is None else ids_T, weight, _weight_of(weight, bias), out, rows, width,
+            table.stride(0), width, eps, IDS=ids_T is not None, BIAS=bias is not None, TILE_T=tile,
+            WIDTH=_power(width), num_warps=4,
         )  # fmt: skip
     return out
 
