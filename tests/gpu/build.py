@@ -1,6 +1,6 @@
 """Builds every kernel for a target that need not be here, and prints what came of it as JSON.
 
-    python -m tests.gpu.build cuda:90
+python -m tests.gpu.build cuda:90
 """
 
 import json

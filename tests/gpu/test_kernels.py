@@ -86,7 +86,7 @@ def test_rotation_in_the_product_is_rotation_after_it(place, dtype, size):
     cos, sin = (table.to(place) for table in tables)
     after = split_rotated(gpu.product(x, weight, bias).view(rows, 3, heads, size), cos, sin)
     got = gpu.rotated_product(x, weight, bias, cos, sin)
-    if dtype == torch.float32:  # a multiplication and an addition may be one instruction in the one and two in the other
+    if dtype == torch.float32:  # a multiplication and an addition may be one instruction here and two there
         close(got, torch.stack(after, 1), dtype)
     else:
         torch.testing.assert_close(got, torch.stack(after, 1), rtol=1e-2, atol=1e-2)

@@ -259,5 +259,3 @@ def test_inputs_go_to_a_card_in_one_piece():
             inputs.packing.lengths, inputs.packing.gaps, inputs.packing.grid,
         )  # fmt: skip
         assert torch.equal(there.restore(there.ids_T), inputs.restore(inputs.ids_T))
-
-

@@ -30,7 +30,10 @@ from modernbert.ops.packing import Packing
 logger = logging.getLogger(__name__)
 
 BLOCK = 128  # rows; what the generated kernels are cut for
-_PIECE = 256  # blocks of a call, but for a longer text: the mask of blocks is square
+# Blocks of a call, but for a longer text. On a card the mask of blocks is square; on a CPU, where PyTorch computes
+# every score of a call, each text has a call of its own.
+_PIECE = {"cpu": 0}
+_PIECE_ON_CARD = 256
 _FAR = 2**40  # a position that nothing has
 _KEPT = 16  # masks that are kept for batches of the same lengths
 
@@ -136,13 +139,13 @@ def _blocks(length: int) -> int:
 def _pieces(packing: Packing) -> list[list[int]]:
     """Texts that are attended in one call."""
     pieces: list[list[int]] = []
-    room = 0
+    most, room = _PIECE.get(packing.positions_T.device.type, _PIECE_ON_CARD), 0
     for text, length in enumerate(packing.lengths):
         if not length:
             continue
         if _blocks(length) > room:
             pieces.append([])
-            room = _PIECE
+            room = most
         pieces[-1].append(text)
         room -= _blocks(length)
     return pieces
