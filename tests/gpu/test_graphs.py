@@ -6,23 +6,30 @@ from hypothesis import strategies as st
 
 from modernbert.gpu import graphs
 
+LENGTHS = st.lists(st.integers(0, 900), min_size=1, max_size=9) | st.lists(st.integers(0, 30), max_size=256)
 
-@given(st.integers(1, graphs.LARGEST), st.integers(1, graphs.MOST_TEXTS))
-def test_a_bucket_holds_its_batch_and_little_more(tokens, texts):
-    size = graphs.bucket(tokens, texts)
-    assert size.tokens >= tokens
-    assert size.texts >= texts
-    assert size.tokens <= max(16, tokens + 15, 1.25 * tokens)
-    assert size.texts < 4 * texts
-    assert graphs.bucket(*size) == size
+
+@given(LENGTHS)
+def test_a_bucket_holds_its_batch_and_little_more(lengths):
+    size = graphs.bucket(lengths)
+    if not sum(lengths):
+        assert size is None
+        return
+    assert size.tokens >= sum(lengths)
+    assert size.texts >= len(lengths)
+    assert size.longest >= max(lengths)
+    assert size.tokens <= max(16, sum(lengths) + 15, 1.25 * sum(lengths))
+    assert size.texts < 4 * len(lengths)
+    assert size.longest < max(129, 2 * max(lengths))
+    assert size.fillers * size.longest >= size.tokens - sum(lengths)  # what is left over are texts too
 
 
 def test_there_are_few_buckets_and_none_for_what_is_too_large():
-    found = {graphs.bucket(tokens, 1) for tokens in range(1, graphs.LARGEST + 1)}
+    found = {graphs.bucket([tokens]) for tokens in range(1, graphs.LARGEST + 1)}
     assert len(found) < 50
-    assert graphs.bucket(graphs.LARGEST + 1, 1) is None
-    assert graphs.bucket(10, graphs.MOST_TEXTS + 1) is None
-    assert graphs.bucket(0, 1) is graphs.bucket(5, 0) is None
+    assert graphs.bucket([graphs.LARGEST + 1]) is None
+    assert graphs.bucket([1] * (graphs.MOST_TEXTS + 1)) is None
+    assert graphs.bucket([0]) is graphs.bucket([]) is None
     assert [graphs.step_bucket(n) for n in (1, 2, 3, 5, 64, 65)] == [1, 2, 4, 8, 64, 128]
 
 

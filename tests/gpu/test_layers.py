@@ -1,6 +1,8 @@
 """Models that were made ready to serve by the kernels for cards, against the same models as they were."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -35,18 +37,16 @@ CONFIGS = {
 
 @pytest.fixture
 def eager_kernel(monkeypatch):
-    """Eager attention where FlashAttention's kernels would be, over what those are given; rows of no text are NaN."""
+    """Eager attention where FlashAttention's kernels would be, over what those are given."""
     asked = []
 
     def attend(q, k, v, cu_seqlens, longest, window):
         lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
         assert max(lengths) <= longest
         asked.append((longest, len(lengths)))
-        packing, rows = Packing.from_lengths(lengths, q.device), sum(lengths)
-        plan = EagerAttention().plan(packing, tuple(None if w < 0 else w for w in window), q.dtype)
-        out = torch.full_like(q, float("nan"), memory_format=torch.contiguous_format)
-        out[:rows] = EagerAttention().attend(q[:rows], k[:rows], v[:rows], plan)
-        return out
+        assert sum(lengths) == len(q)  # rows of no text would be whatever memory held
+        packing, reach = Packing.from_lengths(lengths, q.device), tuple(None if w < 0 else w for w in window)
+        return EagerAttention().attend(q, k, v, EagerAttention().plan(packing, reach, q.dtype))
 
     monkeypatch.setattr(flash, "why_not", lambda: "")
     monkeypatch.setattr(flash, "kernel", lambda device: flash.Found(attend, "eager attention"))
@@ -112,7 +112,7 @@ def test_recordings_keep_nothing_of_earlier_batches(place, eager_kernel):
             got = fast(ids, cu_seqlens=starts)[0]
         torch.testing.assert_close(got, plain(ids, cu_seqlens=starts)[0], rtol=0, atol=3e-5)
     assert len(fast.fused.graphs) == 3  # 32 tokens of one text, 32 of up to four; 16 of one
-    assert {longest for longest, _ in eager_kernel} == {16, 32}
+    assert set(eager_kernel) == {(128, 4 + 1), (128, 1 + 1)}  # of the longest, and texts with one to fill
 
 
 def test_positions_and_vectors_of_a_caller(place, eager_kernel):
@@ -233,6 +233,30 @@ def test_a_cache_goes_on_where_it_was(place, eager_kernel):
         for column, out in zip(range(9, 14), outs[1:], strict=True):
             got = fast(ids[:1, column : column + 1], past_key_values=alone.past_key_values)[0]
             assert torch.equal(got[0], out[0])
+
+
+def test_a_step_rotates_by_the_positions_of_a_caller(place):
+    plain, fast = pair(place, modernbert.ModernBertDecoderModel, **DECODER)
+    ids, _ = batch(place, (14, 14))
+    outs = []
+    for model in (plain, fast):
+        with torch.no_grad():
+            cache = model(ids[:, :9], use_cache=True).past_key_values
+            outs.append(model(ids[:, 9:10], past_key_values=cache, position_ids=torch.tensor([[30]], device=place))[0])
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=3e-5)
+
+
+def test_nothing_holds_the_card_once_it_has_ended(place):
+    _, fast = pair(place, ModernBertModel)
+    fast(*batch(place))
+    ended = weakref.ref(fast.fused)
+    gc.collect()
+    gc.disable()
+    try:
+        fast.unpack()
+        assert ended() is None
+    finally:
+        gc.enable()
 
 
 def test_inputs_go_to_a_card_in_one_piece():

@@ -244,10 +244,24 @@ def kernels(monkeypatch):
         asked.append((cu_seqlens.tolist(), longest, window, torch.are_deterministic_algorithms_enabled()))
         packing = Packing.from_lengths((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
         plan = EagerAttention().plan(packing, tuple(None if w < 0 else w for w in window), q.dtype)
-        out = EagerAttention().attend(q, k, v, plan)
-        if out.requires_grad:
-            out.register_hook(lambda grad: asked.append(torch.are_deterministic_algorithms_enabled()) or grad)
-        return out
+        return Attended.apply(q, k, v, plan)
+
+    class Attended(torch.autograd.Function):
+        """One node, as the kernels' own is."""
+
+        @staticmethod
+        def forward(ctx, q, k, v, plan):
+            ctx.save_for_backward(q, k, v)
+            ctx.plan = plan
+            return EagerAttention().attend(q, k, v, plan)
+
+        @staticmethod
+        def backward(ctx, grad):
+            asked.append(torch.are_deterministic_algorithms_enabled())
+            with torch.enable_grad():
+                given = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+                out = EagerAttention().attend(*given, ctx.plan)
+            return (*torch.autograd.grad(out, given, grad), None)
 
     monkeypatch.setattr(flash, "why_not", lambda: "")
     monkeypatch.setattr(flash, "kernel", lambda device: flash.Found(attend, "eager"))
@@ -264,6 +278,11 @@ def test_flash_hands_over_texts_and_windows(kernels, deterministic, reach):
     window = tuple(-1 if r is None else r for r in reach)
     assert kernels == [([0, 20, 20, 53], 33, window, False), deterministic]
     assert not torch.are_deterministic_algorithms_enabled()
+    q = qkv(53, grad=True)[0]
+    out = backend.attend(q, q, q, backend.plan(packing, reach, q.dtype)).sum()
+    first, again = (torch.autograd.grad(out, q, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    assert kernels[-2:] == [deterministic] * 2
 
 
 def test_flash_leaves_to_sdpa_what_the_kernels_have_not(kernels):
@@ -295,9 +314,9 @@ def test_pytorchs_kernels_are_asked_for_one_piece_where_they_may_split(monkeypat
     x, starts = torch.zeros(3, 1, 8), torch.tensor([0, 3], dtype=torch.int32)
     for current in (None, "FA3"):
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda current=current: current)
-        flash._splits.cache_clear()
+        flash._may_be_asked_for_splits.cache_clear()
         flash._pytorch(x, x, x, starts, 3, (64, 64))
-    flash._splits.cache_clear()
+    flash._may_be_asked_for_splits.cache_clear()
     assert asked == [(3, 3, (64, 64), None), (3, 3, (64, 64), 1)]
 
 

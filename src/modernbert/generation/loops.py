@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modernbert.errors import InputError
 from modernbert.generation.options import GenerationOptions
-from modernbert.generation.samplers import Draw, History, Sampler
+from modernbert.generation.samplers import Draw, History, Sampler, place_of
 
 
 class Decoder(Protocol):
@@ -196,7 +196,8 @@ def search(
             if not possible:
                 chosen = torch.empty(0, dtype=torch.int64)
             elif options.do_sample:
-                chosen = torch.multinomial(flat.softmax(-1), possible, generator=generator)
+                likely = flat.softmax(-1).to(place_of(generator, flat))
+                chosen = torch.multinomial(likely, possible, generator=generator).to(flat.device)
             else:
                 chosen = flat.topk(possible).indices
             candidates = [

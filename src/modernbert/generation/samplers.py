@@ -181,7 +181,7 @@ class Draw:
         """One token of each row of scores, which are of these texts: (B,)."""
         probabilities = scores_BV.softmax(-1)
         if self.generator is None or isinstance(self.generator, torch.Generator):
-            noise = torch.empty((self.texts, scores_BV.shape[1]), device=_place(self.generator, scores_BV))
+            noise = torch.empty((self.texts, scores_BV.shape[1]), device=place_of(self.generator, scores_BV))
             noise = noise.exponential_(generator=self.generator).to(scores_BV.device)
             if len(texts) < self.texts:
                 noise = noise[torch.tensor(texts, device=noise.device)]
@@ -189,12 +189,12 @@ class Draw:
             rows = []
             for text in texts:
                 generator = self.generator[text]
-                row = torch.empty(scores_BV.shape[1], device=_place(generator, scores_BV))
+                row = torch.empty(scores_BV.shape[1], device=place_of(generator, scores_BV))
                 rows.append(row.exponential_(generator=generator).to(scores_BV.device))
             noise = torch.stack(rows)
         return (probabilities / noise).argmax(-1)
 
 
-def _place(generator: torch.Generator | None, scores: Tensor) -> torch.device:
+def place_of(generator: torch.Generator | None, scores: Tensor) -> torch.device:
     """Where to draw: a generator draws on its own device, which a card's scores need not share."""
     return scores.device if generator is None else generator.device

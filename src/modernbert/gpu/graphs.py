@@ -7,33 +7,59 @@ are computed and not looked at.
 from __future__ import annotations
 
 import collections
+import dataclasses
+import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+logger = logging.getLogger(__name__)
+
 LARGEST = 8192  # tokens; a longer pass keeps the card busy while the next launches are made
 MOST_TEXTS = 256
-_KEPT = 64  # recordings; each holds memory and takes tens of milliseconds to make
+_KEPT = 96  # buckets; each holds memory, and a recording takes tens of milliseconds to make
+_SHORTEST = 128  # rows that an attention kernel takes at once
+
+_recording = threading.Lock()  # PyTorch records one at a time
 
 
 class Bucket(NamedTuple):
-    """Sizes that a recording is made for."""
+    """Sizes that a recording is made for.
+
+    Attributes:
+        tokens, texts: how many there may be.
+        longest: tokens of a text.
+    """
 
     tokens: int
     texts: int
+    longest: int
+
+    @property
+    def fillers(self) -> int:
+        """Texts that it takes to hold the rows that are left over, whatever is."""
+        return -(-_step(self.tokens) // self.longest)
 
 
-def bucket(tokens: int, texts: int) -> Bucket | None:
-    """The smallest bucket that holds a batch; None where it has nothing, or is too large to gain by it.
+def _step(tokens: int) -> int:
+    return max(16, (1 << (tokens - 1).bit_length()) // 8)
 
-    Tokens are rounded up by a quarter at the most (but to 16 at the least), texts to a power of four.
+
+def bucket(lengths: Sequence[int]) -> Bucket | None:
+    """The smallest bucket that holds texts of these lengths; None where there is nothing, or too much to gain by it.
+
+    Tokens are rounded up by a quarter at the most (but to 16 at the least), texts to a power of four, the longest one
+    to a power of two.
     """
-    if not 0 < tokens <= LARGEST or not 0 < texts <= MOST_TEXTS:
+    tokens, texts = sum(lengths), len(lengths)
+    if not 0 < tokens <= LARGEST or texts > MOST_TEXTS:
         return None
-    step = max(16, (1 << (tokens - 1).bit_length()) // 8)
-    return Bucket(-(-tokens // step) * step, step_bucket(texts, 4))
+    step = _step(tokens)
+    tokens = -(-tokens // step) * step
+    longest = max(_SHORTEST, 1 << (max(lengths) - 1).bit_length())
+    return Bucket(tokens, step_bucket(texts, 4), min(longest, max(tokens, _SHORTEST)))
 
 
 def step_bucket(texts: int, factor: int = 2) -> int:
@@ -51,34 +77,50 @@ class Recorded(Protocol):
         """Compute."""
 
 
+@dataclasses.dataclass
+class _Entry:
+    recorded: Any
+    replay: Callable[[], None]
+    uses: int = 0
+
+
 class Graphs:
     """Recordings by their bucket, the latest used of them kept.
 
+    A bucket is recorded when it is used for the second time; the first time the function itself runs, which gives the
+    same bits. So it does anywhere but on a card, and where the card has no memory for a recording.
+
     Args:
-        device: where they run. Anywhere but on a card nothing is recorded: the function itself runs again.
+        device: where they run.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.lock = threading.Lock()
-        self._kept: collections.OrderedDict[Hashable, tuple[Any, Callable[[], None]]] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[Hashable, _Entry] = collections.OrderedDict()
         self._pool: Any = None
+        self._stream: Any = None
         self._last: Any = None
 
     def __len__(self) -> int:
-        """How many recordings there are."""
+        """How many buckets there are."""
         return len(self._kept)
 
     def find(self, key: Hashable, make: Callable[[], Recorded]) -> tuple[Any, Callable[[], None]]:
-        """What was made for a key, and its replay; made now where there is none. Hold `lock` until it is read."""
+        """What was made for a key, and what runs it; made now where there is none. Hold `lock` until it is read."""
         if key not in self._kept:
+            while len(self._kept) >= _KEPT:
+                self._kept.popitem(last=False)
             with torch.inference_mode(False), torch.no_grad():  # what is recorded is written to in any mode
                 recorded = make()
-                self._kept[key] = recorded, self._record(recorded)
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+            self._kept[key] = _Entry(recorded, recorded)
+        entry = self._kept[key]
         self._kept.move_to_end(key)
-        return self._kept[key]
+        entry.uses += 1
+        if entry.uses == 2 and self.device.type == "cuda":
+            with torch.inference_mode(False), torch.no_grad():
+                entry.replay = self._record(entry.recorded)
+        return entry.recorded, entry.replay
 
     def begin(self) -> None:
         """Wait, on the card, until whoever replayed last has read the result, whatever stream that was on."""
@@ -91,18 +133,23 @@ class Graphs:
             self._last = torch.cuda.current_stream(self.device).record_event()
 
     def _record(self, function: Recorded) -> Callable[[], None]:
-        if self.device.type != "cuda":
-            return function
-        with torch.cuda.device(self.device):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):  # kernels are compiled and libraries set up before anything is recorded
-                for _ in range(2):
-                    function()
-            here.wait_stream(aside)
+        with _recording, torch.cuda.device(self.device):
+            if self._stream is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            self.begin()
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                function()
+            try:
+                with torch.cuda.stream(self._stream):  # once more, so that nothing is set up while it is recorded
+                    function()
+                where = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+                with torch.cuda.graph(graph, **where):
+                    function()
+            except torch.OutOfMemoryError:
+                logger.warning("no memory on %s to record launches in; they are made one by one", self.device)
+                return function
+            finally:
+                here.wait_stream(self._stream)
         replay: Callable[[], None] = graph.replay
         return replay

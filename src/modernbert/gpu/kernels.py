@@ -279,6 +279,8 @@ def attend_step(q, k, v, keys, values, rows, first, length, positions, key_posit
         from_JD = j_J[:, None] * (HEADS * D) + d_D[None, :]
         stored_k += (begin * HEADS + h) * D
         stored_v += (begin * HEADS + h) * D
+        if D % 8 == 0:  # whole pieces of 16 bytes, in memory that begins at one
+            stored_k, stored_v = tl.multiple_of(stored_k, 16), tl.multiple_of(stored_v, 16)
         for start in range(0, length_n, TILE):
             seen_J = (j_J < length_n - start) & (j_J != mine - begin - start)
             if WINDOW:

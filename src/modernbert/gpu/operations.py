@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "sigmoid")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,6 +48,16 @@ def _kernels() -> ModuleType:
     from modernbert.gpu import kernels
 
     return kernels
+
+
+def _run(name: str, programs: tuple[int, ...], *given: Any, **constants: Any) -> None:
+    """Run so many programs of a kernel on the device of its first tensor."""
+    kernel, device = getattr(_kernels(), name)[programs], given[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel(*given, **constants)
+    else:
+        with torch.cuda.device(device):
+            kernel(*given, **constants)
 
 
 class Tiles(NamedTuple):
@@ -145,7 +156,7 @@ def product(
     out = x_TI.new_empty((T, outputs)) if add_to is None else add_to
     if T:
         launch = _launch(T, outputs, inputs, x_TI.dtype, x_TI.device, False)
-        _kernels().product[launch.programs](
+        _run("product", launch.programs,
             x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, T, inputs, outputs, x_TI.stride(0), out.stride(0),
             BIAS=bias_O is not None, ACTIVATION=activation, ADD=add_to is not None, **launch.constants,
         )  # fmt: skip
@@ -158,7 +169,7 @@ def gated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activa
     out = x_TI.new_empty((T, half))
     if T:
         launch = _launch(T, half, inputs, x_TI.dtype, x_TI.device, True)
-        _kernels().gated_product[launch.programs](
+        _run("gated_product", launch.programs,
             x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, T, inputs, half, x_TI.stride(0), half,
             BIAS=bias_O is not None, ACTIVATION=activation, **launch.constants,
         )  # fmt: skip
@@ -181,7 +192,7 @@ def rotated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, cos_
         return rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D)
     out = x_TI.new_empty((T, outputs))
     if T:
-        _kernels().rotated_product[launch.programs](
+        _run("rotated_product", launch.programs,
             x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, cos_T1D, sin_T1D, T, inputs, outputs // 2,
             outputs // 3, x_TI.stride(0), outputs, HALF=D // 2, BIAS=bias_O is not None, **launch.constants,
         )  # fmt: skip
@@ -195,7 +206,7 @@ def normalize(table: Tensor, norm: Norm, ids_T: Tensor | None = None) -> Tensor:
     if rows:
         weight, bias, eps = norm
         tile = 4 if table.is_cuda else 64  # on a card a row a warp
-        _kernels().normalize[(-(-rows // tile),)](
+        _run("normalize", (-(-rows // tile),),
             table, table if ids_T is None else ids_T, weight, _weight_of(weight, bias), out, rows, width,
             table.stride(0), width, eps, IDS=ids_T is not None, BIAS=bias is not None, TILE_T=tile,
             WIDTH=_power(width), num_warps=4,
@@ -211,7 +222,7 @@ def rotate(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cos_T1D: Tensor, sin_T1D
     out = q_THD.new_empty((T, 3, H, D))
     if T and H:
         tile = 32
-        _kernels().rotate[(-(-T * H // tile), 3)](
+        _run("rotate", (-(-T * H // tile), 3),
             q_THD, k_THD, v_THD, cos_T1D, sin_T1D, out, T * H, H, q_THD.stride(0), q_THD.stride(1),
             HALF=D // 2, FOLDED=_power(D // 2), BACK=back, TILE=tile,
         )  # fmt: skip
@@ -231,17 +242,18 @@ class _GeGLU(torch.autograd.Function):
         T, half, tile = len(x_TO), x_TO.shape[1] // 2, 1024
         out = x_TO.new_empty((T, half))
         if T:
-            _kernels().geglu[(T, -(-half // tile))](x_TO.contiguous(), out, half, TILE=tile)
+            _run("geglu", (T, -(-half // tile)), x_TO.contiguous(), out, half, TILE=tile)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x_TO,) = ctx.saved_tensors
         T, half, tile = len(x_TO), x_TO.shape[1] // 2, 1024
         out = torch.empty_like(x_TO, memory_format=torch.contiguous_format)
         if T:
-            _kernels().geglu_backward[(T, -(-half // tile))](
-                x_TO.contiguous(), grads[0].contiguous(), out, half, TILE=tile
+            _run(
+                "geglu_backward", (T, -(-half // tile)), x_TO.contiguous(), grads[0].contiguous(), out, half, TILE=tile
             )
         return out
 
@@ -278,7 +290,7 @@ def attend_step(qkv_N3HD: Tensor, look: Look, keys: Tensor, values: Tensor) -> T
     out = qkv_N3HD.new_empty((N, H, D))
     if N:
         q, k, v = qkv_N3HD.unbind(1)
-        _kernels().attend_step[(N, H)](
+        _run("attend_step", (N, H),
             q, k, v, keys, values, look.rows_N, look.first_N, look.length_N, look.positions_N, look.key_positions, out,
             H, 0 if look.left is None else look.left, D**-0.5, qkv_N3HD.stride(0),
             WINDOW=look.left is not None, D=D, FOLDED=_power(D), TILE=64,

@@ -100,8 +100,9 @@ class Backbone(PreTrainedModel):
         config = self.config
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if not want_weights and self.fused is not None and self.fused.serves(inputs):
-            last_TM, all_states = self.fused(inputs, want_states, cache)
+        fused = self.fused  # which another thread may end
+        if not want_weights and fused is not None and fused.serves(inputs):
+            last_TM, all_states = fused(inputs, want_states, cache)
             if cache is not None:
                 cache.finish()
             return BaseModelOutput(last_hidden_state=last_TM, hidden_states=all_states)

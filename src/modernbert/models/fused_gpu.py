@@ -9,6 +9,7 @@ Shapes: T tokens of all texts together, N texts, M hidden size, H heads, D head 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -135,7 +136,7 @@ class GpuLayers:
         recordable = isinstance(self.backend, FlashAttention) and serves(self.dtype, self.model.config.head_dim)
         if not recordable or self._is_dynamic or inputs.ids_T is None or packing.gaps:
             return None
-        return graphs.bucket(packing.tokens, len(packing.lengths))
+        return graphs.bucket(packing.lengths)
 
     def _short(self, inputs: PackedInputs, size: graphs.Bucket) -> Tensor:
         """The last hidden state of a short batch, (T, M)."""
@@ -176,29 +177,38 @@ class GpuLayers:
 
 
 class _Short:
-    """A forward pass over memory of its own: up to so many tokens of up to so many texts."""
+    """A forward pass over memory of its own: up to so many tokens of up to so many texts.
+
+    Rows past the tokens of a batch are texts too, of tokens of earlier batches: what is computed of them is never read,
+    but it is numbers, and kernels may multiply what they do not see by zero.
+    """
 
     def __init__(self, layers: GpuLayers, size: graphs.Bucket) -> None:
-        self.layers, device = layers, layers.device
+        self.layers, self.size, device = (
+            weakref.proxy(layers),
+            size,
+            layers.device,
+        )  # no circle that holds a card's memory
         self.ids_T = torch.zeros(size.tokens, dtype=torch.int64, device=device)
         self.positions_T = torch.zeros(size.tokens, dtype=torch.int64, device=device)
-        self.cu_seqlens = torch.zeros(size.texts + 1, dtype=torch.int32, device=device)
+        self.cu_seqlens = torch.zeros(size.texts + size.fillers + 1, dtype=torch.int32, device=device)
         self.out_TM = torch.empty(0)
-        packing = Packing.from_lengths((size.tokens,), device)  # says how long a text may be
+        packing = Packing.from_lengths((size.longest,), device)  # says how long a text may be
         self.plans = {
             kind: FlashPlan(packing, layers.model.config.reach(kind), layers.dtype, self.cu_seqlens)
             for kind in layers._frequencies
         }
 
     def take(self, inputs: PackedInputs) -> None:
-        """Read a batch. Texts past its end are empty, and rows past it are whatever they were."""
-        packing = inputs.packing
+        """Read a batch."""
+        packing, size = inputs.packing, self.size
+        tokens = packing.tokens
         assert inputs.ids_T is not None
-        self.ids_T[: packing.tokens].copy_(inputs.ids_T)
-        self.positions_T[: packing.tokens].copy_(inputs.positions_T)
-        texts = len(packing.lengths)
-        self.cu_seqlens[: texts + 1].copy_(packing.cu_seqlens)
-        self.cu_seqlens[texts + 1 :].fill_(packing.tokens)
+        self.ids_T[:tokens].copy_(inputs.ids_T)
+        self.positions_T[:tokens].copy_(inputs.positions_T)
+        unused = [tokens] * (size.texts - len(packing.lengths))
+        filled = [min(tokens + size.longest * (i + 1), size.tokens) for i in range(size.fillers)]
+        _send([*packing.starts, *unused, *filled], self.cu_seqlens)
 
     def __call__(self) -> None:
         layers = self.layers
@@ -218,48 +228,61 @@ class _Step:
     """
 
     def __init__(self, layers: GpuLayers, size: int) -> None:
-        self.layers, device = layers, layers.device
+        self.layers, self.size, device = weakref.proxy(layers), size, layers.device
+        self.of_kind = {
+            kind: [i for i, layer in enumerate(layers.layers) if layer.kind == kind] for kind in layers._frequencies
+        }
+        # What the host says of each kind: first rows, lengths, the address of the positions, those of keys and values.
+        widths = {kind: 2 * size + 1 + 2 * len(numbers) for kind, numbers in self.of_kind.items()}
+        self.said = torch.zeros(sum(widths.values()), dtype=torch.int64, device=device)
+        parts = dict(zip(widths, self.said.split(list(widths.values())), strict=True))
 
-        def numbers(count: int = size) -> Tensor:
-            return torch.zeros(count, dtype=torch.int64, device=device)
+        def numbers() -> Tensor:
+            return torch.zeros(size, dtype=torch.int64, device=device)
 
         self.ids_N, self.positions_N, self.out_NM = numbers(), numbers(), torch.empty(0)
         self.looks: dict[str, Look] = {}
-        self.addresses: dict[str, Tensor] = {}  # of a kind's positions, then of keys and values of each of its layers
-        self.places: dict[int, int] = {}  # of a layer's keys among the addresses of its kind
-        for kind in layers._frequencies:
-            of_kind = [i for i, layer in enumerate(layers.layers) if layer.kind == kind]
-            self.addresses[kind] = numbers(1 + 2 * len(of_kind))
-            self.places |= {number: 1 + 2 * i for i, number in enumerate(of_kind)}
+        self.addresses: dict[int, Tensor] = {}  # of each layer's keys, and then of its values
+        for kind, part in parts.items():
+            first_N, length_N, addresses = part[:size], part[size : 2 * size], part[2 * size :]
             left = layers.model.config.reach(kind).left
-            look = Look(numbers(), numbers(), numbers(), self.positions_N, self.addresses[kind][:1], left)
-            self.looks[kind] = look
+            self.looks[kind] = Look(numbers(), first_N, length_N, numbers(), addresses[:1], left)
+            for place, number in enumerate(self.of_kind[kind]):
+                self.addresses[number] = addresses[1 + 2 * place :]
 
     def take(self, inputs: PackedInputs, steps: dict[str, Steps]) -> None:
         """Read a step's tokens and where each text looks. Texts past the last one are none."""
         texts = inputs.packing.tokens
         assert inputs.ids_T is not None
         self.ids_N[:texts].copy_(inputs.ids_T)
-        for kind, step in steps.items():
-            look, stored = self.looks[kind], step.storage
-            self.positions_N[:texts].copy_(step.positions_N)
-            for mine, given in ((look.rows_N, step.rows_N), (look.first_N, step.first_N)):
-                mine[:texts].copy_(given)
-            look.length_N[:texts].copy_(step.length_N)
-            look.length_N[texts:].zero_()
-            of_kind = [number for number, layer in enumerate(self.layers.layers) if layer.kind == kind]
-            pairs = [x.data_ptr() for number in of_kind for x in stored.layers[number]]
-            self.addresses[kind].copy_(torch.tensor([stored.positions_R.data_ptr(), *pairs]))
+        self.positions_N[:texts].copy_(inputs.positions_T)
+        said: list[int] = []
+        for kind, look in self.looks.items():
+            rest = [0] * (self.size - texts)
+            if kind not in steps:  # no layer is of this kind
+                said += [0] * (2 * self.size + 1)
+                continue
+            step, stored = steps[kind], steps[kind].storage
+            look.rows_N[:texts].copy_(step.rows_N)
+            look.positions_N[:texts].copy_(step.positions_N)
+            said += [*step.first_N.tolist(), *rest, *step.length_N.tolist(), *rest, stored.positions_R.data_ptr()]
+            said += [x.data_ptr() for number in self.of_kind[kind] for x in stored.layers[number]]
+        _send(said, self.said)
 
     def __call__(self) -> None:
         layers = self.layers
 
         def attend(number: int, kind: str, qkv_N3HD: Tensor) -> Tensor:
-            keys = self.addresses[kind][self.places[number] :]
+            keys = self.addresses[number]
             return gpu.attend_step(qkv_N3HD, self.looks[kind], keys, keys[1:])
 
         x_NM = gpu.normalize(layers.model.embeddings.tok_embeddings.weight, layers.first, self.ids_N)
         self.out_NM = layers._run(x_NM, layers._angles(self.positions_N), attend)
+
+
+def _send(values: list[int], target: Tensor) -> None:
+    """Write numbers into a tensor on a card, without waiting for it."""
+    target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
 
 
 def _angles_of(shared: dict[str, LayerContext]) -> Angles:

@@ -47,8 +47,9 @@ class PackedInputs:
             return self
 
         def send(rows: list[Tensor]) -> Tensor:
-            block = torch.empty(sum(map(len, rows)), dtype=torch.int64, pin_memory=device.type == "cuda")
-            return torch.cat(rows, out=block).to(device, non_blocking=True)
+            pinned = device.type == "cuda"
+            block = torch.empty(sum(map(len, rows)), dtype=torch.int64, pin_memory=pinned)
+            return torch.cat(rows, out=block).to(device, non_blocking=pinned)
 
         return self.sent(send, device)
 

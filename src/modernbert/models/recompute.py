@@ -17,7 +17,7 @@ class Recompute:
     """Runs layers, and keeps the activations of as many as a budget allows: the last ones.
 
     A layer that is computed again needs memory for one layer. The first ones need it when the others' is free again.
-    What a layer keeps is not estimated: the first layer of each kind is measured once.
+    What a layer keeps is not estimated: one layer of each kind is measured once.
 
     Args:
         budget: bytes of activations to keep; None keeps those of no layer.
@@ -33,9 +33,10 @@ class Recompute:
         if self.budget is None:
             return kept
         keys = [_key(kind, x_TM) for kind in kinds]
-        unknown = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._bytes_a_token}
-        for i in unknown.values():  # to be measured; the rest of this pass takes no memory that is not known
-            kept[i] = True
+        unknown = {key for key in keys if key not in self._bytes_a_token}
+        for key in unknown:  # to be measured; the rest of this pass takes no memory that is not known
+            first, *others = (i for i, other in enumerate(keys) if other == key)
+            kept[others[0] if first == 0 and others else first] = True  # the first layer of all has no norm
         if unknown:
             return kept
         left = float(self.budget)

@@ -144,7 +144,7 @@ class _SplitRotated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_T1D, sin_T1D = ctx.saved_tensors
         q_THD, k_THD, v_THD = grads
-        if _on_card(v_THD):
+        if _on_card(v_THD) and not torch.is_grad_enabled():  # of these gradients there may be gradients
             return gpu.rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D, back=True), None, None
         out_T3HD = torch.empty((v_THD.shape[0], 3, *v_THD.shape[1:]), dtype=v_THD.dtype, device=v_THD.device)
         half = v_THD.shape[-1] // 2

@@ -29,6 +29,7 @@ _PLACES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 _LOOK_AHEAD = 4096  # inputs that are sorted by length together, at the most
 _BUDGETS = 8  # forward passes that a window is enough for
 _TOKENIZED_TOGETHER = 64
+_PINNED = 2**26  # bytes of pinned memory that a batch's results may stay in
 _CPU_BUDGET, _GPU_BUDGET = 4096, 65536  # tokens of a forward pass
 
 
@@ -337,7 +338,7 @@ def read(values: torch.Tensor, finish: Callable[[torch.Tensor], Sequence[Any]]) 
 
     def later() -> Sequence[Any]:
         done.synchronize()
-        return finish(here)
+        return finish(here.clone() if here.nbytes > _PINNED else here)  # pinned memory is not for keeping
 
     return later
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from modernbert.errors import BackendError
@@ -80,10 +81,10 @@ class FlashAttention(AttentionBackend):
         if dropout or not plan.counts_rows or not serves(q_THD.dtype, q_THD.shape[-1]) or not q_THD.numel():
             return SdpaAttention(self.deterministic).attend(q_THD, k_THD, v_THD, plan.sdpa, dropout)
         wanted = torch.is_grad_enabled() and (q_THD.requires_grad or k_THD.requires_grad or v_THD.requires_grad)
-        if self.deterministic and wanted:
-            out_THD: Tensor = _Deterministic.apply(q_THD, k_THD, v_THD, plan)
-            return out_THD
-        return _attend(q_THD, k_THD, v_THD, plan)
+        out_THD = _attend(q_THD, k_THD, v_THD, plan)
+        if self.deterministic and wanted and out_THD.grad_fn is not None:
+            _make_deterministic(out_THD.grad_fn)
+        return out_THD
 
 
 def _attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: FlashPlan) -> Tensor:
@@ -92,24 +93,22 @@ def _attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: FlashPlan) -> Ten
     return found.attend(q_THD, k_THD, v_THD, plan.cu_seqlens, plan.longest, plan.window)
 
 
-class _Deterministic(torch.autograd.Function):
-    """A backward whose sums have one order, which PyTorch's kernels choose by a global setting."""
+def _make_deterministic(node: torch.autograd.graph.Node) -> None:
+    """Have a backward sum in one order, which PyTorch's kernels choose by a global setting."""
+    before: list[tuple[bool, bool]] = []
 
-    @staticmethod
-    def forward(ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: FlashPlan) -> Tensor:
-        ctx.given = [x.detach().requires_grad_() for x in (q_THD, k_THD, v_THD)]
-        with torch.enable_grad():
-            ctx.out = _attend(ctx.given[0], ctx.given[1], ctx.given[2], plan)
-        return ctx.out.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    def begin(grads: Any) -> None:
+        before.append(
+            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        )
         torch.use_deterministic_algorithms(True)
-        try:
-            return (*torch.autograd.grad(ctx.out, ctx.given, grads[0]), None)
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+    def end(got: Any, grads: Any) -> None:
+        was, warn_only = before.pop()
+        torch.use_deterministic_algorithms(was, warn_only=warn_only)
+
+    node.register_prehook(begin)
+    node.register_hook(end)
 
 
 # Which kernels there are, and what they take
@@ -175,19 +174,19 @@ def _varlen() -> Callable[..., Any] | None:
 
 
 @functools.cache
+def _may_be_asked_for_splits() -> bool:
+    varlen = _varlen()
+    return varlen is not None and "num_splits" in inspect.signature(varlen).parameters
+
+
 def _splits() -> dict[str, int]:
     """Keys in one piece, so that a text's sums do not follow from its batch.
 
     PyTorch's FlashAttention 2 never splits them for texts that lie packed, and in some versions refuses the question;
     kernels that were put in its place may.
     """
-    from torch.nn import attention
-
-    current = getattr(attention, "current_flash_attention_impl", lambda: None)()
-    varlen = _varlen()
-    assert varlen is not None
-    asked = current is not None and "num_splits" in inspect.signature(varlen).parameters
-    return {"num_splits": 1} if asked else {}
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    return {"num_splits": 1} if current is not None and _may_be_asked_for_splits() else {}
 
 
 def _pytorch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import importlib.util
 import logging
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -77,23 +78,28 @@ class FlexAttention(AttentionBackend):
         if reason:
             raise BackendError(f"attn_implementation 'flex_attention' cannot run here: {reason}")
         self._kept: collections.OrderedDict[Any, FlexPlan] = collections.OrderedDict()
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> Any:  # a copy plans anew
         return FlexAttention, (self.deterministic,)
 
     def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> FlexPlan:
         """Which blocks of keys each block of queries visits; the last plan for the same lengths, where there is one."""
-        key = None if packing.gaps else (packing.lengths, tuple(reach), dtype, packing.positions_T.device)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
+        # What was made in inference mode cannot be saved for a backward pass.
+        where = packing.positions_T.device, torch.is_inference_mode_enabled()
+        key = None if packing.gaps else (packing.lengths, tuple(reach), dtype, where)
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
         pieces = [_lay_out_blocks(texts, packing) for texts in _pieces(packing)]
         masks = [_mask(layout, packing, reach) for layout in pieces]
         plan = FlexPlan(masks, [len(layout.tokens) for layout in pieces], *way(pieces, packing), packing, reach, dtype)
         if key is not None:
-            self._kept[key] = plan
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+            with self._lock:
+                self._kept[key] = plan
+                while len(self._kept) > _KEPT:
+                    self._kept.popitem(last=False)
         return plan
 
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: FlexPlan, dropout: float = 0.0) -> Tensor:
