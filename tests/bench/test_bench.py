@@ -1,7 +1,10 @@
 """Measuring: the work of a batch is counted right, the limits are a machine's, and the command says it all."""
 
 import json
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +107,19 @@ def test_what_is_refused(arguments, message, capsys):
         main(["bench", *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_cards_runs_without_one(tmp_path):
+    """On small models and a CPU: every part, the peers too."""
+    script, out = Path(__file__).parents[2] / "benchmarks" / "gpu.py", tmp_path / "gpu.json"
+    command = [sys.executable, str(script), "--smoke", "--device", "cpu", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text())
+    assert not [name for name, part in found.items() if "error" in part]
+    assert found["exactness"]["same bits alone"]
+    assert found["exactness"]["same bits in a large batch"]
+    parts = {"limits", "latency, ms", "training step", "generate 2 x (8 + 6)", "encode 2x64", "compiled peer 2x64"}
+    assert parts < set(found)
+    assert "| 2x64 |" in done.stdout

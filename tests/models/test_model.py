@@ -296,6 +296,39 @@ def test_gradient_checkpointing_changes_no_gradient(small_config, implementation
         model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])
+def test_activations_are_kept_up_to_a_budget(small_config, share):
+    """What the backward pass holds, counted from outside, follows the budget, and no gradient changes."""
+    model = ModernBertForMaskedLM(small_config.replace(num_hidden_layers=10), "sdpa").train()
+    x = ids(2, 70)
+    parameters = list(model.parameters())
+
+    def held_and_gradients():
+        storages = {}
+
+        def count(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(x, labels=x).loss
+        return sum(storages.values()), torch.autograd.grad(loss, parameters)
+
+    everything, wanted = held_and_gradients()
+    model.gradient_checkpointing_enable(keep_bytes=0)
+    held_and_gradients()  # measures
+    least, _ = held_and_gradients()
+    budget = int(share * (everything - least) * 1.01)
+    model.gradient_checkpointing_enable(keep_bytes=budget)
+    held_and_gradients()
+    held, got = held_and_gradients()
+    layer = (everything - least) / 10
+    assert least + budget - 1.3 * layer <= held <= least + 1.03 * budget + 1
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    with pytest.raises(ValueError, match="keep_bytes is -1"):
+        model.gradient_checkpointing_enable(keep_bytes=-1)
+
+
 @pytest.mark.parametrize("name", ["embedding_dropout", "attention_dropout", "mlp_dropout"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_dropouts_act_in_training_alone(small_config, name, implementation):

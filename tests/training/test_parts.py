@@ -15,6 +15,7 @@ from modernbert import ModernBertConfig, ModernBertForSequenceClassification
 from modernbert.errors import InputError
 from modernbert.native.library import denormals_flushed
 from modernbert.training.examples import StepPlan, by_tokens, pack_rows
+from modernbert.training.memory import save_memory
 from modernbert.training.optimizers import freeze, make_optimizer, parameter_groups
 from modernbert.training.options import SCHEDULES, TrainingOptions
 from modernbert.training.schedules import make_schedule
@@ -156,3 +157,15 @@ print(library() is not None, inside, outside)
     with denormals_flushed():
         pass
     assert float(torch.tensor(1e-30) * 1e-10) > 0
+
+
+def test_memory_is_saved_where_the_options_say_so(small_model):
+    save_memory(small_model, TrainingOptions())
+    assert not small_model.is_gradient_checkpointing
+    save_memory(small_model, TrainingOptions(activation_memory=0.5))
+    assert small_model.model.is_gradient_checkpointing
+    assert small_model.model.recompute.budget == 2**29
+    save_memory(small_model, TrainingOptions(gradient_checkpointing=True))
+    assert small_model.model.recompute.budget is None
+    with pytest.raises(InputError, match="activation_memory is -1"):
+        TrainingOptions(activation_memory=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from modernbert.pipelines.base import short
+from modernbert.pipelines.checks import short
 
 
 def show(item: Any, output: Any) -> None:

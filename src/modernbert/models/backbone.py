@@ -38,7 +38,7 @@ class Backbone(PreTrainedModel):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
     """
 
     attention_class: ClassVar[type[Attention]]

@@ -31,8 +31,8 @@ class PreTrainedModel(nn.Module):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager", "sdpa", "flash_attention_2" or "flex_attention"; one that cannot
-            run here raises `BackendError` with the reason.
+        attn_implementation: "auto", "eager", "sdpa", "native", "flash_attention_2" or "flex_attention"; one that
+            cannot run here raises `BackendError` with the reason, and "auto" takes what suits the device and dtype.
     """
 
     config_class: ClassVar[type[Config]]

@@ -32,7 +32,7 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
 
     Source: Ettin, arXiv:2507.11412.
     """

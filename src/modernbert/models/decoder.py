@@ -75,7 +75,7 @@ class ModernBertDecoderModel(Backbone):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
 
     Source: Ettin, arXiv:2507.11412.
     """
@@ -211,7 +211,7 @@ class DecoderWithHead(PreTrainedModel):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
     """
 
     config: ModernBertDecoderConfig

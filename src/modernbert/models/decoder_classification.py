@@ -29,7 +29,7 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
 
     Source: Ettin, arXiv:2507.11412, and the reference's head.
     """

@@ -45,7 +45,7 @@ class ModernBertModel(Backbone):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
 
     Source: ModernBERT, arXiv:2412.13663.
     """

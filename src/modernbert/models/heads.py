@@ -28,7 +28,7 @@ class EncoderWithHead(PreTrainedModel, abc.ABC):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
     """
 
     config: ModernBertConfig
@@ -108,7 +108,7 @@ class EncoderClassifier(EncoderWithHead):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
     """
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:

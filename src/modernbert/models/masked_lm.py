@@ -30,7 +30,7 @@ class ModernBertForMaskedLM(EncoderWithHead):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
 
     Source: ModernBERT, arXiv:2412.13663.
     """

@@ -32,7 +32,7 @@ class ModernBertForMultipleChoice(EncoderClassifier):
 
     Args:
         config: the architecture.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
 
     Source: ModernBERT, arXiv:2412.13663, and the reference's head.
     """

@@ -28,7 +28,7 @@ class ModernBertForQuestionAnswering(EncoderClassifier):
 
     Args:
         config: the architecture, with `num_labels` 2.
-        attn_implementation: "auto", "eager" or "sdpa".
+        attn_implementation: see `PreTrainedModel`.
 
     Source: ModernBERT, arXiv:2412.13663, and the reference's head.
     """

@@ -21,6 +21,7 @@ from tokenizers import Encoding
 from modernbert.encoding import TRUNCATIONS, UNLIMITED
 from modernbert.errors import InputError
 from modernbert.models.placement import resolve_device, resolve_dtype
+from modernbert.pipelines.checks import check_count, check_text, described, short
 from modernbert.pipelines.progress import progress_bar
 from modernbert.tokenizer import Tokenizer
 
@@ -142,7 +143,7 @@ class Pipeline(abc.ABC):
             return self.gather(list(self.stream(inputs, **settings)))
         if isinstance(inputs, Iterable) and not isinstance(inputs, bytes):
             return self.stream(inputs, **settings)
-        raise InputError(f"inputs is {_described(inputs)}; give a text, a list of texts or an iterable of them")
+        raise InputError(f"inputs is {described(inputs)}; give a text, a list of texts or an iterable of them")
 
     def is_one(self, inputs: Any, options: dict[str, Any]) -> bool:
         """Whether this is one input, not several."""
@@ -348,58 +349,3 @@ def _keep(chosen: list[tuple[Job, int]], results: Results) -> None:
         got = results() if callable(results) else results
     for (job, i), result in zip(chosen, got, strict=True):
         job.results[i] = result
-
-
-def check_text(text: Any, what: str = "a text") -> str:
-    """A text that can be answered.
-
-    Raises:
-        InputError: it is no string, is empty or blank, or is not valid Unicode.
-    """
-    if not isinstance(text, str):
-        raise InputError(f"{what} is {_described(text)}; it must be a string")
-    if not text.strip():
-        raise InputError(f"{what} is empty or only spaces; there is nothing to answer")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{what} holds a lone surrogate, U+{ord(text[error.start]):04X} at character {error.start}, which is no "
-            "valid Unicode; decode the text again, or replace it"
-        ) from None
-    return text
-
-
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """An option that is a whole number of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
-    return value
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
-    """An option that is one of a few names."""
-    if value not in allowed:
-        raise InputError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
-    return str(value)
-
-
-def check_fields(item: Any, names: Sequence[str], task: str) -> dict[str, Any]:
-    """An input that is a dict with these keys."""
-    if not isinstance(item, dict):
-        raise InputError(f"an input is {_described(item)}; {task} takes a dict with {' and '.join(names)}")
-    missing = [name for name in names if name not in item]
-    if missing:
-        given = ", ".join(map(str, item)) or "nothing"
-        raise InputError(f"an input has {given} and lacks {', '.join(missing)}; {task} takes {' and '.join(names)}")
-    return item
-
-
-def short(text: Any) -> str:
-    """The beginning of a text, for messages."""
-    text = text if isinstance(text, str) else " ".join(map(str, text))
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _described(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"

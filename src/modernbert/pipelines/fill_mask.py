@@ -11,7 +11,8 @@ import torch
 from modernbert.auto import AutoModelForMaskedLM
 from modernbert.errors import InputError
 from modernbert.models.masked_lm import ModernBertForMaskedLM
-from modernbert.pipelines.base import Job, Pipeline, Row, check_count, short
+from modernbert.pipelines.base import Job, Pipeline, Row
+from modernbert.pipelines.checks import check_count, short
 
 logger = logging.getLogger(__name__)
 

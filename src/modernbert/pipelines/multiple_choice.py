@@ -9,7 +9,8 @@ import torch
 from modernbert.auto import AutoModelForMultipleChoice
 from modernbert.errors import InputError
 from modernbert.models.multiple_choice import ModernBertForMultipleChoice
-from modernbert.pipelines.base import Job, Pipeline, Results, Row, check_fields, read
+from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
+from modernbert.pipelines.checks import check_fields
 
 
 class MultipleChoicePipeline(Pipeline):

@@ -12,7 +12,8 @@ from tokenizers import Encoding
 from modernbert.auto import AutoModelForQuestionAnswering
 from modernbert.errors import InputError
 from modernbert.models.question_answering import ModernBertForQuestionAnswering
-from modernbert.pipelines.base import Job, Pipeline, Row, check_count, check_fields, check_text, short
+from modernbert.pipelines.base import Job, Pipeline, Row
+from modernbert.pipelines.checks import check_count, check_fields, check_text, short
 
 
 class QuestionAnsweringPipeline(Pipeline):

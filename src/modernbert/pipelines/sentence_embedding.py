@@ -19,17 +19,8 @@ from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import EmbeddingSettings, encoder_folder
 from modernbert.ops.packing import Packing
 from modernbert.ops.pooling import POOLINGS
-from modernbert.pipelines.base import (
-    Job,
-    Pipeline,
-    Results,
-    Row,
-    check_choice,
-    check_count,
-    check_fields,
-    check_text,
-    read,
-)
+from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
+from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_text
 from modernbert.tokenizer import Tokenizer
 
 Vectors = NDArray[np.float32]

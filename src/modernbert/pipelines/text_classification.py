@@ -11,7 +11,8 @@ from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.errors import InputError
 from modernbert.models.decoder_classification import ModernBertDecoderForSequenceClassification
 from modernbert.models.sequence_classification import ModernBertForSequenceClassification
-from modernbert.pipelines.base import Job, Pipeline, Results, Row, check_choice, check_count, check_fields, read
+from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
+from modernbert.pipelines.checks import check_choice, check_count, check_fields
 
 FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,

@@ -16,7 +16,8 @@ from modernbert.errors import CheckpointError, InputError
 from modernbert.hub import Source
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.sentence_layout import SETTINGS, settings_of
-from modernbert.pipelines.base import Job, Pipeline, Row, check_count, check_fields, check_text
+from modernbert.pipelines.base import Job, Pipeline, Row
+from modernbert.pipelines.checks import check_count, check_fields, check_text
 from modernbert.pipelines.sentence_embedding import EmbeddingPipeline, Spans, maxsim
 from modernbert.pipelines.text_classification import ClassifierPipeline
 

@@ -12,7 +12,8 @@ from modernbert.auto import AutoModelForCausalLM
 from modernbert.encoding import UNLIMITED
 from modernbert.errors import InputError
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
-from modernbert.pipelines.base import Job, Pipeline, Row, check_count, check_text, short
+from modernbert.pipelines.base import Job, Pipeline, Row
+from modernbert.pipelines.checks import check_count, check_text, short
 
 _ROWS_TOGETHER = 512  # whose scores over the whole vocabulary are alive at once
 

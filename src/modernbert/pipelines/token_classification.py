@@ -13,7 +13,8 @@ from tokenizers import Encoding
 from modernbert.auto import AutoModelForTokenClassification
 from modernbert.errors import InputError
 from modernbert.models.token_classification import ModernBertForTokenClassification
-from modernbert.pipelines.base import Job, Pipeline, Results, Row, check_choice, check_count, check_text, read, short
+from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
+from modernbert.pipelines.checks import check_choice, check_count, check_text, short
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 Scores = NDArray[np.float32]  # one a label
