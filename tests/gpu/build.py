@@ -11,9 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Arguments of each kernel: p is a pointer to bfloat16, f to float32, l to int64, i a number, e a float.
+# Arguments of each kernel: p is a pointer to bfloat16, f to float32, l to int64; i is a multiple of 16, n any whole
+# number, e a float.
 PRODUCT = {"x": "p", "weight": "p", "bias": "p", "out": "p"}
-SIZES = {"T": "i", "inputs": "i", "x_stride": "i", "out_stride": "i"}
+SIZES = {"T": "n", "inputs": "i", "x_stride": "i", "out_stride": "i"}
 TILES = {"BIAS": False, "EVEN_I": True, "WIDEN": False, "GROUP": 8}
 KERNELS = {
     "product": ({**PRODUCT, **SIZES, "outputs": "i"}, {**TILES, "ACTIVATION": "", "ADD": True}),
@@ -23,24 +24,33 @@ KERNELS = {
         {**TILES, "HALF": 32},
     ),
     "normalize": (
-        {"table": "p", "ids": "l", "weight": "p", "bias": "p", "out": "p", "T": "i", "M": "i", "table_stride": "i",
+        {"table": "p", "ids": "l", "weight": "p", "bias": "p", "out": "p", "T": "n", "M": "i", "table_stride": "i",
          "out_stride": "i", "eps": "e"},
         {"IDS": True, "BIAS": False, "TILE_T": 4, "WIDTH": 1024},
     ),
     "rotate": (
-        {"q": "p", "k": "p", "v": "p", "cos": "f", "sin": "f", "out": "p", "rows": "i", "HEADS": "i",
+        {"q": "p", "k": "p", "v": "p", "cos": "f", "sin": "f", "out": "p", "rows": "n", "HEADS": "i",
          "row_stride": "i", "head_stride": "i"},
         {"HALF": 32, "FOLDED": 32, "BACK": True, "TILE": 32},
     ),
     "geglu": ({"x": "p", "out": "p", "half": "i"}, {"TILE": 1024}),
     "geglu_backward": ({"x": "p", "grad": "p", "out": "p", "half": "i"}, {"TILE": 1024}),
+    "cross_entropy": (
+        {"logits": "p", "labels": "l", "losses": "f", "totals": "f", "V": "i", "row_stride": "i", "ignored": "n"},
+        {"TILE": 4096},
+    ),
+    "cross_entropy_backward": (
+        {"logits": "p", "labels": "l", "totals": "f", "grads": "f", "out": "p", "V": "i", "row_stride": "i",
+         "ignored": "n"},
+        {"TILE": 4096},
+    ),
     "attend_step": (
         {"q": "p", "k": "p", "v": "p", "keys": "l", "values": "l", "rows": "l", "first": "l", "length": "l",
          "positions": "l", "key_positions": "l", "out": "p", "HEADS": "i", "left": "i", "scale": "e", "x_stride": "i"},
         {"WINDOW": True, "D": 64, "FOLDED": 64, "TILE": 64},
     ),
 }  # fmt: skip
-TYPES = {"p": "*bf16", "f": "*fp32", "l": "*i64", "i": "i32", "e": "fp32"}
+TYPES = {"p": "*bf16", "f": "*fp32", "l": "*i64", "i": "i32", "n": "i32", "e": "fp32"}
 SHARED = {"cuda:80": 163, "cuda:90": 227, "hip:gfx942": 64}  # KiB of a program
 
 
@@ -71,7 +81,7 @@ def build(name, target):
     assert {*arguments, *constants} == set(kernel.arg_names), name
     signature = {n: TYPES[arguments[n]] if n in arguments else "constexpr" for n in kernel.arg_names}
     # Pointers, widths and strides are multiples of 16 in real models; rows may be anything.
-    even = [i for i, n in enumerate(kernel.arg_names) if arguments.get(n) in set("pfli") and n not in ("T", "rows")]
+    even = [i for i, n in enumerate(kernel.arg_names) if arguments.get(n) in set("pfli")]
     source = triton.compiler.ASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in even}
     )

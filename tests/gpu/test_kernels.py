@@ -136,6 +136,22 @@ def test_geglu_and_its_gradients(place, dtype):
     close(torch.autograd.grad(got, given, grad)[0], wanted_grad, dtype)
 
 
+@pytest.mark.parametrize("vocabulary", [3, 40, 5000])
+def test_cross_entropy_and_its_gradients(place, dtype, vocabulary):
+    logits = numbers(place, dtype, 6, vocabulary) * 5
+    logits[1, 0] = float("-inf")
+    logits[2] += 80  # whose exponentials a float32 does not hold
+    labels = torch.tensor([1, 2, 0, -100, vocabulary - 1, 1], device=place)
+    wide, weights = logits.double().requires_grad_(), torch.rand(6, device=place)
+    wanted = F.cross_entropy(wide, labels, reduction="none")
+    (wanted_grad,) = torch.autograd.grad((wanted * weights).sum(), wide)
+    given = logits.clone().requires_grad_()
+    got = gpu.cross_entropy(given, labels, -100)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    close(torch.autograd.grad((got * weights).sum(), given)[0], wanted_grad, dtype)
+    assert gpu.cross_entropy(logits[:0], labels[:0], -100).shape == (0,)
+
+
 @pytest.mark.parametrize("left", [None, 5])
 def test_a_step_looks_back_at_the_cache(place, dtype, left):
     """Four texts: regions that are full, half full, a ring that has gone round, and one that is none."""

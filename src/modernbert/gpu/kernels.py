@@ -245,6 +245,40 @@ def geglu_backward(x, grad, out, half, TILE: tl.constexpr):
 
 
 @triton.jit
+def cross_entropy(logits, labels, losses, totals, V, row_stride, ignored, TILE: tl.constexpr):
+    """-log softmax of a row at its label, 0 where it is ignored; and the logarithm of what softmax divides by."""
+    t = tl.program_id(0).to(tl.int64)
+    v_V = tl.arange(0, TILE)
+    row = logits + t * row_stride
+    most_V = tl.full((TILE,), -3e38, tl.float32)  # a number: what is infinite already has no difference
+    sum_V = tl.zeros((TILE,), tl.float32)
+    for start in range(0, V, TILE):  # each lane by itself; they meet at the end
+        x_V = tl.load(row + start + v_V, mask=v_V < V - start, other=float("-inf")).to(tl.float32)
+        higher_V = tl.maximum(most_V, x_V)
+        sum_V = sum_V * tl.exp(most_V - higher_V) + tl.exp(x_V - higher_V)
+        most_V = higher_V
+    most = tl.max(most_V, 0)
+    total = most + tl.log(tl.sum(sum_V * tl.exp(most_V - most), 0))
+    label = tl.load(labels + t)
+    is_labelled = label != ignored
+    truth = tl.load(row + label, mask=is_labelled, other=0.0).to(tl.float32)
+    tl.store(losses + t, tl.where(is_labelled, total - truth, 0.0))
+    tl.store(totals + t, total)
+
+
+@triton.jit
+def cross_entropy_backward(logits, labels, totals, grads, out, V, row_stride, ignored, TILE: tl.constexpr):
+    """Gradients of a tile of a row's logits."""
+    t = tl.program_id(0).to(tl.int64)
+    v_V = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    label = tl.load(labels + t)
+    x_V = tl.load(logits + t * row_stride + v_V, mask=v_V < V, other=float("-inf")).to(tl.float32)
+    likely_V = tl.exp(x_V - tl.load(totals + t)) - tl.where(v_V == label, 1.0, 0.0)
+    grad_V = tl.where(label != ignored, likely_V * tl.load(grads + t), 0.0)
+    tl.store(out + t * V + v_V, grad_V.to(out.dtype.element_ty), mask=v_V < V)
+
+
+@triton.jit
 def attend_step(q, k, v, keys, values, rows, first, length, positions, key_positions, out, HEADS, left, scale,
                 x_stride, WINDOW: tl.constexpr, D: tl.constexpr, FOLDED: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """One new token of a text, of one head: its key and value go into the cache, then it looks back at what is there.

@@ -258,6 +258,44 @@ class _GeGLU(torch.autograd.Function):
         return out
 
 
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor, ignored: int) -> Tensor:
+    """-log softmax of each row at its label, (T,) float32, 0 where the label is `ignored`; with gradients.
+
+    The logits are read once and kept as they are: no float32 copy, and no probabilities.
+    """
+    losses: Tensor = _CrossEntropy.apply(logits_TV, labels_T, ignored)
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, ignored: int) -> Tensor:
+        logits_TV, labels_T = _rows(logits_TV), labels_T.contiguous()
+        T, V = logits_TV.shape
+        losses_T, totals_T = (torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(2))
+        if T:
+            _run(
+                "cross_entropy", (T,), logits_TV, labels_T, losses_T, totals_T, V, logits_TV.stride(0), ignored,
+                TILE=4096, num_warps=8,
+            )  # fmt: skip
+        ctx.save_for_backward(logits_TV, labels_T, totals_T)
+        ctx.ignored = ignored
+        return losses_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TV, labels_T, totals_T = ctx.saved_tensors
+        T, V = logits_TV.shape
+        out, tile = torch.empty((T, V), dtype=logits_TV.dtype, device=logits_TV.device), 4096
+        if T:
+            _run(
+                "cross_entropy_backward", (T, -(-V // tile)), logits_TV, labels_T, totals_T,
+                grads[0].float().contiguous(), out, V, logits_TV.stride(0), ctx.ignored, TILE=tile, num_warps=8,
+            )  # fmt: skip
+        return out, None, None
+
+
 class Look(NamedTuple):
     """How one new token each of N texts looks back at a cache.
 

@@ -16,6 +16,7 @@ from modernbert.errors import InputError
 from modernbert.gpu import operations as gpu
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.cache import DecoderCache
+from modernbert.models.continuation import Continuation
 from modernbert.models.fused import FusedLayers
 from modernbert.models.fused_gpu import GpuLayers
 from modernbert.models.inputs import PackedInputs, pack_inputs
@@ -174,26 +175,41 @@ class Backbone(PreTrainedModel):
         cache: DecoderCache | None,
     ) -> dict[str, LayerContext]:
         """Masks and rotary tables, once for each kind of layer; `dtype` is of q, k and v."""
-        config, packing = self.config, inputs.packing
-        begun = None if cache is None else cache.begin(packing, dtype)
-        gather = isinstance(backend, EagerAttention) or (begun is not None and any(begun.past) and differentiable)
-        shared = {}
-        for kind in dict.fromkeys(config.layer_types or ()):
-            assert config.rope_parameters is not None
-            cos_T1D, sin_T1D = rope_tables(
+        angles = self.angles(inputs)
+        plans = self.plans(inputs, backend, dtype, differentiable, cache)
+        return {kind: LayerContext(backend, plan, *angles[kind], cached) for kind, (plan, cached) in plans.items()}
+
+    def angles(self, inputs: PackedInputs) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rotary tables of each kind of layer, of `ops.rope.rope_tables`."""
+        config = self.config
+        assert config.rope_parameters is not None
+        return {
+            kind: rope_tables(
                 config.rope_parameters[kind],
                 config.head_dim,
                 inputs.positions_T,
                 max_positions=config.max_position_embeddings,
-                text_T=packing.text_T,
+                text_T=inputs.packing.text_T,
             )
-            reach = config.reach(kind)
-            if cache is None or begun is None:
-                shared[kind] = LayerContext(backend, backend.plan(packing, reach, dtype), cos_T1D, sin_T1D)
-            else:
-                cached = cache.continuation(begun, kind, backend, dtype, gather)
-                shared[kind] = LayerContext(backend, None, cos_T1D, sin_T1D, cached)
-        return shared
+            for kind in dict.fromkeys(config.layer_types or ())
+        }
+
+    def plans(
+        self,
+        inputs: PackedInputs,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        differentiable: bool,
+        cache: DecoderCache | None,
+    ) -> dict[str, tuple[Any, Continuation | None]]:
+        """How each kind of layer attends: by a plan of the backend, or with the cache."""
+        config, packing = self.config, inputs.packing
+        kinds = dict.fromkeys(config.layer_types or ())
+        if cache is None:
+            return {kind: (backend.plan(packing, config.reach(kind), dtype), None) for kind in kinds}
+        begun = cache.begin(packing, dtype)
+        gather = isinstance(backend, EagerAttention) or (any(begun.past) and differentiable)
+        return {kind: (None, cache.continuation(begun, kind, backend, dtype, gather)) for kind in kinds}
 
 
 def check_kwargs(kwargs: dict[str, Any]) -> None:

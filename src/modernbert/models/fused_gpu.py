@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from modernbert.gpu import graphs
 from modernbert.gpu import operations as gpu
 from modernbert.gpu.operations import Look, Norm, TritonWeight
-from modernbert.models.continuation import Steps
+from modernbert.models.continuation import Continuation, Steps
 from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Layer, LayerContext
+from modernbert.models.layers import Layer
 from modernbert.models.unchanged import Unchanged, as_made
 from modernbert.ops.attention.flash import FlashAttention, FlashPlan, serves
 from modernbert.ops.packing import Packing
@@ -96,11 +96,11 @@ class GpuLayers:
         """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
         if cache is None and not want_states and (size := self._bucket(inputs)) is not None:
             return self._short(inputs, size), None
-        shared = self.model.shared(inputs, self.backend, self.dtype, False, cache)
-        if cache is not None and not want_states and inputs.ids_T is not None:
-            steps = {kind: c.cached.as_steps() for kind, c in shared.items() if c.cached is not None}
+        plans = self.model.plans(inputs, self.backend, self.dtype, False, cache)
+        if cache is not None and not want_states and inputs.ids_T is not None and not self._is_dynamic:
+            steps = {kind: cached.as_steps() for kind, (_, cached) in plans.items() if cached is not None}
             whole = {kind: step for kind, step in steps.items() if step is not None and step.of_N is None}
-            if not self._is_dynamic and len(whole) == len(shared) and self._fits(whole):
+            if len(whole) == len(plans) and self._fits(whole):
                 return self._step(inputs, whole), None
         x_TM = inputs.embeds_TM
         if x_TM is None:
@@ -108,7 +108,8 @@ class GpuLayers:
         else:
             x_TM = gpu.normalize(x_TM.contiguous(), self.first)
         states: list[Tensor] | None = [] if want_states else None
-        last_TM = self._run(x_TM, _angles_of(shared), _attend_by(shared), states)
+        angles = self.model.angles(inputs) if self._is_dynamic else self._angles(inputs.positions_T)
+        last_TM = self._run(x_TM, angles, self._attend_by(plans), states)
         return last_TM, None if states is None else (*states, last_TM)
 
     def _run(self, x_TM: Tensor, angles: Angles, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
@@ -127,6 +128,18 @@ class GpuLayers:
 
     def _angles(self, positions_T: Tensor) -> Angles:
         return {kind: angle_tables(*found, positions_T) for kind, found in self._frequencies.items()}
+
+    def _attend_by(self, plans: dict[str, tuple[Any, Continuation | None]]) -> Attend:
+        """Attention as a pass plans it: by the backend, or with the cache."""
+
+        def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
+            q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+            plan, cached = plans[kind]
+            if cached is not None:
+                return cached.attend(number, q_THD, k_THD, v_THD, None)
+            return self.backend.attend(q_THD, k_THD, v_THD, plan)
+
+        return attend
 
     # Short batches
 
@@ -283,23 +296,6 @@ class _Step:
 def _send(values: list[int], target: Tensor) -> None:
     """Write numbers into a tensor on a card, without waiting for it."""
     target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
-
-
-def _angles_of(shared: dict[str, LayerContext]) -> Angles:
-    return {kind: (context.cos_T1D, context.sin_T1D) for kind, context in shared.items()}
-
-
-def _attend_by(shared: dict[str, LayerContext]) -> Attend:
-    """Attention as a pass plans it: by the backend, or with the cache."""
-
-    def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
-        q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
-        context = shared[kind]
-        if context.cached is not None:
-            return context.cached.attend(number, q_THD, k_THD, v_THD, None)
-        return context.backend.attend(q_THD, k_THD, v_THD, context.plan)
-
-    return attend
 
 
 def _layer(layer: Layer) -> _Layer:
