@@ -4,18 +4,26 @@
     python benchmarks/gpu.py --smoke --device cpu           # the same code on small models, to see that it works
 
 Random base-size weights in bfloat16. Only real tokens count, and only the pairs of tokens that see each other: padding
-and what a window hides earn nothing. Times are of the card's own clock over repeated passes, the fastest of them;
-peers get texts sorted by length, and the best of several batch sizes. What no time is left for is left out by name.
+and what a window hides earn nothing. A time is of the fastest of several passes, from ids on the host to the card's last
+result; products are timed by the card itself. Peers get texts sorted by length on the card, no mask where none is needed,
+and the best of several batch sizes. Memory is what a pass takes beside the weights.
+
+Each group of parts runs in a process of its own, which is ended when its time is over; what it had found by then, and
+what the others find, is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import gc
 import json
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,72 +45,102 @@ WORKLOADS = ["var1024", "long64", "128x512", "8x8192"]
 LATENCIES = ["1x16", "1x128", "8x128"]
 BATCHES = [8, 32, 128]
 
+Part = dict[str, Any]
+
 
 class Bench:
-    """One run: where, how long, and what was found so far."""
+    """What one process measures.
 
-    def __init__(self, device: torch.device, smoke: bool, seconds: float) -> None:
-        self.device, self.smoke = device, smoke
-        self.until = time.monotonic() + seconds
+    Args:
+        device: where.
+        smoke: on small models.
+        out: gets what was found after every part.
+        found: by the processes before this one.
+    """
+
+    def __init__(self, device: torch.device, smoke: bool, out: Path, found: dict[str, Part]) -> None:
+        self.device, self.smoke, self.out, self.found = device, smoke, out, found
         self.dtype = torch.float32 if smoke else torch.bfloat16
-        self.found: dict[str, Any] = {}
-        self.skipped: list[str] = []
+        self.sizes = SMALL if smoke else BASE
 
     @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.until - time.monotonic()
+    def peak(self) -> float:
+        """TFLOP/s of the fastest product seen; 0 where none was."""
+        return float(self.found.get("limits", {}).get("tflops", 0.0))
 
-    @contextlib.contextmanager
-    def section(self, name: str, least: float = 20.0) -> Iterator[dict[str, Any]]:
-        """A part of the table; what breaks in it is written down, and the others go on."""
-        part: dict[str, Any] = {}
+    def measure(self, name: str, fill: Callable[[Part], None]) -> None:
+        """One part of the table; what breaks in it is written down, and the others go on."""
+        part: Part = {}
         begun = time.monotonic()
-        if self.left < least and not self.smoke:
-            self.skipped.append(name)
-            print(f"{name}: no time left")
-            part["skip"] = True
-            yield part
-            return
         try:
-            yield part
-        except Exception as error:  # a table with a hole says more than none
-            part["error"] = f"{type(error).__name__}: {error}"[:500]
+            fill(part)
+        except Exception:  # a table with a hole says more than none
+            part["error"] = traceback.format_exc()[-1500:]
         part["took"] = round(time.monotonic() - begun, 1)
         self.found[name] = part
         print(f"{name}: {json.dumps(part)}", flush=True)
+        _write(self.out, self.found)
         gc.collect()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and "error" not in part:
             torch.cuda.empty_cache()
 
+    def share(self, teraflops: float) -> float:
+        """Of what the card's products reach at most."""
+        return teraflops / self.peak if self.peak else 0.0
+
     def seconds(self, run: Callable[[], object], budget: float = 2.0, least: int = 3) -> float:
-        """Of the fastest of several runs, after two that do not count."""
-        run()
-        run()
+        """Of the fastest of several runs, after three that do not count: launches are recorded in the second."""
+        for _ in range(3):
+            self._once(run)
         times: list[float] = []
         while len(times) < least or (sum(times) < budget and len(times) < 200):
             times.append(self._once(run))
         return min(times)
 
     def _once(self, run: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        torch.cuda.synchronize()
+        self._wait()
         start = time.perf_counter()
         run()
-        torch.cuda.synchronize()
+        self._wait()
         return time.perf_counter() - start
 
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def on_card(self, run: Callable[[], object], times: int = 20) -> float:
+        """Seconds of one of several runs that were launched back to back, by the card's own clock."""
+        run()
+        if self.device.type != "cuda":
+            return self.seconds(run, 0.2)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        best = float("inf")
+        for _ in range(3):
+            begin.record()
+            for _ in range(times):
+                run()
+            end.record()
+            end.synchronize()
+            best = min(best, begin.elapsed_time(end) / 1e3 / times)
+        return best
+
     def memory(self, run: Callable[[], object]) -> float:
-        """GiB at the most while it runs, weights included."""
+        """GiB at the most while it runs, beside what was there before."""
         if self.device.type != "cuda":
             return 0.0
+        self._wait()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**30
+        self._wait()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def _write(path: Path, found: dict[str, Part]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found, indent=2) + "\n")
+    temporary.replace(path)
 
 
 def texts(lengths: list[int], vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -124,12 +162,21 @@ def error(got: Tensor, wanted: Tensor) -> float:
     return ((got.double() - wanted.double()).norm() / wanted.double().norm()).item()
 
 
-def encoders(bench: Bench, sizes: dict[str, int]) -> tuple[Any, Any, Any, Any]:
+def peer_of(config: Any, model: Any, bench: Bench) -> Any:
+    """A model of transformers on the card, with the frequencies of its rotation in float32, as loading leaves them."""
+    model = model.to(bench.device, bench.dtype)
+    for module in model.modules():
+        if hasattr(module, "rotary_emb"):
+            module.rotary_emb = type(module.rotary_emb)(config).to(bench.device)
+    return model
+
+
+def encoder_and_peer(bench: Bench) -> tuple[Any, Any, Any, Any]:
     """The same weights in float32, plain, served, and in transformers."""
     import transformers
 
     torch.manual_seed(0)
-    config = ModernBertConfig(**sizes)
+    config = ModernBertConfig(**bench.sizes)
     oracle = modernbert.ModernBertModel(config, "sdpa").eval()
     models = []
     for optimized in (False, True):
@@ -137,277 +184,306 @@ def encoders(bench: Bench, sizes: dict[str, int]) -> tuple[Any, Any, Any, Any]:
         model.load_state_dict(oracle.state_dict())
         model = model.to(bench.device, bench.dtype)
         models.append(model.optimize_for_inference() if optimized else model)
-    peer_config = transformers.ModernBertConfig(**sizes)
+    peer_config = transformers.ModernBertConfig(**bench.sizes)
     peer_config._attn_implementation = "sdpa"
     peer = transformers.ModernBertModel(peer_config).eval()
     peer.load_state_dict(oracle.state_dict())
-    return oracle.to(bench.device), *models, peer.to(bench.device, bench.dtype)
+    return oracle.to(bench.device), *models, peer_of(peer_config, peer, bench)
 
 
-def limits(bench: Bench) -> None:
-    """What the card does at most: products of matrices, and copying."""
-    with bench.section("limits", 0) as part:
-        sizes = [256] if bench.smoke else [4096, 8192, 16384]
-        best = 0.0
-        for size in sizes:
-            a, b = (torch.randn(size, size, device=bench.device, dtype=bench.dtype) for _ in range(2))
-            best = max(best, 2 * size**3 / bench.seconds(lambda a=a, b=b: a @ b, 1.0))
-        source = torch.ones(2**20 if bench.smoke else 2**31, dtype=torch.int8, device=bench.device)
-        target = torch.empty_like(source)
-        part["tflops"] = best / 1e12
-        part["gigabytes"] = 2 * source.numel() / bench.seconds(lambda: target.copy_(source), 1.0) / 1e9
+def machine(bench: Bench) -> None:
+    """What the card does at most; our products beside PyTorch's on the shapes of a layer."""
+    bench.measure("limits", functools.partial(limits, bench))
+    if gpu.serving(bench.dtype, bench.device):
+        bench.measure("products, TFLOP/s", functools.partial(products, bench))
 
 
-def products(bench: Bench, sizes: dict[str, int]) -> None:
-    """Our products beside PyTorch's, on the shapes of a layer; TFLOP/s."""
-    if not gpu.serving(bench.dtype, bench.device):
-        bench.skipped.append("products")
-        return
-    rows, M, inner = 65536, sizes["hidden_size"], sizes["intermediate_size"]
-    heads = sizes["num_attention_heads"]
-    with bench.section("products") as part:
-        cos, sin = (torch.randn(rows, 1, M // heads, device=bench.device) for _ in range(2))
-        for name, (inputs, outputs) in {
-            "qkv": (M, 3 * M), "out": (M, M), "gate": (M, 2 * inner), "down": (inner, M),
-        }.items():  # fmt: skip
-            x = torch.randn(rows, inputs, device=bench.device, dtype=bench.dtype)
-            weight = torch.randn(outputs, inputs, device=bench.device, dtype=bench.dtype)
-            stream = torch.randn(rows, outputs, device=bench.device, dtype=bench.dtype)
-            ours = {
-                "qkv": lambda x=x, w=weight: gpu.rotated_product(x, w, None, cos, sin),
-                "gate": lambda x=x, w=weight: gpu.gated_product(x, w, None, "gelu"),
-            }.get(name, lambda x=x, w=weight, s=stream: gpu.product(x, w, add_to=s))
-            flops = 2.0 * rows * inputs * outputs / 1e12
-            part[name] = {
-                "ours, fused": flops / bench.seconds(ours, 0.5),
-                "ours": flops / bench.seconds(lambda x=x, w=weight: gpu.product(x, w), 0.5),
-                "pytorch": flops / bench.seconds(lambda x=x, w=weight: F.linear(x, w), 0.5),
-            }
+def limits(bench: Bench, part: Part) -> None:
+    """Products of matrices, and copying."""
+    best = 0.0
+    for size in [256] if bench.smoke else [4096, 8192, 16384]:
+        a, b = (torch.randn(size, size, device=bench.device, dtype=bench.dtype) for _ in range(2))
+        best = max(best, 2 * size**3 / bench.on_card(functools.partial(torch.mm, a, b)))
+    source = torch.ones(2**20 if bench.smoke else 2**31, dtype=torch.int8, device=bench.device)
+    target = torch.empty_like(source)
+    part["device"] = torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else "cpu"
+    part["torch"], part["dtype"] = torch.__version__, str(bench.dtype)
+    part["tflops"] = best / 1e12
+    part["gigabytes"] = 2 * source.numel() / bench.on_card(lambda: target.copy_(source)) / 1e9
 
 
-@torch.inference_mode()
-def exactness(bench: Bench, sizes: dict[str, int], models: tuple[Any, Any, Any, Any]) -> None:
-    """How far from float32, beside transformers; and whether a text's bits follow from its batch."""
-    oracle, plain, served, peer = models
-    with bench.section("exactness") as part:
-        lengths = [40, 17, 9] if bench.smoke else [300, 512, 17, 1, 1500]
-        ids, starts = texts(lengths, sizes["vocab_size"])
-        wanted = oracle(ids, cu_seqlens=starts)[0]
-        whole = served(ids, cu_seqlens=starts)[0]
-        parts = ids.split(lengths)
-        theirs = torch.cat([peer(one[None].to(bench.device))[0][0] for one in parts])
-        part["error, served"] = error(whole, wanted)
-        part["error, plain"] = error(plain(ids, cu_seqlens=starts)[0], wanted)
-        part["error, transformers"] = error(theirs, wanted)
-        alone = [served(one, cu_seqlens=torch.tensor([0, len(one)]))[0] for one in parts]
-        part["same bits alone"] = all(map(torch.equal, alone, whole.split(lengths)))
-        filling, _ = texts([100 if bench.smoke else 4000] * 3, sizes["vocab_size"])
-        more = torch.tensor([0, *lengths, *[len(filling) // 3] * 3]).cumsum(0).int()
-        large = served(torch.cat([ids, filling]), cu_seqlens=more)[0]
-        part["same bits in a large batch"] = torch.equal(large[: len(ids)], whole)
+def products(bench: Bench, part: Part) -> None:
+    """Those of a layer, over 65,536 rows."""
+    rows, M, inner = 65536, bench.sizes["hidden_size"], bench.sizes["intermediate_size"]
+    cos, sin = (torch.randn(rows, 1, M // bench.sizes["num_attention_heads"], device=bench.device) for _ in range(2))
+    for name, (inputs, outputs) in {
+        "qkv": (M, 3 * M),
+        "out": (M, M),
+        "gate": (M, 2 * inner),
+        "down": (inner, M),
+    }.items():
+        x = torch.randn(rows, inputs, device=bench.device, dtype=bench.dtype)
+        weight = torch.randn(outputs, inputs, device=bench.device, dtype=bench.dtype)
+        stream = torch.randn(rows, outputs, device=bench.device, dtype=bench.dtype)
+        fused: Callable[[], Tensor] = functools.partial(gpu.product, x, weight, add_to=stream)
+        if name == "qkv":
+            fused = functools.partial(gpu.rotated_product, x, weight, None, cos, sin)
+        elif name == "gate":
+            fused = functools.partial(gpu.gated_product, x, weight, None, "gelu")
+        flops = 2.0 * rows * inputs * outputs / 1e12
+        part[name] = {
+            "ours, fused": flops / bench.on_card(fused),
+            "ours": flops / bench.on_card(functools.partial(gpu.product, x, weight)),
+            "pytorch": flops / bench.on_card(functools.partial(F.linear, x, weight)),
+        }
 
 
 @torch.inference_mode()
-def encoding(bench: Bench, sizes: dict[str, int], models: tuple[Any, Any, Any, Any]) -> None:
-    """Real tokens a second; the share of the card's products that is useful work; peak memory."""
+def encode(bench: Bench) -> None:
+    """Exactness, latency, and tokens a second."""
+    models = encoder_and_peer(bench)
+    bench.measure("exactness", lambda part: exactness(bench, part, *models))
     _, plain, served, peer = models
-    peak = bench.found["limits"]["tflops"]
-    workloads = ["var8", "2x64"] if bench.smoke else WORKLOADS
+    bench.measure("latency, ms", lambda part: latency(bench, part, served, peer))
+    for workload in ["var8", "2x64"] if bench.smoke else WORKLOADS:
+        bench.measure(f"encode {workload}", functools.partial(encoding, bench, workload, plain, served, peer))
 
-    def peer_run(model: Any, ids: Tensor, lengths: list[int], size: int) -> Callable[[], object]:
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        parts = ids.split(lengths)
-        batches = []
-        for first in range(0, len(order), size):
-            some = order[first : first + size]
-            batches.append(padded(torch.cat([parts[i] for i in some]), [lengths[i] for i in some], bench.device))
 
-        def run() -> None:
-            for grid, mask in batches:
-                model(input_ids=grid, attention_mask=mask)
+def exactness(bench: Bench, part: Part, oracle: Any, plain: Any, served: Any, peer: Any) -> None:
+    """How far from float32, beside transformers; and whether a text's bits follow from its batch."""
+    lengths = [40, 17, 9] if bench.smoke else [300, 512, 17, 1, 1500]
+    ids, starts = texts(lengths, bench.sizes["vocab_size"])
+    wanted = oracle(ids, cu_seqlens=starts)[0]
+    whole = served(ids, cu_seqlens=starts)[0]
+    parts = ids.split(lengths)
+    theirs = torch.cat([peer(one[None].to(bench.device))[0][0] for one in parts])
+    part["error, served"] = error(whole, wanted)
+    part["error, plain"] = error(plain(ids, cu_seqlens=starts)[0], wanted)
+    part["error, transformers"] = error(theirs, wanted)
+    same = True
+    for _ in range(3):  # computed, recorded, replayed
+        same &= torch.equal(served(ids, cu_seqlens=starts)[0], whole)
+        alone = [served(one, cu_seqlens=torch.tensor([0, len(one)]))[0] for one in parts]
+        same &= all(map(torch.equal, alone, whole.split(lengths)))
+    part["same bits alone"] = same
+    filling, _ = texts([100 if bench.smoke else 4000] * 3, bench.sizes["vocab_size"])
+    more = torch.tensor([0, *lengths, *[len(filling) // 3] * 3]).cumsum(0).int()
+    large = served(torch.cat([ids, filling]), cu_seqlens=more)[0]
+    part["same bits in a large batch"] = torch.equal(large[: len(ids)], whole)
 
-        return run
 
-    for workload in workloads:
+def latency(bench: Bench, part: Part, served: Any, peer: Any) -> None:
+    """Of a short batch from ids on the host to vectors on the card."""
+    for workload in LATENCIES[:1] if bench.smoke else LATENCIES:
         lengths = lengths_of(workload)
-        ids, starts = texts(lengths, sizes["vocab_size"])
-        flops = useful_flops(served.config, lengths) / 1e12
-        with bench.section(f"encode {workload}") as part:
-            if "skip" in part:
-                continue
-            part["tokens"] = len(ids)
+        ids, starts = texts(lengths, bench.sizes["vocab_size"])
+        grid = ids.view(len(lengths), -1)
+        ours = functools.partial(served, ids, cu_seqlens=starts)
+        theirs = functools.partial(_send_and_run, peer, grid, bench.device)
+        part[workload] = {
+            "ours": 1e3 * bench.seconds(ours, 1.0, 20),
+            "transformers": 1e3 * bench.seconds(theirs, 1.0, 10),
+        }
 
-            def ours(ids: Tensor = ids, starts: Tensor = starts) -> object:
-                return served(ids, cu_seqlens=starts)
 
-            took = bench.seconds(ours, 3.0)
-            part["ours"] = {"tokens a second": len(ids) / took, "share of peak": flops / took / peak}
-            part["ours"]["GiB"] = bench.memory(ours)
-            took = bench.seconds(lambda ids=ids, starts=starts: plain(ids, cu_seqlens=starts), 2.0)
-            part["ours, plain"] = {"tokens a second": len(ids) / took, "share of peak": flops / took / peak}
-            best: dict[str, Any] = {}
-            for size in BATCHES[:1] if bench.smoke else BATCHES:
-                if size * max(lengths) > 2**18:
-                    continue  # its masks alone would fill the card
-                run = peer_run(peer, ids, lengths, size)
-                took = bench.seconds(run, 1.5, 2)
-                if len(ids) / took > best.get("tokens a second", 0.0):
-                    best = {"tokens a second": len(ids) / took, "batch": size, "GiB": bench.memory(run)}
-            part["transformers, sdpa"] = best
-            part["times transformers"] = part["ours"]["tokens a second"] / best["tokens a second"]
-    compiled = None
-    for workload in workloads:
-        with bench.section(f"compiled peer {workload}", 60) as part:
-            if "skip" in part:
-                continue
-            if compiled is None:
-                compiled = torch.compile(peer, dynamic=True, backend="eager" if bench.smoke else "inductor")
-            lengths = lengths_of(workload)
-            ids, _ = texts(lengths, sizes["vocab_size"])
-            size = bench.found[f"encode {workload}"]["transformers, sdpa"]["batch"]
-            took = bench.seconds(peer_run(compiled, ids, lengths, size), 1.5, 2)
-            part["tokens a second"] = len(ids) / took
-            ours = bench.found[f"encode {workload}"]["ours"]["tokens a second"]
-            part["times compiled transformers"] = ours * took / len(ids)
+def _send_and_run(model: Any, grid: Tensor, device: torch.device) -> object:
+    return model(input_ids=grid.to(device))
+
+
+def peer_run(bench: Bench, model: Any, ids: Tensor, lengths: list[int], size: int) -> Callable[[], None]:
+    """All texts through a model of transformers, in batches of texts of like length."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    parts, batches = ids.split(lengths), []
+    for first in range(0, len(order), size):
+        some = order[first : first + size]
+        grid, mask = padded(torch.cat([parts[i] for i in some]), [lengths[i] for i in some], bench.device)
+        batches.append({"input_ids": grid} if bool(mask.all()) else {"input_ids": grid, "attention_mask": mask})
+
+    def run() -> None:
+        for batch in batches:
+            model(**batch)
+
+    return run
+
+
+def encoding(bench: Bench, workload: str, plain: Any, served: Any, peer: Any, part: Part) -> None:
+    """Real tokens a second; the share of the card's products that is useful work; memory."""
+    lengths = lengths_of(workload)
+    ids, starts = texts(lengths, bench.sizes["vocab_size"])
+    flops = useful_flops(served.config, lengths) / 1e12
+    part["tokens"] = len(ids)
+    for name, model in (("ours", served), ("ours, plain", plain)):
+        run = functools.partial(model, ids, cu_seqlens=starts)
+        took = bench.seconds(run, 2.0)
+        part[name] = {"tokens a second": len(ids) / took, "share of peak": bench.share(flops / took)}
+        part[name]["GiB"] = bench.memory(run)
+    best: Part = {}
+    for size in BATCHES[:1] if bench.smoke else BATCHES:
+        if size > BATCHES[0] and size * max(lengths) > 2**18:
+            continue  # its masks alone would fill the card
+        theirs = peer_run(bench, peer, ids, lengths, size)
+        took = bench.seconds(theirs, 1.0, 1)
+        if len(ids) / took > best.get("tokens a second", 0.0):
+            best = {"tokens a second": len(ids) / took, "batch": size, "GiB": bench.memory(theirs)}
+    part["transformers, sdpa"] = best
+    part["times transformers"] = part["ours"]["tokens a second"] / best["tokens a second"]
 
 
 @torch.inference_mode()
-def latency(bench: Bench, sizes: dict[str, int], models: tuple[Any, Any, Any, Any]) -> None:
-    """Milliseconds of a short batch from ids on the host to vectors on the card."""
-    _, _, served, peer = models
-    with bench.section("latency, ms") as part:
-        for workload in LATENCIES[:1] if bench.smoke else LATENCIES:
-            lengths = lengths_of(workload)
-            ids, starts = texts(lengths, sizes["vocab_size"])
-            grid, mask = padded(ids, lengths, torch.device("cpu"))
-            part[workload] = {
-                "ours": 1e3 * bench.seconds(lambda ids=ids, starts=starts: served(ids, cu_seqlens=starts), 1.0, 20),
-                "transformers": 1e3 * bench.seconds(
-                    lambda grid=grid, mask=mask: peer(
-                        input_ids=grid.to(bench.device), attention_mask=mask.to(bench.device)
-                    ), 1.0, 10,
-                ),
-            }  # fmt: skip
+def compiled(bench: Bench) -> None:
+    """transformers under torch.compile, at the batch size that was best without."""
+    peer = encoder_and_peer(bench)[3]
+    model = torch.compile(peer, dynamic=True, backend="eager" if bench.smoke else "inductor")
+
+    def fill(workload: str, part: Part) -> None:
+        before = bench.found[f"encode {workload}"]
+        lengths = lengths_of(workload)
+        ids, _ = texts(lengths, bench.sizes["vocab_size"])
+        took = bench.seconds(peer_run(bench, model, ids, lengths, before["transformers, sdpa"]["batch"]), 1.0, 1)
+        part["tokens a second"] = len(ids) / took
+        part["times compiled transformers"] = before["ours"]["tokens a second"] * took / len(ids)
+
+    for workload in ["var8", "2x64"] if bench.smoke else WORKLOADS:
+        if f"encode {workload}" in bench.found and "error" not in bench.found[f"encode {workload}"]:
+            bench.measure(f"compiled peer {workload}", functools.partial(fill, workload))
 
 
-def training(bench: Bench, sizes: dict[str, int]) -> None:
-    """A step of masked language modelling over packed texts of 1,024 tokens, a third of which have labels."""
+def train(bench: Bench) -> None:
+    """Masked language modelling over packed texts of 1,024 tokens, a third of which have labels."""
     import transformers
 
-    peak = bench.found["limits"]["tflops"]
     length, count = (32, 4) if bench.smoke else (1024, 64)
-    ids, starts = texts([length] * count, sizes["vocab_size"])
+    ids, starts = texts([length] * count, bench.sizes["vocab_size"])
     labels = torch.where(torch.rand(len(ids), generator=torch.Generator().manual_seed(1)) < 0.3, ids, -100)
-    config = ModernBertConfig(**sizes, sparse_prediction=True)
+    config = ModernBertConfig(**bench.sizes, sparse_prediction=True)
     flops = 3 * useful_flops(config, [length] * count) / 1e12  # the backward does the forward's work twice
-    flops += 3 * 2 * int((labels >= 0).sum()) * sizes["hidden_size"] * sizes["vocab_size"] / 1e12
-    torch.manual_seed(0)
-    ours = modernbert.ModernBertForMaskedLM(config).to(bench.device, bench.dtype).train()
-    peer_config = transformers.ModernBertConfig(**sizes, sparse_prediction=True)
-    peer_config._attn_implementation = "sdpa"
+    flops += 3 * 2 * int((labels >= 0).sum()) * bench.sizes["hidden_size"] * bench.sizes["vocab_size"] / 1e12
 
-    def step(model: Any, given: list[dict[str, Tensor]]) -> Callable[[], None]:
+    def step(model: Any, given: list[dict[str, Tensor]], autocast: bool = False) -> Callable[[], None]:
         optimizer = torch.optim.AdamW(model.parameters(), fused=bench.device.type == "cuda")
 
         def run() -> None:
             for one in given:
-                model(**one).loss.backward()
+                with torch.autocast(bench.device.type, torch.bfloat16, enabled=autocast):
+                    loss = model(**one).loss
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         return run
 
-    with bench.section("training step") as part:
-        if "skip" in part:
-            return
-        run = step(ours, [{"input_ids": ids, "cu_seqlens": starts, "labels": labels}])
-        took = bench.seconds(run, 4.0)
-        part["ours"] = {
-            "tokens a second": len(ids) / took,
-            "share of peak": flops / took / peak,
-            "GiB": bench.memory(run),
-        }
-    del ours
-    with bench.section("training step, transformers") as part:
-        if "skip" in part:
-            return
-        peer = transformers.ModernBertForMaskedLM(peer_config).to(bench.device, bench.dtype).train()
-        grids = ids.view(count, length).to(bench.device).split(16)
-        marks = labels.view(count, length).to(bench.device).split(16)
-        run = step(peer, [{"input_ids": g, "labels": m} for g, m in zip(grids, marks, strict=True)])
+    def ours(dtype: torch.dtype, autocast: bool, part: Part) -> None:
+        torch.manual_seed(0)
+        model = modernbert.ModernBertForMaskedLM(config).to(bench.device, dtype).train()
+        run = step(model, [{"input_ids": ids, "cu_seqlens": starts, "labels": labels}], autocast)
         took = bench.seconds(run, 3.0)
-        part["tokens a second"] = len(ids) / took
+        part["tokens a second"], part["share of peak"] = len(ids) / took, bench.share(flops / took)
         part["GiB"] = bench.memory(run)
+
+    def theirs(part: Part) -> None:
+        peer_config = transformers.ModernBertConfig(**bench.sizes, sparse_prediction=True)
+        peer_config._attn_implementation = "sdpa"
+        peer = peer_of(peer_config, transformers.ModernBertForMaskedLM(peer_config), bench).train()
+        for size in [2] if bench.smoke else [16, 32]:
+            grids, marks = (x.view(count, length).to(bench.device).split(size) for x in (ids, labels))
+            run = step(peer, [{"input_ids": g, "labels": m} for g, m in zip(grids, marks, strict=True)])
+            took = bench.seconds(run, 2.0, 2)
+            if len(ids) / took > part.get("tokens a second", 0.0):
+                part |= {"tokens a second": len(ids) / took, "batch": size, "GiB": bench.memory(run)}
+
+    bench.measure("training step", functools.partial(ours, bench.dtype, False))
+    if not bench.smoke:
+        bench.measure("training step, float32 weights", functools.partial(ours, torch.float32, True))
+    bench.measure("training step, transformers", theirs)
 
 
 @torch.inference_mode()
-def generation(bench: Bench, sizes: dict[str, int]) -> None:
-    """Tokens a second of greedy decoding."""
+def generate(bench: Bench) -> None:
+    """Greedy decoding."""
     import transformers
 
     torch.manual_seed(0)
-    ours = modernbert.ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**sizes)).eval()
-    peer_config = transformers.ModernBertDecoderConfig(**sizes)
+    ours = modernbert.ModernBertDecoderForCausalLM(ModernBertDecoderConfig(**bench.sizes)).eval()
+    peer_config = transformers.ModernBertDecoderConfig(**bench.sizes)
     peer_config._attn_implementation = "sdpa"
     peer = transformers.ModernBertDecoderForCausalLM(peer_config).eval()
     peer.load_state_dict(ours.state_dict(), strict=False)
     ours = ours.to(bench.device, bench.dtype).optimize_for_inference()
-    peer = peer.to(bench.device, bench.dtype)
+    peer = peer_of(peer_config, peer, bench)
     prompt, new = (8, 6) if bench.smoke else (128, 128)
+
+    def fill(batch: int, part: Part) -> None:
+        ids = torch.randint(5, bench.sizes["vocab_size"] - 5, (batch, prompt)).to(bench.device)
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        for name, model in (("ours", ours), ("transformers", peer)):
+            took = bench.seconds(functools.partial(model.generate, ids, **options), 1.0, 1)
+            part[name] = {"tokens a second": batch * new / took, "ms a step": 1e3 * took / new}
+
     for batch in [2] if bench.smoke else [1, 32]:
-        with bench.section(f"generate {batch} x ({prompt} + {new})") as part:
-            ids = torch.randint(5, sizes["vocab_size"] - 5, (batch, prompt)).to(bench.device)
-            options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-            for name, model in (("ours", ours), ("transformers", peer)):
-                took = bench.seconds(
-                    lambda model=model, ids=ids, options=options: model.generate(ids, **options), 2.0, 2
-                )
-                part[name] = {"tokens a second": batch * new / took, "ms a step": 1e3 * took / new}
+        bench.measure(f"generate {batch} x ({prompt} + {new})", functools.partial(fill, batch))
 
 
-def table(found: dict[str, Any]) -> str:
+# What runs in a process of its own, in this order, and for how many seconds at the most.
+GROUPS: dict[str, tuple[Callable[[Bench], None], int]] = {
+    "machine": (machine, 60),
+    "encode": (encode, 150),
+    "train": (train, 90),
+    "generate": (generate, 90),
+    "compiled": (compiled, 150),
+}
+
+
+def table(found: dict[str, Part]) -> str:
     """What was found, as Markdown."""
     lines = ["| | tokens/s | share of peak | GiB | transformers, sdpa | times |", "|---|---|---|---|---|---|"]
     for name, part in found.items():
-        if not name.startswith("encode ") or "ours" not in part:
+        if not name.startswith("encode ") or "times transformers" not in part:
             continue
-        ours, peer = part["ours"], part.get("transformers, sdpa", {})
+        ours, peer = part["ours"], part["transformers, sdpa"]
         lines.append(
             f"| {name[7:]} | {ours['tokens a second']:,.0f} | {ours['share of peak']:.0%} | {ours['GiB']:.1f} | "
-            f"{peer.get('tokens a second', 0):,.0f} | {part.get('times transformers', 0):.1f} |"
+            f"{peer['tokens a second']:,.0f} | {part['times transformers']:.1f} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measure, print, and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda", help="where to measure")
-    parser.add_argument("--seconds", type=float, default=440, help="when to begin nothing more")
+    parser.add_argument("--seconds", type=float, default=465, help="of the whole run")
     parser.add_argument("--out", type=Path, help="a JSON file for what was found")
     parser.add_argument("--smoke", action="store_true", help="small models, to see that everything runs")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="what to run, of " + ", ".join(GROUPS))
+    parser.add_argument("--here", action="store_true", help="in this process, going on with what --out holds")
     given = parser.parse_args()
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --smoke --device cpu shows that the code runs")
-    device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-    bench = Bench(device, given.smoke, given.seconds)
-    sizes = SMALL if given.smoke else BASE
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    bench.found["machine"] = {"device": name, "torch": torch.__version__, "dtype": str(bench.dtype)}
-    print(json.dumps(bench.found["machine"]))
-    limits(bench)
-    products(bench, sizes)
-    models = encoders(bench, sizes)
-    exactness(bench, sizes, models)
-    latency(bench, sizes, models)
-    training(bench, sizes)
-    generation(bench, sizes)
-    encoding(bench, sizes, models)  # last: compiling peers takes what time is left
-    bench.found["skipped"] = bench.skipped
-    print(table(bench.found))
-    if given.out is not None:
-        given.out.write_text(json.dumps(bench.found, indent=2) + "\n")
+    groups = given.groups.split(",")
+    if unknown := set(groups) - set(GROUPS):
+        parser.error(f"there are no groups {', '.join(unknown)}; choose of {', '.join(GROUPS)}")
+    out = given.out or Path(tempfile.mkdtemp()) / "gpu.json"
+    if given.here:
+        device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+        found = json.loads(out.read_text()) if out.exists() else {}
+        for group in groups:
+            GROUPS[group][0](Bench(device, given.smoke, out, found))
+        return
+    out.unlink(missing_ok=True)
+    until, ended = time.monotonic() + given.seconds, {}
+    for group in groups:
+        limit = min(GROUPS[group][1], until - time.monotonic())
+        command = [sys.executable, __file__, "--here", "--groups", group, "--device", given.device, "--out", str(out)]
+        try:
+            done = subprocess.run([*command, *["--smoke"] * given.smoke], timeout=max(limit, 1), check=False)
+            ended[group] = f"exit {done.returncode}"
+        except subprocess.TimeoutExpired:
+            ended[group] = f"ended after {limit:.0f} s"
+    found = json.loads(out.read_text()) if out.exists() else {}
+    _write(out, {**found, "processes": ended})
+    print(json.dumps(ended))
+    print(table(found))
 
 
 if __name__ == "__main__":

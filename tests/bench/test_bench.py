@@ -117,7 +117,8 @@ def test_the_benchmark_for_cards_runs_without_one(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(out.read_text())
-    assert not [name for name, part in found.items() if "error" in part]
+    assert not [part["error"] for part in found.values() if "error" in part]
+    assert set(found["processes"].values()) == {"exit 0"}
     assert found["exactness"]["same bits alone"]
     assert found["exactness"]["same bits in a large batch"]
     parts = {"limits", "latency, ms", "training step", "generate 2 x (8 + 6)", "encode 2x64", "compiled peer 2x64"}

@@ -33,6 +33,10 @@ def test_there_are_few_buckets_and_none_for_what_is_too_large():
     assert [graphs.step_bucket(n) for n in (1, 2, 3, 5, 64, 65)] == [1, 2, 4, 8, 64, 128]
 
 
+def run(kept, key, make, take=lambda recorded: None, read=lambda recorded: None):
+    return kept.run(key, make, take, read)
+
+
 def test_what_was_used_longest_ago_is_given_up(monkeypatch):
     monkeypatch.setattr(graphs, "_KEPT", 3)
     made, kept = [], graphs.Graphs(torch.device("cpu"))
@@ -42,24 +46,57 @@ def test_what_was_used_longest_ago_is_given_up(monkeypatch):
         return lambda: None
 
     for key in (1, 2, 3, 1, 4, 1, 2):
-        kept.find(key, lambda key=key: make(key))
+        run(kept, key, lambda key=key: make(key))
     assert made == [1, 2, 3, 4, 2]
     assert len(kept) == 3
 
 
-def test_what_is_recorded_can_be_written_in_any_mode():
+def filling(number):
+    return lambda recorded: recorded.given.fill_(number)
+
+
+class Doubled:
+    def __init__(self):
+        self.given, self.out, self.runs = torch.zeros(1), None, 0
+
+    def __call__(self):
+        self.runs += 1
+        self.out = self.given * 2
+
+
+def test_a_batch_is_taken_before_anything_runs_and_read_after_it():
     kept = graphs.Graphs(torch.device("cpu"))
+    for number in (3.0, 5.0):
+        got = run(kept, "a", Doubled, filling(number), lambda recorded: recorded.out.item())
+        assert got == 2 * number
 
-    class Counter:
-        def __init__(self):
-            self.number = torch.zeros(1)
 
-        def __call__(self):
-            self.number += 1
+def test_a_bucket_is_recorded_at_its_second_use_with_the_batch_in_place(monkeypatch):
+    """On a card recording runs the function: what it finds must be the batch, not what was there before."""
+    kept, held = graphs.Graphs(torch.device("cpu")), []
 
+    def record(self, function):
+        held.append(function.given.item())
+        return function
+
+    monkeypatch.setattr(graphs.Graphs, "_record", record)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+
+    class Stream:
+        def wait_event(self, event):
+            assert event == "read"
+
+        def record_event(self):
+            return "read"
+
+    kept.device = torch.device("cuda", 0)
+    for number in (3.0, 5.0, 7.0, 9.0):
+        assert run(kept, "a", Doubled, filling(number), lambda recorded: recorded.out.item()) == 2 * number
+    assert held == [5.0]
+
+
+def test_what_runs_can_be_written_in_any_mode():
+    kept = graphs.Graphs(torch.device("cpu"))
     with torch.inference_mode():
-        recorded, replay = kept.find("a", Counter)
-        replay()
-    recorded.number.fill_(5)
-    replay()
-    assert recorded.number.item() == 6
+        run(kept, "a", Doubled, lambda recorded: recorded.given.fill_(1))
+    run(kept, "a", Doubled, lambda recorded: recorded.given.fill_(2))

@@ -240,11 +240,14 @@ def kernels(monkeypatch):
     """What was asked of the kernels; their place is taken by eager attention."""
     asked = []
 
-    def attend(q, k, v, cu_seqlens, longest, window):
-        asked.append((cu_seqlens.tolist(), longest, window, torch.are_deterministic_algorithms_enabled()))
+    def attend(q, k, v, cu_seqlens, longest, window, deterministic):
+        asked.append((cu_seqlens.tolist(), longest, window, deterministic))
         packing = Packing.from_lengths((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
         plan = EagerAttention().plan(packing, tuple(None if w < 0 else w for w in window), q.dtype)
-        return Attended.apply(q, k, v, plan)
+        out = Attended.apply(q, k, v, plan)
+        if deterministic:
+            flash._make_deterministic(out.grad_fn)
+        return out
 
     class Attended(torch.autograd.Function):
         """One node, as the kernels' own is."""
@@ -276,7 +279,7 @@ def test_flash_hands_over_texts_and_windows(kernels, deterministic, reach):
     for a, b in zip(*both(packing, reach, other=lambda: backend), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     window = tuple(-1 if r is None else r for r in reach)
-    assert kernels == [([0, 20, 20, 53], 33, window, False), deterministic]
+    assert kernels == [([0, 20, 20, 53], 33, window, deterministic), deterministic]
     assert not torch.are_deterministic_algorithms_enabled()
     q = qkv(53, grad=True)[0]
     out = backend.attend(q, q, q, backend.plan(packing, reach, q.dtype)).sum()
@@ -315,7 +318,7 @@ def test_pytorchs_kernels_are_asked_for_one_piece_where_they_may_split(monkeypat
     for current in (None, "FA3"):
         monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda current=current: current)
         flash._may_be_asked_for_splits.cache_clear()
-        flash._pytorch(x, x, x, starts, 3, (64, 64))
+        flash._pytorch(x, x, x, starts, 3, (64, 64), False)
     flash._may_be_asked_for_splits.cache_clear()
     assert asked == [(3, 3, (64, 64), None), (3, 3, (64, 64), 1)]
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -106,37 +107,50 @@ class Graphs:
         """How many buckets there are."""
         return len(self._kept)
 
-    def find(self, key: Hashable, make: Callable[[], Recorded]) -> tuple[Any, Callable[[], None]]:
-        """What was made for a key, and what runs it; made now where there is none. Hold `lock` until it is read."""
+    def run(
+        self,
+        key: Hashable,
+        make: Callable[[], Recorded],
+        take: Callable[[Any], None],
+        read: Callable[[Any], Tensor],
+    ) -> Tensor:
+        """Run what is kept for a bucket.
+
+        Args:
+            key: the bucket.
+            make: makes what runs, where nothing is kept.
+            take: writes a batch into its memory.
+            read: copies the result out of it.
+        """
+        with self.lock:
+            entry = self._entry(key, make)
+            if self._last is not None:  # whoever ran last, on whatever stream, has to have read the result
+                torch.cuda.current_stream(self.device).wait_event(self._last)
+            take(entry.recorded)  # before anything is recorded too: that runs it, on what it holds
+            entry.uses += 1
+            if entry.uses == 2 and self.device.type == "cuda":
+                with torch.inference_mode(False), torch.no_grad():
+                    entry.replay = self._record(entry.recorded)
+            entry.replay()
+            result = read(entry.recorded)
+            if self.device.type == "cuda":
+                self._last = torch.cuda.current_stream(self.device).record_event()
+        return result
+
+    def _entry(self, key: Hashable, make: Callable[[], Recorded]) -> _Entry:
         if key not in self._kept:
             while len(self._kept) >= _KEPT:
                 self._kept.popitem(last=False)
             with torch.inference_mode(False), torch.no_grad():  # what is recorded is written to in any mode
                 recorded = make()
             self._kept[key] = _Entry(recorded, recorded)
-        entry = self._kept[key]
         self._kept.move_to_end(key)
-        entry.uses += 1
-        if entry.uses == 2 and self.device.type == "cuda":
-            with torch.inference_mode(False), torch.no_grad():
-                entry.replay = self._record(entry.recorded)
-        return entry.recorded, entry.replay
-
-    def begin(self) -> None:
-        """Wait, on the card, until whoever replayed last has read the result, whatever stream that was on."""
-        if self._last is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._last)
-
-    def end(self) -> None:
-        """The result has been read, as far as this stream goes."""
-        if self.device.type == "cuda":
-            self._last = torch.cuda.current_stream(self.device).record_event()
+        return self._kept[key]
 
     def _record(self, function: Recorded) -> Callable[[], None]:
         with _recording, torch.cuda.device(self.device):
             if self._stream is None:
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-            self.begin()
             here = torch.cuda.current_stream()
             self._stream.wait_stream(here)
             graph = torch.cuda.CUDAGraph()

@@ -24,7 +24,7 @@ from modernbert.errors import InputError
 from modernbert.models.continuation import Continuation, Pass
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.linear import products_dtype
-from modernbert.ops.packing import Packing
+from modernbert.ops.packing import Packing, send
 
 _ROOM = 128  # free rows that a growing region gets: a copy of the text's rows every so many tokens
 _MOST_RESERVED = 4096  # free rows that may be asked for ahead
@@ -68,7 +68,7 @@ class Storage:
         for text, first, last in texts:
             token = torch.arange(first, last)
             parts.append(self.starts[text] + (token if self.ring is None else token % self.ring))
-        return torch.cat([torch.empty(0, dtype=torch.int64), *parts]).to(self.positions_R.device)
+        return send(torch.cat([torch.empty(0, dtype=torch.int64), *parts]), self.positions_R.device)
 
     def make_room(self, lengths: Sequence[int], new: Sequence[int]) -> None:
         """Let each text hold this many tokens more."""

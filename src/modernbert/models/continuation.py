@@ -17,7 +17,7 @@ from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.cached import Continued, Extended, Fresh, Gathered, Piece, Stretch, Windowed
 from modernbert.ops.attention.eager import EagerAttention
 from modernbert.ops.linear import products_dtype
-from modernbert.ops.packing import Packing
+from modernbert.ops.packing import Packing, on_device
 
 if TYPE_CHECKING:
     from modernbert.models.cache import Storage
@@ -35,7 +35,7 @@ class Pass:
     def __init__(self, packing: Packing, past: list[int], ends: list[int]) -> None:
         self.packing = packing
         self.past = past
-        self.offsets_B = torch.tensor(ends, dtype=torch.int64, device=packing.positions_T.device)
+        self.offsets_B = on_device(ends, packing.positions_T.device)
         self.positions_T = packing.positions_T + self.offsets_B[packing.text_T]
         new = list(enumerate(packing.lengths))
         self.fresh = [i for i, n in new if n and not past[i]]

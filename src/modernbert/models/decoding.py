@@ -15,7 +15,7 @@ from torch import Tensor
 from modernbert.errors import InputError
 from modernbert.models.cache import DecoderCache
 from modernbert.models.inputs import PackedInputs
-from modernbert.ops.packing import Packing
+from modernbert.ops.packing import Packing, on_device
 
 if TYPE_CHECKING:
     from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
@@ -91,7 +91,7 @@ class CachedDecoder:
         assert x_TM is not None
         if packing.tokens > len(self.active):
             ends = [end - 1 for start, end in packing.spans if end > start]
-            x_TM = x_TM.index_select(0, torch.tensor(ends, device=device))
+            x_TM = x_TM.index_select(0, on_device(ends, device))
         return model.score(x_TM).float()
 
 

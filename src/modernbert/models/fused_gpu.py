@@ -153,14 +153,12 @@ class GpuLayers:
 
     def _short(self, inputs: PackedInputs, size: graphs.Bucket) -> Tensor:
         """The last hidden state of a short batch, (T, M)."""
-        with self.graphs.lock:
-            recorded, replay = self.graphs.find(size, lambda: _Short(self, size))
-            self.graphs.begin()
-            recorded.take(inputs)
-            replay()
-            out_TM: Tensor = recorded.out_TM[: inputs.packing.tokens].clone()
-            self.graphs.end()
-        return out_TM
+        return self.graphs.run(
+            size,
+            lambda: _Short(self, size),
+            lambda recorded: recorded.take(inputs),
+            lambda recorded: recorded.out_TM[: inputs.packing.tokens].clone(),
+        )
 
     # Steps of generation
 
@@ -179,14 +177,12 @@ class GpuLayers:
         """The last hidden state of one new token of each text, (N, M)."""
         texts = inputs.packing.tokens
         size = graphs.step_bucket(texts)
-        with self.graphs.lock:
-            recorded, replay = self.graphs.find(size, lambda: _Step(self, size))
-            self.graphs.begin()
-            recorded.take(inputs, steps)
-            replay()
-            out_NM: Tensor = recorded.out_NM[:texts].clone()
-            self.graphs.end()
-        return out_NM
+        return self.graphs.run(
+            size,
+            lambda: _Step(self, size),
+            lambda recorded: recorded.take(inputs, steps),
+            lambda recorded: recorded.out_NM[:texts].clone(),
+        )
 
 
 class _Short:

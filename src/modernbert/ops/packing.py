@@ -8,11 +8,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from modernbert.errors import InputError
+
+
+def on_device(values: Sequence[int], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Whole numbers of the host as a tensor on a device; nobody waits for a card to take them."""
+    return send(torch.tensor(values, dtype=dtype), device)
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on a device; nobody waits for a card to take it."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +68,7 @@ class Packing:
     @functools.cached_property
     def cu_seqlens(self) -> Tensor:
         """`starts` as an int32 tensor of shape (B + 1,), the form that attention kernels take."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.positions_T.device)
+        return on_device(self.starts, self.positions_T.device, torch.int32)
 
     @classmethod
     def from_mask(cls, mask_BS: Tensor) -> Packing:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modernbert.errors import InputError
+from modernbert.ops.packing import on_device
 
 # What each name takes of a span. The first two are what classifiers of this architecture are configured with.
 POOLINGS = ("cls", "mean", "max", "last", "weighted_mean", "mean_sqrt_len")
@@ -42,15 +43,15 @@ def pool(
         out = x_TM.new_zeros((len(spans), x_TM.shape[1]))
         if not filled:
             return out
-        index = torch.tensor(filled, device=x_TM.device)
+        index = on_device(filled, x_TM.device)
         return out.index_copy(0, index, pool(x_TM, [spans[i] for i in filled], mode, positions_T))
     if mode in ("cls", "last"):
         rows = [start if mode == "cls" else end - 1 for start, end in spans]
-        return x_TM.index_select(0, torch.tensor(rows, dtype=torch.int64, device=x_TM.device))
+        return x_TM.index_select(0, on_device(rows, x_TM.device))
     if not spans:
         return x_TM.new_zeros((0, x_TM.shape[1]))
     rows_TM, weight_T = _gather(x_TM, spans), None
-    lengths_B = torch.tensor(lengths, device=x_TM.device)
+    lengths_B = on_device(lengths, x_TM.device)
     if mode == "max":
         return torch.segment_reduce(rows_TM.float(), "max", lengths=lengths_B, axis=0).to(x_TM.dtype)
     if mode == "weighted_mean":

@@ -17,7 +17,9 @@ from modernbert.gpu import operations as gpu
 
 def _powers(theta: float | Tensor, head_dim: int, device: torch.device) -> Tensor:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    return torch.as_tensor(theta, dtype=torch.float32, device=device)[..., None] ** exponents
+    if not isinstance(theta, Tensor):
+        theta = torch.full((), theta, dtype=torch.float32, device=device)  # made there: a copy would be waited for
+    return theta[..., None] ** exponents
 
 
 def _yarn(rope: Mapping[str, Any], powers: Tensor, head_dim: int) -> tuple[Tensor, float]:

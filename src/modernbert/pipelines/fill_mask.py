@@ -60,7 +60,7 @@ class FillMaskPipeline(Pipeline):
                 raise InputError(
                     f"there is no {self.tokenizer.mask_token} in {short(text)!r}; write it where a word is missing"
                 )
-            targets: list[list[int] | None] = [None] * len(places)
+            targets: list[list[int]] = [[]] * len(places)
             if settings["targets"] is not None:
                 before = text.split(self.tokenizer.mask_token)[: len(places)]
                 targets = [[self._target(word, left[-1:].isspace()) for word in settings["targets"]] for left in before]
@@ -91,9 +91,12 @@ class FillMaskPipeline(Pipeline):
         best: list[tuple[list[float], list[int]]] = []
         for first in range(0, len(targets), _MASKS_TOGETHER):
             some = slice(first, first + _MASKS_TOGETHER)
-            for scores_V, wanted in zip(
-                self.model.decoder(states[some]).float().softmax(-1), targets[some], strict=True
-            ):
+            scores = self.model.decoder(states[some]).float().softmax(-1)
+            if settings["targets"] is None:
+                found = scores.topk(min(settings["top_k"], scores.shape[1]))
+                best += zip(found.values.tolist(), found.indices.tolist(), strict=True)
+                continue
+            for scores_V, wanted in zip(scores, targets[some], strict=True):
                 best.append(_best(scores_V, wanted, settings["top_k"]))
         rest = iter(best)
         return [[next(rest) for _ in row.extra[0]] for row in rows]
@@ -114,10 +117,8 @@ class FillMaskPipeline(Pipeline):
         return answers[0] if len(answers) == 1 else answers
 
 
-def _best(scores_V: torch.Tensor, targets: list[int] | None, top_k: int) -> tuple[list[float], list[int]]:
-    """The best scores and their tokens, of all or of the targets."""
-    candidates = None if targets is None else torch.tensor(list(dict.fromkeys(targets)), device=scores_V.device)
-    among = scores_V if candidates is None else scores_V[candidates]
-    best = among.topk(min(top_k, len(among)))
-    tokens = best.indices if candidates is None else candidates[best.indices]
-    return best.values.tolist(), tokens.tolist()
+def _best(scores_V: torch.Tensor, targets: list[int], top_k: int) -> tuple[list[float], list[int]]:
+    """The best scores of the targets, and their tokens."""
+    candidates = torch.tensor(list(dict.fromkeys(targets)), device=scores_V.device)
+    best = scores_V[candidates].topk(min(top_k, len(candidates)))
+    return best.values.tolist(), candidates[best.indices].tolist()

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 DTYPES = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256
 
-# q, k, v, cu_seqlens (B + 1,) int32, tokens of the longest text, window (left, right) with -1 for no end.
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, tuple[int, int]], Tensor]
+# q, k, v, cu_seqlens (B + 1,) int32, tokens of the longest text, window (left, right) with -1 for no end, and whether
+# gradients have to be the same at every run.
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, tuple[int, int], bool], Tensor]
 
 
 class FlashPlan:
@@ -80,21 +81,13 @@ class FlashAttention(AttentionBackend):
         """Attention outputs of tokens that are rotated already."""
         if dropout or not plan.counts_rows or not serves(q_THD.dtype, q_THD.shape[-1]) or not q_THD.numel():
             return SdpaAttention(self.deterministic).attend(q_THD, k_THD, v_THD, plan.sdpa, dropout)
-        wanted = torch.is_grad_enabled() and (q_THD.requires_grad or k_THD.requires_grad or v_THD.requires_grad)
-        out_THD = _attend(q_THD, k_THD, v_THD, plan)
-        if self.deterministic and wanted and out_THD.grad_fn is not None:
-            _make_deterministic(out_THD.grad_fn)
-        return out_THD
-
-
-def _attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: FlashPlan) -> Tensor:
-    found = kernel(q_THD.device)
-    q_THD, k_THD, v_THD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_THD, v_THD))
-    return found.attend(q_THD, k_THD, v_THD, plan.cu_seqlens, plan.longest, plan.window)
+        found = kernel(q_THD.device)
+        q_THD, k_THD, v_THD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_THD, v_THD))
+        return found.attend(q_THD, k_THD, v_THD, plan.cu_seqlens, plan.longest, plan.window, self.deterministic)
 
 
 def _make_deterministic(node: torch.autograd.graph.Node) -> None:
-    """Have a backward sum in one order, which PyTorch's kernels choose by a global setting."""
+    """Have a backward sum in one order, which PyTorch's kernels choose by a global setting when it runs."""
     before: list[tuple[bool, bool]] = []
 
     def begin(grads: Any) -> None:
@@ -189,28 +182,36 @@ def _splits() -> dict[str, int]:
     return {"num_splits": 1} if current is not None and _may_be_asked_for_splits() else {}
 
 
-def _pytorch(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int]) -> Tensor:
+def _pytorch(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int], deterministic: bool
+) -> Tensor:
     varlen = _varlen()
     assert varlen is not None
     out: Tensor = varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window, **_splits())
+    if deterministic and out.grad_fn is not None:
+        _make_deterministic(out.grad_fn)
     return out
 
 
-def _flash_attn_3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int]) -> Tensor:
+def _flash_attn_3(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int], deterministic: bool
+) -> Tensor:
     from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
 
     out = flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=window == (-1, 0), window_size=window, num_splits=1,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=deterministic,
     )  # fmt: skip
     return out[0] if isinstance(out, tuple) else out
 
 
-def _flash_attn_2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int]) -> Tensor:
+def _flash_attn_2(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int], deterministic: bool
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
 
     out: Tensor = flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=window == (-1, 0), window_size=window,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        deterministic=deterministic,
     )  # fmt: skip
     return out
