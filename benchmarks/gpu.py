@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --smoke --device cpu           # the same code on small models, to see that it works
 
 Random base-size weights in bfloat16. Only real tokens count, and only the pairs of tokens that see each other: padding
-and what a window hides earn nothing. A time is of the fastest of several passes, from ids on the host to the card's last
-result; products are timed by the card itself. Peers get texts sorted by length on the card, no mask where none is needed,
-and the best of several batch sizes. Memory is what a pass takes beside the weights.
+and what a window hides earn nothing. A time is of the fastest of several passes, from ids on the host to the card's
+last result; products are timed by the card itself. Peers get texts sorted by length on the card, no mask where none is
+needed, and the best of several batch sizes. Memory is what a pass takes beside the weights.
 
 Each group of parts runs in a process of its own, which is ended when its time is over; what it had found by then, and
 what the others find, is kept.
