@@ -338,7 +338,7 @@ class PreTrainedModel(nn.Module):
         self.is_gradient_checkpointing = self.base_model.is_gradient_checkpointing = False
 
     def optimize_for_inference(self) -> Self:
-        """Make the model ready to serve: evaluation mode, no gradients, weights laid out once; own kernels on a CPU.
+        """Make the model ready to serve: evaluation mode, no gradients, weights laid out once, kernels of our own.
 
         Changes the model in place and returns it. Results stay the same but for rounding, and a text's do not depend
         on its batch. Saving and copying give the plain weights back; moving, resizing and pruning end it as well.

@@ -19,7 +19,7 @@ from modernbert.native.operations import NativeWeight
 from modernbert.ops.activations import activation
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.eager import EagerAttention
-from modernbert.ops.linear import Packed, PackedPart, gates, linear, pack_weight, serves_packed
+from modernbert.ops.linear import Packed, PackedPart, gates, is_plain, linear, pack_weight, serves_packed
 from modernbert.ops.rope import split_rotated
 
 
@@ -53,6 +53,8 @@ class Linear(nn.Linear):
     @staticmethod
     def pack_together(modules: list[Linear]) -> None:
         """Lay the weights of layers that read the same rows out as one, so that one product serves them all."""
+        if not all(map(is_plain, (module.weight for module in modules))):
+            return
         biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
         packed = pack_weight(torch.cat([module.weight for module in modules]), torch.cat(biases) if biases else None)
         if packed is not None:

@@ -207,7 +207,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
             return packed.product(x_TI)  # what serving runs, without the questions below
         if not serves:
             weight_OI, packed = packed.to_dense(), None
-    if type(weight_OI) not in _PLAIN:  # a class of its own brings its own product, as torchao's do
+    if not is_plain(weight_OI):  # a class of its own brings its own product, as torchao's do
         return F.linear(x_TI, weight_OI, bias_O)
     if torch.is_autocast_enabled(x_TI.device.type):
         dtype = torch.get_autocast_dtype(x_TI.device.type)
@@ -230,6 +230,11 @@ def serves_packed(x: Tensor, bias: Tensor | None = None) -> bool:
     return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is a tensor like any other, not of a class with products of its own."""
+    return type(weight) in _PLAIN
+
+
 def gates(activation: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether our own kernels compute an activation and a gate together with the product before them."""
     if gpu.serving(dtype, device):
@@ -245,7 +250,7 @@ def pack_weight(weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = F
         bias_O: (O,) or None.
         gated: wanted for a product whose first half of outputs gates the second; only our own kernels have it.
     """
-    if type(weight_OI) not in _PLAIN:
+    if not is_plain(weight_OI):
         return None
     if gpu.serving(weight_OI.dtype, weight_OI.device):
         return TritonWeight(weight_OI, bias_O, gated)
