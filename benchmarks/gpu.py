@@ -15,6 +15,7 @@ what the others find, is kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import gc
 import json
@@ -81,8 +82,9 @@ class Bench:
         print(f"{name}: {json.dumps(part)}", flush=True)
         _write(self.out, self.found)
         gc.collect()
-        if self.device.type == "cuda" and "error" not in part:
-            torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # of a card that is lost; the next parts say so
+                torch.cuda.empty_cache()
 
     def share(self, teraflops: float) -> float:
         """Of what the card's products reach at most."""
@@ -240,13 +242,13 @@ def products(bench: Bench, part: Part) -> None:
 
 @torch.inference_mode()
 def encode(bench: Bench) -> None:
-    """Exactness, latency, and tokens a second."""
+    """Tokens a second, exactness, and latency."""
     models = encoder_and_peer(bench)
-    bench.measure("exactness", lambda part: exactness(bench, part, *models))
     _, plain, served, peer = models
-    bench.measure("latency, ms", lambda part: latency(bench, part, served, peer))
     for workload in ["var8", "2x64"] if bench.smoke else WORKLOADS:
         bench.measure(f"encode {workload}", functools.partial(encoding, bench, workload, plain, served, peer))
+    bench.measure("exactness", lambda part: exactness(bench, part, *models))  # the first that records launches
+    bench.measure("latency, ms", lambda part: latency(bench, part, served, peer))
 
 
 def exactness(bench: Bench, part: Part, oracle: Any, plain: Any, served: Any, peer: Any) -> None:
@@ -317,16 +319,14 @@ def encoding(bench: Bench, workload: str, plain: Any, served: Any, peer: Any, pa
         took = bench.seconds(run, 2.0)
         part[name] = {"tokens a second": len(ids) / took, "share of peak": bench.share(flops / took)}
         part[name]["GiB"] = bench.memory(run)
-    best: Part = {}
     for size in BATCHES[:1] if bench.smoke else BATCHES:
-        if size > BATCHES[0] and size * max(lengths) > 2**18:
+        if size > BATCHES[0] and size * max(lengths) >= 2**18:
             continue  # its masks alone would fill the card
         theirs = peer_run(bench, peer, ids, lengths, size)
-        took = bench.seconds(theirs, 1.0, 1)
-        if len(ids) / took > best.get("tokens a second", 0.0):
-            best = {"tokens a second": len(ids) / took, "batch": size, "GiB": bench.memory(theirs)}
-    part["transformers, sdpa"] = best
-    part["times transformers"] = part["ours"]["tokens a second"] / best["tokens a second"]
+        speed = len(ids) / bench.seconds(theirs, 1.0, 1)
+        if speed > part.get("transformers, sdpa", {}).get("tokens a second", 0.0):
+            part["transformers, sdpa"] = {"tokens a second": speed, "batch": size, "GiB": bench.memory(theirs)}
+            part["times transformers"] = part["ours"]["tokens a second"] / speed
 
 
 @torch.inference_mode()
@@ -344,7 +344,7 @@ def compiled(bench: Bench) -> None:
         part["times compiled transformers"] = before["ours"]["tokens a second"] * took / len(ids)
 
     for workload in ["var8", "2x64"] if bench.smoke else WORKLOADS:
-        if f"encode {workload}" in bench.found and "error" not in bench.found[f"encode {workload}"]:
+        if "times transformers" in bench.found.get(f"encode {workload}", {}):
             bench.measure(f"compiled peer {workload}", functools.partial(fill, workload))
 
 

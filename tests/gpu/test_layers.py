@@ -200,6 +200,23 @@ def test_training_is_what_it_was(place, changes, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_of_gradients_are_what_they_were(place, monkeypatch):
+    model = ModernBertForMaskedLM(ModernBertConfig(**TINY), "eager").train().to(place)
+    ids, mask = batch(place)
+    labels = ids.masked_fill(mask == 0, -100)
+    found = []
+    for serving in (operations.serving, lambda dtype, device: False):
+        monkeypatch.setattr(operations, "serving", serving)
+        model.zero_grad()
+        vectors = model.model.embeddings.tok_embeddings(ids).detach().requires_grad_()
+        loss = model(inputs_embeds=vectors, attention_mask=mask, labels=labels).loss
+        (slope,) = torch.autograd.grad(loss, vectors, create_graph=True)
+        slope.square().sum().backward()
+        found.append([vectors.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 DECODER = {**TINY, "num_hidden_layers": 2, "global_attn_every_n_layers": 2}
 
 

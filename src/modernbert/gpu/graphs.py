@@ -7,10 +7,12 @@ are computed and not looked at.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import gc
 import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -155,15 +157,31 @@ class Graphs:
             self._stream.wait_stream(here)
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.stream(self._stream):  # once more, so that nothing is set up while it is recorded
-                    function()
-                where = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-                with torch.cuda.graph(graph, **where):
-                    function()
-            except torch.OutOfMemoryError:
+                with torch.cuda.stream(here), _no_collection():  # back to this stream, however it ends
+                    with torch.cuda.stream(self._stream):  # once more: nothing is set up while it is recorded
+                        function()
+                    where = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+                    with torch.cuda.graph(graph, **where):
+                        function()
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    raise
                 logger.warning("no memory on %s to record launches in; they are made one by one", self.device)
                 return function
             finally:
                 here.wait_stream(self._stream)
         replay: Callable[[], None] = graph.replay
         return replay
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's collector may end a model whose recordings nobody holds, which is not allowed while one is made."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

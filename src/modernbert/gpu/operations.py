@@ -13,8 +13,8 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "sigmoid")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,7 +156,8 @@ def product(
     out = x_TI.new_empty((T, outputs)) if add_to is None else add_to
     if T:
         launch = _launch(T, outputs, inputs, x_TI.dtype, x_TI.device, False)
-        _run("product", launch.programs,
+        _run(
+            "product", launch.programs,
             x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, T, inputs, outputs, x_TI.stride(0), out.stride(0),
             BIAS=bias_O is not None, ACTIVATION=activation, ADD=add_to is not None, **launch.constants,
         )  # fmt: skip
@@ -169,7 +170,8 @@ def gated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activa
     out = x_TI.new_empty((T, half))
     if T:
         launch = _launch(T, half, inputs, x_TI.dtype, x_TI.device, True)
-        _run("gated_product", launch.programs,
+        _run(
+            "gated_product", launch.programs,
             x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, T, inputs, half, x_TI.stride(0), half,
             BIAS=bias_O is not None, ACTIVATION=activation, **launch.constants,
         )  # fmt: skip
@@ -192,7 +194,8 @@ def rotated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, cos_
         return rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D)
     out = x_TI.new_empty((T, outputs))
     if T:
-        _run("rotated_product", launch.programs,
+        _run(
+            "rotated_product", launch.programs,
             x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, cos_T1D, sin_T1D, T, inputs, outputs // 2,
             outputs // 3, x_TI.stride(0), outputs, HALF=D // 2, BIAS=bias_O is not None, **launch.constants,
         )  # fmt: skip
@@ -206,7 +209,8 @@ def normalize(table: Tensor, norm: Norm, ids_T: Tensor | None = None) -> Tensor:
     if rows:
         weight, bias, eps = norm
         tile = 4 if table.is_cuda else 64  # on a card a row a warp
-        _run("normalize", (-(-rows // tile),),
+        _run(
+            "normalize", (-(-rows // tile),),
             table, table if ids_T is None else ids_T, weight, _weight_of(weight, bias), out, rows, width,
             table.stride(0), width, eps, IDS=ids_T is not None, BIAS=bias is not None, TILE_T=tile,
             WIDTH=_power(width), num_warps=4,
@@ -222,7 +226,8 @@ def rotate(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cos_T1D: Tensor, sin_T1D
     out = q_THD.new_empty((T, 3, H, D))
     if T and H:
         tile = 32
-        _run("rotate", (-(-T * H // tile), 3),
+        _run(
+            "rotate", (-(-T * H // tile), 3),
             q_THD, k_THD, v_THD, cos_T1D, sin_T1D, out, T * H, H, q_THD.stride(0), q_THD.stride(1),
             HALF=D // 2, FOLDED=_power(D // 2), BACK=back, TILE=tile,
         )  # fmt: skip
@@ -246,9 +251,11 @@ class _GeGLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x_TO,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of these gradients there may be gradients
+            first, second = x_TO.chunk(2, dim=-1)
+            return torch.autograd.grad(F.gelu(first) * second, x_TO, grads[0], create_graph=True)[0]
         T, half, tile = len(x_TO), x_TO.shape[1] // 2, 1024
         out = torch.empty_like(x_TO, memory_format=torch.contiguous_format)
         if T:
@@ -263,14 +270,14 @@ def cross_entropy(logits_TV: Tensor, labels_T: Tensor, ignored: int) -> Tensor:
 
     The logits are read once and kept as they are: no float32 copy, and no probabilities.
     """
-    losses: Tensor = _CrossEntropy.apply(logits_TV, labels_T, ignored)
+    losses: Tensor = _CrossEntropy.apply(_rows(logits_TV), labels_T, ignored)
     return losses
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, ignored: int) -> Tensor:
-        logits_TV, labels_T = _rows(logits_TV), labels_T.contiguous()
+        labels_T = labels_T.contiguous()
         T, V = logits_TV.shape
         losses_T, totals_T = (torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(2))
         if T:
@@ -283,9 +290,11 @@ class _CrossEntropy(torch.autograd.Function):
         return losses_T
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits_TV, labels_T, totals_T = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            losses_T = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=ctx.ignored, reduction="none")
+            return torch.autograd.grad(losses_T, logits_TV, grads[0], create_graph=True)[0], None, None
         T, V = logits_TV.shape
         out, tile = torch.empty((T, V), dtype=logits_TV.dtype, device=logits_TV.device), 4096
         if T:
@@ -328,7 +337,8 @@ def attend_step(qkv_N3HD: Tensor, look: Look, keys: Tensor, values: Tensor) -> T
     out = qkv_N3HD.new_empty((N, H, D))
     if N:
         q, k, v = qkv_N3HD.unbind(1)
-        _run("attend_step", (N, H),
+        _run(
+            "attend_step", (N, H),
             q, k, v, keys, values, look.rows_N, look.first_N, look.length_N, look.positions_N, look.key_positions, out,
             H, 0 if look.left is None else look.left, D**-0.5, qkv_N3HD.stride(0),
             WINDOW=look.left is not None, D=D, FOLDED=_power(D), TILE=64,

@@ -193,11 +193,8 @@ class _Short:
     """
 
     def __init__(self, layers: GpuLayers, size: graphs.Bucket) -> None:
-        self.layers, self.size, device = (
-            weakref.proxy(layers),
-            size,
-            layers.device,
-        )  # no circle that holds a card's memory
+        self.layers = weakref.proxy(layers)  # so that what was recorded goes when the layers do
+        self.size, device = size, layers.device
         self.ids_T = torch.zeros(size.tokens, dtype=torch.int64, device=device)
         self.positions_T = torch.zeros(size.tokens, dtype=torch.int64, device=device)
         self.cu_seqlens = torch.zeros(size.texts + size.fillers + 1, dtype=torch.int32, device=device)
