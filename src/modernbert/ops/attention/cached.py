@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modernbert.ops.attention.base import AttentionBackend
+from modernbert.ops.attention.dense import dense_attention
 from modernbert.ops.attention.eager import EagerAttention, EagerPlan
 
 _CHUNK = 256  # queries a call where the mask is a tensor
@@ -136,8 +137,7 @@ class Windowed(Piece):
             (x if self.slots is None else x.index_select(0, self.slots)).unflatten(0, (-1, self.width)).transpose(1, 2)
             for x in stored
         )
-        q = self.take(q_THD)[:, :, None].to(k.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias_N11W)[:, :, 0].to(q_THD.dtype)
+        return dense_attention(self.take(q_THD)[:, :, None], k, v, self.bias_N11W)[:, :, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +165,7 @@ class Stretch(Piece):
             .transpose(1, 2)
             for x in stored
         )
-        q = self.take(q_THD)[:, :, None].to(k.dtype)
-        return F.scaled_dot_product_attention(q, k, v)[:, :, 0].to(q_THD.dtype)
+        return dense_attention(self.take(q_THD)[:, :, None], k, v)[:, :, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,14 +183,14 @@ class Continued(Piece):
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, stored: tuple[Tensor, Tensor] | None) -> Tensor:
         """(T, H, D) to (P, H, D), some queries at a time."""
         assert stored is not None
-        outs, q_PHD = [], self.take(q_THD).to(stored[0].dtype)
+        outs, q_PHD = [], self.take(q_THD)
         for first in range(0, len(q_PHD), _CHUNK):
             q = q_PHD[first : first + _CHUNK]
             keys = self.past + first + len(q)
             k, v = (x[self.start : self.start + keys].transpose(0, 1) for x in stored)
             token = torch.arange(keys - len(q), keys, device=q.device)
             hidden = torch.arange(keys, device=q.device) > token[:, None]
-            bias = q.new_zeros((len(q), keys)).masked_fill_(hidden, float("-inf"))
-            out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k[None], v[None], attn_mask=bias)
+            bias = k.new_zeros((len(q), keys)).masked_fill_(hidden, float("-inf"))
+            out = dense_attention(q.transpose(0, 1)[None], k[None], v[None], bias)
             outs.append(out[0].transpose(0, 1))
-        return torch.cat(outs).to(q_THD.dtype)
+        return torch.cat(outs)

@@ -57,7 +57,9 @@ class EagerAttention(AttentionBackend):
         lengths, keys = plan.packing.lengths, plan.keys.lengths
         texts = zip(q_THD.split(lengths), k_THD.split(keys), v_THD.split(keys), plan.seen, strict=True)
         for q_LHD, k_KHD, v_KHD, seen_LK in texts:
-            q_HLD, k_HKD, v_HKD = (x.transpose(0, 1) for x in (q_LHD, k_KHD, v_KHD))
+            # Copies, because the sums of a product depend on where in memory its numbers begin.
+            fresh = torch.contiguous_format
+            q_HLD, k_HKD, v_HKD = (x.transpose(0, 1).clone(memory_format=fresh) for x in (q_LHD, k_KHD, v_KHD))
             scores_HLK = (q_HLD @ k_HKD.mT).float() * q_HLD.shape[-1] ** -0.5
             scores_HLK = scores_HLK.masked_fill(~seen_LK, float("-inf"))
             weights_HLK = F.dropout(scores_HLK.softmax(-1).to(v_HKD.dtype), dropout)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modernbert.ops.attention.base import AttentionBackend, Reach
+from modernbert.ops.attention.dense import dense_attention
 from modernbert.ops.attention.layout import Layout, from_rows, lay_out, to_rows, way
 from modernbert.ops.packing import Packing
 
@@ -43,9 +44,7 @@ class Whole:
     def attend(self, q_RHD: Tensor, k_RHD: Tensor, v_RHD: Tensor, dropout: float) -> Tensor:
         """Rows of all the texts in, as many out."""
         q, k, v = (x.unflatten(0, (self.texts, self.width)).transpose(1, 2) for x in (q_RHD, k_RHD, v_RHD))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=self.bias_N1QK, dropout_p=dropout, is_causal=self.causal
-        )
+        out = dense_attention(q, k, v, self.bias_N1QK, dropout, self.causal)
         return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -66,7 +65,7 @@ class Windows:
         """Rows of all the blocks in, as many out."""
         q = q_RHD.unflatten(0, (-1, self.size)).transpose(1, 2)
         k, v = (_Windowed.apply(x, self.size, self.left, self.right).transpose(1, 2) for x in (k_RHD, v_RHD))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias_N1QK, dropout_p=dropout)
+        out = dense_attention(q, k, v, self.bias_N1QK, dropout)
         return out.transpose(1, 2).flatten(0, 1)
 
 
