@@ -113,7 +113,9 @@ class ModernBertDecoderModel(Backbone):
             attention_mask: (B, S), nonzero at real tokens; None means that all are real. With a cache it may
                 also be (B, columns before + S), of which the last S count.
             position_ids: positions for the rotary embedding, of the shape of the input or (1, S); None counts
-                each text's real tokens, those in the cache included.
+                each text's real tokens, those in the cache included. Without a mask and a filled cache, a position
+                that is not one more than the one before begins another text in the same row, as collators that pack
+                texts hand them over.
             past_key_values: a `DecoderCache`, which is changed in place and returned.
             inputs_embeds: (B, S, M), (T, M) or (1, T, M), in the place of `input_ids`.
             use_cache: whether to return a cache; None takes the configuration's word in evaluation mode, and no
@@ -195,8 +197,17 @@ def open_inputs(
             f"cache_position is {cache_position.tolist()}; with {before} columns in the cache and {columns} new ones "
             f"it must be {before} to {before + columns - 1}"
         )
+    if cache is not None and len(cache) and columns and position_ids is not None and attention_mask is None:
+        assert given is not None
+        if packed.get("cu_seqlens") is None:  # each row goes on with the cache's text, whatever its positions
+            attention_mask = torch.ones(given.shape[:2], device=given.device)
     inputs = model.pack_inputs(
-        input_ids, inputs_embeds, attention_mask=attention_mask, position_ids=position_ids, **packed
+        input_ids,
+        inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        gaps_separate=True,
+        **packed,
     )
     if cache is not None and len(cache) and position_ids is None:
         if len(cache) != len(inputs.packing.lengths):

@@ -21,11 +21,12 @@ from modernbert.ops.pooling import pool
 
 
 class ModernBertDecoderForSequenceClassification(DecoderWithHead):
-    """The decoder with a classifier of whole texts, by their last real token.
+    """The decoder with a classifier of whole texts, by one of their last tokens.
 
-    The last real token is the last one that `attention_mask` marks. Without a mask it is the last one that is not
-    `pad_token_id`; where there is no such id, or `inputs_embeds` take the place of ids, the last column. The loss is as
-    of `ModernBertForSequenceClassification`. The classifier has a bias where `classifier_bias` says so.
+    That is the last token of the text that is not `pad_token_id`, padded or packed, with a mask or without. A text that
+    ends with the padding id, as texts do where the same id ends them, is therefore read at the token before. Where the
+    configuration has no padding id, or `inputs_embeds` are given instead of ids, it is the last real token. The loss is
+    that of `ModernBertForSequenceClassification`. The classifier has a bias where `classifier_bias` says so.
 
     Args:
         config: the architecture.
@@ -99,7 +100,7 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
         encoded = self.model.encode(inputs, output_attentions, output_hidden_states, cache)
         x_TM = encoded.last_hidden_state
         assert x_TM is not None
-        logits = self.classify(pool(x_TM, self._spans(inputs, masked=attention_mask is not None), "last"))
+        logits = self.classify(pool(x_TM, self._spans(inputs), "last"))
         output = SequenceClassifierOutputWithPast(
             loss=None if labels is None else text_loss(logits, labels, problem, num_items_in_batch),
             logits=logits,
@@ -113,13 +114,16 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
         """Scores of rows (N, M): (N, labels)."""
         return self.classifier(self.drop(self.head(x)))
 
-    def _spans(self, inputs: PackedInputs, masked: bool) -> list[tuple[int, int]]:
-        """The rows of each text up to its last real token."""
+    def _spans(self, inputs: PackedInputs) -> list[tuple[int, int]]:
+        """The rows of each text up to its last token that is not the padding id."""
         pad, ids_T = self.config.pad_token_id, inputs.ids_T
         spans = inputs.packing.spans
-        if masked or inputs.came_packed or pad is None or ids_T is None or not bool((ids_T == pad).any()):
+        if pad is None or ids_T is None or not bool((ids_T == pad).any()):
             return spans
         is_pad = (ids_T == pad).tolist()
-        # A text of padding alone keeps its first token.
-        last = [max((i for i in range(start, end) if not is_pad[i]), default=start) for start, end in spans]
-        return [(start, row + 1) for (start, _), row in zip(spans, last, strict=True)]
+
+        def end_of(start: int, end: int) -> int:
+            kept = next((row for row in range(end - 1, start - 1, -1) if not is_pad[row]), start)
+            return min(kept + 1, end)  # a text of padding ids alone keeps its first token, an empty one has none
+
+        return [(start, end_of(start, end)) for start, end in spans]

@@ -81,7 +81,9 @@ class ModernBertModel(Backbone):
             attention_mask: (B, S), nonzero at real tokens; None means that all are real.
             sliding_window_mask: (B, S) or (B, 1, S, S). Local windows follow from the positions, so it is
                 checked for its shape and changes nothing.
-            position_ids: positions for the rotary embedding, of the shape of the input or (1, S).
+            position_ids: positions for the rotary embedding, of the shape of the input or (1, S). Without a mask,
+                a position that is not above the one before begins another text in the same row, as collators that
+                pack texts hand them over; outputs keep the input's shape.
             inputs_embeds: (B, S, M), (T, M) or (1, T, M), in the place of `input_ids`.
             indices: (T,) the place of each packed token in the flattened grid.
             cu_seqlens: (B + 1,) cumulative lengths of packed texts, from 0 to T.

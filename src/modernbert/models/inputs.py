@@ -6,6 +6,7 @@ Shapes: B texts, S columns of a padded grid, T real tokens of all texts together
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,8 +98,15 @@ def pack_inputs(
     max_seqlen: int | None = None,
     batch_size: int | None = None,
     seq_len: int | None = None,
+    gaps_separate: bool = False,
 ) -> PackedInputs:
     """Check a model's input and pack it; the arguments are those of `ModernBertModel.forward`.
+
+    Input without a mask whose `position_ids` begin anew within a row is packed already: each new beginning is another
+    text, as with `cu_seqlens`.
+
+    Args:
+        gaps_separate: whether positions that leave some out begin another text as well.
 
     Raises:
         InputError: arguments contradict each other or have the wrong shape; the message says what was given and
@@ -128,8 +136,16 @@ def pack_inputs(
                 f"{what} has leading shape {given}; it must be (batch, sequence), or (tokens,) together with cu_seqlens"
             )
         _check_grid(given, indices, max_seqlen, batch_size, seq_len)
-        mask_BS = _mask(attention_mask, given, device)
-        packing = Packing.from_mask(mask_BS)
+        lengths = None
+        if position_ids is not None:
+            position_ids = _check_positions(position_ids, given)
+            lengths = _lengths_by(position_ids, gaps_separate) if attention_mask is None else None
+        packed = lengths is not None
+        packing = (
+            Packing.from_mask(_mask(attention_mask, given, device))
+            if lengths is None
+            else Packing.from_lengths(lengths, device)
+        )
     else:
         assert cu_seqlens is not None
         if len(given) not in (1, 2) or (len(given) == 2 and given[0] != 1):
@@ -152,11 +168,7 @@ def pack_inputs(
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
             raise InputError(f"input_ids holds {bad}; the vocabulary has ids 0 to {vocab_size - 1}")
-    positions_T = packing.positions_T
-    if position_ids is not None:
-        if not packed and position_ids.shape in ((1, given[1]), (given[1],)):
-            position_ids = position_ids.expand(given)
-        positions_T = here.pack("position_ids", position_ids.to(device))
+    positions_T = packing.positions_T if position_ids is None else here.pack("position_ids", position_ids.to(device))
     return dataclasses.replace(here, ids_T=ids_T, embeds_TM=embeds_TM, positions_T=positions_T)
 
 
@@ -166,6 +178,30 @@ def _mask(attention_mask: Tensor | None, given: tuple[int, ...], device: torch.d
     if tuple(attention_mask.shape) != given:
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}; with this input it must be {given}")
     return attention_mask.to(device) != 0
+
+
+def _check_positions(position_ids: Tensor, given: tuple[int, ...]) -> Tensor:
+    """Positions of every token of a padded grid; (1, S) and (S,) are those of every row."""
+    if tuple(position_ids.shape) in ((1, given[1]), (given[1],)):
+        return position_ids.expand(given)
+    if tuple(position_ids.shape) != given:
+        raise InputError(
+            f"position_ids has shape {tuple(position_ids.shape)}; with this input it must be {given} or {(1, given[1])}"
+        )
+    return position_ids
+
+
+def _lengths_by(position_BS: Tensor, gaps_separate: bool) -> list[int] | None:
+    """Lengths of the texts that lie in the rows of a grid, where some row holds more than one; else None."""
+    if not position_BS.numel():
+        return None
+    step = position_BS.diff(dim=1)
+    begins_BS = torch.ones(position_BS.shape, dtype=torch.bool, device=position_BS.device)
+    begins_BS[:, 1:] = step != 1 if gaps_separate else step <= 0
+    starts = begins_BS.flatten().nonzero().squeeze(1).tolist()
+    if len(starts) == len(position_BS):
+        return None
+    return [b - a for a, b in itertools.pairwise([*starts, position_BS.numel()])]
 
 
 def _check_grid(

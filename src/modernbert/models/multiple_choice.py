@@ -89,6 +89,8 @@ class ModernBertForMultipleChoice(EncoderClassifier):
                 grid = tuple(given.shape[:3])
                 attention_mask = _flat("attention_mask", attention_mask, grid)
                 position_ids = _flat("position_ids", position_ids, grid)
+                if position_ids is not None and attention_mask is None:  # a row is one choice, whatever its positions
+                    attention_mask = torch.ones_like(position_ids)
                 input_ids = None if input_ids is None else input_ids.flatten(0, 1)
                 inputs_embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)
         elif num_choices is None:

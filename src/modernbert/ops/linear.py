@@ -27,6 +27,7 @@ from modernbert.native.operations import NativeWeight, version_of
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
+_LINE = 16  # numbers of a row of theirs are a multiple of this
 
 
 def _onednn_serves(x: Tensor) -> bool:
@@ -41,22 +42,34 @@ def _onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return None
-    if dtype == torch.bfloat16 and _multiplies_bfloat16():
+    if dtype == torch.bfloat16 and multiplies_bfloat16():
         return torch.bfloat16
     return torch.float32 if dtype in (torch.float32, torch.bfloat16) else None
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 products of its own; oneDNN also imitates them, slowly."""
+def multiplies_bfloat16() -> bool:
+    """Whether PyTorch multiplies bfloat16 numbers on this CPU by instructions made for them; oneDNN also imitates them.
+
+    `ONEDNN_MAX_CPU_ISA` can forbid oneDNN instructions that the CPU has, so one product is tried.
+    """
     if platform.machine() in ("x86_64", "AMD64"):
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not native:
+        return False
+    x = torch.ones(2, 16, dtype=torch.bfloat16)
+    try:
+        torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], "")
+    except RuntimeError:
+        return False
+    return True
 
 
 def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype that products of numbers of a dtype are best computed in: float32 for what a CPU would imitate."""
-    imitated = dtype == torch.bfloat16 and device.type == "cpu" and not _multiplies_bfloat16()
+    imitated = dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
     return torch.float32 if imitated else dtype
 
 
@@ -89,7 +102,11 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Ten
         return out if same else out.to(x_TI.dtype)
     if x_TI.device.type != "cpu":
         return F.linear(x_TI, weight_OI, bias_O)
-    padded = F.pad(x_TI, (0, 0, 0, -rows % _BLOCK))
+    # The sums of a row depend on where in memory it begins: here each row begins a cache line.
+    extra = -x_TI.shape[1] % _LINE
+    padded = F.pad(x_TI, (0, extra, 0, -rows % _BLOCK))
+    padded = padded.clone() if padded.data_ptr() == x_TI.data_ptr() else padded
+    weight_OI = F.pad(weight_OI, (0, extra)) if extra else weight_OI
     return torch.cat([F.linear(block, weight_OI, bias_O) for block in padded.split(_BLOCK)])[:rows]
 
 
