@@ -291,7 +291,7 @@ class Pipeline(abc.ABC):
         """Tokens that the model and its tokenizer take at the most."""
         return min(self.model.config.max_position_embeddings, self.tokenizer.model_max_length, UNLIMITED)
 
-    def encode(self, texts: list[Any], pairs: list[Any] | None = None, **options: Any) -> list[Encoding]:
+    def tokenize(self, texts: list[Any], pairs: list[Any] | None = None, **options: Any) -> list[Encoding]:
         """Token encodings of texts or pairs that fit the model's context.
 
         Args:

@@ -45,7 +45,7 @@ class FeatureExtractionPipeline(Pipeline):
 
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """One row a text."""
-        return [Job([Row(e.ids)]) for e in self.encode(items, **settings["tokenize_kwargs"])]
+        return [Job([Row(e.ids)]) for e in self.tokenize(items, **settings["tokenize_kwargs"])]
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Hidden states (tokens, hidden) of each row."""

@@ -54,7 +54,7 @@ class FillMaskPipeline(Pipeline):
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """Ids of the texts, and for each mask the ids of the targets, if there are any."""
         jobs = []
-        for text, encoding in zip(items, self.encode(items), strict=True):
+        for text, encoding in zip(items, self.tokenize(items), strict=True):
             places = [i for i, token in enumerate(encoding.ids) if token == self.tokenizer.mask_token_id]
             if not places:
                 raise InputError(

@@ -48,7 +48,7 @@ class MultipleChoicePipeline(Pipeline):
             if not isinstance(choices, list | tuple) or not choices:
                 raise InputError(f"choices is {choices!r}; give a list of at least one text")
             cut = {"truncation": settings.get("truncation", False)}
-            encodings = self.encode([item["prompt"]] * len(choices), list(choices), **cut)
+            encodings = self.tokenize([item["prompt"]] * len(choices), list(choices), **cut)
             jobs.append(Job([Row(encoding.ids) for encoding in encodings], list(choices)))
         return jobs
 

@@ -164,6 +164,34 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
     task = "sentence-embedding"
     options = ("prompt_name", "prompt", "pooling", "normalize", "truncate_dim", "multi_vector", "truncation")
 
+    def encode(
+        self,
+        sentences: Any,
+        *,
+        normalize_embeddings: bool | None = None,
+        show_progress_bar: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Vectors of a text or of texts: a call, under the name that users of sentence-transformers type.
+
+        Args:
+            sentences: a text, or a list or an iterable of texts.
+            normalize_embeddings: the option `normalize` of a call.
+            show_progress_bar: the argument `progress` of a call.
+            options: everything else that a call takes, such as `prompt_name`, `prompt` and `truncate_dim`.
+
+        Returns:
+            What a call returns: for a text (dimensions,), for a list (texts, dimensions), float32.
+
+        Raises:
+            InputError: a text or an option cannot be served.
+        """
+        if normalize_embeddings is not None:
+            options.setdefault("normalize", normalize_embeddings)
+        if show_progress_bar is not None:
+            options.setdefault("progress", show_progress_bar)
+        return self(sentences, **options)
+
     def gather(self, answers: list[Any]) -> Any:
         """One array of vectors, where each text has one."""
         if all(isinstance(a, np.ndarray) and a.ndim == 1 for a in answers):
@@ -200,7 +228,7 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
         for text in texts:
             check_text(text)
         prompt = settings["prompt"]
-        encodings = self.encode([prompt + text for text in texts], truncation=settings["truncation"])
+        encodings = self.tokenize([prompt + text for text in texts], truncation=settings["truncation"])
         jobs = []
         for item, text, encoding in zip(items, texts, encodings, strict=True):
             spans = item.get("spans") if isinstance(item, dict) else None

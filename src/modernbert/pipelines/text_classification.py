@@ -78,17 +78,17 @@ class TextClassificationPipeline(ClassifierPipeline):
         cut: dict[str, Any] = {name: settings[name] for name in ("truncation", "max_length") if name in settings}
         if any(isinstance(item, dict) for item in items):
             return [Job([Row(self._encode_one(item, cut))]) for item in items]
-        return [Job([Row(encoding.ids)]) for encoding in self.encode(items, **cut)]
+        return [Job([Row(encoding.ids)]) for encoding in self.tokenize(items, **cut)]
 
     def _encode_one(self, item: Any, cut: dict[str, Any]) -> list[int]:
         if not isinstance(item, dict):
-            return self.encode([item], **cut)[0].ids
+            return self.tokenize([item], **cut)[0].ids
         check_fields(item, ["text"], self.task)
         unknown = set(item) - {"text", "text_pair"}
         if unknown:
             raise InputError(f"an input has {', '.join(sorted(map(str, unknown)))}; a pair has text and text_pair")
         pair = item.get("text_pair")
-        return self.encode([item["text"]], None if pair is None else [pair], **cut)[0].ids
+        return self.tokenize([item["text"]], None if pair is None else [pair], **cut)[0].ids
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:
         """The best labels."""

@@ -86,7 +86,7 @@ class TextGenerationPipeline(Pipeline):
         special = settings["add_special_tokens"] is not False
         texts = max(options.num_beams, options.num_return_sequences)
         jobs = []
-        for text, encoding in zip(items, self.encode(items, add_special_tokens=special), strict=True):
+        for text, encoding in zip(items, self.tokenize(items, add_special_tokens=special), strict=True):
             length = len(encoding.ids)
             if options.max_length is None and options.max_new_tokens is None:
                 limit = max(1, min(max(_NEW_TOKENS, options.min_new_tokens), self.context - length))

@@ -144,7 +144,7 @@ class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
     def rows(self, query: str, documents: list[str], settings: dict[str, Any]) -> list[Row]:
         """One row a document, together with the query."""
         asked = settings["prompt"] + query
-        pairs = self.encode([asked] * len(documents), documents, truncation=settings["truncation"])
+        pairs = self.tokenize([asked] * len(documents), documents, truncation=settings["truncation"])
         return [Row(encoding.ids) for encoding in pairs]
 
     def scores(self, results: list[Any], settings: dict[str, Any]) -> list[float]:
@@ -177,7 +177,7 @@ class EmbeddingRanking(TextRankingPipeline, EmbeddingPipeline):
         out = []
         for prompt, texts in ((settings["query"], [query]), (settings["document"], documents)):
             skip = self.skipped(prompt)
-            for encoding in self.encode([prompt + text for text in texts], truncation=settings["truncation"]):
+            for encoding in self.tokenize([prompt + text for text in texts], truncation=settings["truncation"]):
                 length = len(encoding.ids)
                 out.append(Row(encoding.ids, Spans([(min(skip, length), length)])))
         return out

@@ -67,7 +67,7 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
         labels = settings["candidate_labels"]
         hypotheses = [settings["hypothesis_template"].format(label) for label in labels]
         cut = {"truncation": settings.get("truncation", False)}
-        rows = self.encode([text for text in items for _ in labels], hypotheses * len(items), **cut)
+        rows = self.tokenize([text for text in items for _ in labels], hypotheses * len(items), **cut)
         n = len(labels)
         return [Job([Row(e.ids) for e in rows[i * n : (i + 1) * n]], text) for i, text in enumerate(items)]
 
