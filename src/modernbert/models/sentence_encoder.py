@@ -147,7 +147,7 @@ class SentenceEncoder(nn.Module):
             InputError: always; it names what takes texts.
         """
         raise InputError(
-            "a SentenceEncoder takes ids, not texts; for vectors of texts: pipeline('sentence-embedding', folder)(texts)"
+            "a SentenceEncoder takes ids, not texts; vectors of texts: pipeline('sentence-embedding', folder)(texts)"
         )
 
     def forward(
