@@ -67,17 +67,20 @@ def weight_files(source: Source) -> list[Path]:
 
     Raises:
         CheckpointError: there are none, or an index names files that are missing. A pickle is refused with the
-            way to convert it.
+            way to convert it, and so is an adapter, which changes what the weights beside it give.
     """
+    source.refuse_adapter()
     for stem in (PLAIN, QUANTIZED):
         whole = source.find(_WEIGHTS.format(stem))
         if whole is not None:
             return [whole]
         if source.find(_INDEX.format(stem)) is not None:
-            index = source.read_json(_INDEX.format(stem))
-            if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
-                raise CheckpointError(f"{_INDEX.format(stem)} of {source.name_or_folder} has no weight_map")
-            return [source.need(str(name)) for name in sorted(set(index["weight_map"].values()))]
+            where = source.read_json(_INDEX.format(stem)).get("weight_map")
+            if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+                raise CheckpointError(
+                    f"{_INDEX.format(stem)} of {source.name_or_folder} has no weight_map of tensors' names and files"
+                )
+            return [source.need(file) for file in sorted(set(where.values()))]
     for name in _PICKLES:
         if source.exists(name):
             raise CheckpointError(

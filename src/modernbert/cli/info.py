@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections import Counter
@@ -54,14 +53,13 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     from modernbert.checkpoint import weight_files, weight_names
     from modernbert.hub import Source
     from modernbert.models.quantization.options import Record
-    from modernbert.models.sentence_layout import read_parts
+    from modernbert.models.sentence_layout import MODEL, contents_of, kind_of_part
     from modernbert.tokenizer import Tokenizer
 
     source = Source(name_or_folder, revision)
-    parts = read_parts(source)
-    inner = str(parts[0]["path"]) if parts else ""
-    body = dataclasses.replace(source, subfolder=inner)
-    config = AutoConfig.from_pretrained(name_or_folder, revision=revision, subfolder=inner)
+    contents = contents_of(source)
+    body = source.inside(contents.inner)
+    config = AutoConfig.from_pretrained(name_or_folder, revision=revision, subfolder=body.subfolder)
     files = weight_files(body)
     names = weight_names(files)
     halves = {name: 2 if dtype == "U8" else 1 for name, (_, _, dtype) in names.items()}
@@ -79,7 +77,7 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
         "model": {
             "name": str(name_or_folder),
             "class": str(config.extra.get("architectures") or "not said").strip("[]'"),
-            "kind": "sentence-transformers layout" if parts else kind_of(config.extra) or "base",
+            "kind": kind_of(config.extra) or "base" if contents.kind == MODEL else contents.kind,
             "parameters": sum(counts.values()),
             "of them embedding": embedding,
             "dtype": ", ".join(f"{dtype} {n:,}" if len(dtypes) > 1 else dtype for dtype, n in dtypes.most_common()),
@@ -102,8 +100,10 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
         out["labels"] = {str(i): label for i, label in (config.id2label or {}).items()}
         out["architecture"]["pooling"] = getattr(config, "classifier_pooling", "last token")
         out["architecture"]["problem"] = config.problem_type or "by the labels"
-    if parts:
-        out["parts"] = [str(part["type"]).rpartition(".")[2] for part in parts]
+    if contents.parts:
+        out["parts"] = [kind_of_part(part) for part in contents.parts]
+    if contents.unserved:
+        out["not served"] = contents.unserved
     try:
         tokenizer = Tokenizer.from_pretrained(name_or_folder, revision=revision)
         out["tokenizer"] = {"ids": len(tokenizer), "special": tokenizer.special_tokens_map}
@@ -186,8 +186,9 @@ def _show(found: dict[str, Any]) -> None:
     if "labels" in found:
         labels = list(found["labels"].values())
         add("labels", f"{len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}")
-    if "parts" in found:
-        add("parts", ", ".join(found["parts"]))
+    for name in ("parts", "not served"):
+        if name in found:
+            add(name, ", ".join(found[name]))
     for name, size in found["files"].items():
         add(name, f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} bytes")
     table.add_section()
