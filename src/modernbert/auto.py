@@ -37,10 +37,11 @@ _MODELS: dict[str, dict[str, str]] = {
 def kind_of(values: Mapping[str, Any]) -> str | None:
     """The kind of model that the content of a `config.json` names under `architectures`, such as "masked-lm"."""
     kinds = {path.rpartition(".")[2]: kind for kind, paths in _MODELS.items() for path in paths.values()}
-    return next((kinds[name] for name in _architectures(values) if name in kinds), None)
+    return next((kinds[name] for name in architectures_of(values) if name in kinds), None)
 
 
-def _architectures(values: Mapping[str, Any]) -> list[str]:
+def architectures_of(values: Mapping[str, Any]) -> list[str]:
+    """The classes that the content of a `config.json` names."""
     given = values.get("architectures")
     return [name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)]
 
@@ -50,7 +51,7 @@ def _model_type_of(values: Mapping[str, Any]) -> Any:
     if values.get("model_type") is not None:
         return values["model_type"]
     types = {path.rpartition(".")[2]: kind for paths in _MODELS.values() for kind, path in paths.items()}
-    return next((types[name] for name in _architectures(values) if name in types), None)
+    return next((types[name] for name in architectures_of(values) if name in types), None)
 
 
 def _load(path: str) -> Any:

@@ -71,7 +71,7 @@ def test_targets():
         (
             ("run", "[MASK]", "--model", "no-one/nothing"),
             "",
-            "no-one/nothing: config.json is not in the cache",
+            "no-one/nothing is no folder here and not in the cache",
         ),
         (("run", "[MASK]", "--top-k", "many"), "", "'--top-k'"),
         (("run", "[MASK]", "--top-k", "0"), "", "top_k is 0"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.errors import CheckpointError, InputError
+from modernbert.errors import CheckpointError, InputError, listed, printable
 
 _BYTES = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 _HELPERS = (".weight_scale", ".outliers", ".outlier_weight")  # of quantized weights, whose numbers they are not
@@ -49,7 +49,7 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     Raises:
         NotFoundError, CheckpointError, ConfigError: it cannot be read.
     """
-    from modernbert.auto import AutoConfig, kind_of
+    from modernbert.auto import AutoConfig, architectures_of, kind_of
     from modernbert.checkpoint import weight_files, weight_names
     from modernbert.hub import Source
     from modernbert.models.quantization.options import Record
@@ -76,7 +76,7 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     out: dict[str, Any] = {
         "model": {
             "name": str(name_or_folder),
-            "class": str(config.extra.get("architectures") or "not said").strip("[]'"),
+            "class": listed(architectures_of(config.extra)) or "not said",
             "kind": kind_of(config.extra) or "base" if contents.kind == MODEL else contents.kind,
             "parameters": sum(counts.values()),
             "of them embedding": embedding,
@@ -94,8 +94,9 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
             "vocabulary": config.vocab_size,
         },
     }
-    if "quantization_config" in config.extra:
-        out["quantization"] = Record.from_dict(config.extra["quantization_config"]).to_dict()
+    record = Record.of(config)
+    if record is not None:
+        out["quantization"] = record.to_dict()
     if any(name.startswith("classifier.") for name in counts):
         out["labels"] = {str(i): label for i, label in (config.id2label or {}).items()}
         out["architecture"]["pooling"] = getattr(config, "classifier_pooling", "last token")
@@ -110,8 +111,8 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     except CheckpointError:
         out["tokenizer"] = {"ids": "no tokenizer.json"}
     folder = source.folder
-    listed = sorted(p for p in folder.rglob("*") if p.is_file()) if folder is not None else files
-    out["files"] = {str(p.relative_to(folder)) if folder else p.name: p.stat().st_size for p in listed}
+    every = sorted(p for p in folder.rglob("*") if p.is_file()) if folder is not None else files
+    out["files"] = {str(p.relative_to(folder)) if folder else p.name: p.stat().st_size for p in every}
     out["memory"] = {str(n): stored + activation_bytes(config, n, item) for n in lengths}
     if config.reach("full_attention").right == 0:
         out["cache"] = {str(n): cache_bytes(config, n, item) for n in lengths}
@@ -173,7 +174,8 @@ def _show(found: dict[str, Any]) -> None:
     table.add_column()
 
     def add(name: str, value: Any) -> None:
-        table.add_row(name, Text(value if isinstance(value, str) else _plain(value)))
+        text = value if isinstance(value, str) else _plain(value)
+        table.add_row(printable(name), Text(printable(text, keep="\n")))
 
     for section in ("model", "architecture", "tokenizer"):
         for name, value in found[section].items():

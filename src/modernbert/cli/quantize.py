@@ -70,9 +70,13 @@ def quantize(
 def described(record: dict[str, Any]) -> list[str]:
     """What a checkpoint's `quantization_config` says, in lines for people."""
     measured, finer = record["measured"], record["finer"]
-    cosine = f"{measured['cosine_mean']:.5f}, at the worst token {measured['cosine_min']:.5f}"
-    lines = [f"cosine of the last hidden states {cosine} ({measured['tokens']:,} tokens; texts: {measured['texts']})"]
-    if measured["agreement"] is not None:
+    lines = []
+    if {"cosine_mean", "cosine_min", "tokens", "texts"} <= set(measured):
+        cosine = f"{measured['cosine_mean']:.5f}, at the worst token {measured['cosine_min']:.5f}"
+        lines.append(
+            f"cosine of the last hidden states {cosine} ({measured['tokens']:,} tokens; texts: {measured['texts']})"
+        )
+    if measured.get("agreement") is not None:
         lines.append(f"{measured['agreement']:.1%} of the answers are the same")
     for how in sorted(set(finer.values())):
         names = [name.removeprefix("model.") for name, other in finer.items() if other == how]
