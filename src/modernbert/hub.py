@@ -95,9 +95,10 @@ class Source:
         except hub_errors.LocalEntryNotFoundError as error:
             if any(self._in_cache(repository, name, "") for name in ("config.json", "modules.json")):
                 return None  # offline, and what is cached of the repository lacks just this file
+            offline = "local_files_only is set or the Hub cannot be reached"
             raise NotFoundError(
-                f"{repository} is no folder here and not in the cache, and local_files_only is set or the Hub cannot "
-                "be reached; give a folder, or download it once with a connection"
+                f"the model {repository} is not in the cache, and {offline}; give a folder, or download it once with a "
+                "connection"
             ) from error
         except hub_errors.EntryNotFoundError:
             return None

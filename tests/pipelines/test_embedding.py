@@ -342,7 +342,7 @@ def test_models_of_the_wrong_kind_are_refused(body, cross, ours):
         pipeline("sentence-embedding", classifier, tokenizer)
     with pytest.raises(InputError, match="documents is \\[\\]"):
         pipeline("text-ranking", cross)(query="a", documents=[])
-    with pytest.raises(InputError, match="a document is a int"):
+    with pytest.raises(InputError, match="a document is an int"):
         pipeline("text-ranking", cross)(query="a", documents=[3])
 
 
