@@ -13,7 +13,7 @@ from modernbert import SentenceEncoder, pipeline
 from modernbert.auto import load_as_saved
 from modernbert.cli import main
 from modernbert.cli.info import describe
-from modernbert.errors import CheckpointError
+from modernbert.errors import CheckpointError, InputError
 from modernbert.hub import Source
 from modernbert.models.sentence_layout import SETTINGS, contents_of
 from modernbert.pipelines import small_model
@@ -134,13 +134,16 @@ def test_each_setting_of_late_interaction_is_refused(made, tmp_path, setting):
 
 
 def test_a_cross_encoder_of_a_causal_model_is_named_as_what_it_is(made):
-    for task in ("text-ranking", "sentence-embedding"):
-        with pytest.raises(CheckpointError, match="is a cross-encoder"):
-            pipeline(task, made / "causal-cross")
     with pytest.raises(CheckpointError, match="is a cross-encoder, with LogitScore, which is not served yet"):
         pipeline("text-ranking", made / "causal-cross")
-    with pytest.raises(CheckpointError, match=r"is a decoder \(modernbert-decoder\); vectors of texts are made by enc"):
+    with pytest.raises(CheckpointError, match="is a cross-encoder"):
+        SentenceEncoder.from_pretrained(made / "causal-cross")
+    with pytest.raises(InputError, match="sentence-embedding needs an encoder; .* is a decoder"):
+        pipeline("sentence-embedding", made / "causal-cross")
+    with pytest.raises(InputError, match="text-ranking needs an encoder; .* is a decoder"):
         pipeline("text-ranking", made / "causal")
+    with pytest.raises(CheckpointError, match=r"is a decoder \(modernbert-decoder\); vectors of texts are made by enc"):
+        SentenceEncoder.from_pretrained(made / "causal")
 
 
 def test_an_adapter_is_refused_by_name_beside_weights_and_alone(made, tmp_path):
