@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modernbert.errors import CheckpointError
+from modernbert.errors import CheckpointError, printable
 from modernbert.files import replacing, write_text
 from modernbert.hub import Source
 
@@ -120,7 +120,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a whole safetensors file: {printable(str(error), limit=200)}") from error
 
 
 def dtype_of(names: Mapping[str, tuple[Path, tuple[int, ...], str]]) -> torch.dtype | None:

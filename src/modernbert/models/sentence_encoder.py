@@ -264,8 +264,23 @@ class SentenceEncoder(nn.Module):
                 raise CheckpointError(f"{name_or_folder} has the part {listed([part['type']])}; known are {known}")
         values["poolings"] = values["poolings"] or ()
         encoder = cls(model, EmbeddingSettings(**values, **settings_of(source, inner)), tokens, vectors)
+        encoder._check_widths(str(name_or_folder))
         encoder.is_layout = True
         return encoder.eval()
+
+    def _check_widths(self, origin: str) -> None:
+        """Refuse dense parts that do not fit what comes before them."""
+        width = self.config.hidden_size
+        for stage, factor in ((self.after_tokens, len(self.settings.poolings) or 1), (self.after_pooling, 1)):
+            for part in stage:
+                if isinstance(part, Dense):
+                    if part.linear.in_features != width:
+                        raise CheckpointError(
+                            f"{origin} has a dense part for {part.linear.in_features} dimensions after parts that give "
+                            f"{width}"
+                        )
+                    width = part.linear.out_features
+            width *= factor
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in sentence-transformers' layout; the tokenizer is saved beside it by its own method."""
