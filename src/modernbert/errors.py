@@ -40,6 +40,10 @@ class QuantizationError(ValueError):
     """Quantizing a model would cost more than was allowed; the message gives what it would."""
 
 
+class FrozenError(RuntimeError):
+    """A weight of an optimized model was used or written to where its numbers are not; the message says what to do."""
+
+
 class BackendError(RuntimeError):
     """An attention backend asked for by name cannot run here; the message gives the reason."""
 

@@ -19,7 +19,7 @@ from modernbert.models.cache import DecoderCache
 from modernbert.models.continuation import Continuation
 from modernbert.models.fused import FusedLayers
 from modernbert.models.fused_gpu import GpuLayers
-from modernbert.models.inputs import PackedInputs, pack_inputs
+from modernbert.models.inputs import PackedInputs, check_tensors, pack_inputs
 from modernbert.models.layers import Attention, Embeddings, Layer, LayerContext, layer_norm
 from modernbert.models.outputs import BaseModelOutput
 from modernbert.models.recompute import Recompute
@@ -70,6 +70,9 @@ class Backbone(PreTrainedModel):
         """
         config = self.config
         vocabulary, width = config.vocab_size, config.hidden_size
+        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if inputs_embeds is not None and inputs_embeds.is_floating_point() and not _is_autocast(inputs_embeds):
+            inputs_embeds = inputs_embeds.to(self.dtype)
         inputs = pack_inputs(input_ids, inputs_embeds, vocab_size=vocabulary, hidden_size=width, **given)
         return inputs.to(self.device)
 
@@ -80,7 +83,7 @@ class Backbone(PreTrainedModel):
         output_hidden_states: bool | None = None,
         cache: DecoderCache | None = None,
     ) -> BaseModelOutput:
-        """Packed inputs to a packed last hidden state and hidden states (T, M), and padded attentions.
+        """Packed inputs to a packed last hidden state (T, M), and hidden states and attentions in the caller's shape.
 
         With a cache the inputs go on where its texts ended, and are added to it.
         """
@@ -106,26 +109,34 @@ class Backbone(PreTrainedModel):
             last_TM, all_states = fused(inputs, want_states, cache)
             if cache is not None:
                 cache.finish()
-            return BaseModelOutput(last_hidden_state=last_TM, hidden_states=all_states)
+            restored = None if all_states is None else tuple(inputs.restore(x) for x in all_states)
+            return BaseModelOutput(last_hidden_state=last_TM, hidden_states=restored)
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
         autocast = torch.is_autocast_enabled(x_TM.device.type)
         dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
         backend = self._backend_for(want_weights, x_TM.device, dtype)
         shared = self.shared(inputs, backend, dtype, x_TM.requires_grad, cache)
-        states = [x_TM]
+        states: list[Tensor] = []
+
+        def shown(x_TM: Tensor) -> Tensor:
+            if not want_states:
+                return x_TM
+            states.append(inputs.restore(x_TM))
+            # What callers see lies on the way of the gradients, so that they can ask for its gradient.
+            return inputs.take(states[-1]) if x_TM.requires_grad else x_TM
+
         weights: list[Any] | None = [] if want_weights else None
         recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
         kept = self.recompute.plan(config.layer_types or (), x_TM) if recomputes else []
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             context = shared[layer.kind]
+            x_TM = shown(x_TM)
             if recomputes:
                 x_TM = self.recompute.run(layer, kept[number], layer.kind, x_TM, context, weights)
             else:
                 x_TM = layer(x_TM, context, weights)
-            states.append(x_TM)
-        x_TM = self.final_norm(x_TM)
-        states[-1] = x_TM
+        x_TM = shown(self.final_norm(x_TM))
         if cache is not None:
             cache.finish()
         return BaseModelOutput(
@@ -212,13 +223,12 @@ class Backbone(PreTrainedModel):
         return {kind: (None, cache.continuation(begun, kind, backend, dtype, gather)) for kind in kinds}
 
 
+def _is_autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
 def check_kwargs(kwargs: dict[str, Any]) -> None:
     """Refuse forward arguments that are neither served nor known to mean nothing here."""
     unknown = sorted(set(kwargs) - _IGNORED)
     if unknown:
         raise TypeError(f"forward got unknown arguments: {', '.join(unknown)}")
-
-
-def restore_all(inputs: PackedInputs, states: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-    """Every hidden state in the caller's shape."""
-    return None if states is None else tuple(inputs.restore(x) for x in states)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modernbert.checkpoint import PLAIN, QUANTIZED, dtype_of, weight_files, weight_names, write_weights
 from modernbert.config import Config
 from modernbert.hub import Source
-from modernbert.models.initialization import initial_std, initialize
+from modernbert.models.initialization import around_mean, initial_std, initialize
 from modernbert.models.layers import MLP, Attention, Linear
 from modernbert.models.loading import check_layers, load_weights
 from modernbert.models.placement import resolve_device, resolve_dtype, warn_once
@@ -48,6 +48,7 @@ class PreTrainedModel(nn.Module):
         self.config = config
         self.attn_implementation = attn_implementation or "auto"
         self.is_gradient_checkpointing = False
+        self._trainable: set[str] | None = None  # names of parameters that get their gradients back by `unpack`
 
     def _finish(self) -> None:
         """Initialise and tie; the last line of every constructor. The encoder inside a model has done its part."""
@@ -185,7 +186,7 @@ class PreTrainedModel(nn.Module):
         self.base_model.config = self.config
 
     def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode.
+        """Set training or evaluation mode; training mode ends `optimize_for_inference`.
 
         Raises:
             ValueError: training is asked for, and the model is quantized.
@@ -200,6 +201,8 @@ class PreTrainedModel(nn.Module):
                 f"training with weights in {str(self.dtype).removeprefix('torch.')}, which lose most small steps; load "
                 "them with dtype='float32'"
             )
+        if mode:
+            self.unpack()
         return super().train(mode)
 
     # Embeddings
@@ -240,15 +243,20 @@ class PreTrainedModel(nn.Module):
 
     @torch.no_grad()
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
     ) -> nn.Embedding:
         """Give the vocabulary more or fewer ids, in the embedding and in the output.
 
-        New rows are initialised as a fresh model's are; rows past the new end are dropped.
+        Rows past the new end are dropped.
 
         Args:
             new_num_tokens: the new size; None keeps the present one.
             pad_to_multiple_of: round the size up to a multiple of this.
+            mean_resizing: draw new rows closely around the mean of the old ones, so that at first a new token is as
+                likely as a usual one; False initializes them as a fresh model's.
 
         Returns:
             The token embedding.
@@ -271,7 +279,9 @@ class PreTrainedModel(nn.Module):
         def resized(weight: Tensor, name: str) -> nn.Parameter:
             new = weight.new_zeros((size, *weight.shape[1:]))
             rows = min(size, weight.shape[0])
-            if weight.dim() == 2:
+            if mean_resizing:
+                around_mean(new, weight)
+            elif weight.dim() == 2:
                 std = initial_std(name, config)
                 cutoff = config.initializer_cutoff_factor * std
                 nn.init.trunc_normal_(new, std=std, a=-cutoff, b=cutoff)
@@ -349,9 +359,16 @@ class PreTrainedModel(nn.Module):
         """Make the model ready to serve: evaluation mode, no gradients, weights laid out once, kernels of our own.
 
         Changes the model in place and returns it. Results stay the same but for rounding, and a text's do not depend
-        on its batch. Saving and copying give the plain weights back; moving, resizing and pruning end it as well.
+        on its batch. Saving and copying give the plain weights back. Whatever would change the weights ends it first,
+        and the parameters can be trained again if they could before: training mode, `requires_grad_(True)`, moving,
+        loading, resizing, pruning, and reading or assigning a layer's `weight`. A parameter of a layer that was taken
+        from `parameters()` while the model is optimized has no numbers, and raises `FrozenError` where it is used.
         """
-        self.eval().requires_grad_(False)
+        if self._trainable is None:
+            self._trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+        self.eval()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
         embedding = self.get_input_embeddings()
         shared = None if isinstance(embedding, QuantizedEmbedding) else embedding.weight
         compiled = [m for m in self.modules() if isinstance(m, MLP)] if self.config.reference_compile else []
@@ -360,7 +377,7 @@ class PreTrainedModel(nn.Module):
             if isinstance(module, Attention | MLP) and module not in compiled:
                 module.pack()
             elif isinstance(module, Linear) and module not in left_out:
-                module.pack(keep_weight=shared is not None and module.weight is shared)
+                module.pack(keep_weight=shared is not None and module._weight is shared)
         self.base_model.fuse()
         return self
 
@@ -370,6 +387,20 @@ class PreTrainedModel(nn.Module):
             if isinstance(module, Linear):
                 module.unpack()
         self.base_model.fused = None
+        trainable, self._trainable = self._trainable, None
+        for name, parameter in self.named_parameters() if trainable else ():
+            if name in trainable:
+                parameter.requires_grad_(True)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Let all parameters have gradients, or none; ends `optimize_for_inference` where they shall have some."""
+        if requires_grad:
+            self.unpack()
+        return super().requires_grad_(requires_grad)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:  # what moves and casts a model
+        self.unpack()
+        return super()._apply(fn, recurse)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, tied ones once; quantized ones too."""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from modernbert.config import ModernBertDecoderConfig
 from modernbert.errors import InputError
-from modernbert.models.backbone import check_kwargs, restore_all
+from modernbert.models.backbone import check_kwargs
 from modernbert.models.cache import DecoderCache
 from modernbert.models.decoder import DecoderWithHead, open_inputs
 from modernbert.models.generation import GenerationMixin
-from modernbert.models.heads import check_classes
+from modernbert.models.heads import check_classes, check_tied_output
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Linear, PredictionHead
 from modernbert.models.outputs import CausalLMOutputWithPast
@@ -126,13 +126,14 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
             loss=loss,
             logits=logits,
             past_key_values=cache,
-            hidden_states=restore_all(inputs, encoded.hidden_states),
+            hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def score(self, x: Tensor) -> Tensor:
         """Scores of the whole vocabulary for what follows rows: (N, M) to (N, V)."""
+        check_tied_output(self)
         return self.decoder(self.lm_head(x))
 
 

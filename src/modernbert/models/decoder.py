@@ -13,10 +13,10 @@ from torch import Tensor
 
 from modernbert.config import Config, ModernBertDecoderConfig
 from modernbert.errors import InputError
-from modernbert.models.backbone import Backbone, check_kwargs, restore_all
+from modernbert.models.backbone import Backbone, check_kwargs
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.cache import DecoderCache
-from modernbert.models.inputs import PackedInputs
+from modernbert.models.inputs import PackedInputs, check_tensors
 from modernbert.models.layers import Attention, Linear, is_ours, listens, select
 from modernbert.models.outputs import BaseModelOutputWithPast
 from modernbert.ops.linear import Packed, PackedPart, serves_packed
@@ -152,7 +152,7 @@ class ModernBertDecoderModel(Backbone):
         output = BaseModelOutputWithPast(
             last_hidden_state=inputs.restore(encoded.last_hidden_state),
             past_key_values=cache,
-            hidden_states=restore_all(inputs, encoded.hidden_states),
+            hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -171,6 +171,13 @@ def open_inputs(
     **packed: Any,
 ) -> tuple[PackedInputs, DecoderCache | None]:
     """The door of the decoder: packed inputs that go on where a cache ends, and the cache to fill, if any."""
+    check_tensors(
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        cache_position=cache_position,
+    )
     if past_key_values is not None and not isinstance(past_key_values, DecoderCache):
         raise InputError(
             f"past_key_values is a {type(past_key_values).__name__}; it must be a DecoderCache, such as an earlier "

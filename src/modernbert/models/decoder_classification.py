@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modernbert.config import ModernBertDecoderConfig
-from modernbert.models.backbone import check_kwargs, restore_all
+from modernbert.models.backbone import check_kwargs
 from modernbert.models.cache import DecoderCache
 from modernbert.models.decoder import DecoderWithHead, open_inputs
 from modernbert.models.inputs import PackedInputs
@@ -105,7 +105,7 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
             loss=None if labels is None else text_loss(logits, labels, problem, num_items_in_batch),
             logits=logits,
             past_key_values=cache,
-            hidden_states=restore_all(inputs, encoded.hidden_states),
+            hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modernbert.config import ModernBertConfig
-from modernbert.models.backbone import Backbone, check_kwargs, restore_all
+from modernbert.models.backbone import Backbone, check_kwargs
 from modernbert.models.layers import Attention, Linear, select
 from modernbert.models.outputs import BaseModelOutput
 from modernbert.ops.linear import Packed, PackedPart
@@ -115,5 +115,4 @@ class ModernBertModel(Backbone):
         x_TM = output.last_hidden_state
         assert x_TM is not None
         output.last_hidden_state = inputs.restore(x_TM)
-        output.hidden_states = restore_all(inputs, output.hidden_states)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError
-from modernbert.models.backbone import check_kwargs, restore_all
+from modernbert.models.backbone import check_kwargs
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.inputs import PackedInputs
@@ -88,7 +88,7 @@ class EncoderWithHead(PreTrainedModel, abc.ABC):
         encoded = self.model.encode(inputs, output_attentions, output_hidden_states)
         assert encoded.last_hidden_state is not None
         output = self.apply_head(encoded.last_hidden_state, inputs, packed_labels, num_items_in_batch)
-        output.hidden_states = restore_all(inputs, encoded.hidden_states)
+        output.hidden_states = encoded.hidden_states
         output.attentions = encoded.attentions
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -129,6 +129,19 @@ class EncoderClassifier(EncoderWithHead):
     def classify_texts(self, x_TM: Tensor, inputs: PackedInputs) -> Tensor:
         """Scores of texts, pooled as `classifier_pooling` says: (T, M) to (B, labels)."""
         return self.classify(pool(x_TM, inputs.packing.spans, self.config.classifier_pooling))
+
+
+def check_tied_output(model: PreTrainedModel) -> None:
+    """Refuse an adapter on an output whose weight is the token embedding: merging it would change both.
+
+    Raises:
+        InputError: the output was wrapped by an adapter library.
+    """
+    if model.config.tie_word_embeddings and hasattr(model.decoder, "base_layer"):
+        raise InputError(
+            "the layer 'decoder' has an adapter, and its weight is the token embedding's (tie_word_embeddings), which "
+            "merging would change too; leave it out, with PEFT by exclude_modules=['decoder']"
+        )
 
 
 def check_classes(labels: Tensor, classes: int, ignored: int = IGNORED) -> Tensor:

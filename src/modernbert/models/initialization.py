@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modernbert.config import Config
+
+_SPREAD = 1e-9  # of new rows, as a share of the old ones' covariance
 
 
 def initial_std(module_name: str, config: Config) -> float:
@@ -49,3 +51,23 @@ def initialize(model: nn.Module, config: Config, only: set[str]) -> None:
                 std = initial_std(module_name, config)
                 cutoff = config.initializer_cutoff_factor * std
                 nn.init.trunc_normal_(parameter, std=std, a=-cutoff, b=cutoff)
+
+
+@torch.no_grad()
+def around_mean(new: Tensor, old: Tensor) -> None:
+    """Fill rows, or single numbers, with draws from a normal distribution of the old ones' mean.
+
+    Their covariance is a thousand-millionth of the old ones': tokens that nothing was learnt of are alike, and not the
+    same.
+
+    Args:
+        new: (N, M) or (N,), written to.
+        old: (V, M) or (V,).
+    """
+    if not len(new) or not len(old):
+        return
+    rows = old.float().reshape(len(old), -1)
+    mean = rows.mean(0)
+    values, vectors = torch.linalg.eigh((rows - mean).mT @ (rows - mean) / len(rows))
+    noise = torch.randn(len(new), rows.shape[1], device=old.device) * (_SPREAD * values.clamp(min=0)).sqrt()
+    new.copy_((mean + noise @ vectors.mT).reshape(new.shape))

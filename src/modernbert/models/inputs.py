@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,10 @@ class PackedInputs:
         """(T, ...) to the caller's leading shape; padding comes back as `fill`."""
         return packed_T.unflatten(0, self.given) if self.packing.grid is None else self.packing.repad(packed_T, fill)
 
+    def take(self, given: Tensor) -> Tensor:
+        """Undo `restore`: the real tokens of a tensor in the caller's leading shape, (T, ...)."""
+        return given.flatten(0, len(self.given) - 1) if self.packing.grid is None else self.packing.unpad(given)
+
     def to(self, device: torch.device) -> PackedInputs:
         """The same on a card, by one copy from pinned memory that nobody waits for; elsewhere these themselves."""
         if device.type in ("cpu", "meta") or self.packing.positions_T.device == device:
@@ -74,6 +78,7 @@ class PackedInputs:
 
     def pack(self, name: str, values: Tensor) -> Tensor:
         """Pack one value a token, such as labels, given in the shape of the input or of its padded grid."""
+        check_tensors(**{name: values})
         values = values.to(self.packing.positions_T.device)
         shape, grid = tuple(values.shape), self.packing.grid
         if self.came_packed and shape == self.given:
@@ -112,16 +117,29 @@ def pack_inputs(
         InputError: arguments contradict each other or have the wrong shape; the message says what was given and
             what is allowed.
     """
+    check_tensors(
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        sliding_window_mask=sliding_window_mask,
+        position_ids=position_ids,
+        indices=indices,
+        cu_seqlens=cu_seqlens,
+    )
     if (input_ids is None) == (inputs_embeds is None):
         both = "both" if input_ids is not None else "neither"
         raise InputError(f"{both} of input_ids and inputs_embeds were given; give exactly one")
     if input_ids is not None:
         if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             raise InputError(f"input_ids has dtype {input_ids.dtype}; it must be whole numbers")
+        if input_ids.dtype not in (torch.int32, torch.int64):
+            input_ids = input_ids.long()
         given = tuple(input_ids.shape)
         what, device = "input_ids", input_ids.device
     else:
         assert inputs_embeds is not None
+        if not inputs_embeds.is_floating_point():
+            raise InputError(f"inputs_embeds has dtype {inputs_embeds.dtype}; it must be floating numbers")
         if inputs_embeds.dim() < 2 or inputs_embeds.shape[-1] != hidden_size:
             raise InputError(
                 f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; its last dimension must be {hidden_size}"
@@ -178,6 +196,22 @@ def _mask(attention_mask: Tensor | None, given: tuple[int, ...], device: torch.d
     if tuple(attention_mask.shape) != given:
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}; with this input it must be {given}")
     return attention_mask.to(device) != 0
+
+
+def check_tensors(**given: Any) -> None:
+    """Refuse what is no tensor; raises `InputError` with what to give instead."""
+    for name, value in given.items():
+        if isinstance(value, Tensor) or value is None:
+            continue
+        if isinstance(value, Mapping):
+            raise InputError(
+                f"{name} is a {type(value).__name__}; give what it holds by name: model(**encoding), made with "
+                "return_tensors='pt'"
+            )
+        raise InputError(
+            f"{name} is a {type(value).__name__}; it must be a tensor: a tokenizer makes them with return_tensors='pt', "
+            "and torch.as_tensor makes them of lists and arrays"
+        )
 
 
 def _check_positions(position_ids: Tensor, given: tuple[int, ...]) -> Tensor:

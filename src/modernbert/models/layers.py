@@ -6,6 +6,7 @@ Shapes: T tokens of all texts together, H heads, D head size, M hidden size, I i
 from __future__ import annotations
 
 import abc
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -15,79 +16,113 @@ from modernbert.config import Config
 from modernbert.gpu import operations as gpu
 from modernbert.gpu.operations import TritonWeight
 from modernbert.models.continuation import Continuation
-from modernbert.native.operations import NativeWeight
+from modernbert.models.frozen import FrozenWeight
+from modernbert.native.operations import NativeWeight, Written
 from modernbert.ops.activations import activation
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.attention.eager import EagerAttention
 from modernbert.ops.linear import Packed, PackedPart, gates, is_plain, linear, pack_weight, serves_packed
 from modernbert.ops.rope import split_rotated
 
+logger = logging.getLogger(__name__)
+
 
 class Linear(nn.Linear):
     """A linear layer whose rows do not depend on each other, bit for bit; see `ops.linear`.
 
-    Once packed for inference it holds its numbers in the packed layout alone; saving, copying and moving give them
-    back.
+    Once packed for inference it holds its numbers in the packed layout alone. Saving and copying give them back;
+    moving, loading, reading `weight` and assigning a weight or a bias end it for this layer.
     """
 
     packed: Packed | PackedPart | None = None
+    _kept: Written | None = None  # of a weight that is packed here and plain elsewhere
     is_ours = True  # said again by those subclasses whose products are like this one's
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
         if isinstance(self.packed, PackedPart) or (self.packed is not None and self.packed.gated):
             return linear(x, self.dense_weight(), self.bias)
-        return linear(x, self.weight, self.bias, self.packed)
+        if self._kept is not None and not self._kept.holds(self._weight):
+            self.unpack()
+        return linear(x, self._weight, self.bias, self.packed)
+
+    @property
+    def _weight(self) -> Tensor:
+        """The weight or what stands for it, which reading `weight` would end."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what is no ordinary attribute comes here, parameters among it.
+        if name == "weight" and type(self._parameters.get("weight")) is FrozenWeight:
+            logger.info("a weight of an optimized model was read; its layer computes without the packed layout now")
+            self.unpack()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and self.packed is not None:
+            self.unpack()
+        super().__setattr__(name, value)
 
     def dense_weight(self) -> Tensor:
         """The weight, in its plain layout."""
-        return self.weight if self.packed is None else self.packed.to_dense()
+        return self._weight if self.packed is None else self.packed.to_dense()
 
     def pack(self, keep_weight: bool = False, gated: bool = False) -> None:
         """Lay the weight out for inference; `keep_weight` where another module shares it."""
         if self.packed is None:
-            self.packed = pack_weight(self.weight, self.bias, gated)
-        if self.packed is not None and not keep_weight:
-            self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+            self.packed = pack_weight(self._weight, self.bias, gated)
+        if self.packed is not None and keep_weight:
+            self._kept = Written(self._weight)
+        elif self.packed is not None:
+            self._freeze()
+
+    def _freeze(self) -> None:
+        if type(self._weight) is not FrozenWeight:
+            self._parameters["weight"] = FrozenWeight.of(self._weight)
 
     @staticmethod
     def pack_together(modules: list[Linear]) -> None:
         """Lay the weights of layers that read the same rows out as one, so that one product serves them all."""
-        if not all(map(is_plain, (module.weight for module in modules))):
+        if any(module.packed is not None for module in modules) or not all(is_plain(m._weight) for m in modules):
             return
         biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
-        packed = pack_weight(torch.cat([module.weight for module in modules]), torch.cat(biases) if biases else None)
+        packed = pack_weight(torch.cat([module._weight for module in modules]), torch.cat(biases) if biases else None)
         if packed is not None:
             share(modules, packed)
             for module in modules:
-                module.weight = nn.Parameter(module.weight.to("meta"), requires_grad=False)
+                module._freeze()
 
     def gates(self, activation: Any) -> bool:
         """Whether our own kernels, once it is packed, compute this activation and the gate after it too."""
-        return gates(activation, self.weight.dtype, self.weight.device)
+        return gates(activation, self._weight.dtype, self._weight.device)
 
     def unpack(self) -> None:
         """Undo `pack`."""
-        if self.packed is not None and self.weight.is_meta:
-            self.weight = nn.Parameter(self.dense_weight(), requires_grad=False)
-        self.packed = None
+        if type(self._weight) is FrozenWeight:
+            self._parameters["weight"] = nn.Parameter(self.dense_weight(), requires_grad=False)
+        self.packed = self._kept = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         self.unpack()
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.packed is not None:
-            destination[f"{prefix}weight"] = self.dense_weight()
+        if type(self._weight) is not FrozenWeight:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        destination[f"{prefix}weight"] = self.dense_weight()
+        if self.bias is not None:
+            destination[f"{prefix}bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:  # for copies, which are not packed
-        state = dict(self.__dict__)
-        if state.pop("packed", None) is not None and self.weight.is_meta:
+        state = {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        if state.pop("packed", None) is not None and type(self._weight) is FrozenWeight:
             weight = nn.Parameter(self.dense_weight(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modernbert.errors import InputError
 from modernbert.models.heads import EncoderClassifier, check_classes
-from modernbert.models.inputs import PackedInputs
+from modernbert.models.inputs import PackedInputs, check_tensors
 from modernbert.models.outputs import MultipleChoiceModelOutput
 from modernbert.ops.losses import cross_entropy
 
@@ -73,6 +73,14 @@ class ModernBertForMultipleChoice(EncoderClassifier):
         Raises:
             InputError: arguments contradict each other or have the wrong shape.
         """
+        check_tensors(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seqlens=cu_seqlens,
+            labels=labels,
+        )
         if cu_seqlens is None:
             given = input_ids if input_ids is not None else inputs_embeds
             dims = 3 if input_ids is not None else 4

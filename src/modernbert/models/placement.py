@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,15 @@ import torch
 from modernbert.errors import shown
 
 logger = logging.getLogger(__name__)
+
+
+def _compute_alone() -> None:
+    """Have a forked process compute with one thread: the others stayed behind, and OpenMP would wait for them."""
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_compute_alone)
 
 
 def resolve_device(device: Any) -> torch.device:

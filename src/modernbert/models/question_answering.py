@@ -13,7 +13,7 @@ from torch import Tensor
 from modernbert.config import ModernBertConfig
 from modernbert.errors import ConfigError, InputError
 from modernbert.models.heads import EncoderClassifier
-from modernbert.models.inputs import PackedInputs
+from modernbert.models.inputs import PackedInputs, check_tensors
 from modernbert.models.outputs import QuestionAnsweringModelOutput
 from modernbert.ops.losses import position_cross_entropy
 
@@ -70,6 +70,9 @@ class ModernBertForQuestionAnswering(EncoderClassifier):
         Raises:
             InputError: arguments contradict each other or have the wrong shape.
         """
+        if "labels" in kwargs:
+            raise InputError("labels is given; question answering takes start_positions and end_positions instead")
+        check_tensors(start_positions=start_positions, end_positions=end_positions)
         if (start_positions is None) != (end_positions is None):
             which = "end_positions" if start_positions is not None else "start_positions"
             raise InputError(f"{which} is missing; give both start_positions and end_positions, or neither")

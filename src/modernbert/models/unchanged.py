@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from modernbert.gpu.operations import TritonWeight
 from modernbert.models.layers import MLP, Attention, Layer, Linear
-from modernbert.native.operations import NativeWeight, version_of
+from modernbert.native.operations import NativeWeight, same_bytes, version_of
 
+_SMALL = 1 << 14  # numbers of a parameter that is compared as a whole: norms and biases
 _IS_TRAINING, _PACKED = operator.attrgetter("training"), operator.attrgetter("packed")
 
 
@@ -38,8 +39,13 @@ class Unchanged:
         self._packed = linear, [module.packed for module in linear]
         named = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
         self._parameters = [owner for owner, _, _ in named], [name for _, name, _ in named], [p for _, _, p in named]
-        self._held = [p for p in self._parameters[2] if p is not None]
-        self._states = list(map(_state, self._held))
+        self._held = [p for p in self._parameters[2] if p is not None and not p.is_meta]
+        small = [p.is_contiguous() and p.device.type == "cpu" and p.numel() <= _SMALL for p in self._held]
+        self._large = [p for p, is_small in zip(self._held, small, strict=True) if not is_small]
+        self._states = list(map(_state, self._large))
+        self._small = [p for p, is_small in zip(self._held, small, strict=True) if is_small]
+        self._copies = [p.detach().clone() for p in self._small]
+        self._bytes = [c.data_ptr() for c in self._copies], [c.nbytes for c in self._copies]
         self._hooks: list[Any] = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def holds(self) -> bool:
@@ -52,7 +58,8 @@ class Unchanged:
             or any(map(operator.contains, self._own, itertools.repeat("forward")))
             or any(map(operator.is_not, map(_PACKED, modules), packed))
             or any(map(operator.is_not, map(dict.get, owners, names), held))
-            or any(map(operator.ne, map(_state, self._held), self._states))
+            or any(map(operator.ne, map(_state, self._large), self._states))
+            or any(map(same_bytes, map(Tensor.data_ptr, self._small), *self._bytes))
         )
 
     def is_quiet(self, given: Tensor) -> bool:

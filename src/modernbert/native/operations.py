@@ -8,6 +8,8 @@ Shapes: T tokens of all texts together, I inputs, O outputs, M width, H heads, D
 from __future__ import annotations
 
 import ctypes
+import os
+from ctypes import c_size_t, c_void_p
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +56,46 @@ def version_of(x: Tensor | None) -> int | None:
     return None if x is None or x.is_inference() else x._version
 
 
+# PyTorch counts no writes through `.data`, so what was copied is compared byte by byte.
+same_bytes = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
+same_bytes.argtypes = (c_void_p, c_void_p, c_size_t)
+
+
+class Written:
+    """Whether a large tensor is still the one that it was, and nothing has written to it in a way that PyTorch counts.
+
+    Args:
+        x: the tensor.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._seen = x.data_ptr(), version_of(x)
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether nothing has."""
+        return (x.data_ptr(), version_of(x)) == self._seen
+
+
+class Snapshot:
+    """What a small tensor held at one time, to find out later whether anything has written to it.
+
+    Args:
+        x: the tensor, or None.
+    """
+
+    def __init__(self, x: Tensor | None) -> None:
+        self.tensor, self._version = x, version_of(x)
+        self._copy = x.detach().clone() if x is not None and x.device.type == "cpu" and x.is_contiguous() else None
+
+    def holds(self, x: Tensor | None) -> bool:
+        """Whether this is the same tensor, and nothing has written to it."""
+        if x is not self.tensor:
+            return False
+        if x is None or self._copy is None:
+            return version_of(x) == self._version
+        return same_bytes(x.data_ptr(), self._copy.data_ptr(), self._copy.nbytes) == 0
+
+
 def _run(operation: Operation) -> None:
     _library().run(ctypes.addressof(operation), 1)
 
@@ -89,7 +131,7 @@ class NativeWeight:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = False) -> None:
         self.shape, self.dtype, self.gated = weight_OI.shape, weight_OI.dtype, gated
-        self._bias, self._version = bias_O, version_of(bias_O)
+        self._bias = Snapshot(bias_O)
         self.struct = Weight(*weight_OI.shape, gated, DTYPES[weight_OI.dtype])
         self._lay_out(weight_OI.detach().contiguous(), bias_O)
 
@@ -111,7 +153,7 @@ class NativeWeight:
 
     def holds(self, bias_O: Tensor | None) -> bool:
         """Whether this is the bias that was packed, as it was then."""
-        return bias_O is self._bias and version_of(bias_O) == self._version
+        return self._bias.holds(bias_O)
 
     # A compiler that traced this would warn of the pointers; PyTorch leaves the decorator without types.
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -23,7 +23,7 @@ from torch import Tensor
 from modernbert.gpu import operations as gpu
 from modernbert.gpu.operations import TritonWeight
 from modernbert.native import library as native
-from modernbert.native.operations import NativeWeight, version_of
+from modernbert.native.operations import NativeWeight, Snapshot
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
@@ -74,10 +74,14 @@ def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def planned_rows(rows: int) -> int:
-    """The number of rows to compute for so many: at least two, and rounded up by a few per cent at the most."""
-    if rows <= 64:
-        return max(rows, 2)
-    step = 16 if rows <= 1024 else 64
+    """The number of rows to compute for this many: one of a few, so that oneDNN keeps few plans; at least two.
+
+    Up to 64 rows a product takes as long as reading its weight, so that more rows cost little. Above, eight numbers
+    between each power of two and the next cost an eighth at the most.
+    """
+    if rows <= 16:
+        return next(planned for planned in (2, 4, 8, 12, 16) if rows <= planned)
+    step = 8 if rows <= 64 else 1 << (rows - 1).bit_length() - 4
     return -(-rows // step) * step
 
 
@@ -195,11 +199,11 @@ class PackedPart:
     def __init__(self, whole: Packed, rows: slice, bias_O: Tensor | None) -> None:
         self.whole = whole
         self.rows = rows
-        self._bias, self._version = bias_O, version_of(bias_O)
+        self._bias = Snapshot(bias_O)
 
     def holds(self, bias_O: Tensor | None) -> bool:
         """Whether this is the bias that was packed, as it was then."""
-        return bias_O is self._bias and version_of(bias_O) == self._version
+        return self._bias.holds(bias_O)
 
     def to_dense(self) -> Tensor:
         """The part's weight."""

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modernbert.native.library import Weight, library
-from modernbert.native.operations import NativeWeight, version_of
+from modernbert.native.operations import NativeWeight, Snapshot
 from modernbert.ops.linear import linear
 
 BITS = {8: 2, 4: 3}  # kernels.h
@@ -140,7 +140,7 @@ class PackedIntegers(NativeWeight):
         # What is kept here beside the panels is small: scales, and a few columns.
         self.parts = dataclasses.replace(weight, codes=weight.codes.new_empty(0))
         self.shape, self.dtype, self.gated = weight.shape, torch.float32, gated
-        self._bias, self._version = bias_O, version_of(bias_O)
+        self._bias = Snapshot(bias_O)
         scales, kept = weight.scales.float().contiguous(), weight.kept.float().contiguous()
         self._columns = weight.columns.contiguous()
         self.struct = Weight(*weight.shape, gated, BITS[weight.bits], group=weight.group, scales=scales.data_ptr())
