@@ -48,7 +48,7 @@ class PreTrainedModel(nn.Module):
         self.config = config
         self.attn_implementation = attn_implementation or "auto"
         self.is_gradient_checkpointing = False
-        self._trainable: set[str] | None = None  # names of parameters that get their gradients back by `unpack`
+        self._trainable: dict[str, bool] | None = None  # which parameters had gradients before optimizing
 
     def _finish(self) -> None:
         """Initialise and tie; the last line of every constructor. The encoder inside a model has done its part."""
@@ -362,10 +362,11 @@ class PreTrainedModel(nn.Module):
         on its batch. Saving and copying give the plain weights back. Whatever would change the weights ends it first,
         and the parameters can be trained again if they could before: training mode, `requires_grad_(True)`, moving,
         loading, resizing, pruning, and reading or assigning a layer's `weight`. A parameter of a layer that was taken
-        from `parameters()` while the model is optimized has no numbers, and raises `FrozenError` where it is used.
+        from `parameters()` while the model is optimized has no numbers, and raises `FrozenError` where it is used. What
+        is written through `.data` of the token embedding is not seen by an output that shares it.
         """
         if self._trainable is None:
-            self._trainable = {name for name, p in self.named_parameters() if p.requires_grad}
+            self._trainable = {name: p.requires_grad for name, p in self.named_parameters()}
         self.eval()
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -387,10 +388,11 @@ class PreTrainedModel(nn.Module):
             if isinstance(module, Linear):
                 module.unpack()
         self.base_model.fused = None
-        trainable, self._trainable = self._trainable, None
-        for name, parameter in self.named_parameters() if trainable else ():
-            if name in trainable:
-                parameter.requires_grad_(True)
+        before, self._trainable = self._trainable, None
+        parameters = dict(self.named_parameters())
+        if before is not None and before.keys() == parameters.keys():  # else somebody rebuilt it, and chose anew
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(before[name])
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Let all parameters have gradients, or none; ends `optimize_for_inference` where they shall have some."""

@@ -14,9 +14,10 @@ _ASKED = ("shape", "ndim", "dtype", "device", "layout", "is_meta", "requires_gra
           "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes", "grad_fn", "_version", "_backward_hooks")  # fmt: skip
 _CALLED = (
     *("size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous"),
-    *("is_floating_point", "is_complex", "is_inference", "data_ptr", "requires_grad_", "__hash__"),
+    *("is_floating_point", "is_complex", "is_inference", "data_ptr", "__hash__"),
 )
 _ALLOWED = {getattr(Tensor, name).__get__ for name in _ASKED} | {getattr(Tensor, name) for name in _CALLED}
+_SWITCHES = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]  # off alone
 
 
 class FrozenWeight(nn.Parameter):
@@ -42,7 +43,7 @@ class FrozenWeight(nn.Parameter):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if function in _ALLOWED:
+            if function in _ALLOWED or (function in _SWITCHES and args[1:] == (False,)):
                 return function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", str(function))
         raise FrozenError(

@@ -55,7 +55,7 @@ class Linear(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         # Only what is no ordinary attribute comes here, parameters among it.
-        if name == "weight" and type(self._parameters.get("weight")) is FrozenWeight:
+        if name == "weight" and (self._kept is not None or type(self._parameters.get("weight")) is FrozenWeight):
             logger.info("a weight of an optimized model was read; its layer computes without the packed layout now")
             self.unpack()
         return super().__getattr__(name)
