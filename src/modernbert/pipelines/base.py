@@ -84,6 +84,7 @@ class Pipeline(abc.ABC):
     auto_model: ClassVar[Callable[..., Any]]
     options: ClassVar[tuple[str, ...]] = ()
     architecture: ClassVar[str | None] = "encoder"  # what its models are; None where either kind serves
+    needs: ClassVar[str] = "an encoder"  # the same for messages
 
     def __init__(
         self,
@@ -134,10 +135,8 @@ class Pipeline(abc.ABC):
         values = source.read_json("config.json")
         said = f"{values.get('model_type') or ''} {values.get('architectures') or ''}".lower()
         if "modernbert" in said and ("decoder" in said) != (cls.architecture == "decoder"):
-            found, wanted = (
-                ("an encoder", "a decoder") if cls.architecture == "decoder" else ("a decoder", "an encoder")
-            )
-            raise InputError(f"{cls.task} needs {wanted}; {model} is {found}")
+            found = "an encoder" if cls.architecture == "decoder" else "a decoder"
+            raise InputError(f"{cls.task} needs {cls.needs}; {model} holds {found}")
 
     def __reduce__(self) -> Any:
         """Copies, and pipelines in other processes, hold the same weights laid out anew, and give the same bits.

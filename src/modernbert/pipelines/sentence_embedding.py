@@ -63,7 +63,7 @@ class EmbeddingPipeline(Pipeline):
         pipeline = super().load(model, tokenizer, **kwargs)
         if isinstance(model, str | Path) and not pipeline.model.is_layout:
             logger.info(
-                "%s says nothing of vectors: they are means of its states, and compare well only if it was trained for that",
+                "%s says nothing of vectors: they are means of its states, good only if it was trained to compare them",
                 model,
             )
         return pipeline

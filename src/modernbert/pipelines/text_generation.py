@@ -46,6 +46,7 @@ class TextGenerationPipeline(Pipeline):
     task = "text-generation"
     auto_model = AutoModelForCausalLM.from_pretrained
     architecture = "decoder"
+    needs = "a causal language model, which is a decoder"
     options = (*_GENERATION, *_OWN)
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:

@@ -157,6 +157,7 @@ class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
 class EmbeddingRanking(TextRankingPipeline, EmbeddingPipeline):
     """Ranks by the likeness of vectors."""
 
+    needs = "a classifier with one label, which reads query and document together, or an encoder, which makes vectors"
     options = ("top_k", "truncation")
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
