@@ -197,7 +197,7 @@ def _read_parquet(path: Path, blank: bool) -> Records:
                 batch = next(batches, None)
                 rows = [] if batch is None else batch.to_pylist()
             except (ValueError, OSError, NotImplementedError) as error:  # what the library raises in the middle of one
-                raise InputError(f"{path} cannot be read as parquet: {error}") from error
+                raise InputError(f"{path} cannot be read as parquet: {' '.join(str(error).split())}") from error
             if batch is None:
                 return
             yield from rows
@@ -205,10 +205,11 @@ def _read_parquet(path: Path, blank: bool) -> Records:
 
 def _opened_parquet(path: Path) -> Any:
     library = parquet()
+    path.open("rb").close()  # what the system refuses is said in its own words
     try:
         return library.ParquetFile(path)
-    except ValueError as error:  # what the library raises for files of another kind
-        raise InputError(f"{path} is no parquet file: {error}") from error
+    except (ValueError, OSError) as error:  # what the library raises for files of another kind, and for torn ones
+        raise InputError(f"{path} is no parquet file: {' '.join(str(error).split())}") from error
 
 
 def parquet() -> Any:
