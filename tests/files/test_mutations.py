@@ -86,7 +86,7 @@ def changed_json(rng, text):
     """One to three values of a JSON file replaced, removed, added or moved."""
     try:
         value = json.loads(text)
-    except ValueError:  # of an earlier change
+    except (ValueError, RecursionError):  # of an earlier change
         return text.decode("latin-1")
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         path = rng.choice(list(places(value)))
@@ -141,7 +141,7 @@ def changed_weights(rng, content):
         return struct.pack("<Q", rng.choice([0, 1, length + 1, 2**40, 2**63])) + content[8:]
     try:
         header = json.loads(content[8 : 8 + length])
-    except ValueError:  # of an earlier change
+    except (ValueError, RecursionError):  # of an earlier change
         return content[:-1]
     names = [name for name in header if name != "__metadata__"]
     for _ in range(rng.choice([1, 1, 2])):
