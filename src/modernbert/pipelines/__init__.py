@@ -104,9 +104,14 @@ def _task_of(model: Any, kwargs: dict[str, Any]) -> str:
     """The task of a model's head."""
     from modernbert.auto import kind_of
     from modernbert.hub import Source
+    from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, contents_of
 
     if isinstance(model, str | Path):
-        values = Source.pop_from(model, dict(kwargs)).read_json("config.json")
+        source = Source.pop_from(model, dict(kwargs))
+        contents = contents_of(source)
+        if contents.kind != MODEL:
+            return "text-ranking" if contents.kind == CROSS_ENCODER else "sentence-embedding"
+        values = source.read_json("config.json")
     else:
         if type(model).__name__ == "SentenceEncoder":
             return "sentence-embedding"

@@ -343,6 +343,12 @@ class Pipeline(abc.ABC):
         for i, encoding in enumerate(encodings):
             if not encoding.ids:
                 raise InputError(f"a text makes no token with this tokenizer: {short(texts[i])!r}")
+            if max(encoding.ids) >= self.model.config.vocab_size:  # generation reads ids without another look
+                raise InputError(
+                    f"the tokenizer gives the id {max(encoding.ids)}, and the model has ids 0 to "
+                    f"{self.model.config.vocab_size - 1}; take the model's own tokenizer, or make room for added "
+                    "tokens: model.resize_token_embeddings(len(tokenizer))"
+                )
             if len(encoding.ids) > longest:
                 both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
                 limit = "the model's context holds" if longest == self.context else "max_length is"

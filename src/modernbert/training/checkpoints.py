@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modernbert.errors import CheckpointError, InputError
+from modernbert.files import replace_folder
 
 STATE, ABOUT = "optimizer.safetensors", "trainer.json"
 
@@ -64,8 +65,7 @@ def write_checkpoint(
         if state is not None:
             save_file(state, temporary / STATE)
         (temporary / ABOUT).write_text(json.dumps({"step": step, **about}, indent=2), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        replace_folder(temporary, final)
     for path in older:
         shutil.rmtree(path, ignore_errors=True)
     return final
