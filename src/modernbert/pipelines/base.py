@@ -333,7 +333,7 @@ class Pipeline(abc.ABC):
         for text in (*texts, *(pairs or ())):
             check_text(text)
         given, length = options.pop("truncation", None), options.pop("max_length", None)
-        if given not in (None, True, False) if not isinstance(given, str) else given not in TRUNCATIONS:
+        if not (given is None or isinstance(given, bool) or (isinstance(given, str) and given in TRUNCATIONS)):
             raise InputError(f"truncation is {shown(given)}; choose True, False or one of {', '.join(TRUNCATIONS)}")
         longest = self.context if length is None else min(check_count("max_length", length), self.context)
         cut = length is not None if given is None else given not in (False, "do_not_truncate")
