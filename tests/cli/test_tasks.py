@@ -196,8 +196,8 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
         {"input", "output"},
     ]
     assert err.splitlines() == [
-        "modernbert: record 2: a text is empty or only spaces; there is nothing to answer",
-        "modernbert: record 3: a text is None; it must be a string",
+        f"modernbert: {path}, record 2: a text is empty or only spaces; there is nothing to answer",
+        f"modernbert: {path}, record 3: a text is None; it must be a string",
         "modernbert: 2 of 4 inputs could not be answered",
     ]
     code, out, err = called(capsys, *where)
