@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow
 import pytest
 
-from modernbert import AutoModel, pipeline
+from modernbert import AutoModel, QuantizationConfig, pipeline
 from modernbert.errors import InputError
 from modernbert.pipelines import small_model
 from modernbert.tokenizer import Tokenizer
+from tests.pipelines.test_streams import CASES
 
 pandas = pytest.importorskip("pandas")
 TEXTS = ["a dog", "The cat ran across the road.", "two"]
@@ -190,3 +191,18 @@ def test_copies_give_the_same_bits_and_stay_optimized_or_plain(heads, dtype):
     copied = pickle.loads(pickle.dumps(serve))
     assert np.array_equal(copied(TEXTS), serve(TEXTS))
     assert copied.model.model.fused is None
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_a_copy_of_every_task_answers_alike(heads, task):
+    head, options, make = CASES[task]
+    serve = pipeline(task, heads / head, **options)
+    copied = pickle.loads(pickle.dumps(serve))
+    assert type(copied) is type(serve)
+    item = make("the dog ran")
+    assert np.array_equal(next(copied.stream([item])), next(serve.stream([item])))
+
+
+def test_a_copy_of_a_quantized_model_gives_the_same_bits():
+    serve = pipeline("sentence-embedding", small_model(), quantization_config=QuantizationConfig(tokens=200))
+    assert np.array_equal(pickle.loads(pickle.dumps(serve))(TEXTS), serve(TEXTS))
