@@ -86,8 +86,6 @@ def run(
 
     flags = dict(_FLAGS)
     with errors_in_flags(flags):
-        if output is not None and output.suffix.lower() == ".npy":
-            raise InputError(f"{output}: vectors are written by modernbert embed")
         _check(texts, file, output, overwrite, as_json)
         task = "fill-mask" if task is None and model is None else task
         loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
@@ -180,7 +178,7 @@ def embed(
 
     flags = _FLAGS | flags_of(("prompt_name", "prompt", "pooling", "normalize", "truncate_dim", "truncation"))
     with errors_in_flags(flags):
-        _check(texts, file, output, overwrite, False)
+        _check(texts, file, output, overwrite, vectors=True)
         loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
         serve = pipeline("sentence-embedding", model, None, device, dtype, **loading)
     options = _given(prompt_name=prompt_name, prompt=prompt, pooling=pooling, truncate_dim=truncate_dim)
@@ -339,7 +337,14 @@ def _remembered(inputs: Iterable[tuple[Any, Any]], waiting: list[tuple[Any, Any]
         yield pair[0]
 
 
-def _check(texts: list[str] | None, source: str | None, output: Path | None, overwrite: bool, as_json: bool) -> None:
+def _check(
+    texts: list[str] | None,
+    source: str | None,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool = False,
+    vectors: bool = False,
+) -> None:
     """Refuse what cannot be read or written before a model is loaded for it."""
     from modernbert.records import place_of
     from modernbert.records.writing import check_output
@@ -358,6 +363,8 @@ def _check(texts: list[str] | None, source: str | None, output: Path | None, ove
         return
     if as_json:
         raise InputError("--json prints and --output writes a file; give one of them")
+    if output.suffix.lower() == ".npy" and not vectors:
+        raise InputError(f"{output}: vectors are written by modernbert embed")
     if file is not None and output.exists() and output.samefile(file):
         raise InputError(f"--output and --file are both {output}; name another output")
     check_output(output, overwrite)
