@@ -15,6 +15,11 @@ _LONGEST_NAME = 255  # characters
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+def could_be_a_name(path: str) -> bool:
+    """Whether a file or folder could have this name, given by a file that somebody else wrote."""
+    return len(path) <= _LONGEST_NAME and path.isprintable()
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A local folder or a repository on the Hub, and how to reach it.
@@ -62,7 +67,7 @@ class Source:
         parts = PurePosixPath(filename).parts
         if ".." in parts or PurePosixPath(filename).is_absolute() or "\\" in filename:
             raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which lies outside of it")
-        if len(filename) > _LONGEST_NAME or not filename.isprintable():
+        if not could_be_a_name(filename):
             raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which can be no file's name")
         folder = self.folder
         if folder is not None:

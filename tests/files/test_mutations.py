@@ -144,7 +144,7 @@ def changed_weights(rng, content):
     except (ValueError, RecursionError):  # of an earlier change
         return content[:-1]
     names = [name for name in header if name != "__metadata__"]
-    for _ in range(rng.choice([1, 1, 2])):
+    for _ in range(rng.choice([1, 1, 2]) if names else 0):
         name = rng.choice(names)
         of = header.get(name, {})
         what = rng.randrange(6)
