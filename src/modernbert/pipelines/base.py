@@ -84,6 +84,7 @@ class Pipeline(abc.ABC):
     auto_model: ClassVar[Callable[..., Any]]
     options: ClassVar[tuple[str, ...]] = ()
     architecture: ClassVar[str | None] = "encoder"  # what its models are; None where either kind serves
+    needs: ClassVar[str] = "an encoder"  # the same for messages
 
     def __init__(
         self,
@@ -134,10 +135,8 @@ class Pipeline(abc.ABC):
         values = source.read_json("config.json")
         said = f"{values.get('model_type') or ''} {values.get('architectures') or ''}".lower()
         if "modernbert" in said and ("decoder" in said) != (cls.architecture == "decoder"):
-            found, wanted = (
-                ("an encoder", "a decoder") if cls.architecture == "decoder" else ("a decoder", "an encoder")
-            )
-            raise InputError(f"{cls.task} needs {wanted}; {model} is {found}")
+            found = "an encoder" if cls.architecture == "decoder" else "a decoder"
+            raise InputError(f"{cls.task} needs {cls.needs}; {model} holds {found}")
 
     def __reduce__(self) -> Any:
         """Copies, and pipelines in other processes, hold the same weights laid out anew, and give the same bits.
@@ -334,7 +333,7 @@ class Pipeline(abc.ABC):
         for text in (*texts, *(pairs or ())):
             check_text(text)
         given, length = options.pop("truncation", None), options.pop("max_length", None)
-        if given not in (None, True, False) if not isinstance(given, str) else given not in TRUNCATIONS:
+        if not (given is None or isinstance(given, bool) or (isinstance(given, str) and given in TRUNCATIONS)):
             raise InputError(f"truncation is {shown(given)}; choose True, False or one of {', '.join(TRUNCATIONS)}")
         longest = self.context if length is None else min(check_count("max_length", length), self.context)
         cut = length is not None if given is None else given not in (False, "do_not_truncate")
