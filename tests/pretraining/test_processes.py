@@ -21,7 +21,7 @@ from modernbert.training.checkpoints import checkpoints
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "modernbert"]
 FLAGS = ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "2", "--heads", "2", "--batch-tokens", "512",
          "--micro-tokens", "128", "--max-steps", "12", "--save-every", "4", "--eval-every", "6", "--lr", "3e-3",
-         "--weight-decay", "0.1", "--initializer-range", "0.1"]  # fmt: skip
+         "--weight-decay", "0.1", "--initializer-range", "0.1", "--precision", "float32"]  # fmt: skip
 
 
 def command(prepared, output, *more):

@@ -90,14 +90,16 @@ class TrainingOptions:
         """Options of a mapping, such as a YAML file's; values take the fields' types.
 
         Raises:
-            InputError: an option does not exist, or a value has another type.
+            InputError: an option does not exist, or a value has another type. A null stands for the option's default.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         if unknown:
             raise InputError(f"{source} has no option {', '.join(unknown)}; there are {', '.join(fields)}")
         hints = typing.get_type_hints(cls)
-        return cls(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
+        # What a file leaves null is not given, unless null is one of its values.
+        given = {name: v for name, v in values.items() if v is not None or type(None) in typing.get_args(hints[name])}
+        return cls(**{name: _typed(name, value, hints[name]) for name, value in given.items()})
 
 
 def _typed(name: str, value: Any, wanted: Any) -> Any:
@@ -105,6 +107,8 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if value is None and type(None) in kinds:
         return None
+    if value is None:
+        raise InputError(f"{name} holds a null; leave it out")
     kind = next(k for k in kinds if k is not type(None))
     if typing.get_origin(kind) is list:
         inner = typing.get_args(kind)[0]
