@@ -1,4 +1,15 @@
-"""The errors this library raises on purpose, each a subclass of the builtin that callers would catch."""
+"""The errors this library raises on purpose, each a subclass of the builtin that callers would catch; and how values
+and texts are shown in messages."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+# What a terminal acts on, what breaks or reorders a line, and what no file can hold.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ConfigError(ValueError):
@@ -31,3 +42,38 @@ class QuantizationError(ValueError):
 
 class BackendError(RuntimeError):
     """An attention backend asked for by name cannot run here; the message gives the reason."""
+
+
+def printable(text: str, keep: str = "", limit: int | None = None) -> str:
+    """A text that is safe to show: control characters and the like are escaped as in Python.
+
+    Args:
+        text: any text, from a file, a checkpoint or an error.
+        keep: control characters that stay, such as "\\n".
+        limit: characters at the most; the middle of a longer text is left out.
+    """
+    text = _UNSEEN.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+    if limit is None or len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def shown(value: Any) -> str:
+    """A value of any kind for a message: the beginning of its representation, on one line."""
+    try:
+        text = _SHORTER.repr(value)
+    except Exception:  # of a class made elsewhere
+        text = f"a {type(value).__name__}"
+    text = " ".join(printable(text, keep="\n").split())
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+_SHORTER = reprlib.Repr()
+_SHORTER.maxstring = _SHORTER.maxother = 80
+
+
+def listed(names: Iterable[Any], most: int = 5) -> str:
+    """The first of many names for a message, with commas between, and how many more there are."""
+    every = [printable(str(name), limit=80) for name in names]
+    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")

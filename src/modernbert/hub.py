@@ -91,8 +91,8 @@ class Source:
                 return None  # offline, and what is cached of the repository lacks just this file
             offline = "local_files_only is set or the Hub cannot be reached"
             raise NotFoundError(
-                f"{repository}: {filename} is not in the cache, and {offline}; give a folder, or download it once "
-                "with a connection"
+                f"the model {repository} is not in the cache, and {offline}; give a folder, or download it once with a "
+                "connection"
             ) from error
         except hub_errors.EntryNotFoundError:
             return None

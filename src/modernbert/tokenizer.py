@@ -237,7 +237,8 @@ class Tokenizer:
             text_pair: second texts, of the same form.
             add_special_tokens: put `[CLS]` and `[SEP]` around.
             padding: True or "longest" pads to the longest row, "max_length" to `max_length`.
-            truncation: True or "longest_first", "only_first", "only_second": how texts over `max_length` are cut.
+            truncation: True or "longest_first", "only_first", "only_second": how texts over `max_length` are cut. False
+                leaves them as they are; so does None, with a warning of texts over the model's context.
             max_length: in tokens, special ones included; None is `model_max_length`.
             stride: tokens that an overflowing part shares with the part before it.
             is_split_into_words: texts are lists of words.
@@ -281,7 +282,7 @@ class Tokenizer:
         if return_overflowing_tokens:
             data["overflow_to_sample_mapping"] = sample
         longest = max((len(e.ids) for e in rows), default=0)
-        if not strategy and longest > self.model_max_length:
+        if truncation is None and not strategy and longest > self.model_max_length:
             known = self.model_max_length
             logger.warning("a text has %d tokens and the model's context %d; truncation=True cuts it", longest, known)
         padded = self.pad(

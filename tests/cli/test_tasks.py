@@ -96,8 +96,9 @@ def test_columns(heads, tmp_path, capsys, suffix):
     assert answers(out) == serve([{"text": row["body"], "text_pair": row["other"]} for row in rows])
     code, _, err = called(capsys, *where)
     assert code == 2
+    where = path if suffix != ".jsonl" else f"{path}, record 1,"
     assert err == (
-        f"modernbert: {path} has the columns id, body, other and no 'text'; say which one is the text with "
+        f"modernbert: {where} has the columns id, body, other and no 'text'; say which one is the text with "
         "--column text=NAME\n"
     )
 
@@ -192,7 +193,11 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
         {"input", "error"},
         {"input", "output"},
     ]
-    assert err == "modernbert: 2 of 4 inputs could not be answered\n"
+    assert err.splitlines() == [
+        "modernbert: record 2: a text is empty or only spaces; there is nothing to answer",
+        "modernbert: record 3: a text is None; it must be a string",
+        "modernbert: 2 of 4 inputs could not be answered",
+    ]
     code, out, err = called(capsys, *where)
     assert code == 2
     assert len(out.splitlines()) == 1  # the answer before the mistake

@@ -342,7 +342,7 @@ def test_models_of_the_wrong_kind_are_refused(body, cross, ours):
         pipeline("sentence-embedding", classifier, tokenizer)
     with pytest.raises(InputError, match="documents is \\[\\]"):
         pipeline("text-ranking", cross)(query="a", documents=[])
-    with pytest.raises(InputError, match="a document is a int"):
+    with pytest.raises(InputError, match="a document is an int"):
         pipeline("text-ranking", cross)(query="a", documents=[3])
 
 
@@ -375,3 +375,17 @@ def test_a_layout_loads_from_the_hubs_cache(body, tmp_path, inner):
     ours = pipeline("sentence-embedding", "someone/embedder", **where)
     expected = theirs.encode(TEXTS, prompt_name="query")
     np.testing.assert_allclose(ours(TEXTS, prompt_name="query"), expected, rtol=0, atol=1e-5)
+
+
+def test_encode_gives_the_vectors_of_a_call_under_sentence_transformers_name(body):
+    theirs = library(body)
+    theirs.save(str(folder := body.parent / "encode-layout"))
+    ours = pipeline("sentence-embedding", folder)
+    np.testing.assert_array_equal(ours.encode("red dog"), ours("red dog"))
+    np.testing.assert_allclose(ours.encode(TEXTS), theirs.encode(TEXTS), rtol=0, atol=1e-5)
+    expected = theirs.encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(
+        ours.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False), expected, rtol=0, atol=1e-5
+    )
+    with pytest.raises(InputError, match=r"takes ids, not texts.*pipeline\('sentence-embedding', folder\)"):
+        ours.model.encode("red dog")

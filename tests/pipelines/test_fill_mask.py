@@ -108,8 +108,12 @@ def test_targets(ours, theirs, folder, log):
     for answer in answers:
         assert answer["score"] == everything[answer["token"]]
     start = ours("[MASK] is the capital of France.", targets="Paris")[0]
-    assert start["token_str"] == "Pa"  # this vocabulary has " Paris" but no "Paris", and says so
-    assert "'Paris' is 2 tokens" in log.text
+    assert start["token_str"] == " Paris"  # this vocabulary has no "Paris"
+    assert not log.text
+    first = ours("[MASK] is the capital of France.", targets="Parisians")[0]
+    assert "'Parisians' is " in log.text  # it has no token for the whole word, and says so
+    assert "Parisians".startswith(first["token_str"])
+    assert first["token_str"]
     several = ours("[MASK] is the [MASK].", targets=["Paris", "road"], top_k=1)
     assert len(several) == 2
     assert all(len(answers) == 1 for answers in several)
@@ -142,8 +146,8 @@ def test_loaded_models_devices_and_dtypes(folder, ours):
         ("no mask here", {}, r"there is no \[MASK\] in 'no mask here'"),
         (["fine [MASK]", "not fine"], {}, r"there is no \[MASK\] in 'not fine'"),
         ("x " * 200 + "[MASK]", {}, r"tokens and the model's context holds 128"),
-        (5, {}, "inputs is a int"),
-        ([5], {}, "a text is a int"),
+        (5, {}, "inputs is an int"),
+        ([5], {}, "a text is an int"),
         ("[MASK]", {"top_k": 0}, "top_k is 0"),
         ("[MASK]", {"targets": []}, "targets is"),
         ("[MASK]", {"topk": 3}, "no option topk; there are top_k, targets"),

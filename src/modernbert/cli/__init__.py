@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
+import typer.core
 
 from modernbert import __version__
 from modernbert.cli.bench import bench
@@ -12,9 +14,23 @@ from modernbert.cli.convert import convert
 from modernbert.cli.explain import attention, attribution
 from modernbert.cli.finetune import finetune
 from modernbert.cli.info import info
+from modernbert.cli.messages import InterruptedCommandError, say, warnings_shown
 from modernbert.cli.pretrain import evaluate, prepare_data, pretrain, train_tokenizer
 from modernbert.cli.quantize import quantize
 from modernbert.cli.run import embed, run, score
+
+
+class _Command(typer.core.TyperCommand):
+    """A command that refuses an option given twice, where it would keep the last one in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = self.make_parser(ctx).parse_args(args=list(args))[2] if args else []
+        for option in given:
+            once = option.param_type_name == "option" and not option.multiple and not getattr(option, "is_flag", False)
+            if once and (times := given.count(option)) > 1:
+                ctx.fail(f"{option.opts[0]} is given {times} times; give it once")
+        return super().parse_args(ctx, args)
+
 
 app = typer.Typer(
     name="modernbert",
@@ -37,6 +53,11 @@ app.command("pretrain")(pretrain)
 app.command()(evaluate)
 app.command()(convert)
 app.command()(quantize)
+for _registered in (*app.registered_commands, *finetune.registered_commands):
+    _registered.cls = _Command
+
+
+_INTERRUPTED = 130  # exit code, as of a process that the signal ended
 
 
 def _version(value: bool) -> None:
@@ -54,16 +75,22 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; bad input ends with one line on standard error and exit code 2."""
-    try:
-        code = app(args=arguments, standalone_mode=False)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        message = _message(error)
-        if message is None:
-            raise
-        typer.echo(f"modernbert: {message}", err=True)
-        sys.exit(2)
+    with warnings_shown():
+        try:
+            code = app(args=arguments, standalone_mode=False)
+        except InterruptedCommandError as error:
+            say(error)
+            sys.exit(_INTERRUPTED)
+        except KeyboardInterrupt:
+            code = _INTERRUPTED
+        except Exception as error:
+            message = _message(error)
+            if message is None:
+                raise
+            say(message)
+            sys.exit(2)
+    if code == _INTERRUPTED:
+        say("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 

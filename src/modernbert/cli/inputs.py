@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from modernbert.errors import InputError
-from modernbert.records.reading import Record, sure
+from modernbert.errors import InputError, listed, shown
+from modernbert.records.reading import SUFFIXES, Record, sure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,30 @@ def from_arguments(texts: list[str], form: Form, fixed: Record) -> Iterator[Any]
         yield text if form.fields == ("text",) else {**fixed, missing[0]: text}
 
 
+def check_arguments(texts: list[str]) -> None:
+    """Refuse arguments that are meant as files: what would be answered is their name.
+
+    Raises:
+        InputError: an argument names a file or a folder, or has no space and ends like a file that is read.
+    """
+    for text in texts:
+        stdin = "a text that reads so is given on standard input"
+        with contextlib.suppress(OSError):  # too long for a name
+            if Path(text).is_file():
+                raise InputError(f"{text} is a file; did you mean --file {text}? ({stdin})")
+            if Path(text).is_dir() and os.sep in text:
+                raise InputError(f"{text} is a folder; give a file with --file ({stdin})")
+        if text.lower().endswith(SUFFIXES) and not any(map(str.isspace, text)):
+            raise InputError(f"{text} is an argument that ends like a file, and there is no such file ({stdin})")
+
+
 def from_records(
-    records: Iterable[Record | InputError], form: Form, fixed: Record, columns: dict[str, list[str]], name: str
+    records: Iterable[Record | InputError],
+    form: Form,
+    fixed: Record,
+    columns: dict[str, list[str]],
+    name: str,
+    go_on: bool = False,
 ) -> Iterator[tuple[Any, Record | None]]:
     """Inputs of records, each with the record where that has more columns than one of text. Errors pass through.
 
@@ -77,47 +101,90 @@ def from_records(
         fixed: fields that an option gave. A list that is missing then takes all records together.
         columns: the columns that each field is in, where they are not called like it.
         name: of the file, for messages.
+        go_on: give the error in the place of an input that a record lacks a field of. What a table lacks, all its rows
+            do; that is raised all the same.
     """
+    table = name.lower().endswith((".csv", ".tsv", ".parquet"))
     if form.many is not None and set(form.fields) - set(fixed) == {form.many}:
         column = columns.get(form.many) or columns.get("text")
-        yield {**fixed, form.many: [_field(sure(record), "text", column, name) for record in records]}, None
+        try:
+            numbered = enumerate(map(sure, records), 1)
+            items = [
+                record[_columns(record, "text", column, name if table else f"{name}, record {number},")[0]]
+                for number, record in numbered
+            ]
+        except InputError as error:
+            if not go_on:
+                raise
+            yield error, None
+            return
+        if items:
+            yield {**fixed, form.many: items}, None
         return
-    for record in records:
+    for number, record in enumerate(records, 1):
         if isinstance(record, InputError):
             yield record, None
             continue
-        values: Record = dict(fixed)
-        for field in form.fields:
-            if field in fixed:
-                continue
+        where = name if table else f"{name}, record {number},"
+        row = None if set(record) == {"text"} else record
+        try:
+            sources = _sources(record, form, fixed, columns, where)
+        except InputError as error:
+            if table or not go_on:
+                raise
+            yield error, row
+            continue
+        try:
+            values = fixed | {field: _value(record, wanted, field == form.many) for field, wanted in sources.items()}
+        except InputError as error:
+            error = InputError(f"{name}, record {number}, {error}")
+            if not go_on:
+                raise error from None
+            yield error, row
+            continue
+        yield values["text"] if set(values) == {"text"} else values, row
+
+
+def _sources(
+    record: Record, form: Form, fixed: Record, columns: dict[str, list[str]], where: str
+) -> dict[str, list[str]]:
+    """The columns of a record that each field is read from."""
+    found = {}
+    for field in form.fields:
+        if field not in fixed:
             plain = field == form.main and field not in record and field not in columns and set(record) == {"text"}
-            source = ["text"] if plain else columns.get(field)
-            values[field] = _field(record, field, source, name, many=field == form.many)
-        for field in form.optional:
-            if field in columns or field in record:
-                values[field] = _field(record, field, columns.get(field), name)
-        yield values["text"] if set(values) == {"text"} else values, None if set(record) == {"text"} else record
+            found[field] = _columns(record, field, ["text"] if plain else columns.get(field), where)
+    for field in form.optional:
+        if field in columns or field in record:
+            found[field] = _columns(record, field, columns.get(field), where)
+    return found
 
 
-def _field(record: Record, field: str, columns: list[str] | None, name: str, many: bool = False) -> Any:
+def _columns(record: Record, field: str, columns: list[str] | None, where: str) -> list[str]:
     wanted = columns or [field]
     for column in wanted:
         if column not in record:
             raise InputError(
-                f"{name} has the columns {', '.join(map(str, record)) or 'none'} and no {column!r}; say which one is "
-                f"the {field} with --column {field}=NAME"
+                f"{where} has the columns {listed(record) or 'none'} and no {shown(column)}; say which one is the "
+                f"{field} with --column {field}=NAME"
             )
-    values = [record[column] for column in wanted]
+    return wanted
+
+
+def _value(record: Record, columns: list[str], many: bool) -> Any:
+    values = [record[column] for column in columns]
     if not many:
         return values[0]
     if len(values) > 1:
-        return [value for value in values if value not in (None, "")]
+        while values and values[-1] in (None, ""):  # a row may have fewer than others; a gap would shift their numbers
+            values.pop()
+        return values
     if isinstance(values[0], str):  # a table's cell
         try:
             return json.loads(values[0])
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(
-                f"{name}: the column {wanted[0]!r} holds no JSON list; name several columns instead"
+                f"holds no JSON list in the column {shown(columns[0])}; name several columns instead"
             ) from None
     return values[0]
 
@@ -131,7 +198,9 @@ def parse_columns(given: list[str], form: Form) -> dict[str, list[str]]:
         if not equals:
             field, column = form.main, entry
         if field not in known:
-            raise InputError(f"--column {entry}: there is no {field!r}; this task has {', '.join(known)}")
+            raise InputError(f"--column {entry}: there is no {shown(field)}; this task has {', '.join(known)}")
+        if field in out and field != form.many:
+            raise InputError(f"--column {entry}: {field} has the column {out[field][0]} already; give one")
         out.setdefault(field, []).extend(column.split(",") if field == form.many else [column])
     return out
 
@@ -143,19 +212,22 @@ def parse_options(given: list[str]) -> dict[str, Any]:
         name, equals, value = entry.partition("=")
         if not equals or not name:
             raise InputError(f"--option {entry!r}: write name=value, such as top_k=3")
+        name = name.replace("-", "_")
+        if name in out:
+            raise InputError(f"--option {name} is given twice; give it once")
         try:
-            out[name.replace("-", "_")] = json.loads(value)
-        except ValueError:
-            out[name.replace("-", "_")] = value
+            out[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            out[name] = value
     return out
 
 
 def fingerprint(path: Path | None) -> Any:
     """What tells one input file from another: its place, size and time of change."""
     if path is None:
-        return "standard input"
+        return {"file": "standard input"}
     state = path.stat()
-    return [str(path.resolve()), state.st_size, state.st_mtime_ns]
+    return {"file": str(path.resolve()), "the file's content": [state.st_size, state.st_mtime_ns]}
 
 
 def checkpoint_fingerprint(name_or_folder: str | None, revision: str | None) -> Any:

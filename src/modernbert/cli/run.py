@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from modernbert.cli.inputs import (
+    check_arguments,
     checkpoint_fingerprint,
     fingerprint,
     form_of,
@@ -20,20 +20,31 @@ from modernbert.cli.inputs import (
     parse_columns,
     parse_options,
 )
-from modernbert.errors import InputError
+from modernbert.cli.messages import InterruptedCommandError, counted, errors_in_flags, flags_of, in_flags, say
+from modernbert.errors import InputError, printable
 
 Texts = Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")]
-InputFile = Annotated[Path | None, typer.Option(help="File: .txt, .csv, .tsv, .jsonl or .parquet.")]
+InputFile = Annotated[
+    Path | None, typer.Option(help="One file: .txt (a line a text), .csv, .tsv, .jsonl, .json or .parquet.")
+]
 Column = Annotated[
     list[str] | None, typer.Option(help="Column that holds the text, or FIELD=COLUMN for another field; repeat.")
 ]
 SkipErrors = Annotated[bool, typer.Option("--skip-errors", help="Report inputs that cannot be answered, and go on.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file --output, if it is there.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
 Backend = Annotated[str | None, typer.Option("--attn-implementation", help="auto, eager or sdpa.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens of a forward pass.")]
+
+_LISTED = 10  # inputs that could not be answered, at the end
+# Options in Python -> flags; an option of a task that has no flag of its own goes by --option.
+_LOADING = flags_of(
+    ("model", "task", "tokenizer", "device", "dtype", "revision", "attn_implementation", "batch_tokens")
+)
+_FLAGS = _LOADING | flags_of(("overwrite",))
 
 
 def run(
@@ -54,6 +65,7 @@ def run(
     temperature: Annotated[float | None, typer.Option(help="text-generation: below 1 is sharper.")] = None,
     seed: Annotated[int | None, typer.Option(help="text-generation: makes sampling repeatable.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: any option of the task; repeat.")] = None,
+    overwrite: Overwrite = False,
     skip_errors: SkipErrors = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -72,27 +84,35 @@ def run(
     """
     from modernbert.pipelines import pipeline
 
-    _check_source(texts, file)
-    if output is not None and output.suffix.lower() == ".npy":
-        raise InputError(f"{output}: vectors are written by modernbert embed")
-    if output is not None and as_json:
-        raise InputError("--json prints and --output writes a file; give one of them")
-    task = "fill-mask" if task is None and model is None else task
-    loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
-    serve = pipeline(task, model, tokenizer, device, dtype, **loading)
+    flags = dict(_FLAGS)
+    with errors_in_flags(flags):
+        if output is not None and output.suffix.lower() == ".npy":
+            raise InputError(f"{output}: vectors are written by modernbert embed")
+        _check(texts, file, output, overwrite, as_json)
+        task = "fill-mask" if task is None and model is None else task
+        loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
+        serve = pipeline(task, model, tokenizer, device, dtype, **loading)
     options: dict[str, Any] = parse_options(option or [])
     foreign = sorted(set(options) - set(serve.options))
     if foreign:
         raise InputError(f"{serve.task} has no option {', '.join(foreign)}; there are {', '.join(serve.options)}")
     named: dict[str, Any] = {"top_k": top_k, "targets": target, "candidate_labels": label}
     named |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    options |= {name: value for name, value in named.items() if value not in (None, [])}
+    own = flags_of(named) | {"targets": "--target", "candidate_labels": "--label"}
+    given = {name: value for name, value in named.items() if value not in (None, [])}
+    for name in given:
+        if name not in serve.options:
+            raise InputError(f"{own[name]} is no option of {serve.task}")
+        if name in options:
+            raise InputError(f"{own[name]} and --option {name} are given; give one of them")
+    options |= given
     fixed = {name: value for name, value in (("question", question), ("query", query)) if value is not None}
     foreign = [name for name in fixed if name not in form_of(serve.task).fields]
     if foreign:
         raise InputError(f"--{foreign[0]} is no option of {serve.task}")
-    identity = [model, checkpoint_fingerprint(model, revision), tokenizer, dtype]
-    _answer_all(serve, texts, file, column, fixed, options, output, as_json, skip_errors, identity)
+    flags |= {name: f"--option {name}" for name in serve.options} | own
+    identity = _identity(model, revision, dtype) | {"tokenizer": tokenizer}
+    _answer_all(serve, texts, file, column, fixed, options, output, overwrite, as_json, skip_errors, identity, flags)
 
 
 def score(
@@ -104,6 +124,7 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help='One object a line: {"input": ..., "output": ...}.')] = False,
     stride: Annotated[int | None, typer.Option(help="Long texts: new tokens of each window; half a window.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a window; the model's context.")] = None,
+    overwrite: Overwrite = False,
     skip_errors: SkipErrors = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -119,14 +140,14 @@ def score(
     """
     from modernbert.pipelines import pipeline
 
-    _check_source(texts, file)
-    if output is not None and as_json:
-        raise InputError("--json prints and --output writes a file; give one of them")
-    loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
-    serve = pipeline("text-scoring", model, None, device, dtype, **loading)
+    flags = _FLAGS | flags_of(("stride", "max_length"))
+    with errors_in_flags(flags):
+        _check(texts, file, output, overwrite, as_json)
+        loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
+        serve = pipeline("text-scoring", model, None, device, dtype, **loading)
     options = _given(stride=stride, max_length=max_length)
-    identity = [model, checkpoint_fingerprint(model, revision), dtype]
-    _answer_all(serve, texts, file, column, {}, options, output, as_json, skip_errors, identity)
+    identity = _identity(model, revision, dtype)
+    _answer_all(serve, texts, file, column, {}, options, output, overwrite, as_json, skip_errors, identity, flags)
 
 
 def embed(
@@ -141,6 +162,7 @@ def embed(
     normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length one.")] = False,
     truncate_dim: Annotated[int | None, typer.Option(help="Keep this many first dimensions.")] = None,
     truncation: Annotated[bool, typer.Option("--truncation", help="Cut texts that are too long.")] = False,
+    overwrite: Overwrite = False,
     skip_errors: SkipErrors = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -156,18 +178,25 @@ def embed(
     """
     from modernbert.pipelines import pipeline
 
-    _check_source(texts, file)
-    loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
-    serve = pipeline("sentence-embedding", model, None, device, dtype, **loading)
+    flags = _FLAGS | flags_of(("prompt_name", "prompt", "pooling", "normalize", "truncate_dim", "truncation"))
+    with errors_in_flags(flags):
+        _check(texts, file, output, overwrite, False)
+        loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
+        serve = pipeline("sentence-embedding", model, None, device, dtype, **loading)
     options = _given(prompt_name=prompt_name, prompt=prompt, pooling=pooling, truncate_dim=truncate_dim)
     options |= {name: True for name, on in (("normalize", normalize), ("truncation", truncation)) if on}
-    identity = [model, checkpoint_fingerprint(model, revision), dtype]
-    _answer_all(serve, texts, file, column, {}, options, output, False, skip_errors, identity)
+    identity = _identity(model, revision, dtype)
+    _answer_all(serve, texts, file, column, {}, options, output, overwrite, False, skip_errors, identity, flags)
 
 
 def _given(**values: Any) -> dict[str, Any]:
     """Those that are not None."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _identity(model: str | None, revision: str | None, dtype: str | None) -> dict[str, Any]:
+    """What makes a model another one, for jobs that go on."""
+    return {"model": model, "the model's content": checkpoint_fingerprint(model, revision), "dtype": dtype}
 
 
 def _answer_all(
@@ -178,12 +207,15 @@ def _answer_all(
     fixed: dict[str, Any],
     options: dict[str, Any],
     output: Path | None,
+    overwrite: bool,
     as_json: bool,
     skip_errors: bool,
-    identity: list[Any],
+    identity: dict[str, Any],
+    flags: dict[str, str],
 ) -> None:
     """Answer every input, and print or write the answers as they come."""
     from modernbert.records import ResumableOutput, count_records, read_records
+    from modernbert.records.writing import as_lists, to_json
 
     to_people = output is None and not as_json and sys.stdout.isatty()
     if serve.task == "text-generation" and to_people and serve.can_stream(**options):
@@ -198,22 +230,21 @@ def _answer_all(
         inputs = ((item, None) for item in from_arguments(texts, form, fixed))
         total: int | None = len(texts) if form.many is None else 1
     else:
-        if output is not None and file is not None and output.exists() and output.samefile(file):
-            raise InputError(f"--output and --file are both {output}; name another output")
-        inputs = from_records(read_records(file, skip_errors), form, fixed, columns, name)
-        total = count_records(file) if form.many is None or len(fixed) == 0 else 1
+        inputs = from_records(read_records(file, skip_errors, blank=True), form, fixed, columns, name, skip_errors)
+        total = count_records(file, blank=True) if form.many is None or len(fixed) == 0 else 1
 
-    job = {"task": serve.task, "checkpoint": identity, "options": options, "fields": fixed, "columns": columns}
-    job |= {"input": texts or fingerprint(file)}
-    answered = failed = 0
+    job = {"task": serve.task, **identity, "options": options, **fixed}
+    job |= {f"column of {field}": ", ".join(names) for field, names in columns.items()}
+    job |= {"the list of texts": texts} if texts else fingerprint(file)
+    answered = failed = done = 0
+    failures: dict[int, str] = {}  # the first ones, by their number
     with contextlib.ExitStack() as stack:
-        sink = None if output is None else stack.enter_context(ResumableOutput(output, job))
-        done = 0
-        if sink is not None:
-            done, failed = sink.done, sink.failed
+        stack.enter_context(errors_in_flags(flags))
+        sink = None if output is None else stack.enter_context(ResumableOutput(output, job, overwrite=overwrite))
+        if sink is not None and sink.done:
+            done, failed, failures = sink.done, sink.failed, dict(sink.errors)
             inputs = sink.rest(inputs, lambda pair: None if isinstance(pair[0], InputError) else pair[0])
-        if sink is not None and done:
-            sys.stderr.write(f"modernbert: {sink.partial} holds {done} answers; going on after them\n")
+            say(f"{sink.partial} holds {counted(done, 'answer')}; going on after them")
         waiting: list[tuple[Any, Any]] = []  # inputs whose answers are not there yet
         on_error = "return" if skip_errors else "raise"
         answers = serve.stream(_remembered(inputs, waiting), on_error=on_error, first=done, **options)
@@ -222,30 +253,43 @@ def _answer_all(
             for answer in answers:
                 item, row = waiting.pop(0)
                 record: dict[str, Any] = {"input": None if isinstance(item, InputError) else item}
-                record |= {"error": str(answer)} if isinstance(answer, InputError) else {"output": answer}
+                if isinstance(answer, InputError):
+                    record["error"] = in_flags(str(answer), flags)
+                    failed += 1
+                    if len(failures) < _LISTED:
+                        failures[done + answered + 1] = record["error"]
+                else:
+                    record["output"] = answer
                 if sink is not None:
                     sink.write(record if row is None else {**record, "row": row})
                 elif isinstance(serve, Streamed):
                     pass  # printed as it came
                 elif as_json:
-                    sys.stdout.write(json.dumps(record, ensure_ascii=False, default=_listed) + "\n")
+                    sys.stdout.write(to_json(record, as_lists) + "\n")
                 else:
                     from modernbert.cli.show import show
 
-                    show(item, answer)
+                    show(item, record.get("output", answer))
                 answered += 1
-                failed += "error" in record
                 advance()
         except InputError as error:
             if not waiting or not (file or answered):  # of the file itself, or the only input that there is
                 raise
-            raise InputError(f"{name}, record {done + answered + 1}: {error}") from error
+            raise InputError(f"{name if file else 'input'}, record {done + answered + 1}: {error}") from error
+        except KeyboardInterrupt:
+            if sink is None or not sink.done:
+                raise
+            kept = f"{sink.partial} holds {counted(sink.done, 'answer')}"
+            raise InterruptedCommandError(f"interrupted; {kept}, and the same command goes on after them") from None
         if not answered and not done:
             raise InputError("no text: every line was empty" if file is None else f"no text: {file} holds none")
     if output is not None:
-        sys.stderr.write(f"modernbert: {answered + done} answers in {output}\n")
+        say(f"{counted(answered + done - failed, 'answer')} in {output}")
     if failed:
-        sys.stderr.write(f"modernbert: {failed} of {answered + done} inputs could not be answered\n")
+        for number, reason in failures.items():
+            say(reason if reason.startswith(name) else f"record {number}: {reason}")
+        more = f"; the first {_LISTED} are listed above" if failed > _LISTED else ""
+        say(f"{failed} of {counted(answered + done, 'input')} could not be answered{more}")
         raise typer.Exit(1)
 
 
@@ -272,13 +316,13 @@ class Streamed:
             except InputError as error:
                 if on_error == "raise":
                     raise
-                sys.stdout.write(f"not answered: {error}\n\n")
+                sys.stdout.write(f"not answered: {printable(str(error))}\n\n")
                 yield error
                 continue
             text = item if full else ""
-            sys.stdout.write(text)
+            sys.stdout.write(printable(text, keep="\n\t"))
             for piece in pieces:
-                sys.stdout.write(piece)
+                sys.stdout.write(printable(piece, keep="\n\t"))
                 sys.stdout.flush()
                 text += piece
             sys.stdout.write("\n\n")
@@ -291,18 +335,26 @@ def _remembered(inputs: Iterable[tuple[Any, Any]], waiting: list[tuple[Any, Any]
         yield pair[0]
 
 
-def _listed(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+def _check(texts: list[str] | None, file: Path | None, output: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Refuse what cannot be read or written before a model is loaded for it."""
+    from modernbert.records.writing import check_output
 
-
-def _check_source(texts: list[str] | None, file: Path | None) -> None:
-    """Refuse what cannot be read before a model is loaded for it."""
     if texts and file:
         raise InputError("texts are given both as arguments and by --file; give one of them")
     if not texts and file is None and sys.stdin.isatty():
         raise InputError("no text: give it as an argument, with --file, or on standard input")
+    check_arguments(texts or [])
     if file is not None and not file.exists():
         raise InputError(f"there is no file {file}")
+    if output is None:
+        if overwrite:
+            raise InputError("--overwrite is for --output, which is not given")
+        return
+    if as_json:
+        raise InputError("--json prints and --output writes a file; give one of them")
+    if file is not None and output.exists() and output.samefile(file):
+        raise InputError(f"--output and --file are both {output}; name another output")
+    check_output(output, overwrite)
 
 
 class _ProgressBar:

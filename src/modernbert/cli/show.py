@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from modernbert.errors import printable
 from modernbert.pipelines.checks import short
 
 
@@ -20,11 +21,11 @@ def show(item: Any, output: Any) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if isinstance(output, list) and output and isinstance(output[0], dict) and "generated_text" in output[0]:
         for answer in output:  # the text that it goes on from is in it
-            console.print(Text(f"{answer['generated_text']}\n"))
+            console.print(Text(printable(f"{answer['generated_text']}\n", keep="\n\t")))
         return
-    console.print(Text(_title(item), style="bold"))
+    console.print(Text(printable(_title(item), keep="\n\t"), style="bold"))
     if isinstance(output, Exception):
-        console.print(Text(f"not answered: {output}\n", style="red"))
+        console.print(Text(f"not answered: {printable(str(output))}\n", style="red"))
     elif hasattr(output, "shape"):
         numbers = ", ".join(f"{x:.4f}" for x in output.reshape(-1)[:6])
         console.print(f"{' x '.join(map(str, output.shape))} numbers: {numbers}, ...\n")
@@ -73,7 +74,7 @@ def _table(rows: list[dict[str, Any]], word: str = "word") -> Any:
     names.sort(key=lambda name: name != "score")
     for name in names:
         heading = word if name == "token_str" else _NAMES.get(name, name)
-        table.add_column(heading, justify="right" if isinstance(rows[0][name], int | float) else "left")
+        table.add_column(printable(heading), justify="right" if isinstance(rows[0][name], int | float) else "left")
     for row in rows:
         table.add_row(*(Text(_cell(name, row[name])) for name in names))
     return table
@@ -83,4 +84,4 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     text = " ".join(str(value).split())
-    return text or repr(value)
+    return printable(text) or repr(value)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.checkpoint import read_weights, weight_files, write_weights
-from modernbert.errors import CheckpointError
+from modernbert.errors import CheckpointError, InputError
 from modernbert.files import write_text
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
@@ -139,6 +139,16 @@ class SentenceEncoder(nn.Module):
         self.eval().requires_grad_(False)
         self.model.optimize_for_inference()
         return self
+
+    def encode(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: this model takes ids, and has no tokenizer for texts.
+
+        Raises:
+            InputError: always; it names what takes texts.
+        """
+        raise InputError(
+            "a SentenceEncoder takes ids, not texts; vectors of texts: pipeline('sentence-embedding', folder)(texts)"
+        )
 
     def forward(
         self,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from modernbert.errors import InputError
 from modernbert.pipelines.base import Pipeline
+
+logger = logging.getLogger(__name__)
 
 # Task -> its class, and the small model that comes with the package and serves where none is named, if one does.
 TASKS: dict[str, tuple[str, str | None]] = {
@@ -24,6 +27,7 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "text-generation": ("text_generation.TextGenerationPipeline", "decoder"),
     "text-scoring": ("text_scoring.TextScoringPipeline", "decoder"),
 }
+_COMPARING = ("sentence-embedding", "text-ranking")  # what takes a model that was trained to compare
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 # The task of a checkpoint's own head, where nobody names one.
 _USUAL = {
@@ -86,6 +90,12 @@ def pipeline(
                 f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository"
             )
         model = small_model(small)
+        if task in _COMPARING:
+            logger.warning(
+                "without a model %s is served by the package's small encoder, which was trained to fill masks and never "
+                "to compare texts: it searches badly; name a model that was trained for this",
+                task,
+            )
         dtype = "float32" if dtype is None else dtype
     return cls.load(model, tokenizer, device=device, dtype=dtype, **kwargs)
 

@@ -10,7 +10,9 @@ import abc
 import collections
 import dataclasses
 import itertools
+import logging
 import math
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -19,11 +21,14 @@ import torch
 from tokenizers import Encoding
 
 from modernbert.encoding import TRUNCATIONS, UNLIMITED
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
+from modernbert.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype
-from modernbert.pipelines.checks import check_count, check_text, described, short
+from modernbert.pipelines.checks import check_count, check_iterable, check_text, short
 from modernbert.pipelines.progress import progress_bar
 from modernbert.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _LOADING = ("attn_implementation", "device_map", "quantization_config")
 _PLACES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
@@ -78,6 +83,7 @@ class Pipeline(abc.ABC):
     task: ClassVar[str]
     auto_model: ClassVar[Callable[..., Any]]
     options: ClassVar[tuple[str, ...]] = ()
+    architecture: ClassVar[str | None] = "encoder"  # what its models are; None where either kind serves
 
     def __init__(
         self,
@@ -89,10 +95,9 @@ class Pipeline(abc.ABC):
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        if batch_tokens is not None and batch_tokens < 1:
-            raise InputError(f"batch_tokens is {batch_tokens}; it must be at least 1")
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        for name, value in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
+            if value is not None:
+                check_count(name, value)
         self.batch_tokens = batch_tokens or (_CPU_BUDGET if model.device.type == "cpu" else _GPU_BUDGET)
         self.batch_size = batch_size
         self.defaults = self._checked(defaults)
@@ -104,6 +109,7 @@ class Pipeline(abc.ABC):
         loading = {k: kwargs.pop(k) for k in _LOADING if k in kwargs}
         if isinstance(model, str | Path):
             tokenizer = model if tokenizer is None else tokenizer
+            cls._check_architecture(model, places)
             model = cls.auto_model(model, device=device, dtype=dtype, **places, **loading)
             model.optimize_for_inference()
         elif tokenizer is None:
@@ -119,10 +125,34 @@ class Pipeline(abc.ABC):
             tokenizer = Tokenizer.from_pretrained(tokenizer, **places)
         return cls(model, tokenizer, **kwargs)
 
+    @classmethod
+    def _check_architecture(cls, model: str | Path, places: dict[str, Any]) -> None:
+        """Refuse an encoder where a decoder is needed, and the reverse, in the words of the task."""
+        source = Source.pop_from(model, dict(places))
+        if cls.architecture is None or source.find("config.json") is None:
+            return
+        values = source.read_json("config.json")
+        said = f"{values.get('model_type') or ''} {values.get('architectures') or ''}".lower()
+        if "modernbert" in said and ("decoder" in said) != (cls.architecture == "decoder"):
+            found, wanted = (
+                ("an encoder", "a decoder") if cls.architecture == "decoder" else ("a decoder", "an encoder")
+            )
+            raise InputError(f"{cls.task} needs {wanted}; {model} is {found}")
+
+    def __reduce__(self) -> Any:
+        """Copies, and pipelines in other processes, hold the same weights laid out anew, and give the same bits.
+
+        Weights travel as bytes: a process that was spawned cannot take over the memory of this one.
+        """
+        optimized = any(getattr(module, "packed", None) is not None for module in self.model.modules())
+        return _unpickled, (type(self), pickle.dumps(self.__dict__), optimized)
+
     # Inputs in, answers out
 
     def __call__(self, inputs: Any, *, on_error: str = "raise", progress: bool = False, **options: Any) -> Any:
         """Answer one input, or a list of inputs by a list, or any other iterable by an iterator.
+
+        A text is taken as it is: the line end of a file's line is a part of it, unless the caller takes it off.
 
         Args:
             inputs: what the task takes.
@@ -141,9 +171,7 @@ class Pipeline(abc.ABC):
             if not inputs:
                 raise InputError("inputs is an empty list; give at least one")
             return self.gather(list(self.stream(inputs, **settings)))
-        if isinstance(inputs, Iterable) and not isinstance(inputs, bytes):
-            return self.stream(inputs, **settings)
-        raise InputError(f"inputs is {described(inputs)}; give a text, a list of texts or an iterable of them")
+        return self.stream(_watched(check_iterable("inputs", inputs)), **settings)
 
     def is_one(self, inputs: Any, options: dict[str, Any]) -> bool:
         """Whether this is one input, not several."""
@@ -158,10 +186,10 @@ class Pipeline(abc.ABC):
     ) -> Iterator[Any]:
         """Answers of inputs, in their order, as they come; memory does not grow with their number.
 
-        Arguments as of a call, and `first`, the number of the first input where these go on with others.
+        Arguments as those of a call, and `first`, the number of the first input where these go on with others.
         """
         if on_error not in ("raise", "return"):
-            raise InputError(f"on_error is {on_error!r}; choose raise or return")
+            raise InputError(f"on_error is {shown(on_error)}; choose raise or return")
         settings = self.settle({**self.defaults, **self._checked(options)})
         answers = self._stream(inputs, settings, on_error == "return", itertools.count(first))
         total = len(inputs) if isinstance(inputs, Sequence) else None
@@ -291,7 +319,7 @@ class Pipeline(abc.ABC):
         """Tokens that the model and its tokenizer take at the most."""
         return min(self.model.config.max_position_embeddings, self.tokenizer.model_max_length, UNLIMITED)
 
-    def encode(self, texts: list[Any], pairs: list[Any] | None = None, **options: Any) -> list[Encoding]:
+    def tokenize(self, texts: list[Any], pairs: list[Any] | None = None, **options: Any) -> list[Encoding]:
         """Token encodings of texts or pairs that fit the model's context.
 
         Args:
@@ -306,8 +334,8 @@ class Pipeline(abc.ABC):
         for text in (*texts, *(pairs or ())):
             check_text(text)
         given, length = options.pop("truncation", None), options.pop("max_length", None)
-        if given not in (None, True, False, *TRUNCATIONS):
-            raise InputError(f"truncation is {given!r}; choose True, False or one of {', '.join(TRUNCATIONS)}")
+        if given not in (None, True, False) if not isinstance(given, str) else given not in TRUNCATIONS:
+            raise InputError(f"truncation is {shown(given)}; choose True, False or one of {', '.join(TRUNCATIONS)}")
         longest = self.context if length is None else min(check_count("max_length", length), self.context)
         cut = length is not None if given is None else given not in (False, "do_not_truncate")
         limits: dict[str, Any] = {"truncation": given or True, "max_length": longest} if cut else {}
@@ -319,7 +347,8 @@ class Pipeline(abc.ABC):
             if len(encoding.ids) > longest:
                 both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
                 limit = "the model's context holds" if longest == self.context else "max_length is"
-                raise InputError(f"a text has {len(encoding.ids)} tokens and {limit} {longest}: {short(both)!r}")
+                hint = "; truncation=True cuts it" if "truncation" in self.options else ""
+                raise InputError(f"a text has {len(encoding.ids)} tokens and {limit} {longest}: {short(both)!r}{hint}")
         return list(encodings)
 
     def pack(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -327,6 +356,26 @@ class Pipeline(abc.ABC):
         ids_T = torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64)
         starts = [0, *itertools.accumulate(len(row.ids) for row in rows)]
         return ids_T, torch.tensor(starts, dtype=torch.int32)
+
+
+def _unpickled(cls: type[Pipeline], state: bytes, optimized: bool) -> Pipeline:
+    pipeline = cls.__new__(cls)
+    pipeline.__dict__.update(pickle.loads(state))
+    if optimized:
+        pipeline.model.optimize_for_inference()
+    return pipeline
+
+
+def _watched(inputs: Iterable[Any]) -> Iterator[Any]:
+    """The inputs, with a warning where they seem to be lines of a file with their ends."""
+    lines = 0
+    for item in inputs:
+        lines = lines + 1 if lines >= 0 and isinstance(item, str) and item.endswith("\n") else -1
+        if lines == 2:
+            logger.warning(
+                "texts end with a line end, which is read as a part of them; line.rstrip('\\n') takes it off"
+            )
+        yield item
 
 
 def read(values: torch.Tensor, finish: Callable[[torch.Tensor], Sequence[Any]]) -> Results:

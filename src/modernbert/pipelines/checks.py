@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, printable, shown
 
 
 def check_text(text: Any, what: str = "a text") -> str:
@@ -15,7 +15,8 @@ def check_text(text: Any, what: str = "a text") -> str:
         InputError: it is no string, is empty or blank, or is not valid Unicode.
     """
     if not isinstance(text, str):
-        raise InputError(f"{what} is {described(text)}; it must be a string")
+        keys = f" with {_named(text)}" if isinstance(text, dict) else ""
+        raise InputError(f"{what} is {described(text)}{keys}; it must be a string")
     if not text.strip():
         raise InputError(f"{what} is empty or only spaces; there is nothing to answer")
     try:
@@ -31,14 +32,14 @@ def check_text(text: Any, what: str = "a text") -> str:
 def check_count(name: str, value: Any, least: int = 1) -> int:
     """An option that is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
     return value
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     """An option that is one of a few names."""
-    if value not in allowed:
-        raise InputError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+    if not isinstance(value, str) or value not in allowed:
+        raise InputError(f"{name} is {shown(value)}; choose one of {', '.join(allowed)}")
     return str(value)
 
 
@@ -48,9 +49,41 @@ def check_fields(item: Any, names: Sequence[str], task: str) -> dict[str, Any]:
         raise InputError(f"an input is {described(item)}; {task} takes a dict with {' and '.join(names)}")
     missing = [name for name in names if name not in item]
     if missing:
-        given = ", ".join(map(str, item)) or "nothing"
-        raise InputError(f"an input has {given} and lacks {', '.join(missing)}; {task} takes {' and '.join(names)}")
+        raise InputError(
+            f"an input has {_named(item)} and lacks {', '.join(missing)}; {task} takes {' and '.join(names)}"
+        )
     return item
+
+
+def check_iterable(name: str, values: Any) -> Iterable[Any]:
+    """Several inputs, one after another, in an order that is theirs.
+
+    Raises:
+        InputError: a table, whose own iterator gives the names of its columns; a mapping; a set, which has no order; or
+            nothing that can be gone through.
+    """
+    if hasattr(values, "columns") and not isinstance(values, Mapping):
+        names = list(getattr(values, "column_names", values.columns))
+        first = shown(names[0]) if names else "NAME"
+        raise InputError(
+            f"{name} is {described(values)}, a table with the columns {_named(names)}; give one of them, such as "
+            f"{name}[{first}]"
+        )
+    if isinstance(values, set | frozenset):
+        raise InputError(f"{name} is {described(values)}, which has no order; give a list")
+    if isinstance(values, Mapping | str | bytes | bytearray | memoryview):
+        raise InputError(f"{name} is {described(values)}; give a text, a list of texts or an iterable of them")
+    try:
+        return iter(values)
+    except TypeError:
+        raise InputError(
+            f"{name} is {described(values)}; give a text, a list of texts or an iterable of them"
+        ) from None
+
+
+def _named(keys: Iterable[Any]) -> str:
+    """Names of columns or fields."""
+    return printable(", ".join(map(str, keys)), limit=200) or "nothing"
 
 
 def short(text: Any) -> str:
@@ -61,4 +94,7 @@ def short(text: Any) -> str:
 
 def described(value: Any) -> str:
     """What a value is, for messages."""
-    return "None" if value is None else f"a {type(value).__name__}"
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

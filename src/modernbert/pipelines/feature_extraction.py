@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modernbert.auto import AutoModel
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 from modernbert.models.backbone import Backbone
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 
@@ -24,6 +24,7 @@ class FeatureExtractionPipeline(Pipeline):
 
     task = "feature-extraction"
     auto_model = AutoModel.from_pretrained
+    architecture = None
     options = ("return_tensors", "truncation", "tokenize_kwargs")
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
@@ -35,7 +36,7 @@ class FeatureExtractionPipeline(Pipeline):
         """The tokenizer's options in one place."""
         more = settings.get("tokenize_kwargs") or {}
         if not isinstance(more, dict) or set(more) - set(_TOKENIZE):
-            raise InputError(f"tokenize_kwargs is {more!r}; it may hold {', '.join(_TOKENIZE)}")
+            raise InputError(f"tokenize_kwargs is {shown(more)}; it may hold {', '.join(_TOKENIZE)}")
         more = {name: value for name, value in more.items() if name != "padding"}  # nothing is padded here
         if "truncation" in settings:
             if "truncation" in more:
@@ -45,7 +46,7 @@ class FeatureExtractionPipeline(Pipeline):
 
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """One row a text."""
-        return [Job([Row(e.ids)]) for e in self.encode(items, **settings["tokenize_kwargs"])]
+        return [Job([Row(e.ids)]) for e in self.tokenize(items, **settings["tokenize_kwargs"])]
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Hidden states (tokens, hidden) of each row."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from modernbert.auto import AutoModelForMaskedLM
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 from modernbert.models.masked_lm import ModernBertForMaskedLM
 from modernbert.pipelines.base import Job, Pipeline, Row
-from modernbert.pipelines.checks import check_count, short
+from modernbert.pipelines.checks import check_count, check_text, short
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +23,9 @@ class FillMaskPipeline(Pipeline):
     """Fills the masks of texts.
 
     A call takes a text, a list of texts or an iterable of them, and the options `top_k` (answers a mask, 5) and
-    `targets` (the only words to consider). Where a mask stands for a word after a space, a target means the word
-    with that space, which is how the vocabulary spells it.
+    `targets` (the only words to consider). A target means what the vocabulary has one token for: the word as it stands,
+    or with a space before it, which is how words within a text are spelled. Where there are both, the mask decides: one
+    after a space means the word with the space.
 
     For each text it gives a list of {"score", "token", "token_str", "sequence"}, best first; with several masks in
     the text, one such list a mask, in order. "sequence" is the text with this mask filled; with several masks it
@@ -47,14 +48,21 @@ class FillMaskPipeline(Pipeline):
         """Defaults, and `targets` as a list of words or None."""
         targets = settings.get("targets")
         words = [targets] if isinstance(targets, str) else targets
-        if words is not None and (not words or not all(isinstance(w, str) and w.strip() for w in words)):
-            raise InputError(f"targets is {targets!r}; give a word or a list of words")
+        if words is not None:
+            if (
+                not isinstance(words, list | tuple)
+                or not all(isinstance(w, str) and w.strip() for w in words)
+                or not words
+            ):
+                raise InputError(f"targets is {shown(targets)}; give a word or a list of words")
+            for word in words:
+                check_text(word, "a target")
         return {"top_k": check_count("top_k", settings.get("top_k", 5)), "targets": words}
 
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """Ids of the texts, and for each mask the ids of the targets, if there are any."""
         jobs = []
-        for text, encoding in zip(items, self.encode(items), strict=True):
+        for text, encoding in zip(items, self.tokenize(items), strict=True):
             places = [i for i, token in enumerate(encoding.ids) if token == self.tokenizer.mask_token_id]
             if not places:
                 raise InputError(
@@ -69,15 +77,23 @@ class FillMaskPipeline(Pipeline):
 
     def _target(self, word: str, after_space: bool) -> int:
         """Id of the token that a target means; the first one's where the vocabulary has no single token for it."""
-        spelled = f" {word}" if after_space and not word[0].isspace() else word
-        ids = self.tokenizer(spelled, add_special_tokens=False).input_ids
-        if not ids:
-            raise InputError(f"targets holds {word!r}, which makes no token with this tokenizer")
-        if len(ids) > 1:
-            first = self.tokenizer.decode([ids[0]])
-            logger.warning(
-                "target %r is %d tokens of this vocabulary; the first one, %r, is scored", spelled, len(ids), first
-            )
+        spaced = word if word[0].isspace() else f" {word}"
+        spellings = [spaced, word] if after_space else [word, spaced]
+        tokens = [self.tokenizer(spelled, add_special_tokens=False).input_ids for spelled in spellings]
+        single = next((ids for ids in tokens if len(ids) == 1), None)
+        if single is not None:
+            return int(single[0])
+        # A first token that is a space alone says nothing of the word.
+        firsts = [(ids, self.tokenizer.decode(ids[:1])) for ids in tokens if ids]
+        ids, first = next(((ids, first) for ids, first in firsts if first.strip()), (None, ""))
+        if ids is None:
+            raise InputError(f"targets holds {shown(word)}, which makes no token with this tokenizer")
+        logger.warning(
+            "target %s is %d tokens of this vocabulary; the first one, %s, is scored",
+            shown(word),
+            len(ids),
+            shown(first),
+        )
         return int(ids[0])
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from modernbert.auto import AutoModelForMultipleChoice
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 from modernbert.models.multiple_choice import ModernBertForMultipleChoice
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 from modernbert.pipelines.checks import check_fields
@@ -16,7 +16,7 @@ from modernbert.pipelines.checks import check_fields
 class MultipleChoicePipeline(Pipeline):
     """Chooses continuations of prompts.
 
-    A call takes `prompt=` and `choices=` (a text and a list of texts), or a dict {"prompt", "choices"}, a list of these
+    A call takes `prompt` and `choices` (a text and a list of texts), or a dict {"prompt", "choices"}, a list of these
     or an iterable of them; prompts may have different numbers of choices. Options: `truncation` (cut pairs over the
     context instead of refusing them).
 
@@ -33,8 +33,10 @@ class MultipleChoicePipeline(Pipeline):
             raise InputError(f"{self.task} needs a multiple choice model; this is a {type(model).__name__}")
         super().__init__(model, tokenizer, **options)
 
-    def __call__(self, inputs: Any = None, *, prompt: Any = None, choices: Any = None, **options: Any) -> Any:
-        """Answer inputs; see the class and `Pipeline.__call__`."""
+    def __call__(self, inputs: Any = None, choices: Any = None, *, prompt: Any = None, **options: Any) -> Any:
+        """Answer inputs, or `(prompt, choices)`; see the class and `Pipeline.__call__`."""
+        if choices is not None and prompt is None:
+            inputs, prompt = None, inputs
         if (inputs is None) == (prompt is None and choices is None):
             raise InputError("give prompt and choices, or dicts that hold them, and not both")
         return super().__call__({"prompt": prompt, "choices": choices} if inputs is None else inputs, **options)
@@ -46,9 +48,9 @@ class MultipleChoicePipeline(Pipeline):
             check_fields(item, ["prompt", "choices"], self.task)
             choices = item["choices"]
             if not isinstance(choices, list | tuple) or not choices:
-                raise InputError(f"choices is {choices!r}; give a list of at least one text")
+                raise InputError(f"choices is {shown(choices)}; give a list of at least one text")
             cut = {"truncation": settings.get("truncation", False)}
-            encodings = self.encode([item["prompt"]] * len(choices), list(choices), **cut)
+            encodings = self.tokenize([item["prompt"]] * len(choices), list(choices), **cut)
             jobs.append(Job([Row(encoding.ids) for encoding in encodings], list(choices)))
         return jobs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,20 +13,20 @@ from modernbert.auto import AutoModelForQuestionAnswering
 from modernbert.errors import InputError
 from modernbert.models.question_answering import ModernBertForQuestionAnswering
 from modernbert.pipelines.base import Job, Pipeline, Row
-from modernbert.pipelines.checks import check_count, check_fields, check_text, short
+from modernbert.pipelines.checks import check_count, check_fields, check_iterable, check_text, short
 
 
 class QuestionAnsweringPipeline(Pipeline):
     """Finds answers in texts.
 
-    A call takes `question=` and `context=` (texts, or lists of them; one context may serve many questions), or a dict
+    A call takes `question` and `context` (texts, or lists of them; one context may serve many questions), or a dict
     {"question", "context"}, a list of these or an iterable of them. Options:
 
     - `top_k` (1): answers a question;
     - `max_seq_len` (384 or the model's context): tokens of a window, question and special tokens included; a longer
       context is read in windows;
     - `doc_stride` (128, or half a window): tokens that windows share;
-    - `max_question_len`: longest question, in tokens; where silent, what leaves room for the context;
+    - `max_question_len`: longest question, in tokens; if not given, what leaves room for the context;
     - `max_answer_len` (15): longest answer, in tokens;
     - `handle_impossible_answer` (False): let "" be an answer, scored by the first token;
     - `align_to_words` (True): widen an answer to whole words.
@@ -52,8 +52,10 @@ class QuestionAnsweringPipeline(Pipeline):
             raise InputError(f"{self.task} needs a question answering model; this is a {type(model).__name__}")
         super().__init__(model, tokenizer, **options)
 
-    def __call__(self, inputs: Any = None, *, question: Any = None, context: Any = None, **options: Any) -> Any:
-        """Answer inputs; see the class and `Pipeline.__call__`."""
+    def __call__(self, inputs: Any = None, context: Any = None, *, question: Any = None, **options: Any) -> Any:
+        """Answer inputs, or `(question, context)`; see the class and `Pipeline.__call__`."""
+        if context is not None and question is None:
+            inputs, question = None, inputs
         if (inputs is None) == (question is None and context is None):
             raise InputError("give question and context, or dicts that hold them, and not both")
         return super().__call__(_paired(question, context) if inputs is None else inputs, **options)
@@ -207,6 +209,4 @@ def _paired(question: Any, context: Any) -> Any:
 
 
 def _listed(name: str, values: Any) -> list[Any]:
-    if not isinstance(values, Iterable):
-        raise InputError(f"{name} is a {type(values).__name__}; give a text or a list of texts")
-    return list(values)
+    return list(check_iterable(name, values))

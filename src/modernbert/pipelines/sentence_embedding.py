@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, listed, shown
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.sentence_encoder import SentenceEncoder
@@ -22,6 +23,8 @@ from modernbert.ops.pooling import POOLINGS
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_text
 from modernbert.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Vectors = NDArray[np.float32]
 
@@ -57,7 +60,13 @@ class EmbeddingPipeline(Pipeline):
             if inner and source.find("tokenizer.json") is None:
                 where = dataclasses.asdict(source) | {"subfolder": f"{source.subfolder}/{inner}".lstrip("/")}
                 tokenizer = Tokenizer.from_pretrained(where.pop("name_or_folder"), **where)
-        return super().load(model, tokenizer, **kwargs)
+        pipeline = super().load(model, tokenizer, **kwargs)
+        if isinstance(model, str | Path) and not pipeline.model.is_layout:
+            logger.info(
+                "%s says nothing of vectors: they are means of its states, and compare well only if it was trained for that",
+                model,
+            )
+        return pipeline
 
     @property
     def embedding(self) -> EmbeddingSettings:
@@ -95,8 +104,8 @@ class EmbeddingPipeline(Pipeline):
         name = self.embedding.default_prompt_name if name is None else name
         if name is None:
             return ""
-        if name not in prompts:
-            raise InputError(f"prompt_name is {name!r}; the checkpoint has {', '.join(prompts) or 'no prompts'}")
+        if not isinstance(name, str) or name not in prompts:
+            raise InputError(f"prompt_name is {shown(name)}; the checkpoint has {listed(prompts) or 'no prompts'}")
         return prompts[name]
 
     def skipped(self, prompt: str) -> int:
@@ -154,7 +163,7 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
     - `normalize`: vectors of length one, also where the checkpoint does not make them so;
     - `truncate_dim`: keep this many first dimensions, for checkpoints trained so (Matryoshka);
     - `multi_vector`: a vector for every token (late interaction), each of length one; see `maxsim`;
-    - `truncation`: cut texts over the context; where silent, they are cut if the checkpoint is a folder of
+    - `truncation`: cut texts over the context; if not given, they are cut if the checkpoint is a folder of
       sentence-transformers, as that library does, and refused otherwise.
 
     For each text it gives a float32 array (dimensions,), or (spans, dimensions), or (tokens, dimensions). A list of
@@ -163,6 +172,34 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
 
     task = "sentence-embedding"
     options = ("prompt_name", "prompt", "pooling", "normalize", "truncate_dim", "multi_vector", "truncation")
+
+    def encode(
+        self,
+        sentences: Any,
+        *,
+        normalize_embeddings: bool | None = None,
+        show_progress_bar: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Vectors of a text or of texts: a call, under the name that users of sentence-transformers type.
+
+        Args:
+            sentences: a text, or a list or an iterable of texts.
+            normalize_embeddings: the option `normalize` of a call.
+            show_progress_bar: the argument `progress` of a call.
+            options: everything else that a call takes, such as `prompt_name`, `prompt` and `truncate_dim`.
+
+        Returns:
+            What a call returns: for a text (dimensions,), for a list (texts, dimensions), float32.
+
+        Raises:
+            InputError: a text or an option cannot be served.
+        """
+        if normalize_embeddings is not None:
+            options.setdefault("normalize", normalize_embeddings)
+        if show_progress_bar is not None:
+            options.setdefault("progress", show_progress_bar)
+        return self(sentences, **options)
 
     def gather(self, answers: list[Any]) -> Any:
         """One array of vectors, where each text has one."""
@@ -200,7 +237,7 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
         for text in texts:
             check_text(text)
         prompt = settings["prompt"]
-        encodings = self.encode([prompt + text for text in texts], truncation=settings["truncation"])
+        encodings = self.tokenize([prompt + text for text in texts], truncation=settings["truncation"])
         jobs = []
         for item, text, encoding in zip(items, texts, encodings, strict=True):
             spans = item.get("spans") if isinstance(item, dict) else None
@@ -223,18 +260,18 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
 def _token_spans(encoding: Encoding, spans: Any, text: str, shift: int) -> list[tuple[int, int]]:
     """Tokens of each span of characters, which are `shift` further in what was tokenized."""
     if not isinstance(spans, list | tuple) or not spans:
-        raise InputError(f"spans is {spans!r}; give a list of pairs of characters, (start, end)")
+        raise InputError(f"spans is {shown(spans)}; give a list of pairs of characters, (start, end)")
     out = []
     offsets = encoding.offsets
     real = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
     for span in spans:
         pair = tuple(span) if isinstance(span, list | tuple) else ()
         if len(pair) != 2 or not all(isinstance(x, int) for x in pair) or not 0 <= pair[0] < pair[1] <= len(text):
-            raise InputError(f"spans holds {span!r}; the text has characters 0 to {len(text)}")
+            raise InputError(f"spans holds {shown(span)}; the text has characters 0 to {len(text)}")
         start, end = pair[0] + shift, pair[1] + shift
         inside = [i for i in real if offsets[i][0] < end and offsets[i][1] > start]
         if not inside:
-            raise InputError(f"spans holds {span!r}, where no token is, or none within the context of the model")
+            raise InputError(f"spans holds {shown(span)}, where no token is, or none within the context of the model")
         out.append((inside[0], inside[-1] + 1))
     return out
 

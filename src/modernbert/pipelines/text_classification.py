@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from modernbert.auto import AutoModelForSequenceClassification
-from modernbert.errors import InputError
+from modernbert.errors import InputError, listed
 from modernbert.models.decoder_classification import ModernBertDecoderForSequenceClassification
 from modernbert.models.sequence_classification import ModernBertForSequenceClassification
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
@@ -25,6 +25,7 @@ class ClassifierPipeline(Pipeline):
     """Base of the tasks that ask a classifier of texts: rows in, logits out."""
 
     auto_model = AutoModelForSequenceClassification.from_pretrained
+    architecture = None
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
         if not isinstance(model, ModernBertForSequenceClassification | ModernBertDecoderForSequenceClassification):
@@ -42,7 +43,7 @@ class TextClassificationPipeline(ClassifierPipeline):
     """Labels of texts.
 
     A call takes a text, a pair as {"text", "text_pair"}, a list of these or an iterable of them, and the options
-    `top_k` (labels a text; 1, and None for all), `function_to_apply` ("sigmoid", "softmax", "none"; where silent,
+    `top_k` (labels a text; 1, and None for all), `function_to_apply` ("sigmoid", "softmax", "none"; if not given,
     softmax over several labels, sigmoid over one or over several that are not exclusive, none for regression),
     `truncation` and `max_length` (cut texts over the context instead of refusing them; `padding` is taken and changes
     nothing, as nothing is padded).
@@ -78,17 +79,17 @@ class TextClassificationPipeline(ClassifierPipeline):
         cut: dict[str, Any] = {name: settings[name] for name in ("truncation", "max_length") if name in settings}
         if any(isinstance(item, dict) for item in items):
             return [Job([Row(self._encode_one(item, cut))]) for item in items]
-        return [Job([Row(encoding.ids)]) for encoding in self.encode(items, **cut)]
+        return [Job([Row(encoding.ids)]) for encoding in self.tokenize(items, **cut)]
 
     def _encode_one(self, item: Any, cut: dict[str, Any]) -> list[int]:
         if not isinstance(item, dict):
-            return self.encode([item], **cut)[0].ids
+            return self.tokenize([item], **cut)[0].ids
         check_fields(item, ["text"], self.task)
         unknown = set(item) - {"text", "text_pair"}
         if unknown:
-            raise InputError(f"an input has {', '.join(sorted(map(str, unknown)))}; a pair has text and text_pair")
+            raise InputError(f"an input has {listed(sorted(map(str, unknown)))}; a pair has text and text_pair")
         pair = item.get("text_pair")
-        return self.encode([item["text"]], None if pair is None else [pair], **cut)[0].ids
+        return self.tokenize([item["text"]], None if pair is None else [pair], **cut)[0].ids
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:
         """The best labels."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from modernbert.auto import AutoModelForCausalLM
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 from modernbert.generation.options import GenerationOptions
 from modernbert.generation.text import TextPieces
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
@@ -35,9 +35,9 @@ class TextGenerationPipeline(Pipeline):
 
     A call takes a text, a list of texts or an iterable of them, and the options of `GenerationOptions`, the usual ones
     being `max_new_tokens`, `do_sample`, `temperature`, `num_return_sequences` and `stop_strings` (or `stop_sequence`).
-    Where silent it samples at a temperature of 0.7, up to 256 tokens and the end of the model's context. `seed` makes
-    that repeatable: each input draws from a stream of its own, by the seed and its number, so that its text does not
-    depend on the others. `return_full_text=False` leaves the prompt out, `return_tensors=True` gives ids in the place
+    If nothing is given it samples at a temperature of 0.7, up to 256 tokens and the end of the model's context. `seed`
+    makes that repeatable: each input draws from a stream of its own, by the seed and its number, so that its text does
+    not depend on the others. `return_full_text=False` leaves the prompt out, `return_tensors=True` gives ids instead
     of text, and `add_special_tokens=False` gives the prompt to the model without any.
 
     For each text it gives a list of `num_return_sequences` {"generated_text"} or {"generated_token_ids"}.
@@ -45,6 +45,7 @@ class TextGenerationPipeline(Pipeline):
 
     task = "text-generation"
     auto_model = AutoModelForCausalLM.from_pretrained
+    architecture = "decoder"
     options = (*_GENERATION, *_OWN)
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
@@ -70,7 +71,7 @@ class TextGenerationPipeline(Pipeline):
         if seed is None:
             seed = int(torch.randint(2**31, ()))  # PyTorch's own seed decides
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-            raise InputError(f"seed is {seed!r}; it must be a whole number from 0 to {2**32 - 1}")
+            raise InputError(f"seed is {shown(seed)}; it must be a whole number from 0 to {2**32 - 1}")
         defaults: dict[str, Any] = {}
         if "do_sample" not in given and "num_beams" not in given:
             defaults["do_sample"] = True
@@ -86,7 +87,7 @@ class TextGenerationPipeline(Pipeline):
         special = settings["add_special_tokens"] is not False
         texts = max(options.num_beams, options.num_return_sequences)
         jobs = []
-        for text, encoding in zip(items, self.encode(items, add_special_tokens=special), strict=True):
+        for text, encoding in zip(items, self.tokenize(items, add_special_tokens=special), strict=True):
             length = len(encoding.ids)
             if options.max_length is None and options.max_new_tokens is None:
                 limit = max(1, min(max(_NEW_TOKENS, options.min_new_tokens), self.context - length))
@@ -145,7 +146,7 @@ class TextGenerationPipeline(Pipeline):
         Args:
             text: the prompt.
             number: of the input, where this is one of several; the same text as in a call comes of the same number.
-            options: as of a call; one text, and no beams.
+            options: as those of a call; one text, and no beams.
 
         Raises:
             InputError: the prompt or an option cannot be served.

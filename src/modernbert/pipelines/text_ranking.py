@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from modernbert.auto import kind_of
-from modernbert.errors import CheckpointError, InputError
+from modernbert.errors import CheckpointError, InputError, shown
 from modernbert.hub import Source
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.sentence_layout import SETTINGS, settings_of
 from modernbert.pipelines.base import Job, Pipeline, Row
-from modernbert.pipelines.checks import check_count, check_fields, check_text
+from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_text
 from modernbert.pipelines.sentence_embedding import EmbeddingPipeline, Spans, maxsim
 from modernbert.pipelines.text_classification import ClassifierPipeline
 
@@ -48,10 +48,10 @@ class TextRankingPipeline(Pipeline, abc.ABC):
     its checkpoint names, or the sigmoid); any other checkpoint compares their vectors, with the prompts "query" and
     "document" where it has them, by the similarity it names, or by MaxSim where it keeps a vector for every token.
 
-    A call takes `query=` and `documents=` (a text and a list of texts), or a dict {"query", "documents"}, a list of
+    A call takes `query` and `documents` (a text and a list of texts), or a dict {"query", "documents"}, a list of
     these or an iterable of them. Options: `top_k` (documents to give; all), `activation` ("sigmoid", "none", "tanh";
     for cross-encoders), `prompt` (what to put before the query; for cross-encoders, whose checkpoint may name one),
-    `truncation` (cut texts over the context; where silent, they are cut if the checkpoint is in
+    `truncation` (cut texts over the context; if not given, they are cut if the checkpoint is in
     sentence-transformers' layout, and refused otherwise).
 
     For each query it gives a list of {"index", "score", "text"}, best first; "index" is the document's number from 0.
@@ -74,8 +74,10 @@ class TextRankingPipeline(Pipeline, abc.ABC):
             chosen = CrossEncoderRanking
         return chosen.load(model, tokenizer, **kwargs)  # type: ignore[return-value]
 
-    def __call__(self, inputs: Any = None, *, query: Any = None, documents: Any = None, **options: Any) -> Any:
-        """Answer inputs; see the class and `Pipeline.__call__`."""
+    def __call__(self, inputs: Any = None, documents: Any = None, *, query: Any = None, **options: Any) -> Any:
+        """Answer inputs, or `(query, documents)`; see the class and `Pipeline.__call__`."""
+        if documents is not None and query is None:
+            inputs, query = None, inputs
         if (inputs is None) == (query is None and documents is None):
             raise InputError("give query and documents, or dicts that hold them, and not both")
         return super().__call__({"query": query, "documents": documents} if inputs is None else inputs, **options)
@@ -88,7 +90,7 @@ class TextRankingPipeline(Pipeline, abc.ABC):
             check_text(item["query"], "a query")
             documents = item["documents"]
             if not isinstance(documents, list | tuple) or not documents:
-                raise InputError(f"documents is {documents!r}; give a list of at least one text")
+                raise InputError(f"documents is {shown(documents)}; give a list of at least one text")
             for document in documents:
                 check_text(document, "a document")
             jobs.append(Job(self.rows(item["query"], list(documents), settings), list(documents)))
@@ -133,18 +135,17 @@ class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Defaults, checked."""
         name = settings.get("activation") or "sigmoid"
-        if name not in ACTIVATIONS:
-            raise InputError(f"activation is {name!r}; choose one of {', '.join(ACTIVATIONS)}")
+        check_choice("activation", name, tuple(ACTIVATIONS))
         prompt = settings.get("prompt") or ""
         if not isinstance(prompt, str):
-            raise InputError(f"prompt is {prompt!r}; it must be a string")
+            raise InputError(f"prompt is {shown(prompt)}; it must be a string")
         cut = settings.get("truncation", False)
         return {**_common(settings), "activation": name, "prompt": prompt, "truncation": cut}
 
     def rows(self, query: str, documents: list[str], settings: dict[str, Any]) -> list[Row]:
         """One row a document, together with the query."""
         asked = settings["prompt"] + query
-        pairs = self.encode([asked] * len(documents), documents, truncation=settings["truncation"])
+        pairs = self.tokenize([asked] * len(documents), documents, truncation=settings["truncation"])
         return [Row(encoding.ids) for encoding in pairs]
 
     def scores(self, results: list[Any], settings: dict[str, Any]) -> list[float]:
@@ -177,7 +178,7 @@ class EmbeddingRanking(TextRankingPipeline, EmbeddingPipeline):
         out = []
         for prompt, texts in ((settings["query"], [query]), (settings["document"], documents)):
             skip = self.skipped(prompt)
-            for encoding in self.encode([prompt + text for text in texts], truncation=settings["truncation"]):
+            for encoding in self.tokenize([prompt + text for text in texts], truncation=settings["truncation"]):
                 length = len(encoding.ids)
                 out.append(Row(encoding.ids, Spans([(min(skip, length), length)])))
         return out

@@ -33,6 +33,7 @@ class TextScoringPipeline(Pipeline):
 
     task = "text-scoring"
     auto_model = AutoModelForCausalLM.from_pretrained
+    architecture = "decoder"
     options = ("max_length", "stride", "add_special_tokens")
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:

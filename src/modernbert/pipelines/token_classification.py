@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from modernbert.auto import AutoModelForTokenClassification
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 from modernbert.models.token_classification import ModernBertForTokenClassification
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 from modernbert.pipelines.checks import check_choice, check_count, check_text, short
@@ -87,10 +87,10 @@ class TokenClassificationPipeline(Pipeline):
         ignore = settings.get("ignore_labels")
         ignore = ["O"] if ignore is None else [ignore] if isinstance(ignore, str) else ignore
         if not isinstance(ignore, list | tuple | set) or not all(isinstance(label, str) for label in ignore):
-            raise InputError(f"ignore_labels is {ignore!r}; give a list of labels")
+            raise InputError(f"ignore_labels is {shown(ignore)}; give a list of labels")
         delimiter = settings.get("delimiter")
         if delimiter is not None and not isinstance(delimiter, str):
-            raise InputError(f"delimiter is {delimiter!r}; it must be a string")
+            raise InputError(f"delimiter is {shown(delimiter)}; it must be a string")
         return {
             "strategy": check_choice("aggregation_strategy", strategy, STRATEGIES),
             "ignore": set(ignore),
@@ -105,7 +105,7 @@ class TokenClassificationPipeline(Pipeline):
             for words in items:
                 if not isinstance(words, list | tuple) or not words:
                     raise InputError(
-                        f"an input is {words!r}; with is_split_into_words it is a list of words, not empty"
+                        f"an input is {shown(words)}; with is_split_into_words it is a list of words, not empty"
                     )
                 check_text(settings["delimiter"].join(check_text(word, "a word") for word in words))
         else:

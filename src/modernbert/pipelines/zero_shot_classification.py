@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, listed, shown
 from modernbert.pipelines.base import Job, Row
 from modernbert.pipelines.text_classification import ClassifierPipeline
 
@@ -28,6 +28,15 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
     task = "zero-shot-classification"
     options = ("candidate_labels", "hypothesis_template", "multi_label", "truncation")
 
+    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
+        super().__init__(model, tokenizer, **options)
+        if not self._entailing and self.model.config.num_labels > 1:
+            logger.warning(
+                "the model's labels are %s and none begins with 'entail': it was not trained on entailment, and the "
+                "scores of its last label, which are taken, mean little",
+                listed(self.model.config.label2id),
+            )
+
     def __call__(self, inputs: Any, candidate_labels: Any = None, **options: Any) -> Any:
         """Answer inputs; see the class and `Pipeline.__call__`."""
         if candidate_labels is not None:
@@ -35,29 +44,29 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
         return super().__call__(inputs, **options)
 
     @property
+    def _entailing(self) -> list[int]:
+        return [i for label, i in self.model.config.label2id.items() if label.lower().startswith("entail")]
+
+    @property
     def entailment_id(self) -> int:
         """Number of the label that says that the hypothesis follows; the last one where none is named so."""
-        found = [i for label, i in self.model.config.label2id.items() if label.lower().startswith("entail")]
-        if not found:
-            names = ", ".join(self.model.config.label2id)
-            logger.warning("none of the labels %s begins with 'entail'; the last one is taken for it", names)
-        return found[0] if found else self.model.config.num_labels - 1
+        return next(iter(self._entailing), self.model.config.num_labels - 1)
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """`candidate_labels` as a list of labels, and the other defaults."""
         given = settings.get("candidate_labels")
         labels = [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
         if not isinstance(labels, list | tuple) or not all(isinstance(x, str) for x in labels):
-            raise InputError(f"candidate_labels is {given!r}; give a list of labels")
+            raise InputError(f"candidate_labels is {shown(given)}; give a list of labels")
         if not labels or not all(label.strip() for label in labels):
-            raise InputError(f"candidate_labels is {given!r}; give at least one label, and none that is empty")
+            raise InputError(f"candidate_labels is {shown(given)}; give at least one label, and none that is empty")
         template = settings.get("hypothesis_template", "This example is {}.")
         try:
             filled = isinstance(template, str) and template.format(labels[0]) != template
-        except (IndexError, KeyError, ValueError):
+        except (IndexError, KeyError, ValueError, AttributeError, TypeError):
             filled = False
         if not filled:
-            raise InputError(f"hypothesis_template is {template!r}; it needs {{}} where the label goes")
+            raise InputError(f"hypothesis_template is {shown(template)}; it needs {{}} where the label goes")
         if self.model.config.num_labels < 2:
             raise InputError("the model has one label; entailment needs at least two, and a name that says which")
         return {**settings, "candidate_labels": labels, "hypothesis_template": template, "entail": self.entailment_id}
@@ -67,7 +76,7 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
         labels = settings["candidate_labels"]
         hypotheses = [settings["hypothesis_template"].format(label) for label in labels]
         cut = {"truncation": settings.get("truncation", False)}
-        rows = self.encode([text for text in items for _ in labels], hypotheses * len(items), **cut)
+        rows = self.tokenize([text for text in items for _ in labels], hypotheses * len(items), **cut)
         n = len(labels)
         return [Job([Row(e.ids) for e in rows[i * n : (i + 1) * n]], text) for i, text in enumerate(items)]
 

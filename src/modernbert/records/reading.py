@@ -15,10 +15,16 @@ from modernbert.records.structured import is_dataset, read_conll, read_dataset, 
 Record = dict[str, Any]
 T = TypeVar("T")
 _ROWS_TOGETHER = 1024
+_DEEPEST = 100  # levels of a JSON record
 
 
 def read_records(
-    path: Path | None, go_on: bool = False, *, part: str | None = None, header: Sequence[str] | None = None
+    path: Path | None,
+    go_on: bool = False,
+    *,
+    part: str | None = None,
+    header: Sequence[str] | None = None,
+    blank: bool = False,
 ) -> Iterator[Record | InputError]:
     """Records of a file by its suffix, plain text where that says nothing; standard input without a file.
 
@@ -27,19 +33,21 @@ def read_records(
         go_on: give the error in the place of a line that is no record, and read the lines after it.
         part: which part, of what has several; see `structured.parts_of`.
         header: names of the columns of a table whose first line does not name them.
+        blank: whether a blank line counts, so that record i is line i: in plain text it is a record of an empty text,
+            in .jsonl and in tables an error. Otherwise blank lines are left out, as those at the very end always are.
 
     Raises:
         InputError: a line is not what the suffix promises.
         OSError: the file cannot be read.
     """
     if path is not None and path.is_dir() and not is_dataset(path):
-        raise InputError(f"{path} is a folder; give a file: {', '.join([*_READERS, *_PARTED])}")
+        raise InputError(f"{path} is a folder; give a file: {', '.join(SUFFIXES)}")
     suffix = "" if path is None else path.suffix.lower()
     if header is not None and suffix not in (".csv", ".tsv"):
         raise InputError(f"{path or 'standard input'} is no table; a header is for .csv and .tsv")
     records: Records
     if path is None:
-        records = _lines(sys.stdin.buffer, "standard input")
+        records = _texts(sys.stdin.buffer, "standard input", blank)
     elif path.is_dir():
         records = read_dataset(path, part)
     elif suffix in _PARTED:
@@ -47,39 +55,46 @@ def read_records(
     elif part is not None:
         raise InputError(f"{path} has no parts; it cannot give {part!r}")
     elif header is not None:
-        records = _read_table(path, header)
+        records = _read_table(path, blank, header)
     else:
-        records = _READERS.get(suffix, _read_text)(path)
+        records = _READERS.get(suffix, _read_text)(path, blank)
     for record in records:
         if isinstance(record, InputError) and not go_on:
             raise record
         yield record
 
 
-def count_records(path: Path | None) -> int | None:
-    """How many records a file holds, where that is cheap to say."""
+def count_records(path: Path | None, *, blank: bool = False) -> int | None:
+    """How many records a file holds, where that is cheap to say; `blank` as in `read_records`."""
     suffix = "" if path is None else path.suffix.lower()
     if path is None or not path.is_file() or suffix in (".csv", ".tsv", *_PARTED):  # a cell may hold line ends
         return None
     if suffix == ".parquet":
         with _opened_parquet(path) as file:
             return int(file.metadata.num_rows)
+    last = count = 0
     with path.open("rb") as lines:
-        return sum(1 for line in lines if line.strip())
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                last, count = number, count + 1
+    return last if blank else count
 
 
 # Readers give the error in the place of a line that is no record, and raise where the rest of the file makes no sense.
 Records = Iterator[Record | InputError]
 
 
-def _lines(stream: BinaryIO, name: str) -> Records:
-    """Lines that are not blank; each must be UTF-8."""
+def _lines(stream: BinaryIO, name: str, blank: bool) -> Iterator[tuple[int, str | InputError]]:
+    """Lines and their numbers; each must be UTF-8. Blank ones are "", where they count."""
+    last = 0
     for number, line in enumerate(stream, 1):
         text = _decoded(line, name, number)
-        if isinstance(text, InputError):
-            yield text
-        elif text.strip():
-            yield {"text": text.rstrip("\r\n")}
+        if isinstance(text, str) and not text.strip():
+            continue  # whether others follow is not known yet
+        if blank:
+            yield from ((missed, "") for missed in range(last + 1, number))
+        last = number
+        yield number, text
 
 
 def _decoded(line: bytes, name: str, number: int) -> str | InputError:
@@ -89,26 +104,39 @@ def _decoded(line: bytes, name: str, number: int) -> str | InputError:
         return InputError(f"{name}, line {number}, is not UTF-8: {error.reason}")
 
 
-def _read_text(path: Path) -> Records:
-    with path.open("rb") as stream:
-        yield from _lines(stream, str(path))
+def _texts(stream: BinaryIO, name: str, blank: bool) -> Records:
+    for _, text in _lines(stream, name, blank):
+        yield text if isinstance(text, InputError) else {"text": text.removesuffix("\n").removesuffix("\r")}
 
 
-def _read_jsonl(path: Path) -> Records:
+def _read_text(path: Path, blank: bool) -> Records:
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            text = _decoded(line, str(path), number)
-            if isinstance(text, InputError):
-                yield text
-            elif text.strip():
-                yield _parsed(text, f"{path}, line {number},")
+        yield from _texts(stream, str(path), blank)
+
+
+def _read_jsonl(path: Path, blank: bool) -> Records:
+    with path.open("rb") as stream:
+        for number, text in _lines(stream, str(path), blank):
+            if text == "":
+                yield _blank(path, number)
+            else:
+                yield text if isinstance(text, InputError) else _parsed(text, f"{path}, line {number},")
+
+
+def _blank(path: Path, number: int) -> InputError:
+    return InputError(f"{path}, line {number}, is blank; remove the line, or write a record there")
 
 
 def _parsed(text: str, where: str) -> Record | InputError:
     try:
         value = json.loads(text)
+        deep = text.count("[") + text.count("{") > _DEEPEST and _depth(value) > _DEEPEST
+    except RecursionError:
+        deep = True
     except ValueError as error:
         return InputError(f"{where} is not JSON: {error}")
+    if deep:
+        return InputError(f"{where} is JSON of more than {_DEEPEST} levels")
     if isinstance(value, str):
         value = {"text": value}
     if not isinstance(value, dict):
@@ -116,27 +144,40 @@ def _parsed(text: str, where: str) -> Record | InputError:
     return value
 
 
-def _read_table(path: Path, header: Sequence[str] | None = None) -> Records:
+def _depth(value: Any) -> int:
+    """Levels of lists and dicts."""
+    depth, level = 0, [value]
+    while level := [v for v in level if isinstance(v, dict | list)]:
+        depth += 1
+        level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
+    return depth
+
+
+def _read_table(path: Path, blank: bool, header: Sequence[str] | None = None) -> Records:
     csv.field_size_limit(2**31 - 1)
     with path.open("rb") as stream:
         lines = (sure(_decoded(line, str(path), number)) for number, line in enumerate(stream, 1))
         tabs = path.suffix.lower() == ".tsv"
         # Tabs leave quotes alone in most files that have no header.
         quoting: Any = csv.QUOTE_NONE if tabs and header is not None else csv.QUOTE_MINIMAL
-        rows: csv.DictReader[str] = csv.DictReader(
-            lines, header, delimiter="\t" if tabs else ",", strict=True, quoting=quoting
-        )
+        rows = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True, quoting=quoting)
         try:
-            names = list(rows.fieldnames or ())
+            names = next(filter(None, rows), []) if header is None else list(header)
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise InputError(f"{path} has more than one column called {', '.join(sorted(twice))}")
+            passed: list[int] = []  # blank lines since the last row
             for row in rows:
-                if None in row or None in row.values():
-                    more = "more" if None in row else "fewer"
+                if not row:
+                    passed += [rows.line_num] if blank else []
+                    continue
+                yield from (_blank(path, number) for number in passed)
+                passed = []
+                if len(row) != len(names):
+                    more = "more" if len(row) > len(names) else "fewer"
                     yield InputError(f"{path}, line {rows.line_num}, has {more} cells than its header, {len(names)}")
                 else:
-                    yield dict(row)
+                    yield dict(zip(names, row, strict=True))
         except csv.Error as error:
             raise InputError(f"{path}, line {rows.line_num}, is no table: {error}") from error
 
@@ -148,10 +189,18 @@ def sure(value: T | InputError) -> T:
     return value
 
 
-def _read_parquet(path: Path) -> Records:
+def _read_parquet(path: Path, blank: bool) -> Records:
     with _opened_parquet(path) as file:
-        for batch in file.iter_batches(_ROWS_TOGETHER):
-            yield from batch.to_pylist()
+        batches = file.iter_batches(_ROWS_TOGETHER)
+        while True:
+            try:
+                batch = next(batches, None)
+                rows = [] if batch is None else batch.to_pylist()
+            except (ValueError, OSError, NotImplementedError) as error:  # what the library raises in the middle of one
+                raise InputError(f"{path} cannot be read as parquet: {error}") from error
+            if batch is None:
+                return
+            yield from rows
 
 
 def _opened_parquet(path: Path) -> Any:
@@ -171,7 +220,7 @@ def parquet() -> Any:
     return pyarrow.parquet
 
 
-_READERS: dict[str, Callable[[Path], Records]] = {
+_READERS: dict[str, Callable[[Path, bool], Records]] = {
     ".txt": _read_text,
     ".csv": _read_table,
     ".tsv": _read_table,
@@ -182,3 +231,4 @@ _PARTED: dict[str, Callable[[Path, str | None], Iterator[Record]]] = {
     ".json": read_json,
     **dict.fromkeys((".conll", ".bio", ".iob2"), read_conll),
 }
+SUFFIXES = (*_READERS, *_PARTED)  # of files that are read as more than lines of text, and .txt

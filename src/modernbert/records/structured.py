@@ -19,7 +19,10 @@ def parts_of(path: Path) -> list[str]:
     """The parts of a file or folder that has several, such as ["train", "validation"]; none otherwise."""
     if is_dataset(path):
         layout = path / "dataset_dict.json"
-        return list(json.loads(layout.read_text(encoding="utf-8"))["splits"]) if layout.is_file() else []
+        found = _load(layout) if layout.is_file() else {"splits": []}
+        if not isinstance(found, dict) or not isinstance(found.get("splits"), list):
+            raise InputError(f"{layout} names no splits; write the folder again with save_to_disk")
+        return list(map(str, found["splits"]))
     if path.suffix.lower() != ".json" or not path.is_file():
         return []
     value = _load(path)
@@ -58,7 +61,9 @@ def read_json(path: Path, part: str | None) -> Iterator[Record]:
 def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise InputError(f"{path} is JSON that is nested too deeply") from error
+    except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
 
 
@@ -124,7 +129,10 @@ def read_dataset(path: Path, part: str | None) -> Iterator[Record]:
         import datasets
     except ImportError as error:
         raise InputError(f"{path} needs the datasets library: pip install 'modernbert[train]'") from error
-    loaded = datasets.load_from_disk(str(path))
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (ValueError, KeyError, TypeError, OSError) as error:  # what the library raises for torn folders
+        raise InputError(f"{path} is no whole folder of the datasets library: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         loaded = loaded[_chosen(path, part, list(loaded))]
     elif part is not None:

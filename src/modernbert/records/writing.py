@@ -5,20 +5,25 @@ with; the wanted file appears when it is whole.
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from modernbert.errors import InputError
-from modernbert.files import replacing
+from modernbert.errors import InputError, shown
+from modernbert.files import naming, replacing
 from modernbert.records.reading import Record, parquet
 
 _ROWS_TOGETHER = 1024
+_LISTED = 10  # errors that are kept for a summary
+# What JSON lets stand in a string, but a file of UTF-8 cannot hold or a terminal acts on.
+_UNSAFE = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class ResumableOutput:
@@ -33,49 +38,72 @@ class ResumableOutput:
         path: where the file goes; its suffix says its form. .jsonl keeps records as they are; .csv, .tsv and .parquet
             have a row a record; .npy has the record's "output", a vector, alone.
         job: what makes this job this one: task, model, options, input. Another job's partial file is refused.
+        overwrite: whether a file of this name may be replaced, once the new one is whole.
 
     Attributes:
         done: records in the file so far.
         failed: those of them that are errors.
+        errors: number of the record, from 1, and error of the first ten of those.
 
     Raises:
-        InputError: the suffix is unknown, a partial file belongs to another job, or another process is at it.
+        InputError: the suffix is unknown, the file is there already, a partial file belongs to another job, or another
+            process is writing it.
     """
 
-    def __init__(self, path: Path, job: Record) -> None:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; name a file to write")
-        if path.suffix.lower() not in _WRITERS:
-            raise InputError(f"{path} ends with {path.suffix or 'nothing'}; written are {', '.join(_WRITERS)}")
-        if path.suffix.lower() == ".parquet":
-            parquet()  # a missing library is said before the work, not after
+    def __init__(self, path: Path, job: Record, *, overwrite: bool = False) -> None:
+        check_output(path, overwrite)
         self.path = path
         self.partial = path.with_name(path.name + ".partial")
-        self.head = json.dumps({"job": job}, sort_keys=True, ensure_ascii=False, default=str)
+        self.head = to_json({"job": job}, str)
         self.done = self.failed = 0
+        self.errors: dict[int, str] = {}
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.partial.open("ab+")
         self._lock()
-        self.file.seek(0)
-        whole = 0
-        for number, line in enumerate(self.file):
-            if not line.endswith(b"\n"):
-                break  # cut off in the middle
-            if number == 0 and line.decode("utf-8").rstrip("\n") != self.head:
-                self.file.close()
-                raise InputError(
-                    f"{self.partial} is of another job: {line.decode('utf-8').strip()[:200]}; finish that one, "
-                    "remove the file, or name another output"
-                )
-            whole += len(line)
-            self.done = number
-            self.failed += number > 0 and "error" in json.loads(line)
-        self.file.truncate(whole)
-        if not whole:
-            self._line(self.head)
+        try:
+            self.file.seek(0)
+            whole = 0
+            for number, line in enumerate(self.file):
+                if not line.endswith(b"\n"):
+                    break  # cut off in the middle
+                self._take(number, line)
+                whole += len(line)
+            self.file.truncate(whole)
+            if not whole:
+                self._line(self.head)
+        except BaseException:
+            self._close()
+            raise
         return self
+
+    def _take(self, number: int, line: bytes) -> None:
+        """Go on after one line of an earlier run."""
+        try:
+            record = json.loads(line.decode("utf-8", "surrogatepass"))
+            wanted = {"job"} if number == 0 else {"input"}
+            if not isinstance(record, dict) or not wanted <= set(record):
+                raise ValueError
+        except (ValueError, RecursionError):
+            raise InputError(
+                f"{self.partial}, line {number + 1}, was not written by a job like this one; remove the file, or name "
+                "another output"
+            ) from None
+        if number:
+            self._count(number, record)
+        elif record["job"] != (job := json.loads(self.head)["job"]):
+            raise InputError(
+                f"{self.partial} is of another job: {differences(record['job'], job)}; finish that one, remove the "
+                "file, or name another output"
+            )
+
+    def _count(self, number: int, record: Record) -> None:
+        self.done = number
+        if "error" in record:
+            self.failed += 1
+            if len(self.errors) < _LISTED:
+                self.errors[number] = str(record["error"])
 
     def _lock(self) -> None:
         """Let no other process write the same file; systems without such locks go without."""
@@ -100,9 +128,10 @@ class ResumableOutput:
             InputError: the inputs are others than those that were answered before.
         """
         iterator = iter(inputs)
-        records = self._records() if self.done else iter(())
-        for number, (record, item) in enumerate(zip(itertools.islice(records, self.done), iterator, strict=False), 1):
-            if record["input"] != json.loads(json.dumps(input_of(item), default=_plain)):
+        records = itertools.islice(self._records(), self.done) if self.done else iter(())
+        for number, record in enumerate(records, 1):
+            item = next(iterator, iterator)
+            if item is iterator or to_json(record["input"], _plain) != to_json(input_of(item), _plain):
                 raise InputError(
                     f"input {number} is not the one that {self.partial} has an answer for; remove that file, or name "
                     "another output"
@@ -114,13 +143,17 @@ class ResumableOutput:
         output = record.get("output")
         if self.path.suffix.lower() == ".npy" and output is not None and np.ndim(output) != 1:
             raise InputError("a .npy file holds one vector a text; give texts, and neither spans nor vectors of tokens")
-        self._line(json.dumps(record, ensure_ascii=False, default=_plain))
-        self.done += 1
-        self.failed += "error" in record
+        self._line(to_json(record, _plain))
+        self._count(self.done + 1, record)
 
     def _line(self, text: str) -> None:
-        self.file.write(text.encode("utf-8", "surrogatepass") + b"\n")
-        self.file.flush()
+        with naming(self.partial):
+            self.file.write(text.encode() + b"\n")
+            self.file.flush()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # what a full disk did not take was said before
+            self.file.close()
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
         try:
@@ -132,13 +165,62 @@ class ResumableOutput:
                 _WRITERS[self.path.suffix.lower()](temporary, self._records)
             self.partial.unlink()
         finally:
-            self.file.close()
+            self._close()
 
     def _records(self) -> Iterator[Record]:
         with self.partial.open("rb") as lines:
             next(lines)
             for line in lines:
                 yield json.loads(line.decode("utf-8", "surrogatepass"), object_hook=_unplain)
+
+
+def check_output(path: Path, overwrite: bool = False) -> None:
+    """Refuse an output that cannot be written, before the work and not after.
+
+    Raises:
+        InputError: its suffix is unknown, it is there already, or a library for it is missing.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file to write")
+    if path.suffix.lower() not in _WRITERS:
+        raise InputError(f"{path} ends with {path.suffix or 'nothing'}; written are {', '.join(_WRITERS)}")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} is there already; name another output, or replace it with overwrite=True")
+    if path.suffix.lower() == ".parquet":
+        parquet()
+
+
+def differences(before: Any, now: Any) -> str:
+    """How one job differs from another, in words: "top_k was 3 and is 5"."""
+    changed = list(_changed("the job", before, now))
+    return ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+def _changed(name: str, before: Any, now: Any) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            yield from _changed(key, before.get(key), now.get(key))
+    elif before != now:
+        plain = all(_is_scalar(value) for value in (before, now))
+        was, now = ("not given" if value is None else shown(value) for value in (before, now))
+        yield f"{name} was {was} and is {now}" if plain else f"{name} has changed"
+
+
+def to_json(value: Any, plain: Callable[[Any], Any]) -> str:
+    """A value as one line of JSON that every file holds and no terminal acts on.
+
+    Args:
+        value: what is written.
+        plain: what stands for a value that JSON has no form for.
+
+    Raises:
+        InputError: it is nested too deeply.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=plain)
+    except RecursionError as error:
+        raise InputError("a record is nested too deeply to be written as JSON") from error
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _plain(value: Any) -> Any:
@@ -160,9 +242,9 @@ Again = Callable[[], Iterator[Record]]
 
 
 def _write_jsonl(path: Path, records: Again) -> None:
-    with path.open("w", encoding="utf-8", errors="surrogatepass") as file:
+    with path.open("w", encoding="utf-8") as file:
         for record in records():
-            file.write(json.dumps(record, ensure_ascii=False, default=_listed) + "\n")
+            file.write(to_json(record, as_lists) + "\n")
 
 
 def _write_table(delimiter: str) -> Callable[[Path, Again], None]:
@@ -252,8 +334,9 @@ def _is_scalar(value: Any) -> bool:
 
 def _cell(value: Any) -> Any:
     """A value as one cell: itself, or JSON."""
-    return value if _is_scalar(value) else json.dumps(value, ensure_ascii=False, default=_listed)
+    return value if _is_scalar(value) else to_json(value, as_lists)
 
 
-def _listed(value: Any) -> Any:
+def as_lists(value: Any) -> Any:
+    """What stands in JSON for an array, or for a value that has no form there."""
     return value.tolist() if isinstance(value, np.ndarray) else str(value)
