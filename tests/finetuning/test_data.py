@@ -149,7 +149,7 @@ def test_what_is_held_out():
     assert hold_out(rows, 0.0, None) == (rows, [])
     with pytest.raises(InputError, match=r"group_by is 'page'; .*row 1 has no such column, but text, label, doc"):
         hold_out(rows, 0.2, "page")
-    with pytest.raises(InputError, match=r"held_out is 0.5 and there is 1 row; give more rows, .* or `held_out=0`"):
+    with pytest.raises(InputError, match=r"held_out is 0.5 and there is 1 row; give more rows, .* or held_out=0"):
         hold_out(rows[:1], 0.5, None)
     with pytest.raises(InputError, match="takes all of the 4 rows, as they all have one doc"):
         hold_out(rows[:4], 0.5, "doc")

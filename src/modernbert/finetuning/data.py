@@ -166,7 +166,7 @@ def choose_columns(
         if field.name not in chosen:
             raise InputError(
                 f"{name} has the columns {', '.join(columns)}; none is known to hold the {field.name}. Say which one "
-                f'does: `column="{field.name}=COLUMN"`'
+                f'does: column="{field.name}=COLUMN"'
             )
     return chosen
 
@@ -278,7 +278,7 @@ def hold_out(
         return list(rows), []
     if len(rows) < 2:
         raise InputError(
-            f"held_out is {share} and there is 1 row; give more rows, rows to evaluate on (`eval`), or `held_out=0`"
+            f"held_out is {share} and there is 1 row; give more rows, rows to evaluate on (eval=FILE), or held_out=0"
         )
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
@@ -302,6 +302,6 @@ def hold_out(
         by = f", as they all have one {key}" if key and len(groups) == 1 else ""
         raise InputError(
             f"held_out is {share}; it takes all of the {len(rows)} rows{by}. Give more rows, rows to evaluate on "
-            "(`eval`), or `held_out=0`"
+            "(eval=FILE), or held_out=0"
         )
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

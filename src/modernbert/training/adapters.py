@@ -1,4 +1,4 @@
-"""Low-rank adapters by the PEFT library: small matrices that are trained in the place of the weights."""
+"""Low-rank adapters by the PEFT library: small matrices that are trained instead of the weights."""
 
 from __future__ import annotations
 

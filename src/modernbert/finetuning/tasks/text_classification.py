@@ -57,9 +57,7 @@ class TextClassification(Task):
         has_lists = any(isinstance(value, list) for value in values)
         if has_lists and not may_be_several:
             where = next(row.where for row, value in zip(rows, values, strict=True) if isinstance(value, list))
-            raise InputError(
-                f'{where} has a list of labels, and problem is {problem}; `problem="multi-label"` reads it'
-            )
+            raise InputError(f'{where} has a list of labels, and problem is {problem}; problem="multi-label" reads it')
         given = None if self.options.labels is None else Labels.named(self.options.labels)
         self.width: int | None = None
         reason = "problem"
@@ -82,7 +80,7 @@ class TextClassification(Task):
                 raise InputError(f"every row has the label {self.names.names[0]!r}; a classifier needs two or more")
         classes = "" if self.names is None else f" of {len(self.names.names)} classes: {some(self.names.names, 3)}"
         if self.options.problem == "auto":
-            self.notes.append(f"labels look like {problem} ({reason}){classes}; `problem` says otherwise")
+            self.notes.append(f"labels look like {problem} ({reason}){classes}; problem=KIND says otherwise")
 
     def _kind_of(
         self, rows: Sequence[Row], values: Sequence[Any], has_lists: bool, given: Labels | None
