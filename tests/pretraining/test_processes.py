@@ -28,9 +28,9 @@ def command(prepared, output, *more):
     """The command, with other values of the flags that `more` names again."""
     flags, others = list(FLAGS), []
     for i, word in enumerate(more):
-        if word in flags:
+        if word in flags and word.startswith("--"):
             flags[flags.index(word) + 1] = more[i + 1]
-        elif i == 0 or more[i - 1] not in flags:
+        elif i == 0 or more[i - 1] not in flags or not more[i - 1].startswith("--"):
             others.append(word)
     return ["pretrain", "--data", str(prepared), "--output", str(output), *flags, *others]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modernbert.cli.messages import InterruptedCommandError, errors_in_flags, flags_of, in_flags
+from modernbert.cli.messages import InterruptedCommandError, flags_of, in_flags
 from modernbert.training.options import TrainingOptions
 from modernbert.training.threads import share_cores
 
@@ -47,8 +47,7 @@ def command(
         path = given.pop(file)
         chosen = {option: value for option, value in given.items() if value not in (None, [])}
         try:
-            with errors_in_flags(flags):
-                act(say, path, resume, chosen)
+            act(say, path, resume, chosen)
         except KeyboardInterrupt as error:
             if os.environ.get("RANK", "0") != "0":
                 raise
