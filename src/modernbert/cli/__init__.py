@@ -20,6 +20,9 @@ from modernbert.cli.quantize import quantize
 from modernbert.cli.run import embed, run, score
 
 
+_KNOWING = ("run", "embed", "score")  # commands that name options of the library by themselves
+
+
 class _Command(typer.core.TyperCommand):
     """A command whose errors name flags, and that refuses an option given twice, of which it would keep the last."""
 
@@ -32,8 +35,8 @@ class _Command(typer.core.TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        flags = {str(p.name): p.opts[0] for p in self.params if p.param_type_name == "option"}
-        with errors_in_flags(flags):
+        options = self.params if self.name not in _KNOWING else ()
+        with errors_in_flags({str(p.name): p.opts[0] for p in options if p.param_type_name == "option"}):
             return super().invoke(ctx)
 
 
