@@ -19,7 +19,6 @@ from modernbert.cli.pretrain import evaluate, prepare_data, pretrain, train_toke
 from modernbert.cli.quantize import quantize
 from modernbert.cli.run import embed, run, score
 
-
 _KNOWING = ("run", "embed", "score")  # commands that name options of the library by themselves
 
 

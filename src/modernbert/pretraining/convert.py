@@ -203,7 +203,7 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
             raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
     if not allow_pickle:
         raise CheckpointError(
-            f"{path} is a pickle, which can run code when it is loaded; if you trust it, allow it with allow_pickle=True: "
+            f"{path} is a pickle, which can run code when it is loaded; allow_pickle=True allows it, if you trust it: "
             "it is then read with weights_only, which builds plain data alone"
         )
     whole = _unpickled(path)
