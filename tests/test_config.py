@@ -4,11 +4,12 @@ import dataclasses
 import json
 
 import pytest
+import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modernbert import AutoConfig, ModernBertConfig
+from modernbert import AutoConfig, ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM
 from modernbert.config import Reach
 from modernbert.errors import CheckpointError, ConfigError, NotFoundError
 from tests.parity.configs import random_config
@@ -148,7 +149,7 @@ IMPOSSIBLE = {
     "rope_type 'longrope'": {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
     "has factor None": {"rope_scaling": {"rope_type": "linear"}},
     "has factor 0.5": {"rope_scaling": {"rope_type": "yarn", "factor": 0.5}},
-    "has rope_theta 'big'": {"global_rope_theta": "big"},
+    "global_rope_theta is 'big'; it must be a number": {"global_rope_theta": "big"},
     "rope_parameters has": {"rope_parameters": {"full_attention": {}, "other": {}}},
     "num_labels is 3 and id2label names 2": {"num_labels": 3, "id2label": {0: "a", 1: "b"}},
     "num_labels is 0": {"num_labels": 0},
@@ -235,3 +236,120 @@ def test_reading_what_is_not_there(tmp_path):
         ModernBertConfig.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "modernbert", "hidden_size": 96}')
     assert AutoConfig.from_pretrained(tmp_path, num_labels=9).num_labels == 9
+
+
+# What JSON can hold where something else belongs.
+STRANGE = ["5", [1], {"a": 1}, True, 1.5, -3, float("nan"), float("inf"), 10**400, [[[]]], None]
+FIELDS = sorted(f.name for f in dataclasses.fields(ModernBertConfig) if f.name != "extra")
+
+
+@pytest.mark.parametrize("field", [*FIELDS, "rope_scaling", "sliding_window", "torch_dtype", "model_type"])
+def test_a_field_of_any_type_is_read_or_refused_in_one_line(field):
+    refused = []
+    for value in STRANGE:
+        try:
+            config = ModernBertConfig.from_dict(json.loads(json.dumps({field: value})))
+        except ConfigError as error:
+            refused.append(str(error))
+        else:
+            config.to_json_string()
+    name = {"torch_dtype": "dtype", "label2id": "label"}.get(field, field)
+    name = "rope_theta" if name.endswith("rope_theta") else name
+    assert len(refused) >= 5
+    assert all(name in message and len(message) < 300 and "\n" not in message for message in refused)
+
+
+REFUSED = {
+    "norm_eps is inf; it must be a number": {"norm_eps": float("inf")},
+    "norm_eps is nan": {"norm_eps": float("nan")},
+    "norm_eps is True": {"norm_eps": True},
+    "dtype is 'float3'; choose one of float64, float32": {"dtype": "float3"},
+    "dtype is 'int8'": {"torch_dtype": "int8"},
+    "num_hidden_layers is 1000000000; it must be at most 4096": {"num_hidden_layers": 10**9},
+    "num_labels is 1000000000; it must be a whole number from 1 to 1048576": {"num_labels": 10**9},
+    "hidden_size is 1000000000000; it must be at most": {"hidden_size": 10**12},
+    "norm_bias is 'yes'; it must be true or false": {"norm_bias": "yes"},
+    "tie_word_embeddings is 1; it must be true or false": {"tie_word_embeddings": 1},
+    "reference_compile is 'auto'; it must be true or false or null": {"reference_compile": "auto"},
+    r"pad_token_id is \[0\]": {"pad_token_id": [0]},
+    "pad_token_id is True": {"pad_token_id": True},
+    "eos_token_id is 'x'": {"eos_token_id": [2, "x"]},
+    "layer_types is 'full_attention'; it must be a list": {"layer_types": "full_attention"},
+    "rope_parameters is 'yarn'": {"rope_parameters": "yarn"},
+    r"rope_parameters\['full_attention'\] is 5": {"rope_parameters": {"full_attention": 5, "sliding_attention": {}}},
+    "has factor True": {"rope_scaling": {"rope_type": "linear", "factor": True}},
+    "has rope_theta 1; it must be a number above 1": {"rope_scaling": {"type": "yarn", "factor": 2, "rope_theta": 1}},
+    r"has beta_fast \[\]": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": []}},
+    "has truncate 'no'; it must be true or false": {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}},
+    "id2label is 'positive'": {"id2label": "positive"},
+    "id2label has the ids": {"id2label": {"-1": "a"}},
+    r"id2label names label 1 \['b'\]": {"id2label": {"0": "a", "1": ["b"]}},
+    "label2id has the ids": {"label2id": {"a": "zero", "b": 1}},
+    "pruned_heads names layer 'x'": {"pruned_heads": {"x": [0]}},
+    "pruned_heads names heads 3 of layer 0": {"pruned_heads": {"0": 3}},
+    "sliding_window is -4; it must be a whole number from 0": {"sliding_window": -4},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_files_with_impossible_values_are_refused_by_name(message):
+    with pytest.raises(ConfigError, match=message):
+        ModernBertConfig.from_dict(REFUSED[message])
+
+
+def test_labels_may_be_a_list_and_a_null_label_has_its_number():
+    assert ModernBertConfig(id2label=["no", "yes"]).id2label == {0: "no", 1: "yes"}
+    assert ModernBertConfig.from_dict({"id2label": ["no", "yes", "maybe"]}).label2id == {"no": 0, "yes": 1, "maybe": 2}
+    assert ModernBertConfig.from_dict({"id2label": {"0": None, "1": "yes"}}).id2label == {0: "LABEL_0", 1: "yes"}
+
+
+@pytest.mark.parametrize("values", [{"sliding_window": 32}, {"sliding_window": 9, "local_attention": 100}], ids=str)
+def test_a_sliding_window_alone_is_the_window_as_in_transformers(values):
+    config = ModernBertConfig.from_dict(values)
+    theirs = transformers.ModernBertConfig.from_dict(values)
+    assert config.local_attention == theirs.local_attention
+    assert config.sliding_window == theirs.sliding_window
+    assert "sliding_window" not in config.to_dict()  # a later change of `local_attention` would not reach it
+    decoder = ModernBertDecoderConfig.from_dict(values)
+    assert decoder.sliding_window == transformers.ModernBertDecoderConfig.from_dict(values).sliding_window
+    assert decoder.reach("sliding_attention") == Reach(decoder.sliding_window - 1, 0)
+    assert ModernBertConfig.from_dict({"sliding_window": 50, "local_attention": 101}).local_attention == 101
+    assert ModernBertConfig.from_dict({"sliding_window": None}).local_attention == 128
+
+
+def test_a_decoder_without_special_ids_is_read_here_and_in_transformers(tmp_path):
+    names = [f"{name}_token_id" for name in ("pad", "bos", "cls", "sep", "eos")]
+    config = ModernBertDecoderConfig(
+        **dict.fromkeys(names), vocab_size=64, hidden_size=16, intermediate_size=16, num_attention_heads=1,
+        num_hidden_layers=2,
+    )  # fmt: skip
+    model = ModernBertDecoderForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).replace(dtype=None, extra={}) == config
+    theirs = transformers.ModernBertDecoderForCausalLM.from_pretrained(
+        tmp_path, rope_parameters=config.rope_parameters
+    ).eval()
+    ids = torch.tensor([[3, 63, 5, 6]])
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    again = transformers.AutoConfig.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path / "theirs")
+    assert AutoConfig.from_pretrained(tmp_path / "theirs").pad_token_id is None
+
+
+def test_whole_numbers_where_fractions_belong_load_in_transformers(tmp_path):
+    ModernBertConfig(initializer_cutoff_factor=2, norm_eps=1, initializer_range=1).save_pretrained(tmp_path)
+    assert transformers.AutoConfig.from_pretrained(tmp_path).initializer_cutoff_factor == 2.0
+
+
+@pytest.mark.parametrize("depth", [65, 300, 100_000])
+def test_json_that_is_nested_too_deeply_is_one_error(tmp_path, depth):
+    (tmp_path / "config.json").write_text('{"model_type": "modernbert", "x": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(CheckpointError, match="is not valid JSON: it is nested more than 64 levels deep"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\xfa", b'{"hidden_size": 1' + b"0" * 5000 + b"}", b"", b"nul\0"])
+def test_what_is_no_json_is_one_error(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        AutoConfig.from_pretrained(tmp_path)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from modernbert.config import Config
-from modernbert.errors import ConfigError
+from modernbert.errors import ConfigError, shown
 from modernbert.hub import Source
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.sentence_encoder import SentenceEncoder
-from modernbert.models.sentence_layout import read_parts
+from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, contents_of
 from modernbert.tokenizer import Tokenizer
 
 # model_type -> where each kind of class is. A new architecture or head is one entry.
@@ -37,20 +37,21 @@ _MODELS: dict[str, dict[str, str]] = {
 def kind_of(values: Mapping[str, Any]) -> str | None:
     """The kind of model that the content of a `config.json` names under `architectures`, such as "masked-lm"."""
     kinds = {path.rpartition(".")[2]: kind for kind, paths in _MODELS.items() for path in paths.values()}
-    return next((kinds[name] for name in _architectures(values) if name in kinds), None)
+    return next((kinds[name] for name in architectures_of(values) if name in kinds), None)
 
 
-def _architectures(values: Mapping[str, Any]) -> list[str]:
-    given = values.get("architectures") or []
-    return [str(name) for name in ([given] if isinstance(given, str) else given)]
+def architectures_of(values: Mapping[str, Any]) -> list[str]:
+    """The classes that the content of a `config.json` names."""
+    given = values.get("architectures")
+    return [name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)]
 
 
-def _model_type_of(values: Mapping[str, Any]) -> str | None:
-    """The `model_type` of a `config.json`; where it is silent, that of its `architectures`."""
+def _model_type_of(values: Mapping[str, Any]) -> Any:
+    """The `model_type` of a `config.json`; that of its `architectures` where there is none."""
     if values.get("model_type") is not None:
-        return str(values["model_type"])
+        return values["model_type"]
     types = {path.rpartition(".")[2]: kind for paths in _MODELS.values() for kind, path in paths.items()}
-    return next((types[name] for name in _architectures(values) if name in types), None)
+    return next((types[name] for name in architectures_of(values) if name in types), None)
 
 
 def _load(path: str) -> Any:
@@ -72,8 +73,8 @@ class AutoConfig:
         source = Source.pop_from(name_or_folder, kwargs)
         values = source.read_json("config.json")
         model_type = _model_type_of(values)
-        if model_type not in _CONFIGS:
-            raise ConfigError(f"{name_or_folder} has model_type {model_type!r}; known are {', '.join(_CONFIGS)}")
+        if not isinstance(model_type, str) or model_type not in _CONFIGS:
+            raise ConfigError(f"{name_or_folder} has model_type {shown(model_type)}; known are {', '.join(_CONFIGS)}")
         config: Config = _load(_CONFIGS[model_type]).from_dict(values, **kwargs)
         return config
 
@@ -124,17 +125,24 @@ class _AutoModelBase:
 def load_as_saved(name_or_folder: str | Path, **kwargs: Any) -> Any:
     """Load a checkpoint as the class that its `config.json` names; one that names none as a bare model.
 
-    A folder in sentence-transformers' layout becomes a `SentenceEncoder`. Arguments as of
-    `PreTrainedModel.from_pretrained`.
+    A folder of sentence-transformers' encoders becomes a `SentenceEncoder`; one of its cross-encoders keeps its head.
+    Arguments as in `PreTrainedModel.from_pretrained`.
 
     Raises:
         NotFoundError, CheckpointError, ConfigError: it cannot be loaded.
     """
-    if read_parts(Source.pop_from(name_or_folder, dict(kwargs))):
+    source = Source.pop_from(name_or_folder, dict(kwargs))
+    contents = contents_of(source)
+    contents.refuse_unserved()
+    if contents.kind not in (MODEL, CROSS_ENCODER):
         return SentenceEncoder.from_pretrained(name_or_folder, **kwargs)
+    kwargs["subfolder"] = source.inside(contents.inner).subfolder
     config = AutoConfig.from_pretrained(name_or_folder, **_where(kwargs))
-    model = _load(_MODELS[kind_of(config.extra) or "base"][config.model_type])
-    return model.from_pretrained(name_or_folder, **kwargs)
+    models = _MODELS[kind_of(config.extra) or "base"]
+    if config.model_type not in models:
+        head = shown(config.extra.get("architectures"))
+        raise ConfigError(f"{name_or_folder} has model_type {config.model_type!r}, which has no {head}")
+    return _load(models[config.model_type]).from_pretrained(name_or_folder, **kwargs)
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:

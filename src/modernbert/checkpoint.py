@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modernbert.errors import CheckpointError
+from modernbert.errors import CheckpointError, printable
 from modernbert.files import replacing, write_text
 from modernbert.hub import Source
 
@@ -67,17 +67,20 @@ def weight_files(source: Source) -> list[Path]:
 
     Raises:
         CheckpointError: there are none, or an index names files that are missing. A pickle is refused with the
-            way to convert it.
+            way to convert it, and so is an adapter, which changes what the weights beside it give.
     """
+    source.refuse_adapter()
     for stem in (PLAIN, QUANTIZED):
         whole = source.find(_WEIGHTS.format(stem))
         if whole is not None:
             return [whole]
         if source.find(_INDEX.format(stem)) is not None:
-            index = source.read_json(_INDEX.format(stem))
-            if not isinstance(index.get("weight_map"), dict) or not index["weight_map"]:
-                raise CheckpointError(f"{_INDEX.format(stem)} of {source.name_or_folder} has no weight_map")
-            return [source.need(str(name)) for name in sorted(set(index["weight_map"].values()))]
+            where = source.read_json(_INDEX.format(stem)).get("weight_map")
+            if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+                raise CheckpointError(
+                    f"{_INDEX.format(stem)} of {source.name_or_folder} has no weight_map of tensors' names and files"
+                )
+            return [source.need(file) for file in sorted(set(where.values()))]
     for name in _PICKLES:
         if source.exists(name):
             raise CheckpointError(
@@ -117,7 +120,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        raise CheckpointError(f"{path} is not a whole safetensors file: {printable(str(error), limit=200)}") from error
 
 
 def dtype_of(names: Mapping[str, tuple[Path, tuple[int, ...], str]]) -> torch.dtype | None:

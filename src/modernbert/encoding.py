@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Encoding
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ class BatchEncoding(dict[str, Any]):
         data: lists or tensors by name.
         encodings: the `tokenizers` encodings behind them, one a row, where there are any.
         pad_token: what `tokens` gives at padding.
+
+    `batch[name]` is a value, `batch[i]` the `tokenizers` encoding of row i, padding included, and `batch[i:j]` a list
+    of such; of a batch that was not made from text, a dict of those rows of each value.
     """
 
     def __init__(
@@ -35,6 +39,19 @@ class BatchEncoding(dict[str, Any]):
         super().__init__(data)
         self.encodings = encodings
         self.pad_token = pad_token
+        self.pad_id: int | None = None
+        self.padding_side = "right"
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        if isinstance(key, slice) and self.encodings is None:
+            return {name: value[key] for name, value in self.items()}
+        if isinstance(key, slice):
+            return [self[row] for row in range(*key.indices(len(self.encodings or ())))]
+        if not isinstance(key, int):
+            raise KeyError(key)
+        return self._padded(self._encoding(key), key)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -52,7 +69,19 @@ class BatchEncoding(dict[str, Any]):
     def _encoding(self, row: int) -> Encoding:
         if self.encodings is None:
             raise InputError("this batch was not made from text, so it knows neither words nor characters")
+        if not -len(self.encodings) <= row < len(self.encodings):
+            raise IndexError(f"row is {row}; the batch has {len(self.encodings)} rows")
         return self.encodings[row]
+
+    def _padded(self, encoding: Encoding, row: int) -> Encoding:
+        """An encoding as long as its row of the batch."""
+        ids = self["input_ids"]
+        length = len(ids) if len(ids) and isinstance(to_list(ids[0]), int) else len(ids[row])
+        if length == len(encoding.ids) or self.pad_id is None:
+            return encoding
+        padded = copy.deepcopy(encoding)  # padding acts in place
+        padded.pad(length, direction=self.padding_side, pad_id=self.pad_id, pad_token=self.pad_token or "")
+        return padded
 
     def tokens(self, batch_index: int = 0) -> list[str]:
         """Tokens of a row, padding included."""
@@ -86,8 +115,8 @@ def whole(name: str, value: Any) -> int:
     """A tokenizer's setting as a whole number; some files say 1e30."""
     try:
         return int(value)
-    except (TypeError, ValueError):
-        raise InputError(f"tokenizer_config.json has {name} {value!r}; it must be a whole number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"tokenizer_config.json has {name} {shown(value)}; it must be a whole number") from None
 
 
 def truncation_of(

@@ -1,13 +1,19 @@
-"""Files and folders written whole or not at all."""
+"""Files and folders written whole or not at all; JSON that is read within bounds."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+_DEEPEST = 64  # levels of lists and objects in a JSON file
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 @contextlib.contextmanager
@@ -57,3 +63,54 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Let a finished folder `new` take the name of `folder`, which may exist; at no time is there neither.
+
+    Where the system cannot exchange two names at once, the old folder is renamed to `.NAME.previous` first: a process
+    that is killed between the two steps leaves it there, whole.
+    """
+    if not folder.exists():
+        new.rename(folder)
+        return
+    if _exchanged(new, folder):
+        shutil.rmtree(new, ignore_errors=True)
+        return
+    previous = folder.with_name(f".{folder.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    folder.rename(previous)
+    new.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, where the system can."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return int(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)) == 0
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of a file.
+
+    Raises:
+        ValueError: it is no JSON, is not UTF-8, or is nested deeper than anything that is read here.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep") from None
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"it is nested more than {_DEEPEST} levels deep")

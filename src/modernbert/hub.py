@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modernbert.errors import CheckpointError, NotFoundError
+from modernbert.errors import CheckpointError, NotFoundError, shown
+from modernbert.files import parse_json
 
+ADAPTER = "adapter_config.json"
+_LONGEST_NAME = 255  # characters
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -59,14 +61,18 @@ class Source:
         """
         parts = PurePosixPath(filename).parts
         if ".." in parts or PurePosixPath(filename).is_absolute() or "\\" in filename:
-            raise CheckpointError(f"a checkpoint names the file {filename!r}, which lies outside of it")
+            raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which lies outside of it")
+        if len(filename) > _LONGEST_NAME or not filename.isprintable():
+            raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which can be no file's name")
         folder = self.folder
         if folder is not None:
             path = folder / filename
             return path if path.is_file() else None
         name = str(self.name_or_folder)
         if not _REPOSITORY.fullmatch(name):
-            raise NotFoundError(f"{name!r} is neither a folder on this disk nor the id of a repository (owner/name)")
+            raise NotFoundError(
+                f"{shown(name)} is neither a folder on this disk nor the id of a repository (owner/name)"
+            )
         return self._download(name, filename)
 
     def _download(self, repository: str, filename: str) -> Path | None:
@@ -139,12 +145,22 @@ class Source:
 
         Raises:
             NotFoundError: the source has no such file.
+            CheckpointError: it holds an adapter instead of a model.
         """
         path = self.find(filename)
         if path is None:
+            self.refuse_adapter()
             where = self.folder or f"repository {self.name_or_folder}"
             raise NotFoundError(f"{where} holds no {filename}")
         return path
+
+    def refuse_adapter(self) -> None:
+        """Raise `CheckpointError` where there is an adapter, which would be left out in silence."""
+        if self.exists(ADAPTER):
+            raise CheckpointError(
+                f"{self.folder or self.name_or_folder} holds an adapter ({ADAPTER}), which is not read here; merge it "
+                "into its model with PEFT and save that: model.merge_and_unload().save_pretrained(folder)"
+            )
 
     def read_json(self, filename: str) -> dict[str, Any]:
         """Parse a JSON file that holds one object.
@@ -153,11 +169,15 @@ class Source:
             NotFoundError: the source has no such file.
             CheckpointError: the file is not JSON, or not an object.
         """
+        value = self.read_any_json(filename)
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.need(filename)} holds a JSON {type(value).__name__}; it must be an object")
+        return value
+
+    def read_any_json(self, filename: str) -> Any:
+        """Parse a JSON file, whatever it holds; raises as `read_json` does."""
         path = self.need(filename)
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            return parse_json(path.read_bytes())
         except ValueError as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; it must be an object")
-        return value

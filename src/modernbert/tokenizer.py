@@ -1,21 +1,25 @@
-"""Text to ids and back, on the `tokenizers` library: one class for every `tokenizer.json`."""
+"""Text to ids and back, on the `tokenizers` library: one class for every `tokenizer.json`.
+
+Longer than 400 lines because a call's options and what each means are one subject with the class that takes them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from modernbert.encoding import UNLIMITED, BatchEncoding, pad_rows, rows_of, to_list, to_tensors, truncation_of, whole
-from modernbert.errors import InputError
-from modernbert.files import write_text
+from modernbert.errors import InputError, listed, printable, shown
+from modernbert.files import parse_json, write_text
 from modernbert.hub import Source
 
 logger = logging.getLogger(__name__)
@@ -25,6 +29,9 @@ _USUAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask"
 _SPACE_BEFORE_MARK = re.compile(r" (?=[.?!,]|n't|'(?:m|s|ve|re))")
 _PADDINGS = ("longest", "max_length", "do_not_pad")
 _SIDES = ("left", "right")
+_ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")  # of two generations of files
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_MOST_GROWTH = 1024  # how many times longer a tokenizer.json may make a text
 
 
 class Tokenizer:
@@ -33,9 +40,14 @@ class Tokenizer:
     Args:
         backend: a `tokenizers.Tokenizer`.
         config: content of `tokenizer_config.json`: special tokens, `model_max_length`, `padding_side`,
-            `truncation_side`. Special tokens it does not name are the usual ones, where the vocabulary has them.
+            `truncation_side`. Tokens that it names and the vocabulary lacks are added: those of
+            `added_tokens_decoder` first, then special tokens, then `additional_special_tokens`. Special tokens it
+            does not name are the usual ones, where the vocabulary has them.
         add_prefix_space: whether a text, and each word of a text that is split already, begins as if after a
             space; None leaves it as the file says.
+
+    Raises:
+        InputError: the configuration holds an impossible value.
 
     Source: the reference's tokenizer surface; ids are those of the `tokenizers` library.
     """
@@ -49,18 +61,54 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         self.model_max_length = whole("model_max_length", self.config.get("model_max_length") or UNLIMITED)
-        self.padding_side = self.config.get("padding_side", "right")
-        self.truncation_side = self.config.get("truncation_side", "right")
-        self.model_input_names: list[str] = self.config.get("model_input_names", ["input_ids", "attention_mask"])
+        if self.model_max_length < 1:
+            raise InputError(f"model_max_length is {shown(self.model_max_length)}; it must be at least 1")
+        self.padding_side: str = self.config.get("padding_side") or "right"
+        self.truncation_side: str = self.config.get("truncation_side") or "right"
+        for name in ("padding_side", "truncation_side"):
+            if getattr(self, name) not in _SIDES:
+                raise InputError(f"{name} is {shown(getattr(self, name))}; choose left or right")
+        names = self.config.get("model_input_names") or ["input_ids", "attention_mask"]
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise InputError(f"model_input_names is {shown(names)}; it must be a list of names")
+        self.model_input_names: list[str] = list(names)
         if add_prefix_space is not None:
-            cast(Any, backend.pre_tokenizer).add_prefix_space = add_prefix_space
+            if not hasattr(backend.pre_tokenizer, "add_prefix_space"):
+                raise InputError("add_prefix_space is given, and this tokenizer.json has no setting of that name")
+            backend.pre_tokenizer.add_prefix_space = add_prefix_space
             self.config["add_prefix_space"] = add_prefix_space
         self._specials: dict[str, str] = {}
+        self._additional: list[str] = []
+        self._add_configured()
+
+    def _add_configured(self) -> None:
+        """Add the tokens that the configuration names, in the order that gives them transformers' ids."""
+        declared = self.config.get("added_tokens_decoder") or {}
+        if not isinstance(declared, dict) or not all(str(i).isdecimal() for i in declared):
+            raise InputError(f"added_tokens_decoder is {shown(declared)}; it must hold tokens by their ids")
+        added = [_token(f"added_tokens_decoder[{i}]", declared[i]) for i in sorted(declared, key=int)]
         for name in SPECIAL_NAMES:
-            value = self.config.get(f"{name}_token", _USUAL.get(name))
-            token = value["content"] if isinstance(value, dict) else value
-            if token is not None and backend.token_to_id(token) is not None:
-                self._specials[name] = token
+            value = self.config.get(f"{name}_token")
+            if value is not None:
+                added.append(_token(f"{name}_token", value, special=True))
+                self._specials[name] = added[-1].content
+            elif f"{name}_token" not in self.config and self.backend.token_to_id(_USUAL.get(name, "")) is not None:
+                self._specials[name] = _USUAL[name]
+        for name in _ADDITIONAL:
+            values = self.config.get(name) or []
+            if not isinstance(values, list | tuple | dict):
+                raise InputError(f"{name} is {shown(values)}; it must be a list of tokens")
+            tokens = values.values() if isinstance(values, dict) else values
+            more = [_token(name, value, special=True) for value in tokens]
+            self._additional += [t.content for t in more if t.content not in self._additional]
+            added += more
+        self.config = {name: value for name, value in self.config.items() if name not in _ADDITIONAL}
+        known = {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
+        for i, token in enumerate(added):
+            if token.content not in known or (i < len(declared) and token != known[token.content]):
+                known[token.content] = token
+                named = token.content in self._specials.values() or token.content in self._additional
+                self.add_tokens(token, special_tokens=token.special or named)
 
     @classmethod
     def from_pretrained(
@@ -76,14 +124,18 @@ class Tokenizer:
 
         Raises:
             NotFoundError: there is no such folder, repository or file.
+            CheckpointError, InputError: a file is malformed, or holds an impossible value.
         """
         source = Source.pop_from(name_or_folder, kwargs)
         path = source.need("tokenizer.json")
         config = source.read_json("tokenizer_config.json") if source.find("tokenizer_config.json") else {}
-        try:
+        if "added_tokens_decoder" not in config:  # as folders of the first releases have it
+            config |= source.read_json("special_tokens_map.json") if source.find("special_tokens_map.json") else {}
+            if source.find("added_tokens.json"):
+                config["added_tokens_decoder"] = _by_id(source.read_json("added_tokens.json"))
+        with _explained(f"{path} is not a tokenizer"):
             backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{path} is not a tokenizer: {error}") from error
+            _check_growth(path, backend)
         return cls(backend, {**config, **kwargs}, add_prefix_space)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -92,6 +144,7 @@ class Tokenizer:
         config = {
             **self.config,
             **{f"{name}_token": token for name, token in self._specials.items()},
+            **({_ADDITIONAL[0]: self._additional} if self._additional else {}),
             "model_max_length": self.model_max_length,
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
@@ -146,8 +199,13 @@ class Tokenizer:
 
     @property
     def all_special_tokens(self) -> list[str]:
-        """The special tokens, each once."""
-        return list(dict.fromkeys(self._specials.values()))
+        """The special tokens, each once: those with a name, then the additional ones."""
+        return list(dict.fromkeys([*self._specials.values(), *self._additional]))
+
+    @property
+    def additional_special_tokens(self) -> list[str]:
+        """The special tokens that have no name of their own."""
+        return list(self._additional)
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -162,16 +220,30 @@ class Tokenizer:
         tokens = [new_tokens] if isinstance(new_tokens, str | AddedToken) else list(new_tokens)
         return self.backend.add_special_tokens(tokens) if special_tokens else self.backend.add_tokens(tokens)
 
-    def add_special_tokens(self, special_tokens: Mapping[str, str | AddedToken]) -> int:
-        """Name special tokens, as {"mask_token": "[MASK]"}, and add those that are new; returns how many."""
-        for name in special_tokens:
-            if name.removesuffix("_token") not in SPECIAL_NAMES:
-                raise InputError(
-                    f"{name!r} is no special token; there are {', '.join(n + '_token' for n in SPECIAL_NAMES)}"
-                )
-        added = self.add_tokens(list(special_tokens.values()), special_tokens=True)
-        for name, token in special_tokens.items():
-            self._specials[name.removesuffix("_token")] = token if isinstance(token, str) else token.content
+    def add_special_tokens(self, special_tokens: Mapping[str, Any]) -> int:
+        """Name special tokens and add those that are new to the vocabulary; then resize the model.
+
+        Args:
+            special_tokens: tokens by name, as {"mask_token": "[MASK]"}; "additional_special_tokens" is a list of more.
+
+        Returns:
+            How many are new.
+
+        Raises:
+            InputError: there is no such name, or a token is no text.
+        """
+        names = [f"{name}_token" for name in SPECIAL_NAMES]
+        specials, additional = {}, []
+        for name, given in special_tokens.items():
+            if name in _ADDITIONAL and isinstance(given, list | tuple):
+                additional += [_token(name, token, special=True) for token in given]
+            elif name in names or f"{name}_token" in names:
+                specials[name.removesuffix("_token")] = _token(name, given, special=True)
+            else:
+                raise InputError(f"{shown(name)} is no special token; there are {', '.join([*names, _ADDITIONAL[0]])}")
+        added = self.add_tokens([*specials.values(), *additional], special_tokens=True)
+        self._specials.update({name: token.content for name, token in specials.items()})
+        self._additional += [t.content for t in additional if t.content not in self._additional]
         return added
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
@@ -179,15 +251,18 @@ class Tokenizer:
         if isinstance(tokens, str):
             found = self.backend.token_to_id(tokens)
             return self.unk_token_id if found is None else found
+        if not isinstance(tokens, list | tuple):
+            raise InputError(f"tokens is {shown(tokens)}; give a token or a list of them")
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """Token of an id, or tokens of a list or tensor of them."""
         values = to_list(ids)
-        if isinstance(values, int):
-            return self.backend.id_to_token(values)
-        hidden = set(self.all_special_ids) if skip_special_tokens else set()
-        return [self.backend.id_to_token(i) for i in values if i not in hidden]
+        with _ids_checked(values):
+            if isinstance(values, int):
+                return self.backend.id_to_token(values)
+            hidden = set(self.all_special_ids) if skip_special_tokens else set()
+            return [self.backend.id_to_token(i) for i in values if i not in hidden]
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Text of tokens as the vocabulary spells them."""
@@ -296,6 +371,7 @@ class Tokenizer:
         if not batched and return_tensors is None and not return_overflowing_tokens:
             padded = BatchEncoding({name: value[0] for name, value in padded.items()})
         padded.encodings, padded.pad_token = rows, self.pad_token
+        padded.pad_id, padded.padding_side = self.pad_token_id, padding_side or self.padding_side
         return to_tensors(padded, return_tensors)
 
     def _encode(
@@ -305,18 +381,15 @@ class Tokenizer:
         truncation: tuple[str, int | None, int] | None,
         words: bool = False,
     ) -> list[Encoding]:
-        with self._lock:
-            try:
-                if truncation is None:
-                    self.backend.no_truncation()
-                else:
-                    strategy, limit, stride = truncation
-                    side = self.truncation_side
-                    self.backend.enable_truncation(limit or 0, stride=stride, strategy=strategy, direction=side)
-                return self.backend.encode_batch(inputs, is_pretokenized=words, add_special_tokens=add_special_tokens)
-            except Exception as error:  # the library raises bare Exception, and its panics derive from it too
-                options = "" if truncation is None else f" with truncation, max_length and stride {truncation}"
-                raise InputError(f"a text cannot be tokenized{options}: {error}") from error
+        options = "" if truncation is None else f" with truncation, max_length and stride {truncation}"
+        with self._lock, _explained(f"a text cannot be tokenized{options}"):
+            if truncation is None:
+                self.backend.no_truncation()
+            else:
+                strategy, limit, stride = truncation
+                side = self.truncation_side
+                self.backend.enable_truncation(limit or 0, stride=stride, strategy=strategy, direction=side)
+            return self.backend.encode_batch(inputs, is_pretokenized=words, add_special_tokens=add_special_tokens)
 
     def pad(
         self,
@@ -340,6 +413,9 @@ class Tokenizer:
             InputError: an option is impossible, or there is no padding token.
         """
         if not isinstance(encoded_inputs, Mapping):
+            rows = encoded_inputs if isinstance(encoded_inputs, list | tuple) else ()
+            if not rows or not all(isinstance(row, Mapping) and rows[0].keys() <= row.keys() for row in rows):
+                raise InputError("encoded_inputs must be a dict of rows, or a list of dicts that have the same keys")
             encoded_inputs = {name: [row[name] for row in encoded_inputs] for name in encoded_inputs[0]}
         data: dict[str, Any] = {name: list(to_list(values)) for name, values in encoded_inputs.items()}
         if "input_ids" not in data:
@@ -390,9 +466,76 @@ class Tokenizer:
             values = [values]
         if values and isinstance(values[0], list):
             return [self.decode(row, skip_special_tokens, clean_up_tokenization_spaces) for row in values]
-        text = self.backend.decode(values, skip_special_tokens=skip_special_tokens)
+        with _ids_checked(values):
+            text = self.backend.decode(values, skip_special_tokens=skip_special_tokens)
         return _SPACE_BEFORE_MARK.sub("", text) if clean_up_tokenization_spaces else text
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of several rows of ids."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
+
+
+def _token(where: str, value: Any, special: bool = False) -> AddedToken:
+    """A token as files and callers write it: its text, or an object with its "content"."""
+    if isinstance(value, AddedToken):
+        return value
+    content = value.get("content") if isinstance(value, Mapping) else value
+    if not isinstance(content, str) or not content or re.search("[\ud800-\udfff]", content):
+        raise InputError(f"{where} is {shown(value)}; it must be a text, or an object whose content is one")
+    given = value if isinstance(value, Mapping) else {"normalized": not special}
+    flags = {name: bool(given[name]) for name in _FLAGS if given.get(name) is not None}
+    return AddedToken(content, **{**({"special": True, "normalized": False} if special else {}), **flags})
+
+
+def _by_id(ids: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens by their ids, from ids by their tokens as `added_tokens.json` has them."""
+    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids.values()):
+        raise InputError(f"added_tokens.json holds {shown(dict(ids))}; it must hold ids by their tokens")
+    return {str(i): token for token, i in ids.items()}
+
+
+def _check_growth(path: Path, backend: Backend) -> None:
+    """Refuse a `tokenizer.json` that makes texts grow without measure, before a text fills the memory."""
+    for part, key in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        found = getattr(backend, part)
+        growth = 1 if found is None else _growth(parse_json(found.__getstate__()), key)
+        if growth > _MOST_GROWTH:
+            raise InputError(f"{path}: its {part} can make a text {growth:,} times longer; at most {_MOST_GROWTH:,}")
+
+
+def _growth(part: Any, key: str) -> int:
+    """How many times longer a normalizer or decoder can make a text by replacing."""
+    if not isinstance(part, dict):
+        return 1
+    inner = part.get(key)
+    if isinstance(inner, list):
+        growth = 1
+        for one in inner:
+            growth = min(growth * _growth(one, key), 10**12)
+        return growth
+    content = part.get("content")
+    return 1 + len(content) if part.get("type") == "Replace" and isinstance(content, str) and len(content) > 1 else 1
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """The library's errors as `InputError`: it raises bare exceptions, and panics that are no `Exception` at all."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what}: {printable(str(error), limit=200)}") from error
+
+
+@contextlib.contextmanager
+def _ids_checked(ids: Any) -> Iterator[None]:
+    """Name what is no id, where the library finds such."""
+    try:
+        yield
+    except (OverflowError, TypeError):
+        values = ids if isinstance(ids, list) else [ids]
+        wrong = [i for i in values if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < 2**32]
+        raise InputError(f"ids hold {listed(map(shown, wrong))}; ids are whole numbers from 0 to {2**32 - 1}") from None

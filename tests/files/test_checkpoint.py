@@ -13,7 +13,8 @@ import modernbert
 from modernbert import ModernBertForMaskedLM, ModernBertModel
 from modernbert.checkpoint import _bytes
 from modernbert.errors import CheckpointError, ConfigError
-from modernbert.files import replacing, write_text
+from modernbert.files import replace_folder, replacing, write_text
+from modernbert.models.placement import warn_once
 from tests.parity.configs import peer, random_batch, random_config
 
 
@@ -124,6 +125,180 @@ def test_unexpected_and_misshapen_tensors_are_named(small_model, tmp_path):
     folder = damaged(tmp_path, small_model, lambda t: t.update({"head.norm.weight": torch.zeros(5)}))
     with pytest.raises(CheckpointError, match=re.escape("head.norm.weight is (5,), the model wants (48,)")):
         ModernBertForMaskedLM.from_pretrained(folder)
+
+
+def test_a_refusal_of_many_tensors_is_short_and_shows_no_control_characters(small_model, tmp_path):
+    extra = {f"model.layers.{i}.\x1b[31m\n{'x' * 300}": torch.zeros(1) for i in range(200)}
+    folder = damaged(tmp_path, small_model, lambda t: t.update(extra))
+    with pytest.raises(CheckpointError, match=r"unexpected: model\.layers\.0\.\\x1b.* and 195 more") as caught:
+        ModernBertForMaskedLM.from_pretrained(folder)
+    assert len(str(caught.value)) < 600 + len(str(folder))
+    assert str(caught.value).isprintable()
+    folder = damaged(tmp_path / "b", small_model, lambda t: [t.update({k: torch.zeros(3)}) for k in list(t)])
+    with pytest.raises(CheckpointError, match=r"is \(3,\), the model wants .* and \d+ more") as caught:
+        ModernBertForMaskedLM.from_pretrained(folder)
+    assert len(str(caught.value)) < 600 + len(str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(small_model, tmp_path, dtype):
+    folder = damaged(
+        tmp_path, small_model, lambda t: t.update({"model.final_norm.weight": torch.ones(48, dtype=dtype)})
+    )
+    with pytest.raises(CheckpointError, match=r"unexpected: model\.final_norm\.weight \([A-Z]+\d*\)"):
+        ModernBertForMaskedLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("head", ["ModernBertForMaskedLM", "ModernBertDecoderForCausalLM"])
+def test_a_tied_weight_under_the_outputs_name_alone_is_the_embedding_too(small_config, tmp_path, head):
+    """What `safetensors.torch.save_model` writes: of tensors that share memory it keeps one name."""
+    cls = getattr(modernbert, head)
+    values = small_config.to_dict()
+    values = {
+        k: v for k, v in values.items() if not k.startswith(("classifier_pooling", "rep", "sparse", "model_type"))
+    }
+    model = cls(cls.config_class.from_dict(values)).eval()
+    model.config.save_pretrained(tmp_path)
+    safetensors.torch.save_model(model, str(tmp_path / "model.safetensors"))
+    names = set(safetensors.torch.load_file(tmp_path / "model.safetensors"))
+    assert "decoder.weight" in names
+    assert "model.embeddings.tok_embeddings.weight" not in names
+    x = torch.randint(3, 96, (1, 9))
+    again = cls.from_pretrained(tmp_path)
+    assert torch.equal(again(x).logits, model(x).logits)
+    assert again.decoder.weight is again.get_input_embeddings().weight
+    bare = modernbert.AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(bare(x).last_hidden_state, model.model(x).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("model.layers.1.", "model._orig_mod.layers.1._checkpoint_wrapped_module."),
+        lambda name: f"_fsdp_wrapped_module.{name}",
+    ],
+)
+@pytest.mark.parametrize("bare", [False, True])
+def test_names_that_wrappers_of_pytorch_changed_are_read(small_model, tmp_path, wrap, bare):
+    model = small_model.model if bare else small_model
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    safetensors.torch.save_file({wrap(name): t for name, t in tensors.items()}, tmp_path / "model.safetensors")
+    x = torch.randint(3, 96, (1, 9))
+    again = ModernBertForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(again.model(x).last_hidden_state, small_model.model(x).last_hidden_state)
+    assert torch.equal(
+        ModernBertModel.from_pretrained(tmp_path)(x).last_hidden_state, small_model.model(x).last_hidden_state
+    )
+
+
+def test_a_tensor_with_and_without_a_wrappers_name_is_refused(small_model, tmp_path):
+    folder = damaged(tmp_path, small_model, lambda t: t.update({"module.head.norm.weight": torch.zeros(48)}))
+    with pytest.raises(CheckpointError, match=r"holds tensors twice.*: module\.head\.norm\.weight"):
+        ModernBertForMaskedLM.from_pretrained(folder)
+
+
+def rewritten(folder, **changes):
+    values = json.loads((folder / "config.json").read_text())
+    for name in ("layer_types", "id2label", "label2id") if changes else ():
+        values.pop(name, None)
+    (folder / "config.json").write_text(json.dumps({**values, **changes}))
+
+
+def test_what_a_file_asks_for_is_checked_against_its_weights_before_it_is_made(small_model, tmp_path):
+    small_model.save_pretrained(tmp_path)
+    rewritten(tmp_path, num_hidden_layers=4000)
+    with pytest.raises(CheckpointError, match="num_hidden_layers is 4000, and its weights hold 4 layers"):
+        ModernBertForMaskedLM.from_pretrained(tmp_path)
+    for name in ("vocab_size", "intermediate_size", "hidden_size"):
+        small_model.save_pretrained(tmp_path)
+        rewritten(tmp_path, **{name: 48 * 2**22})
+        with pytest.raises(CheckpointError, match=r"does not fit .* the model wants \(\d+"):
+            ModernBertForMaskedLM.from_pretrained(tmp_path)
+    small_model.save_pretrained(tmp_path)
+    rewritten(tmp_path, num_hidden_layers=4, num_labels=2**20 * 2)
+    with pytest.raises(ConfigError, match="num_labels is 2097152"):
+        modernbert.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_classifier_that_a_file_asks_for_and_does_not_hold_is_bounded(small_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("modernbert.models.loading._FRESH", 1000)
+    small_model.model.save_pretrained(tmp_path)
+    rewritten(tmp_path, num_labels=10_000)
+    with pytest.raises(
+        CheckpointError, match=r"asks for \d{3},\d{3} numbers that it does not hold, for classifier\.bi"
+    ):
+        modernbert.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    loaded = modernbert.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=20_000)
+    assert loaded.config.num_labels == 20_000
+
+
+def test_float16_on_a_cpu_is_float32_and_said_once(small_model, tmp_path, caplog):
+    warn_once.cache_clear()
+    small_model.half().save_pretrained(tmp_path)
+    exact = {name: p.float() for name, p in small_model.state_dict().items()}
+    model = ModernBertForMaskedLM.from_pretrained(tmp_path)
+    assert model.dtype == torch.float32
+    assert all(torch.equal(p, exact[name]) for name, p in model.state_dict().items())
+    for dtype in ("float16", torch.float16, "auto"):
+        assert ModernBertForMaskedLM.from_pretrained(tmp_path, dtype=dtype).dtype == torch.float32
+    said = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(said) == 1
+    assert said[0].startswith("float16 is for GPUs: on this CPU the weights are float32")
+    assert ModernBertForMaskedLM.from_pretrained(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+    for dtype in ("float3", "int8", 16, ["float32"]):
+        with pytest.raises(ValueError, match="dtype is"):
+            ModernBertForMaskedLM.from_pretrained(tmp_path, dtype=dtype)
+
+
+def test_training_weights_of_half_precision_is_warned_of_once(small_model, tmp_path, caplog):
+    warn_once.cache_clear()
+    small_model.save_pretrained(tmp_path)
+    ModernBertForMaskedLM.from_pretrained(tmp_path).train()
+    assert not caplog.records
+    model = ModernBertForMaskedLM.from_pretrained(tmp_path, dtype="bfloat16")
+    assert not caplog.records
+    model.train().eval().train()
+    assert [r.message for r in caplog.records] == [
+        "training with weights in bfloat16, which lose most small steps; load them with dtype='float32'"
+    ]
+
+
+def test_an_index_that_makes_no_sense_is_one_error(small_model, tmp_path):
+    small_model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    for where in ([1], {"a": 3, "b": "x"}, {"a": None}, {"a": ["x"]}, "x", {}):
+        index.write_text(json.dumps({"weight_map": where}))
+        with pytest.raises(CheckpointError, match="no weight_map of tensors' names and files"):
+            ModernBertForMaskedLM.from_pretrained(tmp_path)
+    for name in ("x" * 5000, "a\x1bb", "a\nb", "a\0b"):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(CheckpointError, match="which can be no file's name") as caught:
+            ModernBertForMaskedLM.from_pretrained(tmp_path)
+        assert len(str(caught.value)) < 300
+        assert str(caught.value).isprintable()
+
+
+def test_a_folder_is_replaced_in_one_step(tmp_path, monkeypatch):
+    def filled(name, content):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(content)
+        return tmp_path / name
+
+    replace_folder(filled("a", "1"), tmp_path / "final")
+    replace_folder(filled("b", "2"), tmp_path / "final")
+    assert (tmp_path / "final" / "file").read_text() == "2"
+    monkeypatch.setattr("modernbert.files._exchanged", lambda one, other: False)
+    replace_folder(filled("c", "3"), tmp_path / "final")
+    assert (tmp_path / "final" / "file").read_text() == "3"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    killed = filled("d", "4")
+    monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+    replace_folder(killed, tmp_path / "final")  # the old one is whole until the new one has its name
+    assert (tmp_path / ".final.previous" / "file").read_text() == "3"
 
 
 def test_a_checkpoint_that_lacks_part_of_the_encoder_is_refused(small_model, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections import Counter
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.errors import CheckpointError, InputError
+from modernbert.errors import CheckpointError, InputError, listed, printable
 
 _BYTES = {"F64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 _HELPERS = (".weight_scale", ".outliers", ".outlier_weight")  # of quantized weights, whose numbers they are not
@@ -50,18 +49,17 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     Raises:
         NotFoundError, CheckpointError, ConfigError: it cannot be read.
     """
-    from modernbert.auto import AutoConfig, kind_of
+    from modernbert.auto import AutoConfig, architectures_of, kind_of
     from modernbert.checkpoint import weight_files, weight_names
     from modernbert.hub import Source
     from modernbert.models.quantization.options import Record
-    from modernbert.models.sentence_layout import read_parts
+    from modernbert.models.sentence_layout import MODEL, contents_of, kind_of_part
     from modernbert.tokenizer import Tokenizer
 
     source = Source(name_or_folder, revision)
-    parts = read_parts(source)
-    inner = str(parts[0]["path"]) if parts else ""
-    body = dataclasses.replace(source, subfolder=inner)
-    config = AutoConfig.from_pretrained(name_or_folder, revision=revision, subfolder=inner)
+    contents = contents_of(source)
+    body = source.inside(contents.inner)
+    config = AutoConfig.from_pretrained(name_or_folder, revision=revision, subfolder=body.subfolder)
     files = weight_files(body)
     names = weight_names(files)
     halves = {name: 2 if dtype == "U8" else 1 for name, (_, _, dtype) in names.items()}
@@ -78,8 +76,8 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     out: dict[str, Any] = {
         "model": {
             "name": str(name_or_folder),
-            "class": str(config.extra.get("architectures") or "not said").strip("[]'"),
-            "kind": "sentence-transformers layout" if parts else kind_of(config.extra) or "base",
+            "class": listed(architectures_of(config.extra)) or "not said",
+            "kind": kind_of(config.extra) or "base" if contents.kind == MODEL else contents.kind,
             "parameters": sum(counts.values()),
             "of them embedding": embedding,
             "dtype": ", ".join(f"{dtype} {n:,}" if len(dtypes) > 1 else dtype for dtype, n in dtypes.most_common()),
@@ -96,22 +94,25 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
             "vocabulary": config.vocab_size,
         },
     }
-    if "quantization_config" in config.extra:
-        out["quantization"] = Record.from_dict(config.extra["quantization_config"]).to_dict()
+    record = Record.of(config)
+    if record is not None:
+        out["quantization"] = record.to_dict()
     if any(name.startswith("classifier.") for name in counts):
         out["labels"] = {str(i): label for i, label in (config.id2label or {}).items()}
         out["architecture"]["pooling"] = getattr(config, "classifier_pooling", "last token")
         out["architecture"]["problem"] = config.problem_type or "by the labels"
-    if parts:
-        out["parts"] = [str(part["type"]).rpartition(".")[2] for part in parts]
+    if contents.parts:
+        out["parts"] = [kind_of_part(part) for part in contents.parts]
+    if contents.unserved:
+        out["not served"] = contents.unserved
     try:
         tokenizer = Tokenizer.from_pretrained(name_or_folder, revision=revision)
         out["tokenizer"] = {"ids": len(tokenizer), "special": tokenizer.special_tokens_map}
     except CheckpointError:
         out["tokenizer"] = {"ids": "no tokenizer.json"}
     folder = source.folder
-    listed = sorted(p for p in folder.rglob("*") if p.is_file()) if folder is not None else files
-    out["files"] = {str(p.relative_to(folder)) if folder else p.name: p.stat().st_size for p in listed}
+    every = sorted(p for p in folder.rglob("*") if p.is_file()) if folder is not None else files
+    out["files"] = {str(p.relative_to(folder)) if folder else p.name: p.stat().st_size for p in every}
     out["memory"] = {str(n): stored + activation_bytes(config, n, item) for n in lengths}
     if config.reach("full_attention").right == 0:
         out["cache"] = {str(n): cache_bytes(config, n, item) for n in lengths}
@@ -173,7 +174,8 @@ def _show(found: dict[str, Any]) -> None:
     table.add_column()
 
     def add(name: str, value: Any) -> None:
-        table.add_row(name, Text(value if isinstance(value, str) else _plain(value)))
+        text = value if isinstance(value, str) else _plain(value)
+        table.add_row(printable(name), Text(printable(text, keep="\n")))
 
     for section in ("model", "architecture", "tokenizer"):
         for name, value in found[section].items():
@@ -186,8 +188,9 @@ def _show(found: dict[str, Any]) -> None:
     if "labels" in found:
         labels = list(found["labels"].values())
         add("labels", f"{len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}")
-    if "parts" in found:
-        add("parts", ", ".join(found["parts"]))
+    for name in ("parts", "not served"):
+        if name in found:
+            add(name, ", ".join(found[name]))
     for name, size in found["files"].items():
         add(name, f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size:,} bytes")
     table.add_section()

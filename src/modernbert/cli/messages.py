@@ -15,7 +15,7 @@ _LONGEST = 600  # characters of a message
 # A quoted value, which stays as it is; or a word that may name an option, with what makes a keyword argument of it.
 _WORDS = re.compile(
     r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|"""
-    r"""(?<![\w.-])([a-z][a-z_]*)(=True\b|="[^"]*"|=)?"""
+    r"""(?<![\w./-])([a-z][a-z_]*)(?![\w/-]|\.\w)(=True\b|="[^"]*"|=)?"""
 )
 # Where a word that is an ordinary one too stands for an option: what is before it, and what follows.
 _BEFORE = ("; ", ": ", ", ", "give ", "and ", "(")

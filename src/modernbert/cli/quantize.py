@@ -28,10 +28,11 @@ def quantize(
     Example: modernbert quantize answerdotai/ModernBERT-base --output base-int8
     """
     from modernbert.auto import load_as_saved
-    from modernbert.files import making
+    from modernbert.files import making, write_text
     from modernbert.hub import Source
     from modernbert.models.quantization.gate import quantize as act
     from modernbert.models.quantization.options import QuantizationConfig
+    from modernbert.models.sentence_layout import CROSS_ENCODER, SETTINGS, contents_of
     from modernbert.tokenizer import Tokenizer
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -52,6 +53,9 @@ def quantize(
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        contents = contents_of(Source(source, revision))
+        if contents.kind == CROSS_ENCODER and contents.about:  # its activation and its prompts
+            write_text(temporary / SETTINGS, json.dumps(contents.about, indent=2) + "\n")
     after = sum(path.stat().st_size for path in output.glob("*.safetensors"))
     record = model.quantization
     said = {"output": str(output), **record.to_dict(), "bytes": {"before": before, "after": after}}
@@ -66,9 +70,13 @@ def quantize(
 def described(record: dict[str, Any]) -> list[str]:
     """What a checkpoint's `quantization_config` says, in lines for people."""
     measured, finer = record["measured"], record["finer"]
-    cosine = f"{measured['cosine_mean']:.5f}, at the worst token {measured['cosine_min']:.5f}"
-    lines = [f"cosine of the last hidden states {cosine} ({measured['tokens']:,} tokens; texts: {measured['texts']})"]
-    if measured["agreement"] is not None:
+    lines = []
+    if {"cosine_mean", "cosine_min", "tokens", "texts"} <= set(measured):
+        cosine = f"{measured['cosine_mean']:.5f}, at the worst token {measured['cosine_min']:.5f}"
+        lines.append(
+            f"cosine of the last hidden states {cosine} ({measured['tokens']:,} tokens; texts: {measured['texts']})"
+        )
+    if measured.get("agreement") is not None:
         lines.append(f"{measured['agreement']:.1%} of the answers are the same")
     for how in sorted(set(finer.values())):
         names = [name.removeprefix("model.") for name, other in finer.items() if other == how]

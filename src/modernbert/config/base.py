@@ -13,19 +13,23 @@ import abc
 import copy
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeGuard
 
-from modernbert.errors import ConfigError
+from modernbert.errors import ConfigError, shown
 from modernbert.files import write_text
 from modernbert.hub import Source
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+_OTHER_DTYPES = {"double": "float64", "float": "float32", "half": "float16"}  # as torch spells them too
+_SPECIAL_IDS = ("pad", "bos", "cls", "sep", "eos")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "sigmoid")
+# What a file may ask for: far beyond any model, and far below what fills a machine before an error is met.
+_MOST_LAYERS, _MOST_LABELS, _LARGEST = 4096, 2**20, 2**28
 
 
 class Reach(NamedTuple):
@@ -76,10 +80,11 @@ class Config(abc.ABC):
         deterministic_flash_attn: take attention kernels whose gradients are deterministic.
         reference_compile: True compiles the MLPs with torch.compile; None and False do not.
         tie_word_embeddings: whether the output decoder shares the token embedding.
-        num_labels, id2label, label2id, problem_type: of classification heads; two labels where silent.
+        num_labels, id2label, label2id, problem_type: of classification heads; two labels if none are given. `id2label`
+            may be a list of names, in the order of their ids.
         output_attentions, output_hidden_states, return_dict: defaults of the forward arguments.
         pruned_heads: heads removed from each layer.
-        dtype: name of the dtype that the weights were saved in.
+        dtype: name of the dtype that the weights were saved in: "float32", "bfloat16", "float16" or "float64".
         extra: unknown keys of the file that the configuration was read from.
 
     Raises:
@@ -138,13 +143,14 @@ class Config(abc.ABC):
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self, rope_scaling: dict[str, Any] | None) -> None:
+        self._check_types()
         self._check_sizes()
-        self._set("dtype", None if self.dtype is None else str(self.dtype).removeprefix("torch."))
+        self._derive_dtype()
         self._derive_layer_types()
         self._derive_rope(rope_scaling)
         self._derive_labels()
         self._check_choices()
-        self._set("pruned_heads", {int(i): sorted(set(h)) for i, h in self.pruned_heads.items()})
+        self._derive_pruned_heads()
 
     # Derived views
 
@@ -212,13 +218,23 @@ class Config(abc.ABC):
         given = copy.deepcopy(dict(values))
         model_type = given.pop("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise ConfigError(f"model_type is {model_type!r}; {cls.__name__} reads {cls.model_type!r}")
+            raise ConfigError(f"model_type is {shown(model_type)}; {cls.__name__} reads {cls.model_type!r}")
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"} | {"rope_scaling"}
         if "torch_dtype" in given:  # the older spelling; both are written
             given.setdefault("dtype", given["torch_dtype"])
             del given["torch_dtype"]
         if given.get("id2label"):
             given.pop("num_labels", None)
+        half = given.pop("sliding_window", None)  # as in the reference, it wins over `local_attention`
+        if half is not None:
+            if not _is_whole(half) or not 0 <= half <= _LARGEST // 2:
+                raise ConfigError(f"sliding_window is {shown(half)}; it must be a whole number from 0")
+            whole = given.get("local_attention")
+            if not _is_whole(whole) or whole // 2 != half:
+                given["local_attention"] = 2 * half
+        for name in _SPECIAL_IDS:
+            if given.get(f"{name}_token_id") == -1:  # a way to write that there is none
+                given[f"{name}_token_id"] = None
         # In a file, null means the default of a field that may not be null itself.
         nullable = {f.name for f in dataclasses.fields(cls) if "None" in str(f.type)} | {"rope_scaling"}
         arguments = {k: v for k, v in given.items() if k in known and (v is not None or k in nullable)}
@@ -277,6 +293,16 @@ class Config(abc.ABC):
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            kind, nullable = str(field.type).removesuffix(" | None"), str(field.type).endswith(" | None")
+            value = getattr(self, field.name)
+            if kind not in _KINDS or (nullable and value is None):
+                continue
+            fits, what = _KINDS[kind]
+            if not fits(value):
+                raise ConfigError(f"{field.name} is {shown(value)}; it must be {what}{' or null' if nullable else ''}")
+
     def _check_sizes(self) -> None:
         sizes = (
             "vocab_size",
@@ -288,8 +314,11 @@ class Config(abc.ABC):
         for name in (*sizes, "num_hidden_layers", "local_attention"):
             value = getattr(self, name)
             least = 0 if name in ("num_hidden_layers", "local_attention") else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+            if value < least:
+                raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
+            most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+            if value > most:
+                raise ConfigError(f"{name} is {shown(value)}; it must be at most {most}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size is {self.hidden_size}, which is not a multiple of "
@@ -305,49 +334,68 @@ class Config(abc.ABC):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1)")
         for name in ("norm_eps", "initializer_range", "initializer_cutoff_factor"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
+            if not value > 0:
                 raise ConfigError(f"{name} is {value!r}; it must be a number above 0")
-        for name in ("pad", "bos", "cls", "sep", "eos"):
+            self._set(name, float(value))
+        for name in _SPECIAL_IDS:
             ids = getattr(self, f"{name}_token_id")
-            for token_id in ids if isinstance(ids, list) else [ids]:
+            for token_id in ids if name == "eos" and isinstance(ids, list) else [ids]:
                 # Only the padding id is used as an index; others may point past a cut vocabulary.
-                inside = token_id is None or (isinstance(token_id, int) and 0 <= token_id < self.vocab_size)
-                if not inside and (name == "pad" or not isinstance(token_id, int) or token_id < 0):
+                inside = token_id is None or (_is_whole(token_id) and 0 <= token_id < self.vocab_size)
+                if not inside and (name == "pad" or not _is_whole(token_id) or token_id < 0):
                     raise ConfigError(
-                        f"{name}_token_id is {token_id!r}; the vocabulary has ids 0 to {self.vocab_size - 1}"
+                        f"{name}_token_id is {shown(token_id)}; the vocabulary has ids 0 to {self.vocab_size - 1}"
                     )
 
     def _check_choices(self) -> None:
         for name in ("hidden_activation", "classifier_activation"):
             value = getattr(self, name)
             if not callable(value) and value not in ACTIVATIONS:
-                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(ACTIVATIONS)} or give a function")
-        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
-            raise ConfigError(f"problem_type is {self.problem_type!r}; choose one of {', '.join(PROBLEM_TYPES)}")
-        for layer, heads in self.pruned_heads.items():
-            if not 0 <= int(layer) < self.num_hidden_layers:
                 raise ConfigError(
-                    f"pruned_heads names layer {layer}; there are layers 0 to {self.num_hidden_layers - 1}"
+                    f"{name} is {shown(value)}; choose one of {', '.join(ACTIVATIONS)} or give a function"
                 )
-            if not all(0 <= head < self.num_attention_heads for head in heads):
+        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
+            raise ConfigError(f"problem_type is {shown(self.problem_type)}; choose one of {', '.join(PROBLEM_TYPES)}")
+
+    def _derive_dtype(self) -> None:
+        name = None if self.dtype in (None, "auto") else str(self.dtype).removeprefix("torch.")
+        name = None if name is None else _OTHER_DTYPES.get(name, name)
+        if name is not None and name not in DTYPES:
+            raise ConfigError(f"dtype is {shown(self.dtype)}; choose one of {', '.join(DTYPES)}")
+        self._set("dtype", name)
+
+    def _derive_pruned_heads(self) -> None:
+        pruned: dict[int, list[int]] = {}
+        for layer, heads in self.pruned_heads.items():
+            number = int(layer) if str(layer).isdecimal() and len(str(layer)) < 10 else -1
+            if not 0 <= number < self.num_hidden_layers:
                 raise ConfigError(
-                    f"pruned_heads names heads {heads} of layer {layer}; there are heads 0 to "
+                    f"pruned_heads names layer {shown(layer)}; there are layers 0 to {self.num_hidden_layers - 1}"
+                )
+            whole = isinstance(heads, list | tuple | set) and all(map(_is_whole, heads))
+            if not whole or not all(0 <= head < self.num_attention_heads for head in heads):
+                raise ConfigError(
+                    f"pruned_heads names heads {shown(heads)} of layer {layer}; there are heads 0 to "
                     f"{self.num_attention_heads - 1}"
                 )
+            pruned[number] = sorted(set(heads))
+        self._set("pruned_heads", pruned)
 
     def _derive_layer_types(self) -> None:
         every = self.global_attn_every_n_layers
-        if every is not None and (not isinstance(every, int) or every < 1):
-            raise ConfigError(f"global_attn_every_n_layers is {every!r}; it must be a whole number of at least 1")
+        if every is not None and every < 1:
+            raise ConfigError(f"global_attn_every_n_layers is {shown(every)}; it must be a whole number of at least 1")
         if self.layer_types is None:
             self._set("global_attn_every_n_layers", every or 3)
             kinds = [LAYER_TYPES[bool(i % (every or 3))] for i in range(self.num_hidden_layers)]
             self._set("layer_types", kinds)
             return
+        if not isinstance(self.layer_types, list | tuple):
+            raise ConfigError(f"layer_types is {shown(self.layer_types)}; it must be a list with a name for each layer")
         kinds = list(self.layer_types)
         for i, kind in enumerate(kinds):
             if kind not in LAYER_TYPES:
-                raise ConfigError(f"layer_types[{i}] is {kind!r}; choose one of {', '.join(LAYER_TYPES)}")
+                raise ConfigError(f"layer_types[{i}] is {shown(kind)}; choose one of {', '.join(LAYER_TYPES)}")
         if len(kinds) != self.num_hidden_layers:
             raise ConfigError(f"layer_types names {len(kinds)} layers; num_hidden_layers is {self.num_hidden_layers}")
         self._set("layer_types", kinds)
@@ -360,16 +408,21 @@ class Config(abc.ABC):
         self._set("global_attn_every_n_layers", fits[0] if fits else None)
 
     def _derive_rope(self, rope_scaling: dict[str, Any] | None) -> None:
+        for name, value in (("rope_parameters", self.rope_parameters), ("rope_scaling", rope_scaling)):
+            if value is not None and not isinstance(value, Mapping):
+                raise ConfigError(f"{name} is {shown(value)}; it must hold values by name")
         given = dict(self.rope_parameters or {})
         if given and not any(isinstance(given.get(kind), dict) for kind in LAYER_TYPES):
             # One flat dictionary means both layer types, as in models with a single rotary embedding.
             given = {kind: dict(given) for kind in LAYER_TYPES}
         unknown = set(given) - set(LAYER_TYPES)
         if unknown:
-            raise ConfigError(f"rope_parameters has {sorted(unknown)}; it is keyed by {', '.join(LAYER_TYPES)}")
+            raise ConfigError(f"rope_parameters has {shown(sorted(unknown))}; it is keyed by {', '.join(LAYER_TYPES)}")
         older = {"full_attention": self.global_rope_theta, "sliding_attention": self.local_rope_theta}
         parameters: dict[str, dict[str, Any]] = {}
         for kind in LAYER_TYPES:
+            if not isinstance(given.get(kind) or {}, Mapping):
+                raise ConfigError(f"rope_parameters[{kind!r}] is {shown(given[kind])}; it must hold values by name")
             rope = {**(given.get(kind) or {}), **(rope_scaling or {})}
             rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
             if rope.get("rope_theta") is None:
@@ -385,45 +438,87 @@ class Config(abc.ABC):
     def _check_rope(self, kind: str, rope: dict[str, Any]) -> None:
         where = f"rope_parameters[{kind!r}]"
         if rope["rope_type"] not in ROPE_TYPES:
-            raise ConfigError(f"{where} has rope_type {rope['rope_type']!r}; choose one of {', '.join(ROPE_TYPES)}")
+            choices = ", ".join(ROPE_TYPES)
+            raise ConfigError(f"{where} has rope_type {shown(rope['rope_type'])}; choose one of {choices}")
 
-        def positive(name: str, least: float) -> None:
+        def number(name: str, least: float, above: bool = False) -> None:
             value = rope.get(name)
-            if not isinstance(value, int | float) or not math.isfinite(value) or value < least:
-                raise ConfigError(f"{where} has {name} {value!r}; it must be a number of at least {least:g}")
+            if not _is_number(value) or value < least or (above and value == least):
+                bound = f"above {least:g}" if above else f"of at least {least:g}"
+                raise ConfigError(f"{where} has {name} {shown(value)}; it must be a number {bound}")
 
-        positive("rope_theta", 1.0)
+        is_yarn = rope["rope_type"] == "yarn"
+        number("rope_theta", 1.0, above=is_yarn)
         if rope["rope_type"] in ("linear", "dynamic", "yarn"):
-            positive("factor", 1.0)
-        if rope["rope_type"] == "yarn":
-            positive("original_max_position_embeddings", 1)
+            number("factor", 1.0)
+        if is_yarn:
+            number("original_max_position_embeddings", 1)
+            for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+                if rope.get(name) is not None:
+                    number(name, 0.0)
+            if not isinstance(rope.get("truncate", True), bool):
+                raise ConfigError(f"{where} has truncate {shown(rope['truncate'])}; it must be true or false")
         if rope["rope_type"] == "dynamic" and self.head_dim < 4:
             raise ConfigError(f"{where} has rope_type 'dynamic', which needs heads of at least 4, not {self.head_dim}")
 
     def _derive_labels(self) -> None:
-        labels = self.id2label
-        if labels is not None:
-            if not all(str(i).isdecimal() for i in labels):
-                raise ConfigError(f"id2label has the ids {list(labels)}; they must be 0, 1, 2, ...")
-            labels = {int(i): str(label) for i, label in labels.items()}
-            if sorted(labels) != list(range(len(labels))) or not labels:
-                raise ConfigError(f"id2label has the ids {sorted(labels)}; they must be 0, 1, 2, ...")
+        names: Any = self.id2label
+        if isinstance(names, list | tuple):
+            names = dict(enumerate(names))
+        for field, mapping in (("id2label", names), ("label2id", self.label2id)):
+            if mapping is not None and not isinstance(mapping, Mapping):
+                raise ConfigError(f"{field} is {shown(mapping)}; it must hold ids and labels")
+        if names is not None:
+            if not all(str(i).isdecimal() and len(str(i)) < 10 for i in names) or not names:
+                raise ConfigError(f"id2label has the ids {shown(list(names))}; they must be 0, 1, 2, ...")
+            labels = {int(i): _label(int(i), label) for i, label in names.items()}
+            if sorted(labels) != list(range(len(labels))):
+                raise ConfigError(f"id2label has the ids {shown(sorted(labels))}; they must be 0, 1, 2, ...")
             labels = dict(sorted(labels.items()))
             if self.num_labels is not None and self.num_labels != len(labels):
-                raise ConfigError(f"num_labels is {self.num_labels} and id2label names {len(labels)}")
+                raise ConfigError(f"num_labels is {shown(self.num_labels)} and id2label names {len(labels)}")
         else:
             number = self.num_labels
             if number is None:
                 number = len(self.label2id) if self.label2id else 2
-            if not isinstance(number, int) or number < 1:
-                raise ConfigError(f"num_labels is {number!r}; it must be a whole number of at least 1")
+            if not 1 <= number <= _MOST_LABELS:
+                raise ConfigError(f"num_labels is {shown(number)}; it must be a whole number from 1 to {_MOST_LABELS}")
             labels = {i: f"LABEL_{i}" for i in range(number)}
             if self.label2id:
-                inverse = {int(i): label for label, i in self.label2id.items()}
-                if sorted(inverse) != list(range(number)):
-                    raise ConfigError(f"label2id has the ids {sorted(inverse)}; they must be 0 to {number - 1}")
+                ids = list(self.label2id.values())
+                if not all(map(_is_whole, ids)) or sorted(ids) != list(range(number)):
+                    raise ConfigError(f"label2id has the ids {shown(ids)}; they must be 0 to {number - 1}")
+                inverse = {i: _label(i, label) for label, i in self.label2id.items()}
                 labels = {i: inverse[i] for i in range(number)}
         self._set("id2label", labels)
         self._set("num_labels", len(labels))
-        if self.label2id is None or set(self.label2id.values()) != set(labels):
+        ids = list((self.label2id or {}).values())
+        if self.label2id is None or not all(map(_is_whole, ids)) or set(ids) != set(labels):
             self._set("label2id", {label: i for i, label in labels.items()})
+
+
+def _label(number: int, name: Any) -> str:
+    """A label's name; one that a file leaves null has its number's."""
+    if name is None:
+        return f"LABEL_{number}"
+    if isinstance(name, str | int | float):
+        return str(name)
+    raise ConfigError(f"id2label names label {number} {shown(name)}; it must be a text")
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+# What a field may hold, by its annotation, in Python and in words.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "int": (_is_whole, "a whole number"),
+    "float": (_is_number, "a number"),
+    "dict[str, Any]": (lambda value: isinstance(value, dict), "values by name"),
+    "dict[int, list[int]]": (lambda value: isinstance(value, dict), "lists of heads by layer"),
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from modernbert.config.base import Config, Reach
 from modernbert.errors import ConfigError
@@ -33,6 +33,14 @@ class ModernBertDecoderConfig(Config):
     def reach(self, layer_type: str) -> Reach:
         """How far a layer of this type attends; never ahead."""
         return Reach(None, 0) if layer_type == "full_attention" else Reach(self.sliding_window - 1, 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that `config.json` holds; an id that there is not is -1, since transformers reads no null here."""
+        values = super().to_dict()
+        for name in ("pad", "bos", "cls", "sep"):
+            if values[f"{name}_token_id"] is None:
+                values[f"{name}_token_id"] = -1
+        return values
 
     def _check_sizes(self) -> None:
         super()._check_sizes()

@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from modernbert.config.base import Config, Reach
-from modernbert.errors import ConfigError
+from modernbert.errors import ConfigError, shown
 
 POOLINGS = ("cls", "mean")
 
@@ -47,4 +47,5 @@ class ModernBertConfig(Config):
     def _check_choices(self) -> None:
         super()._check_choices()
         if self.classifier_pooling not in POOLINGS:
-            raise ConfigError(f"classifier_pooling is {self.classifier_pooling!r}; choose one of {', '.join(POOLINGS)}")
+            given = shown(self.classifier_pooling)
+            raise ConfigError(f"classifier_pooling is {given}; choose one of {', '.join(POOLINGS)}")

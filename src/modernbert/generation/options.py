@@ -8,11 +8,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 20
+_MOST_FROM_FILE = 1024  # beams and sequences of a prompt that defaults may ask for
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -72,7 +73,19 @@ class GenerationOptions:
         if unknown:
             raise InputError(f"generate has no option {', '.join(unknown)}; there are {', '.join(names)}")
         given = {name: value for name, value in given.items() if value is not None}
-        base = {name: value for name, value in defaults.items() if name in names and value is not None}
+        none = (None, -1)  # -1 is a file's way to write that there is no such id
+        base = {
+            name: value
+            for name, value in defaults.items()
+            if name in names and value not in (none if name.endswith("token_id") else none[:1])
+        }
+        for name in ("num_beams", "num_return_sequences"):
+            value = base.get(name)
+            if name not in given and isinstance(value, int) and value > _MOST_FROM_FILE:
+                raise InputError(
+                    f"{name} is {shown(value)} in the generation_config; it may ask for {_MOST_FROM_FILE} at most, so "
+                    f"give {name} to generate"
+                )
         if {"max_length", "max_new_tokens"} & set(given):
             base = {name: value for name, value in base.items() if name not in ("max_length", "max_new_tokens")}
         values = {**base, **given}
@@ -83,7 +96,7 @@ class GenerationOptions:
             elif isinstance(value, list | tuple):
                 values[name] = tuple(value)
             else:
-                raise InputError(f"{name} is {value!r}; give one or a list of them")
+                raise InputError(f"{name} is {shown(value)}; give one or a list of them")
         options = cls(**values)
         options._check(set(given))
         return options
@@ -101,7 +114,7 @@ class GenerationOptions:
             _whole("eos_token_id", i, 0)
         _whole("pad_token_id", self.pad_token_id, 0)
         if not isinstance(self.do_sample, bool):
-            raise InputError(f"do_sample is {self.do_sample!r}; choose True or False")
+            raise InputError(f"do_sample is {shown(self.do_sample)}; choose True or False")
         _between("repetition_penalty", self.repetition_penalty, 0.0, None, open_below=True)
         _between("length_penalty", self.length_penalty, -100.0, 100.0)
         if self.do_sample:  # what is off means nothing
@@ -111,8 +124,8 @@ class GenerationOptions:
         sampling = [name for name in _SAMPLING if name in given]
         if sampling and not self.do_sample:
             raise InputError(f"{', '.join(sampling)} is for sampling, which is off; give do_sample=True too")
-        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
-            raise InputError(f"early_stopping is {self.early_stopping!r}; choose True, False or 'never'")
+        if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
+            raise InputError(f"early_stopping is {shown(self.early_stopping)}; choose True, False or 'never'")
         beams = [name for name in ("length_penalty", "early_stopping") if name in given]
         if beams and self.num_beams == 1:
             raise InputError(f"{', '.join(beams)} is for beam search, which is off; give num_beams too")
@@ -130,7 +143,7 @@ class GenerationOptions:
                 f"min_new_tokens is {self.min_new_tokens} and max_new_tokens is {self.max_new_tokens}, which is less"
             )
         if not all(isinstance(s, str) and s for s in self.stop_strings):
-            raise InputError(f"stop_strings is {list(self.stop_strings)!r}; give strings with something in them")
+            raise InputError(f"stop_strings is {shown(list(self.stop_strings))}; give strings with something in them")
 
     def new_tokens(self, columns: int) -> int:
         """How many tokens to add at the most to prompts of so many columns.
@@ -158,13 +171,13 @@ class GenerationOptions:
 
 def _whole(name: str, value: Any, least: int) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-        raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
 
 
 def _between(name: str, value: Any, low: float | None, high: float | None, open_below: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     inside = number and (low is None or (value > low if open_below else value >= low))
     if not inside or (high is not None and value > high):
         least = "any number" if low is None else f"above {low:g}" if open_below else f"at least {low:g}"
         most = "" if high is None else f", at most {high:g}"
-        raise InputError(f"{name} is {value!r}; it must be {least}{most}")
+        raise InputError(f"{name} is {shown(value)}; it must be {least}{most}")

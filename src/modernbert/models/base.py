@@ -15,8 +15,8 @@ from modernbert.config import Config
 from modernbert.hub import Source
 from modernbert.models.initialization import initial_std, initialize
 from modernbert.models.layers import MLP, Attention, Linear
-from modernbert.models.loading import load_weights
-from modernbert.models.placement import resolve_device, resolve_dtype
+from modernbert.models.loading import check_layers, load_weights
+from modernbert.models.placement import resolve_device, resolve_dtype, warn_once
 from modernbert.models.quantization.gate import quantize_loaded
 from modernbert.models.quantization.modules import QuantizedEmbedding, part_names, quantized_modules
 from modernbert.models.quantization.options import BFLOAT16, KEY, Record, resolve
@@ -90,8 +90,9 @@ class PreTrainedModel(nn.Module):
         Args:
             name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
             config: a configuration to use instead of the checkpoint's own.
-            dtype: a torch dtype or its name; "auto" and None take the checkpoint's. float16 on a CPU is loaded
-                as bfloat16 where the CPU computes that natively and as float32 elsewhere.
+            dtype: a torch dtype or its name; "auto" and None take the checkpoint's, which is right for inference.
+                float16 becomes float32 on a CPU, with a warning. For training give "float32": in bfloat16 and float16
+                most steps of an optimizer are smaller than what a weight can show, and are lost.
             torch_dtype: older spelling of `dtype`.
             device: where the weights go; an index means that GPU, or the CPU where there is none.
             device_map: "auto" takes the GPU where there is one; else like `device`.
@@ -104,7 +105,8 @@ class PreTrainedModel(nn.Module):
 
         Raises:
             NotFoundError: no such folder, repository or file.
-            CheckpointError: a tensor is unexpected or has the wrong shape, or the weights are a pickle.
+            CheckpointError: a tensor has no place in the model or the wrong shape, or the weights are a pickle or an
+                adapter. What has no place is refused: without it the model would be another one than was saved.
             ConfigError, TypeError: an override is impossible or unknown.
             QuantizationError: quantizing would cost more than allowed.
         """
@@ -123,6 +125,7 @@ class PreTrainedModel(nn.Module):
         relabelled = stored is None or stored.num_labels != config.num_labels
         files = weight_files(source)
         names = weight_names(files)
+        check_layers(config.num_hidden_layers, names, str(name_or_folder))
         place = resolve_device(device_map if device is None else device)
         with torch.device("meta"):
             model = cls(config, attn_implementation)
@@ -191,6 +194,11 @@ class PreTrainedModel(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} is quantized ({self.quantization.scheme}): whole numbers have no gradient. "
                 "Train the float checkpoint, and quantize what comes out"
+            )
+        if mode and self.dtype in (torch.bfloat16, torch.float16):
+            warn_once(
+                f"training with weights in {str(self.dtype).removeprefix('torch.')}, which lose most small steps; load "
+                "them with dtype='float32'"
             )
         return super().train(mode)
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, listed
 from modernbert.files import write_text
 from modernbert.generation.loops import Step, follow, search
 from modernbert.generation.options import GenerationOptions
@@ -56,7 +56,7 @@ class GenerationMixin:
             served = {field.name for field in dataclasses.fields(GenerationOptions)}
             others = [k for k, v in self.generation_config.items() if v is not None and k not in served | _SILENT]
             if others:
-                logger.warning("%s names options that are not served: %s", _DEFAULTS, ", ".join(sorted(others)))
+                logger.warning("%s names options that are not served: %s", _DEFAULTS, listed(sorted(others)))
 
     def save_more(self, folder: Path) -> None:
         """Write the defaults of `generate`, where there are any."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.checkpoint import read_weights
-from modernbert.errors import CheckpointError
+from modernbert.errors import CheckpointError, listed
 from modernbert.models.initialization import initialize
 from modernbert.models.quantization.modules import PARTS, QuantizedLinear, from_parts, put, quantized_modules
 from modernbert.models.quantization.options import Record
@@ -23,8 +25,21 @@ logger = logging.getLogger("modernbert.models.base")
 
 # Every head's parameters begin with one of these. A checkpoint of another head may hold them beside the encoder.
 _HEADS = ("head.", "lm_head.", "decoder.", "classifier.")
-_WHOLE = ("I8", "U8", "I16", "I32", "I64")  # dtypes that stand for nothing by themselves
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # other dtypes stand for nothing by themselves
+# What wrappers of PyTorch's put into names: parallel training, the compiler, recomputation.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
+_FRESH = 2**26  # numbers that a file may ask for beside those that it holds
 _PARTS = tuple(f".{name}" for name in PARTS.values() if name != "weight")
+
+
+def check_layers(layers: int, names: Iterable[str], origin: str) -> None:
+    """Refuse a checkpoint that holds fewer layers than its configuration names, before a model of that size is made."""
+    held = {int(found[1]) for name in names if (found := _LAYER.search(name))}
+    if layers > len(held):
+        raise CheckpointError(
+            f"{origin} is incomplete; num_hidden_layers is {layers}, and its weights hold {len(held)} layers"
+        )
 
 
 def load_weights(
@@ -48,10 +63,11 @@ def load_weights(
         relabelled: whether another number of labels is wanted than the checkpoint has.
 
     Raises:
-        CheckpointError: a tensor is unexpected, missing or has the wrong shape.
+        CheckpointError: a tensor is unexpected, missing or has the wrong shape. A tensor that has no place in the model
+            is refused, not left out: without it the model would be another one than was saved.
     """
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    target = _match_names(model.base_model_prefix, names, shapes)
+    target = _match_names(model, origin, names, shapes)
     quantized = _quantized(model, names, target)
     kept: dict[str, str] = {}  # name in the checkpoint -> name in the model
     unexpected: list[str] = []
@@ -59,8 +75,8 @@ def load_weights(
     passed_over: list[str] = []
     for name, (_, shape, kind) in names.items():
         mine = target(name)
-        if name not in quantized and kind in _WHOLE:
-            (passed_over if mine.startswith(_HEADS) else unexpected).append(name)
+        if name not in quantized and kind not in _FLOATS:
+            (passed_over if mine.startswith(_HEADS) else unexpected).append(f"{name} ({kind})")
             continue
         if name in quantized or (mine in model.tied_weights and model.config.tie_word_embeddings):
             continue  # some writers store a tied weight twice
@@ -69,14 +85,15 @@ def load_weights(
         elif shapes[mine] != shape:
             if relabelled and mine.startswith("classifier."):
                 continue
-            misshapen.append(f"{name} is {shape}, the model wants {shapes[mine]}")
+            misshapen.append(f"{name} is {tuple(shape[:4])}, the model wants {shapes[mine]}")
         else:
             kept[name] = mine
     if unexpected or misshapen:
-        what = [f"unexpected: {', '.join(unexpected)}"] if unexpected else []
-        raise CheckpointError(f"{origin} does not fit {type(model).__name__}; " + "; ".join(what + misshapen))
+        what = [f"unexpected: {listed(unexpected)}"] if unexpected else []
+        what += [listed(misshapen, most=3)] if misshapen else []
+        raise CheckpointError(f"{origin} does not fit {type(model).__name__}; {'; '.join(what)}")
     if passed_over:
-        logger.info("%s: weights of another head are left out: %s", origin, ", ".join(passed_over))
+        logger.info("%s: weights of another head are left out: %s", origin, listed(passed_over))
 
     def place(name: str, value: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
@@ -94,7 +111,13 @@ def load_weights(
     prefix = f"{model.base_model_prefix}."
     lost = sorted(name for name in missing if not name.startswith(_HEADS))
     if lost:
-        raise CheckpointError(f"{origin} is incomplete; it lacks {', '.join(n.removeprefix(prefix) for n in lost)}")
+        raise CheckpointError(f"{origin} is incomplete; it lacks {listed(n.removeprefix(prefix) for n in lost)}")
+    fresh = sum(math.prod(shapes[name]) for name in missing)
+    if not relabelled and fresh > max(_FRESH, sum(math.prod(shape) for _, shape, _ in names.values())):
+        raise CheckpointError(
+            f"{origin} asks for {fresh:,} numbers that it does not hold, for {listed(sorted(missing))}; where they are "
+            "wanted fresh, say so: num_labels=..."
+        )
     for name in missing:
         place(name, torch.empty(shapes[name], device=device, dtype=dtype))
     for module in quantized_modules(model).values():
@@ -105,20 +128,36 @@ def load_weights(
     if missing:
         initialize(model, model.config, only=missing)
         logger.warning(
-            "%s has no weights that fit %s; they are freshly initialised", origin, ", ".join(sorted(missing))
+            "%s has no weights that fit %s; they are freshly initialised", origin, listed(sorted(missing), most=8)
         )
 
 
-def _match_names(prefix: str, names: Iterable[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:
-    """How the checkpoint's names become this model's: a bare encoder's names have no `model.` prefix."""
-    prefix = f"{prefix}."
-    theirs = any(name.startswith(prefix) for name in names)
+def _match_names(
+    model: PreTrainedModel, origin: str, names: Iterable[str], shapes: Mapping[str, Any]
+) -> Callable[[str], str]:
+    """How the checkpoint's names become this model's.
+
+    A bare encoder's names have no `model.` prefix, wrappers of PyTorch's put words into names, and of a tied pair some
+    writers keep the output's name alone.
+    """
+    prefix = f"{model.base_model_prefix}."
+    plain = {name: _WRAPPERS.sub("", name) for name in names}
+    if len(set(plain.values())) < len(plain):
+        twice = sorted(name for name in plain if name != plain[name] and plain[name] in plain)
+        raise CheckpointError(f"{origin} holds tensors twice, as they are and with a wrapper's name: {listed(twice)}")
+    theirs = any(name.startswith(prefix) for name in plain.values())
     ours = any(name.startswith(prefix) for name in shapes)
-    if theirs and not ours:
-        return lambda name: name.removeprefix(prefix)
-    if ours and not theirs:
-        return lambda name: name if name.startswith(_HEADS) else prefix + name
-    return lambda name: name
+
+    def place(name: str) -> str:
+        if theirs and not ours:
+            return name.removeprefix(prefix)
+        return prefix + name if ours and not theirs and not name.startswith(_HEADS) else name
+
+    matched = {name: place(of) for name, of in plain.items()}
+    embedding = f"{prefix if ours else ''}embeddings.tok_embeddings.weight"
+    if model.config.tie_word_embeddings and embedding not in matched.values():
+        matched |= {name: embedding for name, of in plain.items() if of == "decoder.weight"}
+    return matched.__getitem__
 
 
 def _quantized(

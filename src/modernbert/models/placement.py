@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from modernbert.errors import shown
+
 logger = logging.getLogger(__name__)
 
 
@@ -50,6 +52,9 @@ def resolve_device(device: Any) -> torch.device:
 def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype to compute in: what the caller names, or what the checkpoint is stored in.
 
+    float16 becomes float32 on a CPU, with a warning: it is slow there and overflows, and float32 holds its numbers
+    exactly, on every processor.
+
     Raises:
         ValueError: the name is no floating dtype.
     """
@@ -58,18 +63,22 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None, d
     if isinstance(dtype, str):
         named = getattr(torch, dtype.removeprefix("torch."), None)
         if not isinstance(named, torch.dtype):
-            raise ValueError(f"dtype is {dtype!r}; give auto, float32, bfloat16 or float16")
+            raise ValueError(f"dtype is {shown(dtype)}; give auto, float32, bfloat16 or float16")
         dtype = named
-    assert isinstance(dtype, torch.dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype is {shown(dtype)}; give auto, float32, bfloat16 or float16")
     if not dtype.is_floating_point:
         raise ValueError(f"dtype is {dtype}; weights are float32, bfloat16 or float16")
     if dtype == torch.float16 and device.type == "cpu":
-        instead = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-        _log_once(f"float16 is slow on a CPU; computing in {str(instead).removeprefix('torch.')}")
-        return instead
+        warn_once(
+            "float16 is for GPUs: on this CPU the weights are float32. dtype='bfloat16' takes half the memory, for "
+            "inference"
+        )
+        return torch.float32
     return dtype
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+def warn_once(message: str) -> None:
+    """Log a warning the first time that there is reason to."""
+    logger.warning(message)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modernbert.checkpoint import read_weights, weight_files, write_weights
-from modernbert.errors import CheckpointError, InputError
+from modernbert.checkpoint import read_weights, weight_files, weight_names, write_weights
+from modernbert.config import ModernBertDecoderConfig
+from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.files import write_text
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
@@ -31,9 +32,10 @@ from modernbert.models.sentence_layout import (
     SETTINGS,
     TRANSFORMER_SETTINGS,
     EmbeddingSettings,
+    contents_of,
+    kind_of_part,
     pooling_keys,
     pooling_of,
-    read_parts,
     settings_of,
 )
 from modernbert.ops.activations import activation
@@ -57,9 +59,9 @@ class Dense(nn.Module):
         super().__init__()
         self.linear = Linear(in_features, out_features, bias=bias)
         self.activation = activation or "torch.nn.modules.activation.Tanh"
-        if self.activation not in _ACTIVATIONS:
+        if not isinstance(self.activation, str) or self.activation not in _ACTIVATIONS:
             raise CheckpointError(
-                f"a dense layer names the activation {self.activation!r}; known are {', '.join(_ACTIVATIONS)}"
+                f"a dense layer names the activation {shown(self.activation)}; known are {', '.join(_ACTIVATIONS)}"
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +132,12 @@ class SentenceEncoder(nn.Module):
 
     @property
     def dimensions(self) -> int:
-        """Dimensions of a vector."""
+        """Dimensions of a vector, D."""
+        return min(self.full_dimensions, self.settings.truncate_dim or self.full_dimensions)
+
+    @property
+    def full_dimensions(self) -> int:
+        """Dimensions that a vector has before `truncate_dim` of the settings takes its first ones."""
         dense = [part.linear.out_features for part in self.after_pooling if isinstance(part, Dense)]
         return int(dense[-1] if dense else self.width * max(len(self.settings.poolings), 1))
 
@@ -172,7 +179,7 @@ class SentenceEncoder(nn.Module):
         inputs = self.model.pack_inputs(input_ids, None, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         states_TM = self.token_vectors(inputs)
         spans = [(min(start + skip, end), end) for start, end in inputs.packing.spans]
-        return self.pool(states_TM, spans, inputs.packing.positions_T)
+        return self.pool(states_TM, spans, inputs.packing.positions_T)[:, : self.dimensions]
 
     def token_vectors(self, inputs: PackedInputs) -> Tensor:
         """A vector of every token, (T, M)."""
@@ -189,7 +196,7 @@ class SentenceEncoder(nn.Module):
         positions_T: Tensor,
         poolings: Sequence[str] | None = None,
     ) -> Tensor:
-        """A vector of each span of token vectors, (B, D).
+        """A vector of each span of token vectors, (B, full_dimensions).
 
         Args:
             states_TM: what `token_vectors` gave.
@@ -224,14 +231,17 @@ class SentenceEncoder(nn.Module):
             quantize_loaded(encoder.model, resolve(quantization), source)
             return encoder
         source = Source.pop_from(name_or_folder, dict(kwargs))
-        parts = read_parts(source)
+        contents = contents_of(source)
+        contents.refuse_cross_encoder()
+        contents.refuse_unserved()
+        parts, inner = contents.parts, contents.inner
+        _refuse_decoder(source.inside(inner))
         if not parts:
             model = ModernBertModel.from_pretrained(name_or_folder, **kwargs)
             return cls(model).eval()
-        kinds = [str(part["type"]).rpartition(".")[2] for part in parts]
-        if not kinds or kinds[0] != "Transformer":
-            raise CheckpointError(f"{name_or_folder} has the parts {', '.join(kinds)}; the first must be a Transformer")
-        inner = str(parts[0]["path"])
+        kinds = [kind_of_part(part) for part in parts]
+        if kinds[0] != "Transformer":
+            raise CheckpointError(f"{name_or_folder} has the parts {listed(kinds)}; the first must be a Transformer")
         body = {**kwargs, "subfolder": source.inside(inner).subfolder}
         model = ModernBertModel.from_pretrained(name_or_folder, **body)
         values: dict[str, Any] = {"poolings": None}
@@ -250,14 +260,27 @@ class SentenceEncoder(nn.Module):
             elif kind == "Normalize":
                 stage.append(Normalize())
             elif kind != "Dropout":
-                raise CheckpointError(
-                    f"{name_or_folder} has the part {part['type']}; known are Transformer, Pooling, Dense, Normalize, "
-                    "Dropout"
-                )
+                known = "Transformer, Pooling, Dense, Normalize, Dropout"
+                raise CheckpointError(f"{name_or_folder} has the part {listed([part['type']])}; known are {known}")
         values["poolings"] = values["poolings"] or ()
         encoder = cls(model, EmbeddingSettings(**values, **settings_of(source, inner)), tokens, vectors)
+        encoder._check_widths(str(name_or_folder))
         encoder.is_layout = True
         return encoder.eval()
+
+    def _check_widths(self, origin: str) -> None:
+        """Refuse dense parts that do not fit what comes before them."""
+        width = self.config.hidden_size
+        for stage, factor in ((self.after_tokens, len(self.settings.poolings) or 1), (self.after_pooling, 1)):
+            for part in stage:
+                if isinstance(part, Dense):
+                    if part.linear.in_features != width:
+                        raise CheckpointError(
+                            f"{origin} has a dense part for {part.linear.in_features} dimensions after parts that give "
+                            f"{width}"
+                        )
+                    width = part.linear.out_features
+            width *= factor
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in sentence-transformers' layout; the tokenizer is saved beside it by its own method."""
@@ -281,39 +304,55 @@ class SentenceEncoder(nn.Module):
         for part in self.after_pooling:
             add(part, "sentence_embedding")
         self.model.save_pretrained(folder)
-        listed = [{"idx": 0, "name": "0", "path": "", "type": f"{base}Transformer"}]
+        modules = [{"idx": 0, "name": "0", "path": "", "type": f"{base}Transformer"}]
         for i, (kind, config, module) in enumerate(parts, 1):
             path = f"{i}_{kind}"
             if module is not None and any(True for _ in module.parameters()):
                 write_weights(folder / path, module.state_dict())
             write_text(folder / path / "config.json", json.dumps(config, indent=2) + "\n")
-            listed.append({"idx": i, "name": str(i), "path": path, "type": f"{base}{kind}"})
-        about = {
+            modules.append({"idx": i, "name": str(i), "path": path, "type": f"{base}{kind}"})
+        about: dict[str, Any] = {
             "prompts": settings.prompts,
             "default_prompt_name": settings.default_prompt_name,
             "similarity_fn_name": settings.similarity,
         }
+        if settings.truncate_dim is not None:
+            about["truncate_dim"] = settings.truncate_dim
         write_text(folder / SETTINGS, json.dumps(about, indent=2) + "\n")
         limits: dict[str, Any] = {"do_lower_case": False}
         if settings.max_length is not None:  # the tokenizer's own limit counts otherwise
             limits["max_seq_length"] = settings.max_length
         write_text(folder / TRANSFORMER_SETTINGS, json.dumps(limits, indent=2) + "\n")
-        write_text(folder / MODULES, json.dumps(listed, indent=2) + "\n")  # last: it makes the folder a layout
+        write_text(folder / MODULES, json.dumps(modules, indent=2) + "\n")  # last: it makes the folder a layout
+
+
+def _refuse_decoder(source: Source) -> None:
+    """Raise `CheckpointError` where the model is a decoder, which has no vectors of texts here."""
+    model_type = source.read_json("config.json").get("model_type")
+    if model_type == ModernBertDecoderConfig.model_type:
+        where = source.folder or source.name_or_folder
+        raise CheckpointError(
+            f"{where} is a decoder ({model_type}); vectors of texts are made by encoders (modernbert)"
+        )
 
 
 def _dense(source: Source, config: dict[str, Any]) -> Dense:
     """A dense part with its weights."""
     if config.get("use_residual"):
         raise CheckpointError(f"{source.subfolder} has use_residual, which is not served")
+    sizes: dict[str, int] = {}
     for name in ("in_features", "out_features"):
-        if not isinstance(config.get(name), int):
-            raise CheckpointError(f"{source.subfolder} has {name} {config.get(name)!r}; it must be a whole number")
-    activation = config.get("activation_function")
-    part = Dense(config["in_features"], config["out_features"], bool(config.get("bias", True)), activation)
-    weights = dict(read_weights(weight_files(source), lambda name: True))
-    wanted = {name: tuple(p.shape) for name, p in part.state_dict().items()}
-    found = {name: tuple(p.shape) for name, p in weights.items()}
-    if wanted != found:
-        raise CheckpointError(f"{source.subfolder} holds {found}; its configuration wants {wanted}")
-    part.load_state_dict(weights)
+        value = config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{source.subfolder} has {name} {shown(value)}; it must be a whole number above 0")
+        sizes[name] = value
+    inputs, outputs = sizes.values()
+    has_bias = bool(config.get("bias", True))
+    shapes = {"linear.weight": (outputs, inputs)} | ({"linear.bias": (outputs,)} if has_bias else {})
+    files = weight_files(source)
+    found = {name: shape for name, (_, shape, _) in weight_names(files).items()}
+    if shapes != found:  # before anything of that size is made
+        raise CheckpointError(f"{source.subfolder} holds {shown(found)}; its configuration wants {shapes}")
+    part = Dense(inputs, outputs, has_bias, config.get("activation_function"))
+    part.load_state_dict(dict(read_weights(files, lambda name: True)))
     return part

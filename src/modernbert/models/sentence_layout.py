@@ -1,17 +1,17 @@
-"""The folder layout of sentence-transformers, but for its weights: which parts there are, and what they say.
+"""What a checkpoint's folder holds, and the layout of sentence-transformers, but for its weights.
 
 `modules.json` lists the parts of a model, each in a folder of its own; a few more files have prompts and limits. The
-spellings of all releases are read.
+spellings of all releases are read. A folder without it holds one model, with or without a head; `contents_of` decides
+which it is, for everything that loads or describes a checkpoint.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import PurePosixPath
 from typing import Any
 
-from modernbert.errors import CheckpointError, ConfigError
+from modernbert.errors import CheckpointError, ConfigError, listed, shown
 from modernbert.hub import Source
 from modernbert.ops.pooling import POOLINGS
 
@@ -19,6 +19,27 @@ MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER_SETTINGS = "sentence_bert_config.json"
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+# What a folder may hold.
+MODEL, SENTENCE_ENCODER, CROSS_ENCODER = "model", "sentence encoder", "cross-encoder"
+LATE_INTERACTION, SPARSE_ENCODER = "late-interaction encoder", "sparse encoder"
+_MODEL_TYPES = {  # as a folder's settings spell them
+    "SentenceTransformer": SENTENCE_ENCODER,
+    "CrossEncoder": CROSS_ENCODER,
+    "MultiVectorEncoder": LATE_INTERACTION,
+    "ColBERT": LATE_INTERACTION,
+    "SparseEncoder": SPARSE_ENCODER,
+}
+# Settings of late interaction that change the vectors, as PyLate and sentence-transformers write them.
+_OF_LATE_INTERACTION = (
+    "query_prefix",
+    "document_prefix",
+    "query_length",
+    "document_length",
+    "query_expansion",
+    "do_query_expansion",
+    "attend_to_expansion_tokens",
+    "skiplist_words",
+)
 # The layout's names of poolings; older folders have one key for each, in this order where there are several.
 _POOLINGS = {
     "cls": "cls",
@@ -50,6 +71,7 @@ class EmbeddingSettings:
         default_prompt_name: the one to take where nobody names one.
         similarity: "cosine", "dot", "euclidean" or "manhattan": how the vectors want to be compared.
         max_length: tokens that a text is cut to; None where the folder does not say.
+        truncate_dim: how many of a vector's first dimensions are kept; None keeps all.
     """
 
     poolings: tuple[str, ...] = ("mean",)
@@ -58,17 +80,99 @@ class EmbeddingSettings:
     default_prompt_name: str | None = None
     similarity: str = "cosine"
     max_length: int | None = None
+    truncate_dim: int | None = None
 
     def __post_init__(self) -> None:
         for mode in self.poolings:
             if mode not in POOLINGS:
                 raise ConfigError(f"poolings holds {mode!r}; choose among {', '.join(POOLINGS)}")
         if self.similarity not in SIMILARITIES:
-            raise ConfigError(f"similarity is {self.similarity!r}; choose one of {', '.join(SIMILARITIES)}")
-        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise ConfigError(f"similarity is {shown(self.similarity)}; choose one of {', '.join(SIMILARITIES)}")
+        if self.default_prompt_name is not None and self.default_prompt_name not in list(self.prompts):
             raise ConfigError(
-                f"default_prompt_name is {self.default_prompt_name!r}; there are {', '.join(self.prompts) or 'none'}"
+                f"default_prompt_name is {shown(self.default_prompt_name)}; there are {listed(self.prompts) or 'none'}"
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a checkpoint's folder or repository holds.
+
+    Attributes:
+        name: what it is called in messages.
+        kind: "model" (one model, with or without a head), "sentence encoder", "cross-encoder", "late-interaction
+            encoder" or "sparse encoder".
+        parts: what `modules.json` lists; empty where there is none.
+        inner: the folder inside of it that holds the model's configuration and weights; "" is the folder itself.
+        about: content of `config_sentence_transformers.json`; empty where there is none.
+        unserved: settings or parts that nothing here acts on, by name.
+    """
+
+    name: str
+    kind: str
+    parts: list[dict[str, Any]]
+    inner: str
+    about: dict[str, Any]
+    unserved: list[str]
+
+    def refuse_unserved(self) -> None:
+        """Raise `CheckpointError` where the folder asks for what nothing here acts on."""
+        if self.kind in (LATE_INTERACTION, SPARSE_ENCODER) or self.unserved:
+            what = f", with {listed(self.unserved)}" if self.unserved else ""
+            raise CheckpointError(
+                f"{self.name} is a {self.kind}{what}, which is not served yet; its model alone loads by AutoModel"
+            )
+
+    def refuse_cross_encoder(self) -> None:
+        """Raise `CheckpointError` where the folder scores pairs of texts and has no vectors."""
+        if self.kind == CROSS_ENCODER:
+            raise CheckpointError(
+                f"{self.name} is a cross-encoder, which scores pairs of texts and has no vectors of single ones; use "
+                "pipeline('text-ranking', ...)"
+            )
+
+
+def contents_of(source: Source) -> Contents:
+    """What a folder or repository holds, by its settings alone: no weights are read.
+
+    Raises:
+        NotFoundError: the source itself cannot be found or reached.
+        CheckpointError: its files are malformed, or it holds an adapter.
+    """
+    parts = read_parts(source)
+    inner = str(parts[0]["path"]) if parts else ""
+    body = source.inside(inner)
+    about, limits, config = (
+        place.read_json(name) if place.find(name) is not None else {}
+        for place, name in ((source, SETTINGS), (body, TRANSFORMER_SETTINGS), (body, "config.json"))
+    )
+    name = str(source.folder or source.name_or_folder)
+    if not about and not parts and not config:
+        source.refuse_adapter()
+    declared = about.get("model_type")
+    kind = _MODEL_TYPES.get(declared) if isinstance(declared, str) else None
+    late = [key for key in _OF_LATE_INTERACTION if key in about or key in limits]
+    if about.get("similarity_fn_name") in ("MaxSim", "maxsim"):
+        late.append("similarity_fn_name")
+    if kind in (None, SENTENCE_ENCODER) and late:
+        kind = LATE_INTERACTION
+    elif kind is None and (
+        limits.get("transformer_task") == "sequence-classification"
+        or "sentence_transformers" in config
+        or "sbert_ce_default_activation_function" in config
+    ):
+        kind = CROSS_ENCODER
+    elif kind is None:
+        kind = SENTENCE_ENCODER if parts else MODEL
+    unserved = late
+    if kind == CROSS_ENCODER:  # one model that gives the scores; other parts make scores of something else
+        unserved = [kind_of_part(part) for part in parts[1:]]
+    return Contents(name, kind, parts, inner, about, unserved)
+
+
+def kind_of_part(part: dict[str, Any]) -> str:
+    """What a part of a layout is, such as "Pooling": the last word of its type."""
+    return str(part["type"]).rpartition(".")[2]
 
 
 def read_parts(source: Source) -> list[dict[str, Any]]:
@@ -80,25 +184,17 @@ def read_parts(source: Source) -> list[dict[str, Any]]:
     path = source.find(MODULES)
     if path is None:
         return []
-    try:
-        parts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    parts = source.read_any_json(MODULES)
     if not isinstance(parts, list) or not all(
-        isinstance(part, dict) and {"type", "path"} <= set(part) for part in parts
+        isinstance(part, dict) and isinstance(part.get("type"), str) and isinstance(part.get("path"), str)
+        for part in parts
     ):
         raise CheckpointError(f"{path} is no list of parts with a type and a path")
     for part in parts:
-        inner = PurePosixPath(str(part["path"]))
+        inner = PurePosixPath(part["path"])
         if ".." in inner.parts or inner.is_absolute() or "\\" in str(inner):
-            raise CheckpointError(f"{path} names the folder {str(inner)!r}, which lies outside of it")
+            raise CheckpointError(f"{path} names the folder {shown(str(inner))}, which lies outside of it")
     return parts
-
-
-def encoder_folder(source: Source) -> str:
-    """The folder of a layout's encoder inside of it; "" where it is the layout's own, or there is no layout."""
-    parts = read_parts(source)
-    return str(parts[0]["path"]) if parts else ""
 
 
 def pooling_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -106,10 +202,10 @@ def pooling_of(config: dict[str, Any]) -> dict[str, Any]:
     given = config.get("pooling_mode")
     if given is None:
         given = [mode for key, mode in _OLDER_KEYS.items() if config.get(key)] or ["mean"]
-    modes = [given] if isinstance(given, str) else list(given)
-    unknown = [mode for mode in modes if mode not in _POOLINGS]
-    if unknown:
-        raise CheckpointError(f"a folder pools by {unknown}; known are {', '.join(_POOLINGS)}")
+    modes = given if isinstance(given, list) else [given]
+    unknown = [mode for mode in modes if not isinstance(mode, str) or mode not in _POOLINGS]
+    if unknown or not modes:
+        raise CheckpointError(f"a folder pools by {shown(given)}; known are {', '.join(_POOLINGS)}")
     return {
         "poolings": tuple(_POOLINGS[mode] for mode in modes),
         "include_prompt": bool(config.get("include_prompt", True)),
@@ -131,19 +227,26 @@ def settings_of(source: Source, inner: str) -> dict[str, Any]:
     if source.find(SETTINGS) is not None:
         about = source.read_json(SETTINGS)
         prompts = about.get("prompts") or {}
-        if not isinstance(prompts, dict):
-            raise CheckpointError(f"{SETTINGS} has prompts {prompts!r}; they must be texts by name")
-        values["prompts"] = {str(k): str(v) for k, v in prompts.items()}
+        if not isinstance(prompts, dict) or not all(isinstance(text, str | None) for text in prompts.values()):
+            raise CheckpointError(f"{SETTINGS} has prompts {shown(prompts)}; they must be texts by name")
+        values["prompts"] = {name: text or "" for name, text in prompts.items()}
         values["default_prompt_name"] = about.get("default_prompt_name")
-        if about.get("similarity_fn_name") in SIMILARITIES:
-            values["similarity"] = about["similarity_fn_name"]
+        similarity = about.get("similarity_fn_name")
+        if similarity is not None and similarity not in SIMILARITIES:
+            known = ", ".join(SIMILARITIES)
+            raise CheckpointError(f"{SETTINGS} has similarity_fn_name {shown(similarity)}; known are {known}")
+        values["similarity"] = similarity or "cosine"
+        values["truncate_dim"] = _count(SETTINGS, "truncate_dim", about.get("truncate_dim"))
     there = source.inside(inner)
     if there.find(TRANSFORMER_SETTINGS) is not None:
         limits = there.read_json(TRANSFORMER_SETTINGS)
         if limits.get("do_lower_case"):
             raise CheckpointError("the folder has do_lower_case, which the tokenizer of this architecture has not")
-        longest = limits.get("max_seq_length")
-        if longest is not None and (not isinstance(longest, int) or longest < 1):
-            raise CheckpointError(f"{TRANSFORMER_SETTINGS} has max_seq_length {longest!r}; it must be a whole number")
-        values["max_length"] = longest
+        values["max_length"] = _count(TRANSFORMER_SETTINGS, "max_seq_length", limits.get("max_seq_length"))
     return values
+
+
+def _count(file: str, name: str, value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise CheckpointError(f"{file} has {name} {shown(value)}; it must be a whole number of at least 1")
+    return value

@@ -92,8 +92,8 @@ def pipeline(
         model = small_model(small)
         if task in _COMPARING:
             logger.warning(
-                "without a model %s is served by the package's small encoder, which was trained to fill masks and never "
-                "to compare texts: it searches badly; name a model that was trained for this",
+                "no model is given, so the package's small encoder serves %s; it was trained to fill masks, never to "
+                "compare texts, and searches badly: name a model that was trained for this",
                 task,
             )
         dtype = "float32" if dtype is None else dtype
@@ -104,9 +104,14 @@ def _task_of(model: Any, kwargs: dict[str, Any]) -> str:
     """The task of a model's head."""
     from modernbert.auto import kind_of
     from modernbert.hub import Source
+    from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, contents_of
 
     if isinstance(model, str | Path):
-        values = Source.pop_from(model, dict(kwargs)).read_json("config.json")
+        source = Source.pop_from(model, dict(kwargs))
+        contents = contents_of(source)
+        if contents.kind != MODEL:
+            return "text-ranking" if contents.kind == CROSS_ENCODER else "sentence-embedding"
+        values = source.read_json("config.json")
     else:
         if type(model).__name__ == "SentenceEncoder":
             return "sentence-embedding"

@@ -17,11 +17,11 @@ from modernbert.errors import InputError, listed, shown
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.sentence_encoder import SentenceEncoder
-from modernbert.models.sentence_layout import EmbeddingSettings, encoder_folder
+from modernbert.models.sentence_layout import EmbeddingSettings, contents_of
 from modernbert.ops.packing import Packing
 from modernbert.ops.pooling import POOLINGS
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
-from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_text
+from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_switch, check_text
 from modernbert.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -56,14 +56,14 @@ class EmbeddingPipeline(Pipeline):
         if isinstance(model, str | Path) and tokenizer is None:
             places = dict(kwargs)
             source = Source.pop_from(model, places)
-            inner = encoder_folder(source)
+            inner = contents_of(source).inner
             if inner and source.find("tokenizer.json") is None:
                 where = dataclasses.asdict(source) | {"subfolder": f"{source.subfolder}/{inner}".lstrip("/")}
                 tokenizer = Tokenizer.from_pretrained(where.pop("name_or_folder"), **where)
         pipeline = super().load(model, tokenizer, **kwargs)
         if isinstance(model, str | Path) and not pipeline.model.is_layout:
             logger.info(
-                "%s says nothing of vectors: they are means of its states, and compare well only if it was trained for that",
+                "%s says nothing of vectors: they are means of its states, good only if it was trained to compare them",
                 model,
             )
         return pipeline
@@ -115,9 +115,9 @@ class EmbeddingPipeline(Pipeline):
         ids = self.tokenizer(prompt).input_ids
         return len(ids) - bool(ids and ids[-1] in (self.tokenizer.sep_token_id, self.tokenizer.eos_token_id))
 
-    def usual_truncation(self, given: Any) -> bool:
-        """Whether texts over the context are cut: as asked, or as the checkpoint's layout has it."""
-        return bool(self.model.is_layout if given is None else given)
+    def usual_truncation(self, given: Any) -> Any:
+        """Whether and how texts over the context are cut: as asked, or as the checkpoint's layout has it."""
+        return self.model.is_layout if given is None else given
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Vectors of each row, float32 on the CPU: of its tokens, or of its `Spans`."""
@@ -130,8 +130,9 @@ class EmbeddingPipeline(Pipeline):
             counts = [len(row.extra.tokens) for row in rows]
             vectors = self._pooled(vectors, rows, inputs.packing, settings["poolings"])
         vectors = vectors.float()
-        if settings.get("truncate_dim") is not None:
-            vectors = vectors[:, : settings["truncate_dim"]]
+        width = settings.get("truncate_dim") or self.embedding.truncate_dim
+        if width is not None:
+            vectors = vectors[:, :width]
         vectors = F.normalize(vectors, dim=-1) if settings["normalize"] else vectors
         return read(vectors, lambda vectors: vectors.split(counts))
 
@@ -161,7 +162,8 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
     - `prompt_name` ("query", "document", or what else the checkpoint has) or `prompt`: what to put before a text;
     - `pooling`: "cls", "mean", "max", "last", "weighted_mean" or "mean_sqrt_len" in the place of the checkpoint's;
     - `normalize`: vectors of length one, also where the checkpoint does not make them so;
-    - `truncate_dim`: keep this many first dimensions, for checkpoints trained so (Matryoshka);
+    - `truncate_dim`: keep this many first dimensions, for checkpoints trained so (Matryoshka); if not given, as many
+      as the checkpoint says;
     - `multi_vector`: a vector for every token (late interaction), each of length one; see `maxsim`;
     - `truncation`: cut texts over the context; if not given, they are cut if the checkpoint is a folder of
       sentence-transformers, as that library does, and refused otherwise.
@@ -213,19 +215,18 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
         if pooling is not None:
             check_choice("pooling", pooling, POOLINGS)
         width = settings.get("truncate_dim")
-        if width is not None and check_count("truncate_dim", width) > self.dimensions:
-            raise InputError(f"truncate_dim is {width}; vectors have {self.dimensions} dimensions")
+        if width is not None and check_count("truncate_dim", width) > self.model.full_dimensions:
+            raise InputError(f"truncate_dim is {width}; vectors have {self.model.full_dimensions} dimensions")
         tokens = settings.get("multi_vector")
-        tokens = not self.embedding.poolings and pooling is None if tokens is None else bool(tokens)
+        tokens = check_switch("multi_vector", tokens, usual=not self.embedding.poolings and pooling is None)
         if not tokens and pooling is None and not self.embedding.poolings:
             raise InputError("the checkpoint has a vector for every token and pools none; give pooling, such as 'mean'")
-        normalize = settings.get("normalize")
         prompt = self.prompt(settings.get("prompt_name"), settings.get("prompt"))
         return {
             "prompt": prompt,
             "skip": self.skipped(prompt),
             "poolings": self.embedding.poolings if pooling is None else (pooling,),
-            "normalize": tokens if normalize is None else bool(normalize),
+            "normalize": check_switch("normalize", settings.get("normalize"), usual=tokens),
             "truncate_dim": width,
             "tokens": tokens,
             "truncation": self.usual_truncation(settings.get("truncation")),

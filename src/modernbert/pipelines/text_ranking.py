@@ -15,7 +15,7 @@ from modernbert.auto import kind_of
 from modernbert.errors import CheckpointError, InputError, shown
 from modernbert.hub import Source
 from modernbert.models.base import PreTrainedModel
-from modernbert.models.sentence_layout import SETTINGS, settings_of
+from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, Contents, contents_of, settings_of
 from modernbert.pipelines.base import Job, Pipeline, Row
 from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_text
 from modernbert.pipelines.sentence_embedding import EmbeddingPipeline, Spans, maxsim
@@ -67,8 +67,11 @@ class TextRankingPipeline(Pipeline, abc.ABC):
         chosen: type[TextRankingPipeline] = EmbeddingRanking
         if isinstance(model, str | Path):
             source = Source.pop_from(model, dict(kwargs))
-            values = source.read_json("config.json") if source.find("config.json") is not None else {}
-            if kind_of(values) == "sequence-classification":
+            contents = contents_of(source)
+            body = source.inside(contents.inner)
+            if contents.kind == CROSS_ENCODER or (
+                contents.kind == MODEL and kind_of(body.read_json("config.json")) == "sequence-classification"
+            ):
                 chosen = CrossEncoderRanking
         elif isinstance(model, PreTrainedModel) and model.base_model is not model:
             chosen = CrossEncoderRanking
@@ -126,17 +129,22 @@ class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
         """Load a cross-encoder, with the activation that its folder names."""
         if isinstance(model, str | Path):
             source = Source.pop_from(model, dict(kwargs))
-            usual = {"activation": _activation_of(source), "truncation": _is_cross_encoder(source)}
-            settings = settings_of(source, "")
+            contents = contents_of(source)
+            contents.refuse_unserved()
+            body = source.inside(contents.inner)
+            # sentence-transformers' cross-encoders cut texts over the context
+            usual = {"activation": _activation_of(contents, body), "truncation": contents.kind == CROSS_ENCODER}
+            settings = settings_of(source, contents.inner)
+            kwargs["subfolder"] = body.subfolder
             prompt = settings.get("prompts", {}).get(settings.get("default_prompt_name"))
             kwargs = usual | ({} if prompt is None else {"prompt": prompt}) | kwargs
         return super().load(model, tokenizer, **kwargs)
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Defaults, checked."""
-        name = settings.get("activation") or "sigmoid"
+        name = "sigmoid" if settings.get("activation") is None else settings["activation"]
         check_choice("activation", name, tuple(ACTIVATIONS))
-        prompt = settings.get("prompt") or ""
+        prompt = "" if settings.get("prompt") is None else settings["prompt"]
         if not isinstance(prompt, str):
             raise InputError(f"prompt is {shown(prompt)}; it must be a string")
         cut = settings.get("truncation", False)
@@ -157,6 +165,7 @@ class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
 class EmbeddingRanking(TextRankingPipeline, EmbeddingPipeline):
     """Ranks by the likeness of vectors."""
 
+    needs = "a classifier with one label, which reads query and document together, or an encoder, which makes vectors"
     options = ("top_k", "truncation")
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
@@ -197,31 +206,17 @@ def _common(settings: dict[str, Any]) -> dict[str, Any]:
     return {"top_k": None if top_k is None else check_count("top_k", top_k)}
 
 
-def _about(source: Source) -> dict[str, Any]:
-    return source.read_json(SETTINGS) if source.find(SETTINGS) is not None else {}
-
-
-def _is_cross_encoder(source: Source) -> bool:
-    """Whether sentence-transformers wrote the folder, whose cross-encoders cut texts over the context."""
-    config = source.read_json("config.json")
-    return bool(
-        _about(source).get("model_type") == "CrossEncoder"
-        or "sentence_transformers" in config
-        or "sbert_ce_default_activation_function" in config
-    )
-
-
-def _activation_of(source: Source) -> str:
+def _activation_of(contents: Contents, body: Source) -> str:
     """The activation that a cross-encoder's folder names, in any of the places where it was written over time."""
-    config = source.read_json("config.json")
+    config = body.read_json("config.json")
     older = config.get("sentence_transformers")
     path = (
-        _about(source).get("activation_fn")
+        contents.about.get("activation_fn")
         or (older.get("activation_fn") if isinstance(older, dict) else None)
         or config.get("sbert_ce_default_activation_function")
     )
     if path is None:
         return "sigmoid"
     if not isinstance(path, str) or path not in _ACTIVATIONS:
-        raise CheckpointError(f"the folder names the activation {path!r}; known are {', '.join(_ACTIVATIONS)}")
+        raise CheckpointError(f"the folder names the activation {shown(path)}; known are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[path]

@@ -132,7 +132,9 @@ def read_dataset(path: Path, part: str | None) -> Iterator[Record]:
     try:
         loaded = datasets.load_from_disk(str(path))
     except (ValueError, KeyError, TypeError, OSError) as error:  # what the library raises for torn folders
-        raise InputError(f"{path} is no whole folder of the datasets library: {error}") from error
+        raise InputError(
+            f"{path} is no whole folder of the datasets library: {' '.join(str(error).split())}"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         loaded = loaded[_chosen(path, part, list(loaded))]
     elif part is not None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modernbert.errors import CheckpointError, InputError
+from modernbert.files import replace_folder
 
 logger = logging.getLogger(__name__)
 STATE, ABOUT = "optimizer.safetensors", "trainer.json"
@@ -67,13 +68,7 @@ def write_checkpoint(
         if state is not None:
             save_file(state, temporary / STATE)
         (temporary / ABOUT).write_text(json.dumps({"step": step, **about}, indent=2), encoding="utf-8")
-        # A whole folder stands under one name or the other at every moment; `recover` puts it back.
-        before = _set_aside(output, step)
-        shutil.rmtree(before, ignore_errors=True)
-        if final.exists():
-            final.rename(before)
-        temporary.rename(final)
-        shutil.rmtree(before, ignore_errors=True)
+        replace_folder(temporary, final)
     for path in older:
         shutil.rmtree(path, ignore_errors=True)
     return final
@@ -93,21 +88,17 @@ def discard(output: Path, step: int) -> None:
 
 
 def recover(output: Path) -> None:
-    """Put back the checkpoint that a run was replacing when it was killed."""
-    for before in output.glob(".checkpoint-*.before"):
-        final = output / before.name.removeprefix(".").removesuffix(".before")
+    """Put back the checkpoint that a run was replacing when it was killed; see `modernbert.files.replace_folder`."""
+    for previous in output.glob(".checkpoint-*.previous"):
+        final = output / previous.name.removeprefix(".").removesuffix(".previous")
         if final.exists():
-            shutil.rmtree(before, ignore_errors=True)
+            shutil.rmtree(previous, ignore_errors=True)
         else:
-            before.rename(final)
+            previous.rename(final)
 
 
 def _temporary(output: Path, step: int) -> Path:
     return output / f".checkpoint-{step}"
-
-
-def _set_aside(output: Path, step: int) -> Path:
-    return output / f".checkpoint-{step}.before"
 
 
 @contextlib.contextmanager

@@ -254,6 +254,8 @@ def from_parts(tensors: Mapping[str, Tensor], prefix: str, float_rows: bool) -> 
         raise CheckpointError(
             f"{prefix}weight is {codes.dtype}, its outliers {columns.dtype}; int8 or uint8, and int32"
         )
+    if scales.dim() != 2 or not scales.is_floating_point() or columns.dim() != 1 or kept.dim() != 2:
+        raise CheckpointError(f"{prefix}weight_scale and what belongs to it have shapes that no weight has")
     bits = 8 if codes.dtype == torch.int8 else 4
     inputs = codes.shape[1] * (8 // bits)
     group = -(-inputs // 4) * 4 if scales.shape[1] == 1 else GROUP

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from modernbert.config import Config
-from modernbert.errors import CheckpointError
+from modernbert.errors import CheckpointError, shown
 from modernbert.models.quantization.rounding import Scheme
 from modernbert.ops.quantized import GROUP
 
@@ -20,6 +20,7 @@ SCHEMES = {
     "int4-weight-only": (Scheme(4, GROUP, float_rows=True), Scheme(8, GROUP, float_rows=True)),
 }
 BFLOAT16 = "bfloat16"  # of a weight that keeps that much
+_AMOUNTS = ("cosine_min", "cosine_mean", "tokens")
 _COSINES = {8: 0.999, 4: 0.9}
 
 
@@ -143,14 +144,25 @@ class Record:
         Raises:
             CheckpointError: another library quantized it, or a later version of this one.
         """
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"config.json has {KEY} {shown(values)}; it must hold values by name")
         if values.get("quant_method") != METHOD:
+            method = shown(values.get("quant_method"))
             raise CheckpointError(
-                f"the checkpoint was quantized by {values.get('quant_method')!r}, which this library does not read; "
+                f"the checkpoint was quantized by {method}, which this library does not read; "
                 "take the float checkpoint and quantize it here"
             )
-        if values.get("format") != FORMAT or values.get("scheme") not in SCHEMES:
+        if values.get("format") != FORMAT or values.get("scheme") not in list(SCHEMES):
             raise CheckpointError(
-                f"the checkpoint is quantized in format {values.get('format')!r}, scheme {values.get('scheme')!r}; "
+                f"the checkpoint is quantized in format {shown(values.get('format'))}, scheme "
+                f"{shown(values.get('scheme'))}; "
                 f"this version reads format {FORMAT} with {', '.join(SCHEMES)}; a newer modernbert may read it"
             )
-        return cls(str(values["scheme"]), dict(values.get("finer") or {}), dict(values.get("measured") or {}))
+        finer, measured = values.get("finer") or {}, values.get("measured") or {}
+        if not isinstance(finer, Mapping) or not all(isinstance(how, str) for how in finer.values()):
+            raise CheckpointError(f"{KEY} has finer {shown(finer)}; it must name schemes by module")
+        number = int | float
+        fits = isinstance(measured, Mapping) and isinstance(measured.get("agreement"), number | None)
+        if not fits or not all(isinstance(measured.get(name, 0), number) for name in _AMOUNTS):
+            raise CheckpointError(f"{KEY} has measured {shown(measured)}; it must hold numbers by name")
+        return cls(str(values["scheme"]), dict(finer), dict(measured))
