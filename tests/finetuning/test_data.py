@@ -23,7 +23,7 @@ from modernbert.finetuning.data import (
 from modernbert.finetuning.tasks import TASKS
 from modernbert.finetuning.tasks.multiple_choice import choice_number
 from modernbert.records import parts_of
-from tests.finetuning.conftest import answer_rows, choice_rows, mood_rows, pair_rows, tag_rows
+from tests.finetuning.conftest import MOODS, answer_rows, choice_rows, mood_rows, pair_rows, tag_rows
 
 FIELDS = TASKS["text-classification"].fields
 ROWS = [{"text": "one", "label": "a"}, {"text": 'two, "2"', "label": "b"}, {"text": "three", "label": "a"}]
@@ -185,6 +185,11 @@ BAD = {
         [{"query": "q", "document": "d", "label": 2}],
         r"row 1 has the label 2; it must lie in \[0, 1\]",
     ),
+    "no label of a pair": (
+        "text-ranking",
+        [{"query": "q", "document": "d", "label": 1}, {"query": "q", "document": "e", "label": None}],
+        "row 2 has no label, and other rows have",
+    ),
     "rows": ("text-classification", ["a text", 3], "train is not given|a row is"),
 }
 
@@ -231,3 +236,37 @@ def test_labels_that_training_has_not_seen_and_empty_files(base, tmp_path):
 def test_impossible_options_are_named(options, message, base, tmp_path):
     with pytest.raises(InputError, match=message):
         finetune("text-classification", mood_rows(), output=tmp_path / "x", model=base(), progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": ["a", "b,c"]}, "labels holds 'b,c'; give names without a comma"),
+        ({"labels": ["a", None]}, "labels holds None"), ({"column": {"label": None}}, "column has None for the field"),
+        ({"column": {"label": 3}}, "column has 3 for the field 'label'; give names of columns"),
+    ],
+)  # fmt: skip
+def test_names_that_are_none_are_refused(options, said, base, tmp_path):
+    with pytest.raises(InputError, match=said):
+        finetune("text-classification", mood_rows(), output=tmp_path / "x", model=base(), progress=False, **options)
+
+
+def test_labels_of_0_and_1_and_a_data_frame_are_learnt_from(base, tmp_path):
+    options = {"model": base(), "max_steps": 2, "batch_size": 8, "progress": False}
+    rows = [{"text": row["text"], "label": [row["label"] == mood for mood in MOODS]} for row in mood_rows()]
+    run = finetune("text-classification", rows, output=tmp_path / "run", labels=list(MOODS), **options)
+    assert run.model.config.problem_type == "multi_label_classification"
+    assert [run.model.config.id2label[i] for i in range(3)] == list(MOODS)
+    assert set(run.figures) >= {"f1_micro", "average_precision"}
+    assert {answer["label"] for answer in run.pipeline()("the cat", top_k=None)} == set(MOODS)
+
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {"text": [row["text"] for row in rows], "label": [float(MOODS.index(row["label"])) for row in mood_rows()]}
+    )
+    run = finetune("text-classification", frame, output=tmp_path / "frame", **options)
+    assert run.model.config.id2label == {0: "0", 1: "1", 2: "2"}
+    assert run.model.config.problem_type == "single_label_classification"
+    frame.loc[3, "label"] = None
+    with pytest.raises(InputError, match="row 4 has nothing in 'label'; give the row a label, or leave it out"):
+        finetune("text-classification", frame, output=tmp_path / "gap", **options)

@@ -63,7 +63,10 @@ class Labels:
         if len(names) == 1:
             if not Path(given).is_file():
                 raise InputError(f"labels is {given!r}; give names, a,b,c, or a file with one a line")
-            names = Path(given).read_text(encoding="utf-8").splitlines()
+            try:
+                names = Path(given).read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise InputError(f"labels is {given}, which is not UTF-8: {error.reason}") from None
         return cls([name.strip() for name in names if name.strip()], True)
 
     @classmethod

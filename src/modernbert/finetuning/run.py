@@ -182,9 +182,16 @@ def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, 
         if name in ("train", "eval") and not _are_paths(value):
             values[name] = []
         elif name == "labels" and isinstance(value, list | tuple):
+            wrong = next((label for label in value if label is None or "," in str(label)), "")
+            if wrong != "":
+                raise InputError(f"labels holds {wrong!r}; give names without a comma, or a file with one a line")
             values[name] = ",".join(map(str, value))
         elif name == "column" and isinstance(value, Mapping):
-            values[name] = [f"{k}={v if isinstance(v, str) else ','.join(v)}" for k, v in value.items()]
+            pairs = [(field, [v] if isinstance(v, str) else v) for field, v in value.items()]
+            for field, columns in pairs:
+                if not isinstance(columns, list | tuple) or not all(isinstance(name, str) for name in columns):
+                    raise InputError(f"column has {columns!r} for the field {field!r}; give names of columns")
+            values[name] = [f"{field}={','.join(columns)}" for field, columns in pairs]
         elif name in ("train", "eval") or (name in ("output", "model") and isinstance(value, Path)):
             values[name] = [str(v) for v in value] if isinstance(value, list | tuple) else str(value)
         else:

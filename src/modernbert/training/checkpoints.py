@@ -132,6 +132,15 @@ def last_checkpoint(output: Path) -> tuple[Path, dict[str, Any]]:
     raise InputError(f"no checkpoint of {output} is whole: {damages[0]}; name another folder and start anew")
 
 
+def best_before(output: Path) -> Any:
+    """The step and the value of the best evaluation that the last whole checkpoint knows of; None without one."""
+    for checkpoint in reversed(checkpoints(output)):
+        about, _ = _read(checkpoint)
+        if about is not None:
+            return about["best"]
+    return None
+
+
 def set_damaged_aside(output: Path, last: Path) -> None:
     """Rename what stands after the last whole checkpoint to `checkpoint-STEP.damaged`, with one warning for each."""
     for path in checkpoints(output):

@@ -22,6 +22,7 @@ from torch import Tensor
 from modernbert.errors import DivergedError, InputError, InterruptedRunError
 from modernbert.native.library import denormals_flushed
 from modernbert.training.checkpoints import (
+    best_before,
     checkpoints,
     discard,
     last_checkpoint,
@@ -371,9 +372,8 @@ class _Run:
             "place": self.place,
         }
         # The one before stays, with the best one that it knows of, in case this one turns out to be of no use.
-        before = checkpoints(self.output)[-1:]
-        keep = [step_of(path) for path in before]
-        known = [self.best] + ([last_checkpoint(self.output)[1]["best"]] if before else [])
+        keep = [step_of(path) for path in checkpoints(self.output)[-1:]]
+        known = [self.best, best_before(self.output)]
         keep += [best[0] for best in known if best is not None and self.options.keep_best]
         state = None if self.frame is not None else optimizer_state(self.bare, self.optimizer.optimizer)
         save = self.objective.save if self.frame is None else self.frame.save
