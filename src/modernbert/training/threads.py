@@ -1,8 +1,8 @@
 """How many threads the machine gives a process, and how they wait: set before PyTorch is loaded.
 
 PyTorch's threads (OpenMP) spin between two products while they wait for each other. On cores that other processes use
-as well, a thread spins for one that is not running: two threads then train up to 20 times more slowly than one. Threads
-that sleep after a short while are as fast as those on a quiet machine, and hold on a busy one.
+as well, a thread spins for one that is not running: two threads then train up to 20 times more slowly than one, and two
+that sleep after a short while up to twice as fast.
 """
 
 from __future__ import annotations
