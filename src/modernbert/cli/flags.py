@@ -51,7 +51,8 @@ def command(
         except KeyboardInterrupt as error:
             if os.environ.get("RANK", "0") != "0":
                 raise
-            message = in_flags(str(error) or "interrupted before the first step; nothing is saved", flags)
+            message = in_flags(str(error), flags)
+            message = message or "interrupted; the same command with --resume goes on from what is saved"
             if str(error) and "output" in chosen:
                 again = ["modernbert", *name.split(), "--output", chosen["output"], "--resume"]
                 message += f" ({shlex.join(again)})"

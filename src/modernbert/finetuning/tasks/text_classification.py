@@ -70,7 +70,7 @@ class TextClassification(Task):
             if all(isinstance(value, list) for value in values):
                 self.width = multi_hot_width(several, None if given is None else len(given.names))
             if self.width is not None:
-                reason = "0 or 1 for each class"
+                reason = "they are lists of 0 and 1"
                 self.names = given or Labels([f"LABEL_{i}" for i in range(self.width)])
             elif given is None:
                 self.names = Labels.found(label for _, some in several for label in some)
@@ -78,25 +78,25 @@ class TextClassification(Task):
             self.names = Labels.found(value for value in values if not is_ignored(value))
             if len(self.names.names) < 2:
                 raise InputError(f"every row has the label {self.names.names[0]!r}; a classifier needs two or more")
-        classes = "" if self.names is None else f" of {len(self.names.names)} classes: {some(self.names.names, 3)}"
+        classes = "" if self.names is None else f"; {len(self.names.names)} classes: {some(self.names.names, 3)}"
         if self.options.problem == "auto":
-            self.notes.append(f"labels look like {problem} ({reason}){classes}; problem=KIND says otherwise")
+            self.notes.append(f"labels look like {problem}, as {reason}{classes}; problem=KIND says otherwise")
 
     def _kind_of(
         self, rows: Sequence[Row], values: Sequence[Any], has_lists: bool, given: Labels | None
     ) -> tuple[str, str]:
         """The kind of problem that a column of labels poses, and why."""
         if has_lists:
-            return "multi-label", "lists"
+            return "multi-label", "they are lists"
         numbers = [number_of(value) for value in values if not isinstance(value, bool)]
         if given is not None:
-            return "single-label", "they have names"
+            return "single-label", "names for them are given"
         if len(numbers) < len(values) or None in numbers:
             return "single-label", "not all are numbers"
         for row, number in zip(rows, numbers, strict=True):
             if number is not None and number != round(number, 0):
                 return "regression", f"not all are whole: {number:g} in {row.where}"
-        return "single-label", "whole numbers"
+        return "single-label", "all are whole numbers"
 
     def adopt(self, config: Config) -> None:
         """Go on with the model's labels where it knows all of the data's."""
