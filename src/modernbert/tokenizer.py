@@ -479,12 +479,11 @@ def _token(where: str, value: Any, special: bool = False) -> AddedToken:
     """A token as files and callers write it: its text, or an object with its "content"."""
     if isinstance(value, AddedToken):
         return value
-    if isinstance(value, str) and value:
-        return AddedToken(value, special=special, normalized=not special)
-    content = value.get("content") if isinstance(value, Mapping) else None
-    if not isinstance(content, str) or not content:
+    content = value.get("content") if isinstance(value, Mapping) else value
+    if not isinstance(content, str) or not content or re.search("[\ud800-\udfff]", content):
         raise InputError(f"{where} is {shown(value)}; it must be a text, or an object whose content is one")
-    flags = {name: bool(value[name]) for name in _FLAGS if value.get(name) is not None}
+    given = value if isinstance(value, Mapping) else {"normalized": not special}
+    flags = {name: bool(given[name]) for name in _FLAGS if given.get(name) is not None}
     return AddedToken(content, **{**({"special": True, "normalized": False} if special else {}), **flags})
 
 

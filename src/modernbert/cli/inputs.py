@@ -206,7 +206,7 @@ def parse_columns(given: list[str], form: Form) -> dict[str, list[str]]:
 
 
 def parse_options(given: list[str]) -> dict[str, Any]:
-    """`name=value` options; a value is JSON where it can be, and a text otherwise."""
+    """`name=value` options; a value is JSON or one of Python's constants where it can be, and a text otherwise."""
     out: dict[str, Any] = {}
     for entry in given:
         name, equals, value = entry.partition("=")
@@ -218,7 +218,7 @@ def parse_options(given: list[str]) -> dict[str, Any]:
         try:
             out[name] = json.loads(value)
         except (ValueError, RecursionError):
-            out[name] = value
+            out[name] = {"True": True, "False": False, "None": None}.get(value, value)
     return out
 
 

@@ -124,7 +124,7 @@ class GenerationOptions:
         sampling = [name for name in _SAMPLING if name in given]
         if sampling and not self.do_sample:
             raise InputError(f"{', '.join(sampling)} is for sampling, which is off; give do_sample=True too")
-        if not (isinstance(self.early_stopping, bool) or self.early_stopping == "never"):
+        if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
             raise InputError(f"early_stopping is {shown(self.early_stopping)}; choose True, False or 'never'")
         beams = [name for name in ("length_penalty", "early_stopping") if name in given]
         if beams and self.num_beams == 1:

@@ -92,8 +92,8 @@ def pipeline(
         model = small_model(small)
         if task in _COMPARING:
             logger.warning(
-                "without a model %s is served by the package's small encoder, which was trained to fill masks and never "
-                "to compare texts: it searches badly; name a model that was trained for this",
+                "no model is given, so the package's small encoder serves %s; it was trained to fill masks, never to "
+                "compare texts, and searches badly: name a model that was trained for this",
                 task,
             )
         dtype = "float32" if dtype is None else dtype

@@ -84,6 +84,7 @@ class Pipeline(abc.ABC):
     auto_model: ClassVar[Callable[..., Any]]
     options: ClassVar[tuple[str, ...]] = ()
     architecture: ClassVar[str | None] = "encoder"  # what its models are; None where either kind serves
+    needs: ClassVar[str] = "an encoder"  # the same for messages
 
     def __init__(
         self,
@@ -134,10 +135,8 @@ class Pipeline(abc.ABC):
         values = source.read_json("config.json")
         said = f"{values.get('model_type') or ''} {values.get('architectures') or ''}".lower()
         if "modernbert" in said and ("decoder" in said) != (cls.architecture == "decoder"):
-            found, wanted = (
-                ("an encoder", "a decoder") if cls.architecture == "decoder" else ("a decoder", "an encoder")
-            )
-            raise InputError(f"{cls.task} needs {wanted}; {model} is {found}")
+            found = "an encoder" if cls.architecture == "decoder" else "a decoder"
+            raise InputError(f"{cls.task} needs {cls.needs}; {model} holds {found}")
 
     def __reduce__(self) -> Any:
         """Copies, and pipelines in other processes, hold the same weights laid out anew, and give the same bits.
@@ -334,7 +333,7 @@ class Pipeline(abc.ABC):
         for text in (*texts, *(pairs or ())):
             check_text(text)
         given, length = options.pop("truncation", None), options.pop("max_length", None)
-        if given not in (None, True, False) if not isinstance(given, str) else given not in TRUNCATIONS:
+        if not (given is None or isinstance(given, bool) or (isinstance(given, str) and given in TRUNCATIONS)):
             raise InputError(f"truncation is {shown(given)}; choose True, False or one of {', '.join(TRUNCATIONS)}")
         longest = self.context if length is None else min(check_count("max_length", length), self.context)
         cut = length is not None if given is None else given not in (False, "do_not_truncate")
@@ -344,6 +343,12 @@ class Pipeline(abc.ABC):
         for i, encoding in enumerate(encodings):
             if not encoding.ids:
                 raise InputError(f"a text makes no token with this tokenizer: {short(texts[i])!r}")
+            if max(encoding.ids) >= self.model.config.vocab_size:  # generation reads ids without another look
+                raise InputError(
+                    f"the tokenizer gives the id {max(encoding.ids)}, and the model has ids 0 to "
+                    f"{self.model.config.vocab_size - 1}; take the model's own tokenizer, or make room for added "
+                    "tokens: model.resize_token_embeddings(len(tokenizer))"
+                )
             if len(encoding.ids) > longest:
                 both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
                 limit = "the model's context holds" if longest == self.context else "max_length is"

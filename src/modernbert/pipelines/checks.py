@@ -36,6 +36,15 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     return value
 
 
+def check_switch(name: str, value: Any, usual: bool = False) -> bool:
+    """An option that is on or off; None means as usual. A text such as "false" is neither."""
+    if value is None:
+        return usual
+    if not isinstance(value, bool) and not (isinstance(value, int) and value in (0, 1)):
+        raise InputError(f"{name} is {shown(value)}; choose True or False")
+    return bool(value)
+
+
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     """An option that is one of a few names."""
     if not isinstance(value, str) or value not in allowed:

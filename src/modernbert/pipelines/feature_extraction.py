@@ -8,6 +8,7 @@ from modernbert.auto import AutoModel
 from modernbert.errors import InputError, shown
 from modernbert.models.backbone import Backbone
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
+from modernbert.pipelines.checks import check_switch
 
 _TOKENIZE = ("truncation", "max_length", "add_special_tokens", "padding")
 
@@ -34,7 +35,7 @@ class FeatureExtractionPipeline(Pipeline):
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The tokenizer's options in one place."""
-        more = settings.get("tokenize_kwargs") or {}
+        more = {} if settings.get("tokenize_kwargs") is None else settings["tokenize_kwargs"]
         if not isinstance(more, dict) or set(more) - set(_TOKENIZE):
             raise InputError(f"tokenize_kwargs is {shown(more)}; it may hold {', '.join(_TOKENIZE)}")
         more = {name: value for name, value in more.items() if name != "padding"}  # nothing is padded here
@@ -42,7 +43,11 @@ class FeatureExtractionPipeline(Pipeline):
             if "truncation" in more:
                 raise InputError("truncation is given twice, by itself and in tokenize_kwargs; give it once")
             more["truncation"] = settings["truncation"]
-        return {"return_tensors": bool(settings.get("return_tensors")), "tokenize_kwargs": more}
+        if "add_special_tokens" in more:
+            more["add_special_tokens"] = check_switch("add_special_tokens", more["add_special_tokens"], True)
+        wanted = settings.get("return_tensors")
+        wanted = (isinstance(wanted, str) and wanted == "pt") or check_switch("return_tensors", wanted)
+        return {"return_tensors": wanted, "tokenize_kwargs": more}
 
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """One row a text."""

@@ -13,7 +13,7 @@ from modernbert.auto import AutoModelForQuestionAnswering
 from modernbert.errors import InputError
 from modernbert.models.question_answering import ModernBertForQuestionAnswering
 from modernbert.pipelines.base import Job, Pipeline, Row
-from modernbert.pipelines.checks import check_count, check_fields, check_iterable, check_text, short
+from modernbert.pipelines.checks import check_count, check_fields, check_iterable, check_switch, check_text, short
 
 
 class QuestionAnsweringPipeline(Pipeline):
@@ -77,8 +77,8 @@ class QuestionAnsweringPipeline(Pipeline):
             "stride": stride,
             "longest_question": None if longest is None else check_count("max_question_len", longest),
             "max_answer_len": check_count("max_answer_len", settings.get("max_answer_len", 15)),
-            "impossible": bool(settings.get("handle_impossible_answer", False)),
-            "align": bool(settings.get("align_to_words", True)),
+            "impossible": check_switch("handle_impossible_answer", settings.get("handle_impossible_answer")),
+            "align": check_switch("align_to_words", settings.get("align_to_words"), True),
         }
 
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:

@@ -21,7 +21,7 @@ from modernbert.models.sentence_layout import EmbeddingSettings, contents_of
 from modernbert.ops.packing import Packing
 from modernbert.ops.pooling import POOLINGS
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
-from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_text
+from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_switch, check_text
 from modernbert.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class EmbeddingPipeline(Pipeline):
         pipeline = super().load(model, tokenizer, **kwargs)
         if isinstance(model, str | Path) and not pipeline.model.is_layout:
             logger.info(
-                "%s says nothing of vectors: they are means of its states, and compare well only if it was trained for that",
+                "%s says nothing of vectors: they are means of its states, good only if it was trained to compare them",
                 model,
             )
         return pipeline
@@ -115,9 +115,9 @@ class EmbeddingPipeline(Pipeline):
         ids = self.tokenizer(prompt).input_ids
         return len(ids) - bool(ids and ids[-1] in (self.tokenizer.sep_token_id, self.tokenizer.eos_token_id))
 
-    def usual_truncation(self, given: Any) -> bool:
-        """Whether texts over the context are cut: as asked, or as the checkpoint's layout has it."""
-        return bool(self.model.is_layout if given is None else given)
+    def usual_truncation(self, given: Any) -> Any:
+        """Whether and how texts over the context are cut: as asked, or as the checkpoint's layout has it."""
+        return self.model.is_layout if given is None else given
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Vectors of each row, float32 on the CPU: of its tokens, or of its `Spans`."""
@@ -218,16 +218,15 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
         if width is not None and check_count("truncate_dim", width) > self.model.full_dimensions:
             raise InputError(f"truncate_dim is {width}; vectors have {self.model.full_dimensions} dimensions")
         tokens = settings.get("multi_vector")
-        tokens = not self.embedding.poolings and pooling is None if tokens is None else bool(tokens)
+        tokens = check_switch("multi_vector", tokens, usual=not self.embedding.poolings and pooling is None)
         if not tokens and pooling is None and not self.embedding.poolings:
             raise InputError("the checkpoint has a vector for every token and pools none; give pooling, such as 'mean'")
-        normalize = settings.get("normalize")
         prompt = self.prompt(settings.get("prompt_name"), settings.get("prompt"))
         return {
             "prompt": prompt,
             "skip": self.skipped(prompt),
             "poolings": self.embedding.poolings if pooling is None else (pooling,),
-            "normalize": tokens if normalize is None else bool(normalize),
+            "normalize": check_switch("normalize", settings.get("normalize"), usual=tokens),
             "truncate_dim": width,
             "tokens": tokens,
             "truncation": self.usual_truncation(settings.get("truncation")),

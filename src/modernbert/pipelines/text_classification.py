@@ -65,7 +65,7 @@ class TextClassificationPipeline(ClassifierPipeline):
         if settings.get("top_k") is not None:
             check_count("top_k", settings["top_k"])
         name = settings.get("function_to_apply")
-        function = self._usual_function() if name is None else str(name).lower()
+        function = self._usual_function() if name is None else name.lower() if isinstance(name, str) else name
         return {**settings, "function_to_apply": check_choice("function_to_apply", function, tuple(FUNCTIONS))}
 
     def _usual_function(self) -> str:

@@ -15,6 +15,7 @@ from modernbert.generation.options import GenerationOptions
 from modernbert.generation.text import TextPieces
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
 from modernbert.pipelines.base import Job, Pipeline, Row
+from modernbert.pipelines.checks import check_switch
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class TextGenerationPipeline(Pipeline):
     task = "text-generation"
     auto_model = AutoModelForCausalLM.from_pretrained
     architecture = "decoder"
+    needs = "a causal language model, which is a decoder"
     options = (*_GENERATION, *_OWN)
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
@@ -61,6 +63,10 @@ class TextGenerationPipeline(Pipeline):
         """`GenerationOptions`, and the task's own options."""
         own = {name: settings.get(name) for name in _OWN}
         given = {k: v for k, v in settings.items() if k in _GENERATION and v is not None}
+        own["return_tensors"] = check_switch("return_tensors", own["return_tensors"])
+        for name in ("return_full_text", "add_special_tokens"):
+            if own[name] is not None:
+                own[name] = check_switch(name, own[name])
         if own["stop_sequence"] is not None:
             if "stop_strings" in given:
                 raise InputError("stop_sequence and stop_strings say the same; give one of them")
@@ -75,7 +81,7 @@ class TextGenerationPipeline(Pipeline):
         defaults: dict[str, Any] = {}
         if "do_sample" not in given and "num_beams" not in given:
             defaults["do_sample"] = True
-        if given.get("do_sample", defaults.get("do_sample")):
+        if given.get("do_sample", defaults.get("do_sample")) is True:
             defaults["temperature"] = _TEMPERATURE
         base = self.model.generation_defaults(**defaults)
         options = GenerationOptions.make({"do_sample": base.get("do_sample"), **given}, base)

@@ -142,9 +142,9 @@ class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Defaults, checked."""
-        name = settings.get("activation") or "sigmoid"
+        name = "sigmoid" if settings.get("activation") is None else settings["activation"]
         check_choice("activation", name, tuple(ACTIVATIONS))
-        prompt = settings.get("prompt") or ""
+        prompt = "" if settings.get("prompt") is None else settings["prompt"]
         if not isinstance(prompt, str):
             raise InputError(f"prompt is {shown(prompt)}; it must be a string")
         cut = settings.get("truncation", False)
@@ -165,6 +165,7 @@ class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):
 class EmbeddingRanking(TextRankingPipeline, EmbeddingPipeline):
     """Ranks by the likeness of vectors."""
 
+    needs = "a classifier with one label, which reads query and document together, or an encoder, which makes vectors"
     options = ("top_k", "truncation")
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from modernbert.encoding import UNLIMITED
 from modernbert.errors import InputError
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
 from modernbert.pipelines.base import Job, Pipeline, Row
-from modernbert.pipelines.checks import check_count, check_text, short
+from modernbert.pipelines.checks import check_count, check_switch, check_text, short
 
 _ROWS_TOGETHER = 512  # whose scores over the whole vocabulary are alive at once
 
@@ -34,6 +34,7 @@ class TextScoringPipeline(Pipeline):
     task = "text-scoring"
     auto_model = AutoModelForCausalLM.from_pretrained
     architecture = "decoder"
+    needs = "a causal language model, which is a decoder"
     options = ("max_length", "stride", "add_special_tokens")
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
@@ -48,7 +49,11 @@ class TextScoringPipeline(Pipeline):
         stride = check_count("stride", given.get("stride", max(1, window // 2)))
         if stride >= window:
             raise InputError(f"stride is {stride}; a window of {window} tokens leaves room for 1 to {window - 1}")
-        return {"window": window, "stride": stride, "special": settings.get("add_special_tokens", True) is not False}
+        return {
+            "window": window,
+            "stride": stride,
+            "special": check_switch("add_special_tokens", given.get("add_special_tokens"), True),
+        }
 
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """A row a window, and the tokens that it scores."""

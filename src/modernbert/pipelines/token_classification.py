@@ -14,7 +14,7 @@ from modernbert.auto import AutoModelForTokenClassification
 from modernbert.errors import InputError, shown
 from modernbert.models.token_classification import ModernBertForTokenClassification
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
-from modernbert.pipelines.checks import check_choice, check_count, check_text, short
+from modernbert.pipelines.checks import check_choice, check_count, check_switch, check_text, short
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 Scores = NDArray[np.float32]  # one a label
@@ -70,14 +70,15 @@ class TokenClassificationPipeline(Pipeline):
 
     def __call__(self, inputs: Any, **options: Any) -> Any:
         """Answer inputs; see the class and `Pipeline.__call__`."""
-        split = {**self.defaults, **options}.get("is_split_into_words")
+        split = check_switch("is_split_into_words", {**self.defaults, **options}.get("is_split_into_words"))
         if split and isinstance(inputs, list | tuple) and inputs and all(isinstance(word, str) for word in inputs):
             inputs = [inputs]
         return super().__call__(inputs, **options)
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Defaults, checked."""
-        strategy = str(settings.get("aggregation_strategy") or "none").lower()
+        strategy = settings.get("aggregation_strategy")
+        strategy = "none" if strategy is None else strategy.lower() if isinstance(strategy, str) else strategy
         limit = self.context - self.tokenizer.num_special_tokens_to_add()
         stride = settings.get("stride")
         if stride is None:
@@ -94,7 +95,7 @@ class TokenClassificationPipeline(Pipeline):
         return {
             "strategy": check_choice("aggregation_strategy", strategy, STRATEGIES),
             "ignore": set(ignore),
-            "words": bool(settings.get("is_split_into_words")),
+            "words": check_switch("is_split_into_words", settings.get("is_split_into_words")),
             "delimiter": " " if delimiter is None else delimiter,
             "stride": stride,
         }

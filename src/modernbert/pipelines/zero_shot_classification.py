@@ -9,6 +9,7 @@ import torch
 
 from modernbert.errors import InputError, listed, shown
 from modernbert.pipelines.base import Job, Row
+from modernbert.pipelines.checks import check_switch
 from modernbert.pipelines.text_classification import ClassifierPipeline
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
             raise InputError(f"hypothesis_template is {shown(template)}; it needs {{}} where the label goes")
         if self.model.config.num_labels < 2:
             raise InputError("the model has one label; entailment needs at least two, and a name that says which")
+        several = check_switch("multi_label", settings.get("multi_label"))
+        settings = {**settings, "multi_label": several}
         return {**settings, "candidate_labels": labels, "hypothesis_template": template, "entail": self.entailment_id}
 
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
@@ -84,7 +87,7 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
         """Labels and scores, best first."""
         labels, entail = settings["candidate_labels"], settings["entail"]
         logits = torch.stack(job.results)
-        if settings.get("multi_label") or len(labels) == 1:
+        if settings["multi_label"] or len(labels) == 1:
             against = self.model.config.num_labels - 1 if entail == 0 else 0
             scores = logits[:, [against, entail]].softmax(-1)[:, 1]
         else:

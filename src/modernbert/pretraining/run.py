@@ -40,6 +40,7 @@ from modernbert.training.folder import (
     settings_before,
     write_settings,
 )
+from modernbert.training.precision import products, stored_in
 from modernbert.training.progress import Reporter, to_stderr
 from modernbert.training.report import write_results
 
@@ -256,7 +257,7 @@ def pretrain(
         settings: a YAML file of options; those that are given here count more.
         resume: go on from the last checkpoint under `output`, with its options.
         progress: draw progress on standard error.
-        say: takes a line about what was found; standard error where silent.
+        say: takes a line about what was found; standard error if not given.
         options: see `modernbert.pretraining.options.PretrainOptions`.
 
     Raises:
@@ -272,7 +273,7 @@ def pretrain(
     if not chosen.output:
         raise InputError("output is not given; name a folder for the run")
     folder = Path(chosen.output).resolve()
-    check_libraries("accelerate", "jinja2", "matplotlib")
+    check_libraries("accelerate", "jinja2")
     where = process(chosen)
     if not where.is_main_process:
         say = _silent
@@ -291,7 +292,13 @@ def pretrain(
         stream = PassStream(prepared.train, chosen.micro_tokens, chosen.seed, chosen.weights)
         feed = PretrainFeed(stream, chosen, prepared.digest)
         sizes = ", ".join(f"{name} {size:,}" for name, size in zip(stream.names, stream.sizes, strict=True))
-        say(f"{run.model.num_parameters() / 1e6:.2f} M parameters; tokens: {sizes}; {feed.total} steps")
+        if chosen.model is not None and (note := stored_in(run.config.dtype)):
+            say(note)
+        computed = products(chosen.precision, where.device)
+        say(
+            f"{run.model.num_parameters() / 1e6:.2f} M parameters; tokens: {sizes}; {feed.total} steps; products in "
+            f"{computed}"
+        )
 
         def begin() -> None:
             if where.is_main_process:
@@ -333,4 +340,11 @@ def _finish(result: Pretrained, run: Pretraining, options: PretrainOptions, wall
     if options.save_dtype != "float32":
         model = copy.deepcopy(model).to(getattr(torch, options.save_dtype))
     run.save(model, folder)
-    write_results(folder, _NAME, run.metric, outcome, options, wall)
+    texts = [sum(len(s) for shards in part.values() for s in shards) for part in (run.data.train, run.data.held_out)]
+    about = {
+        "model": options.model or f"a new {'encoder' if options.objective == 'mlm' else 'decoder'}",
+        "parameters": result.model.num_parameters(),
+        "train_examples": texts[0],
+        "eval_examples": texts[1],
+    }
+    write_results(folder, _NAME, run.metric, outcome, options, wall, about)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, printable
 from modernbert.records.structured import is_dataset, read_conll, read_dataset, read_json
 
 Record = dict[str, Any]
@@ -179,7 +179,7 @@ def _read_table(path: Path, blank: bool, header: Sequence[str] | None = None) ->
                 else:
                     yield dict(zip(names, row, strict=True))
         except csv.Error as error:
-            raise InputError(f"{path}, line {rows.line_num}, is no table: {error}") from error
+            raise InputError(f"{path}, line {rows.line_num}, is no table: {printable(str(error))}") from error
 
 
 def sure(value: T | InputError) -> T:
@@ -197,7 +197,9 @@ def _read_parquet(path: Path, blank: bool) -> Records:
                 batch = next(batches, None)
                 rows = [] if batch is None else batch.to_pylist()
             except (ValueError, OSError, NotImplementedError) as error:  # what the library raises in the middle of one
-                raise InputError(f"{path} cannot be read as parquet: {error}") from error
+                raise InputError(
+                    f"{path} cannot be read as parquet: {printable(' '.join(str(error).split()))}"
+                ) from error
             if batch is None:
                 return
             yield from rows
@@ -205,10 +207,11 @@ def _read_parquet(path: Path, blank: bool) -> Records:
 
 def _opened_parquet(path: Path) -> Any:
     library = parquet()
+    path.open("rb").close()  # what the system refuses is said in its own words
     try:
         return library.ParquetFile(path)
-    except ValueError as error:  # what the library raises for files of another kind
-        raise InputError(f"{path} is no parquet file: {error}") from error
+    except (ValueError, OSError) as error:  # what the library raises for files of another kind, and for torn ones
+        raise InputError(f"{path} is no parquet file: {printable(' '.join(str(error).split()))}") from error
 
 
 def parquet() -> Any:

@@ -1,0 +1,208 @@
+"""What a pipeline takes for its inputs, and what it refuses because it would answer something else."""
+
+import copy
+import io
+import logging
+import multiprocessing
+import pickle
+
+import numpy as np
+import pyarrow
+import pytest
+
+from modernbert import AutoModel, QuantizationConfig, pipeline
+from modernbert.errors import InputError
+from modernbert.pipelines import small_model
+from modernbert.tokenizer import Tokenizer
+from tests.pipelines.test_streams import CASES
+
+pandas = pytest.importorskip("pandas")
+TEXTS = ["a dog", "The cat ran across the road.", "two"]
+
+
+@pytest.fixture(scope="module")
+def embed(heads):
+    return pipeline("sentence-embedding", heads / "Model")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            pandas.DataFrame({"text": TEXTS, "label": [0, 1, 0]}),
+            r"a DataFrame, a table .* text, label; .* inputs\['text'\]",
+        ),
+        (pandas.DataFrame(), "a DataFrame, a table with the columns nothing"),
+        (pyarrow.table({"text": TEXTS}), "a Table, a table with the columns text"),
+        ({"text": TEXTS}, "a text is a list"),
+        ({"label": TEXTS}, "an input has label and lacks text"),
+        ({"a dog", "a cat"}, "a set, which has no order; give a list"),
+        (frozenset(TEXTS), "a frozenset, which has no order"),
+        (np.array("a dog"), "inputs is a ndarray; give a text"),
+        (bytearray(b"a dog"), "inputs is a bytearray"),
+        (pandas.Series({"a": 1.5}), "a text is a float"),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_a_table_is_refused_instead_of_the_names_of_its_columns_embedded(embed, table, message):
+    with pytest.raises(InputError, match=message) as error:
+        list(embed(table))
+    assert "\n" not in str(error.value)
+
+
+def test_columns_of_tables_are_read(embed):
+    expected = embed(TEXTS)
+    frame = pandas.DataFrame({"text": TEXTS})
+    assert np.array_equal(list(embed(frame["text"])), expected)
+    assert np.array_equal(list(embed(np.array(TEXTS))), expected)
+    assert np.array_equal(list(embed(row for row in frame.to_dict("records"))), expected)
+
+
+def test_rows_of_a_dataset_are_inputs_and_its_columns_too(embed):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    assert np.array_equal(list(embed(data)), embed(TEXTS))
+    assert np.array_equal(list(embed(data["text"])), embed(TEXTS))
+
+
+def test_tables_as_questions_are_refused(heads):
+    answer = pipeline("question-answering", heads / "QuestionAnswering")
+    frame = pandas.DataFrame({"q": ["Who?"], "c": ["Anna ran."]})
+    with pytest.raises(InputError, match="question is a DataFrame, a table with the columns q, c"):
+        answer(question=frame, context=frame)
+    assert answer(question=frame["q"], context=frame["c"]) == answer(question=["Who?"], context=["Anna ran."])
+
+
+def test_fields_by_their_order(heads):
+    rank = pipeline("text-ranking", heads / "Model")
+    assert rank("a dog", TEXTS) == rank(query="a dog", documents=TEXTS)
+    assert rank("a dog", documents=TEXTS, top_k=1) == rank(query="a dog", documents=TEXTS, top_k=1)
+    answer = pipeline("question-answering", heads / "QuestionAnswering")
+    assert answer("Who ran?", TEXTS[1]) == answer(question="Who ran?", context=TEXTS[1])
+    choose = pipeline("multiple-choice", heads / "MultipleChoice")
+    assert choose("The dog", ["barks", "reads"]) == choose(prompt="The dog", choices=["barks", "reads"])
+    for serve, field in ((rank, "query"), (answer, "question"), (choose, "prompt")):
+        with pytest.raises(InputError, match=f"an input is a str; .* takes a dict with {field}"):
+            serve("alone")
+        with pytest.raises(InputError):
+            serve({field: "a dog"}, TEXTS)
+
+
+# Line ends
+
+
+def test_a_text_is_taken_as_it_is_line_end_and_all(embed, log):
+    assert not np.array_equal(embed("a dog\n"), embed("a dog"))
+    lines = io.StringIO("a dog\nThe cat ran across the road.\ntwo")
+    vectors = list(embed(line for line in lines))
+    assert np.array_equal(vectors[0], embed("a dog\n"))
+    assert log.text.count("texts end with a line end") == 1  # and that is said once
+    log.clear()
+    lines.seek(0)
+    assert np.array_equal(list(embed(line.rstrip("\n") for line in lines)), embed(TEXTS))
+    assert list(embed(iter(["ends so\n", "does not", "so\n", "does not"])))
+    assert not log.text
+
+
+# Models that do not serve
+
+
+def warnings_of_pipelines(log):
+    warned = [record for record in log.records if record.levelno == logging.WARNING]
+    return [record.getMessage() for record in warned if record.name.startswith("modernbert.pipelines")]
+
+
+def test_the_small_encoder_says_that_it_never_was_trained_to_compare(log):
+    for task in ("sentence-embedding", "text-ranking"):
+        log.clear()
+        pipeline(task)
+        (warning,) = warnings_of_pipelines(log)
+        assert f"the package's small encoder serves {task}; it was trained to fill masks" in warning
+        log.clear()
+        pipeline(task, small_model())  # chosen by the caller
+        assert [record.levelname for record in log.records if "means of its states" in record.getMessage()] == ["INFO"]
+        assert not warnings_of_pipelines(log)
+    log.clear()
+    pipeline("fill-mask")
+    assert not warnings_of_pipelines(log)
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "message"),
+    [
+        (
+            "text-scoring",
+            "MaskedLM",
+            "text-scoring needs a causal language model, which is a decoder; .* holds an encoder",
+        ),
+        ("text-generation", "Model", "text-generation needs a causal language model, .* holds an encoder"),
+        ("sentence-embedding", "CausalLM", "sentence-embedding needs an encoder; .* holds a decoder"),
+        ("text-ranking", "CausalLM", "text-ranking needs a classifier with one label, .* or an encoder, .* a decoder"),
+        ("fill-mask", "CausalLM", "fill-mask needs an encoder; .* holds a decoder"),
+        ("token-classification", "DecoderModel", "token-classification needs an encoder"),
+    ],
+)
+def test_an_encoder_where_a_decoder_is_needed_is_said_in_the_words_of_the_task(heads, task, head, message):
+    with pytest.raises(InputError, match=message):
+        pipeline(task, heads / head)
+
+
+def test_a_model_that_was_not_trained_on_entailment_is_said_once_and_briefly(heads, log):
+    from modernbert import AutoModelForSequenceClassification
+
+    labels = {i: f"intent number {i} of the bank" for i in range(77)}
+    model = AutoModelForSequenceClassification.from_pretrained(heads / "Model", num_labels=77, id2label=labels)
+    log.clear()
+    classify = pipeline("zero-shot-classification", model, heads / "Model")
+    classify(TEXTS, candidate_labels=["a", "b"])
+    classify(TEXTS[0], candidate_labels=["a", "b"])
+    (said,) = warnings_of_pipelines(log)
+    assert "none begins with 'entail': it was not trained on entailment" in said
+    assert "and 72 more" in said
+    assert len(said) < 400
+
+
+# Copies
+
+
+def answer(serve, connection):
+    connection.send(serve(TEXTS).tobytes())
+
+
+def test_a_process_that_is_spawned_takes_a_pipeline_and_gives_the_same_bits(embed):
+    """Over two seconds: the child imports PyTorch."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=answer, args=(embed, there))
+    process.start()
+    assert here.poll(120)
+    assert here.recv() == embed(TEXTS).tobytes()
+    process.join()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_copies_give_the_same_bits_and_stay_optimized_or_plain(heads, dtype):
+    serve = pipeline("sentence-embedding", heads / "Model", dtype=dtype)
+    for copied in (copy.deepcopy(serve), pickle.loads(pickle.dumps(serve))):
+        assert np.array_equal(copied(TEXTS), serve(TEXTS))
+        assert (copied.model.model.fused is None) == (serve.model.model.fused is None)
+    plain = AutoModel.from_pretrained(heads / "Model", dtype=dtype)
+    serve = pipeline("sentence-embedding", plain, Tokenizer.from_pretrained(heads / "Model"))
+    copied = pickle.loads(pickle.dumps(serve))
+    assert np.array_equal(copied(TEXTS), serve(TEXTS))
+    assert copied.model.model.fused is None
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_a_copy_of_every_task_answers_alike(heads, task):
+    head, options, make = CASES[task]
+    serve = pipeline(task, heads / head, **options)
+    copied = pickle.loads(pickle.dumps(serve))
+    assert type(copied) is type(serve)
+    item = make("the dog ran")
+    assert np.array_equal(next(copied.stream([item])), next(serve.stream([item])))
+
+
+def test_a_copy_of_a_quantized_model_gives_the_same_bits():
+    serve = pipeline("sentence-embedding", small_model(), quantization_config=QuantizationConfig(tokens=200))
+    assert np.array_equal(pickle.loads(pickle.dumps(serve))(TEXTS), serve(TEXTS))
