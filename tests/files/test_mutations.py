@@ -1,7 +1,7 @@
 """Files that somebody changed at random: each load ends in a model that works, or in one of our errors in one line.
 
-`MODERNBERT_MUTATIONS=20000 pytest tests/files/test_mutations.py` runs longer than the suite does, and
-`MODERNBERT_MUTATIONS_SEED` says with which mutation to begin.
+`MODERNBERT_FUZZ=20000 pytest tests/files/test_mutations.py` runs longer than the suite does, and
+`MODERNBERT_FUZZ_SEED` says with which mutation to begin.
 """
 
 import copy
@@ -27,8 +27,8 @@ from modernbert.models.sentence_layout import SETTINGS, EmbeddingSettings
 from modernbert.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
 from tests.conftest import SMALL
 
-COUNT = int(os.environ.get("MODERNBERT_MUTATIONS", "400"))
-FIRST = int(os.environ.get("MODERNBERT_MUTATIONS_SEED", "0"))
+COUNT = int(os.environ.get("MODERNBERT_FUZZ", "400"))
+FIRST = int(os.environ.get("MODERNBERT_FUZZ_SEED", "0"))
 PARTS = 8  # tests that share them
 LONGEST = 500  # characters of an error, beside the folder's name
 MOST_MEMORY = 2**30  # bytes that a load may add; the folders hold some hundred kilobytes

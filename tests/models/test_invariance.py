@@ -1,11 +1,21 @@
 """Padded = packed = one text at a time, left = right padding: bit for bit, float32 and bfloat16."""
 
+import os
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modernbert import ModernBertConfig, ModernBertForMaskedLM
+from modernbert import (
+    DecoderCache,
+    ModernBertConfig,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+)
 from tests.conftest import SMALL
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 9, 16, 17, 33, 64, 65, 129, 257, 300]), min_size=1, max_size=5)
@@ -109,3 +119,75 @@ def test_finite_weights_of_any_size_give_no_nan():
             parameter.mul_(50)
     _, ids, mask = grid([130, 0, 5], "left")
     assert torch.isfinite(model(ids, attention_mask=mask).logits).all()
+
+
+def random_model(draw, dtype, optimized):
+    """A model of odd sizes, and whether it is a decoder."""
+    heads = draw.choice([1, 1, 2, 3, 12])
+    width = draw.choice([2, 4, 6, 10, 16, 18, 32, 64, 128, 130])
+    width = width if heads * width <= 400 else 16
+    sizes = {
+        "hidden_size": heads * width,
+        "num_attention_heads": heads,
+        "intermediate_size": draw.choice([5, 16, 33, 64, 97, 130]),
+        "num_hidden_layers": 2,
+        "local_attention": draw.choice([4, 16, 64, 128]),
+        "hidden_activation": draw.choice(["gelu", "silu", "tanh", "sigmoid", "relu"]),
+        "global_attn_every_n_layers": draw.choice([1, 2, 3]),
+        "initializer_range": draw.choice([0.05, 0.3]),
+        "norm_bias": draw.random() < 0.5,
+    }
+    torch.manual_seed(draw.randrange(99))
+    classes = [
+        (ModernBertForMaskedLM, ModernBertConfig),
+        (ModernBertForSequenceClassification, ModernBertConfig),
+        (ModernBertDecoderForCausalLM, ModernBertDecoderConfig),
+    ]
+    cls, config = draw.choice(classes)
+    model = cls(config(**{**SMALL, **sizes}), draw.choice(["sdpa", "auto"])).eval().to(dtype)
+    return model.optimize_for_inference() if optimized else model
+
+
+def continued(model, texts, plan):
+    """Logits of texts that a cache holds in parts: `plan` has the lengths of each text's parts."""
+    cache, outs, at = DecoderCache(model.config), [[] for _ in texts], [0] * len(texts)
+    for part in range(len(plan[0])):
+        counts = [of_text[part] for of_text in plan]
+        ids = torch.cat([text[a : a + n] for text, a, n in zip(texts, at, counts, strict=True)])
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        logits = model(ids, cu_seqlens=starts, past_key_values=cache).logits
+        for out, piece in zip(outs, logits.split(counts), strict=True):
+            out.append(piece)
+        at = [a + n for a, n in zip(at, counts, strict=True)]
+    return [torch.cat(out) for out in outs]
+
+
+@pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_models_of_odd_sizes_give_a_text_the_same_bits_alone_and_on_any_number_of_threads(dtype, optimized):
+    before = torch.get_num_threads()
+    try:
+        for seed in range(int(os.environ.get("MODERNBERT_FUZZ", "12"))):
+            draw = random.Random(seed)
+            model = random_model(draw, dtype, optimized)
+            lengths = [draw.choice([6, 7, 16, 17, 31, 64, 65, 130, 257]) for _ in range(draw.randint(1, 4))]
+            texts = [torch.randint(3, 96, (n,)) for n in lengths]
+            plan = [[draw.choice([1, 2, n - 5]), 1, draw.choice([1, 2]), 1] for n in lengths]
+            starts = torch.tensor([0, *lengths]).cumsum(0).int()
+            seen = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                out = model(torch.cat(texts), cu_seqlens=starts).logits
+                rows = out.split(1 if len(out) == len(texts) else lengths)
+                for text, logits in zip(texts, rows, strict=True):
+                    alone = model(text[None]).logits
+                    assert torch.equal(alone if alone.dim() == 2 else alone[0], logits), (seed, threads, len(text))
+                parts = continued(model, texts, plan) if hasattr(model, "lm_head") else []
+                for text, of_text, logits in zip(texts, plan, parts, strict=False):
+                    assert torch.equal(continued(model, [text], [of_text])[0], logits), (seed, threads, of_text)
+                seen.append([out, *parts])
+            for other in seen[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True)), seed
+    finally:
+        torch.set_num_threads(before)

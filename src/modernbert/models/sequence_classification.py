@@ -11,7 +11,7 @@ from torch import Tensor
 from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.models.heads import EncoderClassifier, check_classes
-from modernbert.models.inputs import PackedInputs
+from modernbert.models.inputs import PackedInputs, check_tensors
 from modernbert.models.outputs import SequenceClassifierOutput
 from modernbert.ops.losses import binary_cross_entropy, cross_entropy, mean_squared_error
 
@@ -49,6 +49,7 @@ class ModernBertForSequenceClassification(EncoderClassifier):
 
 def problem_of(config: Config, labels: Tensor) -> str:
     """The kind of problem that labels pose: what the configuration says, or what they look like."""
+    check_tensors(labels=labels)
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
