@@ -132,6 +132,24 @@ def test_the_last_token_without_a_mask(tmp_path):
     close(ours(nothing).logits, theirs(nothing).logits)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_where_one_id_pads_and_ends_texts_the_token_before_counts(side, tmp_path):
+    """With a mask, without one, packed and alone."""
+    cls = "ModernBertDecoderForSequenceClassification"
+    _, theirs, ours = pair(cls, 6, tmp_path, pad_token_id=2, eos_token_id=2)
+    texts = [torch.tensor([5, 6, 7, 2]), torch.tensor([8, 2]), torch.tensor([9, 2, 10, 11, 12])]
+    ids, mask = torch.full((3, 6), 2), torch.zeros(3, 6).long()
+    for row, text in enumerate(texts):
+        where = slice(0, len(text)) if side == "right" else slice(6 - len(text), 6)
+        ids[row, where], mask[row, where] = text, 1
+    expected = theirs(ids, attention_mask=mask, position_ids=positions(mask)).logits
+    close(ours(ids, attention_mask=mask).logits, expected)
+    starts = torch.tensor([0, *map(len, texts)]).cumsum(0)
+    close(ours(torch.cat(texts), cu_seqlens=starts).logits, expected)
+    for text, logits in zip(texts, expected, strict=True):
+        close(ours(text[None]).logits, logits[None])
+
+
 def test_without_a_padding_id_the_last_column_counts(tmp_path):
     """As the reference says; transformers itself refuses more than one text then."""
     cls = "ModernBertDecoderForSequenceClassification"
