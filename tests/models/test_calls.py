@@ -13,7 +13,8 @@ from modernbert.errors import InputError
 from tests.conftest import SMALL, random_decoder
 from tests.heads import DECODER_HEADS, HEADS
 
-CLASSES = sorted({"ModernBertModel", "ModernBertDecoderModel", "ModernBertDecoderForCausalLM", *HEADS.values(), *DECODER_HEADS.values()})  # fmt: skip
+NAMES = {"ModernBertModel", "ModernBertDecoderModel", "ModernBertDecoderForCausalLM"}
+CLASSES = sorted(NAMES | set(HEADS.values()) | set(DECODER_HEADS.values()))
 
 
 def model_of(name, **changes):
@@ -26,7 +27,9 @@ def model_of(name, **changes):
 def test_what_is_no_tensor_is_refused_in_one_line(name):
     model = model_of(name)
     for given in ([[5, 6]], np.array([[5, 6]])):
-        with pytest.raises(InputError, match=rf"^input_ids is a {type(given).__name__}; it must be a tensor: .*return_"):
+        with pytest.raises(
+            InputError, match=rf"^input_ids is a {type(given).__name__}; it must be a tensor: .*return_"
+        ):
             model(given)
     encoding = BatchEncoding({"input_ids": torch.tensor([[5, 6]])})
     with pytest.raises(InputError, match=r"^input_ids is a BatchEncoding; give what it holds by name: model\(\*\*enc"):
@@ -47,7 +50,9 @@ def test_labels_that_are_no_tensor_are_refused(name):
 
 
 def test_question_answering_names_its_labels():
-    with pytest.raises(InputError, match="^labels is given; question answering takes start_positions and end_positions"):
+    with pytest.raises(
+        InputError, match=r"^labels is given; question answering takes start_positions and end_positions"
+    ):
         model_of("ModernBertForQuestionAnswering")(torch.tensor([[5, 6]]), labels=torch.tensor([1]))
 
 
@@ -162,5 +167,5 @@ assert queue.get(timeout=60) == [True, True]
 def test_a_decoder_that_continues_refuses_lists_too():
     model = random_decoder()
     cache = model(torch.tensor([[5, 6]])).past_key_values
-    with pytest.raises(InputError, match="^input_ids is a list"):
+    with pytest.raises(InputError, match=r"^input_ids is a list"):
         model([[7]], past_key_values=cache)

@@ -52,7 +52,8 @@ def arguments(draw, name):
     if draw.random() < 0.9:
         given["input_ids"] = values(draw, shape, high=draw.choice([96, 96, 96, 97]))
     if draw.random() < 0.12:
-        given["inputs_embeds"] = torch.randn(*shape, draw.choice([48, 48, 47]), dtype=draw.choice([torch.float32, torch.float64, torch.bfloat16]))  # fmt: skip
+        dtype = draw.choice([torch.float32, torch.float64, torch.bfloat16])
+        given["inputs_embeds"] = torch.randn(*shape, draw.choice([48, 48, 47]), dtype=dtype)
     other = shape if draw.random() < 0.85 else shape_of(draw)
     if draw.random() < 0.4:
         given["attention_mask"] = values(draw, other, 0, 2)
@@ -168,7 +169,23 @@ def test_random_calls_of_generate(models):
             check_error(error, (seed, ids, options))
 
 
-TEXTS = ["", " ", "a", "[MASK]", "x" * 3000, "\ud800", "tab\t\x00", "é\u0301", "\U0001f600", None, 5, b"bytes", ["a", "b"], [], {"a": 1}]
+TEXTS = [
+    "",
+    " ",
+    "a",
+    "[MASK]",
+    "x" * 3000,
+    "\ud800",
+    "tab\t\x00",
+    "é\u0301",
+    "\U0001f600",
+    None,
+    5,
+    b"bytes",
+    ["a", "b"],
+    [],
+    {"a": 1},
+]
 SETTINGS = {
     "padding": [True, False, "longest", "max_length", "sideways"],
     "truncation": [True, False, "only_first", "only_second", "longest_first", "no"],
@@ -188,9 +205,13 @@ def test_random_calls_of_the_tokenizer():
     tokenizer = Tokenizer.from_pretrained(small_model())
     for seed in range(FIRST, FIRST + CALLS):
         draw = random.Random(seed)
-        text = [draw.choice(TEXTS) for _ in range(draw.choice([1, 2, 3]))] if draw.random() < 0.6 else draw.choice(TEXTS)
+        text = (
+            [draw.choice(TEXTS) for _ in range(draw.choice([1, 2, 3]))] if draw.random() < 0.6 else draw.choice(TEXTS)
+        )
         pair = {"text_pair": draw.choice(TEXTS)} if draw.random() < 0.3 else {}
-        chosen = {name: draw.choice(SETTINGS[name]) for name in draw.sample(sorted(SETTINGS), draw.choice([0, 1, 2, 4]))}
+        chosen = {
+            name: draw.choice(SETTINGS[name]) for name in draw.sample(sorted(SETTINGS), draw.choice([0, 1, 2, 4]))
+        }
         try:
             encoding = tokenizer(text, **pair, **chosen)
             ids = encoding["input_ids"]

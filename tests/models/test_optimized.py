@@ -173,8 +173,17 @@ def test_a_parameter_without_numbers_refuses_to_be_used():
         pytest.skip("nothing here lays weights out")
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in causal_lm().parameters())
     weight = frozen[0]
-    for use in (lambda: weight.mul_(2), lambda: weight.data, lambda: weight + 1, lambda: weight.cpu(), lambda: weight[0]):
-        with torch.no_grad(), pytest.raises(FrozenError, match=r"its numbers lie in the kernels' layout; call model.unpack"):
+    for use in (
+        lambda: weight.mul_(2),
+        lambda: weight.data,
+        lambda: weight + 1,
+        lambda: weight.cpu(),
+        lambda: weight[0],
+    ):
+        with (
+            torch.no_grad(),
+            pytest.raises(FrozenError, match=r"its numbers lie in the kernels' layout; call model.unpack"),
+        ):
             use()
     assert repr(weight).startswith("FrozenWeight(shape=")
 

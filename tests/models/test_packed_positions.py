@@ -34,7 +34,9 @@ def model_of(cls, config_cls, implementation="auto"):
 @pytest.mark.parametrize("decoder", [False, True])
 def test_texts_do_not_see_each_other(decoder, optimized, rows, implementation):
     cls, config = (
-        (ModernBertDecoderForCausalLM, ModernBertDecoderConfig) if decoder else (ModernBertForMaskedLM, ModernBertConfig)
+        (ModernBertDecoderForCausalLM, ModernBertDecoderConfig)
+        if decoder
+        else (ModernBertForMaskedLM, ModernBertConfig)
     )
     model = model_of(cls, config, implementation)
     if optimized:
@@ -73,7 +75,9 @@ def test_the_decoder_separates_texts_as_transformers_does(tmp_path):
     for place in (positions, gaps):
         with torch.no_grad():
             expected = theirs(ids, position_ids=place, use_cache=False).logits
-            torch.testing.assert_close(ours(ids, position_ids=place, use_cache=False).logits, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                ours(ids, position_ids=place, use_cache=False).logits, expected, rtol=0, atol=1e-5
+            )
 
 
 def test_a_classifier_gives_a_row_of_scores_for_each_text():
@@ -108,3 +112,17 @@ def test_positions_of_new_tokens_do_not_cut_a_text_that_a_cache_holds():
         positions = torch.arange(8, 12).expand(2, -1)
         out = model(ids[:, 8:], past_key_values=cache, position_ids=positions).logits
         torch.testing.assert_close(out, model(ids, use_cache=False).logits[:, 8:], rtol=0, atol=1e-5)
+
+
+def test_a_collator_that_packs_gives_the_loss_of_its_texts():
+    """Its labels begin each text with -100, which no token predicts anyway."""
+    from transformers import DataCollatorWithFlattening
+
+    model = model_of(ModernBertDecoderForCausalLM, ModernBertDecoderConfig)
+    texts, _, _ = packed((7, 20, 5))
+    batch = DataCollatorWithFlattening()([{"input_ids": text.tolist()} for text in texts])
+    assert "attention_mask" not in batch
+    with torch.no_grad():
+        loss = model(**batch).loss
+        parts = [model(t[None], labels=t[None]).loss * (len(t) - 1) for t in texts]
+    torch.testing.assert_close(loss, sum(parts) / (sum(map(len, texts)) - 3), rtol=1e-6, atol=0)

@@ -10,8 +10,22 @@ from torch import Tensor, nn
 
 from modernbert.errors import FrozenError
 
-_ASKED = ("shape", "ndim", "dtype", "device", "layout", "is_meta", "requires_grad", "grad", "is_leaf", "is_cuda", "is_cpu",
-          "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes", "grad_fn", "_version", "_backward_hooks")  # fmt: skip
+_ASKED = (
+    *(
+        "shape",
+        "ndim",
+        "dtype",
+        "device",
+        "layout",
+        "itemsize",
+        "nbytes",
+        "requires_grad",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+    ),
+    *("is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "_version", "_backward_hooks"),
+)
 _CALLED = (
     *("size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous"),
     *("is_floating_point", "is_complex", "is_inference", "data_ptr", "__hash__"),

@@ -209,8 +209,8 @@ def check_tensors(**given: Any) -> None:
                 "return_tensors='pt'"
             )
         raise InputError(
-            f"{name} is a {type(value).__name__}; it must be a tensor: a tokenizer makes them with return_tensors='pt', "
-            "and torch.as_tensor makes them of lists and arrays"
+            f"{name} is a {type(value).__name__}; it must be a tensor: a tokenizer makes tensors with "
+            "return_tensors='pt', and torch.as_tensor makes them of lists and arrays"
         )
 
 
