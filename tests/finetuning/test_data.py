@@ -23,7 +23,7 @@ from modernbert.finetuning.data import (
 from modernbert.finetuning.tasks import TASKS
 from modernbert.finetuning.tasks.multiple_choice import choice_number
 from modernbert.records import parts_of
-from tests.finetuning.conftest import answer_rows, choice_rows, mood_rows, pair_rows, tag_rows
+from tests.finetuning.conftest import MOODS, answer_rows, choice_rows, mood_rows, pair_rows, tag_rows
 
 FIELDS = TASKS["text-classification"].fields
 ROWS = [{"text": "one", "label": "a"}, {"text": 'two, "2"', "label": "b"}, {"text": "three", "label": "a"}]
@@ -147,10 +147,12 @@ def test_what_is_held_out():
     assert not {r.values["_record"]["doc"] for r in train} & {r.values["_record"]["doc"] for r in held}
     assert len(held) == 8
     assert hold_out(rows, 0.0, None) == (rows, [])
-    with pytest.raises(InputError, match="no column 'page'"):
+    with pytest.raises(InputError, match=r"group_by is 'page'; .*row 1 has no such column, but text, label, doc"):
         hold_out(rows, 0.2, "page")
-    with pytest.raises(InputError, match="leaves one side empty"):
+    with pytest.raises(InputError, match=r"held_out is 0.5 and there is 1 row; give more rows, .* or held_out=0"):
         hold_out(rows[:1], 0.5, None)
+    with pytest.raises(InputError, match="takes all of the 4 rows, as they all have one doc"):
+        hold_out(rows[:4], 0.5, "doc")
 
 
 def changed(rows, **values):
@@ -182,6 +184,11 @@ BAD = {
         "text-ranking",
         [{"query": "q", "document": "d", "label": 2}],
         r"row 1 has the label 2; it must lie in \[0, 1\]",
+    ),
+    "no label of a pair": (
+        "text-ranking",
+        [{"query": "q", "document": "d", "label": 1}, {"query": "q", "document": "e", "label": None}],
+        "row 2 has no label, and other rows have",
     ),
     "rows": ("text-classification", ["a text", 3], "train is not given|a row is"),
 }
@@ -229,3 +236,37 @@ def test_labels_that_training_has_not_seen_and_empty_files(base, tmp_path):
 def test_impossible_options_are_named(options, message, base, tmp_path):
     with pytest.raises(InputError, match=message):
         finetune("text-classification", mood_rows(), output=tmp_path / "x", model=base(), progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": ["a", "b,c"]}, "labels holds 'b,c'; give names without a comma"),
+        ({"labels": ["a", None]}, "labels holds None"), ({"column": {"label": None}}, "column has None for the field"),
+        ({"column": {"label": 3}}, "column has 3 for the field 'label'; give names of columns"),
+    ],
+)  # fmt: skip
+def test_names_that_are_none_are_refused(options, said, base, tmp_path):
+    with pytest.raises(InputError, match=said):
+        finetune("text-classification", mood_rows(), output=tmp_path / "x", model=base(), progress=False, **options)
+
+
+def test_labels_of_0_and_1_and_a_data_frame_are_learnt_from(base, tmp_path):
+    options = {"model": base(), "max_steps": 2, "batch_size": 8, "progress": False}
+    rows = [{"text": row["text"], "label": [row["label"] == mood for mood in MOODS]} for row in mood_rows()]
+    run = finetune("text-classification", rows, output=tmp_path / "run", labels=list(MOODS), **options)
+    assert run.model.config.problem_type == "multi_label_classification"
+    assert [run.model.config.id2label[i] for i in range(3)] == list(MOODS)
+    assert set(run.figures) >= {"f1_micro", "average_precision"}
+    assert {answer["label"] for answer in run.pipeline()("the cat", top_k=None)} == set(MOODS)
+
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {"text": [row["text"] for row in rows], "label": [float(MOODS.index(row["label"])) for row in mood_rows()]}
+    )
+    run = finetune("text-classification", frame, output=tmp_path / "frame", **options)
+    assert run.model.config.id2label == {0: "0", 1: "1", 2: "2"}
+    assert run.model.config.problem_type == "single_label_classification"
+    frame.loc[3, "label"] = None
+    with pytest.raises(InputError, match="row 4 has nothing in 'label'; give the row a label, or leave it out"):
+        finetune("text-classification", frame, output=tmp_path / "gap", **options)

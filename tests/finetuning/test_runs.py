@@ -8,17 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from filelock import FileLock
+from safetensors.torch import load_file
+from typer.main import get_command
 
-from modernbert import finetune, pipeline
-from modernbert.cli import main
+from modernbert import ModernBertForMaskedLM, Tokenizer, finetune, pipeline
+from modernbert.cli import app, main
 from modernbert.errors import DivergedError, InputError
 from modernbert.finetuning.tasks import TASKS
-from modernbert.training.checkpoints import checkpoints
+from modernbert.training.checkpoints import checkpoints, recover, write_checkpoint
+from modernbert.training.folder import METRICS, append_metrics
+from modernbert.training.schedules import default_rate
 from tests.finetuning.conftest import TASK_ROWS, mood_rows
 
 
@@ -174,6 +179,14 @@ COMMAND = [
 ]  # fmt: skip
 
 
+def with_options(command, **options):
+    """A command with other values of options that it has."""
+    changed = list(command)
+    for name, value in options.items():
+        changed[changed.index(f"--{name.replace('_', '-')}") + 1] = str(value)
+    return changed
+
+
 def test_a_killed_run_goes_on_bit_for_bit(base, tmp_path, moods):
     """Killed at three random moments, with dropout, accumulation and the best checkpoint kept."""
     folder = base("ModernBertForMaskedLM", mlp_dropout=0.1, classifier_dropout=0.2)
@@ -250,7 +263,8 @@ def named_for(task, rows):
 
 def test_two_processes_train_as_one(base, tmp_path, moods):
     folder = base("ModernBertForSequenceClassification", num_labels=3)
-    common = [*COMMAND, "--model", str(folder), "--train", str(moods), "--max-steps", "12"]
+    few = with_options(COMMAND, max_steps=12)
+    common = [*few, "--model", str(folder), "--train", str(moods), "--precision", "float32"]
     subprocess.run(
         [sys.executable, "-m", "modernbert", *common, "--output", str(tmp_path / "one")],
         check=True,
@@ -270,8 +284,6 @@ def test_two_processes_train_as_one(base, tmp_path, moods):
         [*launched, *common, "--device", "cpu", "--output", str(tmp_path / "two")], capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    from safetensors.torch import load_file
-
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], rtol=0, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}")
@@ -308,8 +320,9 @@ def test_a_loss_that_is_no_number_stops_the_run(base, tmp_path, moods, monkeypat
 
 def test_a_disk_that_is_full_leaves_the_checkpoints_before(base, tmp_path, moods):
     """A limit on files' sizes stands for the full disk: the same error from the same call."""
-    program = [sys.executable, "-m", "modernbert", *COMMAND, "--model", str(base()), "--train", str(moods)]
-    output = ["--output", str(tmp_path / "run"), "--max-steps", "8", "--eval-every", "4"]
+    few = with_options(COMMAND, max_steps=8, eval_every=4)
+    program = [sys.executable, "-m", "modernbert", *few, "--model", str(base()), "--train", str(moods)]
+    output = ["--output", str(tmp_path / "run")]
     done = subprocess.run(
         [*program, *output], capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
@@ -340,10 +353,13 @@ def test_folders_that_are_in_use_or_hold_something_else(base, tmp_path, moods, c
     (tmp_path / ".busy.lock").unlink()
     assert not (tmp_path / "busy").exists()
     finetune("text-classification", moods, output=tmp_path / "run", **options)
-    with pytest.raises(InputError, match="name another folder, or resume"):
+    with pytest.raises(InputError, match="name another folder, or go on with its run: resume=True"):
         finetune("text-classification", moods, output=tmp_path / "run", **options)
-    with pytest.raises(InputError, match=r"batch_size is 3 and the run in .* has 32"):
-        finetune("text-classification", moods, output=tmp_path / "run", resume=True, batch_size=3, **options)
+    changed = {"batch_size": 3, "held_out": 0.2, "max_steps": 3}  # the steps of a run may change
+    with pytest.raises(
+        InputError, match=r"held_out is 0.2 and was 0.1; batch_size is 3 and was 32 in the run in .*/run;"
+    ):
+        finetune("text-classification", moods, output=tmp_path / "run", resume=True, **{**options, **changed})
     with pytest.raises(SystemExit) as stopped:
         main(["finetune", "text-classification", "--train", str(moods), "--output", str(tmp_path / "run")])
     assert stopped.value.code == 2
@@ -382,6 +398,166 @@ def test_trackers_of_accelerate_follow_a_run(base, tmp_path, moods):
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
     with pytest.raises(InputError, match="tracker is abacus"):
         finetune("text-classification", moods, output=tmp_path / "other", tracker=["abacus"], **options)
+
+
+def failing(capsys, *arguments):
+    """The line that a command ends with, and its exit code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    lines = capsys.readouterr().err.strip().splitlines()
+    return lines[-1], stopped.value.code
+
+
+def test_errors_name_flags_on_the_command_line(base, tmp_path, moods, capsys):
+    folder, command = base(), ["finetune", "text-classification"]
+    whole = [*command, "--train", moods, "--model", folder, "--output", tmp_path / "x", "--max-steps", "1"]
+    one = written(tmp_path / "one.jsonl", mood_rows(1))
+    odd = written(tmp_path / "odd.jsonl", [{"a": "x", "b": "y"}])
+    hot = written(tmp_path / "hot.jsonl", [{"text": "x", "label": [1, 0]}] * 3)
+    given = [
+        (command, "modernbert: --output is not given; name a folder for the run"),
+        ([*command, "--output", tmp_path / "x"], "modernbert: --train is not given; name a file to train on"),
+        ([*whole, "--batch-size", "0"], "modernbert: --batch-size is 0; it must be above 0"),
+        ([*whole, "--max-length", "900"], "modernbert: --max-length is 900; the model's context holds 64 tokens"),
+        ([*command, "--output", tmp_path / "x", "--train", one],
+         "give more rows, rows to evaluate on (--eval FILE), or --held-out 0"),
+        ([*command, "--output", tmp_path / "x", "--train", odd],
+         "none is known to hold the text. Say which one does: --column text=COLUMN"),
+        ([*command, "--output", tmp_path / "x", "--train", hot, "--problem", "single-label"],
+         "has a list of labels, and --problem is single-label; --problem multi-label reads it"),
+    ]  # fmt: skip
+    for arguments, said in given:
+        line, code = failing(capsys, *arguments)
+        assert said in line
+        assert code == 2
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "run.yaml").write_text("task: text-classification\n")
+    assert failing(capsys, *whole)[0].endswith("name another folder, or go on with its run: --resume")
+
+
+def test_the_default_learning_rate_follows_the_model_and_says_so(base, tmp_path, moods):
+    assert default_rate(5e-5, 768, 22) == 5e-5
+    assert default_rate(5e-5, 1024, 28) == 2.9e-5
+    assert default_rate(5e-5, 256, 6) == 5.5e-4
+    assert default_rate(8e-5, 48, 3) == 1e-3  # and no more
+    said = []
+    options = {"model": base(hidden_size=192, intermediate_size=64), "max_steps": 2, "progress": False, "warmup": 0.0}
+    run = finetune("text-classification", moods, output=tmp_path / "run", say=said.append, **options)
+    assert run.figures
+    assert any(
+        "learning rate 0.001, for 3 layers of width 192 (5e-05 at base size, 22 of 768)" in line for line in said
+    )
+    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert history[0]["lr"] == 1e-3
+    assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["lr"] == 1e-3
+    said.clear()
+    finetune("text-classification", moods, output=tmp_path / "other", say=said.append, lr=3e-4, **options)
+    assert not any("learning rate" in line for line in said)
+    assert json.loads((tmp_path / "other" / "metrics.jsonl").read_text().splitlines()[0])["lr"] == 3e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_stored_in_16_bits_are_trained_in_float32_and_that_is_said_once(dtype, base, tmp_path, moods):
+    name, said = str(dtype).removeprefix("torch."), []
+    half = ModernBertForMaskedLM.from_pretrained(base(), dtype=torch.float32).to(dtype)
+    half.save_pretrained(tmp_path / "half")
+    Tokenizer.from_pretrained(base()).save_pretrained(tmp_path / "half")
+    options = {"model": tmp_path / "half", "max_steps": 2, "batch_size": 4, "progress": False, "say": said.append}
+    run = finetune("text-classification", moods, output=tmp_path / "run", **options)
+    assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
+    assert {value.dtype for value in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float32}
+    assert said.count(f"weights are stored in {name} and trained in float32") == 1
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_name(base, tmp_path, moods, caplog):
+    options = {"model": base(), "batch_size": 8, "progress": False, "eval_every": 2, "keep_best": False, "lr": 1e-3}
+    options["schedule"] = "constant"
+    whole = finetune("text-classification", moods, output=tmp_path / "whole", max_steps=6, **options)
+    finetune("text-classification", moods, output=tmp_path / "run", max_steps=4, **options)
+    (tmp_path / "run" / "checkpoint-4" / "trainer.json").write_text('{"step": 4, "be')
+    again = finetune("text-classification", moods, output=tmp_path / "run", max_steps=6, resume=True, **options)
+    (warned,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
+    assert "checkpoint-4/trainer.json is damaged" in warned
+    assert warned.endswith(f"renamed to checkpoint-4.damaged, and the run goes on from {tmp_path / 'run/checkpoint-2'}")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    for path in checkpoints(tmp_path / "run"):
+        (path / "optimizer.safetensors").write_bytes(b"cut")
+    with pytest.raises(
+        InputError, match=r"no checkpoint of .*run is whole: .*checkpoint-6/optimizer.safetensors is dam"
+    ):
+        finetune("text-classification", moods, output=tmp_path / "run", max_steps=8, resume=True, **options)
+
+
+def test_a_checkpoint_is_never_lost_while_another_takes_its_place(tmp_path, monkeypatch):
+    def written_with(text):
+        return lambda folder: (folder.mkdir(parents=True), (folder / "model.safetensors").write_text(text))
+
+    write_checkpoint(tmp_path, 4, written_with("first"), {}, {})
+    rename, renamed = Path.rename, []
+
+    def killed(self, target):
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(self)
+        return rename(self, target)
+
+    monkeypatch.setattr("modernbert.files._exchanged", lambda one, other: False)  # as on systems that cannot
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, 4, written_with("second"), {}, {})
+    monkeypatch.undo()
+    assert checkpoints(tmp_path) == []
+    recover(tmp_path)
+    (found,) = checkpoints(tmp_path)
+    assert (found / "model.safetensors").read_text() == "first"
+    write_checkpoint(tmp_path, 4, written_with("third"), {}, {})
+    assert (found / "model.safetensors").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+
+
+def test_an_interrupted_run_says_what_is_saved_and_how_to_go_on(base, tmp_path, moods):
+    command = with_options(COMMAND, max_steps=4000)
+    command += ["--model", str(base()), "--train", str(moods), "--output", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-m", "modernbert", *command], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 8):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].strip().splitlines()
+    assert process.returncode == 130, said
+    last = checkpoints(tmp_path / "run")[-1]
+    again = f"modernbert finetune text-classification --output {tmp_path / 'run'} --resume"
+    assert f"of 4000; {last} is saved: go on from it with --resume ({again})" in said[-1]
+    assert said[-1].startswith("modernbert: interrupted after step ")
+    assert not any("Traceback" in line for line in said)
+    step = int(last.name.removeprefix("checkpoint-"))
+    with pytest.raises(SystemExit) as done:
+        main([*again.split()[1:], "--max-steps", str(step + 2)])
+    assert done.value.code == 0
+    assert checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{step + 2}"
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    (tmp_path / METRICS).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left on device: '.*{METRICS}'"):
+        append_metrics(tmp_path, {"step": 1})
+
+
+@pytest.mark.parametrize("name", ["pretrain", *(f"finetune {task}" for task in TASKS)])
+def test_help_says_every_default_and_what_is_required(name):
+    command = get_command(app)
+    for part in name.split():
+        command = command.commands[part]
+    said = {
+        option.name: option.help for option in command.params if option.name not in ("config", "resume", "settings")
+    }
+    required = {option for option, text in said.items() if text.endswith("(required)")}
+    assert required == ({"data", "output"} if name == "pretrain" else {"train", "output"})
+    assert [option for option, text in said.items() if option not in required and "(default: " not in text] == []
+    assert not any("[" in text or "None" in text or "_" in text for text in said.values())
 
 
 def test_help_is_quick_and_names_the_options(capsys):

@@ -1,14 +1,17 @@
 """What tasks make of rows, and how they judge."""
 
 import itertools
+import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modernbert import Tokenizer
-from modernbert.finetuning.data import Row
+from modernbert.errors import InputError
+from modernbert.finetuning.data import Row, hold_out, read_tables, rows_of
 from modernbert.finetuning.metrics import (
     classification_figures,
     entity_figures,
@@ -18,13 +21,14 @@ from modernbert.finetuning.metrics import (
 )
 from modernbert.finetuning.options import OPTIONS
 from modernbert.finetuning.tasks import TASKS
+from modernbert.finetuning.tasks.multiple_choice import choice_number
 from modernbert.ops.losses import IGNORED
 from tests.finetuning.conftest import answer_rows, tag_rows
 
 
 def worker_of(task, backend, rows, **options):
     worker = TASKS[task](OPTIONS[task](**options))
-    found = [Row({**row, "_record": row}, f"row {i}") for i, row in enumerate(rows, 1)]
+    found = rows_of(read_tables(rows, None), TASKS[task].fields, {})[0]
     worker.learn(found)
     prefixed = task == "token-classification"
     worker.use(Tokenizer(type(backend).from_str(backend.to_str()), add_prefix_space=prefixed or None), 64)
@@ -71,8 +75,6 @@ def test_squads_figures_of_known_answers(answers, said, exact, f1):
 
 
 def test_figures_of_constants_and_of_nothing_are_numbers():
-    import numpy as np
-
     ones = np.ones(4)
     assert regression_figures(ones, np.arange(4.0))["pearson"] == 0.0
     assert multi_label_figures(np.eye(3, dtype=int), np.zeros((3, 3), int), np.zeros((3, 3)))["f1_micro"] == 0.0
@@ -152,6 +154,134 @@ def test_labels_of_several_classes_and_values(backend):
     worker, _ = worker_of("text-classification", backend, rows)
     assert worker.problem == "regression"
     assert worker.config_changes()["num_labels"] == 1
+
+
+def truth_of(backend, column, **options):
+    """The targets that text-classification makes of a column of labels, and the task."""
+    rows = [{"text": f"the cat {i}", "label": label} for i, label in enumerate(column)]
+    worker, found = worker_of("text-classification", backend, rows, **options)
+    return worker.labels(worker.prepare(found, True))["labels"].tolist(), worker
+
+
+@pytest.mark.parametrize("labels", [None, "low,middle,high"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        list, tuple, np.array, torch.tensor, str, json.dumps, lambda bits: [bool(bit) for bit in bits],
+        lambda bits: [float(bit) for bit in bits], lambda bits: np.array(bits, dtype=np.float32),
+        lambda bits: torch.tensor(bits, dtype=torch.bool), lambda bits: [np.int8(bit) for bit in bits],
+        lambda bits: [str(bit) for bit in bits],
+    ],
+)  # fmt: skip
+def test_lists_of_0_and_1_are_targets_in_every_form(backend, form, labels):
+    bits = [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+    truth, worker = truth_of(backend, [form(row) for row in bits], labels=labels)
+    assert truth == bits
+    assert worker.problem == "multi-label"
+    assert worker.names.names == (["LABEL_0", "LABEL_1", "LABEL_2"] if labels is None else ["low", "middle", "high"])
+
+
+def test_lists_of_names_and_of_numbers_of_classes_stay_such(backend):
+    assert truth_of(backend, [["b"], ["a", "b"], []])[0] == [[0, 1], [1, 1], [0, 0]]
+    assert truth_of(backend, ["['b']", '["a", "b"]', "[]"])[0] == [[0, 1], [1, 1], [0, 0]]
+    assert truth_of(backend, [[0], [1, 3], [3]])[1].names.names == ["0", "1", "3"]
+    assert truth_of(backend, [[0.0], [2.0]], labels="x,y,z")[0] == [[1, 0, 0], [0, 0, 1]]
+    assert truth_of(backend, [[1.0], [0.0]])[0] == [[1], [0]]  # one class, and whether a text has it
+    assert truth_of(backend, [["a"], {"b", "a"}])[0] == [[1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "said"),
+    [
+        ([[1, 0, 0], [1, 0, 0, 0]], {}, "row 2 has 4 numbers of 0 and 1 and .*row 1 has 3; give one for each class"),
+        ([[1, 0, 0], [0, 0, 1]], {"labels": "a,b"}, "row 1 has 3 numbers of 0 and 1, and labels names 2 classes"),
+        ([[0.2, 0.8], [0.5, 0.5]], {}, "row 1 has 0.2 among its labels"),
+        ([["a"], ["b", None]], {}, "row 2 has None among its labels"),
+        ([[1, -100], [0, 1]], {}, "row 1 has -100 among its labels"),
+        ([[1, 0], [0, 1]], {"problem": "single-label"}, "row 1 has a list of labels, and problem is single-label"),
+        ([{"a": 1}, {"a": 2}], {}, "row 1 has the label {'a': 1}; give a name"),
+    ],
+)
+def test_lists_of_labels_that_make_no_sense_are_refused(backend, labels, options, said):
+    with pytest.raises(InputError, match=said):
+        truth_of(backend, labels, **options)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem", "names"),
+    [
+        (["3", "3.5", "4"], "regression", None), ([3, 3.5, 4], "regression", None), ([0.25, 3.0], "regression", None),
+        (["0.0", "1.0", "1.0"], "single-label", ["0", "1"]), ([0.0, 1.0], "single-label", ["0", "1"]),
+        (["1", "2.0", 3, 10.0], "single-label", ["1", "2", "3", "10"]), ([True, False], "single-label",
+        ["False", "True"]), (["1.0", "2.0", "beta"], "single-label", ["1.0", "2.0", "beta"]),
+        (["007", "7"], "single-label", ["007", "7"]), (["\u00b2", "a"], "single-label", ["a", "\u00b2"]),
+        ([np.float32(0.5), np.float32(1)], "regression", None),
+        ([np.int64(1), np.int64(0)], "single-label", ["0", "1"]),
+        (["nan", "a"], "single-label", ["a", "nan"]),
+    ],
+)  # fmt: skip
+def test_the_whole_column_says_what_labels_are(backend, labels, problem, names):
+    _, worker = truth_of(backend, labels)
+    assert worker.problem == problem
+    assert (worker.names and worker.names.names) == names
+    assert any(f"labels look like {problem}" in note and "problem=KIND says otherwise" in note for note in worker.notes)
+
+
+def test_a_label_of_minus_100_does_not_count(backend):
+    truth, worker = truth_of(backend, ["a", "-100", "b", -100, -100.0, "a"])
+    assert truth == [0, 1, 0]
+    assert worker.names.names == ["a", "b"]
+    assert "3 of 6 rows have the label -100: not counted" in worker.notes
+    assert truth_of(backend, [0.5, -100.0], problem="regression")[0] == [0.5, -100.0]  # a value as any other
+    assert truth_of(backend, ["a", "-100"], labels="a,-100")[0] == [0, 1]  # a name that somebody gave
+
+
+@pytest.mark.parametrize("form", [int, str, float, np.int64])
+def test_a_tag_of_minus_100_does_not_count(backend, form):
+    rows = tag_rows(6)
+    for row in rows:
+        row["tags"] = [tag if i else form(-100) for i, tag in enumerate(row["tags"])]
+    rows.append({"tokens": ["the"], "tags": [form(-100)]})
+    worker, found = worker_of("token-classification", backend, rows)
+    assert worker.names.names == ["O", "B-animal"]
+    examples = worker.prepare(found, True)
+    assert len(examples) == 6  # nothing of the last row counts
+    for row, example in zip(rows[:-1], examples, strict=True):
+        counted = [worker.names.names[tag] for tag in example.label if tag != IGNORED]
+        assert counted == row["tags"][1:]
+
+    class Always(torch.nn.Module):
+        def __init__(self, answers):
+            super().__init__()
+            self.weight, self.answers = torch.nn.Parameter(torch.zeros(1)), answers
+
+        def forward(self, input_ids, cu_seqlens):
+            return type("Out", (), {"logits": torch.tensor([self.answers]).float().expand(len(input_ids), -1)})
+
+    tags = [tag for row in rows for tag in row["tags"][1:]]
+    judged = worker.judge(Always([1, 0]), examples)
+    assert judged.figures["accuracy"] == pytest.approx(tags.count("O") / len(tags))
+    assert sum(map(sum, judged.confusion)) == len(tags)
+    with pytest.raises(InputError, match="row 1 has no tag for a word"):
+        worker_of("token-classification", backend, [{"tokens": ["a", "b"], "tags": ["O", None]}])
+
+
+def test_nothing_becomes_the_word_none(backend):
+    row = {"question": "None", "context": "None here", "answers": {"text": [None], "answer_start": [0]}}
+    worker, found = worker_of("question-answering", backend, [row])
+    with pytest.raises(InputError, match="a list of text and answer_start is wanted"):
+        worker.prepare(found, True)
+    rows = [{"prompt": "x", "choices": {"text": ["a", "b"], "label": [None, "None"]}, "label": "None"}]
+    found = rows_of(read_tables(rows, None), TASKS["multiple-choice"].fields, {})[0]
+    assert choice_number(found[0]) == 1
+    rows = [{"text": "a", "label": "x", "doc": None} for _ in range(20)]
+    found = rows_of(read_tables(rows, None), TASKS["text-classification"].fields, {})[0]
+    train, held = hold_out(found, 0.2, "doc")  # rows of no document are not of one document
+    assert (len(train), len(held)) == (16, 4)
+    options = OPTIONS["sentence-embedding"].of({"query_prompt": None, "train": None, "output": "x", "seed": None})
+    assert (options.query_prompt, options.train, options.seed) == ("", [], 0)
+    with pytest.raises(InputError, match="train holds a null"):
+        OPTIONS["sentence-embedding"].of({"train": [None]})
 
 
 def test_every_piece_of_raw_text_is_learnt_from(backend):

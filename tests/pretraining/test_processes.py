@@ -21,11 +21,18 @@ from modernbert.training.checkpoints import checkpoints
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "modernbert"]
 FLAGS = ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "2", "--heads", "2", "--batch-tokens", "512",
          "--micro-tokens", "128", "--max-steps", "12", "--save-every", "4", "--eval-every", "6", "--lr", "3e-3",
-         "--weight-decay", "0.1", "--initializer-range", "0.1"]  # fmt: skip
+         "--weight-decay", "0.1", "--initializer-range", "0.1", "--precision", "float32"]  # fmt: skip
 
 
 def command(prepared, output, *more):
-    return ["pretrain", "--data", str(prepared), "--output", str(output), *FLAGS, *more]
+    """The command, with other values of the flags that `more` names again."""
+    flags, others = list(FLAGS), []
+    for i, word in enumerate(more):
+        if word in flags and word.startswith("--"):
+            flags[flags.index(word) + 1] = more[i + 1]
+        elif i == 0 or more[i - 1] not in flags or not more[i - 1].startswith("--"):
+            others.append(word)
+    return ["pretrain", "--data", str(prepared), "--output", str(output), *flags, *others]
 
 
 def launched(*arguments):
@@ -141,7 +148,7 @@ def test_a_lost_process_ends_the_run_with_a_word_and_a_checkpoint(victim, optimi
     words = [line for line in said.splitlines() if line.startswith("modernbert: ")]
     assert len(words) == 1, said
     assert "a process of the run was lost after step" in words[0]
-    assert "with resume" in words[0]
+    assert "is saved: go on from it with --resume" in words[0]
     last = checkpoints(output)[-1]
     assert str(last) in words[0]
     step = int(last.name.removeprefix("checkpoint-"))

@@ -11,15 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import modernbert
 from modernbert import ModernBertConfig, ModernBertForSequenceClassification
 from modernbert.errors import InputError
 from modernbert.native.library import denormals_flushed
+from modernbert.training.adapters import add_adapters, merged
 from modernbert.training.examples import StepPlan, by_tokens, pack_rows
 from modernbert.training.memory import save_memory
 from modernbert.training.optimizers import freeze, make_optimizer, parameter_groups
 from modernbert.training.options import SCHEDULES, TrainingOptions
 from modernbert.training.schedules import make_schedule
 from tests.conftest import SMALL
+from tests.heads import DECODER_HEADS, HEADS
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=60)
 
@@ -169,3 +172,22 @@ def test_memory_is_saved_where_the_options_say_so(small_model):
     assert small_model.model.recompute.budget is None
     with pytest.raises(InputError, match="activation_memory is -1"):
         TrainingOptions(activation_memory=-1)
+
+
+@pytest.mark.parametrize("kind", [*HEADS.values(), *DECODER_HEADS.values()])
+def test_adapters_leave_embeddings_alone_and_merge_to_the_same_outputs(kind):
+    made = getattr(modernbert, kind)
+    model = made(made.config_class(**SMALL))
+    adapted = add_adapters(model, 3, None)
+    names = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert names
+    assert not any("embed" in name or ".decoder." in name for name in names)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter += 0.05 * torch.randn_like(parameter) * (name in names)
+        ids = torch.randint(3, 90, (1, 2, 9) if kind.endswith("MultipleChoice") else (2, 9))
+        before = adapted.eval()(input_ids=ids)[0]
+        whole = merged(adapted)
+        torch.testing.assert_close(whole(input_ids=ids)[0], before, rtol=1e-4, atol=1e-5)
+    output = whole.get_output_embeddings()
+    assert output is None or output.weight is whole.get_input_embeddings().weight

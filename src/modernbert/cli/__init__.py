@@ -14,14 +14,16 @@ from modernbert.cli.convert import convert
 from modernbert.cli.explain import attention, attribution
 from modernbert.cli.finetune import finetune
 from modernbert.cli.info import info
-from modernbert.cli.messages import InterruptedCommandError, say, warnings_shown
+from modernbert.cli.messages import InterruptedCommandError, errors_in_flags, say, warnings_shown
 from modernbert.cli.pretrain import evaluate, prepare_data, pretrain, train_tokenizer
 from modernbert.cli.quantize import quantize
 from modernbert.cli.run import embed, run, score
 
+_KNOWING = ("run", "embed", "score")  # commands that name options of the library by themselves
+
 
 class _Command(typer.core.TyperCommand):
-    """A command that refuses an option given twice, where it would keep the last one in silence."""
+    """A command whose errors name flags, and that refuses an option given twice, of which it would keep the last."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = self.make_parser(ctx).parse_args(args=list(args))[2] if args else []
@@ -30,6 +32,11 @@ class _Command(typer.core.TyperCommand):
             if once and (times := given.count(option)) > 1:
                 ctx.fail(f"{option.opts[0]} is given {times} times; give it once")
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        options = self.params if self.name not in _KNOWING else ()
+        with errors_in_flags({str(p.name): p.opts[0] for p in options if p.param_type_name == "option"}):
+            return super().invoke(ctx)
 
 
 app = typer.Typer(

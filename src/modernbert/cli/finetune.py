@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from modernbert.cli.flags import command, tell
+from modernbert.cli.flags import Say, command, tell
 from modernbert.finetuning.options import OPTIONS, FinetuneOptions
 
 finetune = typer.Typer(
@@ -21,19 +21,14 @@ _FIRST = ("train", "eval", "output", "model", "column")  # what a user reads fir
 def _command(task: str, options: type[FinetuneOptions]) -> Callable[..., None]:
     """The command of a task."""
 
-    def act(config: Path | None, resume: bool, given: dict[str, Any]) -> None:
+    def act(say: Say, config: Path | None, resume: bool, given: dict[str, Any]) -> None:
         from modernbert.finetuning.run import finetune as tune
 
-        _say(f"{task}: {options.__doc__ or ''}".strip())
-        result = tune(task, config=config, resume=resume, say=_say, **given)
+        say(f"{task}: {options.__doc__ or ''}".strip())
+        result = tune(task, config=config, resume=resume, say=say, **given)
         tell(result.outcome, result.figures, result.output)
 
-    example = f"modernbert finetune {task} --train train.jsonl --output runs/{task}"
-    return command(options, act, "config", example, _FIRST)
-
-
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
+    return command(f"finetune {task}", options, act, "config", f"--train train.jsonl --output runs/{task}", _FIRST)
 
 
 for _task, _options in OPTIONS.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import shlex
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,34 +13,55 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modernbert.cli.messages import InterruptedCommandError, flags_of, in_flags
 from modernbert.training.options import TrainingOptions
+from modernbert.training.threads import share_cores
 
 if TYPE_CHECKING:
     from modernbert.training.contract import Outcome
 
+Say = Callable[[str], None]
+Act = Callable[[Say, Path | None, bool, dict[str, Any]], None]
+
 
 def command(
-    options: type[TrainingOptions], act: Callable[[Path | None, bool, dict[str, Any]], None], file: str, example: str,
-    first: Sequence[str] = (),
-) -> Callable[..., None]:  # fmt: skip
+    name: str, options: type[TrainingOptions], act: Act, file: str, example: str, first: Sequence[str] = ()
+) -> Callable[..., None]:
     """A function that typer makes a command of: a flag for each option, one for a file of them, and `--resume`.
 
     Args:
+        name: of the command, as it is typed.
         options: what it is about; its first line is the command's help.
-        act: takes the file, whether to resume, and the options that were given.
+        act: takes what says a line, the file, whether to resume, and the options that were given.
         file: name of the flag for the file.
-        example: shown below the help.
+        example: shown below the help: the command's options.
         first: names of options that stand first.
     """
+    flags = flags_of([*(field.name for field in dataclasses.fields(options)), file, "resume"])
+
+    def say(line: str) -> None:
+        typer.echo(in_flags(line, flags), err=True)
 
     def run(resume: bool, **given: Any) -> None:
+        share_cores()
         path = given.pop(file)
-        act(path, resume, {name: value for name, value in given.items() if value not in (None, [])})
+        chosen = {option: value for option, value in given.items() if value not in (None, [])}
+        try:
+            act(say, path, resume, chosen)
+        except KeyboardInterrupt as error:
+            if os.environ.get("RANK", "0") != "0":
+                raise
+            message = in_flags(str(error), flags)
+            message = message or "interrupted; the same command with --resume goes on from what is saved"
+            if str(error) and "output" in chosen:
+                again = ["modernbert", *name.split(), "--output", chosen["output"], "--resume"]
+                message += f" ({shlex.join(again)})"
+            raise InterruptedCommandError(message) from None
 
     hints = typing.get_type_hints(options)
     order = {name: i for i, name in enumerate(first)}
     fields = sorted(dataclasses.fields(options), key=lambda field: order.get(field.name, len(order)))
-    parameters = [_parameter(field, hints[field.name]) for field in fields]
+    parameters = [_parameter(field, hints[field.name], flags) for field in fields]
     settings = Annotated[Path | None, typer.Option(help="YAML file of options; flags count more.")]
     again = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")]
     parameters += [
@@ -47,7 +69,7 @@ def command(
         inspect.Parameter("resume", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=again),
     ]
     typing.cast(Any, run).__signature__ = inspect.Signature(parameters)  # what typer makes flags of
-    run.__doc__ = f"{options.__doc__}\n\nExample: {example}"
+    run.__doc__ = f"{options.__doc__}\n\nExample: modernbert {name} {example}"
     return run
 
 
@@ -62,14 +84,21 @@ def tell(outcome: Outcome, figures: Mapping[str, float], output: Path) -> None:
     typer.echo(f"written to {output}; open {output / 'report.html'} for curves and errors", err=True)
 
 
-def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
-    """A flag that is None where it is not given, so that a file's options count; its help tells the default."""
+def _parameter(field: dataclasses.Field[Any], hint: Any, flags: Mapping[str, str]) -> inspect.Parameter:
+    """A flag that is None where it is not given, so that a file's options count; its help says the default.
+
+    Default and "required" stand in round brackets: square ones are marks of style where help is drawn.
+    """
     said = str(field.metadata["help"])
     if field.metadata["choices"]:
         said = f"{said.rstrip('.')}: {', '.join(field.metadata['choices'])}."
-    if field.default not in (dataclasses.MISSING, None, ""):
-        default = field.default if not isinstance(field.default, bool) else "yes" if field.default else "no"
-        said += f" [default: {default}]"
+    if field.metadata["required"]:
+        said += " (required)"
+    else:
+        default = field.metadata["otherwise"] or field.default
+        default = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
+        said += f" (default: {default})"
+    said = in_flags(said, flags)
     is_list = typing.get_origin(hint) is list
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     kind: Any = hint if is_list or not kinds else kinds[0]

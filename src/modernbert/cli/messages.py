@@ -14,7 +14,8 @@ from modernbert.errors import printable
 _LONGEST = 600  # characters of a message
 # A quoted value, which stays as it is; or a word that may name an option, with what makes a keyword argument of it.
 _WORDS = re.compile(
-    r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|(?<![\w./-])([a-z][a-z_]*)(?![\w/-]|\.\w)(=True\b|=(?=\W|$))?"""
+    r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|"""
+    r"""(?<![\w./-])([a-z][a-z_]*)(?![\w/-]|\.\w)(=True\b|="[^"]*"|=)?"""
 )
 # Where a word that is an ordinary one too stands for an option: what is before it, and what follows.
 _BEFORE = ("; ", ": ", ", ", "give ", "and ", "(")
@@ -44,7 +45,7 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     """A message of the library with its options as they are given on the command line.
 
     Args:
-        message: such as "top_k is 0; it must be ...", or "truncation=True cuts it".
+        message: such as "top_k is 0; it must be ...", "truncation=True cuts it", or "give held_out=0".
         flags: how an option is given here, by its name in Python: "--top-k", or "--option NAME".
     """
 
@@ -55,6 +56,10 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
         if name not in flags or not is_option:
             return found[0]
         flag = flags[name]
+        if keyword and keyword.startswith('="'):
+            return f"{flag} {keyword[2:-1]}"
+        if keyword == "=" and re.match(r"['\w]", after):
+            return f"{flag} "
         return f"{flag}=true" if keyword == "=True" and flag.startswith("--option") else flag
 
     return _WORDS.sub(spelled, message)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.cli.flags import command, tell
+from modernbert.cli.flags import Say, command, tell
 from modernbert.errors import InputError
 from modernbert.pretraining.options import PretrainOptions
 
@@ -89,18 +89,19 @@ def prepare_data(
     _say(f"{total:,} tokens in {took:.1f} s, {total / took:,.0f} a second; written to {output}")
 
 
-def _pretrain(settings: Path | None, resume: bool, given: dict[str, Any]) -> None:
+def _pretrain(say: Say, settings: Path | None, resume: bool, given: dict[str, Any]) -> None:
     from modernbert.pretraining.run import pretrain as train
 
-    result = train(settings=settings, resume=resume, say=_say, **given)
+    result = train(settings=settings, resume=resume, say=say, **given)
     tell(result.outcome, result.figures, result.output)
 
 
 pretrain = command(
+    "pretrain",
     PretrainOptions,
     _pretrain,
     "settings",
-    "modernbert pretrain --data data --output run --hidden-size 256 --intermediate-size 384 --layers 6 --heads 4",
+    "--data data --output run --hidden-size 256 --intermediate-size 384 --layers 6 --heads 4",
     ("data", "output", "objective", "model", "config"),
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import json
 import random
@@ -164,7 +166,7 @@ def choose_columns(
         if field.name not in chosen:
             raise InputError(
                 f"{name} has the columns {', '.join(columns)}; none is known to hold the {field.name}. Say which one "
-                f"does: {field.name}=COLUMN"
+                f'does: column="{field.name}=COLUMN"'
             )
     return chosen
 
@@ -188,25 +190,45 @@ def rows_of(
             values: dict[str, Any] = {"_record": record}
             for name, wanted in chosen.items():
                 field = by_name[name]
-                cells = [record.get(column) for column in wanted]
-                given = [cell for cell in cells if not _is_nothing(cell)]
+                cells = [_plain(record.get(column)) for column in wanted]
+                given = [cell for cell in cells if cell is not None]
                 if not given:
                     if field.required:
                         lack = "nothing in" if wanted[0] in record else "no"
-                        raise InputError(f"{where} has {lack} {wanted[0]!r}")
+                        raise InputError(f"{where} has {lack} {wanted[0]!r}; give the row a {name}, or leave it out")
                     continue
-                if field.many and isinstance(given[0], Mapping) and "text" in given[0]:
+                if field.many and isinstance(given[0], Mapping) and isinstance(given[0].get("text"), list):
                     # Choices as {"label": ["A", "B"], "text": [...]}: the right one is named by its label.
-                    values[f"{name}_keys"] = [str(key) for key in given[0].get("label", ())]
-                    given = [list(given[0]["text"])]
+                    keys = given[0].get("label") or ()
+                    values[f"{name}_keys"] = [None if key is None else str(key) for key in keys]
+                    given = [given[0]["text"]]
                 values[name] = _listed(given, len(cells) > 1, field, where, wanted[0]) if field.many else given[0]
             rows.append(Row(values, where))
     return rows, chosen
 
 
-def _is_nothing(cell: Any) -> bool:
-    """Whether a cell is empty, as files, tables and datasets say it."""
-    return cell is None or cell == "" or (isinstance(cell, float) and cell != cell)
+def _plain(cell: Any) -> Any:
+    """A cell as JSON would have it, arrays as lists; None where it is empty, as files, tables and datasets say it."""
+    if hasattr(cell, "tolist"):  # arrays, tensors, and numbers of NumPy
+        cell = cell.tolist()
+    if isinstance(cell, set | frozenset):
+        cell = sorted(cell, key=str)
+    if isinstance(cell, list | tuple):
+        return [_plain(inner) if hasattr(inner, "tolist") else inner for inner in cell]
+    missing = type(cell).__name__ in ("NAType", "NaTType") or (isinstance(cell, float) and cell != cell)  # of pandas
+    return None if missing or (isinstance(cell, str) and not cell) else cell
+
+
+def list_in(text: str) -> list[Any] | None:
+    """The list that a table's cell holds, in JSON or as Python prints one; None where it is another text."""
+    text = text.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = read(text)
+            return found if isinstance(found, list) else None
+    return None
 
 
 def _listed(given: list[Any], several: bool, field: Field, where: str, column: str) -> list[Any]:
@@ -214,14 +236,11 @@ def _listed(given: list[Any], several: bool, field: Field, where: str, column: s
         return given
     value = given[0]
     if isinstance(value, str):  # a table's cell
-        try:
-            found = json.loads(value)
-        except ValueError:
-            found = None
-        if isinstance(found, list):
+        found = list_in(value)
+        if found is not None:
             return found
         return value.split() if field.words else [value]
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list):
         raise InputError(f"{where} holds a {type(value).__name__} in {column!r}; a list is wanted")
     return list(value)
 
@@ -257,14 +276,20 @@ def hold_out(
     """
     if not share:
         return list(rows), []
+    if len(rows) < 2:
+        raise InputError(
+            f"held_out is {share} and there is 1 row; give more rows, rows to evaluate on (eval=FILE), or held_out=0"
+        )
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        if group_by is None:
-            groups.setdefault(str(i) if group_field is None else str(row.values[group_field]), []).append(i)
-            continue
-        if group_by not in row.values["_record"]:
-            raise InputError(f"{row.where} has no column {group_by!r}, which rows are grouped by")
-        groups.setdefault(str(row.values["_record"][group_by]), []).append(i)
+        name: Any = None if group_field is None else row.values[group_field]
+        if group_by is not None:
+            if group_by not in row.values["_record"]:
+                known = ", ".join(map(str, row.values["_record"]))
+                raise InputError(f"group_by is {group_by!r}; {row.where} has no such column, but {known}")
+            name = _plain(row.values["_record"][group_by])
+        # A row whose group is not known is one by itself.
+        groups.setdefault(str(i) if name is None else f" {name}", []).append(i)
     names = sorted(groups)
     random.Random(0).shuffle(names)  # the same rows whatever the run's seed, so that runs can be compared
     held: set[int] = set()
@@ -272,6 +297,11 @@ def hold_out(
         if len(held) >= share * len(rows):
             break
         held |= set(groups[name])
-    if not held or len(held) == len(rows):
-        raise InputError(f"held_out is {share}; of {len(rows)} rows in {len(groups)} groups it leaves one side empty")
+    if len(held) == len(rows):
+        key = group_by or group_field
+        by = f", as they all have one {key}" if key and len(groups) == 1 else ""
+        raise InputError(
+            f"held_out is {share}; it takes all of the {len(rows)} rows{by}. Give more rows, rows to evaluate on "
+            "(eval=FILE), or held_out=0"
+        )
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

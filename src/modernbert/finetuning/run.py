@@ -32,8 +32,10 @@ from modernbert.training.folder import (
     settings_before,
     write_settings,
 )
+from modernbert.training.precision import products, stored_in
 from modernbert.training.progress import Reporter, to_stderr
 from modernbert.training.report import write_results
+from modernbert.training.schedules import peak_rate
 
 logger = logging.getLogger(__name__)
 PREDICTIONS = "predictions.jsonl"
@@ -82,10 +84,10 @@ def finetune(
     Args:
         task: such as "text-classification"; `modernbert.finetuning.options.OPTIONS` has them all.
         train: what to train on: a path or a list of paths, a list of dicts, or a dataset of the `datasets` library.
-        eval: what to evaluate on, likewise; where silent, a share of the training rows.
+        eval: what to evaluate on, likewise; if not given, a share of the training rows.
         output: folder of the run. It gets checkpoints, `metrics.jsonl`, `run.yaml`, and at the end the model, its
             tokenizer, `results.json`, `predictions.jsonl` and `report.html`.
-        model: folder or Hub repository; the small encoder or decoder of this package where silent.
+        model: folder or Hub repository; if not given, the small encoder or decoder of this package.
         config: a YAML file of options; those that are given here count more.
         resume: go on from the last checkpoint under `output`, with its options.
         progress: draw progress on standard error.
@@ -121,11 +123,22 @@ def finetune(
         worker.use(worker.load_tokenizer(name, settings), loaded.config.max_position_embeddings)
         examples = worker.prepare(train_rows, True)
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
-        for note in dict.fromkeys(worker.notes):
-            say(note)
+        for note in dict.fromkeys((*worker.notes, stored_in(loaded.config.dtype))):
+            if note:
+                say(note)
+        if settings.lr is None:
+            settings = dataclasses.replace(settings, lr=peak_rate(settings, loaded))
+            layers, width = loaded.config.num_hidden_layers, loaded.config.hidden_size
+            say(
+                f"learning rate {settings.lr:g}, for {layers} layers of width {width} ({settings.base_lr:g} at base "
+                "size, 22 of 768); lr=RATE takes another"
+            )
         size = sum(p.numel() for p in loaded.parameters()) / 1e6
         tokens = sum(example.tokens for example in examples)
-        say(f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; {size:.2f} M weights")
+        say(
+            f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; "
+            f"{size:.2f} M weights; products in {products(settings.precision, where.device)}"
+        )
 
         if not examples:
             raise InputError("there is no example to train on")
@@ -169,9 +182,16 @@ def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, 
         if name in ("train", "eval") and not _are_paths(value):
             values[name] = []
         elif name == "labels" and isinstance(value, list | tuple):
+            wrong = next((label for label in value if label is None or "," in str(label)), "")
+            if wrong != "":
+                raise InputError(f"labels holds {wrong!r}; give names without a comma, or a file with one a line")
             values[name] = ",".join(map(str, value))
         elif name == "column" and isinstance(value, Mapping):
-            values[name] = [f"{k}={v if isinstance(v, str) else ','.join(v)}" for k, v in value.items()]
+            pairs = [(field, [v] if isinstance(v, str) else v) for field, v in value.items()]
+            for field, columns in pairs:
+                if not isinstance(columns, list | tuple) or not all(isinstance(name, str) for name in columns):
+                    raise InputError(f"column has {columns!r} for the field {field!r}; give names of columns")
+            values[name] = [f"{field}={','.join(columns)}" for field, columns in pairs]
         elif name in ("train", "eval") or (name in ("output", "model") and isinstance(value, Path)):
             values[name] = [str(v) for v in value] if isinstance(value, list | tuple) else str(value)
         else:

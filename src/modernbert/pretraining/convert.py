@@ -54,7 +54,7 @@ _FIELDS = {
     "max_position_embeddings": "max_position_embeddings",
     "pad_token_id": "pad_token_id",
 }
-# What the original trainer can build beside ModernBERT, and what ModernBERT is; (field, value, value where silent).
+# What the original trainer can build beside ModernBERT, and what ModernBERT is; (field, value, value if not given).
 _ONLY = (
     ("bert_layer", "prenorm", "prenorm"),
     ("attention_layer", "rope", "base"),
@@ -111,7 +111,7 @@ def convert(
         weights = {_renamed(name): value for name, value in state.items()}
         given = settings if config is None else _json(Path(config))
         if given is None:
-            raise CheckpointError(f"{source} holds no configuration; give one with config")
+            raise CheckpointError(f"{source} holds no configuration; give one with config=FILE")
         found = configuration(given, weights, str(source if config is None else config))
         if isinstance(found, ModernBertDecoderConfig):
             weights = to_decoder_weights(weights)
@@ -140,10 +140,12 @@ def configuration(given: Mapping[str, Any], weights: Mapping[str, Tensor], name:
     if given.get("model_type") in (ModernBertConfig.model_type, ModernBertDecoderConfig.model_type):
         kind = ModernBertConfig if given["model_type"] == ModernBertConfig.model_type else ModernBertDecoderConfig
         return kind.from_dict(dict(given))
-    for field, wanted, silent in _ONLY:
-        if given.get(field, silent) != wanted:
+    given = {field: value for field, value in given.items() if value is not None}  # what is null is not given
+    for field, wanted, otherwise in _ONLY:
+        if given.get(field, otherwise) != wanted:
             raise CheckpointError(
-                f"{name} has {field} {given.get(field, silent)!r}, and ModernBERT has {wanted!r}; it is another model"
+                f"{name} has {field} {given.get(field, otherwise)!r}, and ModernBERT has {wanted!r}; it is another "
+                "model"
             )
     for one, other in (("attn_qkv_bias", "attn_out_bias"), ("mlp_in_bias", "mlp_out_bias")):
         if bool(given.get(one)) != bool(given.get(other)):
@@ -156,13 +158,13 @@ def configuration(given: Mapping[str, Any], weights: Mapping[str, Tensor], name:
             f"the weights are not under the original trainer's names: {', '.join(sorted(weights)[:3])}"
         )
     values["vocab_size"] = len(embedding)
-    norm = given.get("norm_kwargs") or {}
+    norm = {field: value for field, value in given.get("norm_kwargs", {}).items() if value is not None}
     values["norm_eps"], values["norm_bias"] = norm.get("eps", 1e-5), norm.get("bias", True)
     window, every = given.get("sliding_window") or -1, given.get("global_attn_every_n_layers") or -1
     values["local_attention"] = window if window > 0 else 128
     values["global_attn_every_n_layers"] = every if every > 0 and window > 0 else 1
     if window > 0 and every <= 0:
-        values["layer_types"] = ["sliding_attention"] * given["num_hidden_layers"]
+        values["layer_types"] = ["sliding_attention"] * given.get("num_hidden_layers", 22)
     local = given.get("local_attn_rotary_emb_base", -1)
     theta = given.get("rotary_emb_base", 10_000.0)
     values["global_rope_theta"], values["local_rope_theta"] = theta, local if local and local > 0 else theta
@@ -201,7 +203,7 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
             raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
     if not allow_pickle:
         raise CheckpointError(
-            f"{path} is a pickle, which can run code when it is loaded; where you trust it, allow it (--allow-pickle): "
+            f"{path} is a pickle, which can run code when it is loaded; allow_pickle=True allows it, if you trust it: "
             "it is then read with weights_only, which builds plain data alone"
         )
     whole = _unpickled(path)

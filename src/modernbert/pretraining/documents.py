@@ -112,7 +112,8 @@ class Collection:
         column = "text" if place.is_standard_input else self.column
         text = record.get(column)
         if not isinstance(text, str):
-            has = f"a {type(text).__name__} in" if column in record else "no column"
+            found = "nothing" if text is None else f"a {type(text).__name__}"
+            has = f"{found} in" if column in record else "no column"
             raise InputError(f"{place.path}, row {number}, has {has} {column!r}; name the column of the text")
         try:
             text.encode()

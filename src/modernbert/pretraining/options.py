@@ -19,27 +19,49 @@ class PretrainOptions(TrainingOptions):
     Defaults of the optimizer and of the schedule follow the recipe of ModernBERT (arXiv:2412.13663).
     """
 
-    data: list[str] = option([], "Folder that `modernbert prepare-data` made; repeat for several.")
-    output: str = option("", "Folder of the run: metrics, checkpoints, the finished model and its report.")
+    data: list[str] = option([], "Folder that `modernbert prepare-data` made; repeat for several.", required=True)
+    output: str = option(
+        "", "Folder of the run: metrics, checkpoints, the finished model and its report.", required=True
+    )
     objective: str = option("mlm", "mlm: an encoder, by masked tokens; clm: a decoder, by the next ones.", KINDS)
-    weight: list[str] = option([], "SOURCE=WEIGHT: share of the tokens, in any unit, one for every source; repeat.")
-    model: str | None = option(None, "Start from the weights of this folder or Hub repository, of either kind.")
-    config: str | None = option(None, "JSON file or folder with the configuration of a new model.")
-    hidden_size: int | None = option(None, "Width of a new model.")
-    intermediate_size: int | None = option(None, "Width of its MLPs.")
-    layers: int | None = option(None, "Number of its layers.")
-    heads: int | None = option(None, "Its attention heads a layer.")
-    initializer_range: float | None = option(None, "Standard deviation of its initial weights.")
-    context: int | None = option(None, "Longest text of the model, in tokens; the data's longest if not given.")
-    global_rope_theta: float | None = option(None, "Base period of the rotary embedding in global layers.")
-    local_rope_theta: float | None = option(None, "Base period of the rotary embedding in local layers.")
-    rope_scaling: str | None = option(None, "TYPE:FACTOR, for a context beyond the model's: linear:4 or yarn:4.")
+    weight: list[str] = option(
+        [], "SOURCE=WEIGHT: share of the tokens, in any unit, one for every source; repeat.", otherwise="by their sizes"
+    )
+    model: str | None = option(
+        None, "Start from the weights of this folder or Hub repository, of either kind.", otherwise="a new model"
+    )
+    config: str | None = option(
+        None, "JSON file or folder with the configuration of a new model.", otherwise="that of ModernBERT-base"
+    )
+    hidden_size: int | None = option(None, "Width of a new model.", otherwise="the configuration's")
+    intermediate_size: int | None = option(None, "Width of its MLPs.", otherwise="the configuration's")
+    layers: int | None = option(None, "Number of its layers.", otherwise="the configuration's")
+    heads: int | None = option(None, "Its attention heads a layer.", otherwise="the configuration's")
+    initializer_range: float | None = option(
+        None, "Standard deviation of its initial weights.", otherwise="the configuration's"
+    )
+    context: int | None = option(
+        None,
+        "Longest text of the model, in tokens.",
+        otherwise="the data's longest, or that of the model to start from",
+    )
+    global_rope_theta: float | None = option(
+        None, "Base period of the rotary embedding in global layers.", otherwise="the configuration's"
+    )
+    local_rope_theta: float | None = option(
+        None, "Base period of the rotary embedding in local layers.", otherwise="the configuration's"
+    )
+    rope_scaling: str | None = option(
+        None, "TYPE:FACTOR, for a context beyond the model's: linear:4 or yarn:4.", otherwise="none"
+    )
     mask_rate: str = option("0.3", "mlm: share of the tokens to predict; 0.3,0.15@0.8,0.05@0.95 changes it on the way.")
     epochs: float = option(1.0, "Passes over the data.")
     batch_tokens: int = option(65536, "Tokens a step.")
-    batch_start: int | None = option(None, "Tokens of the first step, where the batch grows to batch_tokens.")
+    batch_start: int | None = option(
+        None, "Tokens of the first step, where the batch grows to batch_tokens.", otherwise="batch_tokens"
+    )
     batch_warmup: int = option(0, "Tokens over which the batch grows.")
-    lr: float = option(8e-4, "Peak learning rate.")
+    lr: float | None = option(8e-4, "Peak learning rate.")
     weight_decay: float = option(1e-5, "Decoupled weight decay of matrices.")
     schedule: str = option("wsd", TrainingOptions.__dataclass_fields__["schedule"].metadata["help"],
                            TrainingOptions.__dataclass_fields__["schedule"].metadata["choices"])  # fmt: skip

@@ -40,6 +40,7 @@ from modernbert.training.folder import (
     settings_before,
     write_settings,
 )
+from modernbert.training.precision import products, stored_in
 from modernbert.training.progress import Reporter, to_stderr
 from modernbert.training.report import write_results
 
@@ -256,7 +257,7 @@ def pretrain(
         settings: a YAML file of options; those that are given here count more.
         resume: go on from the last checkpoint under `output`, with its options.
         progress: draw progress on standard error.
-        say: takes a line about what was found; standard error where silent.
+        say: takes a line about what was found; standard error if not given.
         options: see `modernbert.pretraining.options.PretrainOptions`.
 
     Raises:
@@ -291,7 +292,13 @@ def pretrain(
         stream = PassStream(prepared.train, chosen.micro_tokens, chosen.seed, chosen.weights)
         feed = PretrainFeed(stream, chosen, prepared.digest)
         sizes = ", ".join(f"{name} {size:,}" for name, size in zip(stream.names, stream.sizes, strict=True))
-        say(f"{run.model.num_parameters() / 1e6:.2f} M parameters; tokens: {sizes}; {feed.total} steps")
+        if chosen.model is not None and (note := stored_in(run.config.dtype)):
+            say(note)
+        computed = products(chosen.precision, where.device)
+        say(
+            f"{run.model.num_parameters() / 1e6:.2f} M parameters; tokens: {sizes}; {feed.total} steps; products in "
+            f"{computed}"
+        )
 
         def begin() -> None:
             if where.is_main_process:

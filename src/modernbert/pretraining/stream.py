@@ -56,7 +56,7 @@ class PassStream:
         sources: by name, the shards of each.
         budget: tokens of a pass; a longer text is a pass by itself.
         seed: of the order.
-        weights: share of the tokens that each named source gets, in any unit; 0 leaves it out. Where silent, every
+        weights: share of the tokens that each named source gets, in any unit; 0 leaves it out. Without any, every
             source gives as many tokens as it has.
 
     Raises:
@@ -136,7 +136,7 @@ class PassStream:
 
         Args:
             first: number of the first pass to give.
-            near: a cursor at or before it, from which to look; the start where silent.
+            near: a cursor at or before it, from which to look; the start if not given.
         """
         cursor = near or self.start
         while True:

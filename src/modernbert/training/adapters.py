@@ -1,4 +1,4 @@
-"""Low-rank adapters by the PEFT library: small matrices that are trained in the place of the weights."""
+"""Low-rank adapters by the PEFT library: small matrices that are trained instead of the weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import nn
 from modernbert.errors import InputError
 
 _TARGETS = ("Wqkv", "q_proj", "k_proj", "v_proj", "Wo", "Wi")
+# Parts that are no head; an output layer that is tied is the embedding.
+_BODY = ("model", "decoder", "embeddings", "layers", "final_norm")
 
 
 def add_adapters(model: nn.Module, rank: int, alpha: float | None) -> Any:
@@ -29,7 +31,7 @@ def add_adapters(model: nn.Module, rank: int, alpha: float | None) -> Any:
     parts: list[str] = []
     for name, part in model.named_children():
         listed = [f"{name}.{i}" for i in range(len(part))] if isinstance(part, nn.ModuleList) else [name]
-        parts += listed if name not in ("model", "decoder") else []  # a tied output layer is the embedding
+        parts += listed if name not in _BODY else []
     heads = [name for name in parts if any(True for _ in model.get_submodule(name).parameters())]
     config = peft.LoraConfig(
         r=rank,

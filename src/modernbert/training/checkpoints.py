@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modernbert.errors import CheckpointError, InputError
 from modernbert.files import replace_folder
 
+logger = logging.getLogger(__name__)
 STATE, ABOUT = "optimizer.safetensors", "trainer.json"
+_REMEMBERED = {"best", "since_best", "seconds", "tokens", "data"}
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -84,6 +87,16 @@ def discard(output: Path, step: int) -> None:
     shutil.rmtree(_temporary(output, step), ignore_errors=True)
 
 
+def recover(output: Path) -> None:
+    """Put back the checkpoint that a run was replacing when it was killed; see `modernbert.files.replace_folder`."""
+    for previous in output.glob(".checkpoint-*.previous"):
+        final = output / previous.name.removeprefix(".").removesuffix(".previous")
+        if final.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        else:
+            previous.rename(final)
+
+
 def _temporary(output: Path, step: int) -> Path:
     return output / f".checkpoint-{step}"
 
@@ -102,7 +115,7 @@ def _whole_or_not(output: Path, step: int) -> Iterator[None]:
 
 
 def last_checkpoint(output: Path) -> tuple[Path, dict[str, Any]]:
-    """The last checkpoint of a run and what it remembers.
+    """The last whole checkpoint of a run and what it remembers; those after it that are damaged are passed over.
 
     Raises:
         InputError: there is none.
@@ -110,7 +123,51 @@ def last_checkpoint(output: Path) -> tuple[Path, dict[str, Any]]:
     found = checkpoints(output)
     if not found:
         raise InputError(f"{output} holds no checkpoint to resume from")
-    return found[-1], json.loads((found[-1] / ABOUT).read_text(encoding="utf-8"))
+    damages = []
+    for checkpoint in reversed(found):
+        about, damage = _read(checkpoint)
+        if about is not None:
+            return checkpoint, about
+        damages.append(damage)
+    raise InputError(f"no checkpoint of {output} is whole: {damages[0]}; name another folder and start anew")
+
+
+def best_before(output: Path) -> Any:
+    """The step and the value of the best evaluation that the last whole checkpoint knows of; None without one."""
+    for checkpoint in reversed(checkpoints(output)):
+        about, _ = _read(checkpoint)
+        if about is not None:
+            return about["best"]
+    return None
+
+
+def set_damaged_aside(output: Path, last: Path) -> None:
+    """Rename what stands after the last whole checkpoint to `checkpoint-STEP.damaged`, with one warning for each."""
+    for path in checkpoints(output):
+        if step_of(path) > step_of(last):
+            damage = _read(path)[1]
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            logger.warning("%s; it is renamed to %s, and the run goes on from %s", damage, aside.name, last)
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
+    """What a checkpoint remembers; or None, and what is damaged."""
+    path = checkpoint / ABOUT
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict) or not set(about) >= _REMEMBERED:
+            raise ValueError("it does not hold what a run remembers")
+        tensors = sorted(checkpoint.glob("*.safetensors"))
+        if len(tensors) < 1 + (tensors[:1] == [checkpoint / STATE]):
+            raise ValueError("it stands there without its weights")
+        for path in tensors:
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        return None, f"{path} is damaged ({' '.join(str(error).split())[:120]})"
+    return about, ""
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -22,12 +22,14 @@ from torch import Tensor
 from modernbert.errors import DivergedError, InputError, InterruptedRunError
 from modernbert.native.library import denormals_flushed
 from modernbert.training.checkpoints import (
+    best_before,
     checkpoints,
     discard,
     last_checkpoint,
     optimizer_state,
     read_state,
     restore_optimizer,
+    set_damaged_aside,
     step_of,
     write_checkpoint,
     write_part,
@@ -50,8 +52,8 @@ from modernbert.training.folder import append_metrics, trim_metrics
 from modernbert.training.memory import save_memory
 from modernbert.training.optimizers import freeze, make_optimizer
 from modernbert.training.options import TrainingOptions
-from modernbert.training.precision import autocast
-from modernbert.training.schedules import make_schedule
+from modernbert.training.precision import autocast, train_in_float32
+from modernbert.training.schedules import make_schedule, peak_rate
 
 
 def fit(
@@ -69,7 +71,8 @@ def fit(
     """Train a model, with checkpoints and `metrics.jsonl` under `output`.
 
     Args:
-        model: of any class of this package; it is trained in place.
+        model: of any class of this package; it is trained in place, and in float32: weights of another dtype are
+            converted. Steps at the usual rates are below what the others resolve.
         feed: what to train on.
         objective: what to train for.
         options: how to train.
@@ -109,6 +112,8 @@ class _Run:
         self.place: dict[str, Any] | None = None
         self.told_to_end = threading.Event()
         self.schedule = make_schedule(options.schedule, self.total, options.warmup, options.decay)
+        self.lr = peak_rate(options, model)
+        train_in_float32(model)
         freeze(model, options.freeze_embeddings, options.freeze_layers)
         save_memory(model, options)
         self.bare = model.to(self.accelerator.device)
@@ -133,6 +138,8 @@ class _Run:
     def run(self) -> Outcome:
         try:
             return self._run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted after step {self.step} of {self.total}; {self._kept()}") from None
         except RuntimeError as error:
             if not is_lost(error):
                 raise
@@ -169,7 +176,7 @@ class _Run:
                 steps=self.total,
                 epoch=step.epoch,
                 loss=loss,
-                lr=options.lr * self.schedule(self.step - 1),
+                lr=self.lr * self.schedule(self.step - 1),
                 grad_norm=norm,
                 tokens=self.tokens,
                 tokens_per_second=speed,
@@ -208,7 +215,7 @@ class _Run:
         options, accelerator = self.options, self.accelerator
         factor = self.schedule(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = options.lr * factor * group["scale"]
+            group["lr"] = self.lr * factor * group["scale"]
         self.objective.at_step(self.step, self.total)
         processes = accelerator.num_processes
         shares = shared_out(step.passes, processes)
@@ -276,7 +283,7 @@ class _Run:
         more = f" and {len(items) - 3} more" if len(items) > 3 else ""
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradients is {norm}"
         raise DivergedError(
-            f"{what} at step {self.step + 1}; {kept}. Lower the learning rate ({self.options.lr}), or look at the "
+            f"{what} at step {self.step + 1}; {kept}. Lower the learning rate ({self.lr:g}), or look at the "
             f"step's examples: {texts}{more}"
         )
 
@@ -285,18 +292,16 @@ class _Run:
         if self.is_main and self.frame is None and self.step > self.begun and self.is_whole:
             with contextlib.suppress(OSError):
                 self._save(alone=True)
+        said = f"a process of the run was lost after step {self.step} ({' '.join(str(error).split())[:120]})"
+        raise InterruptedRunError(f"{said}; {self._kept()}") from error
+
+    def _kept(self) -> str:
         found = checkpoints(self.output)
-        kept = f"go on from {found[-1]} with resume" if found else "no checkpoint was made yet"
-        raise InterruptedRunError(
-            f"a process of the run was lost after step {self.step} ({' '.join(str(error).split())[:120]}); {kept}"
-        ) from error
+        return f"{found[-1]} is saved: go on from it with resume=True" if found else "no checkpoint was made yet"
 
     def _end(self) -> NoReturn:
         """The process was told to end, and what it did is saved: say so."""
-        raise InterruptedRunError(
-            f"told to end (SIGTERM) after step {self.step} of {self.total}; go on from "
-            f"{self.output / f'checkpoint-{self.step}'} with resume"
-        )
+        raise InterruptedRunError(f"told to end (SIGTERM) after step {self.step} of {self.total}; {self._kept()}")
 
     def _evaluate(self, at_the_end: bool = False) -> Evaluation | None:
         """Evaluate the model as it is; every process gets the figures."""
@@ -343,7 +348,7 @@ class _Run:
             name = wrong[0] if wrong else "a weight"
             raise DivergedError(
                 f"{name} is no number any more after step {self.step}, which is not saved; lower the learning rate "
-                f"({self.options.lr})"
+                f"({self.lr:g})"
             )
         if self.frame is not None:
             if self.is_main:
@@ -367,9 +372,8 @@ class _Run:
             "place": self.place,
         }
         # The one before stays, with the best one that it knows of, in case this one turns out to be of no use.
-        before = checkpoints(self.output)[-1:]
-        keep = [step_of(path) for path in before]
-        known = [self.best] + ([last_checkpoint(self.output)[1]["best"]] if before else [])
+        keep = [step_of(path) for path in checkpoints(self.output)[-1:]]
+        known = [self.best, best_before(self.output)]
         keep += [best[0] for best in known if best is not None and self.options.keep_best]
         state = None if self.frame is not None else optimizer_state(self.bare, self.optimizer.optimizer)
         save = self.objective.save if self.frame is None else self.frame.save
@@ -377,6 +381,9 @@ class _Run:
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         checkpoint, about = last_checkpoint(self.output)
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            set_damaged_aside(self.output, checkpoint)
         if about["data"] != self.feed.fingerprint:
             raise InputError(f"the run in {self.output} was trained on other data; resume it with the same")
         if self.frame is not None:

@@ -15,8 +15,8 @@ from filelock import FileLock, Timeout
 
 from modernbert import __version__
 from modernbert.errors import InputError
-from modernbert.files import write_text
-from modernbert.training.checkpoints import checkpoints
+from modernbert.files import naming, write_text
+from modernbert.training.checkpoints import checkpoints, recover
 from modernbert.training.options import TrainingOptions
 
 SETTINGS, RESULTS, METRICS = "run.yaml", "results.json", "metrics.jsonl"
@@ -28,7 +28,7 @@ def read_settings(path: Path, task: str) -> dict[str, Any]:
     """Options of a YAML file for a task, by their names."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}; options by their names are wanted")
@@ -36,7 +36,7 @@ def read_settings(path: Path, task: str) -> dict[str, Any]:
     if of != task:
         raise InputError(f"{path} is for {of}, and the task is {task}")
     values.pop("modernbert", None)
-    return {name.replace("-", "_"): value for name, value in values.items()}
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
 def settings_before(folder: str | Path | None, task: str) -> dict[str, Any]:
@@ -72,12 +72,15 @@ def opened(folder: Path, resume: bool) -> Iterator[None]:
     try:
         files = [] if is_new else sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if files and not resume:
-            raise InputError(f"output is {folder}, which holds {files[0]}; name another folder, or resume its run")
+            raise InputError(
+                f"output is {folder}, which holds {files[0]}; name another folder, or go on with its run: resume=True"
+            )
         if files and SETTINGS not in files:
             raise InputError(f"output is {folder}, which holds {files[0]} and no run to resume; name another folder")
+        recover(folder)
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # before it is released, lest another's be removed
+        Path(lock.lock_file).unlink(missing_ok=True)  # before it is released: later it could be another process's
         lock.release()
         for place in made:
             if place.exists() and not any(place.iterdir()):
@@ -93,10 +96,14 @@ def check_unchanged(folder: Path, before: Mapping[str, Any], options: TrainingOp
         options: those from here on.
         free: names of options that may change, beside `CHANGEABLE`.
     """
-    for name, value in before.items() if checkpoints(folder) else ():
-        now = getattr(options, name)
-        if name not in CHANGEABLE and name not in free and now != value:
-            raise InputError(f"{name} is {now!r} and the run in {folder} has {value!r}; resume it with the same")
+    if not checkpoints(folder):
+        return
+    kept = {name: value for name, value in before.items() if name not in CHANGEABLE and name not in free}
+    changed = [
+        f"{name} is {now!r} and was {was!r}" for name, was in kept.items() if (now := getattr(options, name)) != was
+    ]
+    if changed:
+        raise InputError(f"{'; '.join(changed)} in the run in {folder}; resume it with the same options")
 
 
 def check_libraries(*names: str) -> None:
@@ -108,7 +115,8 @@ def check_libraries(*names: str) -> None:
 
 def append_metrics(folder: Path, values: Mapping[str, Any]) -> None:
     """Add a step's figures to the run's history."""
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
+    path = folder / METRICS
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 

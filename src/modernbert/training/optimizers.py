@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modernbert.errors import InputError
 from modernbert.training.distributed import like, whole
 from modernbert.training.options import TrainingOptions
+from modernbert.training.schedules import peak_rate
 
 
 class StableAdamW(torch.optim.Optimizer):
@@ -198,12 +199,13 @@ def _layer_of(name: str) -> int | None:
 
 def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     """The optimizer of the options, over the model's trainable parameters."""
-    groups = parameter_groups(model, options.weight_decay, options.lr, options.layer_decay)
+    lr = peak_rate(options, model)
+    groups = parameter_groups(model, options.weight_decay, lr, options.layer_decay)
     if not groups:
-        raise InputError("every parameter is frozen; there is nothing to train")
+        raise InputError("every parameter is frozen, as optimize_for_inference leaves them; there is nothing to train")
     fused = {"fused": True} if options.optimizer == "adamw" else {}
     made: torch.optim.Optimizer = OPTIMIZERS[options.optimizer](
-        groups, lr=options.lr, betas=(options.beta1, options.beta2), eps=options.eps, **fused
+        groups, lr=lr, betas=(options.beta1, options.beta2), eps=options.eps, **fused
     )
     return made
 

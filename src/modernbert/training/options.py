@@ -9,7 +9,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from modernbert.errors import InputError
 
@@ -18,9 +18,19 @@ SCHEDULES = ("linear", "cosine", "wsd", "constant")
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
-def option(default: Any, said: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its description."""
-    metadata = {"help": said, "choices": choices}
+def option(
+    default: Any, said: str, choices: tuple[str, ...] = (), *, otherwise: str = "", required: bool = False
+) -> Any:
+    """A field with its description.
+
+    Args:
+        default: its value where nobody gives one.
+        said: what it is, for a command's help.
+        choices: the values that it may have, if these can be listed.
+        otherwise: what holds by default, in words, where the default itself does not say it.
+        required: whether a run cannot do without it.
+    """
+    metadata = {"help": said, "choices": choices, "otherwise": otherwise, "required": required}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -30,14 +40,19 @@ def option(default: Any, said: str, choices: tuple[str, ...] = ()) -> Any:
 class TrainingOptions:
     """How a run trains, whatever it trains for.
 
+    Attributes:
+        base_lr: what the default learning rate is at base size; see `modernbert.training.schedules.peak_rate`.
+
     Raises:
         InputError: an option is impossible; the message names it, its value and what is allowed.
     """
 
+    base_lr: ClassVar[float] = 5e-5
+
     epochs: float = option(3.0, "Passes over the training data.")
-    max_steps: int | None = option(None, "Optimizer steps, in the place of epochs.")
+    max_steps: int | None = option(None, "Optimizer steps, instead of epochs.", otherwise="as epochs say")
     micro_tokens: int = option(8192, "Tokens of a forward pass; a larger step accumulates gradients.")
-    lr: float = option(5e-5, "Peak learning rate.")
+    lr: float | None = option(None, "Peak learning rate.", otherwise="by the model's size: 5e-05 at base size")
     optimizer: str = option("stableadamw", "Optimizer.", OPTIMIZERS)
     weight_decay: float = option(8e-6, "Decoupled weight decay of matrices.")
     beta1: float = option(0.9, "Decay of the mean of gradients.")
@@ -49,19 +64,21 @@ class TrainingOptions:
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 leaves them.")
     layer_decay: float = option(1.0, "Learning rate of each layer as a share of the layer's above it.")
     freeze_embeddings: bool = option(False, "Leave the token embeddings as they are.")
-    freeze_layers: int = option(0, "Leave the first so many layers, and the embeddings, as they are.")
+    freeze_layers: int = option(0, "Leave this many layers, from the first on, and the embeddings as they are.")
     gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: less memory.")
     activation_memory: float | None = option(
-        None, "GiB of activations to keep for the backward pass; layers past it are computed again."
+        None, "GiB of activations to keep for the backward pass; layers past it are computed again.", otherwise="all"
     )
     precision: str = option("auto", "Of products; auto is bfloat16 where the device has it.", PRECISIONS)
     seed: int = option(0, "Of new weights, order, masks and dropout.")
-    eval_every: int | None = option(None, "Steps between evaluations; an epoch where silent.")
-    save_every: int | None = option(None, "Steps between checkpoints; each evaluation where silent.")
-    patience: int | None = option(None, "Stop after so many evaluations without a better one.")
+    eval_every: int | None = option(None, "Steps between evaluations.", otherwise="an epoch")
+    save_every: int | None = option(None, "Steps between checkpoints.", otherwise="as between evaluations")
+    patience: int | None = option(None, "Stop after this many evaluations without a better one.", otherwise="never")
     keep_best: bool = option(True, "Finish with the weights of the best evaluation, not the last.")
-    tracker: list[str] = option([], "Trackers of Accelerate that follow the run, such as tensorboard; repeat.")
-    device: str | None = option(None, "cpu stays on the CPU; where silent, what Accelerate finds.", ("cpu",))
+    tracker: list[str] = option(
+        [], "Trackers of Accelerate that follow the run, such as tensorboard; repeat.", otherwise="none"
+    )
+    device: str | None = option(None, "Where to train.", ("cpu",), otherwise="what Accelerate finds, a GPU first")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -90,14 +107,16 @@ class TrainingOptions:
         """Options of a mapping, such as a YAML file's; values take the fields' types.
 
         Raises:
-            InputError: an option does not exist, or a value has another type.
+            InputError: an option does not exist, or a value has another type. A null stands for the option's default.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(fields))
         if unknown:
             raise InputError(f"{source} has no option {', '.join(unknown)}; there are {', '.join(fields)}")
         hints = typing.get_type_hints(cls)
-        return cls(**{name: _typed(name, value, hints[name]) for name, value in values.items()})
+        # What a file leaves null is not given, unless null is one of its values.
+        given = {name: v for name, v in values.items() if v is not None or type(None) in typing.get_args(hints[name])}
+        return cls(**{name: _typed(name, value, hints[name]) for name, value in given.items()})
 
 
 def _typed(name: str, value: Any, wanted: Any) -> Any:
@@ -105,6 +124,8 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if value is None and type(None) in kinds:
         return None
+    if value is None:
+        raise InputError(f"{name} holds a null; leave it out")
     kind = next(k for k in kinds if k is not type(None))
     if typing.get_origin(kind) is list:
         inner = typing.get_args(kind)[0]

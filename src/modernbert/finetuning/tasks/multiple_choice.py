@@ -10,6 +10,7 @@ import torch
 from modernbert.auto import AutoModelForMultipleChoice
 from modernbert.errors import InputError
 from modernbert.finetuning.data import Field, Row, text_of
+from modernbert.finetuning.labels import name_of
 from modernbert.finetuning.tasks.base import Task, shown, worst
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
@@ -87,18 +88,18 @@ def choice_number(row: Row, by_place: bool = True) -> int:
         by_place: whether a number is a place rather than a choice's text, where it could be both.
     """
     given, choices = row.values["label"], row.values["choices"]
-    value = str(given).strip()
+    value = name_of(given)
     keys = row.values.get("choices_keys") or []
     texts = [str(choice).strip() for choice in choices]
     if value in keys:
         return int(keys.index(value))
     if by_place and _is_place(row):
         return int(value)
-    if value in texts:
-        return texts.index(value)
+    if str(given).strip() in texts:
+        return texts.index(str(given).strip())
     if len(value) == 1 and value.isalpha():
         value = str(ord(value.upper()) - ord("A"))
-    if value.isdigit() and int(value) < len(choices):
+    if value.isdecimal() and int(value) < len(choices):
         return int(value)
     raise InputError(
         f"{row.where} has the label {given!r}; it must be 0 to {len(choices) - 1}, a letter, or one of the choices"
@@ -106,5 +107,5 @@ def choice_number(row: Row, by_place: bool = True) -> int:
 
 
 def _is_place(row: Row) -> bool:
-    value = str(row.values["label"]).strip()
-    return value.isdigit() and int(value) < len(row.values["choices"])
+    value = name_of(row.values["label"])
+    return value.isdecimal() and int(value) < len(row.values["choices"])

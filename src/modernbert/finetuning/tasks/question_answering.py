@@ -89,6 +89,8 @@ class QuestionAnswering(Task):
                 pairs = [(given, context.find(given))]
             else:
                 pairs = [(answer["text"], answer["answer_start"]) for answer in given]
+            if any(text is None for text, _ in pairs):
+                raise TypeError
             pairs = [(str(text), int(start)) for text, start in pairs]
         except (KeyError, TypeError, ValueError):
             raise InputError(
@@ -102,8 +104,12 @@ class QuestionAnswering(Task):
                     f"{context[max(start, 0) : max(start, 0) + len(text)]!r} there"
                 )
             answers.append((text, start))
-        name = row.values.get("id") or row.where
-        return {"id": str(name), "question": question, "context": context, "answers": answers}
+        return {
+            "id": str(row.values.get("id", row.where)),
+            "question": question,
+            "context": context,
+            "answers": answers,
+        }
 
     def labels(self, examples: Sequence[Example]) -> Batch:
         """(B,) places of the first and the last token."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ import torch
 from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.config import Config
 from modernbert.errors import InputError
-from modernbert.finetuning.data import Field, Row, text_of
-from modernbert.finetuning.labels import Labels
+from modernbert.finetuning.data import Field, Row, list_in, text_of
+from modernbert.finetuning.labels import Labels, is_ignored, multi_hot_width, number_of, some
 from modernbert.finetuning.metrics import classification_figures, multi_label_figures, regression_figures
 from modernbert.finetuning.tasks.base import Task, shown, worst
 from modernbert.training.contract import Batch, Evaluation
@@ -30,8 +30,9 @@ _METRICS = {"single-label": "accuracy", "multi-label": "f1_macro", "regression":
 class TextClassification(Task):
     """A classifier of texts: one class, several, or a value.
 
-    The rows' label is a name or number of a class; a list of them, or several in one cell, for several; a number for
-    values, or a name that `labels` gives the place of.
+    The rows' label is a name or number of a class; a list of them, 0 or 1 for each class, or several names in one cell,
+    for several; a number for values, or a name that `labels` gives the place of. What it is, the whole column says:
+    numbers are values where one of them has a fraction, and classes otherwise. A label of -100 does not count.
     """
 
     name = "text-classification"
@@ -44,39 +45,89 @@ class TextClassification(Task):
     metric = "accuracy"
 
     def learn(self, rows: Sequence[Row]) -> None:
-        """What kind of labels there are, and their names."""
-        for row in rows:
-            if isinstance(row.values["label"], str) and not row.values["label"].strip():
-                raise InputError(f"{row.where} has a blank label")
-        values = [row.values["label"] for row in rows]
+        """What kind of labels there are, which the whole column says, and their names."""
         problem = self.options.problem
+        may_be_several = problem in ("auto", "multi-label")
+        cells = [row.values["label"] for row in rows]
+        # Cells of a table hold lists as text, where all of them do.
+        self.reads_lists = may_be_several and all(
+            isinstance(cell, list) or (isinstance(cell, str) and list_in(cell) is not None) for cell in cells
+        )
+        values = [self._value(row) for row in rows]
+        has_lists = any(isinstance(value, list) for value in values)
+        if has_lists and not may_be_several:
+            where = next(row.where for row, value in zip(rows, values, strict=True) if isinstance(value, list))
+            raise InputError(f'{where} has a list of labels, and problem is {problem}; problem="multi-label" reads it')
+        given = None if self.options.labels is None else Labels.named(self.options.labels)
+        self.width: int | None = None
+        reason = "problem"
         if problem == "auto":
-            several = any(isinstance(v, list | tuple) for v in values)
-            real = all(isinstance(v, float) or _is_fraction(v) for v in values)
-            problem = "multi-label" if several else "regression" if real else "single-label"
-            self.notes.append(f"labels look like {problem}; --problem says otherwise")
-        self.problem = problem
-        self.metric = _METRICS[problem]
-        self.names: Labels | None = None
-        if self.options.labels is not None:
-            self.names = Labels.named(self.options.labels)
-        elif problem == "multi-label":
-            self.names = Labels.found(label for row in rows for label in self._several(row))
-        elif problem == "single-label":
-            self.names = Labels.found(values)
-        if self.names is not None and len(self.names.names) < 2 and problem == "single-label":
-            raise InputError(f"every row has the label {self.names.names[0]!r}; a classifier needs two or more")
+            problem, reason = self._kind_of(rows, values, has_lists, given)
+        self.problem, self.metric = problem, _METRICS[problem]
+        self.names = given
+        if problem == "multi-label":
+            several = [(row.where, self._several(row)) for row in rows]
+            if all(isinstance(value, list) for value in values):
+                self.width = multi_hot_width(several, None if given is None else len(given.names))
+            if self.width is not None:
+                reason = "they are lists of 0 and 1"
+                self.names = given or Labels([f"LABEL_{i}" for i in range(self.width)])
+            elif given is None:
+                self.names = Labels.found(label for _, some in several for label in some)
+        elif problem == "single-label" and given is None:
+            self.names = Labels.found(value for value in values if not is_ignored(value))
+            if len(self.names.names) < 2:
+                raise InputError(f"every row has the label {self.names.names[0]!r}; a classifier needs two or more")
+        classes = "" if self.names is None else f"; {len(self.names.names)} classes: {some(self.names.names, 3)}"
+        if self.options.problem == "auto":
+            self.notes.append(f"labels look like {problem}, as {reason}{classes}; problem=KIND says otherwise")
+
+    def _kind_of(
+        self, rows: Sequence[Row], values: Sequence[Any], has_lists: bool, given: Labels | None
+    ) -> tuple[str, str]:
+        """The kind of problem that a column of labels poses, and why."""
+        if has_lists:
+            return "multi-label", "they are lists"
+        numbers = [number_of(value) for value in values if not isinstance(value, bool)]
+        if given is not None:
+            return "single-label", "names for them are given"
+        if len(numbers) < len(values) or None in numbers:
+            return "single-label", "not all are numbers"
+        for row, number in zip(rows, numbers, strict=True):
+            if number is not None and number != round(number, 0):
+                return "regression", f"not all are whole: {number:g} in {row.where}"
+        return "single-label", "all are whole numbers"
 
     def adopt(self, config: Config) -> None:
         """Go on with the model's labels where it knows all of the data's."""
         if self.names is not None:
-            self.names = self.names.of_model(config)
+            theirs = self.names.of_model(config)
+            if self.width in (None, len(theirs.names)):
+                self.names = theirs
+
+    def _value(self, row: Row) -> Any:
+        """A row's label: a name, a number, or a list of them."""
+        value = row.values["label"]
+        if isinstance(value, str) and not value.strip():
+            raise InputError(f"{row.where} has a blank label")
+        if isinstance(value, Mapping):
+            raise InputError(f"{row.where} has the label {value!r}; give a name, a number, or a list of them")
+        found = list_in(value) if self.reads_lists and isinstance(value, str) else None
+        return value if found is None else found
 
     def _several(self, row: Row) -> list[Any]:
-        value = row.values["label"]
-        if isinstance(value, list | tuple):
-            return list(value)
-        return [part.strip() for part in str(value).split(self.options.separator) if part.strip()]
+        """A row's labels; of a cell with several, the parts between the separators."""
+        value = self._value(row)
+        if not isinstance(value, list):
+            return [part.strip() for part in str(value).split(self.options.separator) if part.strip()]
+        for label in value:
+            whole = not isinstance(label, float) or (math.isfinite(label) and label == int(label))
+            if not whole or not isinstance(label, str | int | float) or is_ignored(label):
+                raise InputError(
+                    f"{row.where} has {label!r} among its labels; a list holds names or numbers of classes, or 0 or 1 "
+                    "for each class"
+                )
+        return value
 
     def config_changes(self) -> dict[str, Any]:
         """Labels and the kind of problem."""
@@ -86,7 +137,13 @@ class TextClassification(Task):
         return {**changes, **self.names.config_changes()}
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
-        """One row each."""
+        """One row each; those with the label -100 do not count."""
+        if self.problem == "single-label":
+            assert self.names is not None
+            counted = [row for row in rows if not self.names.leaves_out(self._value(row))]
+            if len(counted) < len(rows):
+                self.notes.append(f"{len(rows) - len(counted)} of {len(rows)} rows have the label -100: not counted")
+            rows = counted
         texts = [text_of(row, "text") for row in rows]
         paired = [bool(row.values.get("text_pair")) for row in rows]
         if any(paired) and not all(paired):
@@ -101,8 +158,13 @@ class TextClassification(Task):
         """A row's label as `labels` takes it: a class, a list of classes, or a value."""
         if self.problem == "multi-label":
             assert self.names is not None
-            return [self.names.number(label, row.where) for label in self._several(row)]
-        value = row.values["label"]
+            labels = self._several(row)
+            if self.width is None:
+                return [self.names.number(label, row.where) for label in labels]
+            if len(labels) != self.width or not all(number_of(label) in (0.0, 1.0) for label in labels):
+                raise InputError(f"{row.where} has the labels {labels!r}; {self.width} numbers of 0 and 1 are wanted")
+            return [i for i, label in enumerate(labels) if number_of(label)]
+        value = self._value(row)
         if self.problem == "single-label":
             assert self.names is not None
             return self.names.number(value, row.where)
@@ -194,11 +256,3 @@ class TextClassification(Task):
     def count(self, batch: Batch) -> float:
         """Labels of a batch; of several classes a text, each class counts."""
         return float(batch["labels"].numel())
-
-
-def _is_fraction(value: Any) -> bool:
-    """Whether a table's cell holds a number that is not whole."""
-    try:
-        return isinstance(value, str) and "." in value and math.isfinite(float(value))
-    except ValueError:
-        return False

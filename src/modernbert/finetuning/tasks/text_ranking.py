@@ -120,8 +120,10 @@ class TextRanking(Task):
 
 def _share(row: Row) -> float:
     given = row.values.get("label")
+    if given is None:
+        raise InputError(f"{row.where} has no label, and other rows have; give all of them one, or none")
     try:
-        label = -1.0 if given is None else float(given)
+        label = float(given)
     except (TypeError, ValueError):
         label = -1.0
     if not 0 <= label <= 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from modernbert.auto import AutoModelForTokenClassification
 from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.finetuning.data import Field, Row
-from modernbert.finetuning.labels import Labels
+from modernbert.finetuning.labels import Labels, is_ignored
 from modernbert.finetuning.metrics import entity_figures
 from modernbert.finetuning.options import FinetuneOptions
 from modernbert.finetuning.tasks.base import Task, shown, worst
@@ -29,7 +30,8 @@ _ENTITY = re.compile(r"O|[BIESLU]-.+")
 class TokenClassification(Task):
     """A classifier of words: the first token of each has the word's tag, the others do not count.
 
-    Rows hold words and their tags, lists of one length; a .conll file holds a word and its tag a line.
+    Rows hold words and their tags, lists of one length; a .conll file holds a word and its tag a line. A tag of -100
+    does not count, in training and in evaluation.
     """
 
     name = "token-classification"
@@ -42,12 +44,17 @@ class TokenClassification(Task):
 
     def learn(self, rows: Sequence[Row]) -> None:
         """The names of tags, and whether they make entities."""
+        for row in rows:
+            if None in row.values["tags"]:
+                raise InputError(f"{row.where} has no tag for a word; give -100 where a word is not to count")
         if self.options.labels is not None:
             self.names = Labels.named(self.options.labels)
         else:
-            found = {str(tag) for row in rows for tag in row.values["tags"]}
-            # "O" first, then each type's beginning beside its inside.
-            self.names = Labels(sorted(found, key=lambda tag: (tag != "O", tag.partition("-")[2] or tag, tag)))
+            self.names = Labels.found(tag for row in rows for tag in row.values["tags"] if not is_ignored(tag))
+            if not all(name.isdecimal() for name in self.names.names):
+                # "O" first, then each type's beginning beside its inside.
+                order = sorted(self.names.names, key=lambda tag: (tag != "O", tag.partition("-")[2] or tag, tag))
+                self.names = Labels(order)
         # Tags of another kind, such as parts of speech, make no entities.
         self.has_entities = all(_ENTITY.fullmatch(name) for name in self.names.names)
         self.metric = "f1" if self.has_entities else "accuracy"
@@ -78,7 +85,12 @@ class TokenClassification(Task):
                 raise InputError(
                     f"{row.where} has {'the word ' + repr(bad) if words else 'no words'}; texts are wanted"
                 )
-        numbers = [[self.names.number(tag, row.where) for tag in row.values["tags"]] for row in rows]
+        numbers = [[self._number(tag, row) for tag in row.values["tags"]] for row in rows]
+        left_out = sum(tags.count(IGNORED) for tags in numbers)
+        if left_out:
+            counted = [any(tag != IGNORED for tag in tags) for tags in numbers]
+            rows, numbers = list(compress(rows, counted)), list(compress(numbers, counted))
+            self.notes.append(f"{left_out} tags are -100: not counted")
         encoded = self.tokenizer(
             [row.values["tokens"] for row in rows],
             is_split_into_words=True,
@@ -94,9 +106,15 @@ class TokenClassification(Task):
                 label.append(IGNORED if word is None or word == before else tags[word])
                 before = word
             firsts = {word: i for i, word in reversed(list(enumerate(encoding.word_ids))) if word is not None}
-            record = {"words": row.values["tokens"], "tags": [self.names.names[t] for t in tags], "firsts": firsts}
+            named = [None if tag == IGNORED else self.names.names[tag] for tag in tags]
+            record = {"words": row.values["tokens"], "tags": named, "firsts": firsts}
             examples.append(Example([encoding.ids], label, record))
         return examples
+
+    def _number(self, tag: Any, row: Row) -> int:
+        if tag is None:
+            raise InputError(f"{row.where} has no tag for a word; give -100 where a word is not to count")
+        return IGNORED if self.names.leaves_out(tag) else self.names.number(tag, row.where)
 
     def labels(self, examples: Sequence[Example]) -> Batch:
         """(T,) classes, -100 where nothing counts."""
@@ -123,12 +141,16 @@ class TokenClassification(Task):
         for example, right, predicted in zip(examples, truth, said, strict=True):
             words = example.record["words"]
             predictions.append({"tokens": words, "tags": right, "predicted": predicted})
-            missed = [f"{w}: {r} as {p}" for w, r, p in zip(words, right, predicted, strict=True) if r != p]
+            pairs = zip(words, right, predicted, strict=True)
+            missed = [f"{w}: {r} as {p}" for w, r, p in pairs if r not in (None, p)]
             if missed:
                 wrong.append((len(missed), {"text": shown(" ".join(words)), "wrong": shown("; ".join(missed))}))
             for r, p in zip(right, predicted, strict=True):
-                if p in self.names.numbers:
+                if r is not None and p in self.names.numbers:
                     counts[self.names.numbers[r], self.names.numbers[p]] += 1
+        counted = [[tag is not None for tag in tags] for tags in truth]
+        said = [list(compress(*pair)) for pair in zip(said, counted, strict=True)]
+        truth = [list(compress(*pair)) for pair in zip(truth, counted, strict=True)]
         if self.has_entities:
             figures = entity_figures(truth, said)
         else:
