@@ -15,6 +15,11 @@ _LONGEST_NAME = 255  # characters
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
+def could_be_a_name(path: str) -> bool:
+    """Whether a file or folder could have this name, given by a file that somebody else wrote."""
+    return len(path) <= _LONGEST_NAME and path.isprintable()
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A local folder or a repository on the Hub, and how to reach it.
@@ -62,7 +67,7 @@ class Source:
         parts = PurePosixPath(filename).parts
         if ".." in parts or PurePosixPath(filename).is_absolute() or "\\" in filename:
             raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which lies outside of it")
-        if len(filename) > _LONGEST_NAME or not filename.isprintable():
+        if not could_be_a_name(filename):
             raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which can be no file's name")
         folder = self.folder
         if folder is not None:
@@ -80,6 +85,12 @@ class Source:
         from huggingface_hub import hf_hub_download
 
         try:
+            cached_only = self.local_files_only
+            if not cached_only and not self._in_cache(repository, filename):
+                answer = self._ask(filename)  # once: the client goes on for half a minute where nobody answers
+                if answer is False and self._is_known(repository):
+                    return None
+                cached_only = answer is None
             return Path(
                 hf_hub_download(
                     repository,
@@ -88,12 +99,12 @@ class Source:
                     revision=self.revision,
                     cache_dir=self.cache_dir,
                     token=self.token,
-                    local_files_only=self.local_files_only,
+                    local_files_only=cached_only,
                     library_name="modernbert",
                 )
             )
         except hub_errors.LocalEntryNotFoundError as error:
-            if any(self._in_cache(repository, name, "") for name in ("config.json", "modules.json")):
+            if self._is_known(repository):
                 return None  # offline, and what is cached of the repository lacks just this file
             offline = "local_files_only is set or the Hub cannot be reached"
             raise NotFoundError(
@@ -120,17 +131,29 @@ class Source:
         """Whether the source has a file, without downloading it; False where that cannot be found out."""
         if self.folder is not None:
             return (self.folder / filename).is_file()
+        from huggingface_hub import errors as hub_errors
+
+        cached = self._in_cache(str(self.name_or_folder), filename)
+        try:
+            return cached if cached or self.local_files_only else bool(self._ask(filename))
+        except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError):
+            return False
+
+    def _ask(self, filename: str) -> bool | None:
+        """Whether the Hub has a file; None where nobody answers. What it answers instead is raised."""
         from huggingface_hub import HfApi
         from huggingface_hub import errors as hub_errors
 
-        name = str(self.name_or_folder)
-        if self.local_files_only or self._in_cache(name, filename):
-            return self._in_cache(name, filename)
         path = f"{self.subfolder}/{filename}" if self.subfolder else filename
         try:
-            return HfApi().file_exists(name, path, revision=self.revision, token=self.token)
-        except (hub_errors.HfHubHTTPError, OSError, ValueError):
-            return False
+            return HfApi().file_exists(str(self.name_or_folder), path, revision=self.revision, token=self.token)
+        except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError):
+            raise
+        except Exception:  # of whichever HTTP library the client has
+            return None
+
+    def _is_known(self, repository: str) -> bool:
+        return any(self._in_cache(repository, name, "") for name in ("config.json", "modules.json"))
 
     def _in_cache(self, repository: str, filename: str, subfolder: str | None = None) -> bool:
         from huggingface_hub import try_to_load_from_cache

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 
@@ -105,6 +106,26 @@ def test_control_characters_of_names_reach_no_terminal(capsys, tmp_path):
         assert "\\x1b[2J" in err
         assert len(err.splitlines()) == 1
         assert len(err) < 700
+
+
+def test_control_characters_of_a_checkpoint_reach_no_terminal(capsys, heads, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(heads / "SequenceClassification", folder)
+    config = json.loads((folder / "config.json").read_text())
+    label = "\x1b[2J [red]bad\x9b"
+    labels = {"id2label": {"0": label, "1": "b"}, "label2id": {label: 0, "b": 1}}
+    (folder / "config.json").write_text(json.dumps({**config, **labels}))
+    (folder / "[red]\x1b[2J.txt").write_text("")
+    for arguments in (
+        ["info", folder],
+        ["info", folder, "--json"],
+        ["run", "--model", folder, "a dog", "--top-k", "2"],
+    ):
+        code, out, err = called(capsys, *arguments)
+        assert code == 0
+        assert not {"\x1b", "\x9b"} & set(out + err)
+        assert "[red]bad" in out
+        assert "[red]\\x1b[2J.txt" in out or arguments[0] == "run" or "--json" in arguments
 
 
 def test_a_lone_surrogate_is_reported_and_ends_nothing(capsys, tmp_path):

@@ -35,8 +35,8 @@ def test_row_i_of_the_vectors_is_line_i_of_the_text(heads, paras, tmp_path, caps
     assert code == 1
     assert err.splitlines() == [
         f"modernbert: 2 answers in {out}",
-        "modernbert: record 2: a text is empty or only spaces; there is nothing to answer",
-        "modernbert: record 3: a text is empty or only spaces; there is nothing to answer",
+        f"modernbert: {paras}, record 2: a text is empty or only spaces; there is nothing to answer",
+        f"modernbert: {paras}, record 3: a text is empty or only spaces; there is nothing to answer",
         "modernbert: 2 of 4 inputs could not be answered",
     ]
     vectors = np.load(out)
@@ -258,12 +258,38 @@ def test_failures_are_listed_to_ten_and_counted_over_an_interruption(heads, tmp_
     lines = err.splitlines()
     assert code == 1
     assert len(lines) == 12
-    assert lines[1].startswith("modernbert: record 2: ")
+    assert lines[1].startswith(f"modernbert: {path}, record 2: ")
     assert lines[-1] == "modernbert: 14 of 16 inputs could not be answered; the first 10 are listed above"
     out.unlink()
     assert called(capsys, *embed(heads, "--file", path, "--output", out))[0] == 2  # stops at record 2
     resumed = called(capsys, *embed(heads, "--file", path, "--output", out, "--skip-errors"))[2].splitlines()
     assert resumed == [f"modernbert: {out}.partial holds 1 answer; going on after them", *lines]
+
+
+def test_arguments_that_fail_are_numbered_too(heads, capsys):
+    where = ["run", "--model", heads / "SequenceClassification", "--json"]
+    assert called(capsys, *where, "fine", " ")[2] == (
+        "modernbert: argument 2: a text is empty or only spaces; there is nothing to answer\n"
+    )
+    assert called(capsys, *where, " ", "fine", "--skip-errors")[2].splitlines() == [
+        "modernbert: argument 1: a text is empty or only spaces; there is nothing to answer",
+        "modernbert: 1 of 2 inputs could not be answered",
+    ]
+    assert called(capsys, *where, " ")[2] == "modernbert: a text is empty or only spaces; there is nothing to answer\n"
+
+
+def test_a_part_of_a_file_is_read_as_its_message_says(heads, tmp_path, capsys):
+    path = tmp_path / "in.json"
+    path.write_text(json.dumps({"train": [{"text": "one"}], "test": ["two"]}))
+    where = ["run", "--model", heads / "SequenceClassification", "--json", "--file"]
+    code, _, err = called(capsys, *where, path)
+    assert code == 2
+    assert f"write {path}#train" in err
+    code, out, _ = called(capsys, *where, f"{path}#test")
+    assert code == 0
+    assert json.loads(out)["input"] == "two"
+    assert "has the parts train, test; not 'dev'" in called(capsys, *where, f"{path}#dev")[2]
+    assert called(capsys, *where, tmp_path / "none.json#a")[2] == f"modernbert: there is no file {tmp_path}/none.json\n"
 
 
 def test_nulls_are_refused_and_never_the_word_none(heads, tmp_path, capsys):

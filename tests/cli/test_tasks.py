@@ -196,8 +196,8 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
         {"input", "output"},
     ]
     assert err.splitlines() == [
-        "modernbert: record 2: a text is empty or only spaces; there is nothing to answer",
-        "modernbert: record 3: a text is None; it must be a string",
+        f"modernbert: {path}, record 2: a text is empty or only spaces; there is nothing to answer",
+        f"modernbert: {path}, record 3: a text is None; it must be a string",
         "modernbert: 2 of 4 inputs could not be answered",
     ]
     code, out, err = called(capsys, *where)
@@ -221,6 +221,7 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
         (["run", "a", "--task", "feature-extraction", "--option", "top_k=2"], "feature-extraction has no option top_k"),
         (["run", "a", "--task", "feature-extraction", "--output", "x.docx"], "x.docx ends with .docx; written are"),
         (["run", "a", "--task", "sentence-embedding", "--output", "x.npy"], "vectors are written by modernbert embed"),
+        (["score", "a", "--output", "x.npy"], "vectors are written by modernbert embed"),
         (["run", "a", "--task", "feature-extraction", "--question", "Who?"], "--question is no option of feature-extr"),
         (["run", "[MASK]", "--file", "."], "texts are given both as arguments and by --file"),
         (["run", "--file", "."], ". is a folder; give a file"),

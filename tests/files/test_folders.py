@@ -15,6 +15,7 @@ from modernbert.cli import main
 from modernbert.cli.info import describe
 from modernbert.errors import CheckpointError, InputError
 from modernbert.hub import Source
+from modernbert.models.sentence_encoder import Dense
 from modernbert.models.sentence_layout import SETTINGS, contents_of
 from modernbert.pipelines import small_model
 from modernbert.tokenizer import Tokenizer
@@ -222,3 +223,74 @@ def test_parts_without_a_type_and_a_path_are_refused(made, tmp_path, part):
     (folder / "modules.json").write_text(json.dumps([part]))
     with pytest.raises(CheckpointError, match="is no list of parts with a type and a path"):
         pipeline("sentence-embedding", folder)
+
+
+def test_what_generation_config_may_ask_for_is_bounded(made, tmp_path):
+    folder = edit(
+        shutil.copytree(made / "causal", tmp_path / "x"), "generation_config.json", num_return_sequences=10**9
+    )
+    with pytest.raises(
+        InputError, match=r"num_return_sequences is 1000000000 in the generation_config; .* 1024 at most"
+    ):
+        pipeline("text-generation", folder)("a")
+    answers = pipeline("text-generation", folder)("a", num_return_sequences=2, max_new_tokens=1, seed=0)
+    assert len(answers) == 2
+    edit(folder, "generation_config.json", num_return_sequences=1, pad_token_id=-1, eos_token_id=-1)
+    assert pipeline("text-generation", folder)("a", max_new_tokens=2, seed=0)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("causal", "text-generation"), ("body", "sentence-embedding")])
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_one_error(made, kind, task):
+    pipe = pipeline(task, made / kind)
+    pipe.tokenizer.add_tokens([f"<{i}>" for i in range(len(pipe.tokenizer), 9000)])
+    with pytest.raises(InputError, match=r"the tokenizer gives the id 8999, and the model has ids 0 to \d+; take"):
+        pipe("a <8999>")
+
+
+def test_info_shows_no_control_characters(made, tmp_path, capsys):
+    folder = shutil.copytree(made / "classifier", tmp_path / "x")
+    edit(folder, "config.json", id2label={"0": "\x1b[31mred\x07"}, label2id=None, architectures=["\x1b[1mX", None, 5])
+    with pytest.raises(SystemExit, match="0"):
+        main(["info", str(folder)])
+    shown = capsys.readouterr().out
+    assert r"\x1b[31mred\x07" in shown
+    assert r"\x1b[1mX" in shown
+    assert "\x1b" not in shown
+    assert "None" not in shown
+
+
+def test_dense_parts_that_do_not_fit_are_named(made, tmp_path):
+    encoder = SentenceEncoder.from_pretrained(made / "sentence")
+    encoder.after_pooling.append(Dense(32, 8))
+    encoder.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="has a dense part for 32 dimensions after parts that give 48"):
+        SentenceEncoder.from_pretrained(tmp_path)
+    edit(tmp_path, "2_Dense/config.json", in_features=10**12)
+    with pytest.raises(CheckpointError, match=r"2_Dense holds .* its configuration wants"):
+        SentenceEncoder.from_pretrained(tmp_path)
+    for value in ("32", None, True, 0):
+        edit(tmp_path, "2_Dense/config.json", in_features=value)
+        with pytest.raises(CheckpointError, match="2_Dense has in_features"):
+            SentenceEncoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (5, "has quantization_config 5"),
+        ({"quant_method": "gptq"}, "was quantized by 'gptq'"),
+        ({"quant_method": ["modernbert"]}, r"was quantized by \['modernbert'\]"),
+        ({"quant_method": "modernbert", "format": 1, "scheme": ["int8"]}, r"scheme \['int8'\]"),
+        ({"quant_method": "modernbert", "format": 1, "scheme": "int8", "finer": ["a"]}, "has finer"),
+        (
+            {"quant_method": "modernbert", "format": 1, "scheme": "int8", "measured": {"cosine_min": "x"}},
+            "has measured",
+        ),
+    ],
+    ids=str,
+)
+def test_settings_of_quantized_weights_that_make_no_sense_are_refused(made, tmp_path, said, message):
+    folder = edit(shutil.copytree(made / "body", tmp_path / "x"), "config.json", quantization_config=said)
+    for load in (load_as_saved, lambda folder: describe(str(folder), [8])):
+        with pytest.raises(CheckpointError, match=message):
+            load(folder)

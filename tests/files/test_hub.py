@@ -130,3 +130,26 @@ def test_file_names_that_lead_out_are_refused(tmp_path):
     for name in ("../secret", "/etc/passwd", "a/../../b", "..\\b"):
         with pytest.raises(CheckpointError, match="lies outside"):
             Source(tmp_path).find(name)
+
+
+def test_an_unreachable_hub_is_asked_once_a_file_that_the_cache_lacks(files, small_model, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    asked = []
+    really = HfApi.file_exists
+    monkeypatch.setattr(HfApi, "file_exists", lambda *args, **kwargs: asked.append(args[2]) or really(*args, **kwargs))
+    write_cache(tmp_path / "cache", "owner/cached", files)
+    assert same(AutoModelForMaskedLM.from_pretrained("owner/cached", cache_dir=tmp_path / "cache"), small_model)
+    assert Source("owner/cached", cache_dir=tmp_path / "cache").find("modules.json") is None
+    assert asked == ["adapter_config.json", "modules.json"]
+
+
+def test_an_adapter_on_the_hub_is_refused_and_not_downloaded(hub):
+    hub.repositories["owner/adapted"] = {**hub.repositories["owner/name"], "adapter_config.json": b"{}"}
+    with pytest.raises(CheckpointError, match="owner/adapted holds an adapter"):
+        AutoModelForMaskedLM.from_pretrained("owner/adapted", cache_dir=hub.cache)
+    assert not [r for r in hub.requests if r[0] == "GET" and "adapter" in r[1]]

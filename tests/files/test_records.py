@@ -1,14 +1,19 @@
 """Records: what goes in comes out, in every form; interrupted output goes on where it stopped."""
 
 import csv
+import errno
+import itertools
 import json
+import os
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from modernbert.errors import InputError
-from modernbert.records import ResumableOutput, count_records, read_records
+from modernbert.files import replacing
+from modernbert.records import ResumableOutput, count_records, parts_of, read_records
+from modernbert.records.writing import differences
 
 ROWS = [
     {"text": "plain", "label": "a"},
@@ -45,8 +50,40 @@ def test_text_is_read_by_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "\n\none\n \t\ntwo\n\n\n", ["", "", "one", "", "two"]),
+        ("a.txt", "one\r\n\r\ntwo\r", ["one", "", "two"]),
+        ("a.txt", "one\ntwo", ["one", "two"]),
+        ("a.txt", "\n \n", []),
+        ("a.jsonl", '"one"\n\n{"text": "two"}\n\n', ["one", "a.jsonl, line 2, is blank", "two"]),
+        ("a.csv", "\ntext\none\n\n\ntwo\n\n", ["one", "a.csv, line 4, is blank", "a.csv, line 5, is blank", "two"]),
+        ("a.csv", 'text\n"one\n\nmore"\n""\n', ["one\n\nmore", ""]),
+        ("a.tsv", "text\tn\none\t1\n\ntwo\t2\n", ["one", "a.tsv, line 3, is blank", "two"]),
+    ],
+)
+def test_blank_lines_keep_their_places_where_they_count_and_the_last_ones_never_do(tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    found = list(read_records(path, go_on=True, blank=True))
+    shown = [str(record) if isinstance(record, InputError) else record["text"] for record in found]
+    assert len(shown) == len(expected)
+    for one, wanted in zip(shown, expected, strict=True):
+        assert one == wanted or f"{tmp_path}/{wanted};" in one
+    assert count_records(path, blank=True) in (None, len(expected))
+    texts = [
+        record["text"] for record in found if isinstance(record, dict) and (record["text"] or path.suffix != ".txt")
+    ]
+    assert [record["text"] for record in read_records(path)] == texts
+    assert count_records(path) in (None, len(texts))
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.jsonl", b'"fine"\n' + b"[" * 100_000, "a.jsonl, line 2, is JSON of more than 100 levels"),
+        ("a.jsonl", b'{"text":' * 150 + b"1" + b"}" * 150, "a.jsonl, line 1, is JSON of more than 100 levels"),
+        ("a.json", b"[" * 100_000, "a.json is JSON that is nested too deeply"),
         ("a.txt", b"fine\n\xff\xfe\n", "a.txt, line 2, is not UTF-8"),
         ("a.jsonl", b'{"text": 1}\n{"text":', "a.jsonl, line 2, is not JSON"),
         ("a.jsonl", b"[1]", "line 1, holds a list; give objects or texts"),
@@ -60,6 +97,48 @@ def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(read_records(tmp_path / name))
+
+
+def test_one_huge_line_is_a_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 5_000_000, "n": list(range(50_000))}) + "\n")
+    (record,) = read_records(tmp_path / "a.jsonl")
+    assert (len(record["text"]), len(record["n"])) == (5_000_000, 50_000)
+
+
+def test_torn_parquet_files_are_one_clear_error(tmp_path):
+    path = written(tmp_path / "rows.parquet")
+    whole, refusals = path.read_bytes(), []
+    for at in range(0, len(whole), 29):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            list(read_records(path))
+        except InputError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert all(str(path) in message and len(message.splitlines()) == 1 for message in refusals)
+    with pytest.raises(FileNotFoundError):
+        list(read_records(tmp_path / "none.parquet"))
+
+
+def test_a_parquet_file_that_holds_fewer_rows_than_it_says_is_no_whole_one(tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.parquet")
+    batches = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "iter_batches", lambda self, size: itertools.islice(batches(self, 1), 2)
+    )
+    with pytest.raises(InputError, match="says that it has 3 rows and holds 2; it is damaged"):
+        list(read_records(path))
+
+
+def test_torn_folders_of_datasets_are_one_clear_error(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(InputError, match="is no whole folder of the datasets library"):
+        list(read_records(tmp_path))
+    for text, message in (('{"splits": 3}', "names no splits"), ("{", "is not JSON")):
+        (tmp_path / "dataset_dict.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            parts_of(tmp_path)
 
 
 def test_folders_and_missing_files(tmp_path):
@@ -202,3 +281,61 @@ def test_a_job_that_answers_nothing_leaves_nothing(tmp_path):
 def test_unknown_forms_are_refused_before_the_work(tmp_path):
     with pytest.raises(InputError, match=r"out.xlsx ends with .xlsx; written are .jsonl, .csv"):
         ResumableOutput(tmp_path / "out.xlsx", {})
+
+
+def test_a_finished_file_is_replaced_only_when_asked_for_and_once_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("finished\n")
+    with pytest.raises(
+        InputError, match=r"out.jsonl is there already; name another output, or replace it with overwrite="
+    ):
+        ResumableOutput(path, {})
+    with ResumableOutput(path, {}, overwrite=True) as output:
+        output.write(ANSWERS[0])
+        assert path.read_text() == "finished\n"
+    assert json.loads(path.read_text()) == ANSWERS[0]
+
+
+def test_what_differs_between_two_jobs_is_named():
+    before = {"task": "a", "options": {"top_k": 2, "normalize": True}, "files": [1, 2], "seed": None}
+    assert differences(before, {**before, "task": "b"}) == "task was 'a' and is 'b'"
+    assert differences(before, {**before, "options": {"top_k": 3}}) == (
+        "top_k was 2 and is 3, normalize was True and is not given"
+    )
+    assert differences(before, {**before, "files": [1, 3], "seed": 4}) == (
+        "files has changed, seed was not given and is 4"
+    )
+    assert differences({}, {str(i): i for i in range(9)}).endswith("2 was not given and is 2 and 6 more")
+
+
+def test_a_partial_file_of_something_else_is_refused_and_kept(tmp_path):
+    for content in (b"\xff\xfe\n", b"[1]\n", b'{"job": {}}\n7\n', b"[" * 100_000 + b"\n"):
+        (tmp_path / "out.jsonl.partial").write_bytes(content)
+        with (
+            pytest.raises(InputError, match="was not written by a job like this one"),
+            ResumableOutput(tmp_path / "out.jsonl", {}),
+        ):
+            pass
+        assert (tmp_path / "out.jsonl.partial").read_bytes() == content
+
+
+def test_surrogates_and_numbers_that_are_none_go_through_a_file_and_a_resumption(tmp_path):
+    records = [{"input": {"text": "a \ud800", "n": float("nan")}, "error": "why"}, {"input": "\x9b\u2028", "output": 1}]
+    first = ResumableOutput(tmp_path / "out.jsonl", {"text": "\udcff"})
+    first.__enter__()
+    first.write(records[0])
+    first.__exit__(KeyboardInterrupt, None, None)
+    with ResumableOutput(tmp_path / "out.jsonl", {"text": "\udcff"}) as output:
+        assert (output.done, output.failed, output.errors) == (1, 1, {1: "why"})
+        assert list(output.rest([records[0]["input"], "next"], lambda item: item)) == ["next"]
+        output.write(records[1])
+    text = (tmp_path / "out.jsonl").read_text("utf-8")
+    assert "\x9b" not in text
+    assert [json.loads(line)["input"] for line in text.splitlines()][1] == "\x9b\u2028"
+    assert json.loads(text.splitlines()[0])["input"]["text"] == "a \ud800"
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*out.txt'"), replacing(tmp_path / "out.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())

@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow
 import pytest
 
-from modernbert import AutoModel, pipeline
+from modernbert import AutoModel, QuantizationConfig, pipeline
 from modernbert.errors import InputError
 from modernbert.pipelines import small_model
 from modernbert.tokenizer import Tokenizer
+from tests.pipelines.test_streams import CASES
 
 pandas = pytest.importorskip("pandas")
 TEXTS = ["a dog", "The cat ran across the road.", "two"]
@@ -47,6 +48,14 @@ def test_a_table_is_refused_instead_of_the_names_of_its_columns_embedded(embed, 
     with pytest.raises(InputError, match=message) as error:
         list(embed(table))
     assert "\n" not in str(error.value)
+    if not isinstance(table, dict):
+        with pytest.raises(InputError, match=message):
+            list(embed.stream(table))
+
+
+def test_a_stream_of_one_text_is_not_the_stream_of_its_characters(embed):
+    with pytest.raises(InputError, match="inputs is a str; give a text, a list"):
+        embed.stream("a dog")
 
 
 def test_columns_of_tables_are_read(embed):
@@ -106,20 +115,24 @@ def test_a_text_is_taken_as_it_is_line_end_and_all(embed, log):
 # Models that do not serve
 
 
+def warnings_of_pipelines(log):
+    warned = [record for record in log.records if record.levelno == logging.WARNING]
+    return [record.getMessage() for record in warned if record.name.startswith("modernbert.pipelines")]
+
+
 def test_the_small_encoder_says_that_it_never_was_trained_to_compare(log):
     for task in ("sentence-embedding", "text-ranking"):
         log.clear()
         pipeline(task)
-        warnings = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
-        assert len(warnings) == 1
-        assert f"the package's small encoder serves {task}; it was trained to fill masks" in warnings[0]
+        (warning,) = warnings_of_pipelines(log)
+        assert f"the package's small encoder serves {task}; it was trained to fill masks" in warning
         log.clear()
         pipeline(task, small_model())  # chosen by the caller
         assert [record.levelname for record in log.records if "means of its states" in record.getMessage()] == ["INFO"]
-        assert not [record for record in log.records if record.levelno == logging.WARNING]
+        assert not warnings_of_pipelines(log)
     log.clear()
     pipeline("fill-mask")
-    assert not [record for record in log.records if record.levelno == logging.WARNING]
+    assert not warnings_of_pipelines(log)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +164,7 @@ def test_a_model_that_was_not_trained_on_entailment_is_said_once_and_briefly(hea
     classify = pipeline("zero-shot-classification", model, heads / "Model")
     classify(TEXTS, candidate_labels=["a", "b"])
     classify(TEXTS[0], candidate_labels=["a", "b"])
-    (said,) = [record.getMessage() for record in log.records if record.levelno == logging.WARNING]
+    (said,) = warnings_of_pipelines(log)
     assert "none begins with 'entail': it was not trained on entailment" in said
     assert "and 72 more" in said
     assert len(said) < 400
@@ -186,3 +199,18 @@ def test_copies_give_the_same_bits_and_stay_optimized_or_plain(heads, dtype):
     copied = pickle.loads(pickle.dumps(serve))
     assert np.array_equal(copied(TEXTS), serve(TEXTS))
     assert copied.model.model.fused is None
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_a_copy_of_every_task_answers_alike(heads, task):
+    head, options, make = CASES[task]
+    serve = pipeline(task, heads / head, **options)
+    copied = pickle.loads(pickle.dumps(serve))
+    assert type(copied) is type(serve)
+    item = make("the dog ran")
+    assert np.array_equal(next(copied.stream([item])), next(serve.stream([item])))
+
+
+def test_a_copy_of_a_quantized_model_gives_the_same_bits():
+    serve = pipeline("sentence-embedding", small_model(), quantization_config=QuantizationConfig(tokens=200))
+    assert np.array_equal(pickle.loads(pickle.dumps(serve))(TEXTS), serve(TEXTS))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from typing import Annotated, Any
@@ -25,6 +24,8 @@ def info(
 
     Example: modernbert info answerdotai/ModernBERT-base
     """
+    from modernbert.records.writing import to_json
+
     try:
         tokens = [int(n) for n in lengths.split(",")]
     except ValueError:
@@ -33,7 +34,7 @@ def info(
         raise InputError(f"--lengths is {lengths!r}; give numbers of at least 1")
     found = describe(model, tokens, revision)
     if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+        typer.echo(to_json(found, str))
     else:
         _show(found)
 
@@ -175,7 +176,7 @@ def _show(found: dict[str, Any]) -> None:
 
     def add(name: str, value: Any) -> None:
         text = value if isinstance(value, str) else _plain(value)
-        table.add_row(printable(name), Text(printable(text, keep="\n")))
+        table.add_row(Text(printable(name)), Text(printable(text, keep="\n")))
 
     for section in ("model", "architecture", "tokenizer"):
         for name, value in found[section].items():

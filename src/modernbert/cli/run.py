@@ -26,7 +26,7 @@ from modernbert.errors import InputError, printable
 Texts = Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")]
 InputFile = Annotated[
-    Path | None, typer.Option(help="One file: .txt (a line a text), .csv, .tsv, .jsonl, .json or .parquet.")
+    str | None, typer.Option(help="One file: .txt (a line a text), .csv, .tsv, .jsonl, .json or .parquet; FILE#PART.")
 ]
 Column = Annotated[
     list[str] | None, typer.Option(help="Column that holds the text, or FIELD=COLUMN for another field; repeat.")
@@ -86,8 +86,6 @@ def run(
 
     flags = dict(_FLAGS)
     with errors_in_flags(flags):
-        if output is not None and output.suffix.lower() == ".npy":
-            raise InputError(f"{output}: vectors are written by modernbert embed")
         _check(texts, file, output, overwrite, as_json)
         task = "fill-mask" if task is None and model is None else task
         loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
@@ -180,7 +178,7 @@ def embed(
 
     flags = _FLAGS | flags_of(("prompt_name", "prompt", "pooling", "normalize", "truncate_dim", "truncation"))
     with errors_in_flags(flags):
-        _check(texts, file, output, overwrite, False)
+        _check(texts, file, output, overwrite, vectors=True)
         loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
         serve = pipeline("sentence-embedding", model, None, device, dtype, **loading)
     options = _given(prompt_name=prompt_name, prompt=prompt, pooling=pooling, truncate_dim=truncate_dim)
@@ -202,7 +200,7 @@ def _identity(model: str | None, revision: str | None, dtype: str | None) -> dic
 def _answer_all(
     serve: Any,
     texts: list[str] | None,
-    file: Path | None,
+    source: str | None,
     column: list[str] | None,
     fixed: dict[str, Any],
     options: dict[str, Any],
@@ -214,7 +212,7 @@ def _answer_all(
     flags: dict[str, str],
 ) -> None:
     """Answer every input, and print or write the answers as they come."""
-    from modernbert.records import ResumableOutput, count_records, read_records
+    from modernbert.records import ResumableOutput, count_records, place_of, read_records
     from modernbert.records.writing import as_lists, to_json
 
     to_people = output is None and not as_json and sys.stdout.isatty()
@@ -222,7 +220,8 @@ def _answer_all(
         serve = Streamed(serve)
     form = form_of(serve.task)
     columns = parse_columns(column or [], form)
-    name = str(file) if file else "standard input"
+    file, part = (None, None) if source is None else place_of(source)
+    name = source or "standard input"
     inputs: Iterable[tuple[Any, Any]]
     if texts:
         if columns:
@@ -230,12 +229,15 @@ def _answer_all(
         inputs = ((item, None) for item in from_arguments(texts, form, fixed))
         total: int | None = len(texts) if form.many is None else 1
     else:
-        inputs = from_records(read_records(file, skip_errors, blank=True), form, fixed, columns, name, skip_errors)
+        inputs = from_records(
+            read_records(file, skip_errors, part=part, blank=True), form, fixed, columns, name, skip_errors
+        )
         total = count_records(file, blank=True) if form.many is None or len(fixed) == 0 else 1
 
     job = {"task": serve.task, **identity, "options": options, **fixed}
     job |= {f"column of {field}": ", ".join(names) for field, names in columns.items()}
-    job |= {"the list of texts": texts} if texts else fingerprint(file)
+    job |= {"the list of texts": texts} if texts else {**fingerprint(file), "part": part}
+    where = "argument" if texts else f"{name}, record"
     answered = failed = done = 0
     failures: dict[int, str] = {}  # the first ones, by their number
     with contextlib.ExitStack() as stack:
@@ -273,21 +275,21 @@ def _answer_all(
                 answered += 1
                 advance()
         except InputError as error:
-            if not waiting or not (file or answered):  # of the file itself, or the only input that there is
+            if not waiting or total == len(texts or ()) == 1:  # of the file itself, or the only input that there is
                 raise
-            raise InputError(f"{name if file else 'input'}, record {done + answered + 1}: {error}") from error
+            raise InputError(f"{where} {done + answered + 1}: {error}") from error
         except KeyboardInterrupt:
             if sink is None or not sink.done:
                 raise
             kept = f"{sink.partial} holds {counted(sink.done, 'answer')}"
             raise InterruptedCommandError(f"interrupted; {kept}, and the same command goes on after them") from None
         if not answered and not done:
-            raise InputError("no text: every line was empty" if file is None else f"no text: {file} holds none")
+            raise InputError("no text: every line was empty" if file is None else f"no text: {name} holds none")
     if output is not None:
         say(f"{counted(answered + done - failed, 'answer')} in {output}")
     if failed:
         for number, reason in failures.items():
-            say(reason if reason.startswith(name) else f"record {number}: {reason}")
+            say(reason if reason.startswith(name) else f"{where} {number}: {reason}")
         more = f"; the first {_LISTED} are listed above" if failed > _LISTED else ""
         say(f"{failed} of {counted(answered + done, 'input')} could not be answered{more}")
         raise typer.Exit(1)
@@ -335,10 +337,19 @@ def _remembered(inputs: Iterable[tuple[Any, Any]], waiting: list[tuple[Any, Any]
         yield pair[0]
 
 
-def _check(texts: list[str] | None, file: Path | None, output: Path | None, overwrite: bool, as_json: bool) -> None:
+def _check(
+    texts: list[str] | None,
+    source: str | None,
+    output: Path | None,
+    overwrite: bool,
+    as_json: bool = False,
+    vectors: bool = False,
+) -> None:
     """Refuse what cannot be read or written before a model is loaded for it."""
+    from modernbert.records import place_of
     from modernbert.records.writing import check_output
 
+    file = None if source is None else place_of(source)[0]
     if texts and file:
         raise InputError("texts are given both as arguments and by --file; give one of them")
     if not texts and file is None and sys.stdin.isatty():
@@ -352,6 +363,8 @@ def _check(texts: list[str] | None, file: Path | None, output: Path | None, over
         return
     if as_json:
         raise InputError("--json prints and --output writes a file; give one of them")
+    if output.suffix.lower() == ".npy" and not vectors:
+        raise InputError(f"{output}: vectors are written by modernbert embed")
     if file is not None and output.exists() and output.samefile(file):
         raise InputError(f"--output and --file are both {output}; name another output")
     check_output(output, overwrite)

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from modernbert.errors import CheckpointError, ConfigError, listed, shown
-from modernbert.hub import Source
+from modernbert.hub import Source, could_be_a_name
 from modernbert.ops.pooling import POOLINGS
 
 MODULES = "modules.json"
@@ -194,6 +194,8 @@ def read_parts(source: Source) -> list[dict[str, Any]]:
         inner = PurePosixPath(part["path"])
         if ".." in inner.parts or inner.is_absolute() or "\\" in str(inner):
             raise CheckpointError(f"{path} names the folder {shown(str(inner))}, which lies outside of it")
+        if not could_be_a_name(str(inner)):
+            raise CheckpointError(f"{path} names the folder {shown(str(inner))}, which can be no folder's name")
     return parts
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from modernbert.errors import InputError
-from modernbert.files import write_text
+from modernbert.files import parse_json, write_text
 from modernbert.pretraining.texts import Corpus, Ids
 
 MANIFEST, FORMAT = "manifest.json", "modernbert tokens, version 1"
@@ -105,7 +105,7 @@ class Manifest:
         if not path.is_file():
             raise InputError(f"{folder} holds no {MANIFEST}; `modernbert prepare-data` makes such folders")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_bytes())
             found = values.pop("format")
             if found != FORMAT:
                 raise InputError(f"{path} is of the format {found!r}; this version reads {FORMAT!r}")

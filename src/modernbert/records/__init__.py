@@ -5,7 +5,7 @@ A record is a dict of columns; a line of plain text is {"text": line}.
 """
 
 from modernbert.records.reading import Record, count_records, read_records
-from modernbert.records.structured import parts_of
+from modernbert.records.structured import parts_of, place_of
 from modernbert.records.writing import ResumableOutput
 
-__all__ = ["Record", "ResumableOutput", "count_records", "parts_of", "read_records"]
+__all__ = ["Record", "ResumableOutput", "count_records", "parts_of", "place_of", "read_records"]

@@ -29,6 +29,14 @@ def parts_of(path: Path) -> list[str]:
     return list(value) if _is_parted(value) else []
 
 
+def place_of(source: str) -> tuple[Path, str | None]:
+    """The path and the part that "PATH#PART" names; a file whose own name has such a sign comes first."""
+    if "#" in source and not Path(source).exists():
+        name, _, part = source.rpartition("#")
+        return Path(name), part
+    return Path(source), None
+
+
 def is_dataset(path: Path) -> bool:
     """Whether a folder was written by `save_to_disk` of the `datasets` library."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
