@@ -75,6 +75,8 @@ def test_attributions_add_up_to_the_score(masked_lm, tokenizer):
     assert all(found.scores[i] == 0 for i in special)
     other = attribute(masked_lm, tokenizer, text, target="hand")
     assert other.target == " hand"
+    mark = attribute(masked_lm, tokenizer, "It was a dog [MASK]", target="!", steps=1)  # one token, without a space
+    assert mark.target == "!"
     assert other.score == pytest.approx(probabilities[tokenizer.convert_tokens_to_ids("Ġhand")].item(), abs=1e-6)
 
 

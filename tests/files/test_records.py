@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import itertools
 import json
 import os
 
@@ -117,6 +118,16 @@ def test_torn_parquet_files_are_one_clear_error(tmp_path):
     assert all(str(path) in message and len(message.splitlines()) == 1 for message in refusals)
     with pytest.raises(FileNotFoundError):
         list(read_records(tmp_path / "none.parquet"))
+
+
+def test_a_parquet_file_that_holds_fewer_rows_than_it_says_is_no_whole_one(tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.parquet")
+    batches = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "iter_batches", lambda self, size: itertools.islice(batches(self, 1), 2)
+    )
+    with pytest.raises(InputError, match="says that it has 3 rows and holds 2; it is damaged"):
+        list(read_records(path))
 
 
 def test_torn_folders_of_datasets_are_one_clear_error(tmp_path):

@@ -231,7 +231,7 @@ def test_a_label_of_minus_100_does_not_count(backend):
     truth, worker = truth_of(backend, ["a", "-100", "b", -100, -100.0, "a"])
     assert truth == [0, 1, 0]
     assert worker.names.names == ["a", "b"]
-    assert "3 of 6 rows have the label -100: not counted" in worker.notes
+    assert "not counted, as the label is -100: 3 of 6 rows" in worker.notes
     assert truth_of(backend, [0.5, -100.0], problem="regression")[0] == [0.5, -100.0]  # a value as any other
     assert truth_of(backend, ["a", "-100"], labels="a,-100")[0] == [0, 1]  # a name that somebody gave
 
@@ -297,7 +297,7 @@ def test_long_texts_are_cut_and_that_is_told(backend):
     rows = [{"text": "the cat " * 60, "label": "a"}, {"text": "the cat", "label": "b"}]
     worker, found = worker_of("text-classification", backend, rows)
     assert len(worker.prepare(found, True)[0].rows[0]) == 64
-    assert any("1 of 2 texts are longer than 64 tokens and were cut" in note for note in worker.notes)
+    assert any("1 of 2 texts is longer than 64 tokens and was cut" in note for note in worker.notes)
 
 
 def test_random_negatives_are_never_the_right_document(backend):

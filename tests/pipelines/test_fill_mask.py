@@ -120,6 +120,19 @@ def test_targets(ours, theirs, folder, log):
     same(ours(TEXTS[0], targets=[" dog", " road"]), theirs(TEXTS[0], targets=["Ġdog", "Ġroad"]))
 
 
+def test_a_target_without_a_spaced_token_is_never_scored_as_a_bare_space(folder, ours, log):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mark = tokenizer.convert_tokens_to_ids("!")
+    for text in ("Look at that [MASK]", "Look at that[MASK]", "[MASK] Look"):
+        (answer,) = ours(text, targets=["!"])
+        assert (answer["token"], answer["token_str"]) == (mark, "!")
+        assert answer["score"] == {a["token"]: a["score"] for a in ours(text, top_k=10_000)}[mark]
+    assert not log.text
+    (answer,) = ours("It is a [MASK] .", targets=["🙂"])  # no token alone: the first byte, not the space before it
+    assert answer["token_str"].strip()
+    assert "'🙂' is " in log.text
+
+
 def test_loaded_models_devices_and_dtypes(folder, ours):
     model = AutoModelForMaskedLM.from_pretrained(
         folder

@@ -19,7 +19,7 @@ from modernbert.errors import shown
 from modernbert.records import ResumableOutput, count_records, read_records
 from tests.pipelines.test_streams import CASES
 
-CALLS = int(os.environ.get("MODERNBERT_FUZZ", "600"))
+CALLS = int(os.environ.get("MODERNBERT_FUZZ", "330"))
 SEED = int(os.environ.get("MODERNBERT_FUZZ_SEED", "0"))
 WORDS = [
     "the",

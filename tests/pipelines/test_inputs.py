@@ -48,6 +48,14 @@ def test_a_table_is_refused_instead_of_the_names_of_its_columns_embedded(embed, 
     with pytest.raises(InputError, match=message) as error:
         list(embed(table))
     assert "\n" not in str(error.value)
+    if not isinstance(table, dict):
+        with pytest.raises(InputError, match=message):
+            list(embed.stream(table))
+
+
+def test_a_stream_of_one_text_is_not_the_stream_of_its_characters(embed):
+    with pytest.raises(InputError, match="inputs is a str; give a text, a list"):
+        embed.stream("a dog")
 
 
 def test_columns_of_tables_are_read(embed):

@@ -20,6 +20,7 @@ from modernbert.training.examples import StepPlan, by_tokens, pack_rows
 from modernbert.training.memory import save_memory
 from modernbert.training.optimizers import freeze, make_optimizer, parameter_groups
 from modernbert.training.options import SCHEDULES, TrainingOptions
+from modernbert.training.precision import autocast, products, train_in_float32
 from modernbert.training.schedules import make_schedule
 from tests.conftest import SMALL
 from tests.heads import DECODER_HEADS, HEADS
@@ -191,3 +192,26 @@ def test_adapters_leave_embeddings_alone_and_merge_to_the_same_outputs(kind):
         torch.testing.assert_close(whole(input_ids=ids)[0], before, rtol=1e-4, atol=1e-5)
     output = whole.get_output_embeddings()
     assert output is None or output.weight is whole.get_input_embeddings().weight
+
+
+def test_weights_of_16_bits_are_converted_with_one_warning(caplog):
+    model = model_of().bfloat16()
+    model.model.embeddings.half()
+    train_in_float32(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    train_in_float32(model)
+    (warned,) = [record.getMessage() for record in caplog.records]
+    assert warned == "the weights are bfloat16 and float16; they are trained in float32"
+    still = model_of().bfloat16().requires_grad_(False)  # nothing of it is trained
+    train_in_float32(still)
+    assert still.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_what_the_processor_multiplies_and_the_rest_is_what_was_asked_for(native, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    cpu = torch.device("cpu")
+    assert products("auto", cpu) == ("bfloat16" if native else "float32")
+    assert (products("float32", cpu), products("bfloat16", cpu)) == ("float32", "bfloat16")
+    with autocast("auto", cpu):
+        assert torch.is_autocast_enabled("cpu") == native

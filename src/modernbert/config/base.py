@@ -342,7 +342,7 @@ class Config(abc.ABC):
             for token_id in ids if name == "eos" and isinstance(ids, list) else [ids]:
                 # Only the padding id is used as an index; others may point past a cut vocabulary.
                 inside = token_id is None or (_is_whole(token_id) and 0 <= token_id < self.vocab_size)
-                if not inside and (name == "pad" or not _is_whole(token_id) or token_id < 0):
+                if not inside and (name == "pad" or not _is_whole(token_id) or not 0 <= token_id < 2**31):
                     raise ConfigError(
                         f"{name}_token_id is {shown(token_id)}; the vocabulary has ids 0 to {self.vocab_size - 1}"
                     )
@@ -443,7 +443,7 @@ class Config(abc.ABC):
 
         def number(name: str, least: float, above: bool = False) -> None:
             value = rope.get(name)
-            if not _is_number(value) or value < least or (above and value == least):
+            if not _is_number(value) or not least <= value <= 1e15 or (above and value == least):
                 bound = f"above {least:g}" if above else f"of at least {least:g}"
                 raise ConfigError(f"{where} has {name} {shown(value)}; it must be a number {bound}")
 

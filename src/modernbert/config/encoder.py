@@ -46,6 +46,11 @@ class ModernBertConfig(Config):
 
     def _check_choices(self) -> None:
         super()._check_choices()
+        if abs(self.sparse_pred_ignore_index) >= 2**31:
+            given = shown(self.sparse_pred_ignore_index)
+            raise ConfigError(
+                f"sparse_pred_ignore_index is {given}; it must be a whole number of 32 bits, such as -100"
+            )
         if self.classifier_pooling not in POOLINGS:
             given = shown(self.classifier_pooling)
             raise ConfigError(f"classifier_pooling is {given}; choose one of {', '.join(POOLINGS)}")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, listed, shown
 from modernbert.explain.page import encoded, filled
 from modernbert.models.masked_lm import ModernBertForMaskedLM
 from modernbert.models.sequence_classification import ModernBertForSequenceClassification
@@ -148,15 +148,17 @@ def _target(model: Any, tokenizer: Tokenizer, target: str | None, scores: Tensor
             best = int(scores.argmax())
             return best, labels[best]
         if target not in labels.values():
-            raise InputError(f"target is {target!r}; the model's labels are {', '.join(labels.values())}")
+            raise InputError(f"target is {shown(target)}; the model's labels are {listed(labels.values(), 20)}")
         return next(i for i, label in labels.items() if label == target), target
     if target is None:
         best = int(scores.argmax())
     else:
-        ids = tokenizer(f" {target.strip()}", add_special_tokens=False).input_ids
+        spellings = (f" {target.strip()}", target.strip())  # words within a text are spelled with the space before
+        tokens = [tokenizer(spelled, add_special_tokens=False).input_ids for spelled in spellings]
+        ids = next((ids for ids in tokens if len(ids) == 1), tokens[0])
         if len(ids) != 1:
             raise InputError(
-                f"target is {target!r}, which is {len(ids)} tokens of this vocabulary; give one of one token"
+                f"target is {shown(target)}, which is {len(ids)} tokens of this vocabulary; give one of one token"
             )
         best = ids[0]
     return best, tokenizer.decode([best])

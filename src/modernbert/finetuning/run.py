@@ -136,8 +136,9 @@ def finetune(
         size = sum(p.numel() for p in loaded.parameters()) / 1e6
         tokens = sum(example.tokens for example in examples)
         say(
-            f"{len(examples)} examples, {tokens:,} tokens; {len(worker.held_out)} to evaluate on; "
-            f"{size:.2f} M weights; products in {products(settings.precision, where.device)}"
+            f"{len(examples)} example{'s' * (len(examples) != 1)}, {tokens:,} tokens; "
+            f"{len(worker.held_out)} to evaluate on; {size:.2f} M weights; "
+            f"products in {products(settings.precision, where.device)}"
         )
 
         if not examples:
@@ -231,7 +232,8 @@ def read_rows(
     if evaluation is None or (isinstance(evaluation, list) and not evaluation):
         rows, held = hold_out(rows, options.held_out, options.group_by, task.group_field)
         if held:
-            say(f"{len(held)} of the {len(rows) + len(held)} rows are held out to evaluate on")
+            verb = "is" if len(held) == 1 else "are"
+            say(f"{len(held)} of the {len(rows) + len(held)} rows {verb} held out to evaluate on")
         return rows, held, True
     held, _ = rows_of(read_tables(evaluation, header), task.fields, named)
     return rows, held, False

@@ -10,7 +10,6 @@ import abc
 import collections
 import dataclasses
 import itertools
-import logging
 import math
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,11 +23,9 @@ from modernbert.encoding import TRUNCATIONS, UNLIMITED
 from modernbert.errors import InputError, shown
 from modernbert.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype
-from modernbert.pipelines.checks import check_count, check_iterable, check_text, short
+from modernbert.pipelines.checks import check_count, check_iterable, check_text, short, watched
 from modernbert.pipelines.progress import progress_bar
 from modernbert.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 _LOADING = ("attn_implementation", "device_map", "quantization_config")
 _PLACES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
@@ -170,7 +167,7 @@ class Pipeline(abc.ABC):
             if not inputs:
                 raise InputError("inputs is an empty list; give at least one")
             return self.gather(list(self.stream(inputs, **settings)))
-        return self.stream(_watched(check_iterable("inputs", inputs)), **settings)
+        return self.stream(watched(check_iterable("inputs", inputs)), **settings)
 
     def is_one(self, inputs: Any, options: dict[str, Any]) -> bool:
         """Whether this is one input, not several."""
@@ -190,8 +187,9 @@ class Pipeline(abc.ABC):
         if on_error not in ("raise", "return"):
             raise InputError(f"on_error is {shown(on_error)}; choose raise or return")
         settings = self.settle({**self.defaults, **self._checked(options)})
+        inputs = inputs if isinstance(inputs, list | tuple) else check_iterable("inputs", inputs)
         answers = self._stream(inputs, settings, on_error == "return", itertools.count(first))
-        total = len(inputs) if isinstance(inputs, Sequence) else None
+        total = len(inputs) if isinstance(inputs, list | tuple) else None
         return progress_bar(answers, total, self.task) if progress else answers
 
     def _stream(
@@ -369,18 +367,6 @@ def _unpickled(cls: type[Pipeline], state: bytes, optimized: bool) -> Pipeline:
     if optimized:
         pipeline.model.optimize_for_inference()
     return pipeline
-
-
-def _watched(inputs: Iterable[Any]) -> Iterator[Any]:
-    """The inputs, with a warning where they seem to be lines of a file with their ends."""
-    lines = 0
-    for item in inputs:
-        lines = lines + 1 if lines >= 0 and isinstance(item, str) and item.endswith("\n") else -1
-        if lines == 2:
-            logger.warning(
-                "texts end with a line end, which is read as a part of them; line.rstrip('\\n') takes it off"
-            )
-        yield item
 
 
 def read(values: torch.Tensor, finish: Callable[[torch.Tensor], Sequence[Any]]) -> Results:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from modernbert.errors import InputError, printable, shown
+
+logger = logging.getLogger(__name__)
 
 
 def check_text(text: Any, what: str = "a text") -> str:
@@ -88,6 +91,18 @@ def check_iterable(name: str, values: Any) -> Iterable[Any]:
         raise InputError(
             f"{name} is {described(values)}; give a text, a list of texts or an iterable of them"
         ) from None
+
+
+def watched(inputs: Iterable[Any]) -> Iterator[Any]:
+    """The inputs, with a warning where they seem to be lines of a file with their ends."""
+    lines = 0
+    for item in inputs:
+        lines = lines + 1 if lines >= 0 and isinstance(item, str) and item.endswith("\n") else -1
+        if lines == 2:
+            logger.warning(
+                "texts end with a line end, which is read as a part of them; line.rstrip('\\n') takes it off"
+            )
+        yield item
 
 
 def _named(keys: Iterable[Any]) -> str:

@@ -57,7 +57,7 @@ class TextGenerationPipeline(Pipeline):
         ids = tokenizer("a").input_ids
         ends = model.config.eos_token_id
         if ids and ids[-1] in (ends if isinstance(ends, list) else [ends]):
-            logger.warning("this tokenizer ends a prompt with %s, which ends texts", tokenizer.decode([ids[-1]]))
+            logger.warning("this tokenizer ends a prompt with %s, which ends texts", shown(tokenizer.decode([ids[-1]])))
 
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """`GenerationOptions`, and the task's own options."""

@@ -192,6 +192,7 @@ def sure(value: T | InputError) -> T:
 def _read_parquet(path: Path, blank: bool) -> Records:
     with _opened_parquet(path) as file:
         batches = file.iter_batches(_ROWS_TOGETHER)
+        total, done = int(file.metadata.num_rows), 0
         while True:
             try:
                 batch = next(batches, None)
@@ -201,8 +202,11 @@ def _read_parquet(path: Path, blank: bool) -> Records:
                     f"{path} cannot be read as parquet: {printable(' '.join(str(error).split()))}"
                 ) from error
             if batch is None:
-                return
+                break
+            done += len(rows)
             yield from rows
+        if done != total:
+            raise InputError(f"{path} says that it has {total} rows and holds {done}; it is damaged")
 
 
 def _opened_parquet(path: Path) -> Any:

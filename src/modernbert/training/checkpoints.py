@@ -33,6 +33,12 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def go_on_from(output: Path) -> str:
+    """What an interrupted run can go on from, in words."""
+    found = checkpoints(output)
+    return f"{found[-1]} is saved: go on from it with resume=True" if found else "no checkpoint was made yet"
+
+
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint was made after."""
     return int(checkpoint.name.removeprefix("checkpoint-"))

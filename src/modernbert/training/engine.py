@@ -25,6 +25,7 @@ from modernbert.training.checkpoints import (
     best_before,
     checkpoints,
     discard,
+    go_on_from,
     last_checkpoint,
     optimizer_state,
     read_state,
@@ -139,7 +140,9 @@ class _Run:
         try:
             return self._run()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted after step {self.step} of {self.total}; {self._kept()}") from None
+            raise KeyboardInterrupt(
+                f"interrupted after step {self.step} of {self.total}; {go_on_from(self.output)}"
+            ) from None
         except RuntimeError as error:
             if not is_lost(error):
                 raise
@@ -288,20 +291,16 @@ class _Run:
         )
 
     def _lost(self, error: Exception) -> NoReturn:
-        """Another process is gone: keep what was done, and say what to do."""
         if self.is_main and self.frame is None and self.step > self.begun and self.is_whole:
             with contextlib.suppress(OSError):
                 self._save(alone=True)
         said = f"a process of the run was lost after step {self.step} ({' '.join(str(error).split())[:120]})"
-        raise InterruptedRunError(f"{said}; {self._kept()}") from error
-
-    def _kept(self) -> str:
-        found = checkpoints(self.output)
-        return f"{found[-1]} is saved: go on from it with resume=True" if found else "no checkpoint was made yet"
+        raise InterruptedRunError(f"{said}; {go_on_from(self.output)}") from error
 
     def _end(self) -> NoReturn:
-        """The process was told to end, and what it did is saved: say so."""
-        raise InterruptedRunError(f"told to end (SIGTERM) after step {self.step} of {self.total}; {self._kept()}")
+        raise InterruptedRunError(
+            f"told to end (SIGTERM) after step {self.step} of {self.total}; {go_on_from(self.output)}"
+        )
 
     def _evaluate(self, at_the_end: bool = False) -> Evaluation | None:
         """Evaluate the model as it is; every process gets the figures."""
@@ -327,7 +326,8 @@ class _Run:
 
     def _stop_if_patience_ends(self) -> None:
         if self.options.patience is not None and self.since_best >= self.options.patience and self.step < self.total:
-            self.stopped = f"no better {self.objective.metric} in {self.since_best} evaluations"
+            times = f"{self.since_best} evaluation{'s' * (self.since_best > 1)}"
+            self.stopped = f"no better {self.objective.metric} in {times}"
 
     def _record(self, progress: Progress, trackers: bool) -> None:
         values = dataclasses.asdict(progress)

@@ -110,7 +110,10 @@ class Task(abc.ABC):
     def note_cut(self, cut: int, texts: int) -> None:
         """Tell that texts were cut."""
         if cut:
-            self.notes.append(f"{cut} of {texts} texts are longer than {self.max_length} tokens and were cut")
+            verbs = ("is", "was") if cut == 1 else ("are", "were")
+            self.notes.append(
+                f"{cut} of {texts} texts {verbs[0]} longer than {self.max_length} tokens and {verbs[1]} cut"
+            )
 
     # Training
 

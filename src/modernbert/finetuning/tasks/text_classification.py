@@ -142,7 +142,7 @@ class TextClassification(Task):
             assert self.names is not None
             counted = [row for row in rows if not self.names.leaves_out(self._value(row))]
             if len(counted) < len(rows):
-                self.notes.append(f"{len(rows) - len(counted)} of {len(rows)} rows have the label -100: not counted")
+                self.notes.append(f"not counted, as the label is -100: {len(rows) - len(counted)} of {len(rows)} rows")
             rows = counted
         texts = [text_of(row, "text") for row in rows]
         paired = [bool(row.values.get("text_pair")) for row in rows]

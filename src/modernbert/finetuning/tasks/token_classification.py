@@ -90,7 +90,7 @@ class TokenClassification(Task):
         if left_out:
             counted = [any(tag != IGNORED for tag in tags) for tags in numbers]
             rows, numbers = list(compress(rows, counted)), list(compress(numbers, counted))
-            self.notes.append(f"{left_out} tags are -100: not counted")
+            self.notes.append(f"not counted, as the tag is -100: {left_out} words")
         encoded = self.tokenizer(
             [row.values["tokens"] for row in rows],
             is_split_into_words=True,
