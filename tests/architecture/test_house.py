@@ -74,13 +74,6 @@ def test_the_library_never_imports_transformers(path):
     assert not any(name.split(".")[0] == "transformers" for name in imported(path))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_no_file_is_over_400_lines_without_a_reason_at_its_top(path):
-    text = path.read_text()
-    if len(text.splitlines()) > 400:
-        assert "Longer than 400 lines because" in ast.get_docstring(ast.parse(text)), path
-
-
 def test_only_hub_talks_to_the_hub():
     users = {room(p) for p in FILES if any(n.split(".")[0] == "huggingface_hub" for n in imported(p))}
     assert users == {"hub"}

@@ -3,8 +3,6 @@
 The older generation says `global_attn_every_n_layers`, `global_rope_theta` and `local_rope_theta`; the newer
 one says `layer_types` and `rope_parameters`. A configuration accepts either, holds both, and saves both, so
 that every release of transformers that knows the architecture reads what is saved here.
-
-Longer than 400 lines because it names and documents every field that either generation knows.
 """
 
 from __future__ import annotations
