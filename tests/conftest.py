@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, no network, small models and the real data where it is there."""
+"""Shared by all tests: no network, small models and the real data where it is there."""
 
 import dataclasses
 import logging
@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin take hours on cores that others use too
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core; tests of threads choose their own number
 if not (list(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run without a card
 

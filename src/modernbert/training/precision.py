@@ -7,6 +7,8 @@ import logging
 from typing import Any
 
 import torch
+
+from modernbert.ops.linear import multiplies_bfloat16
 from torch import nn
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,7 @@ def products(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = torch.cpu._is_avx512_bf16_supported()
+        native = multiplies_bfloat16()
     return "bfloat16" if native else "float32"
 
 
