@@ -209,7 +209,7 @@ def test_weights_of_16_bits_are_converted_with_one_warning(caplog):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_what_the_processor_multiplies_and_the_rest_is_what_was_asked_for(native, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr("modernbert.training.precision.multiplies_bfloat16", lambda: native)
     cpu = torch.device("cpu")
     assert products("auto", cpu) == ("bfloat16" if native else "float32")
     assert (products("float32", cpu), products("bfloat16", cpu)) == ("float32", "bfloat16")

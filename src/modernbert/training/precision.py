@@ -7,9 +7,9 @@ import logging
 from typing import Any
 
 import torch
+from torch import nn
 
 from modernbert.ops.linear import multiplies_bfloat16
-from torch import nn
 
 logger = logging.getLogger(__name__)
 
