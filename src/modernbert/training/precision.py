@@ -24,10 +24,8 @@ def products(precision: str, device: torch.device) -> str:
     """What products are computed in: "bfloat16" or "float32", as is asked for or as "auto" finds for the device."""
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = multiplies_bfloat16()
+    on_card = device.type == "cuda"
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if on_card else multiplies_bfloat16()
     return "bfloat16" if native else "float32"
 
 
