@@ -66,16 +66,18 @@ def test_a_measurement(implementation):
 
 def test_the_picture_is_a_picture():
     rows = [
-        Result("1x16 <", 16, 0.1, 1e9, 0.05, {"qkv": 0.06, "rest": 0.04}, "x"),
-        Result("b", 1, 1.0, 1.0, 2.0, {}, "x"),
+        Result("1x16", 16, 0.1, 1e9, 0.05, {"qkv": 0.06, "rest": 0.04}, "x"),
+        Result("var2", 1, 1.0, 1.0, 2.0, {}, "x"),
     ]
     root = ET.fromstring(draw("A title & more", {"float32": MACHINE}, {"float32": rows}))
     said = " ".join(element.text or "" for element in root.iter())
     assert "A title & more" in said
-    assert "1x16 <" in said
+    assert "Longer bars are better" in said
+    assert "queries, keys and values" in said
+    assert "1 text of 16 tokens" in said
     assert "50% of the limit, 160 tokens/s" in said
     widths = [float(e.get("width")) for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("width") != "100%"]
-    assert max(widths) <= 420
+    assert max(widths) <= 400
 
 
 @pytest.mark.slow
@@ -95,7 +97,9 @@ def test_the_command(tmp_path, capsys):
     ET.parse(picture)
     with pytest.raises(SystemExit):
         main([*arguments, "--dtype", "bfloat16"])
-    assert "of limit" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 text of 16 tokens" in said
+    assert "More tokens/s is better" in said
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -109,6 +111,26 @@ def test_script_cannot_be_ended_by_a_text(masked_lm, tokenizer):
     page = draw_attribution(attribute(masked_lm, tokenizer, text, steps=1))
     assert page.count("</script>") == 1
     assert "".join(data_of(page)["tokens"][1:-1]) == text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs a browser")
+def test_a_browser_shows_labels_on_the_large_map_and_words_in_reading_order(masked_lm, tokenizer, tmp_path):
+    text = "Once upon a time a lighthouse [MASK] there."
+
+    def opened(page):
+        (tmp_path / "page.html").write_text(page, encoding="utf-8")
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        place = [f"--user-data-dir={tmp_path / 'browser'}", "--dump-dom", (tmp_path / "page.html").as_uri()]
+        return subprocess.run([*command, *place], capture_output=True, text=True, timeout=60, check=True).stdout
+
+    found = attention_of(masked_lm, tokenizer, text)
+    shown = opened(draw_attention(found))
+    for start, end in (('<div id="columns"', '<div id="rows"'), ('<div id="rows"', '<canvas id="map"')):
+        labels = re.findall("<div[^>]*>([^<]+)</div>", shown.split(start)[1].split(end)[0])
+        assert labels == [token.strip() for token in found.tokens]
+    shown = opened(draw_attribution(attribute(masked_lm, tokenizer, text, steps=1)))
+    words = re.findall("<tr><td>([^<]*)</td>", shown.split('id="rows"')[1])
+    assert words == ["Once", "upon", "a", "time", "a", "lighthouse", "there", "."]
 
 
 @pytest.mark.parametrize(

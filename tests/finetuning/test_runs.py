@@ -81,7 +81,7 @@ def test_a_learnable_task_is_learnt_and_labels_are_saved(base, tmp_path, moods):
     assert run.model.config.id2label == {0: "calm", 1: "happy", 2: "sad"}
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<svg") >= 5
-    assert "Confusion" in page
+    assert "Which classes are confused" in page
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
     )

@@ -1,6 +1,6 @@
 """What this machine can do, and how near to it a model comes."""
 
-from modernbert.bench.measure import Limits, Result, lengths_of, limits, measure, useful_flops
+from modernbert.bench.measure import PARTS, Limits, Result, described, lengths_of, limits, measure, useful_flops
 from modernbert.bench.picture import draw
 
-__all__ = ["Limits", "Result", "draw", "lengths_of", "limits", "measure", "useful_flops"]
+__all__ = ["PARTS", "Limits", "Result", "described", "draw", "lengths_of", "limits", "measure", "useful_flops"]

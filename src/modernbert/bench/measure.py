@@ -21,6 +21,17 @@ from modernbert.models.fused import FusedLayers
 from modernbert.native.library import library
 from modernbert.ops.linear import Packed, pack_weight
 
+# What the parts of a pass are, in words, in the order of a layer.
+PARTS = {
+    "ends": "embedding and last norm",
+    "qkv": "queries, keys and values",
+    "local": "attention, local layers",
+    "global": "attention, global layers",
+    "out": "output of the attention",
+    "gate": "MLP, first product and gate",
+    "down": "MLP, second product",
+    "rest": "planning, and Python between",
+}
 _SHAPES = ((1024, 768, 2304), (2048, 1152, 768), (2048, 2048, 2048))  # rows, inputs, outputs
 
 
@@ -50,7 +61,8 @@ class Result:
         seconds: of the fastest pass.
         flops: useful floating-point operations of the batch.
         limit: seconds that the arithmetic alone takes, or reading the weights if that is longer.
-        parts: seconds of each kind of operation, in a pass of its own; empty where nothing was looked into.
+        parts: seconds of each kind of operation, a key of `PARTS`, in a pass of its own; empty where nothing was looked
+            into.
         backend: what attended, and what multiplied.
     """
 
@@ -78,6 +90,14 @@ def lengths_of(workload: str) -> list[int]:
     generator = torch.Generator().manual_seed(int(m[3] or 0))
     drawn = torch.randn(int(m[2]), generator=generator, dtype=torch.float64)
     return [int(n) for n in (mean + deviation * drawn).exp().clamp(low, high)]
+
+
+def described(workload: str) -> str:
+    """A batch in words, such as "8 texts of 128 tokens"."""
+    lengths = lengths_of(workload)
+    least, most = min(lengths), max(lengths)
+    span = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return f"{len(lengths):,} text{'s' if len(lengths) > 1 else ''} of {span} token{'s' if most > 1 else ''}"
 
 
 def useful_flops(config: Config, lengths: list[int]) -> float:

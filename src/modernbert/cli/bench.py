@@ -45,6 +45,16 @@ def bench(
         lengths_of(workload)
     if threads is not None:
         torch.set_num_threads(threads)
+    named = (
+        "a model of base size, random weights"
+        if model is None
+        else Path(model).resolve().name
+        if Path(model).exists()
+        else model
+    )
+    title = f"{named}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+    if not as_json:
+        typer.echo(title)
     machines: dict[str, Limits] = {}
     results: dict[str, list[Result]] = {}
     for name in dtypes:
@@ -53,14 +63,20 @@ def bench(
         results[name] = [measure(served, workload, machines[name], seconds) for workload in workloads]
         if not as_json:
             _show(name, machines[name], results[name])
-    if as_json:
+    if not as_json:
+        typer.echo(
+            "\nMore tokens/s is better. The limit, 100%, is the time that the batch's arithmetic takes at the machine's"
+        )
+        typer.echo(
+            "fastest, or reading the weights once where that takes longer. Texts are random; padding is never computed."
+        )
+    else:
         said = {
             name: {"limits": machines[name]._asdict(), "results": [dataclasses.asdict(r) for r in results[name]]}
             for name in dtypes
         }
         typer.echo(json.dumps({"threads": torch.get_num_threads(), **said}))
     if picture is not None:
-        title = f"{model or 'base size, random weights'}, {torch.get_num_threads()} threads"
         with replacing(picture) as temporary:
             temporary.write_text(draw(title, machines, results), encoding="utf-8")
 
@@ -82,27 +98,34 @@ def _show(dtype: str, machine: Limits, results: list[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from modernbert.bench import PARTS, described
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"\n[bold]{dtype}[/bold], {results[0].backend}")
     console.print(
-        f"\n[bold]{dtype}[/bold]: products {machine.flops / 1e9:,.0f} GFLOP/s ({machine.by}), "
-        f"copying {machine.copying / 1e9:.1f} GB/s, reading {machine.reading / 1e9:.1f} GB/s; {results[0].backend}"
+        f"This machine at most: {machine.flops / 1e9:,.0f} GFLOP/s in products (by {machine.by}), "
+        f"{machine.reading / 1e9:.1f} GB/s reading memory, {machine.copying / 1e9:.1f} GB/s copying it.\n"
     )
     table = Table(box=None, pad_edge=False)
     table.add_column("batch")
-    for name in ("tokens", "ms", "tokens/s", "GFLOP/s", "of limit"):
+    table.add_column("", no_wrap=True)
+    for name in ("tokens", "ms a batch", "tokens/s", "of the limit"):
         table.add_column(name, justify="right")
-    table.add_column("where the time goes")
     for r in results:
-        parts = sorted(r.parts.items(), key=lambda part: -part[1])
-        total = sum(r.parts.values())
-        said = " ".join(f"{name} {seconds / total:.0%}" for name, seconds in parts if seconds > 0.005 * total)
-        table.add_row(
-            r.workload,
+        figures = (
             f"{r.tokens:,}",
             f"{r.seconds * 1e3:,.1f}",
             f"{r.tokens / r.seconds:,.0f}",
-            f"{r.flops / r.seconds / 1e9:,.0f}",
             f"{r.limit / r.seconds:.0%}",
-            said,
         )
+        table.add_row(r.workload, described(r.workload), *figures)
     console.print(table)
+    if any(r.parts for r in results):
+        table = Table(box=None, pad_edge=False)
+        table.add_column("where the time goes", no_wrap=True)
+        for r in results:
+            table.add_column(r.workload, justify="right")
+        for name, said in PARTS.items():
+            table.add_row(said, *(f"{r.parts[name] / sum(r.parts.values()):.0%}" if r.parts else "" for r in results))
+        console.print()
+        console.print(table)

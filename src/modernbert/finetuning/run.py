@@ -106,7 +106,7 @@ def finetune(
     if not settings.output:
         raise InputError("output is not given; name a folder for the run")
     folder = Path(settings.output).resolve()
-    check_libraries("accelerate", "jinja2", "matplotlib", "seqeval", "sklearn")
+    check_libraries("accelerate", "jinja2", "seqeval", "sklearn")
     where = process(settings)
     if say is None:
         say = to_stderr if progress else logger.info
@@ -166,8 +166,14 @@ def finetune(
         if outcome.evaluation is not None:
             result.figures = outcome.evaluation.figures
         if where.is_main_process:
+            about = {
+                "model": settings.model or f"the small {Path(name).name} of this package",
+                "parameters": sum(p.numel() for p in outcome.model.parameters()),
+                "train_examples": len(examples),
+                "eval_examples": len(worker.held_out),
+            }
             with explained(folder):
-                _finish(result, worker, settings, time.perf_counter() - began)
+                _finish(result, worker, settings, time.perf_counter() - began, about)
         where.wait_for_everyone()
         return result
 
@@ -239,7 +245,7 @@ def _loaded(task: Task, name: str | Path, options: FinetuneOptions) -> Any:
     return task.load(name, options)
 
 
-def _finish(result: Finetuned, task: Task, options: FinetuneOptions, wall: float) -> None:
+def _finish(result: Finetuned, task: Task, options: FinetuneOptions, wall: float, about: Mapping[str, Any]) -> None:
     """Write the finished model and all that is told of it."""
     folder, outcome = result.output, result.outcome
     if has_adapters(result.model):
@@ -251,4 +257,4 @@ def _finish(result: Finetuned, task: Task, options: FinetuneOptions, wall: float
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
         write_text(folder / PREDICTIONS, "".join(lines))
     notes = list(dict.fromkeys(task.notes))
-    write_results(folder, result.task, task.metric, outcome, options, wall, notes)
+    write_results(folder, result.task, task.metric, outcome, options, wall, about, notes)

@@ -273,7 +273,7 @@ def pretrain(
     if not chosen.output:
         raise InputError("output is not given; name a folder for the run")
     folder = Path(chosen.output).resolve()
-    check_libraries("accelerate", "jinja2", "matplotlib")
+    check_libraries("accelerate", "jinja2")
     where = process(chosen)
     if not where.is_main_process:
         say = _silent
@@ -340,4 +340,11 @@ def _finish(result: Pretrained, run: Pretraining, options: PretrainOptions, wall
     if options.save_dtype != "float32":
         model = copy.deepcopy(model).to(getattr(torch, options.save_dtype))
     run.save(model, folder)
-    write_results(folder, _NAME, run.metric, outcome, options, wall)
+    texts = [sum(len(s) for shards in part.values() for s in shards) for part in (run.data.train, run.data.held_out)]
+    about = {
+        "model": options.model or f"a new {'encoder' if options.objective == 'mlm' else 'decoder'}",
+        "parameters": result.model.num_parameters(),
+        "train_examples": texts[0],
+        "eval_examples": texts[1],
+    }
+    write_results(folder, _NAME, run.metric, outcome, options, wall, about)

@@ -5,6 +5,7 @@ with; the wanted file appears when it is whole.
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import csv
 import itertools
@@ -263,15 +264,18 @@ def _write_parquet(path: Path, records: Again) -> None:
     import pyarrow as pa
 
     kinds: dict[str, set[Any]] = {}
-    for record in records():
+    filled: collections.Counter[str] = collections.Counter()
+    rows = 0
+    for rows, record in enumerate(records(), start=1):  # noqa: B007 (their number is read below)
         for name, value in flattened(record).items():
             vector = isinstance(value, np.ndarray) and value.ndim == 1
             kinds.setdefault(name, set()).add(("vector", len(value)) if vector else type(value))
-    types = {name: _arrow_type(pa, found - {type(None)}) for name, found in kinds.items()}
+            filled[name] += value is not None
+    types = {name: _arrow_type(pa, found - {type(None)}, filled[name] == rows) for name, found in kinds.items()}
     schema = pa.schema(list(types.items()))
     with parquet().ParquetWriter(path, schema) as writer:
-        rows = (flattened(record) for record in records())
-        while some := list(itertools.islice(rows, _ROWS_TOGETHER)):
+        flat = (flattened(record) for record in records())
+        while some := list(itertools.islice(flat, _ROWS_TOGETHER)):
             columns = [
                 pa.array([_arrow_value(row.get(name), kind == pa.string()) for row in some], kind)
                 for name, kind in types.items()
@@ -279,10 +283,12 @@ def _write_parquet(path: Path, records: Again) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _arrow_type(pa: Any, found: set[Any]) -> Any:
+def _arrow_type(pa: Any, found: set[Any], is_full: bool) -> Any:
     """The narrowest type that holds all values; text in JSON where nothing else does."""
     if len(found) == 1 and isinstance(one := next(iter(found)), tuple):
-        return pa.list_(pa.float32(), one[1])
+        # Before 26, pyarrow writes no row without a vector among vectors of a fixed length.
+        is_fixed = is_full or int(pa.__version__.split(".")[0]) >= 26
+        return pa.list_(pa.float32(), one[1] if is_fixed else -1)
     if found == {bool}:
         return pa.bool_()
     if found == {int}:

@@ -1,17 +1,21 @@
-"""A run's report: one HTML page that needs nothing else, with curves, figures, errors and the configuration."""
+"""A run's report: one HTML page that needs nothing else, with what was trained, curves, metrics, errors and options."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
+import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from modernbert import __version__
 from modernbert.files import write_text
+from modernbert.training.chart import Line, centred_mean, draw_lines
 from modernbert.training.contract import Evaluation, Outcome
 from modernbert.training.folder import METRICS, RESULTS
 from modernbert.training.options import TrainingOptions
@@ -19,6 +23,33 @@ from modernbert.training.progress import duration
 
 _CONFUSIONS = 25  # pairs of classes that are listed
 _MATRIX = 20  # classes that a whole matrix has room for
+# What metrics are, in words, for those who did not choose them.
+_MEANINGS = {
+    "accuracy": "share that is right",
+    "f1_macro": "F1 of each class, their mean",
+    "f1_micro": "F1 of all labels together",
+    "matthews": "correlation with the labels; 1 is perfect",
+    "exact": "rows with every label right",
+    "average_precision": "precision over all thresholds, mean of the labels",
+    "pearson": "correlation with the values; 1 is perfect",
+    "spearman": "correlation of the ranks; 1 is perfect",
+    "mse": "mean squared error; lower is better",
+    "mae": "mean absolute error; lower is better",
+    "f1": "harmonic mean of precision and recall",
+    "precision": "share of what was found that is right",
+    "recall": "share of what is right that was found",
+    "exact_match": "% of answers that match word for word",
+    "recall_at_1": "queries whose right document comes first",
+    "recall_at_10": "queries whose right document is among the first 10",
+    "mrr": "mean of 1 / rank of the right document",
+    "documents": "to search among",
+    "chance": "accuracy of guessing",
+    "chance_mrr": "mrr of a random order",
+    "loss": "cross-entropy a token; lower is better",
+    "perplexity": "exp(loss); lower is better",
+    "bits_per_byte": "bits to tell a byte of text; lower is better",
+    "top5": "right token among the first 5",
+}
 
 
 def write_results(
@@ -28,6 +59,7 @@ def write_results(
     outcome: Outcome,
     options: TrainingOptions,
     seconds: float,
+    about: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> None:
     """Write `results.json` and `report.html` of a finished run.
@@ -35,16 +67,25 @@ def write_results(
     Args:
         folder: of the run, with its `metrics.jsonl`.
         task: its name.
-        metric: the figure that checkpoints were compared by.
+        metric: the metric that checkpoints were compared by.
         outcome: what `fit` returned.
         options: the run's.
         seconds: that it took in all.
+        about: what was trained and on what: `model`, its name; `parameters`; `train_examples`, `eval_examples`.
         notes: lines about the data.
     """
+    evaluation = outcome.evaluation
     results = {
         "task": task,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "modernbert": __version__,
+        "torch": torch.__version__,
+        "device": str(next(outcome.model.parameters()).device),
+        "threads": torch.get_num_threads(),
+        **about,
         "metric": metric,
-        "figures": {} if outcome.evaluation is None else outcome.evaluation.figures,
+        "figures": {} if evaluation is None else evaluation.figures,
+        "chance": {} if evaluation is None else chance_of(evaluation),
         "steps": outcome.steps,
         "best_step": outcome.best_step,
         "stopped": outcome.stopped,
@@ -55,11 +96,26 @@ def write_results(
         "notes": list(notes),
     }
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-    write_report(folder, task, results, dataclasses.asdict(options), outcome.evaluation)
+    write_report(folder, task, results, options, evaluation)
+
+
+def chance_of(evaluation: Evaluation) -> dict[str, float]:
+    """What needs no model: metrics of answering the most frequent class, of guessing, or of a random order."""
+    figures, found = evaluation.figures, {}
+    total = sum(map(sum, evaluation.confusion))
+    if "accuracy" in figures and total:
+        found["accuracy"] = max(map(sum, evaluation.confusion)) / total
+    for name, of in (("chance", "accuracy"), ("chance_mrr", "mrr")):
+        if name in figures:
+            found[of] = figures[name]
+    if number := round(figures.get("documents", 0)):
+        found |= {"recall_at_1": 1 / number, "recall_at_10": min(1.0, 10 / number)}
+        found["mrr"] = sum(1 / rank for rank in range(1, number + 1)) / number
+    return found | {name: 0.0 for name in ("matthews", "pearson", "spearman") if name in figures}
 
 
 def write_report(
-    folder: Path, task: str, results: dict[str, Any], options: dict[str, Any], evaluation: Evaluation | None
+    folder: Path, task: str, results: dict[str, Any], options: TrainingOptions, evaluation: Evaluation | None
 ) -> Path:
     """Write `report.html` of a run.
 
@@ -74,16 +130,23 @@ def write_report(
 
     template = (files("modernbert.training") / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = _number
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     history = [json.loads(line) for line in lines]
+    evaluations = [row for row in history if any(name.startswith("eval_") for name in row)]
+    first = evaluations[0] if evaluations else {}
+    chosen, left = _options(options)
     page = environment.from_string(template).render(
         title=f"{task}: {folder.name}",
         results=results,
+        about=_about(results, history, options),
+        meaning=_meaning,
         parts=_by_part(results["figures"]),
-        duration=duration,
-        curves=[figure for figure in _curves(history) if figure],
-        evaluations=[row for row in history if any(name.startswith("eval_") for name in row)],
-        options=options,
+        charts=_charts(history),
+        evaluations=evaluations,
+        evaluated=[name for name in first if name.startswith("eval_") and "/" not in name],
+        chosen=chosen,
+        left=left,
         errors=[] if evaluation is None else evaluation.errors,
         **_confusion(evaluation),
     )
@@ -92,8 +155,66 @@ def write_report(
     return path
 
 
+def _about(results: dict[str, Any], history: list[dict[str, Any]], options: TrainingOptions) -> dict[str, str]:
+    """The lines of the header: what was trained, on what, for how long, and when."""
+    lines: dict[str, str] = {}
+    if "model" in results:
+        lines["Model"] = f"{results['model']}, {results['parameters'] / 1e6:.2f} M parameters"
+    if "train_examples" in results:
+        sources = getattr(options, "train", None) or getattr(options, "data", None) or []
+        named = f" ({', '.join(Path(source).name for source in sources)})" if sources else ""
+        held = results["eval_examples"]
+        lines["Data"] = f"{results['train_examples']:,} examples to train on{named}, " + (
+            f"{held:,} others to evaluate on" if held else "none to evaluate on"
+        )
+    speed = results["tokens_per_second"]
+    lines["Training"] = (
+        f"{_counted(results['steps'], 'step')}"
+        + (f", {_counted(round(history[-1]['epoch'], 2), 'epoch')}" if history else "")
+        + f", {results['tokens']:,} tokens in {duration(results['train_seconds'])}"
+        + (f", {speed:,.0f} tokens a second" if speed else "")
+        + (f"; stopped early: {results['stopped']}" if results["stopped"] else "")
+    )
+    if results["best_step"]:
+        lines["Weights kept"] = f"those of step {results['best_step']}, which had the best evaluation"
+    threads = f", {_counted(results['threads'], 'thread')}" if results["device"] == "cpu" else ""
+    when = results["finished"].replace("T", " ").removesuffix("+00:00")
+    versions = f"modernbert {results['modernbert']}, PyTorch {results['torch']}"
+    lines["Finished"] = f"{when} UTC, on {results['device']}{threads}, {versions}"
+    return lines
+
+
+def _counted(number: float, what: str) -> str:
+    return f"{number:,g} {what}" + ("" if number == 1 else "s")
+
+
+def _number(value: float) -> str:
+    """As many digits as tell it from its neighbours."""
+    if value == int(value) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 10 else f"{value:.4g}"
+
+
+def _meaning(name: str) -> str:
+    """What a metric is; those of vectors that were cut say so."""
+    cut = None if name in _MEANINGS else re.fullmatch(r"(.+)_(\d+)", name)
+    return f"{_MEANINGS.get(cut[1], '')}; first {cut[2]} dimensions" if cut else _MEANINGS.get(name, "")
+
+
+def _options(options: TrainingOptions) -> tuple[dict[str, str], dict[str, str]]:
+    """Options that were chosen, and those that were left at their defaults."""
+    chosen: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        said = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        (left if value == default else chosen)[field.name] = "not set" if value is None or not said else said
+    return chosen, left
+
+
 def _by_part(figures: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Figures of parts of the data, "metric/part", by part."""
+    """Metrics of parts of the data, "metric/part", by part."""
     parts: dict[str, dict[str, float]] = {}
     for name, value in figures.items():
         metric, found, part = name.partition("/")
@@ -102,69 +223,60 @@ def _by_part(figures: dict[str, float]) -> dict[str, dict[str, float]]:
     return parts
 
 
-def _curves(history: list[dict[str, Any]]) -> list[str]:
-    """SVG pictures of loss, learning rate, speed, and the evaluations' figures."""
+@dataclasses.dataclass(frozen=True)
+class _Chart:
+    title: str
+    lines: list[Line]
+    svg: str
+
+
+def _charts(history: list[dict[str, Any]]) -> list[_Chart]:
+    """Loss, learning rate, speed, and the evaluations' metrics over the steps."""
     if not history:
         return []
-    steps = [row["step"] for row in history]
-    judged = [row for row in history if any(name.startswith("eval_") for name in row)]
-    losses = _column(history, "loss")
-    pictures = [
-        _picture("training loss", steps, {"each step": losses, "mean": _smooth(losses)}),
-        _picture("learning rate", steps, {"": _column(history, "lr")}),
-        _picture("norm of the gradients", steps, {"": _column(history, "grad_norm")}),
-        _picture("real tokens a second", steps, {"": _column(history, "tokens_per_second")}),
+    steps = [float(row["step"]) for row in history]
+    width = max(1, len(history) // 20) | 1
+    ended, done = [0.0, *_column(history, "seconds")], [0.0, *_column(history, "tokens")]
+    speeds = [(done[i + 1] - done[i]) / max(ended[i + 1] - ended[i], 1e-9) for i in range(len(history))]
+    charts = [
+        _chart("Training loss", steps, _with_mean(_column(history, "loss"), width)),
+        _chart("Training speed, tokens a second", steps, _with_mean(speeds, width)),
+        _chart("Norm of the gradients", steps, _with_mean(_column(history, "grad_norm"), width)),
+        _chart("Learning rate", steps, [Line("", _column(history, "lr"))]),
     ]
+    judged = [row for row in history if any(name.startswith("eval_") for name in row)]
     names = [name for name in (judged[0] if judged else {}) if name.startswith("eval_")]
     whole = [name for name in names if "/" not in name]
     shares = [name for name in whole if all(0 <= row.get(name, 2) <= 1 for row in judged)]
-    groups = [("evaluation", shares)]
+    groups = [("Held out", shares)]
     for name in whole:  # with what it is of each part of the data
         parts = [part for part in names if part.startswith(f"{name}/")]
         if parts or name not in shares:
-            groups.append((name.removeprefix("eval_"), [name, *parts]))
+            groups.append((f"Held out: {name.removeprefix('eval_')}", [name, *parts]))
+    evaluated = [float(row["step"]) for row in judged]
     for title, group in groups:
         if group and len(judged) > 1:
-            lines = {name.removeprefix("eval_").rpartition("/")[2]: _column(judged, name) for name in group}
-            pictures.append(_picture(title, [row["step"] for row in judged], lines, marker="o"))
-    return pictures
+            lines = [
+                Line(name.removeprefix("eval_").rpartition("/")[2], _column(judged, name), f"line{i % 8}", True)
+                for i, name in enumerate(group)
+            ]
+            charts.append(_chart(title, evaluated, lines))
+    return [chart for chart in charts if chart.svg]
+
+
+def _chart(title: str, steps: list[float], lines: list[Line]) -> _Chart:
+    return _Chart(title, lines, draw_lines(steps, lines, "step"))
+
+
+def _with_mean(values: list[float], width: int) -> list[Line]:
+    """What each step gave, and where that goes, without a lag: the mean of the steps before and after."""
+    if width == 1:
+        return [Line("", values)]
+    return [Line("each step", values, "faint"), Line(f"mean of {width} steps", centred_mean(values, width))]
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [float(row.get(name, "nan")) for row in rows]
-
-
-def _smooth(values: list[float]) -> list[float]:
-    """A running mean that forgets over a twentieth of the run."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
-    out, mean = [], values[0]
-    for value in values:
-        mean = keep * mean + (1 - keep) * value
-        out.append(mean)
-    return out
-
-
-def _picture(title: str, steps: list[int], lines: dict[str, list[float]], marker: str = "") -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 2.6), layout="constrained")
-    axes = figure.add_subplot()
-    for i, (name, values) in enumerate(lines.items()):
-        faint = name == "each step"
-        axes.plot(
-            steps, values, label=name, linewidth=0.8 if faint else 1.6, alpha=0.35 if faint else 1.0, marker=marker,
-            markersize=3, color="#1d4ed8" if len(lines) == 1 or "each step" in lines else f"C{i}",
-        )  # fmt: skip
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel("step", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
-        axes.legend(fontsize=7, frameon=False)
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return re.sub(r"^.*?(?=<svg)", "", out.getvalue(), flags=re.DOTALL)
 
 
 def _confusion(evaluation: Evaluation | None) -> dict[str, Any]:
