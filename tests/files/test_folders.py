@@ -139,9 +139,11 @@ def test_a_cross_encoder_of_a_causal_model_is_named_as_what_it_is(made):
         pipeline("text-ranking", made / "causal-cross")
     with pytest.raises(CheckpointError, match="is a cross-encoder"):
         SentenceEncoder.from_pretrained(made / "causal-cross")
-    with pytest.raises(InputError, match=r"sentence-embedding needs an encoder; .* (is|holds) a decoder"):
+    with pytest.raises(InputError, match=r"sentence-embedding needs .* a decoder"):
         pipeline("sentence-embedding", made / "causal-cross")
-    with pytest.raises(InputError, match=r"text-ranking needs an encoder; .* (is|holds) a decoder"):
+    with pytest.raises(
+        InputError, match=r"text-ranking needs a classifier with one label, .* or an encoder, .*; .* is a decoder"
+    ):
         pipeline("text-ranking", made / "causal")
     with pytest.raises(CheckpointError, match=r"is a decoder \(modernbert-decoder\); vectors of texts are made by enc"):
         SentenceEncoder.from_pretrained(made / "causal")

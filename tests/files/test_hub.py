@@ -22,9 +22,16 @@ def files(small_model, tmp_path):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def set_offline(monkeypatch, is_offline):
+    from huggingface_hub import constants, utils
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    getattr(utils, "reset_sessions", lambda: None)()  # huggingface_hub below 1 asks when a session begins
+
+
 @pytest.fixture
 def hub(files, tmp_path, monkeypatch):
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     hub = Hub()
     hub.repositories = {
@@ -38,10 +45,10 @@ def hub(files, tmp_path, monkeypatch):
     hub.private, hub.gated = {"owner/private"}, {"owner/gated"}
     with hub.serving() as endpoint:
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for module in (constants, file_download):  # huggingface_hub below 1 copies it at import
+            template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        set_offline(monkeypatch, False)
         hub.cache = tmp_path / "cache"
         yield hub
 
@@ -52,7 +59,6 @@ def same(model, other):
 
 
 def test_download_then_offline(hub, small_model, monkeypatch):
-    from huggingface_hub import constants
 
     model = AutoModelForMaskedLM.from_pretrained("owner/name", cache_dir=hub.cache)
     assert isinstance(model, ModernBertForMaskedLM)
@@ -63,7 +69,7 @@ def test_download_then_offline(hub, small_model, monkeypatch):
     again = AutoModelForMaskedLM.from_pretrained("owner/name", cache_dir=hub.cache, local_files_only=True)
     assert same(again, small_model)
     assert len(hub.requests) == asked
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    set_offline(monkeypatch, True)
     assert same(AutoModelForMaskedLM.from_pretrained("owner/name", cache_dir=hub.cache), small_model)
     assert len(hub.requests) == asked
 

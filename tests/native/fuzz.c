@@ -1,5 +1,8 @@
 /* Random operations on every set of kernels that runs here, against the definition in double precision. Memory is just
- * as large as the operation may touch, so that a sanitizer sees every number read or written beside it. */
+ * as large as the operation may touch, so that a sanitizer sees every number read or written beside it.
+ *
+ * Each result may stray by what its arithmetic can lose at most: a sum by a share of its terms' sizes, not of itself,
+ * for large terms may cancel. So there is no false alarm, however many rounds are run. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +15,9 @@ extern int64_t modernbert_packed_bytes(const Kernels *, const Weight *);
 extern void modernbert_pack(const Kernels *, const Weight *);
 extern void modernbert_unpack(const Kernels *, const Weight *);
 extern int modernbert_run(const Kernels *, const Operation *, int64_t, int64_t);
+
+#define SINGLE 6e-8 /* of a number is lost at most where it is rounded to float32, */
+#define HALF 4e-3   /* and to bfloat16 */
 
 static uint64_t state = 1;
 static int64_t below(int64_t n) {
@@ -56,21 +62,36 @@ static Rows copy_of(const Rows *x, int64_t rows, int64_t width) {
 }
 
 static int wrong = 0;
-static void expect(const char *what, double got, double wanted, double limit) {
-  if (fabs(got - wanted) <= limit * (1 + fabs(wanted))) return;
-  if (wrong++ < 10) printf("%s: %g where %g is right\n", what, got, wanted);
+/* `lost` is what `wanted` may stray by before it is rounded to the dtype that it is stored in. */
+static void expect(const char *what, double got, double wanted, double lost, int64_t dtype) {
+  double limit = lost + (fabs(wanted) + lost) * (dtype == BF16 ? HALF : SINGLE) + 1e-7;
+  if (fabs(got - wanted) <= limit) return;
+  if (wrong++ < 10) printf("%s: %g where %g is right, within %g\n", what, got, wanted, limit);
 }
 
 static void run(const Kernels *k, Operation *op) {
   if (modernbert_run(k, op, 1, 1 + below(3))) printf("no memory\n"), exit(2);
 }
 
-static double normed(const Norm *norm, const Rows *x, int64_t row, int64_t width, int64_t at) {
+/* A row, normed if it is to be; what each of its numbers may have lost. */
+static double normed(const Norm *norm, const Rows *x, int64_t row, int64_t width, double *out) {
   double mean = 0, square = 0;
-  if (!norm->weight) return get(x, row, at);
-  for (int64_t i = 0; i < width; i++) mean += get(x, row, i) / (double)width;
-  for (int64_t i = 0; i < width; i++) square += pow(get(x, row, i) - mean, 2) / (double)width;
-  return (get(x, row, at) - mean) / sqrt(square + norm->epsilon) * norm->weight[at] + (norm->bias ? norm->bias[at] : 0);
+  for (int64_t i = 0; i < width; i++) mean += (out[i] = get(x, row, i)) / (double)width;
+  if (!norm->weight) return 0;
+  for (int64_t i = 0; i < width; i++) square += pow(out[i] - mean, 2) / (double)width;
+  double share = 1 / sqrt(square + norm->epsilon);
+  for (int64_t i = 0; i < width; i++) out[i] = (out[i] - mean) * share * norm->weight[i] + (norm->bias ? norm->bias[i] : 0);
+  /* The mean of numbers up to 1, and so each difference to it; and the sum of their squares. */
+  return (double)(width + 4) * SINGLE * share * 2 + 1e-6;
+}
+
+/* An activated sum u and what it and its partner v may have lost, to the product of both and what this may have lost. */
+static double gated_by(int64_t activation, double u, double v, double *lost_u, double lost_v) {
+  double tanh_gelu = u / 2 * (1 + tanh(0.7978845608 * (u + 0.044715 * u * u * u)));
+  double all[] = {u / 2 * (1 + erf(u / sqrt(2))), tanh_gelu, u > 0 ? u : 0, u / (1 + exp(-u))};
+  double active = all[activation], lost = *lost_u * 1.2 + 4e-6 * (1 + fabs(u)); /* no slope is above 1.2 */
+  *lost_u = lost * fabs(v) + fabs(active) * lost_v + lost * lost_v;
+  return active * v;
 }
 
 static void fuzz_product(const Kernels *k) {
@@ -95,32 +116,29 @@ static void fuzz_product(const Kernels *k) {
   p->out = rows_of(rows, width, below(3), below(2));
   Rows before = copy_of(&p->out, rows, width);
   run(k, &op);
-  int rounded = dtype == BF16 && k->multiplies;
-  double limit = p->out.dtype == BF16 || rounded ? 0.04 : 2e-5;
-  if (rounded) limit *= sqrt((double)inputs) / 4 + 1;
-  double *sums = malloc((size_t)outputs * 8), *x = malloc((size_t)inputs * 8);
+  double rounding = (double)(inputs + 8) * SINGLE + (dtype == BF16 && k->multiplies ? HALF : 0);
+  double *sums = malloc((size_t)outputs * 8), *lost = malloc((size_t)outputs * 8), *x = malloc((size_t)inputs * 8);
   for (int64_t r = 0; r < rows; r++) {
-    for (int64_t i = 0; i < inputs; i++) x[i] = normed(&p->norm, &p->x, r, inputs, i);
+    double of_x = normed(&p->norm, &p->x, r, inputs, x);
     for (int64_t o = 0; o < outputs; o++) {
-      sums[o] = p->weight.bias ? p->weight.bias[o] : 0;
-      for (int64_t i = 0; i < inputs; i++) sums[o] += x[i] * get(&plain, o, i);
+      sums[o] = p->weight.bias ? p->weight.bias[o] : 0, lost[o] = fabs(sums[o]) * rounding;
+      for (int64_t i = 0; i < inputs; i++) {
+        double weight = get(&plain, o, i);
+        sums[o] += x[i] * weight, lost[o] += fabs(weight) * (fabs(x[i]) * rounding + of_x);
+      }
     }
     for (int64_t o = 0; o < width; o++) {
-      double u = sums[o], wanted = u + (p->epilogue == ADD ? get(&before, r, o) : 0);
-      if (gated) {
-        double tanh_gelu = u / 2 * (1 + tanh(0.7978845608 * (u + 0.044715 * u * u * u)));
-        double exact = u / 2 * (1 + erf(u / sqrt(2)));
-        double all[] = {exact, tanh_gelu, u > 0 ? u : 0, u / (1 + exp(-u))};
-        wanted = all[p->activation] * sums[width + o];
-      }
-      expect("product", get(&p->out, r, o), wanted, limit * (gated ? 4 : 1));
+      double added = p->epilogue == ADD ? get(&before, r, o) : 0, wanted = sums[o] + added;
+      if (gated) wanted = gated_by(p->activation, sums[o], sums[width + o], &lost[o], lost[width + o]);
+      expect("product", get(&p->out, r, o), wanted, lost[o] + fabs(added) * SINGLE, p->out.dtype);
     }
   }
+  free(lost);
   free(sums), free(x), free(plain.data), free((void *)p->weight.bias), free(p->weight.packed), free((void *)back.plain);
   free(p->x.data), free((void *)p->norm.weight), free((void *)p->norm.bias), free(p->out.data), free(before.data);
 }
 
-/* Weights of 8 and 4 bits. Rows that become bytes are compared with floats that stray from them by half a step. */
+/* Weights of 8 and 4 bits. Rows that become bytes stray from floats by half a step. */
 static void fuzz_integers(const Kernels *k) {
   int64_t halves = below(2), gated = below(3) == 0, inputs = 2 * (1 + below(45)), outputs = (1 + below(70)) * (gated ? 2 : 1);
   int64_t rows = below(4) ? below(40) : below(300), width = gated ? outputs / 2 : outputs, group = 4 * (1 + below(24));
@@ -155,42 +173,39 @@ static void fuzz_integers(const Kernels *k) {
   p->x = rows_of(rows, inputs, below(3), below(2));
   if (below(2)) p->norm = (Norm){floats(inputs), below(2) ? floats(inputs) : 0, 1e-5f};
   p->epilogue = gated ? GATE : below(2) ? ADD : WRITE;
-  p->activation = 2;
+  p->activation = below(4);
   p->out = rows_of(rows, width, below(3), F32);
   Rows before = copy_of(&p->out, rows, width);
   run(k, &op);
-  double *sums = malloc((size_t)outputs * 8), *stray = malloc((size_t)outputs * 8), *x = malloc((size_t)inputs * 8);
+  double *sums = malloc((size_t)outputs * 8), *lost = malloc((size_t)outputs * 8), *x = malloc((size_t)inputs * 8);
+  double rounding = (double)(inputs + 8) * 2 * SINGLE;
   for (int64_t r = 0; r < rows; r++) {
-    for (int64_t i = 0; i < inputs; i++) x[i] = normed(&p->norm, &p->x, r, inputs, i);
+    double of_x = normed(&p->norm, &p->x, r, inputs, x);
     for (int64_t o = 0; o < outputs; o++) {
-      sums[o] = p->weight.bias ? p->weight.bias[o] : 0, stray[o] = 0;
+      sums[o] = p->weight.bias ? p->weight.bias[o] : 0, lost[o] = fabs(sums[o]) * rounding;
       for (int64_t g = 0; g < groups; g++) {
-        double top = 0, scale = scales[o * groups + g];
+        double top = 0;
         for (int64_t i = g * group; i < inputs && i < (g + 1) * group; i++) {
           int64_t of = 0;
           while (of < kept && columns[of] != i) of++;
-          if (of < kept) sums[o] += x[i] * kept_weights[o * kept + of];
-          else if (fabs(x[i]) > top) top = fabs(x[i]);
+          double weight = of < kept ? kept_weights[o * kept + of] : 0;
+          sums[o] += x[i] * weight, lost[o] += fabs(weight) * (fabs(x[i]) * rounding + of_x);
+          if (of == kept && fabs(x[i]) > top) top = fabs(x[i]);
         }
+        double step = p->weight.float_rows ? 0 : (top + of_x) / 127 * 0.501;
         for (int64_t i = g * group; i < inputs && i < (g + 1) * group; i++) {
-          double weight = scale * numbers[o * inputs + i];
-          sums[o] += x[i] * weight;
-          if (!p->weight.float_rows) stray[o] += fabs(weight) * top / 127 * 0.501;
+          double weight = (double)scales[o * groups + g] * numbers[o * inputs + i];
+          sums[o] += x[i] * weight, lost[o] += fabs(weight) * (fabs(x[i]) * rounding + of_x + step);
         }
       }
     }
     for (int64_t o = 0; o < width; o++) {
-      double limit = 1e-3 * (1 + fabs(sums[o])) + stray[o], wanted = sums[o] + (p->epilogue == ADD ? get(&before, r, o) : 0);
-      if (gated) {
-        double u = sums[o] > 0 ? sums[o] : 0, v = sums[width + o];
-        wanted = u * v;
-        limit = 1e-3 * (1 + fabs(wanted)) + stray[o] * fabs(v) + (u + stray[o]) * (stray[width + o] + 1e-3);
-      }
-      double got = get(&p->out, r, o);
-      if (!(fabs(got - wanted) <= limit) && wrong++ < 10) printf("integers: %g where %g is right\n", got, wanted);
+      double added = p->epilogue == ADD ? get(&before, r, o) : 0, wanted = sums[o] + added;
+      if (gated) wanted = gated_by(p->activation, sums[o], sums[width + o], &lost[o], lost[width + o]);
+      expect("integers", get(&p->out, r, o), wanted, lost[o] + fabs(added) * SINGLE, F32);
     }
   }
-  free(sums), free(stray), free(x), free(plain), free(numbers), free(columns), free(scales), free(kept_weights);
+  free(sums), free(lost), free(x), free(plain), free(numbers), free(columns), free(scales), free(kept_weights);
   free(kept_rows.data), free(scale_rows.data);
   free((void *)p->weight.bias), free(p->weight.packed), free((void *)back.plain), free(p->x.data), free(before.data);
   free((void *)p->norm.weight), free((void *)p->norm.bias), free(p->out.data);
@@ -208,10 +223,12 @@ static void fuzz_normalize(const Kernels *k) {
   n->norm = (Norm){floats(n->width), below(2) ? floats(n->width) : 0, 1e-5f};
   n->out = rows_of(n->rows, n->width, below(3), below(2));
   run(k, &op);
-  for (int64_t r = 0; r < n->rows; r++)
-    for (int64_t i = 0; i < n->width; i++)
-      expect("normalize", get(&n->out, r, i), normed(&n->norm, &n->table, n->ids ? ids[r] : r, n->width, i),
-             n->out.dtype == BF16 ? 0.01 : 1e-4);
+  double *x = malloc((size_t)n->width * 8);
+  for (int64_t r = 0; r < n->rows; r++) {
+    double lost = normed(&n->norm, &n->table, n->ids ? ids[r] : r, n->width, x);
+    for (int64_t i = 0; i < n->width; i++) expect("normalize", get(&n->out, r, i), x[i], lost, n->out.dtype);
+  }
+  free(x);
   free(ids), free(n->table.data), free((void *)n->norm.weight), free((void *)n->norm.bias), free(n->out.data);
 }
 
@@ -219,6 +236,16 @@ static double rotated(const Rows *x, const float *cos, const float *sin, int64_t
   int64_t other = d < dim / 2 ? d + dim / 2 : d - dim / 2;
   if (!cos) return get(x, row, column + d);
   return get(x, row, column + d) * cos[row * dim + d] + get(x, row, column + other) * sin[row * dim + d];
+}
+
+/* The attention of one query over `count` keys, -inf being the score of those that are hidden: `weights` become their
+ * shares. What an output of values up to 1 may have lost, where a score may have lost `of_score`. */
+static double shares(double *weights, int64_t count, double of_score, int rounded) {
+  double total = 0, top = -INFINITY;
+  for (int64_t j = 0; j < count; j++) top = fmax(top, weights[j]);
+  for (int64_t j = 0; j < count; j++) total += weights[j] = exp(weights[j] - top);
+  for (int64_t j = 0; j < count; j++) weights[j] /= total;
+  return exp(2 * of_score) - 1 + (double)(count + 8) * SINGLE + 1e-6 + (rounded ? 2 * HALF : 0);
 }
 
 static void fuzz_attention(const Kernels *k) {
@@ -251,30 +278,111 @@ static void fuzz_attention(const Kernels *k) {
   Rows before = copy_of(&a->q, tokens, width);
   a->out = below(2) ? a->q : rows_of(tokens, width, 0, dtype);
   run(k, &op);
-  double *weights = malloc((size_t)(stored + 1) * 8), limit = dtype == BF16 ? 0.03 : 2e-5;
+  double *weights = malloc((size_t)(stored + 1) * 8);
+  int rounded = dtype == BF16 && k->multiplies;
   for (int64_t t = 0; t < a->texts; t++)
     for (int64_t r = starts[t]; r < starts[t + 1]; r++)
       for (int64_t h = 0; h < a->heads; h++) {
         int64_t from = elsewhere ? first[t] : starts[t], to = elsewhere ? from + length[t] : starts[t + 1];
-        double total = 0;
+        double of_score = 0;
         for (int64_t j = from; j < to; j++) {
-          double score = 0;
+          double score = 0, size = 0;
           int hidden = a->positions && ((a->left >= 0 && positions[j] < positions[r] - a->left) ||
                                         (a->right >= 0 && positions[j] > positions[r] + a->right));
-          for (int64_t d = 0; d < dim; d++)
-            score += rotated(&before, a->cos, a->sin, r, h * dim, d, dim) *
-                     rotated(&a->k, a->key_cos, a->key_sin, j, h * dim, d, dim);
-          total += weights[j] = hidden ? 0 : exp(score * a->scale);
+          for (int64_t d = 0; d < dim && !hidden; d++) {
+            double term = rotated(&before, a->cos, a->sin, r, h * dim, d, dim) *
+                          rotated(&a->k, a->key_cos, a->key_sin, j, h * dim, d, dim);
+            score += term, size += fabs(term);
+          }
+          weights[j - from] = hidden ? -INFINITY : score * a->scale;
+          /* Rotated numbers are sums of two products up to 1 each. */
+          double lost = ((size + 4 * (double)dim) * (double)(dim + 8) * SINGLE + (rounded ? size * HALF : 0)) * a->scale;
+          of_score = hidden ? of_score : fmax(of_score, lost);
         }
+        double lost = shares(weights, to - from, of_score, rounded);
         for (int64_t d = 0; d < dim; d++) {
           double wanted = 0;
-          for (int64_t j = from; j < to; j++) wanted += weights[j] / total * get(&a->v, j, h * dim + d);
-          expect("attention", get(&a->out, r, h * dim + d), wanted, limit);
+          for (int64_t j = from; j < to; j++) wanted += weights[j - from] * get(&a->v, j, h * dim + d);
+          expect("attention", get(&a->out, r, h * dim + d), wanted, lost, dtype);
         }
       }
   if (a->out.data != a->q.data) free(a->out.data);
   free(weights), free(positions), free((void *)a->cos), free((void *)a->sin);
   free(a->q.data), free(a->k.data), free(a->v.data), free(before.data);
+}
+
+/* One new token of each text, whose keys and values are stored with those before it. */
+static void fuzz_step(const Kernels *k) {
+  Operation op = {.kind = STEP};
+  Step *s = &op.step;
+  int64_t rows[5], first[5], length[5], positions[5], stored = 0, dtype = below(2);
+  s->texts = 1 + below(5), s->heads = 1 + below(3), s->head_dim = 2 * (1 + below(40)), s->scale = 0.3f;
+  int64_t dim = s->head_dim, width = s->heads * dim;
+  for (int64_t t = 0; t < s->texts; t++) {
+    first[t] = stored + below(3), length[t] = 1 + below(below(3) ? 40 : 200), stored = first[t] + length[t];
+    rows[t] = first[t] + (below(2) ? length[t] - 1 : below(length[t])); /* at the end, or in the place of an old one */
+    if (length[t] > s->most) s->most = length[t];
+  }
+  s->rows = rows, s->first = first, s->length = length;
+  s->q = rows_of(s->texts, width, below(3), dtype);
+  s->k = rows_of(s->texts, width, below(3), dtype), s->v = rows_of(s->texts, width, below(3), dtype);
+  s->keys = rows_of(stored, width, below(3), dtype), s->values = rows_of(stored, width, below(3), dtype);
+  if (below(2)) s->cos = floats(s->texts * dim), s->sin = floats(s->texts * dim);
+  int64_t *key_positions = malloc((size_t)stored * 8);
+  s->left = below(60);
+  for (int64_t t = 0; t < s->texts; t++) {
+    positions[t] = below(300);
+    for (int64_t j = first[t]; j < first[t] + length[t]; j++) key_positions[j] = positions[t] + 5 - below(2 * s->left + 9);
+    key_positions[rows[t]] = positions[t];
+  }
+  if (below(2)) {
+    s->positions = positions, s->key_positions = key_positions;
+    for (int64_t t = 0; t < s->texts; t++) /* what lies out of reach may be anything */
+      for (int64_t j = first[t]; j < first[t] + length[t]; j++)
+        if (key_positions[j] > positions[t] || key_positions[j] < positions[t] - s->left)
+          for (int64_t d = 0; d < width; d++) put(&s->keys, j, d, NAN), put(&s->values, j, d, NAN);
+  }
+  Rows query = copy_of(&s->q, s->texts, width), keys = copy_of(&s->keys, stored, width);
+  Rows values = copy_of(&s->values, stored, width);
+  for (int64_t t = 0; t < s->texts; t++)
+    for (int64_t d = 0; d < width; d++) {
+      put(&keys, rows[t], d, rotated(&s->k, s->cos, s->sin, t, d / dim * dim, d % dim, dim));
+      put(&values, rows[t], d, get(&s->v, t, d));
+    }
+  s->out = below(2) ? s->q : rows_of(s->texts, width, 0, dtype);
+  run(k, &op);
+  for (int64_t j = 0; j < stored; j++)
+    for (int64_t d = 0; d < width; d++) {
+      if (isnan(get(&keys, j, d)) && isnan(get(&s->keys, j, d))) continue;
+      expect("stored key", get(&s->keys, j, d), get(&keys, j, d), 4 * SINGLE, dtype);
+      expect("stored value", get(&s->values, j, d), get(&values, j, d), 0, dtype);
+    }
+  double *weights = malloc((size_t)s->most * 8);
+  for (int64_t t = 0; t < s->texts; t++)
+    for (int64_t h = 0; h < s->heads; h++) {
+      double of_score = 0;
+      for (int64_t j = 0; j < length[t]; j++) {
+        int64_t row = first[t] + j, behind = positions[t] - key_positions[row];
+        double score = 0, size = 0;
+        int hidden = s->positions && (behind < 0 || behind > s->left);
+        for (int64_t d = 0; d < dim && !hidden; d++) {
+          double term = rotated(&query, s->cos, s->sin, t, h * dim, d, dim) * get(&s->keys, row, h * dim + d);
+          score += term, size += fabs(term);
+        }
+        weights[j] = hidden ? -INFINITY : score * s->scale;
+        of_score = hidden ? of_score : fmax(of_score, (size + 4 * (double)dim) * (double)(dim + 8) * SINGLE * s->scale);
+      }
+      double lost = shares(weights, length[t], of_score, 0);
+      for (int64_t d = 0; d < dim; d++) {
+        double wanted = 0;
+        for (int64_t j = 0; j < length[t]; j++)
+          if (weights[j] > 0) wanted += weights[j] * get(&s->values, first[t] + j, h * dim + d);
+        expect("step", get(&s->out, t, h * dim + d), wanted, lost, dtype);
+      }
+    }
+  if (s->out.data != s->q.data) free(s->out.data);
+  free(weights), free(key_positions), free((void *)s->cos), free((void *)s->sin), free(query.data), free(keys.data);
+  free(values.data), free(s->q.data), free(s->k.data), free(s->v.data), free(s->keys.data), free(s->values.data);
 }
 
 int main(int count, char **arguments) {
@@ -284,7 +392,9 @@ int main(int count, char **arguments) {
     const char *name = 0;
     const Kernels *k = modernbert_kernels(names[i], &name);
     if (!k) continue;
-    for (int64_t r = 0; r < rounds; r++) fuzz_product(k), fuzz_integers(k), fuzz_normalize(k), fuzz_attention(k);
+    for (int64_t r = 0; r < rounds; r++) {
+      fuzz_product(k), fuzz_integers(k), fuzz_normalize(k), fuzz_attention(k), fuzz_step(k);
+    }
     printf("%s %s\n", name, wrong ? "wrong" : "right");
   }
   return wrong != 0;

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from modernbert.models.quantization.rounding import Scheme, choose_columns, round_weight
 from modernbert.native import library as native
 from modernbert.native.operations import Norm, Product
-from modernbert.ops.quantized import PackedIntegers, PlainIntegers, pack_quantized, quantize_rows
+from modernbert.ops.quantized import PackedIntegers, PlainIntegers, QuantizedWeight, pack_quantized, quantize_rows
 
 kernels = pytest.mark.skipif(native.library() is None, reason="installed without the kernels")
 
@@ -19,6 +19,33 @@ kernels = pytest.mark.skipif(native.library() is None, reason="installed without
 def quantized(outputs, inputs, scheme, columns=0):
     kept = torch.randperm(inputs)[:columns].sort().values.to(torch.int32)
     return round_weight(torch.randn(outputs, inputs), scheme, kept)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 66_311), (4, 1_127_288)])
+def test_groups_whose_sums_may_not_fit_32_bits_are_refused(bits, most):
+    def made(inputs, **options):
+        codes = torch.zeros(1, inputs if bits == 8 else inputs // 2, dtype=torch.int8 if bits == 8 else torch.uint8)
+        none = torch.empty(0, dtype=torch.int32), torch.empty(1, 0, dtype=torch.float16)
+        return QuantizedWeight(codes, torch.ones(1, 1), *none, bits, inputs, **options)
+
+    fits, too_many = most // 4 * 4, most // 4 * 4 + 4
+    assert made(fits).shape == (1, fits)
+    with pytest.raises(ValueError, match=f"{too_many:,} of them in a group; sums of int{bits} products hold {most:,}"):
+        made(too_many)
+    assert made(too_many, float_rows=True).group == too_many
+
+
+@kernels
+def test_the_largest_sums_of_a_group_are_right():
+    """Every code and every input at its end, in the longest group that is allowed."""
+    inputs = 66_308
+    none = torch.empty(0, dtype=torch.int32), torch.empty(2, 0, dtype=torch.float16)
+    codes = torch.tensor([[127], [-127]], dtype=torch.int8).repeat(1, inputs)
+    weight = QuantizedWeight(codes, torch.ones(2, 1), *none, 8, inputs)
+    x = torch.cat((torch.ones(1, inputs), -torch.ones(1, inputs)))
+    out = PackedIntegers(weight, None, False).product(x)
+    expected = torch.tensor([[127.0, -127.0], [-127.0, 127.0]]) * inputs
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
 
 
 SHAPES = (st.integers(0, 90), st.integers(1, 60).map(lambda n: 2 * n), st.integers(1, 90))

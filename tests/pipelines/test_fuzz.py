@@ -215,3 +215,33 @@ def test_every_record_that_was_read_is_written_and_read_again(tmp_path):
             for record in records[cut:]:
                 output.write(record)
         assert list(read_records(tmp_path / f"out-{i}.jsonl")) == records
+
+
+def test_columns_of_any_values_are_written_in_every_form(tmp_path):
+    values = [
+        None,
+        1,
+        -(2**70),
+        2**60,
+        1.5,
+        float("nan"),
+        True,
+        "",
+        'a,\tb\n"',
+        "lone \ud800",
+        [1, None],
+        {"a": {}},
+        "\x00",
+    ]
+    for i in range(max(CALLS // 10, 1)):
+        rng = random.Random(f"{SEED} columns {i}")
+        suffix = rng.choice([".csv", ".tsv", ".parquet", ".jsonl"])
+        path = tmp_path / f"out-{i}{suffix}"
+        with ResumableOutput(path, {}) as output:
+            for number in range(rng.randrange(1, 5)):
+                row = {name: rng.choice(values) for name in rng.sample(["a", "b", "output", "error", "é"], 3)}
+                answer = (
+                    {"error": "why"} if rng.random() < 0.3 else {"output": rng.choice([{"label": "x"}, 0.5, ["x"]])}
+                )
+                output.write({"input": f"text {number}", **answer, "row": {"n": number, **row}})
+        assert len(list(read_records(path))) == output.done

@@ -49,7 +49,7 @@ _FLAGS = _LOADING | flags_of(("overwrite",))
 
 def run(
     texts: Texts = None,
-    task: Annotated[str | None, typer.Option(help="What to do with each text; see below.")] = None,
+    task: Annotated[str | None, typer.Option(help="What to do with each text; one of those above.")] = None,
     model: Model = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub repository; the model's if not given.")] = None,
     file: InputFile = None,

@@ -443,7 +443,7 @@ class Config(abc.ABC):
             value = rope.get(name)
             if not _is_number(value) or not least <= value <= 1e15 or (above and value == least):
                 bound = f"above {least:g}" if above else f"of at least {least:g}"
-                raise ConfigError(f"{where} has {name} {shown(value)}; it must be a number {bound}")
+                raise ConfigError(f"{where} has {name} {shown(value)}; it must be a number {bound}, at most 1e15")
 
         is_yarn = rope["rope_type"] == "yarn"
         number("rope_theta", 1.0, above=is_yarn)

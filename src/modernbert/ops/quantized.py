@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modernbert.errors import InputError
 from modernbert.native.library import Weight, library
 from modernbert.native.operations import NativeWeight, Snapshot
 from modernbert.ops.linear import linear
@@ -48,6 +49,9 @@ class QuantizedWeight:
         bits: 8 or 4.
         group: inputs that share a scale, a multiple of 4; the last group may be shorter.
         float_rows: whether rows stay floats, and the weight alone is quantized.
+
+    Raises:
+        InputError: a sum over a group of whole numbers may not fit 32 bits.
     """
 
     codes: Tensor
@@ -57,6 +61,15 @@ class QuantizedWeight:
     bits: int
     group: int
     float_rows: bool = False
+
+    def __post_init__(self) -> None:
+        # Kernels add up products of unsigned weights and signed bytes.
+        most = (2**31 - 1) // ((255 if self.bits == 8 else 15) * LARGEST[8])
+        if self.group > most and not self.float_rows:
+            raise InputError(
+                f"a weight of {self.shape[1]:,} inputs has {self.group:,} of them in a group; "
+                f"sums of int{self.bits} products hold {most:,} at most; choose a weight-only scheme"
+            )
 
     @property
     def shape(self) -> torch.Size:

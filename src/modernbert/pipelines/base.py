@@ -133,7 +133,7 @@ class Pipeline(abc.ABC):
         said = f"{values.get('model_type') or ''} {values.get('architectures') or ''}".lower()
         if "modernbert" in said and ("decoder" in said) != (cls.architecture == "decoder"):
             found = "an encoder" if cls.architecture == "decoder" else "a decoder"
-            raise InputError(f"{cls.task} needs {cls.needs}; {model} holds {found}")
+            raise InputError(f"{cls.task} needs {cls.needs}; {model} is {found}")
 
     def __reduce__(self) -> Any:
         """Copies, and pipelines in other processes, hold the same weights laid out anew, and give the same bits.

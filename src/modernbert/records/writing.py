@@ -5,6 +5,7 @@ with; the wanted file appears when it is whole.
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import csv
 import itertools
@@ -21,6 +22,7 @@ from modernbert.files import naming, replacing
 from modernbert.records.reading import Record, parquet
 
 _ROWS_TOGETHER = 1024
+_EXACT, _LARGE = 2**53, "large"  # integers that a float holds exactly, and those that 64 bits hold beyond them
 _LISTED = 10  # errors that are kept for a summary
 # What JSON lets stand in a string, but a file of UTF-8 cannot hold or a terminal acts on.
 _UNSAFE = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -263,15 +265,17 @@ def _write_parquet(path: Path, records: Again) -> None:
     import pyarrow as pa
 
     kinds: dict[str, set[Any]] = {}
-    for record in records():
+    filled: collections.Counter[str] = collections.Counter()
+    rows = 0
+    for rows, record in enumerate(records(), start=1):  # noqa: B007 (their number is read below)
         for name, value in flattened(record).items():
-            vector = isinstance(value, np.ndarray) and value.ndim == 1
-            kinds.setdefault(name, set()).add(("vector", len(value)) if vector else type(value))
-    types = {name: _arrow_type(pa, found - {type(None)}) for name, found in kinds.items()}
+            kinds.setdefault(name, set()).add(_kind(value))
+            filled[name] += value is not None
+    types = {name: _arrow_type(pa, found - {type(None)}, filled[name] == rows) for name, found in kinds.items()}
     schema = pa.schema(list(types.items()))
     with parquet().ParquetWriter(path, schema) as writer:
-        rows = (flattened(record) for record in records())
-        while some := list(itertools.islice(rows, _ROWS_TOGETHER)):
+        flat = (flattened(record) for record in records())
+        while some := list(itertools.islice(flat, _ROWS_TOGETHER)):
             columns = [
                 pa.array([_arrow_value(row.get(name), kind == pa.string()) for row in some], kind)
                 for name, kind in types.items()
@@ -279,13 +283,24 @@ def _write_parquet(path: Path, records: Again) -> None:
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _arrow_type(pa: Any, found: set[Any]) -> Any:
+def _kind(value: Any) -> Any:
+    """What a value is for a column: its type, or the length of a vector; large integers do not fit every column."""
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        return "vector", len(value)
+    if type(value) is int and abs(value) > _EXACT:
+        return _LARGE if -(2**63) <= value < 2**63 else str
+    return type(value)
+
+
+def _arrow_type(pa: Any, found: set[Any], is_full: bool) -> Any:
     """The narrowest type that holds all values; text in JSON where nothing else does."""
     if len(found) == 1 and isinstance(one := next(iter(found)), tuple):
-        return pa.list_(pa.float32(), one[1])
+        # Before 26, pyarrow writes no row without a vector among vectors of a fixed length.
+        is_fixed = is_full or int(pa.__version__.split(".")[0]) >= 26
+        return pa.list_(pa.float32(), one[1] if is_fixed else -1)
     if found == {bool}:
         return pa.bool_()
-    if found == {int}:
+    if found and found <= {int, _LARGE}:
         return pa.int64()
     return pa.float64() if found and found <= {int, float} else pa.string()
 
@@ -317,15 +332,24 @@ _WRITERS: dict[str, Callable[[Path, Again], None]] = {
 
 
 def flattened(record: Record) -> Record:
-    """A record as one row: the columns of its file or its input, then the output's where it has names for its parts."""
+    """A record as one row: the columns of its file or its input, then the output's where it has names for its parts.
+
+    A column of the file keeps its name; the output's of the same name gets "output_" before it.
+    """
     given = record["input"]
     row: Record = dict(given) if isinstance(given, dict) else {"text": given}
     row = dict(record["row"]) if "row" in record else row
     if "error" in record:
-        return {**row, "error": record["error"]}
-    output = record["output"]
-    named = isinstance(output, dict) and all(_is_scalar(value) for value in output.values())
-    return {**row, **output} if named else {**row, "output": output}
+        answer = {"error": record["error"]}
+    else:
+        output = record["output"]
+        named = isinstance(output, dict) and all(_is_scalar(value) for value in output.values())
+        answer = output if named else {"output": output}
+    for name, value in answer.items():
+        while name in row:
+            name = f"output_{name}"
+        row[name] = value
+    return row
 
 
 def _is_scalar(value: Any) -> bool:
