@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from modernbert.errors import InputError
 from modernbert.records import parts_of, read_records
 from modernbert.records.reading import sure
-from modernbert.records.structured import rows_of_dataset
+from modernbert.records.structured import place_of, rows_of_dataset
 
 _TRAINING, _VALIDATION = ("train",), ("validation", "val", "valid", "dev", "eval", "test")
 
@@ -81,19 +81,12 @@ def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
 
 
 def _read_file(source: str, header: Sequence[str] | None) -> Table:
-    path, part = _place(source)
+    path, part = place_of(source)
     if not path.exists():
         raise InputError(f"there is no file or folder {path}")
     tabular = path.suffix.lower() in (".csv", ".tsv")
     records = read_records(path, part=part, header=header if tabular else None)
     return Table(_sure([sure(record) for record in records], source), source)
-
-
-def _place(source: str) -> tuple[Path, str | None]:
-    if "#" in source and not Path(source).exists():
-        name, _, part = source.rpartition("#")
-        return Path(name), part
-    return Path(source), None
 
 
 def _sure(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -107,7 +100,7 @@ def with_parts(train: Any, evaluation: Any) -> tuple[Any, Any, str]:
     alone = [train] if isinstance(train, str | Path) else train
     if evaluation or not (isinstance(alone, Sequence) and len(alone) == 1 and isinstance(alone[0], str | Path)):
         return train, evaluation, ""
-    path, part = _place(str(alone[0]))
+    path, part = place_of(str(alone[0]))
     parts = parts_of(path) if path.exists() and part in (None, *_TRAINING) else []
     first = next((name for name in _TRAINING if name in parts), None)
     second = next((name for name in _VALIDATION if name in parts), None)
