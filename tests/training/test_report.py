@@ -13,13 +13,13 @@ from modernbert.training.contract import Evaluation, Outcome
 from modernbert.training.report import chance_of, write_results
 
 
-def written(folder, history, evaluation, task="text-classification", **options):
+def written(folder, history, evaluation, task="text-classification", best=None, **options):
     lines = [
         {"epoch": i / 2, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100 * i, "seconds": float(i), **row}
         for i, row in enumerate(history, start=1)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, **x}) + "\n" for i, x in enumerate(lines, 1)))
-    outcome = Outcome(torch.nn.Linear(2, 2), evaluation, len(lines), None, 4.0, 100 * len(lines))
+    outcome = Outcome(torch.nn.Linear(2, 2), evaluation, len(lines), best, 4.0, 100 * len(lines))
     chosen = OPTIONS[task].of({"train": ["data/rows.csv"], "output": str(folder), **options}, "the test")
     about = {"model": "some/encoder", "parameters": 4_390_000, "train_examples": 1234, "eval_examples": 6}
     write_results(folder, task, "accuracy", outcome, chosen, 5.0, about, ["a <note>"])
@@ -92,6 +92,12 @@ def test_each_value_of_the_evaluations_stands_under_its_name(tmp_path):
         ["1", "0.50", "0.2500", "2.5000"],
         ["2", "1.00", "0.5000", "1.5000"],
     ]
+
+
+def test_the_header_says_which_weights_were_kept(tmp_path):
+    for keep_best, said in ((True, "those of step 1, which had the best"), (False, "those of the last step; step 1")):
+        _, page = written(tmp_path, [{}, {}], Evaluation({"accuracy": 0.5}), best=1, keep_best=keep_best)
+        assert said in page
 
 
 def test_a_run_without_evaluation_has_a_report_too(tmp_path):

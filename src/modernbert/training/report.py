@@ -175,8 +175,12 @@ def _about(results: dict[str, Any], history: list[dict[str, Any]], options: Trai
         + (f", {speed:,.0f} tokens a second" if speed else "")
         + (f"; stopped early: {results['stopped']}" if results["stopped"] else "")
     )
-    if results["best_step"]:
-        lines["Weights kept"] = f"those of step {results['best_step']}, which had the best evaluation"
+    if best := results["best_step"]:
+        lines["Weights kept"] = (
+            f"those of step {best}, which had the best evaluation"
+            if options.keep_best
+            else f"those of the last step; step {best} had the best evaluation"
+        )
     threads = f", {_counted(results['threads'], 'thread')}" if results["device"] == "cpu" else ""
     when = results["finished"].replace("T", " ").removesuffix("+00:00")
     versions = f"modernbert {results['modernbert']}, PyTorch {results['torch']}"
