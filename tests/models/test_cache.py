@@ -1,8 +1,10 @@
 """The cache: with it equals without it, whatever the lengths, the order and the cuts; and what it weighs."""
 
 import itertools
+import random
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -315,3 +317,38 @@ def test_attention_weights_with_a_cache(small_decoder):
     for a, b in zip(whole, new, strict=True):
         assert b.shape == (1, 3, 3, 20)
         torch.testing.assert_close(b, a[:, :, 17:], **close)
+
+
+def test_a_damaged_saved_cache_is_one_line():
+    model = random_decoder()
+    with torch.no_grad():
+        cache = model(random_ids(2, 12)).past_key_values
+    whole = safetensors.torch.load(cache.to_bytes())
+    draw = random.Random(0)
+    refused = []
+    for _ in range(200):
+        tensors = {name: tensor.clone() for name, tensor in whole.items()}
+        name = draw.choice(sorted(tensors))
+        change = draw.randrange(4)
+        if change == 0:
+            del tensors[name]
+        elif change == 1:
+            tensors[name] = tensors[name][:-1].contiguous()
+        elif change == 2:
+            tensors[name] = tensors[name].float() if not tensors[name].is_floating_point() else tensors[name].long()
+        else:
+            values = [-7, 100, 2**40] if tensors[name].dtype == torch.int64 else [3]
+            tensors[name].flatten()[draw.randrange(tensors[name].numel())] = draw.choice(values)
+        try:
+            again = DecoderCache.from_bytes(safetensors.torch.save(tensors), model.config)
+            with torch.no_grad():
+                model(random_ids(2, 1), past_key_values=again)
+        except InputError as error:
+            refused.append(str(error))
+    assert len(refused) > 80
+    assert all("\n" not in message and len(message) < 500 for message in refused)
+    again = DecoderCache.from_bytes(cache.to_bytes(), model.config)
+    with torch.no_grad():
+        assert torch.equal(
+            model(random_ids(2, 1), past_key_values=again).logits, model(random_ids(2, 1), past_key_values=cache).logits
+        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import safetensors.torch
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modernbert.config import Config, Reach
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 from modernbert.models.continuation import Continuation, Pass
 from modernbert.ops.attention.base import AttentionBackend
 from modernbert.ops.linear import products_dtype
@@ -57,6 +57,25 @@ class Storage:
     def nbytes(self) -> int:
         """Bytes of all rows, free ones included."""
         return self.positions_R.nbytes + sum(k.nbytes + v.nbytes for k, v in self.layers.values())
+
+    def check(self, lengths: Sequence[int], config: Config) -> None:
+        """Refuse tables that do not fit each other or the model, as a damaged file may hold; raises `InputError`."""
+        rows, texts = len(self.positions_R), len(lengths)
+        regions = list(zip(self.starts, self.capacities, self.first, lengths, strict=True))
+        inside = len(regions) == texts and all(
+            start >= 0 and start + capacity <= rows and 0 <= first <= length
+            and (capacity == self.ring if self.ring else length <= capacity)
+            for start, capacity, first, length in regions
+        )  # fmt: skip
+        whole = self.positions_R.dtype == torch.int64 and self.positions_R.dim() == 1
+        stored = all(
+            x.shape == (rows, config.num_attention_heads - len(config.pruned_heads.get(layer, [])), config.head_dim)
+            and x.is_floating_point()
+            for layer, pair in self.layers.items()
+            for x in pair
+        )
+        if not (inside and whole and stored):
+            raise InputError("the saved cache holds rows that do not fit its texts or the model; it is damaged")
 
     def kept(self, text: int, length: int) -> int:
         """The first token that is held of a text once it has this length."""
@@ -373,20 +392,39 @@ class DecoderCache:
                 tensors = safetensors.torch.load(content)
             except SafetensorError as error:
                 raise InputError(f"these {len(content)} bytes are no saved cache: {error}") from error
+        try:
+            return cls._of_tensors(tensors, config)
+        except (KeyError, ValueError, IndexError, TypeError, RuntimeError, RecursionError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"these {len(content)} bytes are no whole saved cache: {error!r}") from error
+
+    @classmethod
+    def _of_tensors(cls, tensors: Mapping[str, Tensor], config: Config) -> DecoderCache:
         if "model" not in tensors:
-            raise InputError(f"these {len(content)} bytes are no saved cache: they do not say of what model")
+            raise InputError("what is given is no saved cache: it does not say of what model")
         saved = json.loads(bytes(tensors["model"].tolist()))
         if saved != json.loads(json.dumps(_signature(config))):
-            raise InputError(f"the saved cache is of another model: {saved}, not {_signature(config)}")
-        columns, slack = tensors["shape"].tolist()
+            raise InputError(f"the saved cache is of another model: {shown(str(saved))}, not {_signature(config)}")
+
+        def table(name: str) -> list[int]:
+            if tensors[name].dtype != torch.int64:
+                raise InputError(f"the saved cache has {name} as {tensors[name].dtype}; it is damaged")
+            numbers: list[int] = tensors[name].tolist()
+            return numbers
+
+        columns, slack = table("shape")
         cache = cls(config, slack)
-        cache.lengths, cache.ends, cache.columns = tensors["lengths"].tolist(), tensors["ends"].tolist(), columns
+        cache.lengths, cache.ends, cache.columns = table("lengths"), table("ends"), columns
+        if len(cache.ends) != len(cache.lengths):
+            raise InputError(f"the saved cache has {len(cache.lengths)} lengths and {len(cache.ends)} ends")
         for kind, (_, storage) in cache.kinds.items():
-            storage.starts = tensors[f"{kind}/starts"].tolist()
-            storage.capacities = tensors[f"{kind}/capacities"].tolist()
-            storage.first = tensors[f"{kind}/first"].tolist()
+            storage.starts = table(f"{kind}/starts")
+            storage.capacities = table(f"{kind}/capacities")
+            storage.first = table(f"{kind}/first")
             storage.positions_R = tensors[f"{kind}/positions"]
             numbers = {name.split("/")[1] for name in tensors if name.startswith(f"{kind}/") and name.endswith("/k")}
             for layer in numbers:
                 storage.layers[int(layer)] = (tensors[f"{kind}/{layer}/k"], tensors[f"{kind}/{layer}/v"])
+            storage.check(cache.lengths, config)
         return cache
