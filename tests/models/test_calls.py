@@ -142,6 +142,14 @@ def test_new_ids_begin_near_the_mean_of_the_old_ones(name):
     assert 0.3 < fresh.std() < 0.6
 
 
+def test_one_bad_number_does_not_reach_the_new_ids():
+    model = model_of("ModernBertForMaskedLM")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[4, 3] = float("nan")
+        model.get_input_embeddings().weight[5, 3] = 1e30
+        assert model.resize_token_embeddings(110).weight[96:].isfinite().all()
+
+
 def test_a_process_that_was_forked_after_loading_computes():
     code = """
 import multiprocessing, torch

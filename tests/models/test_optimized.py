@@ -4,9 +4,20 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 
-from modernbert import ModernBertDecoderConfig, ModernBertDecoderForCausalLM, ModernBertDecoderModel
+from modernbert import (
+    ModernBertConfig,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    ModernBertDecoderModel,
+    ModernBertModel,
+    SentenceEncoder,
+)
 from modernbert.errors import FrozenError, InputError
+from modernbert.models.frozen import FrozenWeight
+from modernbert.models.sentence_encoder import Dense
 from tests.conftest import SMALL
 
 
@@ -41,8 +52,8 @@ def test_an_optimized_model_holds_its_weights_once_and_gives_them_back(small_mod
     small_model.optimize_for_inference().optimize_for_inference()
     if small_model.head.dense.packed is not None:
         weights = dict(small_model.named_parameters(remove_duplicate=False))
-        assert weights["head.dense.weight"].is_meta
-        assert not weights["decoder.weight"].is_meta  # shared with the embedding
+        assert type(weights["head.dense.weight"]) is FrozenWeight
+        assert type(weights["decoder.weight"]) is torch.nn.Parameter  # shared with the embedding
     assert small_model.num_parameters() == size
     small_model.save_pretrained(tmp_path / "optimized")
     assert (tmp_path / "optimized" / "model.safetensors").read_bytes() == (
@@ -168,7 +179,7 @@ def test_a_new_parameter_takes_the_old_one_s_place_after_optimizing():
 
 def test_a_parameter_without_numbers_refuses_to_be_used():
     model = causal_lm().optimize_for_inference()
-    frozen = [p for p in model.parameters() if p.is_meta]
+    frozen = [p for p in model.parameters() if type(p) is FrozenWeight]
     if not frozen:
         pytest.skip("nothing here lays weights out")
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in causal_lm().parameters())
@@ -241,7 +252,10 @@ def test_an_adapter_on_a_tied_output_is_refused(small_model):
     for model in (causal_lm(), small_model):
         everything = peft.LoraConfig(target_modules="all-linear", r=2)
         with pytest.raises(InputError, match=r"tie_word_embeddings.*exclude_modules=\['decoder'\]"):
-            peft.get_peft_model(copy.deepcopy(model), everything)(input_ids=ids(1, 5))
+            peft.get_peft_model(copy.deepcopy(model), everything)
+        of_embedding = peft.LoraConfig(target_modules=["tok_embeddings"], r=2)
+        with pytest.raises(InputError, match=r"on 'tok_embeddings', whose weight is the output's too"):
+            peft.get_peft_model(copy.deepcopy(model), of_embedding)
         left_out = peft.LoraConfig(target_modules="all-linear", exclude_modules=["decoder"], r=2)
         adapted = peft.get_peft_model(model, left_out)
         with torch.no_grad():
@@ -252,3 +266,145 @@ def test_an_adapter_on_a_tied_output_is_refused(small_model):
             x = ids(1, 5)
             before = adapted(input_ids=x).logits
             torch.testing.assert_close(adapted.merge_and_unload()(x).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_optimizes_for_each_evaluation_trains_as_one_that_does_not():
+    """The optimizer was made before, and keeps its parameters."""
+    runs = []
+    for optimized in (False, True):
+        model, x = causal_lm(), torch.arange(3, 21).view(2, 9)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for _ in range(3):
+            model.train()
+            model(x, labels=x, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            if optimized:
+                model.optimize_for_inference()
+                assert torch.isfinite(model(x).logits).all()
+        runs.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(run.values() for run in runs), strict=True))
+
+
+@pytest.mark.parametrize("way", ["model", "each", "parent"])
+def test_an_encoder_that_was_frozen_for_probing_stays_so(way):
+    model = causal_lm().model.optimize_for_inference()
+    probe = torch.nn.ModuleList([model, torch.nn.Linear(48, 2)])
+    if way == "model":
+        model.requires_grad_(False)
+    elif way == "parent":
+        probe.requires_grad_(False)
+    else:
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+    probe.train()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(type(parameter) is FrozenWeight for parameter in model.parameters())
+
+
+def test_one_weight_that_is_trained_alone_stays_the_only_one():
+    model = causal_lm().model.optimize_for_inference()
+    model.layers[0].mlp.Wi.weight.requires_grad_(True)
+    model(ids(1, 5))
+    model.train()
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["layers.0.mlp.Wi.weight"]
+
+
+def test_a_tied_embedding_that_is_trained_gets_the_output_s_gradient_too():
+    x = ids(2, 9)
+    gradients = []
+    for optimized in (False, True):
+        model = causal_lm()
+        model = model.optimize_for_inference() if optimized else model.requires_grad_(False)
+        model.get_input_embeddings().requires_grad_(True)
+        model(x, labels=x).loss.backward()
+        gradients.append(model.get_input_embeddings().weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["lm_head.dense.weight", "model.layers.0.mlp.Wo.weight", "model.layers.1.mlp.Wi.weight"]
+)
+def test_a_functional_call_uses_its_own_weights_and_leaves_the_model_as_it_was(name):
+    plain, fast = causal_lm(), causal_lm().optimize_for_inference()
+    x = ids(2, 9)
+    new = {name: torch.randn_like(plain.get_parameter(name))}
+    wanted = torch.func.functional_call(plain, new, (x,)).logits
+    torch.testing.assert_close(torch.func.functional_call(fast, new, (x,)).logits, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast(x).logits, plain(x).logits, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), fast.unpack() or fast.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_weights_that_were_tied_by_hand_stay_tied():
+    model = causal_lm()
+    model.model.layers[1].mlp.Wi.weight = model.model.layers[0].mlp.Wi.weight
+    plain, x = copy.deepcopy(model), ids(2, 9)
+    model.optimize_for_inference()
+    torch.testing.assert_close(model(x).logits, plain(x).logits, rtol=1e-5, atol=1e-5)
+    for each in (model, plain):
+        each.model.layers[0].mlp.Wi.weight.mul_(2)
+    torch.testing.assert_close(model(x).logits, plain(x).logits, rtol=1e-5, atol=1e-5)
+    model.train()
+    assert model.model.layers[1].mlp.Wi.weight is model.model.layers[0].mlp.Wi.weight
+
+
+@torch.no_grad()
+def test_what_is_written_into_a_state_acts():
+    plain, fast = causal_lm(), causal_lm().optimize_for_inference()
+    x = ids(2, 9)
+    for model in (plain, fast):
+        state = model.state_dict()
+        state["model.layers.0.attn.Wo.weight"].mul_(2)
+        state["lm_head.dense.weight"].add_(1)
+    torch.testing.assert_close(fast(x).logits, plain(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_loading_and_thawing_in_inference_mode_leave_a_model_that_trains():
+    model, x = causal_lm(), ids(2, 9)
+    state = copy.deepcopy(model.state_dict())
+    model.optimize_for_inference().load_state_dict(state)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.optimize_for_inference()
+    with torch.inference_mode():
+        model(x)
+        assert model.lm_head.dense.weight.shape == (48, 48)
+        model.model.layers[0].mlp.Wo.bias.add_(1)
+        model(x)
+    model.train()
+    model(x, labels=x, use_cache=False).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, lambda module: prune.identity(module, "weight")])
+def test_layers_whose_weight_is_computed_serve_plain_and_optimized(wrap):
+    model, x = causal_lm(), ids(2, 9)
+    expected = model(x).logits
+    wrap(model.lm_head.dense)
+    torch.testing.assert_close(model(x).logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.optimize_for_inference()(x).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sentence_encoder_trains_again():
+    model = ModernBertModel(ModernBertConfig(**{**SMALL, "num_hidden_layers": 2}))
+    encoder = SentenceEncoder(model, after_pooling=[Dense(48, 8)])
+    x, before = ids(2, 9), encoder(ids(1, 5)).requires_grad
+    encoder.optimize_for_inference().train()
+    encoder(x).sum().backward()
+    assert before
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+    encoder.optimize_for_inference().requires_grad_(True)
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_harmless_questions_about_a_frozen_weight_are_answered():
+    model = causal_lm().optimize_for_inference()
+    for parameter in model.parameters():
+        assert parameter.get_device() == -1
+        assert len(parameter) == parameter.shape[0]
+        assert f"{parameter.dtype}" in f"{parameter!r}" or type(parameter) is not FrozenWeight
+        parameter.grad = None
+        parameter.requires_grad_(requires_grad=False)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

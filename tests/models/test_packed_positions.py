@@ -94,12 +94,17 @@ def test_positions_that_rise_are_one_text_and_a_mask_says_more_than_positions():
     with torch.no_grad():
         whole = model(ids).logits
         assert torch.equal(model(ids, position_ids=torch.arange(ids.shape[1])).logits, whole)
+        expected = model(ids, position_ids=positions).logits
+        for dtype in (torch.uint8, torch.int32, torch.int16):
+            assert torch.equal(model(ids, position_ids=positions.to(dtype)).logits, expected)
         masked = model(ids, attention_mask=torch.ones_like(ids), position_ids=positions).logits
         apart = model(ids, position_ids=positions).logits
         others = ids.clone()
         others[0, -30:] = 5
         assert not torch.equal(model(others, torch.ones_like(ids), position_ids=positions).logits[0, :8], masked[0, :8])
         assert torch.equal(model(others, position_ids=positions).logits[0, :8], apart[0, :8])
+    with pytest.raises(InputError, match=r"position_ids has dtype torch.float32; it must be whole numbers"):
+        model(ids, position_ids=positions.float())
     with pytest.raises(InputError, match=r"position_ids has shape \(1, 4\); with this input it must be \(1, 59\)"):
         model(ids, position_ids=positions[:, :4])
 

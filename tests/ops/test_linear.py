@@ -18,7 +18,7 @@ def test_a_row_is_the_same_whatever_the_number_of_rows(shape, dtype, threads, on
     monkeypatch.setattr("modernbert.native.library.serving", lambda dtype, device: None)
     if not onednn:
         torch._C._set_mkldnn_enabled(False)
-        monkeypatch.setattr("modernbert.ops.linear._onednn_serves", lambda x: False)
+        monkeypatch.setattr("modernbert.ops.linear.onednn_serves", lambda x: False)
     inputs, outputs = shape
     x, weight, bias = (
         torch.randn(700, inputs),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 
 from modernbert.checkpoint import PLAIN, QUANTIZED, dtype_of, weight_files, weight_names, write_weights
 from modernbert.config import Config
+from modernbert.errors import InputError
 from modernbert.hub import Source
+from modernbert.models.frozen import FrozenWeight
 from modernbert.models.initialization import around_mean, initial_std, initialize
 from modernbert.models.layers import MLP, Attention, Linear
 from modernbert.models.loading import check_layers, load_weights
 from modernbert.models.placement import resolve_device, resolve_dtype, warn_once
 from modernbert.models.quantization.gate import quantize_loaded
-from modernbert.models.quantization.modules import QuantizedEmbedding, part_names, quantized_modules
+from modernbert.models.quantization.modules import QuantizedEmbedding, QuantizedLinear, part_names, quantized_modules
 from modernbert.models.quantization.options import BFLOAT16, KEY, Record, resolve
 from modernbert.models.recompute import Recompute
 
@@ -152,7 +155,7 @@ class PreTrainedModel(nn.Module):
             folder: made where missing.
             max_shard_size: bytes, or a text such as "500MB"; larger models are saved in shards with an index.
         """
-        weights = self.state_dict()
+        weights = super().state_dict()
         if any(type(tensor).__module__.startswith("torchao") for tensor in weights.values()):
             raise ValueError("the model was quantized by torchao, whose tensors are not saved; quantize it on the CPU")
         if self.config.tie_word_embeddings:
@@ -233,6 +236,14 @@ class PreTrainedModel(nn.Module):
             raise TypeError(f"{type(self).__name__} has no output embeddings")
         self.decoder = value
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(value, "base_layer") and f"{name}.weight" in self.tied_weights and self.config.tie_word_embeddings:
+            raise InputError(
+                f"an adapter was put on {name!r}, whose weight is the token embedding's (tie_word_embeddings), which "
+                f"merging it would change too; leave it out, with PEFT by exclude_modules=[{name!r}]"
+            )
+        super().__setattr__(name, value)
+
     def tie_weights(self) -> None:
         """Let tied parameters share one tensor, where the configuration ties them."""
         if not self.config.tie_word_embeddings or isinstance(self.get_input_embeddings(), QuantizedEmbedding):
@@ -240,6 +251,7 @@ class PreTrainedModel(nn.Module):
         for name, source in self.tied_weights.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, self.get_parameter(source))
+            self.base_model.embeddings.is_tied = True
 
     @torch.no_grad()
     def resize_token_embeddings(
@@ -369,40 +381,69 @@ class PreTrainedModel(nn.Module):
             self._trainable = {name: p.requires_grad for name, p in self.named_parameters()}
         self.eval()
         for parameter in self.parameters():
-            parameter.requires_grad_(False)
+            if type(parameter) is not FrozenWeight:
+                parameter.requires_grad_(False)
         embedding = self.get_input_embeddings()
         shared = None if isinstance(embedding, QuantizedEmbedding) else embedding.weight
         compiled = [m for m in self.modules() if isinstance(m, MLP)] if self.config.reference_compile else []
-        left_out = {inner for mlp in compiled for inner in mlp.modules()}  # the compiler reads plain weights
+        left_out = {
+            inner for mlp in compiled for inner in mlp.modules()
+        }  # an MLP too: the compiler reads plain weights
+        linear = [m for m in self.modules() if isinstance(m, Linear) and not isinstance(m, QuantizedLinear)]
+        owners = Counter(id(m._weight) for m in linear)
+        for layer in linear:
+            layer.is_shared = layer._weight is shared or owners[id(layer._weight)] > 1
         for module in self.modules():  # an attention and an MLP come before their own layers
-            if isinstance(module, Attention | MLP) and module not in compiled:
+            if isinstance(module, Attention | MLP | Linear) and module not in left_out:
                 module.pack()
-            elif isinstance(module, Linear) and module not in left_out:
-                module.pack(keep_weight=shared is not None and module._weight is shared)
         self.base_model.fuse()
         return self
 
     def unpack(self) -> None:
-        """Undo `optimize_for_inference`, but for the mode."""
+        """Undo `optimize_for_inference`, but for the mode.
+
+        Parameters that had gradients before have them again, unless somebody has chosen anew since.
+        """
+        parameters = dict(self.named_parameters())
+        chosen = any(p.requires_grad or (isinstance(p, FrozenWeight) and p.is_left_off) for p in parameters.values())
+        before, self._trainable = self._trainable, None
+        self.thaw()
+        if before is not None and not chosen and before.keys() == parameters.keys():
+            for name, parameter in self.named_parameters():
+                if before[name]:
+                    parameter.requires_grad_(True)
+
+    def thaw(self) -> None:
+        """Give the layers their weights back, and leave everything else."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.unpack()
         self.base_model.fused = None
-        before, self._trainable = self._trainable, None
-        parameters = dict(self.named_parameters())
-        if before is not None and before.keys() == parameters.keys():  # else somebody rebuilt it, and chose anew
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(before[name])
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Let all parameters have gradients, or none; ends `optimize_for_inference` where they shall have some."""
         if requires_grad:
             self.unpack()
+        self._trainable = None
         return super().requires_grad_(requires_grad)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:  # what moves and casts a model
         self.unpack()
         return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights by their names; see `torch.nn.Module.load_state_dict`. Ends `optimize_for_inference`."""
+        self.unpack()
+        return super().load_state_dict(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Weights by their names; see `torch.nn.Module.state_dict`.
+
+        Whoever holds them may write to them, so this ends `optimize_for_inference`; `save_pretrained` does not.
+        """
+        if "destination" not in kwargs:  # which PyTorch gives to the modules inside
+            self.unpack()
+        return super().state_dict(*args, **kwargs)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, tied ones once; quantized ones too."""

@@ -17,7 +17,7 @@ from modernbert.models.backbone import check_kwargs
 from modernbert.models.cache import DecoderCache
 from modernbert.models.decoder import DecoderWithHead, open_inputs
 from modernbert.models.generation import GenerationMixin
-from modernbert.models.heads import check_classes, check_tied_output
+from modernbert.models.heads import check_classes
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Linear, PredictionHead
 from modernbert.models.outputs import CausalLMOutputWithPast
@@ -133,7 +133,6 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
 
     def score(self, x: Tensor) -> Tensor:
         """Scores of the whole vocabulary for what follows rows: (N, M) to (N, V)."""
-        check_tied_output(self)
         return self.decoder(self.lm_head(x))
 
 

@@ -50,6 +50,8 @@ class DecoderAttention(Attention):
             packed = getattr(part, "packed", None)
             if not isinstance(packed, PackedPart) or not packed.holds(part.bias) or listens(part):
                 return None
+            if not part.holds_packed():
+                return None
             wholes.append(packed.whole)
         return wholes[0] if all(whole is wholes[0] for whole in wholes) else None
 

@@ -1,4 +1,4 @@
-"""What stands for a weight while its numbers lie in the layout of the kernels alone."""
+"""What a weight is while its numbers lie in the layout of the kernels alone."""
 
 from __future__ import annotations
 
@@ -24,29 +24,47 @@ _ASKED = (
         "grad_fn",
         "is_leaf",
     ),
-    *("is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "_version", "_backward_hooks"),
+    *("is_meta", "is_cpu", "is_cuda", "is_mps", "is_sparse", "is_quantized", "is_nested", "retains_grad", "_version"),
+    "_backward_hooks",
 )
 _CALLED = (
-    *("size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous"),
-    *("is_floating_point", "is_complex", "is_inference", "data_ptr", "__hash__"),
+    *("size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous", "get_device"),
+    *("is_floating_point", "is_complex", "is_inference", "is_shared", "is_signed", "data_ptr", "__hash__", "__len__"),
 )
 _ALLOWED = {getattr(Tensor, name).__get__ for name in _ASKED} | {getattr(Tensor, name) for name in _CALLED}
-_SWITCHES = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]  # off alone
+_SWITCHES = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
+_SET_GRAD = Tensor.grad.__set__  # type: ignore[union-attr]
 
 
 class FrozenWeight(nn.Parameter):
-    """The stand-in of a weight of an optimized model: it has the weight's shape and dtype, and no numbers.
+    """A parameter of an optimized model: it has the weight's shape and dtype, and no numbers.
 
     Whoever computes with it, or writes to it, gets a `FrozenError` instead of an effect that nobody would see.
-    `module.weight` never gives it: it gives the numbers back first.
+    `module.weight` never gives it: it gives the numbers back first. A parameter becomes one and becomes itself again in
+    place, so that optimizers and other holders keep it.
+
+    Attributes:
+        was: its class before.
+        is_left_off: whether somebody switched its gradient off while it was frozen.
     """
 
+    was: type[nn.Parameter]
+    is_left_off: bool
+
     @staticmethod
-    def of(weight: Tensor) -> FrozenWeight:
-        """The stand-in of a weight."""
-        meta = torch.empty_like(weight, device="meta", memory_format=torch.contiguous_format)
-        frozen: FrozenWeight = torch.Tensor._make_subclass(FrozenWeight, meta, False)
-        return frozen
+    def freeze(weight: nn.Parameter) -> FrozenWeight:
+        """Take the numbers away from a parameter; returns it."""
+        was = type(weight)
+        weight.data = weight.data.new_zeros(()).expand(weight.shape)  # one number of memory
+        weight.__class__ = FrozenWeight
+        assert isinstance(weight, FrozenWeight)
+        weight.was, weight.is_left_off = was, False
+        return weight
+
+    def thaw(self, numbers: Tensor) -> None:
+        """Give the numbers back."""
+        self.__class__ = self.was  # type: ignore[assignment]
+        self.data = numbers
 
     @classmethod
     def __torch_function__(
@@ -56,8 +74,12 @@ class FrozenWeight(nn.Parameter):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        values = (*args[1:], *(kwargs or {}).values())
+        switched_off = function in _SWITCHES and values == (False,)
         with torch._C.DisableTorchFunctionSubclass():
-            if function in _ALLOWED or (function in _SWITCHES and args[1:] == (False,)):
+            if function in _ALLOWED or switched_off or (function == _SET_GRAD and values == (None,)):
+                if switched_off:
+                    args[0].is_left_off = True
                 return function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", str(function))
         raise FrozenError(
@@ -67,3 +89,6 @@ class FrozenWeight(nn.Parameter):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"FrozenWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)

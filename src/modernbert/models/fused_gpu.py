@@ -83,7 +83,7 @@ class GpuLayers:
         given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
         assert given is not None
         if not self._unchanged.holds():
-            self.model.unpack()  # for good: what is laid out here are the old weights
+            self.model.thaw()  # for good: what is laid out here are the old weights
             return False
         if given.device != self.device or (given.is_floating_point() and given.dtype != self.dtype):
             return False

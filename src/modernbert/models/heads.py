@@ -131,19 +131,6 @@ class EncoderClassifier(EncoderWithHead):
         return self.classify(pool(x_TM, inputs.packing.spans, self.config.classifier_pooling))
 
 
-def check_tied_output(model: PreTrainedModel) -> None:
-    """Refuse an adapter on an output whose weight is the token embedding: merging it would change both.
-
-    Raises:
-        InputError: the output was wrapped by an adapter library.
-    """
-    if model.config.tie_word_embeddings and hasattr(model.decoder, "base_layer"):
-        raise InputError(
-            "the layer 'decoder' has an adapter, and its weight is the token embedding's (tie_word_embeddings), which "
-            "merging would change too; leave it out, with PEFT by exclude_modules=['decoder']"
-        )
-
-
 def check_classes(labels: Tensor, classes: int, ignored: int = IGNORED) -> Tensor:
     """Labels that are class numbers, as int64.
 

@@ -66,7 +66,10 @@ def around_mean(new: Tensor, old: Tensor) -> None:
     """
     if not len(new) or not len(old):
         return
-    rows = old.float().reshape(len(old), -1)
+    rows = old.double().reshape(len(old), -1)
+    rows = rows[rows.isfinite().all(1)]
+    if not len(rows):
+        return
     mean = rows.mean(0)
     values, vectors = torch.linalg.eigh((rows - mean).mT @ (rows - mean) / len(rows))
     noise = torch.randn(len(new), rows.shape[1], device=old.device) * (_SPREAD * values.clamp(min=0)).sqrt()

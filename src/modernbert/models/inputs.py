@@ -130,7 +130,7 @@ def pack_inputs(
         both = "both" if input_ids is not None else "neither"
         raise InputError(f"{both} of input_ids and inputs_embeds were given; give exactly one")
     if input_ids is not None:
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
             raise InputError(f"input_ids has dtype {input_ids.dtype}; it must be whole numbers")
         if input_ids.dtype not in (torch.int32, torch.int64):
             input_ids = input_ids.long()
@@ -215,7 +215,10 @@ def check_tensors(**given: Any) -> None:
 
 
 def _check_positions(position_ids: Tensor, given: tuple[int, ...]) -> Tensor:
-    """Positions of every token of a padded grid; (1, S) and (S,) are those of every row."""
+    """Positions of every token of a padded grid, int64; (1, S) and (S,) are those of every row."""
+    if position_ids.is_floating_point() or position_ids.is_complex() or position_ids.dtype == torch.bool:
+        raise InputError(f"position_ids has dtype {position_ids.dtype}; it must be whole numbers")
+    position_ids = position_ids.long()
     if tuple(position_ids.shape) in ((1, given[1]), (given[1],)):
         return position_ids.expand(given)
     if tuple(position_ids.shape) != given:

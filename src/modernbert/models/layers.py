@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.config import Config
+from modernbert.errors import InputError
 from modernbert.gpu import operations as gpu
 from modernbert.gpu.operations import TritonWeight
 from modernbert.models.continuation import Continuation
@@ -35,27 +36,35 @@ class Linear(nn.Linear):
     """
 
     packed: Packed | PackedPart | None = None
+    _frozen: FrozenWeight | None = None  # the parameter whose numbers lie in `packed` alone
     _kept: Written | None = None  # of a weight that is packed here and plain elsewhere
+    is_shared = False  # whether another module has the same weight
     is_ours = True  # said again by those subclasses whose products are like this one's
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        if isinstance(self.packed, PackedPart) or (self.packed is not None and self.packed.gated):
+        weight, packed = self._weight, self.packed
+        if packed is None or not self.holds_packed() or (weight.requires_grad and torch.is_grad_enabled()):
+            return linear(x, weight, self.bias)
+        if isinstance(packed, PackedPart) or packed.gated:
             return linear(x, self.dense_weight(), self.bias)
-        if self._kept is not None and not self._kept.holds(self._weight):
-            self.unpack()
-        return linear(x, self._weight, self.bias, self.packed)
+        return linear(x, weight, self.bias, packed)
+
+    def holds_packed(self) -> bool:
+        """Whether what is packed is the weight that the layer has now."""
+        if self._kept is not None:
+            return self._kept.holds(self._weight)
+        return self._frozen is None or self._parameters.get("weight") is self._frozen
 
     @property
     def _weight(self) -> Tensor:
         """The weight or what stands for it, which reading `weight` would end."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
+        weight = self._parameters.get("weight")
+        return self.weight if weight is None else weight  # parametrized and pruned layers compute theirs
 
     def __getattr__(self, name: str) -> Any:
         # Only what is no ordinary attribute comes here, parameters among it.
-        if name == "weight" and (self._kept is not None or type(self._parameters.get("weight")) is FrozenWeight):
+        if name == "weight" and (self._kept is not None or self._frozen is not None):
             logger.info("a weight of an optimized model was read; its layer computes without the packed layout now")
             self.unpack()
         return super().__getattr__(name)
@@ -67,25 +76,27 @@ class Linear(nn.Linear):
 
     def dense_weight(self) -> Tensor:
         """The weight, in its plain layout."""
-        return self._weight if self.packed is None else self.packed.to_dense()
+        return self._weight if self._frozen is None or self.packed is None else self.packed.to_dense()
 
     def pack(self, keep_weight: bool = False, gated: bool = False) -> None:
         """Lay the weight out for inference; `keep_weight` where another module shares it."""
         if self.packed is None:
             self.packed = pack_weight(self._weight, self.bias, gated)
-        if self.packed is not None and keep_weight:
+        if self.packed is not None and (keep_weight or self.is_shared):
             self._kept = Written(self._weight)
         elif self.packed is not None:
             self._freeze()
 
     def _freeze(self) -> None:
-        if type(self._weight) is not FrozenWeight:
-            self._parameters["weight"] = FrozenWeight.of(self._weight)
+        weight = self._weight
+        if self._frozen is None:
+            assert isinstance(weight, nn.Parameter)
+            self.__dict__["_frozen"] = FrozenWeight.freeze(weight)  # no parameter of its own
 
     @staticmethod
     def pack_together(modules: list[Linear]) -> None:
         """Lay the weights of layers that read the same rows out as one, so that one product serves them all."""
-        if any(module.packed is not None for module in modules) or not all(is_plain(m._weight) for m in modules):
+        if any(m.packed is not None or m.is_shared or not is_plain(m._weight) for m in modules):
             return
         biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
         packed = pack_weight(torch.cat([module._weight for module in modules]), torch.cat(biases) if biases else None)
@@ -100,16 +111,19 @@ class Linear(nn.Linear):
 
     def unpack(self) -> None:
         """Undo `pack`."""
-        if type(self._weight) is FrozenWeight:
-            self._parameters["weight"] = nn.Parameter(self.dense_weight(), requires_grad=False)
-        self.packed = self._kept = None
+        frozen = self._frozen
+        if frozen is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                assert self.packed is not None
+                frozen.thaw(self.packed.to_dense())
+        self.__dict__["packed"] = self.__dict__["_frozen"] = self.__dict__["_kept"] = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:
         self.unpack()
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if type(self._weight) is not FrozenWeight:
+        if self._frozen is None or self._weight is not self._frozen:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         destination[f"{prefix}weight"] = self.dense_weight()
@@ -121,8 +135,8 @@ class Linear(nn.Linear):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:  # for copies, which are not packed
-        state = {name: value for name, value in self.__dict__.items() if name != "_kept"}
-        if state.pop("packed", None) is not None and type(self._weight) is FrozenWeight:
+        state = {name: value for name, value in self.__dict__.items() if name not in ("packed", "_kept", "_frozen")}
+        if self._frozen is not None and self._weight is self._frozen:
             weight = nn.Parameter(self.dense_weight(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state
@@ -169,6 +183,15 @@ class Embeddings(nn.Module):
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.norm = layer_norm(config)
         self.drop = nn.Dropout(config.embedding_dropout)
+        self.is_tied = False  # whether an output shares the weight
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "tok_embeddings" and hasattr(value, "base_layer") and self.is_tied:
+            raise InputError(
+                "an adapter was put on 'tok_embeddings', whose weight is the output's too (tie_word_embeddings), which "
+                "merging it would change as well; leave it out"
+            )
+        super().__setattr__(name, value)
 
     def forward(self, ids_T: Tensor | None, embeds_TM: Tensor | None) -> Tensor:
         """Ids (T,) or vectors (T, M) in their place to (T, M)."""
@@ -262,7 +285,8 @@ class MLP(nn.Module):
         """Whether one kernel may take the place of Wi, the activation, the gate and the dropout."""
         dropping = self.drop.training and self.drop.p > 0
         heard = listens(self.Wi) or listens(self.drop)
-        return not dropping and not heard and serves_packed(x_TM, self.Wi.bias) and packed.holds(self.Wi.bias)
+        holds = self.Wi.holds_packed() and packed.holds(self.Wi.bias)
+        return not dropping and not heard and holds and serves_packed(x_TM, self.Wi.bias)
 
     def _is_geglu_on_card(self, x_TO: Tensor) -> bool:
         """Whether one kernel may take the place of the activation and the gate, and one that of their gradients."""

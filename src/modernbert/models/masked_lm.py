@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from modernbert.config import ModernBertConfig
-from modernbert.models.heads import EncoderWithHead, check_classes, check_tied_output
+from modernbert.models.heads import EncoderWithHead, check_classes
 from modernbert.models.inputs import PackedInputs
 from modernbert.models.layers import Linear
 from modernbert.models.outputs import MaskedLMOutput
@@ -51,7 +51,6 @@ class ModernBertForMaskedLM(EncoderWithHead):
 
     def score(self, x: Tensor) -> Tensor:
         """Scores of the whole vocabulary: (N, M) to (N, V)."""
-        check_tied_output(self)
         return self.decoder(self.head(x))
 
     def apply_head(

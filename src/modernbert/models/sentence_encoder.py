@@ -143,9 +143,18 @@ class SentenceEncoder(nn.Module):
 
     def optimize_for_inference(self) -> Self:
         """Make it ready to serve; see `PreTrainedModel.optimize_for_inference`."""
-        self.eval().requires_grad_(False)
+        self.eval()
         self.model.optimize_for_inference()
         return self
+
+    def unpack(self) -> None:
+        """Undo `optimize_for_inference`, but for the mode."""
+        self.model.unpack()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Let all parameters have gradients, or none; ends `optimize_for_inference` where they shall have some."""
+        self.model.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: this model takes ids, and has no tokenizer for texts.

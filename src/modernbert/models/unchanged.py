@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.gpu.operations import TritonWeight
+from modernbert.models.frozen import FrozenWeight
 from modernbert.models.layers import MLP, Attention, Layer, Linear
 from modernbert.native.operations import NativeWeight, same_bytes, version_of
 
@@ -39,7 +40,7 @@ class Unchanged:
         self._packed = linear, [module.packed for module in linear]
         named = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items()]
         self._parameters = [owner for owner, _, _ in named], [name for _, name, _ in named], [p for _, _, p in named]
-        self._held = [p for p in self._parameters[2] if p is not None and not p.is_meta]
+        self._held = [p for p in self._parameters[2] if p is not None and type(p) is not FrozenWeight]
         small = [p.is_contiguous() and p.device.type == "cpu" and p.numel() <= _SMALL for p in self._held]
         self._large = [p for p, is_small in zip(self._held, small, strict=True) if not is_small]
         self._states = list(map(_state, self._large))

@@ -1,8 +1,8 @@
 """Activations by the names that configurations use.
 
 PyTorch's own sigmoid, SiLU and tanh-GELU compute the last few numbers of each thread's share by another formula than
-the rest, so that a row's bits depend on how many rows there are. Its exact GELU and its tanh do not; the others are
-written by way of tanh.
+the rest, so that a row's bits depend on how many rows there are. Its tanh does not, nor does its exact GELU by oneDNN;
+the others are written by way of tanh, and the exact GELU without oneDNN goes piece by piece.
 """
 
 from __future__ import annotations
@@ -14,13 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.ops.linear import planned_rows
+from modernbert.ops.linear import onednn_serves, planned_rows
+
+_PIECE = 1 << 13  # numbers, fewer than PyTorch shares out to threads
 
 
 def _gelu(x: Tensor) -> Tensor:
     """The exact one, by erf. On a CPU oneDNN computes it, which keeps a plan for every shape that it has seen."""
-    extra = planned_rows(len(x)) - len(x) if x.dim() == 2 and x.device.type == "cpu" else 0
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.gelu(x)
+    if not onednn_serves(x) and not x.requires_grad:
+        return _gelu_in_pieces(x)
+    extra = planned_rows(len(x)) - len(x) if x.dim() == 2 else 0
     return F.gelu(F.pad(x, (0, 0, 0, extra)))[: len(x)] if extra else F.gelu(x)
+
+
+def _gelu_in_pieces(x: Tensor) -> Tensor:
+    """Pieces that one thread computes each, and that end with a whole vector: no number is at an end."""
+    flat = F.pad(x.flatten(), (0, -x.numel() % _PIECE))
+    return torch.cat([F.gelu(piece) for piece in flat.split(_PIECE)])[: x.numel()].view(x.shape) if len(flat) else x
 
 
 def _sigmoid(x: Tensor) -> Tensor:

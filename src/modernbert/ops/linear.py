@@ -30,7 +30,8 @@ _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed ord
 _LINE = 16  # numbers of a row of theirs are a multiple of this
 
 
-def _onednn_serves(x: Tensor) -> bool:
+def onednn_serves(x: Tensor) -> bool:
+    """Whether PyTorch has oneDNN for rows of this dtype on their device."""
     return x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and _onednn_computes(x.dtype) is not None
 
 
@@ -89,7 +90,7 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Ten
     rows = x_TI.shape[0]
     if rows == 0:
         return x_TI.new_zeros((0, weight_OI.shape[0]))
-    if _onednn_serves(x_TI):
+    if onednn_serves(x_TI):
         dtype, planned = _onednn_computes(x_TI.dtype), planned_rows(rows)
         assert dtype is not None
         same = dtype == x_TI.dtype
@@ -239,7 +240,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
     if x_TI.dim() != 2:
         return linear(x_TI.flatten(0, -2), weight_OI, bias_O, packed).unflatten(0, x_TI.shape[:-1])
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TI, weight_OI, bias_O))
-    if needs_grad and _onednn_serves(x_TI):
+    if needs_grad and onednn_serves(x_TI):
         return _Linear.apply(x_TI, weight_OI, bias_O)
     return _product(x_TI, weight_OI, bias_O, None)
 
@@ -277,4 +278,4 @@ def pack_weight(weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = F
         return TritonWeight(weight_OI, bias_O, gated)
     if native.serving(weight_OI.dtype, weight_OI.device) is not None:
         return NativeWeight(weight_OI, bias_O, gated)
-    return None if gated or not _onednn_serves(weight_OI) else OneDnnWeight(weight_OI, bias_O)
+    return None if gated or not onednn_serves(weight_OI) else OneDnnWeight(weight_OI, bias_O)
