@@ -91,6 +91,10 @@ class AutoTokenizer:
 class _AutoModelBase:
     kind: ClassVar[str]
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        name = type(self).__name__
+        raise TypeError(f"{name} makes models of other classes: {name}.from_pretrained(...) or {name}.from_config(...)")
+
     @classmethod
     def from_pretrained(
         cls, name_or_folder: str | Path, *, config: Config | None = None, **kwargs: Any

@@ -142,6 +142,26 @@ def test_new_ids_begin_near_the_mean_of_the_old_ones(name):
     assert 0.3 < fresh.std() < 0.6
 
 
+def test_sizes_and_classes_that_are_none_are_named():
+    model = model_of("ModernBertForMaskedLM", pad_token_id=90)
+    with pytest.raises(ValueError, match=r"^new_num_tokens is 'x'; it must be a whole number"):
+        model.resize_token_embeddings("x")
+    with pytest.raises(ValueError, match=r"^new_num_tokens is 90, which leaves pad_token_id 90 outside"):
+        model.resize_token_embeddings(90)
+    with pytest.raises(TypeError, match=r"AutoModel.from_pretrained\(...\) or AutoModel.from_config"):
+        modernbert.AutoModel()
+    encoding = BatchEncoding({"input_ids": torch.tensor([[5, 6]])})
+    with pytest.raises(InputError, match=r"^input_ids is a BatchEncoding; give what it holds by name"):
+        random_decoder().generate(encoding)
+
+
+def test_a_file_where_a_folder_is_wanted_is_named(tmp_path):
+    (tmp_path / "file.csv").write_text("text")
+    with pytest.raises(NotADirectoryError, match=r"file.csv is a file; name another folder$"):
+        model_of("ModernBertModel").save_pretrained(tmp_path / "file.csv")
+    assert (tmp_path / "file.csv").read_text() == "text"
+
+
 def test_one_bad_number_does_not_reach_the_new_ids():
     model = model_of("ModernBertForMaskedLM")
     with torch.no_grad():

@@ -254,7 +254,7 @@ def test_a_text_can_begin_with_nothing(small_decoder):
         ({"input_ids": torch.tensor([[5], [6]]), "streamer": object()}, "streamer takes one text"),
         ({"input_ids": torch.tensor([[5]]), "generator": []}, "generator holds 0"),
         ({"input_ids": torch.tensor([[5]]), "generator": 5}, "generator is a int"),
-        ({"input_ids": [[5]]}, "input_ids is a list; give a tensor"),
+        ({"input_ids": [[5]]}, "input_ids is a list; it must be a tensor"),
         ({"input_ids": torch.tensor([[5]]), "past_key_values": ()}, "past_key_values is a tuple"),
         ({"input_ids": torch.tensor([[True]])}, "prompts are whole numbers"),
     ],

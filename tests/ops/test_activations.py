@@ -33,9 +33,11 @@ def test_values(name):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("threads", [1, 2, 5, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_is_the_same_whatever_the_number_of_rows(name, threads, dtype):
+@pytest.mark.parametrize("onednn", [True, False])
+def test_a_row_is_the_same_whatever_the_number_of_rows(name, threads, dtype, onednn):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    torch._C._set_mkldnn_enabled(onednn)
     try:
         for width in (3, 16, 48, 97, 1152):
             x = (torch.randn(800, width) * 3).to(dtype)
@@ -45,3 +47,4 @@ def test_a_row_is_the_same_whatever_the_number_of_rows(name, threads, dtype):
                     assert torch.equal(ACTIVATIONS[name](x[start : start + rows]), whole[start : start + rows])
     finally:
         torch.set_num_threads(before)
+        torch._C._set_mkldnn_enabled(True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modernbert.checkpoint import PLAIN, QUANTIZED, dtype_of, weight_files, weight_names, write_weights
 from modernbert.config import Config
-from modernbert.errors import InputError
+from modernbert.errors import ConfigError, InputError, shown
 from modernbert.hub import Source
 from modernbert.models.frozen import FrozenWeight
 from modernbert.models.initialization import around_mean, initial_std, initialize
@@ -279,14 +279,21 @@ class PreTrainedModel(nn.Module):
         self._refuse_quantized("resize_token_embeddings")
         self.unpack()
         old = self.get_input_embeddings()
-        size = old.num_embeddings if new_num_tokens is None else int(new_num_tokens)
+        if new_num_tokens is not None and (not isinstance(new_num_tokens, int) or isinstance(new_num_tokens, bool)):
+            raise ValueError(f"new_num_tokens is {shown(new_num_tokens)}; it must be a whole number, or None")
+        size = old.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
             size = math.ceil(size / pad_to_multiple_of) * pad_to_multiple_of
         if size < 1:
             raise ValueError(f"new_num_tokens is {new_num_tokens}; a vocabulary has at least 1 id")
         if size == old.num_embeddings:
             return old
-        config = self.config.replace(vocab_size=size)  # refuses a padding id outside the vocabulary
+        if self.config.pad_token_id is not None and self.config.pad_token_id >= size:
+            raise ConfigError(
+                f"new_num_tokens is {size}, which leaves pad_token_id {self.config.pad_token_id} outside; choose a "
+                "larger number, or another padding id first"
+            )
+        config = self.config.replace(vocab_size=size)
 
         def resized(weight: Tensor, name: str) -> nn.Parameter:
             new = weight.new_zeros((size, *weight.shape[1:]))

@@ -26,6 +26,7 @@ from modernbert.generation.text import TextPieces, holds_stop
 from modernbert.hub import Source
 from modernbert.models.cache import DecoderCache
 from modernbert.models.decoding import CachedDecoder, UncachedDecoder
+from modernbert.models.inputs import check_tensors
 from modernbert.models.outputs import GenerateOutput
 
 logger = logging.getLogger(__name__)
@@ -305,9 +306,7 @@ class GenerationMixin:
             if self.config.bos_token_id is None:
                 raise InputError("input_ids is not given, and the configuration has no bos_token_id to begin with")
             input_ids = torch.tensor([[self.config.bos_token_id]])
-        for name, value in (("input_ids", input_ids), ("attention_mask", attention_mask)):
-            if value is not None and not isinstance(value, Tensor):
-                raise InputError(f"{name} is a {type(value).__name__}; give a tensor of shape (batch, sequence)")
+        check_tensors(input_ids=input_ids, attention_mask=attention_mask)
         if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             raise InputError(
                 f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; prompts are whole numbers "

@@ -80,6 +80,8 @@ class Linear(nn.Linear):
 
     def pack(self, keep_weight: bool = False, gated: bool = False) -> None:
         """Lay the weight out for inference; `keep_weight` where another module shares it."""
+        if self._parameters.get("weight") is None:
+            return  # computed anew at each call, as by a parametrization
         if self.packed is None:
             self.packed = pack_weight(self._weight, self.bias, gated)
         if self.packed is not None and (keep_weight or self.is_shared):
@@ -96,7 +98,8 @@ class Linear(nn.Linear):
     @staticmethod
     def pack_together(modules: list[Linear]) -> None:
         """Lay the weights of layers that read the same rows out as one, so that one product serves them all."""
-        if any(m.packed is not None or m.is_shared or not is_plain(m._weight) for m in modules):
+        own = [m for m in modules if m.packed is None and not m.is_shared and m._parameters.get("weight") is not None]
+        if len(own) < len(modules) or not all(is_plain(m._weight) for m in own):
             return
         biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
         packed = pack_weight(torch.cat([module._weight for module in modules]), torch.cat(biases) if biases else None)

@@ -249,6 +249,8 @@ def serves_packed(x: Tensor, bias: Tensor | None = None) -> bool:
     """Whether packed weights serve these rows: where no gradient is wanted, and no autocast."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
+    if x.device.type == "cpu" and x.dtype not in native.DTYPES:
+        return False
     return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
 
 
