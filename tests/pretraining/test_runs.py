@@ -349,7 +349,7 @@ def test_from_text_to_a_filled_mask_by_commands(raw, documents, tmp_path, capsys
         (["pretrain", "--output", "x"], "data is not given"),
         (["pretrain", "--data", tmp_path / "data"], "output is not given"),
         (["evaluate", tmp_path / "run", text, "--held-out", "0.001"], "leaves no document"),
-        (["evaluate", tmp_path / "run", text, "--mask-rate", "2"], "mask_rate is 2"),
+        (["evaluate", tmp_path / "run", text, "--mask-rate", "2"], "--mask-rate is 2"),
     ):
         with pytest.raises(SystemExit) as end:
             main([str(a) for a in arguments])
