@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -574,3 +575,53 @@ def test_help_is_quick_and_names_the_options(capsys):
     shown = capsys.readouterr().out
     for flag in ("--matryoshka", "--temperature", "--micro-tokens", "--resume"):
         assert flag in shown
+
+
+def test_a_resumed_run_refuses_another_rate_and_fewer_steps_and_tells_of_more(base, tmp_path, moods):
+    said, folder = [], tmp_path / "run"
+    options = {"model": base(), "batch_size": 8, "progress": False, "say": said.append}
+    finetune("text-classification", moods, output=folder, max_steps=4, lr=1e-3, **options)
+    written = (folder / "run.yaml").read_bytes()
+    with pytest.raises(InputError, match=r"lr is 0\.01 and was 0\.001 in the run in .*run; resume it with the same"):
+        finetune("text-classification", output=folder, resume=True, lr=1e-2, **options)
+    with pytest.raises(InputError, match=r"run has done 4 steps, and max_steps and epochs ask for 3 in all; give more"):
+        finetune("text-classification", output=folder, resume=True, max_steps=3, **options)
+    assert (folder / "run.yaml").read_bytes() == written
+    results = [json.loads((folder / "results.json").read_text())]
+    said.clear()
+    for _ in range(2):  # what was changed once is told once, and stays true
+        finetune("text-classification", output=folder, resume=True, max_steps=6, **options)
+        results.append(json.loads((folder / "results.json").read_text()))
+    line = "from step 4 on: max_steps is 6 and was 4; the weights may not be those of a run that began so"
+    assert said.count(line) == 1
+    assert (folder / "run.yaml").read_text().count(line) == 1
+    assert yaml.safe_load((folder / "run.yaml").read_text())["max_steps"] == 6
+    assert line not in results[0]["notes"]
+    assert [found["notes"].count(line) for found in results[1:]] == [1, 1]
+    assert (folder / "report.html").read_text().count(line) == 1
+    assert [found["steps"] for found in results] == [4, 6, 6]
+    walls = [found["wall_seconds"] for found in results]
+    assert walls[0] < walls[1]
+    for found in results:
+        assert found["train_seconds"] <= found["wall_seconds"]
+
+
+def test_a_null_in_a_file_does_not_change_a_resumed_run(base, tmp_path, moods):
+    options = {"model": base(), "batch_size": 8, "progress": False}
+    finetune("text-classification", moods, output=tmp_path / "run", max_steps=2, lr=3e-3, **options)
+    (tmp_path / "more.yaml").write_text("lr: null\nmax_steps: 3\n")
+    finetune("text-classification", output=tmp_path / "run", resume=True, config=tmp_path / "more.yaml", **options)
+    kept = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert (kept["lr"], kept["max_steps"]) == (3e-3, 3)
+
+
+def test_resuming_what_has_not_begun_starts_it_and_says_so(base, tmp_path, moods):
+    said, folder = [], tmp_path / "run"
+    options = {"model": base(), "batch_size": 8, "max_steps": 1, "progress": False, "say": said.append}
+    finetune("text-classification", moods, output=folder, resume=True, **options)
+    assert said[0] == f"there is no run in {folder} yet; starting one"
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    said.clear()
+    finetune("text-classification", output=folder, resume=True, **options)
+    assert said[0] == f"the run in {folder} has saved nothing yet; starting it from its beginning"

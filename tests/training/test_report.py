@@ -22,7 +22,7 @@ def written(folder, history, evaluation, task="text-classification", best=None, 
     outcome = Outcome(torch.nn.Linear(2, 2), evaluation, len(lines), best, 4.0, 100 * len(lines))
     chosen = OPTIONS[task].of({"train": ["data/rows.csv"], "output": str(folder), **options}, "the test")
     about = {"model": "some/encoder", "parameters": 4_390_000, "train_examples": 1234, "eval_examples": 6}
-    write_results(folder, task, "accuracy", outcome, chosen, 5.0, about, ["a <note>"])
+    write_results(folder, task, "accuracy", outcome, chosen, about, ["a <note>"])
     return json.loads((folder / "results.json").read_text()), (folder / "report.html").read_text()
 
 

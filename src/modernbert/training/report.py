@@ -58,7 +58,6 @@ def write_results(
     metric: str,
     outcome: Outcome,
     options: TrainingOptions,
-    seconds: float,
     about: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> None:
@@ -70,7 +69,6 @@ def write_results(
         metric: the metric that checkpoints were compared by.
         outcome: what `fit` returned.
         options: the run's.
-        seconds: that it took in all.
         about: what was trained and on what: `model`, its name; `parameters`; `train_examples`, `eval_examples`.
         notes: lines about the data.
     """
@@ -90,7 +88,7 @@ def write_results(
         "best_step": outcome.best_step,
         "stopped": outcome.stopped,
         "train_seconds": round(outcome.seconds, 2),
-        "wall_seconds": round(seconds, 2),
+        "wall_seconds": round(outcome.wall_seconds, 2),
         "tokens": outcome.tokens,
         "tokens_per_second": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds else None,
         "notes": list(notes),
