@@ -577,6 +577,59 @@ def test_help_is_quick_and_names_the_options(capsys):
         assert flag in shown
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_with_its_code_and_what_is_saved(number, base, tmp_path, moods, monkeypatch, capsys):
+    collate, calls = TASKS["text-classification"].collate, []
+
+    def struck(self, examples, seeds):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(number)
+        return collate(self, examples, seeds)
+
+    monkeypatch.setattr(TASKS["text-classification"], "collate", struck)
+    output = ["--output", str(tmp_path / "run")]
+    command = with_options(COMMAND, max_steps=9, eval_every=9, batch_size=4, micro_tokens=400)
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--model", str(base()), "--train", str(moods), *output])
+    assert stopped.value.code == 128 + number
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    again = ["finetune", "text-classification", *output, "--resume"]
+    if number == signal.SIGINT:  # at once, and a checkpoint is due after the ninth step only
+        said = "interrupted after step 1 of 9; nothing is saved yet: --resume starts it from its beginning"
+    else:
+        said = f"after step 2 of 9; {tmp_path / 'run' / 'checkpoint-2'} is saved: go on from it with --resume"
+    assert last.endswith(f"{said} (modernbert {' '.join(again)})")
+    with pytest.raises(SystemExit) as done:
+        main(again)
+    assert done.value.code == 0
+
+
+def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path, moods, monkeypatch, capsys):
+    def struck(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modernbert.finetuning.run.read_rows", struck)
+    output = ["--output", str(tmp_path / "run")]
+    command = [*COMMAND, "--model", str(base()), "--train", str(moods), *output, "--resume"]
+
+    def last_line():
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 130
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    nothing = "modernbert: interrupted; nothing is saved yet: the same command"
+    assert last_line() == f"{nothing} starts from the beginning"
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("task: text-classification\n")
+    assert last_line() == f"{nothing} with --resume starts from the beginning"
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    monkeypatch.setattr("modernbert.finetuning.run.going_on", struck)
+    assert last_line() == "modernbert: interrupted; the same command with --resume goes on from what is saved"
+
+
 def test_a_resumed_run_refuses_another_rate_and_fewer_steps_and_tells_of_more(base, tmp_path, moods):
     said, folder = [], tmp_path / "run"
     options = {"model": base(), "batch_size": 8, "progress": False, "say": said.append}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modernbert.errors import DivergedError, InputError, InterruptedRunError
+from modernbert.errors import DivergedError, InputError, InterruptedRunError, TerminatedRunError
 from modernbert.native.library import denormals_flushed
 from modernbert.training.checkpoints import (
     best_before,
@@ -86,7 +86,8 @@ def fit(
     Raises:
         InputError: there is nothing to train, or a tracker is not known.
         DivergedError: the loss is no number; the last checkpoint stays.
-        InterruptedRunError: the process was told to end, or another one of the run is lost; what was done is kept.
+        InterruptedRunError: the process was told to end (`TerminatedRunError`), or another one of the run is lost;
+            what was done is kept.
     """
     with denormals_flushed(), listening() as told_to_end:
         run = _Run(model, feed, objective, options, output, resume, report, frame)
@@ -311,7 +312,7 @@ class _Run:
         raise InterruptedRunError(f"{said}; {go_on_from(self.output)}") from error
 
     def _end(self) -> NoReturn:
-        raise InterruptedRunError(
+        raise TerminatedRunError(
             f"told to end (SIGTERM) after step {self.step} of {self.total}; {go_on_from(self.output)}"
         )
 
