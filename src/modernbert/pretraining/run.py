@@ -81,6 +81,10 @@ class Data:
         """
         if not folders:
             raise InputError("data is not given; name a folder that `modernbert prepare-data` made")
+        places = [Path(folder).resolve() for folder in folders]
+        for i, folder in enumerate(folders):
+            if places[i] in places[:i]:
+                raise InputError(f"{folder} is given twice; give each folder of data once")
         found = [(Path(folder), Manifest.read(Path(folder))) for folder in folders]
         tokenizers = [_tokenizer(folder, manifest) for folder, manifest in found]
         for folder, manifest in found[1:]:

@@ -128,7 +128,7 @@ def write_report(
 
     template = (files("modernbert.training") / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _number
+    environment.filters["number"], environment.filters["spelled"] = _number, _spelled
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     history = [json.loads(line) for line in lines]
     evaluations = [row for row in history if any(name.startswith("eval_") for name in row)]
@@ -195,6 +195,11 @@ def _number(value: float) -> str:
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4f}" if 1e-3 <= abs(value) < 10 else f"{value:.4g}"
+
+
+def _spelled(note: str) -> str:
+    """A note whose options are as they are given from Python, and on the command line too."""
+    return re.sub(r"\b([a-z_]+)=([A-Z]+)\b", lambda n: f"{n[0]} (--{n[1].replace('_', '-')} {n[2]})", note)
 
 
 def _meaning(name: str) -> str:
