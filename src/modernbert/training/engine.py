@@ -397,9 +397,10 @@ class _Run:
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         checkpoint, about = last_checkpoint(self.output)
         if step_of(checkpoint) > self.total:
+            name = "epochs" if self.options.max_steps is None else "max_steps"
             raise InputError(
-                f"the run in {self.output} has done {step_of(checkpoint)} steps, and max_steps and epochs ask for "
-                f"{self.total} in all; give more, or name another folder and start anew"
+                f"{name} is {getattr(self.options, name)}, {self.total} steps in all, and the run in {self.output} has "
+                f"done {step_of(checkpoint)}; give more, or name another folder and start anew"
             )
         self.accelerator.wait_for_everyone()
         if self.is_main:
