@@ -36,6 +36,10 @@ class InterruptedRunError(RuntimeError):
     """A training run was told to stop, or lost one of its processes; the message says what it goes on from."""
 
 
+class TerminatedRunError(InterruptedRunError):
+    """A training run was told to end by SIGTERM, and kept its last step."""
+
+
 class QuantizationError(ValueError):
     """Quantizing a model would cost more than was allowed; the message gives what it would."""
 

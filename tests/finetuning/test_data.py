@@ -270,3 +270,25 @@ def test_labels_of_0_and_1_and_a_data_frame_are_learnt_from(base, tmp_path):
     frame.loc[3, "label"] = None
     with pytest.raises(InputError, match="row 4 has nothing in 'label'; give the row a label, or leave it out"):
         finetune("text-classification", frame, output=tmp_path / "gap", **options)
+
+
+@pytest.mark.parametrize("again", ["a.jsonl", "./b/../a.jsonl", "link.jsonl"])
+def test_a_file_that_is_given_twice_is_refused(again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    table_of(tmp_path / "a.jsonl", ROWS)
+    table_of(tmp_path / "other.jsonl", ROWS)
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    assert len(read_tables(["a.jsonl", "other.jsonl"], None)) == 2
+    with pytest.raises(InputError, match=r"\.jsonl is given twice.*; give each file once"):
+        read_tables(["a.jsonl", "other.jsonl", again], None)
+
+
+def test_parts_of_a_file_are_given_once_each(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"train": ROWS, "test": ROWS}))
+    assert len(read_tables([f"{path}#train", f"{path}#test"], None)) == 2
+    with pytest.raises(InputError, match="#train is given twice; give each"):
+        read_tables([f"{path}#train", f"{path}#test", f"{path}#train"], None)
+    with pytest.raises(InputError, match=r"data\.json is given twice \(as .*#train too\)"):
+        read_tables([f"{path}#train", str(path)], None)

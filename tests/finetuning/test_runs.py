@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -574,3 +575,106 @@ def test_help_is_quick_and_names_the_options(capsys):
     shown = capsys.readouterr().out
     for flag in ("--matryoshka", "--temperature", "--micro-tokens", "--resume"):
         assert flag in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_command_with_its_code_and_what_is_saved(number, base, tmp_path, moods, monkeypatch, capsys):
+    collate, calls = TASKS["text-classification"].collate, []
+
+    def struck(self, examples, seeds):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(number)
+        return collate(self, examples, seeds)
+
+    monkeypatch.setattr(TASKS["text-classification"], "collate", struck)
+    output = ["--output", str(tmp_path / "run")]
+    command = with_options(COMMAND, max_steps=9, eval_every=9, batch_size=4, micro_tokens=400)
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--model", str(base()), "--train", str(moods), *output])
+    assert stopped.value.code == 128 + number
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    again = ["finetune", "text-classification", *output, "--resume"]
+    if number == signal.SIGINT:  # at once, and a checkpoint is due after the ninth step only
+        said = "interrupted after step 1 of 9; nothing is saved yet: --resume starts it from its beginning"
+    else:
+        said = f"after step 2 of 9; {tmp_path / 'run' / 'checkpoint-2'} is saved: go on from it with --resume"
+    assert last.endswith(f"{said} (modernbert {' '.join(again)})")
+    with pytest.raises(SystemExit) as done:
+        main(again)
+    assert done.value.code == 0
+
+
+def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path, moods, monkeypatch, capsys):
+    def struck(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modernbert.finetuning.run.read_rows", struck)
+    output = ["--output", str(tmp_path / "run")]
+    command = [*COMMAND, "--model", str(base()), "--train", str(moods), *output, "--resume"]
+
+    def last_line():
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 130
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    nothing = "modernbert: interrupted; nothing is saved yet: the same command"
+    assert last_line() == f"{nothing} starts from the beginning"
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("task: text-classification\n")
+    assert last_line() == f"{nothing} with --resume starts from the beginning"
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    monkeypatch.setattr("modernbert.finetuning.run.going_on", struck)
+    assert last_line() == "modernbert: interrupted; the same command with --resume goes on from what is saved"
+
+
+def test_a_resumed_run_refuses_another_rate_and_fewer_steps_and_tells_of_more(base, tmp_path, moods):
+    said, folder = [], tmp_path / "run"
+    options = {"model": base(), "batch_size": 8, "progress": False, "say": said.append}
+    finetune("text-classification", moods, output=folder, max_steps=4, lr=1e-3, **options)
+    written = (folder / "run.yaml").read_bytes()
+    with pytest.raises(InputError, match=r"lr is 0\.01 and was 0\.001 in the run in .*run; resume it with the same"):
+        finetune("text-classification", output=folder, resume=True, lr=1e-2, **options)
+    with pytest.raises(InputError, match=r"max_steps is 3, 3 steps in all, and the run in .* has done 4; give more"):
+        finetune("text-classification", output=folder, resume=True, max_steps=3, **options)
+    assert (folder / "run.yaml").read_bytes() == written
+    results = [json.loads((folder / "results.json").read_text())]
+    said.clear()
+    for _ in range(2):  # what was changed once is told once, and stays true
+        finetune("text-classification", output=folder, resume=True, max_steps=6, **options)
+        results.append(json.loads((folder / "results.json").read_text()))
+    line = "from step 4 on: max_steps is 6 and was 4; the weights may not be those of a run that began so"
+    assert said.count(line) == 1
+    assert (folder / "run.yaml").read_text().count(line) == 1
+    assert yaml.safe_load((folder / "run.yaml").read_text())["max_steps"] == 6
+    assert line not in results[0]["notes"]
+    assert [found["notes"].count(line) for found in results[1:]] == [1, 1]
+    assert (folder / "report.html").read_text().count(line) == 1
+    assert [found["steps"] for found in results] == [4, 6, 6]
+    walls = [found["wall_seconds"] for found in results]
+    assert walls[0] < walls[1]
+    for found in results:
+        assert found["train_seconds"] <= found["wall_seconds"]
+
+
+def test_a_null_in_a_file_does_not_change_a_resumed_run(base, tmp_path, moods):
+    options = {"model": base(), "batch_size": 8, "progress": False}
+    finetune("text-classification", moods, output=tmp_path / "run", max_steps=2, lr=3e-3, **options)
+    (tmp_path / "more.yaml").write_text("lr: null\nmax_steps: 3\n")
+    finetune("text-classification", output=tmp_path / "run", resume=True, config=tmp_path / "more.yaml", **options)
+    kept = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
+    assert (kept["lr"], kept["max_steps"]) == (3e-3, 3)
+
+
+def test_resuming_what_has_not_begun_starts_it_and_says_so(base, tmp_path, moods):
+    said, folder = [], tmp_path / "run"
+    options = {"model": base(), "batch_size": 8, "max_steps": 1, "progress": False, "say": said.append}
+    finetune("text-classification", moods, output=folder, resume=True, **options)
+    assert said[0] == f"there is no run in {folder} yet; starting one"
+    for checkpoint in checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    said.clear()
+    finetune("text-classification", output=folder, resume=True, **options)
+    assert said[0] == f"the run in {folder} has saved nothing yet; starting it from its beginning"

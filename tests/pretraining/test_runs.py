@@ -227,6 +227,8 @@ def test_weights_and_several_folders(raw, prepared, tmp_path):
     prepare_data([raw / "first.jsonl"], raw / "tokenizer", tmp_path / "deep" / "more", max_length=32)
     with pytest.raises(InputError, match="has a source more/first, as another folder does"):
         Data.open([prepared, tmp_path / "more", tmp_path / "deep" / "more"])
+    with pytest.raises(InputError, match="more is given twice; give each folder of data once"):
+        Data.open([tmp_path / "more", prepared, tmp_path / "deep" / ".." / "more"])
     with pytest.raises(InputError, match="weight is not given for second"):
         pretrain(prepared, tmp_path / "bad", **{**RUN, "weight": ["first=1"]})
     with pytest.raises(InputError, match="micro_tokens is 16, and texts of the data have up to 32 tokens"):

@@ -77,6 +77,10 @@ def test_bad_paths_and_rows_are_named(tmp_path, monkeypatch):
     (tmp_path / "d" / "a.jsonl").write_text('{"text": "fine"}\n')
     with pytest.raises(InputError, match=r"would both be called a; write NAME=PATH"):
         Collection([tmp_path / "d" / "a.jsonl", tmp_path / "a.jsonl"])
+    for twice in (["a.jsonl", "a.jsonl"], ["d", "a=d/a.jsonl"], ["x=a.jsonl", "y=./d/../a.jsonl"]):
+        named = [str(tmp_path / path) if "=" not in path else path.replace("=", f"={tmp_path}/") for path in twice]
+        with pytest.raises(InputError, match=r"a\.jsonl is given twice, by .* and by .*; give it once"):
+            Collection(named)
     with pytest.raises(InputError, match="lie in"):
         Collection([tmp_path / "b.jsonl"], 1.5)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a line")))

@@ -13,7 +13,7 @@ from modernbert.training.contract import Evaluation, Outcome
 from modernbert.training.report import chance_of, write_results
 
 
-def written(folder, history, evaluation, task="text-classification", best=None, **options):
+def written(folder, history, evaluation, task="text-classification", best=None, notes=("a <note>",), **options):
     lines = [
         {"epoch": i / 2, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100 * i, "seconds": float(i), **row}
         for i, row in enumerate(history, start=1)
@@ -22,7 +22,7 @@ def written(folder, history, evaluation, task="text-classification", best=None, 
     outcome = Outcome(torch.nn.Linear(2, 2), evaluation, len(lines), best, 4.0, 100 * len(lines))
     chosen = OPTIONS[task].of({"train": ["data/rows.csv"], "output": str(folder), **options}, "the test")
     about = {"model": "some/encoder", "parameters": 4_390_000, "train_examples": 1234, "eval_examples": 6}
-    write_results(folder, task, "accuracy", outcome, chosen, 5.0, about, ["a <note>"])
+    write_results(folder, task, "accuracy", outcome, chosen, about, notes)
     return json.loads((folder / "results.json").read_text()), (folder / "report.html").read_text()
 
 
@@ -118,3 +118,10 @@ def test_a_run_without_evaluation_has_a_report_too(tmp_path):
 )
 def test_chance_is_what_guessing_scores(figures, chance):
     assert chance_of(Evaluation(figures)) == chance
+
+
+def test_notes_name_options_as_they_are_given_from_python_and_on_the_command_line(tmp_path):
+    note = "labels look like single-label; problem=KIND says otherwise"
+    results, page = written(tmp_path, [{}], None, notes=[note])
+    assert results["notes"] == [note]
+    assert "Note: labels look like single-label; problem=KIND (--problem KIND) says otherwise<" in page

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
             code = app(args=arguments, standalone_mode=False)
         except InterruptedCommandError as error:
             say(error)
-            sys.exit(_INTERRUPTED)
+            sys.exit(error.code)
         except KeyboardInterrupt:
             code = _INTERRUPTED
         except Exception as error:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import shlex
+import signal
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modernbert.cli.messages import InterruptedCommandError, flags_of, in_flags
+from modernbert.errors import TerminatedRunError
 from modernbert.training.options import TrainingOptions
 from modernbert.training.threads import share_cores
 
@@ -48,15 +50,21 @@ def command(
         chosen = {option: value for option, value in given.items() if value not in (None, [])}
         try:
             act(say, path, resume, chosen)
+        except TerminatedRunError as error:
+            raise InterruptedCommandError(go_on(str(error), chosen), 128 + signal.SIGTERM) from None
         except KeyboardInterrupt as error:
             if os.environ.get("RANK", "0") != "0":
                 raise
-            message = in_flags(str(error), flags)
-            message = message or "interrupted; the same command with --resume goes on from what is saved"
-            if str(error) and "output" in chosen:
-                again = ["modernbert", *name.split(), "--output", chosen["output"], "--resume"]
-                message += f" ({shlex.join(again)})"
+            message = go_on(str(error), chosen) if str(error) else _before_the_first_step(chosen.get("output"))
             raise InterruptedCommandError(message) from None
+
+    def go_on(said: str, chosen: Mapping[str, Any]) -> str:
+        """What the run says of its end, with the command that goes on from there."""
+        message = in_flags(said, flags)
+        if "output" in chosen:
+            again = ["modernbert", *name.split(), "--output", chosen["output"], "--resume"]
+            message += f" ({shlex.join(again)})"
+        return message
 
     hints = typing.get_type_hints(options)
     order = {name: i for i, name in enumerate(first)}
@@ -82,6 +90,16 @@ def tell(outcome: Outcome, figures: Mapping[str, float], output: Path) -> None:
     for name, value in figures.items():
         typer.echo(f"{name:<32}{value:.4f}")
     typer.echo(f"written to {output}; open {output / 'report.html'} for curves and errors", err=True)
+
+
+def _before_the_first_step(output: str | None) -> str:
+    """What to do after an interruption while everything was being set up, or after the last step."""
+    if output is None:  # a file names it
+        return "interrupted; the same command with --resume goes on from what is saved, if anything is"
+    if any(Path(output).glob("checkpoint-*")):
+        return "interrupted; the same command with --resume goes on from what is saved"
+    again = "the same command with --resume" if Path(output).exists() else "the same command"
+    return f"interrupted; nothing is saved yet: {again} starts from the beginning"
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any, flags: Mapping[str, str]) -> inspect.Parameter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import signal
 from collections.abc import Iterable, Iterator, Mapping
 
 import typer
@@ -23,7 +24,16 @@ _AFTER = re.compile(r" (?:is|are|was|holds|and) |, such")
 
 
 class InterruptedCommandError(Exception):
-    """A command was interrupted from the keyboard; the message says how to go on."""
+    """A command was interrupted, from the keyboard or by SIGTERM; the message says how to go on.
+
+    Args:
+        message: one line.
+        code: exit code of the command: 128 and the number of the signal.
+    """
+
+    def __init__(self, message: str, code: int = 128 + signal.SIGINT) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def say(message: object) -> None:

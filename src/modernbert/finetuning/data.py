@@ -60,12 +60,13 @@ def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
         header: names of the columns of tables without a header line.
 
     Raises:
-        InputError: a file is empty, or is not what its suffix promises.
+        InputError: a file is empty, is given twice, or is not what its suffix promises.
         OSError: a file cannot be read.
     """
     if isinstance(sources, str | Path):
         sources = [sources]
     if isinstance(sources, Sequence) and sources and all(isinstance(s, str | Path) for s in sources):
+        _check_once([str(source) for source in sources])
         return [_read_file(str(source), header) for source in sources]
     if hasattr(sources, "features"):
         return [Table(_sure(list(rows_of_dataset(sources)), "the dataset"), "the dataset")]
@@ -78,6 +79,19 @@ def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
     if wrong is not None:
         raise InputError(f"a row is a {type(wrong).__name__}; give dicts")
     return [Table(_sure([dict(row) for row in rows], "the list of rows"), "the list of rows")]
+
+
+def _check_once(sources: Sequence[str]) -> None:
+    """Raise `InputError` where rows would count twice: a file, or a part of one, that is given twice."""
+    given: dict[Path, dict[str | None, str]] = {}
+    for source in sources:
+        path, part = place_of(source)
+        parts = given.setdefault(path.resolve(), {})
+        if parts and (part is None or None in parts or part in parts):
+            before = parts.get(part) or next(iter(parts.values()))
+            again = "" if source == before else f" (as {before} too)"
+            raise InputError(f"{source} is given twice{again}; give each file once")
+        parts[part] = source
 
 
 def _read_file(source: str, header: Sequence[str] | None) -> Table:

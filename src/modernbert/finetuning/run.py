@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ from modernbert.training.examples import ExampleFeed
 from modernbert.training.folder import (
     check_libraries,
     check_unchanged,
+    going_on,
     opened,
     read_settings,
+    resumed,
     settings_before,
     write_settings,
 )
@@ -114,6 +115,7 @@ def finetune(
         where.wait_for_everyone()
         if not where.is_main_process:
             say = logger.debug
+        changes = going_on(folder, task, settings, say) if resume and where.is_main_process else []
         worker = TASKS[task](settings)
         train_rows, eval_rows, is_held_out = read_rows(worker, train, eval, settings, say)
         name = settings.model or small_model("decoder" if task == "causal-lm" else "encoder")
@@ -157,10 +159,9 @@ def finetune(
 
         def begin() -> None:
             if where.is_main_process:
-                write_settings(folder, task, settings)
+                write_settings(folder, task, settings, changes)
             where.wait_for_everyone()
 
-        began = time.perf_counter()
         with Reporter(worker.metric, progress and where.is_main_process) as report:
             outcome = fit(loaded, feed, worker, settings, folder, resume=resume, report=report, begin=begin)
         result = Finetuned(task, outcome.model, worker.tokenizer, {}, outcome, folder)
@@ -174,7 +175,7 @@ def finetune(
                 "eval_examples": len(worker.held_out),
             }
             with explained(folder):
-                _finish(result, worker, settings, time.perf_counter() - began, about)
+                _finish(result, worker, settings, about, changes)
         where.wait_for_everyone()
         return result
 
@@ -184,7 +185,7 @@ def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, 
     named = {} if config is None else read_settings(Path(config), task)
     folder = given.get("output", named.get("output"))
     before = settings_before(folder, task) if resume else {}
-    values = {**before, **named}
+    values = resumed(named, before)
     for name, value in given.items():
         if name in ("train", "eval") and not _are_paths(value):
             values[name] = []
@@ -247,7 +248,9 @@ def _loaded(task: Task, name: str | Path, options: FinetuneOptions) -> Any:
     return task.load(name, options)
 
 
-def _finish(result: Finetuned, task: Task, options: FinetuneOptions, wall: float, about: Mapping[str, Any]) -> None:
+def _finish(
+    result: Finetuned, task: Task, options: FinetuneOptions, about: Mapping[str, Any], changes: Sequence[str]
+) -> None:
     """Write the finished model and all that is told of it."""
     folder, outcome = result.output, result.outcome
     if has_adapters(result.model):
@@ -258,5 +261,5 @@ def _finish(result: Finetuned, task: Task, options: FinetuneOptions, wall: float
     if evaluation is not None and evaluation.predictions:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
         write_text(folder / PREDICTIONS, "".join(lines))
-    notes = list(dict.fromkeys(task.notes))
-    write_results(folder, result.task, task.metric, outcome, options, wall, about, notes)
+    notes = list(dict.fromkeys((*task.notes, *changes)))
+    write_results(folder, result.task, task.metric, outcome, options, about, notes)

@@ -76,11 +76,16 @@ class Collection:
         self._spool: Path | None = None
         self.places: list[_Place] = []
         unnamed: dict[str, str] = {}
+        given: dict[Path, str] = {}
         for path in map(str, paths):
             found = list(self._places(path))
             source = found[0].source
             if not path.startswith(f"{source}=") and unnamed.setdefault(source, path) != path:
                 raise InputError(f"{unnamed[source]} and {path} would both be called {source}; write NAME=PATH")
+            for place in found:
+                if before := given.get(place.path.resolve()):
+                    raise InputError(f"{place.path} is given twice, by {before} and by {path}; give it once")
+            given |= {place.path.resolve(): path for place in found}
             self.places += found
         self.held_out = self._lowest(held_out)
 

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,10 @@ from modernbert.training.engine import fit
 from modernbert.training.folder import (
     check_libraries,
     check_unchanged,
+    going_on,
     opened,
     read_settings,
+    resumed,
     settings_before,
     write_settings,
 )
@@ -80,6 +81,10 @@ class Data:
         """
         if not folders:
             raise InputError("data is not given; name a folder that `modernbert prepare-data` made")
+        places = [Path(folder).resolve() for folder in folders]
+        for i, folder in enumerate(folders):
+            if places[i] in places[:i]:
+                raise InputError(f"{folder} is given twice; give each folder of data once")
         found = [(Path(folder), Manifest.read(Path(folder))) for folder in folders]
         tokenizers = [_tokenizer(folder, manifest) for folder, manifest in found]
         for folder, manifest in found[1:]:
@@ -280,6 +285,7 @@ def pretrain(
     say = say or to_stderr
     with opened(folder, resume) if where.is_main_process else contextlib.nullcontext():
         where.wait_for_everyone()
+        changes = going_on(folder, _NAME, chosen, say) if resume and where.is_main_process else []
         # One process computes the checksums; all map the files.
         prepared = Data.open(chosen.data, chosen.verify and where.is_main_process)
         if chosen.micro_tokens < prepared.max_length:
@@ -302,10 +308,9 @@ def pretrain(
 
         def begin() -> None:
             if where.is_main_process:
-                write_settings(folder, _NAME, chosen)
+                write_settings(folder, _NAME, chosen, changes)
             where.wait_for_everyone()
 
-        began = time.perf_counter()
         with Reporter(run.metric, progress and where.is_main_process) as report:
             frame = run.frame if chosen.shard else None
             outcome = fit(run.model, feed, run, chosen, folder, resume=resume, report=report, begin=begin, frame=frame)
@@ -313,7 +318,7 @@ def pretrain(
         result = Pretrained(outcome.model, prepared.tokenizer, figures, outcome, folder)
         if where.is_main_process:
             with explained(folder):
-                _finish(result, run, chosen, time.perf_counter() - began)
+                _finish(result, run, chosen, changes)
         where.wait_for_everyone()
         return result
 
@@ -327,13 +332,15 @@ def _settings(given: Mapping[str, Any], settings: str | Path | None, resume: boo
     named = {} if settings is None else read_settings(Path(settings), _NAME)
     output = given.get("output", named.get("output"))
     before = settings_before(output, _NAME) if resume else {}
-    options = PretrainOptions.of({**before, **named, **given}, str(settings) if settings is not None else "pretraining")
+    options = PretrainOptions.of(
+        {**resumed(named, before), **given}, str(settings) if settings is not None else "pretraining"
+    )
     if output is not None:
         check_unchanged(Path(output), before, options, ("data", "output", "verify", "eval_tokens", "save_dtype"))
     return options
 
 
-def _finish(result: Pretrained, run: Pretraining, options: PretrainOptions, wall: float) -> None:
+def _finish(result: Pretrained, run: Pretraining, options: PretrainOptions, changes: Sequence[str]) -> None:
     """Write the finished model and all that is told of it."""
     folder, outcome = result.output, result.outcome
     model = result.model
@@ -347,4 +354,4 @@ def _finish(result: Pretrained, run: Pretraining, options: PretrainOptions, wall
         "train_examples": texts[0],
         "eval_examples": texts[1],
     }
-    write_results(folder, _NAME, run.metric, outcome, options, wall, about)
+    write_results(folder, _NAME, run.metric, outcome, options, about, changes)

@@ -36,7 +36,9 @@ def checkpoints(output: Path) -> list[Path]:
 def go_on_from(output: Path) -> str:
     """What an interrupted run can go on from, in words."""
     found = checkpoints(output)
-    return f"{found[-1]} is saved: go on from it with resume=True" if found else "no checkpoint was made yet"
+    if not found:
+        return "nothing is saved yet: resume=True starts it from its beginning"
+    return f"{found[-1]} is saved: go on from it with resume=True"
 
 
 def step_of(checkpoint: Path) -> int:

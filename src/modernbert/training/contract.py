@@ -180,6 +180,7 @@ class Outcome:
         seconds: of training, evaluations not counted.
         tokens: real tokens that were trained on.
         stopped: why it ended before its last step, if it did.
+        wall_seconds: of the loop with its evaluations and checkpoints, and of the run that it went on from.
     """
 
     model: Any
@@ -189,3 +190,4 @@ class Outcome:
     seconds: float
     tokens: int
     stopped: str = ""
+    wall_seconds: float = 0.0

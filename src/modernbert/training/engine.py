@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modernbert.errors import DivergedError, InputError, InterruptedRunError
+from modernbert.errors import DivergedError, InputError, InterruptedRunError, TerminatedRunError
 from modernbert.native.library import denormals_flushed
 from modernbert.training.checkpoints import (
     best_before,
@@ -86,7 +86,8 @@ def fit(
     Raises:
         InputError: there is nothing to train, or a tracker is not known.
         DivergedError: the loss is no number; the last checkpoint stays.
-        InterruptedRunError: the process was told to end, or another one of the run is lost; what was done is kept.
+        InterruptedRunError: the process was told to end (`TerminatedRunError`), or another one of the run is lost;
+            what was done is kept.
     """
     with denormals_flushed(), listening() as told_to_end:
         run = _Run(model, feed, objective, options, output, resume, report, frame)
@@ -124,6 +125,7 @@ class _Run:
         self.step, self.since_best, self.stopped, self.ended = 0, 0, "", False
         self.is_whole = True  # weights and optimizer are those after `step`, not in the middle of another one
         self.seconds, self.tokens = 0.0, 0
+        self.started, self.wall = time.perf_counter(), 0.0  # the latter is of the run that this one goes on from
         self.best: tuple[int, float] | None = None
         if resume and checkpoints(output):
             self._restore(optimizer)
@@ -211,7 +213,19 @@ class _Run:
         else:
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         best_step = None if self.best is None else self.best[0]
-        return Outcome(model.eval(), evaluation, self.step, best_step, self.seconds, self.tokens, self.stopped)
+        return Outcome(
+            model.eval(),
+            evaluation,
+            self.step,
+            best_step,
+            self.seconds,
+            self.tokens,
+            self.stopped,
+            self._wall_seconds(),
+        )
+
+    def _wall_seconds(self) -> float:
+        return self.wall + time.perf_counter() - self.started
 
     def _train_step(self, step: Step) -> tuple[float, float, int]:
         """One step: its loss, the norm of its gradients, and its tokens."""
@@ -298,7 +312,7 @@ class _Run:
         raise InterruptedRunError(f"{said}; {go_on_from(self.output)}") from error
 
     def _end(self) -> NoReturn:
-        raise InterruptedRunError(
+        raise TerminatedRunError(
             f"told to end (SIGTERM) after step {self.step} of {self.total}; {go_on_from(self.output)}"
         )
 
@@ -367,6 +381,7 @@ class _Run:
             "best": self.best,
             "since_best": self.since_best,
             "seconds": self.seconds,
+            "wall_seconds": self._wall_seconds(),
             "tokens": self.tokens,
             "data": self.feed.fingerprint,
             "place": self.place,
@@ -381,6 +396,12 @@ class _Run:
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         checkpoint, about = last_checkpoint(self.output)
+        if step_of(checkpoint) > self.total:
+            name = "epochs" if self.options.max_steps is None else "max_steps"
+            raise InputError(
+                f"{name} is {getattr(self.options, name)}, {self.total} steps in all, and the run in {self.output} has "
+                f"done {step_of(checkpoint)}; give more, or name another folder and start anew"
+            )
         self.accelerator.wait_for_everyone()
         if self.is_main:
             set_damaged_aside(self.output, checkpoint)
@@ -393,6 +414,7 @@ class _Run:
             restore_optimizer(self.bare, optimizer, read_state(checkpoint))
         self.step, self.place = step_of(checkpoint), about.get("place")
         self.seconds, self.tokens = about["seconds"], about["tokens"]
+        self.wall = about.get("wall_seconds", self.seconds)
         best = about["best"]
         if best is not None and (not self.options.keep_best or (self.output / f"checkpoint-{best[0]}").is_dir()):
             self.best = (int(best[0]), float(best[1]))

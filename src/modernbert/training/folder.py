@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from filelock import FileLock, Timeout
 from modernbert import __version__
 from modernbert.errors import InputError
 from modernbert.files import naming, write_text
-from modernbert.training.checkpoints import checkpoints, recover
+from modernbert.training.checkpoints import checkpoints, last_checkpoint, recover, step_of
 from modernbert.training.options import TrainingOptions
 
 SETTINGS, RESULTS, METRICS = "run.yaml", "results.json", "metrics.jsonl"
-# What a run that goes on may change.
-CHANGEABLE = {"epochs", "max_steps", "lr", "patience", "tracker", "device", "save_every", "eval_every", "keep_best"}
+# What a run that goes on may change without becoming another one, and what it may change if it says so.
+_HARMLESS = {"tracker", "save_every"}
+_TOLD = {"epochs", "max_steps", "patience", "eval_every", "keep_best", "device"}
+_CHANGE = "# from step "  # how a line of the settings begins that says what was changed on the way
 
 
 def read_settings(path: Path, task: str) -> dict[str, Any]:
@@ -45,11 +47,45 @@ def settings_before(folder: str | Path | None, task: str) -> dict[str, Any]:
     return read_settings(path, task) if path is not None and path.is_file() else {}
 
 
-def write_settings(folder: Path, task: str, options: TrainingOptions) -> None:
-    """Write the settings of a run into its folder."""
+def resumed(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a run that goes on: those of a file count more than those before, but not where they are null."""
+    return {**before, **{name: value for name, value in given.items() if value is not None or name not in before}}
+
+
+def write_settings(folder: Path, task: str, options: TrainingOptions, changes: Sequence[str] = ()) -> None:
+    """Write the settings of a run into its folder, below comments that say what was changed on the way."""
     values = {"task": task, "modernbert": __version__, **dataclasses.asdict(options)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / SETTINGS, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    comments = "".join(f"# {change}\n" for change in changes)
+    write_text(folder / SETTINGS, comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def going_on(folder: Path, task: str, options: TrainingOptions, say: Callable[[str], None]) -> list[str]:
+    """What a resumed run changed on its way, a line each; what is new about it is said.
+
+    Args:
+        folder: of the run, with the settings that it had until now.
+        task: its name.
+        options: those from here on; `check_unchanged` let them pass.
+        say: takes a line.
+    """
+    path = folder / SETTINGS
+    if not path.is_file():
+        say(f"there is no run in {folder} yet; starting one")
+        return []
+    if not checkpoints(folder):
+        say(f"the run in {folder} has saved nothing yet; starting it from its beginning")
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    changes = [line.removeprefix("# ") for line in lines if line.startswith(_CHANGE)]
+    before = settings_before(folder, task)
+    changed = _changed({name: value for name, value in before.items() if name in _TOLD}, options)
+    if changed:
+        step = step_of(last_checkpoint(folder)[0])
+        line = f"from step {step} on: {'; '.join(changed)}; the weights may not be those of a run that began so"
+        say(line)
+        changes.append(line)
+    return changes
 
 
 @contextlib.contextmanager
@@ -94,16 +130,18 @@ def check_unchanged(folder: Path, before: Mapping[str, Any], options: TrainingOp
         folder: of the run.
         before: its options until now; empty for a new run.
         options: those from here on.
-        free: names of options that may change, beside `CHANGEABLE`.
+        free: names of options that may change, beside those that `going_on` tells of.
     """
     if not checkpoints(folder):
         return
-    kept = {name: value for name, value in before.items() if name not in CHANGEABLE and name not in free}
-    changed = [
-        f"{name} is {now!r} and was {was!r}" for name, was in kept.items() if (now := getattr(options, name)) != was
-    ]
-    if changed:
+    may_change = {*_TOLD, *_HARMLESS, *free}
+    if changed := _changed({name: value for name, value in before.items() if name not in may_change}, options):
         raise InputError(f"{'; '.join(changed)} in the run in {folder}; resume it with the same options")
+
+
+def _changed(before: Mapping[str, Any], options: TrainingOptions) -> list[str]:
+    now = dataclasses.asdict(options)
+    return [f"{name} is {now[name]!r} and was {was!r}" for name, was in before.items() if now[name] != was]
 
 
 def check_libraries(*names: str) -> None:

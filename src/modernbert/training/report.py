@@ -58,7 +58,6 @@ def write_results(
     metric: str,
     outcome: Outcome,
     options: TrainingOptions,
-    seconds: float,
     about: Mapping[str, Any],
     notes: Sequence[str] = (),
 ) -> None:
@@ -70,7 +69,6 @@ def write_results(
         metric: the metric that checkpoints were compared by.
         outcome: what `fit` returned.
         options: the run's.
-        seconds: that it took in all.
         about: what was trained and on what: `model`, its name; `parameters`; `train_examples`, `eval_examples`.
         notes: lines about the data.
     """
@@ -90,7 +88,7 @@ def write_results(
         "best_step": outcome.best_step,
         "stopped": outcome.stopped,
         "train_seconds": round(outcome.seconds, 2),
-        "wall_seconds": round(seconds, 2),
+        "wall_seconds": round(outcome.wall_seconds, 2),
         "tokens": outcome.tokens,
         "tokens_per_second": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds else None,
         "notes": list(notes),
@@ -130,7 +128,7 @@ def write_report(
 
     template = (files("modernbert.training") / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["number"] = _number
+    environment.filters["number"], environment.filters["spelled"] = _number, _spelled
     lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
     history = [json.loads(line) for line in lines]
     evaluations = [row for row in history if any(name.startswith("eval_") for name in row)]
@@ -197,6 +195,11 @@ def _number(value: float) -> str:
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4f}" if 1e-3 <= abs(value) < 10 else f"{value:.4g}"
+
+
+def _spelled(note: str) -> str:
+    """A note whose options are as they are given from Python, and on the command line too."""
+    return re.sub(r"\b([a-z_]+)=([A-Z]+)\b", lambda n: f"{n[0]} (--{n[1].replace('_', '-')} {n[2]})", note)
 
 
 def _meaning(name: str) -> str:
