@@ -630,22 +630,22 @@ def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path
     assert last_line() == "modernbert: interrupted; the same command with --resume goes on from what is saved"
 
 
-def test_a_resumed_run_refuses_another_rate_and_fewer_steps_and_tells_of_more(base, tmp_path, moods):
+def test_a_resumed_run_refuses_another_seed_and_fewer_steps_and_tells_of_other_changes(base, tmp_path, moods):
     said, folder = [], tmp_path / "run"
     options = {"model": base(), "batch_size": 8, "progress": False, "say": said.append}
     finetune("text-classification", moods, output=folder, max_steps=4, lr=1e-3, **options)
     written = (folder / "run.yaml").read_bytes()
-    with pytest.raises(InputError, match=r"lr is 0\.01 and was 0\.001 in the run in .*run; resume it with the same"):
-        finetune("text-classification", output=folder, resume=True, lr=1e-2, **options)
+    with pytest.raises(InputError, match=r"seed is 5 and was 0 in the run in .*run; resume it with the same"):
+        finetune("text-classification", output=folder, resume=True, seed=5, **options)
     with pytest.raises(InputError, match=r"max_steps is 3, 3 steps in all, and the run in .* has done 4; give more"):
         finetune("text-classification", output=folder, resume=True, max_steps=3, **options)
     assert (folder / "run.yaml").read_bytes() == written
     results = [json.loads((folder / "results.json").read_text())]
     said.clear()
     for _ in range(2):  # what was changed once is told once, and stays true
-        finetune("text-classification", output=folder, resume=True, max_steps=6, **options)
+        finetune("text-classification", output=folder, resume=True, max_steps=6, lr=5e-4, **options)
         results.append(json.loads((folder / "results.json").read_text()))
-    line = "from step 4 on: max_steps is 6 and was 4; the weights may not be those of a run that began so"
+    line = "from step 4 on: max_steps is 6 and was 4; lr is 0.0005 and was 0.001; the weights may not be those of a run that began so"
     assert said.count(line) == 1
     assert (folder / "run.yaml").read_text().count(line) == 1
     assert yaml.safe_load((folder / "run.yaml").read_text())["max_steps"] == 6

@@ -22,7 +22,7 @@ from modernbert.training.options import TrainingOptions
 SETTINGS, RESULTS, METRICS = "run.yaml", "results.json", "metrics.jsonl"
 # What a run that goes on may change without becoming another one, and what it may change if it says so.
 _HARMLESS = {"tracker", "save_every"}
-_TOLD = {"epochs", "max_steps", "patience", "eval_every", "keep_best", "device"}
+_TOLD = {"epochs", "max_steps", "lr", "patience", "eval_every", "keep_best", "device"}
 _CHANGE = "# from step "  # how a line of the settings begins that says what was changed on the way
 
 
