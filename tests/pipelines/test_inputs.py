@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow
 import pytest
 
+import modernbert
 from modernbert import AutoModel, QuantizationConfig, pipeline
-from modernbert.errors import InputError
+from modernbert.errors import CheckpointError, InputError
 from modernbert.pipelines import small_model
 from modernbert.tokenizer import Tokenizer
 from tests.pipelines.test_streams import CASES
@@ -214,3 +215,48 @@ def test_a_copy_of_every_task_answers_alike(heads, task):
 def test_a_copy_of_a_quantized_model_gives_the_same_bits():
     serve = pipeline("sentence-embedding", small_model(), quantization_config=QuantizationConfig(tokens=200))
     assert np.array_equal(pickle.loads(pickle.dumps(serve))(TEXTS), serve(TEXTS))
+
+
+HEAD_KINDS = {
+    "SequenceClassification": ("text-classification", "zero-shot-classification"),
+    "TokenClassification": ("token-classification",),
+    "QuestionAnswering": ("question-answering",),
+    "MultipleChoice": ("multiple-choice",),
+}
+
+
+@pytest.mark.parametrize("head", HEAD_KINDS)
+def test_a_model_with_the_head_of_another_task_is_refused_by_name(heads, head):
+    others = [task for kind, tasks in HEAD_KINDS.items() if kind != head for task in tasks]
+    for task in [*others, "fill-mask"]:
+        with pytest.raises(InputError, match=f"{task} needs a model with a head for .*ModernBertFor{head}"):
+            pipeline(task, heads / head)
+
+
+def test_a_decoder_that_classifies_does_not_generate(heads):
+    for task in ("text-generation", "text-scoring"):
+        with pytest.raises(InputError, match="ModernBertDecoderForSequenceClassification"):
+            pipeline(task, heads / "DecoderSequenceClassification")
+
+
+def test_a_bare_or_masked_model_gets_a_fresh_head_with_a_warning(heads, log):
+    for head in ("Model", "MaskedLM"):
+        log.clear()
+        pipeline("token-classification", heads / head)
+        assert "classifier" in log.text
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_classifiers_make_vectors_with_a_warning_and_cross_encoders_none(heads, tmp_path, log, labels):
+    folder = tmp_path / "classifier"
+    cls = modernbert.ModernBertForSequenceClassification
+    cls.from_pretrained(heads / "SequenceClassification", num_labels=labels).save_pretrained(folder)
+    Tokenizer.from_pretrained(heads / "Model").save_pretrained(folder)
+    log.clear()
+    if labels == 1:
+        with pytest.raises(CheckpointError, match=r"one label .*text-ranking"):
+            pipeline("sentence-embedding", folder)
+        assert len(pipeline("text-ranking", folder)("a dog", ["a cat", "a dog"])) == 2
+    else:
+        pipeline("sentence-embedding", folder)
+        assert [r.getMessage() for r in log.records if "its head is left out" in r.getMessage()]

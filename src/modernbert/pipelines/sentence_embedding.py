@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
-from modernbert.errors import InputError, listed, shown
+from modernbert.auto import TRAINED_HEADS, AutoConfig, kind_of
+from modernbert.config import ModernBertConfig
+from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.sentence_encoder import SentenceEncoder
-from modernbert.models.sentence_layout import EmbeddingSettings, contents_of
+from modernbert.models.sentence_layout import MODEL, EmbeddingSettings, contents_of
 from modernbert.ops.packing import Packing
 from modernbert.ops.pooling import POOLINGS
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
@@ -39,7 +41,7 @@ class Spans(NamedTuple):
 class EmbeddingPipeline(Pipeline):
     """Base of the tasks that compare vectors: texts with prompts in, vectors out."""
 
-    auto_model = SentenceEncoder.from_pretrained
+    auto_model = SentenceEncoder
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
         if isinstance(model, ModernBertModel):
@@ -52,12 +54,19 @@ class EmbeddingPipeline(Pipeline):
 
     @classmethod
     def load(cls, model: Any, tokenizer: Any = None, **kwargs: Any) -> Self:
-        """Like `Pipeline.load`; a layout may keep the tokenizer in its first part's folder."""
-        if isinstance(model, str | Path) and tokenizer is None:
-            places = dict(kwargs)
-            source = Source.pop_from(model, places)
-            inner = contents_of(source).inner
-            if inner and source.find("tokenizer.json") is None:
+        """Like `Pipeline.load`; a layout may keep the tokenizer in its first part's folder.
+
+        Raises:
+            CheckpointError: the folder holds a cross-encoder, which has no vectors.
+        """
+        if isinstance(model, str | Path):
+            source = Source.pop_from(model, dict(kwargs))
+            contents = contents_of(source)
+            contents.refuse_cross_encoder()
+            inner = contents.inner
+            if contents.kind == MODEL:
+                _check_head(model, source)
+            if tokenizer is None and inner and source.find("tokenizer.json") is None:
                 where = dataclasses.asdict(source) | {"subfolder": f"{source.subfolder}/{inner}".lstrip("/")}
                 tokenizer = Tokenizer.from_pretrained(where.pop("name_or_folder"), **where)
         pipeline = super().load(model, tokenizer, **kwargs)
@@ -256,6 +265,24 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
         """An array."""
         vectors: Vectors = job.results[0].numpy()
         return vectors[0].copy() if job.context else vectors.copy()
+
+
+def _check_head(model: str | Path, source: Source) -> None:
+    """Refuse a classifier with one label, which is a cross-encoder, and warn of any other head that is left out."""
+    config = AutoConfig.from_pretrained(**dataclasses.asdict(source))
+    kind = kind_of(config.extra) if isinstance(config, ModernBertConfig) else None  # decoders are refused later
+    if kind == "sequence-classification" and config.num_labels == 1:
+        raise CheckpointError(
+            f"{model} is a classifier with one label (a cross-encoder), which scores texts and has no vectors of them; "
+            "use pipeline('text-ranking', ...)"
+        )
+    if kind in TRAINED_HEADS:
+        logger.warning(
+            "%s is a model for %s; its head is left out, and vectors are means of its body's states, which it was not "
+            "trained to compare",
+            model,
+            kind,
+        )
 
 
 def _token_spans(encoding: Encoding, spans: Any, text: str, shift: int) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class ClassifierPipeline(Pipeline):
     """Base of the tasks that ask a classifier of texts: rows in, logits out."""
 
-    auto_model = AutoModelForSequenceClassification.from_pretrained
+    auto_model = AutoModelForSequenceClassification
     architecture = None
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
