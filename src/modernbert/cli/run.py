@@ -347,6 +347,7 @@ def _check(
 ) -> None:
     """Refuse what cannot be read or written before a model is loaded for it."""
     from modernbert.records import place_of
+    from modernbert.records.reading import check_file
     from modernbert.records.writing import check_output
 
     file = None if source is None else place_of(source)[0]
@@ -357,6 +358,8 @@ def _check(
     check_arguments(texts or [])
     if file is not None and not file.exists():
         raise InputError(f"there is no file {file}")
+    if file is not None:
+        check_file(file)
     if output is None:
         if overwrite:
             raise InputError("--overwrite is for --output, which is not given")
