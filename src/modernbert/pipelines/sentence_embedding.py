@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,12 +19,20 @@ from modernbert.config import ModernBertConfig
 from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
+from modernbert.models.placement import resolve_device
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import MODEL, EmbeddingSettings, contents_of
 from modernbert.ops.packing import Packing
 from modernbert.ops.pooling import POOLINGS
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
-from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_switch, check_text
+from modernbert.pipelines.checks import (
+    check_choice,
+    check_count,
+    check_fields,
+    check_iterable,
+    check_switch,
+    check_text,
+)
 from modernbert.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -187,30 +196,80 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
     def encode(
         self,
         sentences: Any,
-        *,
-        normalize_embeddings: bool | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str | None = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: Any = None,
+        normalize_embeddings: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Vectors of a text or of texts: a call, under the name that users of sentence-transformers type.
+        """Vectors of a text or of texts, with the arguments of sentence-transformers' `encode`.
 
         Args:
-            sentences: a text, or a list or an iterable of texts.
-            normalize_embeddings: the option `normalize` of a call.
+            sentences: a text, or texts in a list, an array, a column of a data frame or any other iterable; all of them
+                are read before the first is answered. None at all are allowed.
+            prompt_name, prompt: as in a call.
+            batch_size: taken, and without effect: the pipeline's `batch_tokens` says how much is computed together, and
+                the numbers are the same whatever it is.
             show_progress_bar: the argument `progress` of a call.
-            options: everything else that a call takes, such as `prompt_name`, `prompt` and `truncate_dim`.
+            output_value: "sentence_embedding"; vectors of tokens are given by `multi_vector=True`.
+            precision: "float32".
+            convert_to_numpy: give arrays; False gives a tensor for a text, and a list of tensors for several.
+            convert_to_tensor: give one tensor, on the model's device, whatever `convert_to_numpy` says.
+            device: where the model is; it is not moved.
+            normalize_embeddings: the option `normalize` of a call.
+            options: everything else that a call takes, such as `truncate_dim`.
 
         Returns:
-            What a call returns: for a text (dimensions,), for a list (texts, dimensions), float32.
+            For a text (dimensions,), for several (texts, dimensions), float32; with spans or tokens, as in a call.
 
         Raises:
             InputError: a text or an option cannot be served.
         """
-        if normalize_embeddings is not None:
-            options.setdefault("normalize", normalize_embeddings)
-        if show_progress_bar is not None:
-            options.setdefault("progress", show_progress_bar)
-        return self(sentences, **options)
+        given = {"prompt_name": prompt_name, "prompt": prompt, "normalize": normalize_embeddings}
+        given |= {"progress": show_progress_bar}
+        unknown = sorted(set(options) - {*self.options, "progress", "on_error"})
+        if unknown:
+            own = [name for name in inspect.signature(self.encode).parameters if name not in ("sentences", "options")]
+            there = ", ".join(dict.fromkeys([*own, *self.options, "progress", "on_error"]))
+            raise InputError(f"encode has no option {', '.join(unknown)}; there are {there}")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        if output_value not in (None, "sentence_embedding"):
+            raise InputError(
+                f"output_value is {shown(output_value)}; choose 'sentence_embedding', or multi_vector=True for tokens"
+            )
+        check_choice("precision", "float32" if precision is None else precision, ("float32",))
+        self._check_device(device)
+        as_one = check_switch("convert_to_tensor", convert_to_tensor)
+        as_arrays = check_switch("convert_to_numpy", convert_to_numpy) and not as_one
+        options |= {name: value for name, value in given.items() if value is not None}
+        if not isinstance(sentences, str | dict):
+            sentences = sentences.tolist() if isinstance(sentences, np.ndarray) else sentences
+        if not isinstance(sentences, str | dict):
+            sentences = list(check_iterable("sentences", sentences))
+        # No texts: one of nothing in particular checks the options and tells the dimensions.
+        answers = self(sentences, **options) if sentences else self(["a"], **{**options, "progress": False})[:0]
+        if as_arrays:
+            return answers
+        if isinstance(answers, np.ndarray):
+            tensor = torch.from_numpy(answers).to(self.model.device)
+            return tensor if as_one or tensor.ndim == 1 or isinstance(sentences, str | dict) else list(tensor)
+        return [torch.from_numpy(a).to(self.model.device) if isinstance(a, np.ndarray) else a for a in answers]
+
+    def _check_device(self, device: Any) -> None:
+        """Refuse a device that is not the model's."""
+        if device is None:
+            return
+        here = self.model.device
+        wanted = None if isinstance(device, list | tuple) else resolve_device(device)
+        if wanted is None or wanted.type != here.type or wanted.index not in (None, here.index):
+            raise InputError(f"device is {shown(device)}, and the model is on {here}; choose it in pipeline(device=)")
 
     def gather(self, answers: list[Any]) -> Any:
         """One array of vectors, where each text has one."""
