@@ -260,3 +260,24 @@ def test_classifiers_make_vectors_with_a_warning_and_cross_encoders_none(heads, 
     else:
         pipeline("sentence-embedding", folder)
         assert [r.getMessage() for r in log.records if "its head is left out" in r.getMessage()]
+
+
+def test_options_given_when_a_pipeline_is_made_are_checked_then(heads):
+    for task, head, options, message in (
+        ("ner", "TokenClassification", {"aggregation_strategy": "foo"}, "aggregation_strategy is 'foo'"),
+        ("fill-mask", "MaskedLM", {"top_k": 0}, "top_k is 0"),
+        ("zero-shot-classification", "SequenceClassification", {"hypothesis_template": "x"}, "hypothesis_template is"),
+        ("text-generation", "CausalLM", {"seed": -1}, "seed is -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipeline(task, heads / head, **options)
+    pipeline("zero-shot-classification", heads / "SequenceClassification", hypothesis_template="It is {}.")
+
+
+def test_small_mistakes_are_told_what_to_write_instead(heads, embed):
+    with pytest.raises(InputError, match=r"spans is \(0, 3\); give a list of pairs of characters"):
+        embed({"text": "hello", "spans": (0, 3)})
+    with pytest.raises(InputError, match=r'give a pair of texts as \{"text": ..., "text_pair": ...\}'):
+        pipeline("text-classification", heads / "SequenceClassification")([("a", "b")])
+    with pytest.raises(InputError, match=r"no option batch_size; .* pipeline\(\) when it is made"):
+        pipeline("fill-mask", heads / "MaskedLM")(["[MASK]"], batch_size=8)

@@ -303,7 +303,12 @@ def _answer_all(
             kept = f"{sink.partial} holds {counted(sink.done, 'answer')}"
             raise InterruptedCommandError(f"interrupted; {kept}, and the same command goes on after them") from None
         if not answered and not done:
-            raise InputError("no text: every line was empty" if file is None else f"no text: {name} holds none")
+            raise InputError(
+                "no text: nothing but blank lines, or nothing at all, was given on standard input; give texts as "
+                "arguments, with --file, or there"
+                if file is None
+                else f"no text: {name} holds none"
+            )
     if output is not None:
         say(f"{counted(answered + done - failed, 'answer')} in {output}")
     if left_out and not failed:

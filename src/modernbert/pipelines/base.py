@@ -122,7 +122,11 @@ class Pipeline(abc.ABC):
                 model.to(resolve_dtype(dtype, model.dtype, model.device))
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer.from_pretrained(tokenizer, **places)
-        return cls(model, tokenizer, **kwargs)
+        made = cls(model, tokenizer, **kwargs)
+        if made.defaults:
+            with torch.random.fork_rng(devices=[]):  # a task may draw a seed
+                made.check_defaults()
+        return made
 
     @classmethod
     def _check_architecture(cls, model: str | Path, places: dict[str, Any]) -> None:
@@ -292,7 +296,10 @@ class Pipeline(abc.ABC):
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         unknown = sorted(set(options) - set(self.options))
         if unknown:
-            raise InputError(f"{self.task} has no option {', '.join(unknown)}; there are {', '.join(self.options)}")
+            sizes = [name for name in unknown if name in ("batch_size", "batch_tokens")]
+            hint = f"; {' and '.join(sizes)} can be given to pipeline() when it is made" if sizes else ""
+            there = ", ".join(self.options)
+            raise InputError(f"{self.task} has no option {', '.join(unknown)}; there are {there}{hint}")
         return options
 
     # What a task says
@@ -300,6 +307,10 @@ class Pipeline(abc.ABC):
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Check the options of a call and fill in the others; raises `InputError`."""
         return settings
+
+    def check_defaults(self) -> None:
+        """Check the options that were given when the pipeline was made; raises `InputError`."""
+        self.settle(self.defaults)
 
     def weight(self, row: Row) -> int:
         """What a row counts for in the token budget."""

@@ -346,8 +346,8 @@ def _check_head(model: str | Path, source: Source) -> None:
 
 def _token_spans(encoding: Encoding, spans: Any, text: str, shift: int) -> list[tuple[int, int]]:
     """Tokens of each span of characters, which are `shift` further in what was tokenized."""
-    if not isinstance(spans, list | tuple) or not spans:
-        raise InputError(f"spans is {shown(spans)}; give a list of pairs of characters, (start, end)")
+    if not isinstance(spans, list | tuple) or not spans or all(isinstance(x, int) for x in spans):
+        raise InputError(f"spans is {shown(spans)}; give a list of pairs of characters, [(start, end), ...]")
     out = []
     offsets = encoding.offsets
     real = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]

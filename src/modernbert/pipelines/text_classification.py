@@ -79,6 +79,8 @@ class TextClassificationPipeline(ClassifierPipeline):
         cut: dict[str, Any] = {name: settings[name] for name in ("truncation", "max_length") if name in settings}
         if any(isinstance(item, dict) for item in items):
             return [Job([Row(self._encode_one(item, cut))]) for item in items]
+        if any(isinstance(item, list | tuple) for item in items):
+            raise InputError('an input is a list or a tuple; give a pair of texts as {"text": ..., "text_pair": ...}')
         return [Job([Row(encoding.ids)]) for encoding in self.tokenize(items, **cut)]
 
     def _encode_one(self, item: Any, cut: dict[str, Any]) -> list[int]:
