@@ -32,6 +32,8 @@ _MODELS: dict[str, dict[str, str]] = {
     "multiple-choice": {"modernbert": "models.multiple_choice.ModernBertForMultipleChoice"},
     "question-answering": {"modernbert": "models.question_answering.ModernBertForQuestionAnswering"},
 }
+# Heads that were trained for one task; a base or language model may get a fresh head for any.
+TRAINED_HEADS = ("sequence-classification", "token-classification", "multiple-choice", "question-answering")
 
 
 def kind_of(values: Mapping[str, Any]) -> str | None:

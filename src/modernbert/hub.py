@@ -74,6 +74,8 @@ class Source:
             path = folder / filename
             return path if path.is_file() else None
         name = str(self.name_or_folder)
+        if Path(name).expanduser().is_file():
+            raise NotFoundError(f"{shown(name)} is a file; give the folder that holds the checkpoint")
         if not _REPOSITORY.fullmatch(name):
             raise NotFoundError(
                 f"{shown(name)} is neither a folder on this disk nor the id of a repository (owner/name)"
@@ -108,8 +110,8 @@ class Source:
                 return None  # offline, and what is cached of the repository lacks just this file
             offline = "local_files_only is set or the Hub cannot be reached"
             raise NotFoundError(
-                f"the model {repository} is not in the cache, and {offline}; give a folder, or download it once with a "
-                "connection"
+                f"there is no folder {repository!r} on this disk, the model {repository} is not in the cache, and "
+                f"{offline}; give a folder, or download it once with a connection"
             ) from error
         except hub_errors.EntryNotFoundError:
             return None

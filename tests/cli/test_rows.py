@@ -80,11 +80,30 @@ def test_documents_keep_the_numbers_of_their_lines(heads, tmp_path, capsys):
     path.write_text("a cat\n\na hound\n")
     where = ["run", "--task", "text-ranking", "--model", heads / "Model", "--query", "a dog", "--file", path]
     code, _, err = called(capsys, *where, "--json")
-    assert (code, err) == (
-        2,
-        f"modernbert: {path}, record 1: a document is empty or only spaces; there is nothing to answer\n",
-    )
+    blank = f"modernbert: {path}, record 2, is empty or only spaces; there is nothing to answer\n"
+    assert (code, err) == (2, blank)
     code, out, err = called(capsys, *where, "--json", "--skip-errors")
+    assert (code, err) == (1, f"{blank}modernbert: 1 of 3 documents could not be ranked\n")
+    found = json.loads(out)
+    assert found["input"]["documents"] == ["a cat", None, "a hound"]
+    serve = pipeline("text-ranking", heads / "Model")
+    wanted = serve("a dog", ["a cat", "a hound"])
+    assert found["output"] == [{**answer, "index": 2 * answer["index"]} for answer in wanted]
+
+
+def test_a_document_that_is_too_long_is_left_out_under_its_number(heads, tmp_path, capsys):
+    path = tmp_path / "documents.txt"
+    path.write_text(f"a cat\n{'word ' * 600}\na hound\n")
+    where = ["run", "--task", "text-ranking", "--model", heads / "Model", "--query", "a dog", "--json"]
+    code, _, err = called(capsys, *where, "--file", path)
+    assert code == 2
+    assert err.startswith(f"modernbert: {path}, record 2: a text has 60")
+    for given in (["--file", path], ["a cat", "word " * 600, "a hound"]):
+        code, out, err = called(capsys, *where, *given, "--skip-errors")
+        assert code == 1
+        assert sorted(answer["index"] for answer in json.loads(out)["output"]) == [0, 2]
+        assert "2: a text has 60" in err.splitlines()[0]
+    code, out, err = called(capsys, *where, " ", "--skip-errors")
     assert code == 1
     assert "error" in json.loads(out)
 

@@ -63,8 +63,8 @@ def test_targets():
     ("arguments", "stdin", "message"),
     [
         (("run", "no mask"), "", "there is no [MASK] in 'no mask'"),
-        (("run",), "", "no text: every line was empty"),
-        (("run",), "\n \n", "no text: every line was empty"),
+        (("run",), "", "no text: nothing but blank lines, or nothing at all, was given on standard input"),
+        (("run",), "\n \n", "no text: nothing but blank lines, or nothing at all, was given on standard input"),
         (("run",), b"fine [MASK]\n\xff\xfe [MASK]\n", "standard input, line 2, is not UTF-8"),
         (("run", "[MASK]", "--task", "sing"), "", "task is 'sing'; choose one of fill-mask"),
         (("run", "[MASK]", "--model", "./no/such/folder"), "", "neither a folder on this disk"),

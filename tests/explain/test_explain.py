@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from modernbert import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from modernbert.cli import main
 from modernbert.errors import InputError
 from modernbert.explain import attention_of, attribute, draw_attention, draw_attribution
 from modernbert.pipelines import small_model
@@ -158,3 +159,20 @@ def test_models_without_weights_or_answers_are_refused(tokenizer):
         attribute(model, tokenizer, "text")
     with pytest.raises(InputError, match="a page holds 256"):
         attention_of(model, tokenizer, "word " * 300)
+
+
+@pytest.mark.parametrize("command", ["attention", "attribution"])
+def test_a_page_that_is_there_is_replaced_only_when_asked_for(tmp_path, capsys, command):
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    given = [command, "The [MASK] ran.", "--output", str(page)]
+    with pytest.raises(SystemExit) as stopped:
+        main(given)
+    assert stopped.value.code == 2
+    assert page.read_text() == "mine"
+    assert f"{page} is there already; name another --output" in capsys.readouterr().err
+    if command == "attention":
+        with pytest.raises(SystemExit) as stopped:
+            main([*given, "--overwrite"])
+        assert stopped.value.code == 0
+        assert page.read_text() != "mine"

@@ -12,7 +12,7 @@ import transformers
 import modernbert
 from modernbert import ModernBertForMaskedLM, ModernBertModel
 from modernbert.checkpoint import _bytes
-from modernbert.errors import CheckpointError, ConfigError
+from modernbert.errors import CheckpointError, ConfigError, NotFoundError
 from modernbert.files import replace_folder, replacing, write_text
 from modernbert.models.placement import warn_once
 from tests.parity.configs import peer, random_batch, random_config
@@ -400,3 +400,29 @@ def test_sizes():
     assert _bytes(7) == 7
     with pytest.raises(ValueError, match="'big'"):
         _bytes("big")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"load_in_8bit": True}, "load_in_8bit is no argument here; give quantization_config='int8'"),
+        ({"load_in_4bit": True}, "load_in_4bit is no argument here; give quantization_config='int4'"),
+        ({"nlabels": 5}, "ModernBertConfig has no nlabels; did you mean num_labels. there are .*vocab_size"),
+    ],
+)
+def test_unknown_arguments_of_loading_are_named(small_model, tmp_path, given, message):
+    small_model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=message):
+        modernbert.AutoModel.from_pretrained(tmp_path, **given)
+
+
+def test_a_file_where_a_folder_is_wanted_is_said(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises(NotFoundError, match="is a file; give the folder"):
+        modernbert.AutoModel.from_pretrained(path)
+
+
+def test_a_folder_that_is_missing_is_said_and_not_only_that_the_cache_lacks_it():
+    with pytest.raises(NotFoundError, match="there is no folder 'runs/nope' on this disk"):
+        modernbert.AutoModel.from_pretrained("runs/nope", local_files_only=True)

@@ -43,10 +43,37 @@ def test_every_form_is_read(tmp_path, suffix):
     assert count_records(path) == (None if suffix in (".csv", ".tsv") else 3)
 
 
-def test_text_is_read_by_lines(tmp_path):
-    path = tmp_path / "text.log"
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".text", ".md", ""])
+def test_text_is_read_by_lines(tmp_path, suffix):
+    path = tmp_path / f"text{suffix}"
     path.write_bytes("\ufeffone\r\n\n  \ntwo å\n".encode())
     assert list(read_records(path)) == [{"text": "one"}, {"text": "two å"}]
+
+
+@pytest.mark.parametrize("suffix", [".pdf", ".log", ".gz", ".py"])
+def test_files_of_an_unknown_suffix_are_refused_by_name(tmp_path, suffix):
+    path = tmp_path / f"text{suffix}"
+    path.write_text("one\n")
+    with pytest.raises(InputError, match=rf"ends with \{suffix}; read are \.txt, .*\.csv, .*no suffix"):
+        next(read_records(path))
+
+
+@pytest.mark.parametrize("content", ["one\n".encode("utf-16-le"), b"\0\1\2", b"fine\0\n"])
+def test_binary_content_is_no_text(tmp_path, content):
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="line 1, holds NUL bytes"):
+        next(read_records(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "header"), [("a.csv", "text;label"), ("a.csv", "text\tlabel"), ("a.tsv", "text,label"), ("a.csv", "a|b")]
+)
+def test_a_table_with_another_separator_is_said(tmp_path, name, header):
+    path = tmp_path / name
+    path.write_text(f"{header}\none;1\n")
+    with pytest.raises(InputError, match=r"has a header of one column, .*is it separated by"):
+        next(read_records(path))
 
 
 @pytest.mark.parametrize(

@@ -389,3 +389,59 @@ def test_encode_gives_the_vectors_of_a_call_under_sentence_transformers_name(bod
     )
     with pytest.raises(InputError, match=r"takes ids, not texts.*pipeline\('sentence-embedding', folder\)"):
         ours.model.encode("red dog")
+
+
+def test_encode_takes_what_the_library_takes_and_gives_its_shapes(body):
+    theirs, ours = library(body), pipeline("sentence-embedding", body)
+    few = ["A dog.", "Two cats ran."]
+    arguments = [
+        {"batch_size": 32},
+        {"convert_to_numpy": True},
+        {"convert_to_numpy": False},
+        {"convert_to_tensor": True},
+        {"convert_to_tensor": True, "convert_to_numpy": True},
+        {"show_progress_bar": False, "device": "cpu", "precision": "float32"},
+    ]
+    column = pytest.importorskip("pandas").Series(few, index=[7, 3])
+    for given in arguments:
+        for texts in (few, few[0], np.array(few), tuple(few), column, iter(few)):
+            got, wanted = ours.encode(texts, **given), theirs.encode(few[0] if texts is few[0] else few, **given)
+            assert type(got) is type(wanted), given
+            assert [type(v) for v in got] == [type(v) for v in wanted]
+            for one, other in zip(got, wanted, strict=True):
+                np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-5)
+    assert np.array_equal(ours.encode(few, batch_size=1), ours(few))
+
+
+def test_encode_of_no_texts(body):
+    embed = pipeline("sentence-embedding", body)
+    assert embed.encode([]).shape == (0, 48)
+    assert embed.encode(np.array([]), truncate_dim=8).shape == (0, 8)
+    assert embed.encode([], convert_to_tensor=True).shape == (0, 48)
+    assert embed.encode([], convert_to_numpy=False) == []
+    assert embed.encode([], multi_vector=True) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"pool_size": 3},
+            "encode has no option pool_size; there are prompt_name, .*convert_to_tensor, .*truncate_dim",
+        ),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"device": "meta"}, "device is 'meta', and the model is on cpu"),
+        ({"device": ["cpu", "cpu"]}, "and the model is on cpu"),
+        ({"precision": "int8"}, "precision is 'int8'; choose one of float32"),
+        ({"output_value": "token_embeddings"}, "multi_vector=True for tokens"),
+        ({"convert_to_tensor": "yes"}, "convert_to_tensor is 'yes'"),
+    ],
+)
+def test_what_encode_does_not_serve_is_refused_by_name(body, options, message):
+    with pytest.raises(InputError, match=message):
+        pipeline("sentence-embedding", body).encode(["a"], **options)
+
+
+def test_encode_refuses_a_table(body):
+    with pytest.raises(InputError, match="a table with the columns text"):
+        pipeline("sentence-embedding", body).encode(pytest.importorskip("pandas").DataFrame({"text": ["a"]}))

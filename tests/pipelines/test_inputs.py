@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow
 import pytest
 
+import modernbert
 from modernbert import AutoModel, QuantizationConfig, pipeline
-from modernbert.errors import InputError
+from modernbert.errors import CheckpointError, InputError
 from modernbert.pipelines import small_model
 from modernbert.tokenizer import Tokenizer
 from tests.pipelines.test_streams import CASES
@@ -214,3 +215,69 @@ def test_a_copy_of_every_task_answers_alike(heads, task):
 def test_a_copy_of_a_quantized_model_gives_the_same_bits():
     serve = pipeline("sentence-embedding", small_model(), quantization_config=QuantizationConfig(tokens=200))
     assert np.array_equal(pickle.loads(pickle.dumps(serve))(TEXTS), serve(TEXTS))
+
+
+HEAD_KINDS = {
+    "SequenceClassification": ("text-classification", "zero-shot-classification"),
+    "TokenClassification": ("token-classification",),
+    "QuestionAnswering": ("question-answering",),
+    "MultipleChoice": ("multiple-choice",),
+}
+
+
+@pytest.mark.parametrize("head", HEAD_KINDS)
+def test_a_model_with_the_head_of_another_task_is_refused_by_name(heads, head):
+    others = [task for kind, tasks in HEAD_KINDS.items() if kind != head for task in tasks]
+    for task in [*others, "fill-mask"]:
+        with pytest.raises(InputError, match=f"{task} needs a model with a head for .*ModernBertFor{head}"):
+            pipeline(task, heads / head)
+
+
+def test_a_decoder_that_classifies_does_not_generate(heads):
+    for task in ("text-generation", "text-scoring"):
+        with pytest.raises(InputError, match="ModernBertDecoderForSequenceClassification"):
+            pipeline(task, heads / "DecoderSequenceClassification")
+
+
+def test_a_bare_or_masked_model_gets_a_fresh_head_with_a_warning(heads, log):
+    for head in ("Model", "MaskedLM"):
+        log.clear()
+        pipeline("token-classification", heads / head)
+        assert "classifier" in log.text
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_classifiers_make_vectors_with_a_warning_and_cross_encoders_none(heads, tmp_path, log, labels):
+    folder = tmp_path / "classifier"
+    cls = modernbert.ModernBertForSequenceClassification
+    cls.from_pretrained(heads / "SequenceClassification", num_labels=labels).save_pretrained(folder)
+    Tokenizer.from_pretrained(heads / "Model").save_pretrained(folder)
+    log.clear()
+    if labels == 1:
+        with pytest.raises(CheckpointError, match=r"one label .*text-ranking"):
+            pipeline("sentence-embedding", folder)
+        assert len(pipeline("text-ranking", folder)("a dog", ["a cat", "a dog"])) == 2
+    else:
+        pipeline("sentence-embedding", folder)
+        assert [r.getMessage() for r in log.records if "its head is left out" in r.getMessage()]
+
+
+def test_options_given_when_a_pipeline_is_made_are_checked_then(heads):
+    for task, head, options, message in (
+        ("ner", "TokenClassification", {"aggregation_strategy": "foo"}, "aggregation_strategy is 'foo'"),
+        ("fill-mask", "MaskedLM", {"top_k": 0}, "top_k is 0"),
+        ("zero-shot-classification", "SequenceClassification", {"hypothesis_template": "x"}, "hypothesis_template is"),
+        ("text-generation", "CausalLM", {"seed": -1}, "seed is -1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            pipeline(task, heads / head, **options)
+    pipeline("zero-shot-classification", heads / "SequenceClassification", hypothesis_template="It is {}.")
+
+
+def test_small_mistakes_are_told_what_to_write_instead(heads, embed):
+    with pytest.raises(InputError, match=r"spans is \(0, 3\); give a list of pairs of characters"):
+        embed({"text": "hello", "spans": (0, 3)})
+    with pytest.raises(InputError, match=r'give a pair of texts as \{"text": ..., "text_pair": ...\}'):
+        pipeline("text-classification", heads / "SequenceClassification")([("a", "b")])
+    with pytest.raises(InputError, match=r"no option batch_size; .* pipeline\(\) when it is made"):
+        pipeline("fill-mask", heads / "MaskedLM")(["[MASK]"], batch_size=8)

@@ -173,3 +173,12 @@ def test_windows_and_thetas_of_the_original_trainer():
     assert without.local_rope_theta == without.global_rope_theta == 160_000.0
     everywhere = configuration({**THEIRS, "global_attn_every_n_layers": -1}, weights, "x")
     assert set(everywhere.layer_types) == {"sliding_attention"}
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_file_that_is_no_checkpoint_is_said(tmp_path, allowed):
+    path = tmp_path / "bank.csv"
+    path.write_text("text,label\na,b\n")
+    with pytest.raises(CheckpointError, match=r"bank\.csv is no checkpoint: neither a \.safetensors"):
+        convert(path, tmp_path / "out", allow_pickle=allowed)
+    assert not (tmp_path / "out").exists()

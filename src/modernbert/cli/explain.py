@@ -11,13 +11,19 @@ from modernbert.errors import InputError
 
 Text = Annotated[str, typer.Argument(help="The text.")]
 Page = Annotated[Path, typer.Option(help="HTML file to write; it stands alone.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file --output, if it is there.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
 def attention(
-    text: Text, output: Page = Path("attention.html"), model: Model = None, device: Device = None, dtype: Dtype = None
+    text: Text,
+    output: Page = Path("attention.html"),
+    model: Model = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Draw a text's attention, layer by layer and head by head.
 
@@ -27,6 +33,7 @@ def attention(
     from modernbert.explain import attention_of, draw_attention
     from modernbert.files import write_text
 
+    _check_page(output, overwrite)
     loaded, tokenizer = _loaded(AutoModel, model, device, dtype)
     found = attention_of(loaded, tokenizer, text)
     write_text(output, draw_attention(found, f"Attention of {Path(model).name if model else 'the small model'}"))
@@ -39,6 +46,7 @@ def attribution(
     model: Model = None,
     target: Annotated[str | None, typer.Option(help="Label or word; the model's answer if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Points between the masked text and the text.")] = None,
+    overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -51,6 +59,7 @@ def attribution(
     from modernbert.files import write_text
     from modernbert.pipelines import small_model
 
+    _check_page(output, overwrite)
     kind = kind_of(AutoConfig.from_pretrained(model or small_model()).extra)
     autos = {"masked-lm": AutoModelForMaskedLM, "sequence-classification": AutoModelForSequenceClassification}
     if kind not in autos:
@@ -60,6 +69,14 @@ def attribution(
     found = attribute(loaded, tokenizer, text, target, steps)
     write_text(output, draw_attribution(found, f"Attribution of {Path(model).name if model else 'the small model'}"))
     typer.echo(f"{found.target.strip()} {found.score:.3f}, the parts add up within {abs(found.error):.4f}: {output}")
+
+
+def _check_page(output: Path, overwrite: bool) -> None:
+    """Refuse an output that is there, before the work and not after."""
+    if output.is_dir():
+        raise InputError(f"{output} is a folder; name a file to write")
+    if output.exists() and not overwrite:
+        raise InputError(f"{output} is there already; name another --output, or replace it with --overwrite")
 
 
 def _loaded(auto: Any, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:

@@ -98,7 +98,7 @@ def from_records(
     Args:
         records: from a file or standard input.
         form: of the task.
-        fixed: fields that an option gave. A list that is missing then takes all records together.
+        fixed: fields that an option gave. A list that is missing then takes all records together, errors among them.
         columns: the columns that each field is in, where they are not called like it.
         name: of the file, for messages.
         go_on: give the error in the place of an input that a record lacks a field of. What a table lacks, all its rows
@@ -107,17 +107,21 @@ def from_records(
     table = name.lower().endswith((".csv", ".tsv", ".parquet"))
     if form.many is not None and set(form.fields) - set(fixed) == {form.many}:
         column = columns.get(form.many) or columns.get("text")
-        try:
-            numbered = enumerate(map(sure, records), 1)
-            items = [
-                record[_columns(record, "text", column, name if table else f"{name}, record {number},")[0]]
-                for number, record in numbered
-            ]
-        except InputError as error:
-            if not go_on:
-                raise
-            yield error, None
-            return
+        items: list[Any] = []
+        for number, record in enumerate(records, 1):
+            where = f"{name}, record {number},"
+            try:
+                values = sure(record)
+                item = values[_columns(values, "text", column, name if table else where)[0]]
+            except InputError as error:
+                if not go_on or (table and error is not record):
+                    raise
+                item = error
+            if isinstance(item, str) and not item.strip():
+                item = InputError(f"{where} is empty or only spaces; there is nothing to answer")
+                if not go_on:
+                    raise item
+            items.append(item)
         if items:
             yield {**fixed, form.many: items}, None
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -234,10 +235,28 @@ def _answer_all(
         )
         total = count_records(file, blank=True) if form.many is None or len(fixed) == 0 else 1
 
+    left_out: dict[int, InputError] = {}  # documents of one ranking, by the number of their argument or record
+    documents = 0
+    where = "argument" if texts else f"{name}, record"
+    if serve.task == "text-ranking" and (texts or fixed):
+
+        def ranked(pair: tuple[Any, Any]) -> tuple[Any, Any]:
+            nonlocal documents
+            item, row = pair
+            if isinstance(item, InputError):
+                return pair
+            found = serve.without_refused(item["query"], item["documents"], **options)
+            documents, first = len(found), 1 if fixed else 2
+            left_out.update((i, error) for i, error in enumerate(found, first) if isinstance(error, InputError))
+            for number, refusal in () if skip_errors else left_out.items():
+                raise InputError(f"{where} {number}: {refusal}") from refusal
+            return {**item, "documents": found}, row
+
+        inputs = map(ranked, inputs)
+
     job = {"task": serve.task, **identity, "options": options, **fixed}
     job |= {f"column of {field}": ", ".join(names) for field, names in columns.items()}
     job |= {"the list of texts": texts} if texts else {**fingerprint(file), "part": part}
-    where = "argument" if texts else f"{name}, record"
     answered = failed = done = 0
     failures: dict[int, str] = {}  # the first ones, by their number
     with contextlib.ExitStack() as stack:
@@ -245,7 +264,7 @@ def _answer_all(
         sink = None if output is None else stack.enter_context(ResumableOutput(output, job, overwrite=overwrite))
         if sink is not None and sink.done:
             done, failed, failures = sink.done, sink.failed, dict(sink.errors)
-            inputs = sink.rest(inputs, lambda pair: None if isinstance(pair[0], InputError) else pair[0])
+            inputs = sink.rest(inputs, lambda pair: _without_errors(pair[0]))
             say(f"{sink.partial} holds {counted(done, 'answer')}; going on after them")
         waiting: list[tuple[Any, Any]] = []  # inputs whose answers are not there yet
         on_error = "return" if skip_errors else "raise"
@@ -254,7 +273,7 @@ def _answer_all(
         try:
             for answer in answers:
                 item, row = waiting.pop(0)
-                record: dict[str, Any] = {"input": None if isinstance(item, InputError) else item}
+                record: dict[str, Any] = {"input": _without_errors(item)}
                 if isinstance(answer, InputError):
                     record["error"] = in_flags(str(answer), flags)
                     failed += 1
@@ -284,15 +303,34 @@ def _answer_all(
             kept = f"{sink.partial} holds {counted(sink.done, 'answer')}"
             raise InterruptedCommandError(f"interrupted; {kept}, and the same command goes on after them") from None
         if not answered and not done:
-            raise InputError("no text: every line was empty" if file is None else f"no text: {name} holds none")
+            raise InputError(
+                "no text: nothing but blank lines, or nothing at all, was given on standard input; give texts as "
+                "arguments, with --file, or there"
+                if file is None
+                else f"no text: {name} holds none"
+            )
     if output is not None:
         say(f"{counted(answered + done - failed, 'answer')} in {output}")
+    if left_out and not failed:
+        for number, refusal in itertools.islice(left_out.items(), _LISTED):
+            reason = in_flags(str(refusal), flags)
+            say(reason if reason.startswith(name) else f"{where} {number}: {reason}")
+        more = f"; the first {_LISTED} are listed above" if len(left_out) > _LISTED else ""
+        say(f"{len(left_out)} of {counted(documents, 'document')} could not be ranked{more}")
+        raise typer.Exit(1)
     if failed:
         for number, reason in failures.items():
             say(reason if reason.startswith(name) else f"{where} {number}: {reason}")
         more = f"; the first {_LISTED} are listed above" if failed > _LISTED else ""
         say(f"{failed} of {counted(answered + done, 'input')} could not be answered{more}")
         raise typer.Exit(1)
+
+
+def _without_errors(item: Any) -> Any:
+    """An input as it is written: None instead of what could not be read."""
+    if isinstance(item, dict) and isinstance(item.get("documents"), list):
+        return {**item, "documents": [_without_errors(document) for document in item["documents"]]}
+    return None if isinstance(item, InputError) else item
 
 
 class Streamed:
@@ -347,6 +385,7 @@ def _check(
 ) -> None:
     """Refuse what cannot be read or written before a model is loaded for it."""
     from modernbert.records import place_of
+    from modernbert.records.reading import check_file
     from modernbert.records.writing import check_output
 
     file = None if source is None else place_of(source)[0]
@@ -357,6 +396,8 @@ def _check(
     check_arguments(texts or [])
     if file is not None and not file.exists():
         raise InputError(f"there is no file {file}")
+    if file is not None:
+        check_file(file)
     if output is None:
         if overwrite:
             raise InputError("--overwrite is for --output, which is not given")

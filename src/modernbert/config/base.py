@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
+import difflib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -173,7 +174,17 @@ class Config(abc.ABC):
 
         A change of `num_labels`, of the number of layers or of one generation's fields makes anew what was
         derived from the old value.
+
+        Raises:
+            TypeError: there is no such field.
+            ConfigError: a value is impossible.
         """
+        names = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"; did you mean {near[0]}?" if near else ";"
+                raise TypeError(f"{type(self).__name__} has no {name}{hint} there are {', '.join(sorted(names))}")
         derived = {
             "num_labels": ("id2label", "label2id"),
             "id2label": ("num_labels", "label2id"),

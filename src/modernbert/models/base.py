@@ -121,6 +121,9 @@ class PreTrainedModel(nn.Module):
             stored = cls.config_class.from_dict(source.read_json("config.json"))
         config = config or stored
         assert config is not None
+        for name, scheme in (("load_in_8bit", "int8"), ("load_in_4bit", "int4")):
+            if name in config_overrides:
+                raise TypeError(f"{name} is no argument here; give quantization_config={scheme!r}")
         if config_overrides:
             config = config.replace(**config_overrides)
         record = Record.of(config)

@@ -19,8 +19,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from tokenizers import Encoding
 
+from modernbert.auto import TRAINED_HEADS, architectures_of, kind_of
 from modernbert.encoding import TRUNCATIONS, UNLIMITED
-from modernbert.errors import InputError, shown
+from modernbert.errors import InputError, listed, shown
 from modernbert.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.pipelines.checks import check_count, check_iterable, check_text, short, watched
@@ -78,7 +79,7 @@ class Pipeline(abc.ABC):
     """
 
     task: ClassVar[str]
-    auto_model: ClassVar[Callable[..., Any]]
+    auto_model: ClassVar[Any]  # the class that loads its models
     options: ClassVar[tuple[str, ...]] = ()
     architecture: ClassVar[str | None] = "encoder"  # what its models are; None where either kind serves
     needs: ClassVar[str] = "an encoder"  # the same for messages
@@ -108,7 +109,7 @@ class Pipeline(abc.ABC):
         if isinstance(model, str | Path):
             tokenizer = model if tokenizer is None else tokenizer
             cls._check_architecture(model, places)
-            model = cls.auto_model(model, device=device, dtype=dtype, **places, **loading)
+            model = cls.auto_model.from_pretrained(model, device=device, dtype=dtype, **places, **loading)
             model.optimize_for_inference()
         elif tokenizer is None:
             raise InputError("model is loaded already, so its tokenizer cannot be guessed; give tokenizer=")
@@ -121,19 +122,30 @@ class Pipeline(abc.ABC):
                 model.to(resolve_dtype(dtype, model.dtype, model.device))
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer.from_pretrained(tokenizer, **places)
-        return cls(model, tokenizer, **kwargs)
+        made = cls(model, tokenizer, **kwargs)
+        if made.defaults:
+            with torch.random.fork_rng(devices=[]):  # a task may draw a seed
+                made.check_defaults()
+        return made
 
     @classmethod
     def _check_architecture(cls, model: str | Path, places: dict[str, Any]) -> None:
-        """Refuse an encoder where a decoder is needed, and the reverse, in the words of the task."""
+        """Refuse an encoder where a decoder is needed, and the reverse, and the head of another task."""
         source = Source.pop_from(model, dict(places))
-        if cls.architecture is None or source.find("config.json") is None:
+        if source.find("config.json") is None:
             return
         values = source.read_json("config.json")
         said = f"{values.get('model_type') or ''} {values.get('architectures') or ''}".lower()
-        if "modernbert" in said and ("decoder" in said) != (cls.architecture == "decoder"):
+        wrong = "modernbert" in said and ("decoder" in said) != (cls.architecture == "decoder")
+        if cls.architecture is not None and wrong:
             found = "an encoder" if cls.architecture == "decoder" else "a decoder"
             raise InputError(f"{cls.task} needs {cls.needs}; {model} is {found}")
+        wanted, found = getattr(cls.auto_model, "kind", "base"), kind_of(values) or "base"
+        if wanted not in ("base", found) and found in TRAINED_HEADS:
+            raise InputError(
+                f"{cls.task} needs a model with a head for {wanted}; {model} has one for {found} "
+                f"({listed(architectures_of(values))})"
+            )
 
     def __reduce__(self) -> Any:
         """Copies, and pipelines in other processes, hold the same weights laid out anew, and give the same bits.
@@ -284,7 +296,10 @@ class Pipeline(abc.ABC):
     def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
         unknown = sorted(set(options) - set(self.options))
         if unknown:
-            raise InputError(f"{self.task} has no option {', '.join(unknown)}; there are {', '.join(self.options)}")
+            sizes = [name for name in unknown if name in ("batch_size", "batch_tokens")]
+            hint = f"; {' and '.join(sizes)} can be given to pipeline() when it is made" if sizes else ""
+            there = ", ".join(self.options)
+            raise InputError(f"{self.task} has no option {', '.join(unknown)}; there are {there}{hint}")
         return options
 
     # What a task says
@@ -292,6 +307,10 @@ class Pipeline(abc.ABC):
     def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Check the options of a call and fill in the others; raises `InputError`."""
         return settings
+
+    def check_defaults(self) -> None:
+        """Check the options that were given when the pipeline was made; raises `InputError`."""
+        self.settle(self.defaults)
 
     def weight(self, row: Row) -> int:
         """What a row counts for in the token budget."""

@@ -24,7 +24,7 @@ class FeatureExtractionPipeline(Pipeline):
     """
 
     task = "feature-extraction"
-    auto_model = AutoModel.from_pretrained
+    auto_model = AutoModel
     architecture = None
     options = ("return_tensors", "truncation", "tokenize_kwargs")
 

@@ -34,7 +34,7 @@ class FillMaskPipeline(Pipeline):
     """
 
     task = "fill-mask"
-    auto_model = AutoModelForMaskedLM.from_pretrained
+    auto_model = AutoModelForMaskedLM
     options = ("top_k", "targets")
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:

@@ -25,7 +25,7 @@ class MultipleChoicePipeline(Pipeline):
     """
 
     task = "multiple-choice"
-    auto_model = AutoModelForMultipleChoice.from_pretrained
+    auto_model = AutoModelForMultipleChoice
     options = ("truncation",)
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:

@@ -36,7 +36,7 @@ class QuestionAnsweringPipeline(Pipeline):
     """
 
     task = "question-answering"
-    auto_model = AutoModelForQuestionAnswering.from_pretrained
+    auto_model = AutoModelForQuestionAnswering
     options = (
         "top_k",
         "max_seq_len",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -13,15 +14,25 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
-from modernbert.errors import InputError, listed, shown
+from modernbert.auto import TRAINED_HEADS, AutoConfig, kind_of
+from modernbert.config import ModernBertConfig
+from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
+from modernbert.models.placement import resolve_device
 from modernbert.models.sentence_encoder import SentenceEncoder
-from modernbert.models.sentence_layout import EmbeddingSettings, contents_of
+from modernbert.models.sentence_layout import MODEL, EmbeddingSettings, contents_of
 from modernbert.ops.packing import Packing
 from modernbert.ops.pooling import POOLINGS
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
-from modernbert.pipelines.checks import check_choice, check_count, check_fields, check_switch, check_text
+from modernbert.pipelines.checks import (
+    check_choice,
+    check_count,
+    check_fields,
+    check_iterable,
+    check_switch,
+    check_text,
+)
 from modernbert.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +50,7 @@ class Spans(NamedTuple):
 class EmbeddingPipeline(Pipeline):
     """Base of the tasks that compare vectors: texts with prompts in, vectors out."""
 
-    auto_model = SentenceEncoder.from_pretrained
+    auto_model = SentenceEncoder
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
         if isinstance(model, ModernBertModel):
@@ -52,12 +63,19 @@ class EmbeddingPipeline(Pipeline):
 
     @classmethod
     def load(cls, model: Any, tokenizer: Any = None, **kwargs: Any) -> Self:
-        """Like `Pipeline.load`; a layout may keep the tokenizer in its first part's folder."""
-        if isinstance(model, str | Path) and tokenizer is None:
-            places = dict(kwargs)
-            source = Source.pop_from(model, places)
-            inner = contents_of(source).inner
-            if inner and source.find("tokenizer.json") is None:
+        """Like `Pipeline.load`; a layout may keep the tokenizer in its first part's folder.
+
+        Raises:
+            CheckpointError: the folder holds a cross-encoder, which has no vectors.
+        """
+        if isinstance(model, str | Path):
+            source = Source.pop_from(model, dict(kwargs))
+            contents = contents_of(source)
+            contents.refuse_cross_encoder()
+            inner = contents.inner
+            if contents.kind == MODEL:
+                _check_head(model, source)
+            if tokenizer is None and inner and source.find("tokenizer.json") is None:
                 where = dataclasses.asdict(source) | {"subfolder": f"{source.subfolder}/{inner}".lstrip("/")}
                 tokenizer = Tokenizer.from_pretrained(where.pop("name_or_folder"), **where)
         pipeline = super().load(model, tokenizer, **kwargs)
@@ -178,30 +196,80 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
     def encode(
         self,
         sentences: Any,
-        *,
-        normalize_embeddings: bool | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str | None = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: Any = None,
+        normalize_embeddings: bool | None = None,
         **options: Any,
     ) -> Any:
-        """Vectors of a text or of texts: a call, under the name that users of sentence-transformers type.
+        """Vectors of a text or of texts, with the arguments of sentence-transformers' `encode`.
 
         Args:
-            sentences: a text, or a list or an iterable of texts.
-            normalize_embeddings: the option `normalize` of a call.
+            sentences: a text, or texts in a list, an array, a column of a data frame or any other iterable; all of them
+                are read before the first is answered. None at all are allowed.
+            prompt_name, prompt: as in a call.
+            batch_size: taken, and without effect: the pipeline's `batch_tokens` says how much is computed together, and
+                the numbers are the same whatever it is.
             show_progress_bar: the argument `progress` of a call.
-            options: everything else that a call takes, such as `prompt_name`, `prompt` and `truncate_dim`.
+            output_value: "sentence_embedding"; vectors of tokens are given by `multi_vector=True`.
+            precision: "float32".
+            convert_to_numpy: give arrays; False gives a tensor for a text, and a list of tensors for several.
+            convert_to_tensor: give one tensor, on the model's device, whatever `convert_to_numpy` says.
+            device: where the model is; it is not moved.
+            normalize_embeddings: the option `normalize` of a call.
+            options: everything else that a call takes, such as `truncate_dim`.
 
         Returns:
-            What a call returns: for a text (dimensions,), for a list (texts, dimensions), float32.
+            For a text (dimensions,), for several (texts, dimensions), float32; with spans or tokens, as in a call.
 
         Raises:
             InputError: a text or an option cannot be served.
         """
-        if normalize_embeddings is not None:
-            options.setdefault("normalize", normalize_embeddings)
-        if show_progress_bar is not None:
-            options.setdefault("progress", show_progress_bar)
-        return self(sentences, **options)
+        given = {"prompt_name": prompt_name, "prompt": prompt, "normalize": normalize_embeddings}
+        given |= {"progress": show_progress_bar}
+        unknown = sorted(set(options) - {*self.options, "progress", "on_error"})
+        if unknown:
+            own = [name for name in inspect.signature(self.encode).parameters if name not in ("sentences", "options")]
+            there = ", ".join(dict.fromkeys([*own, *self.options, "progress", "on_error"]))
+            raise InputError(f"encode has no option {', '.join(unknown)}; there are {there}")
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        if output_value not in (None, "sentence_embedding"):
+            raise InputError(
+                f"output_value is {shown(output_value)}; choose 'sentence_embedding', or multi_vector=True for tokens"
+            )
+        check_choice("precision", "float32" if precision is None else precision, ("float32",))
+        self._check_device(device)
+        as_one = check_switch("convert_to_tensor", convert_to_tensor)
+        as_arrays = check_switch("convert_to_numpy", convert_to_numpy) and not as_one
+        options |= {name: value for name, value in given.items() if value is not None}
+        if not isinstance(sentences, str | dict):
+            sentences = sentences.tolist() if isinstance(sentences, np.ndarray) else sentences
+        if not isinstance(sentences, str | dict):
+            sentences = list(check_iterable("sentences", sentences))
+        # No texts: one of nothing in particular checks the options and tells the dimensions.
+        answers = self(sentences, **options) if sentences else self(["a"], **{**options, "progress": False})[:0]
+        if as_arrays:
+            return answers
+        if isinstance(answers, np.ndarray):
+            tensor = torch.from_numpy(answers).to(self.model.device)
+            return tensor if as_one or tensor.ndim == 1 or isinstance(sentences, str | dict) else list(tensor)
+        return [torch.from_numpy(a).to(self.model.device) if isinstance(a, np.ndarray) else a for a in answers]
+
+    def _check_device(self, device: Any) -> None:
+        """Refuse a device that is not the model's."""
+        if device is None:
+            return
+        here = self.model.device
+        wanted = None if isinstance(device, list | tuple) else resolve_device(device)
+        if wanted is None or wanted.type != here.type or wanted.index not in (None, here.index):
+            raise InputError(f"device is {shown(device)}, and the model is on {here}; choose it in pipeline(device=)")
 
     def gather(self, answers: list[Any]) -> Any:
         """One array of vectors, where each text has one."""
@@ -258,10 +326,28 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
         return vectors[0].copy() if job.context else vectors.copy()
 
 
+def _check_head(model: str | Path, source: Source) -> None:
+    """Refuse a classifier with one label, which is a cross-encoder, and warn of any other head that is left out."""
+    config = AutoConfig.from_pretrained(**dataclasses.asdict(source))
+    kind = kind_of(config.extra) if isinstance(config, ModernBertConfig) else None  # decoders are refused later
+    if kind == "sequence-classification" and config.num_labels == 1:
+        raise CheckpointError(
+            f"{model} is a classifier with one label (a cross-encoder), which scores texts and has no vectors of them; "
+            "use pipeline('text-ranking', ...)"
+        )
+    if kind in TRAINED_HEADS:
+        logger.warning(
+            "%s is a model for %s; its head is left out, and vectors are means of its body's states, which it was not "
+            "trained to compare",
+            model,
+            kind,
+        )
+
+
 def _token_spans(encoding: Encoding, spans: Any, text: str, shift: int) -> list[tuple[int, int]]:
     """Tokens of each span of characters, which are `shift` further in what was tokenized."""
-    if not isinstance(spans, list | tuple) or not spans:
-        raise InputError(f"spans is {shown(spans)}; give a list of pairs of characters, (start, end)")
+    if not isinstance(spans, list | tuple) or not spans or all(isinstance(x, int) for x in spans):
+        raise InputError(f"spans is {shown(spans)}; give a list of pairs of characters, [(start, end), ...]")
     out = []
     offsets = encoding.offsets
     real = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]

@@ -24,7 +24,7 @@ FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class ClassifierPipeline(Pipeline):
     """Base of the tasks that ask a classifier of texts: rows in, logits out."""
 
-    auto_model = AutoModelForSequenceClassification.from_pretrained
+    auto_model = AutoModelForSequenceClassification
     architecture = None
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
@@ -79,6 +79,8 @@ class TextClassificationPipeline(ClassifierPipeline):
         cut: dict[str, Any] = {name: settings[name] for name in ("truncation", "max_length") if name in settings}
         if any(isinstance(item, dict) for item in items):
             return [Job([Row(self._encode_one(item, cut))]) for item in items]
+        if any(isinstance(item, list | tuple) for item in items):
+            raise InputError('an input is a list or a tuple; give a pair of texts as {"text": ..., "text_pair": ...}')
         return [Job([Row(encoding.ids)]) for encoding in self.tokenize(items, **cut)]
 
     def _encode_one(self, item: Any, cut: dict[str, Any]) -> list[int]:

@@ -45,7 +45,7 @@ class TextGenerationPipeline(Pipeline):
     """
 
     task = "text-generation"
-    auto_model = AutoModelForCausalLM.from_pretrained
+    auto_model = AutoModelForCausalLM
     architecture = "decoder"
     needs = "a causal language model, which is a decoder"
     options = (*_GENERATION, *_OWN)

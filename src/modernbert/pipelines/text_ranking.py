@@ -94,10 +94,32 @@ class TextRankingPipeline(Pipeline, abc.ABC):
             documents = item["documents"]
             if not isinstance(documents, list | tuple) or not documents:
                 raise InputError(f"documents is {shown(documents)}; give a list of at least one text")
-            for document in documents:
+            # Errors stand for documents that are left out; the others keep their numbers.
+            kept = [(i, document) for i, document in enumerate(documents) if not isinstance(document, InputError)]
+            if not kept:
+                raise documents[0]
+            for _, document in kept:
                 check_text(document, "a document")
-            jobs.append(Job(self.rows(item["query"], list(documents), settings), list(documents)))
+            jobs.append(Job(self.rows(item["query"], [document for _, document in kept], settings), kept))
         return jobs
+
+    def without_refused(self, query: Any, documents: list[Any], **options: Any) -> list[Any]:
+        """The documents, with the `InputError` instead of each that cannot be ranked; a call leaves these out.
+
+        Raises:
+            InputError: the query or an option cannot be served.
+        """
+        settings = self.settle({**self.defaults, **self._checked(options)})
+        check_text(query, "a query")
+
+        def tried(document: Any) -> Any:
+            try:
+                self.rows(query, [check_text(document, "a document")], settings)
+            except InputError as error:
+                return error
+            return document
+
+        return [document if isinstance(document, InputError) else tried(document) for document in documents]
 
     @abc.abstractmethod
     def rows(self, query: str, documents: list[str], settings: dict[str, Any]) -> list[Row]:
@@ -111,7 +133,7 @@ class TextRankingPipeline(Pipeline, abc.ABC):
         """Documents, best first."""
         scores = self.scores(job.results, settings)
         order = sorted(range(len(scores)), key=lambda i: -scores[i])[: settings["top_k"]]
-        return [{"index": i, "score": scores[i], "text": job.context[i]} for i in order]
+        return [{"index": job.context[i][0], "score": scores[i], "text": job.context[i][1]} for i in order]
 
 
 class CrossEncoderRanking(TextRankingPipeline, ClassifierPipeline):

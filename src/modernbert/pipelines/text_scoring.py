@@ -32,7 +32,7 @@ class TextScoringPipeline(Pipeline):
     """
 
     task = "text-scoring"
-    auto_model = AutoModelForCausalLM.from_pretrained
+    auto_model = AutoModelForCausalLM
     architecture = "decoder"
     needs = "a causal language model, which is a decoder"
     options = ("max_length", "stride", "add_special_tokens")

@@ -60,7 +60,7 @@ class TokenClassificationPipeline(Pipeline):
     """
 
     task = "token-classification"
-    auto_model = AutoModelForTokenClassification.from_pretrained
+    auto_model = AutoModelForTokenClassification
     options = ("aggregation_strategy", "ignore_labels", "is_split_into_words", "delimiter", "stride")
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:

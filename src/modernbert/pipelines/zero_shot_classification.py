@@ -74,6 +74,10 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
         settings = {**settings, "multi_label": several}
         return {**settings, "candidate_labels": labels, "hypothesis_template": template, "entail": self.entailment_id}
 
+    def check_defaults(self) -> None:
+        """The options given so far; the labels may come with a call."""
+        self.settle({"candidate_labels": ["a"], **self.defaults})
+
     def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
         """One row a text and label."""
         labels = settings["candidate_labels"]

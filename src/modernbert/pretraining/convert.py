@@ -201,6 +201,10 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
             return load_file(path), None, {}
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:1] != b"\x80" and start != b"PK\x03\x04":
+        raise CheckpointError(f"{path} is no checkpoint: neither a .safetensors file nor a .pt file of torch.save")
     if not allow_pickle:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when it is loaded; allow_pickle=True allows it, if you trust it: "

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from modernbert.errors import InputError, printable
+from modernbert.errors import InputError, printable, shown
 from modernbert.records.structured import is_dataset, read_conll, read_dataset, read_json
 
 Record = dict[str, Any]
 T = TypeVar("T")
 _ROWS_TOGETHER = 1024
+_SEPARATORS = {False: ";\t|", True: ",;|"}  # of other tables, by whether this one has tabs
 _DEEPEST = 100  # levels of a JSON record
 
 
@@ -26,7 +27,9 @@ def read_records(
     header: Sequence[str] | None = None,
     blank: bool = False,
 ) -> Iterator[Record | InputError]:
-    """Records of a file by its suffix, plain text where that says nothing; standard input without a file.
+    """Records of a file by its suffix; standard input without a file.
+
+    .txt, .text, .md and names without a suffix are lines of plain text; other suffixes that are not known are refused.
 
     Args:
         path: the file, or a folder of the `datasets` library.
@@ -37,11 +40,11 @@ def read_records(
             in .jsonl and in tables an error. Otherwise blank lines are left out, as those at the very end always are.
 
     Raises:
-        InputError: a line is not what the suffix promises.
+        InputError: the suffix is unknown, or a line is not what it promises.
         OSError: the file cannot be read.
     """
-    if path is not None and path.is_dir() and not is_dataset(path):
-        raise InputError(f"{path} is a folder; give a file: {', '.join(SUFFIXES)}")
+    if path is not None:
+        check_file(path)
     suffix = "" if path is None else path.suffix.lower()
     if header is not None and suffix not in (".csv", ".tsv"):
         raise InputError(f"{path or 'standard input'} is no table; a header is for .csv and .tsv")
@@ -57,11 +60,24 @@ def read_records(
     elif header is not None:
         records = _read_table(path, blank, header)
     else:
-        records = _READERS.get(suffix, _read_text)(path, blank)
+        records = _READERS[suffix](path, blank)
     for record in records:
         if isinstance(record, InputError) and not go_on:
             raise record
         yield record
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file of a kind that is not read, before anything else is done for it.
+
+    Raises:
+        InputError: its suffix is unknown, or it is a folder that is no dataset.
+    """
+    if path.is_dir():
+        if not is_dataset(path):
+            raise InputError(f"{path} is a folder; give a file: {', '.join(SUFFIXES)}")
+    elif path.suffix.lower() not in ("", *SUFFIXES):
+        raise InputError(f"{path} ends with {path.suffix}; read are {', '.join(SUFFIXES)}, and no suffix as plain text")
 
 
 def count_records(path: Path | None, *, blank: bool = False) -> int | None:
@@ -98,6 +114,8 @@ def _lines(stream: BinaryIO, name: str, blank: bool) -> Iterator[tuple[int, str 
 
 
 def _decoded(line: bytes, name: str, number: int) -> str | InputError:
+    if b"\0" in line:
+        return InputError(f"{name}, line {number}, holds NUL bytes; it is no text in UTF-8")
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -163,6 +181,13 @@ def _read_table(path: Path, blank: bool, header: Sequence[str] | None = None) ->
         rows = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True, quoting=quoting)
         try:
             names = next(filter(None, rows), []) if header is None else list(header)
+            other = next((mark for mark in _SEPARATORS[tabs] if len(names) == 1 and mark in names[0]), None)
+            if header is None and other is not None:
+                wanted = "tabs" if tabs else "commas"
+                raise InputError(
+                    f"{path} has a header of one column, {shown(names[0])}; is it separated by {shown(other)}? "
+                    f"A {path.suffix.lower()} file is separated by {wanted}"
+                )
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise InputError(f"{path} has more than one column called {', '.join(sorted(twice))}")
@@ -228,7 +253,8 @@ def parquet() -> Any:
 
 
 _READERS: dict[str, Callable[[Path, bool], Records]] = {
-    ".txt": _read_text,
+    "": _read_text,
+    **dict.fromkeys((".txt", ".text", ".md"), _read_text),
     ".csv": _read_table,
     ".tsv": _read_table,
     ".jsonl": _read_jsonl,
@@ -238,4 +264,4 @@ _PARTED: dict[str, Callable[[Path, str | None], Iterator[Record]]] = {
     ".json": read_json,
     **dict.fromkeys((".conll", ".bio", ".iob2"), read_conll),
 }
-SUFFIXES = (*_READERS, *_PARTED)  # of files that are read as more than lines of text, and .txt
+SUFFIXES = (*filter(None, _READERS), *_PARTED)  # of files that are read
