@@ -298,9 +298,9 @@ def _answer_all(
                 raise
             raise InputError(f"{where} {done + answered + 1}: {error}") from error
         except KeyboardInterrupt:
-            if sink is None or not sink.done:
+            if sink is None or not sink.held():
                 raise
-            kept = f"{sink.partial} holds {counted(sink.done, 'answer')}"
+            kept = f"{sink.partial} holds {counted(sink.held(), 'answer')}"
             raise InterruptedCommandError(f"interrupted; {kept}, and the same command goes on after them") from None
         if not answered and not done:
             raise InputError(

@@ -105,6 +105,8 @@ def _lines(stream: BinaryIO, name: str, blank: bool) -> Iterator[tuple[int, str 
     last = 0
     for number, line in enumerate(stream, 1):
         text = _decoded(line, name, number)
+        if b"\0" in line:
+            text = InputError(f"{name}, line {number}, holds NUL bytes; it is no text in UTF-8")
         if isinstance(text, str) and not text.strip():
             continue  # whether others follow is not known yet
         if blank:
@@ -114,8 +116,6 @@ def _lines(stream: BinaryIO, name: str, blank: bool) -> Iterator[tuple[int, str 
 
 
 def _decoded(line: bytes, name: str, number: int) -> str | InputError:
-    if b"\0" in line:
-        return InputError(f"{name}, line {number}, holds NUL bytes; it is no text in UTF-8")
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:

@@ -148,6 +148,12 @@ class ResumableOutput:
         self._line(to_json(record, _plain))
         self._count(self.done + 1, record)
 
+    def held(self) -> int:
+        """Answers that the partial file holds, also where an interruption came before the last one was counted."""
+        self.file.flush()
+        with self.partial.open("rb") as lines:
+            return sum(line.endswith(b"\n") for line in lines) - 1
+
     def _line(self, text: str) -> None:
         with naming(self.partial):
             self.file.write(text.encode() + b"\n")
