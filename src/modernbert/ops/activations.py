@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.ops.linear import onednn_serves, planned_rows
+from modernbert.ops.linear import multiplies_bfloat16, onednn_serves, planned_rows
 
 _PIECE = 1 << 13  # numbers, fewer than PyTorch shares out to threads
 
@@ -23,6 +23,8 @@ def _gelu(x: Tensor) -> Tensor:
     """The exact one, by erf. On a CPU oneDNN computes it, which keeps a plan for every shape that it has seen."""
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.gelu(x)
+    if x.dtype == torch.bfloat16 and not multiplies_bfloat16():  # nor does oneDNN have its GELU then
+        return _gelu(x.float()).to(x.dtype)
     if not onednn_serves(x) and not x.requires_grad:
         return _gelu_in_pieces(x)
     extra = planned_rows(len(x)) - len(x) if x.dim() == 2 else 0
