@@ -19,7 +19,7 @@ from modernbert.models.cache import DecoderCache
 from modernbert.models.continuation import Continuation
 from modernbert.models.fused import FusedLayers
 from modernbert.models.fused_gpu import GpuLayers
-from modernbert.models.inputs import PackedInputs, check_tensors, pack_inputs
+from modernbert.models.inputs import PackedInputs, pack_inputs
 from modernbert.models.layers import Attention, Embeddings, Layer, LayerContext, layer_norm
 from modernbert.models.outputs import BaseModelOutput
 from modernbert.models.recompute import Recompute
@@ -70,9 +70,9 @@ class Backbone(PreTrainedModel):
         """
         config = self.config
         vocabulary, width = config.vocab_size, config.hidden_size
-        check_tensors(input_ids=input_ids, inputs_embeds=inputs_embeds)
-        if inputs_embeds is not None and inputs_embeds.is_floating_point() and not _is_autocast(inputs_embeds):
-            inputs_embeds = inputs_embeds.to(self.dtype)
+        x = inputs_embeds
+        if isinstance(x, Tensor) and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            inputs_embeds = x.to(self.dtype)
         inputs = pack_inputs(input_ids, inputs_embeds, vocab_size=vocabulary, hidden_size=width, **given)
         return inputs.to(self.device)
 
@@ -221,10 +221,6 @@ class Backbone(PreTrainedModel):
         begun = cache.begin(packing, dtype)
         gather = isinstance(backend, EagerAttention) or (any(begun.past) and differentiable)
         return {kind: (None, cache.continuation(begun, kind, backend, dtype, gather)) for kind in kinds}
-
-
-def _is_autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
 
 
 def check_kwargs(kwargs: dict[str, Any]) -> None:

@@ -395,10 +395,9 @@ class PreTrainedModel(nn.Module):
                 parameter.requires_grad_(False)
         embedding = self.get_input_embeddings()
         shared = None if isinstance(embedding, QuantizedEmbedding) else embedding.weight
+        # The compiler reads plain weights.
         compiled = [m for m in self.modules() if isinstance(m, MLP)] if self.config.reference_compile else []
-        left_out = {
-            inner for mlp in compiled for inner in mlp.modules()
-        }  # an MLP too: the compiler reads plain weights
+        left_out = {inner for mlp in compiled for inner in mlp.modules()}
         linear = [m for m in self.modules() if isinstance(m, Linear) and not isinstance(m, QuantizedLinear)]
         owners = Counter(id(m._weight) for m in linear)
         for layer in linear:

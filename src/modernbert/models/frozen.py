@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from modernbert.errors import FrozenError
 
+# What may be asked of a weight without numbers: attributes, and methods.
 _ASKED = (
-    *(
-        "shape",
-        "ndim",
-        "dtype",
-        "device",
-        "layout",
-        "itemsize",
-        "nbytes",
-        "requires_grad",
-        "grad",
-        "grad_fn",
-        "is_leaf",
-    ),
-    *("is_meta", "is_cpu", "is_cuda", "is_mps", "is_sparse", "is_quantized", "is_nested", "retains_grad", "_version"),
-    "_backward_hooks",
+    "shape ndim dtype device layout itemsize nbytes requires_grad grad grad_fn is_leaf is_meta is_cpu is_cuda is_mps "
+    "is_sparse is_quantized is_nested retains_grad _version _backward_hooks"
 )
 _CALLED = (
-    *("size", "dim", "numel", "nelement", "element_size", "stride", "storage_offset", "is_contiguous", "get_device"),
-    *("is_floating_point", "is_complex", "is_inference", "is_shared", "is_signed", "data_ptr", "__hash__", "__len__"),
+    "size dim numel nelement element_size stride storage_offset is_contiguous get_device is_floating_point is_complex "
+    "is_inference is_shared is_signed data_ptr __hash__ __len__"
 )
-_ALLOWED = {getattr(Tensor, name).__get__ for name in _ASKED} | {getattr(Tensor, name) for name in _CALLED}
-_SWITCHES = {Tensor.requires_grad_, Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
-_SET_GRAD = Tensor.grad.__set__  # type: ignore[union-attr]
+_ALLOWED = {getattr(Tensor, name).__get__ for name in _ASKED.split()}
+_ALLOWED |= {getattr(Tensor, name) for name in _CALLED.split()}
+_SET_REQUIRES_GRAD, _SET_GRAD = (getattr(Tensor, name).__set__ for name in ("requires_grad", "grad"))
+_SWITCHES = {Tensor.requires_grad_, _SET_REQUIRES_GRAD}
 
 
 class FrozenWeight(nn.Parameter):
@@ -63,7 +52,7 @@ class FrozenWeight(nn.Parameter):
 
     def thaw(self, numbers: Tensor) -> None:
         """Give the numbers back."""
-        self.__class__ = self.was  # type: ignore[assignment]
+        cast(Any, self).__class__ = self.was
         self.data = numbers
 
     @classmethod
@@ -87,7 +76,7 @@ class FrozenWeight(nn.Parameter):
             "model.unpack() first, or read it as an attribute of its layer"
         )
 
-    def __repr__(self) -> str:  # type: ignore[override]
+    def __repr__(self, **options: Any) -> str:
         return f"FrozenWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __format__(self, spec: str) -> str:

@@ -78,13 +78,13 @@ class Linear(nn.Linear):
         """The weight, in its plain layout."""
         return self._weight if self._frozen is None or self.packed is None else self.packed.to_dense()
 
-    def pack(self, keep_weight: bool = False, gated: bool = False) -> None:
-        """Lay the weight out for inference; `keep_weight` where another module shares it."""
+    def pack(self, gated: bool = False) -> None:
+        """Lay the weight out for inference; one that another module shares stays plain beside it."""
         if self._parameters.get("weight") is None:
             return  # computed anew at each call, as by a parametrization
         if self.packed is None:
             self.packed = pack_weight(self._weight, self.bias, gated)
-        if self.packed is not None and (keep_weight or self.is_shared):
+        if self.packed is not None and self.is_shared:
             self._kept = Written(self._weight)
         elif self.packed is not None:
             self._freeze()

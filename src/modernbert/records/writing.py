@@ -273,7 +273,8 @@ def _write_parquet(path: Path, records: Again) -> None:
     kinds: dict[str, set[Any]] = {}
     filled: collections.Counter[str] = collections.Counter()
     rows = 0
-    for rows, record in enumerate(records(), start=1):  # noqa: B007 (their number is read below)
+    for record in records():
+        rows += 1
         for name, value in flattened(record).items():
             kinds.setdefault(name, set()).add(_kind(value))
             filled[name] += value is not None

@@ -122,7 +122,7 @@ class QuantizedLinear(Linear):
         if weight is not None and all(module._is_native() for module in quantized):
             share(modules, pack_quantized(weight, torch.cat(biases) if biases else None))
 
-    def pack(self, keep_weight: bool = False, gated: bool = False) -> None:
+    def pack(self, gated: bool = False) -> None:
         """Lay the weight out anew where its outputs are wanted as gates."""
         if gated and isinstance(self.packed, PackedIntegers) and not self.packed.gated:
             self.packed = pack_quantized(self.quantized, self.bias, gated)
