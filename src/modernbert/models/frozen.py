@@ -76,7 +76,7 @@ class FrozenWeight(nn.Parameter):
             "model.unpack() first, or read it as an attribute of its layer"
         )
 
-    def __repr__(self, **options: Any) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]  # as that of nn.Parameter
         return f"FrozenWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __format__(self, spec: str) -> str:
