@@ -358,19 +358,20 @@ class Pipeline(abc.ABC):
         encodings = self.tokenizer(texts, pairs, **{"truncation": False, **limits}, **options).encodings
         assert encodings is not None
         for i, encoding in enumerate(encodings):
-            if not encoding.ids:
+            ids = encoding.ids  # which the library makes anew whenever it is asked
+            if not ids:
                 raise InputError(f"a text makes no token with this tokenizer: {short(texts[i])!r}")
-            if max(encoding.ids) >= self.model.config.vocab_size:  # generation reads ids without another look
+            if max(ids) >= self.model.config.vocab_size:  # generation reads ids without another look
                 raise InputError(
-                    f"the tokenizer gives the id {max(encoding.ids)}, and the model has ids 0 to "
+                    f"the tokenizer gives the id {max(ids)}, and the model has ids 0 to "
                     f"{self.model.config.vocab_size - 1}; take the model's own tokenizer, or make room for added "
                     "tokens: model.resize_token_embeddings(len(tokenizer))"
                 )
-            if len(encoding.ids) > longest:
+            if len(ids) > longest:
                 both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
                 limit = "the model's context holds" if longest == self.context else "max_length is"
                 hint = "; truncation=True cuts it" if "truncation" in self.options else ""
-                raise InputError(f"a text has {len(encoding.ids)} tokens and {limit} {longest}: {short(both)!r}{hint}")
+                raise InputError(f"a text has {len(ids)} tokens and {limit} {longest}: {short(both)!r}{hint}")
         return list(encodings)
 
     def pack(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
