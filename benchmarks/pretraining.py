@@ -166,7 +166,7 @@ def ours_step(arguments: argparse.Namespace) -> dict:
     import torch
 
     from modernbert import ModernBertConfig, ModernBertForMaskedLM
-    from modernbert.native.library import denormals_flushed
+    from modernbert.engines.cpu.library import denormals_flushed
     from modernbert.training.examples import pack_rows
 
     torch.manual_seed(0)

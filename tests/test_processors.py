@@ -27,8 +27,8 @@ PROCESSORS = {
 LINEAR = ("blocks-2-(33, 5)-dtype0", "onednn-2-(33, 5)-dtype1", "onednn-2-(48, 97)-dtype0")
 SELECTION = [
     "tests/models/test_invariance.py::test_models_of_odd_sizes_give_a_text_the_same_bits_alone_and_on_any_number_of_threads",
-    "tests/models/test_cache.py::test_a_text_s_scores_do_not_depend_on_its_batch_bit_for_bit",
-    *(f"tests/ops/test_linear.py::test_a_row_is_the_same_whatever_the_number_of_rows[{case}]" for case in LINEAR),
+    "tests/decoding/test_cache.py::test_a_text_s_scores_do_not_depend_on_its_batch_bit_for_bit",
+    *(f"tests/nn/test_linear.py::test_a_row_is_the_same_whatever_the_number_of_rows[{case}]" for case in LINEAR),
     "tests/parity/test_encoder.py::test_position_ids",
     "tests/parity/test_decoder.py::test_where_one_id_pads_and_ends_texts_the_token_before_counts",
     "tests/models/test_optimized.py::test_training_an_optimized_model_trains_the_plain_one",

@@ -18,8 +18,8 @@ _EXPORTS = {
     "AutoModelForSequenceClassification": "auto",
     "AutoModelForTokenClassification": "auto",
     "AutoTokenizer": "auto",
-    "BitsAndBytesConfig": "models.quantization.options",
-    "DecoderCache": "models.cache",
+    "BitsAndBytesConfig": "quantization.options",
+    "DecoderCache": "decoding.cache",
     "GenerateOutput": "models.outputs",
     "ModernBertConfig": "config",
     "ModernBertDecoderConfig": "config",
@@ -32,13 +32,13 @@ _EXPORTS = {
     "ModernBertForSequenceClassification": "models.sequence_classification",
     "ModernBertForTokenClassification": "models.token_classification",
     "ModernBertModel": "models.encoder",
-    "QuantizationConfig": "models.quantization.options",
+    "QuantizationConfig": "quantization.options",
     "SentenceEncoder": "models.sentence_encoder",
-    "TextStreamer": "generation.text",
+    "TextStreamer": "decoding.text",
     "Tokenizer": "tokenizer",
     "finetune": "finetuning.run",
     "pipeline": "pipelines",
-    "quantize": "models.quantization.gate",
+    "quantize": "quantization.gate",
 }
 __version__ = "0.1.0"
 __all__ = sorted([*_EXPORTS, "__version__"])

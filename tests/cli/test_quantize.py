@@ -5,8 +5,8 @@ import json
 import pytest
 
 from modernbert import AutoModelForMaskedLM
-from modernbert.models.quantization.calibration import own_texts
 from modernbert.pipelines import small_model
+from modernbert.quantization.calibration import own_texts
 from tests.cli.test_tasks import called
 
 

@@ -22,7 +22,7 @@ from modernbert.finetuning.metrics import (
 from modernbert.finetuning.options import OPTIONS
 from modernbert.finetuning.tasks import TASKS
 from modernbert.finetuning.tasks.multiple_choice import choice_number
-from modernbert.ops.losses import IGNORED
+from modernbert.nn.losses import IGNORED
 from tests.finetuning.conftest import answer_rows, tag_rows
 
 

@@ -73,7 +73,7 @@ def test_one_text_has_one_result(activation, dtype, implementation, optimized):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_optimizing_without_kernels_of_our_own_changes_no_bit(threads, monkeypatch):
-    monkeypatch.setattr("modernbert.native.library.serving", lambda dtype, device: None)
+    monkeypatch.setattr("modernbert.engines.cpu.library.serving", lambda dtype, device: None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -343,7 +343,7 @@ def test_dropouts_act_in_training_alone(small_config, name, implementation):
 def test_a_cpu_without_native_bfloat16_products():
     code = """
 import torch
-from modernbert.ops.linear import linear, pack_weight
+from modernbert.nn.linear import linear, pack_weight
 x, w = torch.randn(70, 48).bfloat16(), torch.randn(32, 48).bfloat16()
 whole = linear(x, w, None, pack_weight(w))
 assert all(torch.equal(linear(x[i:i + n], w), whole[i:i + n]) for i in (0, 3) for n in (1, 5, 64))

@@ -15,8 +15,8 @@ from modernbert import (
     ModernBertModel,
     SentenceEncoder,
 )
+from modernbert.engines.freeze import FrozenWeight
 from modernbert.errors import FrozenError, InputError
-from modernbert.models.frozen import FrozenWeight
 from modernbert.models.sentence_encoder import Dense
 from tests.conftest import SMALL
 

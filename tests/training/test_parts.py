@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import modernbert
 from modernbert import ModernBertConfig, ModernBertForSequenceClassification
+from modernbert.engines.cpu.library import denormals_flushed
 from modernbert.errors import InputError
-from modernbert.native.library import denormals_flushed
 from modernbert.training.adapters import add_adapters, merged
 from modernbert.training.examples import StepPlan, by_tokens, pack_rows
 from modernbert.training.memory import save_memory
@@ -145,7 +145,7 @@ def test_a_loop_of_ones_own_under_accelerate():
 def test_denormals_count_as_zero_on_every_thread_and_then_no_more():
     code = """
 import torch
-from modernbert.native.library import denormals_flushed, library
+from modernbert.engines.cpu.library import denormals_flushed, library
 torch.set_num_threads(4)
 x = torch.full((1 << 18,), 1e-30)
 (x * 1e-3).sum()  # the threads are there before the switch

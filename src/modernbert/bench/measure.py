@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from modernbert.config import Config
+from modernbert.engines.cpu.library import library
+from modernbert.engines.cpu.runner import FusedLayers
 from modernbert.errors import InputError
-from modernbert.models.backbone import Backbone
-from modernbert.models.fused import FusedLayers
-from modernbert.native.library import library
-from modernbert.ops.linear import Packed, pack_weight
+from modernbert.nn.backbone import Backbone
+from modernbert.nn.linear import Packed, pack_weight
 
 # What the parts of a pass are, in words, in the order of a layer.
 PARTS = {

@@ -53,8 +53,8 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
     from modernbert.auto import AutoConfig, architectures_of, kind_of
     from modernbert.checkpoint import weight_files, weight_names
     from modernbert.hub import Source
-    from modernbert.models.quantization.options import Record
     from modernbert.models.sentence_layout import MODEL, contents_of, kind_of_part
+    from modernbert.quantization.options import Record
     from modernbert.tokenizer import Tokenizer
 
     source = Source(name_or_folder, revision)
@@ -155,7 +155,7 @@ def activation_bytes(config: Any, tokens: int, item: int) -> int:
         tokens: of all texts of a forward pass.
         item: bytes of a number.
     """
-    from modernbert.native.library import library
+    from modernbert.engines.cpu.library import library
 
     hidden, inner = config.hidden_size, config.intermediate_size
     if library() is not None:

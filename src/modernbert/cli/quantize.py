@@ -30,9 +30,9 @@ def quantize(
     from modernbert.auto import load_as_saved
     from modernbert.files import making, write_text
     from modernbert.hub import Source
-    from modernbert.models.quantization.gate import quantize as act
-    from modernbert.models.quantization.options import QuantizationConfig
     from modernbert.models.sentence_layout import CROSS_ENCODER, SETTINGS, contents_of
+    from modernbert.quantization.gate import quantize as act
+    from modernbert.quantization.options import QuantizationConfig
     from modernbert.tokenizer import Tokenizer
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

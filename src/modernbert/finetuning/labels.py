@@ -10,7 +10,7 @@ from typing import Any
 
 from modernbert.config import Config
 from modernbert.errors import InputError
-from modernbert.ops.losses import IGNORED
+from modernbert.nn.losses import IGNORED
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _POINT_ZERO = re.compile(r"([+-]?[0-9]+)\.0*")

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from modernbert.checkpoint import PLAIN, QUANTIZED, dtype_of, weight_files, weight_names, write_weights
 from modernbert.config import Config
+from modernbert.engines.freeze import FrozenWeight
 from modernbert.errors import ConfigError, InputError, shown
 from modernbert.hub import Source
-from modernbert.models.frozen import FrozenWeight
 from modernbert.models.initialization import around_mean, initial_std, initialize
-from modernbert.models.layers import MLP, Attention, Linear
 from modernbert.models.loading import check_layers, load_weights
 from modernbert.models.placement import resolve_device, resolve_dtype, warn_once
-from modernbert.models.quantization.gate import quantize_loaded
-from modernbert.models.quantization.modules import QuantizedEmbedding, QuantizedLinear, part_names, quantized_modules
-from modernbert.models.quantization.options import BFLOAT16, KEY, Record, resolve
-from modernbert.models.recompute import Recompute
+from modernbert.nn.layers import MLP, Attention, Linear
+from modernbert.nn.recompute import Recompute
+from modernbert.quantization.gate import quantize_loaded
+from modernbert.quantization.modules import QuantizedEmbedding, QuantizedLinear, part_names, quantized_modules
+from modernbert.quantization.options import BFLOAT16, KEY, Record, resolve
 
 
 class PreTrainedModel(nn.Module):

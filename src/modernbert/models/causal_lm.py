@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from modernbert.config import ModernBertDecoderConfig
+from modernbert.decoding.cache import DecoderCache
+from modernbert.decoding.generate import GenerationMixin
 from modernbert.errors import InputError
-from modernbert.models.backbone import check_kwargs
-from modernbert.models.cache import DecoderCache
 from modernbert.models.decoder import DecoderWithHead, open_inputs
-from modernbert.models.generation import GenerationMixin
 from modernbert.models.heads import check_classes
-from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Linear, PredictionHead
 from modernbert.models.outputs import CausalLMOutputWithPast
-from modernbert.ops.losses import IGNORED, cross_entropy
+from modernbert.nn.backbone import check_kwargs
+from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.layers import Linear, PredictionHead
+from modernbert.nn.losses import IGNORED, cross_entropy
 
 
 class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):

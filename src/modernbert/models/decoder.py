@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from modernbert.config import Config, ModernBertDecoderConfig
+from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
-from modernbert.models.backbone import Backbone, check_kwargs
 from modernbert.models.base import PreTrainedModel
-from modernbert.models.cache import DecoderCache
-from modernbert.models.inputs import PackedInputs, check_tensors
-from modernbert.models.layers import Attention, Linear, is_ours, listens, select
 from modernbert.models.outputs import BaseModelOutputWithPast
-from modernbert.ops.linear import Packed, PackedPart, serves_packed
+from modernbert.nn.backbone import Backbone, check_kwargs
+from modernbert.nn.inputs import PackedInputs, check_tensors
+from modernbert.nn.layers import Attention, Linear, is_ours, listens, select
+from modernbert.nn.linear import Packed, PackedPart, serves_packed
 
 
 class DecoderAttention(Attention):

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from modernbert.config import ModernBertDecoderConfig
-from modernbert.models.backbone import check_kwargs
-from modernbert.models.cache import DecoderCache
+from modernbert.decoding.cache import DecoderCache
 from modernbert.models.decoder import DecoderWithHead, open_inputs
-from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Linear, PredictionHead
 from modernbert.models.outputs import SequenceClassifierOutputWithPast
 from modernbert.models.sequence_classification import check_text_labels, problem_of, text_loss
-from modernbert.ops.pooling import pool
+from modernbert.nn.backbone import check_kwargs
+from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.layers import Linear, PredictionHead
+from modernbert.nn.pooling import pool
 
 
 class ModernBertDecoderForSequenceClassification(DecoderWithHead):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from modernbert.config import ModernBertConfig
-from modernbert.models.backbone import Backbone, check_kwargs
-from modernbert.models.layers import Attention, Linear, select
 from modernbert.models.outputs import BaseModelOutput
-from modernbert.ops.linear import Packed, PackedPart
+from modernbert.nn.backbone import Backbone, check_kwargs
+from modernbert.nn.layers import Attention, Linear, select
+from modernbert.nn.linear import Packed, PackedPart
 
 
 class EncoderAttention(Attention):

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from modernbert.config import ModernBertConfig
 from modernbert.errors import InputError
-from modernbert.models.backbone import check_kwargs
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.encoder import ModernBertModel
-from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Linear, PredictionHead
-from modernbert.ops.losses import IGNORED
-from modernbert.ops.pooling import pool
+from modernbert.nn.backbone import check_kwargs
+from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.layers import Linear, PredictionHead
+from modernbert.nn.losses import IGNORED
+from modernbert.nn.pooling import pool
 
 
 class EncoderWithHead(PreTrainedModel, abc.ABC):

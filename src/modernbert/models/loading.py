@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from modernbert.checkpoint import read_weights
 from modernbert.errors import CheckpointError, listed
 from modernbert.models.initialization import initialize
-from modernbert.models.quantization.modules import PARTS, QuantizedLinear, from_parts, put, quantized_modules
-from modernbert.models.quantization.options import Record
+from modernbert.quantization.modules import PARTS, QuantizedLinear, from_parts, put, quantized_modules
+from modernbert.quantization.options import Record
 
 if TYPE_CHECKING:
     from modernbert.models.base import PreTrainedModel

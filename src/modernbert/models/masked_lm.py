@@ -12,10 +12,10 @@ from torch import Tensor
 
 from modernbert.config import ModernBertConfig
 from modernbert.models.heads import EncoderWithHead, check_classes
-from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Linear
 from modernbert.models.outputs import MaskedLMOutput
-from modernbert.ops.losses import IGNORED, cross_entropy
+from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.layers import Linear
+from modernbert.nn.losses import IGNORED, cross_entropy
 
 
 class ModernBertForMaskedLM(EncoderWithHead):

@@ -14,9 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from modernbert.errors import InputError
 from modernbert.models.heads import EncoderClassifier, check_classes
-from modernbert.models.inputs import PackedInputs, check_tensors
 from modernbert.models.outputs import MultipleChoiceModelOutput
-from modernbert.ops.losses import cross_entropy
+from modernbert.nn.inputs import PackedInputs, check_tensors
+from modernbert.nn.losses import cross_entropy
 
 
 class ModernBertForMultipleChoice(EncoderClassifier):

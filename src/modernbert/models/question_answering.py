@@ -13,9 +13,9 @@ from torch import Tensor
 from modernbert.config import ModernBertConfig
 from modernbert.errors import ConfigError, InputError
 from modernbert.models.heads import EncoderClassifier
-from modernbert.models.inputs import PackedInputs, check_tensors
 from modernbert.models.outputs import QuestionAnsweringModelOutput
-from modernbert.ops.losses import position_cross_entropy
+from modernbert.nn.inputs import PackedInputs, check_tensors
+from modernbert.nn.losses import position_cross_entropy
 
 Rows = list[int | None]
 

@@ -23,10 +23,6 @@ from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.files import write_text
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
-from modernbert.models.inputs import PackedInputs
-from modernbert.models.layers import Linear
-from modernbert.models.quantization.gate import quantize_loaded
-from modernbert.models.quantization.options import Record, resolve
 from modernbert.models.sentence_layout import (
     MODULES,
     SETTINGS,
@@ -38,8 +34,12 @@ from modernbert.models.sentence_layout import (
     pooling_of,
     settings_of,
 )
-from modernbert.ops.activations import activation
-from modernbert.ops.pooling import pool
+from modernbert.nn.activations import activation
+from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.layers import Linear
+from modernbert.nn.pooling import pool
+from modernbert.quantization.gate import quantize_loaded
+from modernbert.quantization.options import Record, resolve
 
 # Functions that a folder may name; only the name is read, nothing is imported.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 from modernbert.errors import CheckpointError, ConfigError, listed, shown
 from modernbert.hub import Source, could_be_a_name
-from modernbert.ops.pooling import POOLINGS
+from modernbert.nn.pooling import POOLINGS
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"

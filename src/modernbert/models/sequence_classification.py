@@ -11,9 +11,9 @@ from torch import Tensor
 from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.models.heads import EncoderClassifier, check_classes
-from modernbert.models.inputs import PackedInputs, check_tensors
 from modernbert.models.outputs import SequenceClassifierOutput
-from modernbert.ops.losses import binary_cross_entropy, cross_entropy, mean_squared_error
+from modernbert.nn.inputs import PackedInputs, check_tensors
+from modernbert.nn.losses import binary_cross_entropy, cross_entropy, mean_squared_error
 
 
 class ModernBertForSequenceClassification(EncoderClassifier):

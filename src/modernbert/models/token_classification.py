@@ -8,9 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from modernbert.models.heads import EncoderClassifier, check_classes
-from modernbert.models.inputs import PackedInputs
 from modernbert.models.outputs import TokenClassifierOutput
-from modernbert.ops.losses import cross_entropy
+from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.losses import cross_entropy
 
 
 class ModernBertForTokenClassification(EncoderClassifier):

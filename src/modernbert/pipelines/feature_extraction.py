@@ -6,7 +6,7 @@ from typing import Any
 
 from modernbert.auto import AutoModel
 from modernbert.errors import InputError, shown
-from modernbert.models.backbone import Backbone
+from modernbert.nn.backbone import Backbone
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 from modernbert.pipelines.checks import check_switch
 

@@ -22,8 +22,8 @@ from modernbert.models.encoder import ModernBertModel
 from modernbert.models.placement import resolve_device
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import MODEL, EmbeddingSettings, contents_of
-from modernbert.ops.packing import Packing
-from modernbert.ops.pooling import POOLINGS
+from modernbert.nn.packing import Packing
+from modernbert.nn.pooling import POOLINGS
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 from modernbert.pipelines.checks import (
     check_choice,

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from modernbert.auto import AutoModelForCausalLM
+from modernbert.decoding.options import GenerationOptions
+from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, shown
-from modernbert.generation.options import GenerationOptions
-from modernbert.generation.text import TextPieces
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
 from modernbert.pipelines.base import Job, Pipeline, Row
 from modernbert.pipelines.checks import check_switch

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from modernbert.errors import InputError
 from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
 from modernbert.models.masked_lm import ModernBertForMaskedLM
-from modernbert.ops.losses import IGNORED
+from modernbert.nn.losses import IGNORED
 from modernbert.pretraining.texts import Ids
 from modernbert.pretraining.train_tokenizer import SPECIALS
 from modernbert.training.contract import Batch

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from modernbert.errors import InputError
-from modernbert.ops.losses import IGNORED
+from modernbert.nn.losses import IGNORED
 from modernbert.pretraining.feed import PretrainFeed
 from modernbert.pretraining.models import check_same, make_model
 from modernbert.pretraining.objectives import LanguageModel, MaskedLM, Score, make_objective

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modernbert.engines.cpu.library import denormals_flushed
 from modernbert.errors import DivergedError, InputError, InterruptedRunError, TerminatedRunError
-from modernbert.native.library import denormals_flushed
 from modernbert.training.checkpoints import (
     best_before,
     checkpoints,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modernbert.models.backbone import Backbone
+from modernbert.nn.backbone import Backbone
 from modernbert.training.adapters import has_adapters
 from modernbert.training.precision import autocast
 

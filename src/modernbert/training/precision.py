@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modernbert.ops.linear import multiplies_bfloat16
+from modernbert.nn.linear import multiplies_bfloat16
 
 logger = logging.getLogger(__name__)
 

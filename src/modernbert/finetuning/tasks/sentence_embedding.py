@@ -20,7 +20,7 @@ from modernbert.finetuning.metrics import retrieval_figures
 from modernbert.finetuning.options import FinetuneOptions
 from modernbert.finetuning.tasks.base import Task, shown, worst
 from modernbert.models.sentence_encoder import SentenceEncoder
-from modernbert.ops.losses import cross_entropy
+from modernbert.nn.losses import cross_entropy
 from modernbert.training.contract import Batch, Evaluation, Pass
 from modernbert.training.examples import Example
 

@@ -19,7 +19,7 @@ from modernbert.finetuning.labels import Labels, is_ignored
 from modernbert.finetuning.metrics import entity_figures
 from modernbert.finetuning.options import FinetuneOptions
 from modernbert.finetuning.tasks.base import Task, shown, worst
-from modernbert.ops.losses import IGNORED
+from modernbert.nn.losses import IGNORED
 from modernbert.tokenizer import Tokenizer
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example

@@ -1,0 +1,230 @@
+"""The compiled kernels: found, loaded, and what they take as kernels.h lays it out.
+
+The library is built when the package is installed, where there is a C compiler; without it everything runs on PyTorch
+alone. Which vector instructions serve is chosen when it is loaded. `MODERNBERT_KERNELS` names others: avx512bf16,
+avx512vnni, avx512, avx2, portable, or none for PyTorch alone.
+
+Every row of a result depends on its own inputs alone, bit for bit, whatever the batch and the number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from ctypes import c_float, c_int64, c_void_p
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from modernbert.errors import BackendError
+
+logger = logging.getLogger(__name__)
+
+FILE = Path(__file__).parents[2] / "native" / "_kernels.so"
+_NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+WRITE, ADD, GATE = 0, 1, 2
+_LAYOUT = 3  # of kernels.h
+PRODUCT, NORMALIZE, ATTENTION, STEP = 0, 1, 2, 3
+# The activations that the kernels know, by configurations' names.
+ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
+
+
+def _fields(*names: str) -> list[tuple[str, Any]]:
+    """Fields of a structure of kernels.h, nested ones spelled out; all take eight bytes."""
+    kinds = {"epsilon": c_float, "scale": c_float}
+    pointers = (
+        "data",
+        "ids",
+        "packed",
+        "plain",
+        "bias",
+        "norm_weight",
+        "norm_bias",
+        "positions",
+        "starts",
+        "scales",
+        "columns",
+        "kept_weights",
+        "cos",
+        "sin",
+    )
+    return [
+        (name, kinds.get(name) or (c_void_p if name.endswith(pointers) or name.startswith("key") else c_int64))
+        for name in names
+    ]
+
+
+class Weight(ctypes.Structure):
+    """A weight's layout."""
+
+    _fields_: ClassVar = _fields(
+        *("outputs", "inputs", "gated", "dtype", "packed", "plain", "bias"),
+        *("group", "scales", "kept", "columns", "kept_weights", "float_rows"),
+    )
+
+
+class Product(ctypes.Structure):
+    """norm(x) @ weight.T + bias, written, added or gated."""
+
+    _fields_: ClassVar = [
+        *_fields("rows", "x_data", "x_stride", "x_dtype", "norm_weight", "norm_bias", "epsilon"),
+        ("weight", Weight),
+        *_fields("epilogue", "activation", "out_data", "out_stride", "out_dtype"),
+    ]
+
+
+class Normalize(ctypes.Structure):
+    """LayerNorm of rows, or of rows of a table."""
+
+    _fields_: ClassVar = _fields(
+        *("rows", "width", "ids", "table_data", "table_stride", "table_dtype", "norm_weight", "norm_bias", "epsilon"),
+        *("out_data", "out_stride", "out_dtype"),
+    )
+
+
+class Attention(ctypes.Structure):
+    """Softmax attention within texts."""
+
+    _fields_: ClassVar = _fields(
+        *("texts", "heads", "head_dim", "starts", "key_first", "key_length", "positions", "key_positions"),
+        *("left", "right", "cos", "sin", "key_cos", "key_sin", "scale"),
+        *(f"{x}_{field}" for x in ("q", "k", "v", "out") for field in ("data", "stride", "dtype")),
+    )
+
+
+class Step(ctypes.Structure):
+    """Attention of one new token of each text to stored rows, where its own key and value go first."""
+
+    _fields_: ClassVar = _fields(
+        *("texts", "heads", "head_dim", "rows", "first", "length", "most", "positions", "key_positions", "left"),
+        *("cos", "sin", "scale"),
+        *(f"{x}_{field}" for x in ("q", "k", "v", "out", "keys", "values") for field in ("data", "stride", "dtype")),
+    )
+
+
+class _Body(ctypes.Union):
+    _fields_: ClassVar = [("product", Product), ("normalize", Normalize), ("attention", Attention), ("step", Step)]
+
+
+class Operation(ctypes.Structure):
+    """One of these, and which."""
+
+    _fields_: ClassVar = [("kind", c_int64), ("body", _Body)]
+
+
+class Library:
+    """The loaded kernels of one kind of processor.
+
+    Args:
+        file: the compiled library.
+        wanted: a name of `MODERNBERT_KERNELS`, or "" for the best that run here.
+
+    Raises:
+        OSError, AttributeError: the file cannot be loaded, or is of another version.
+        BackendError: these kernels do not run on this processor.
+    """
+
+    def __init__(self, file: Path, wanted: str = "") -> None:
+        c = ctypes.CDLL(str(file))
+        c.modernbert_kernels.restype = c_void_p
+        c.modernbert_packed_bytes.restype = c.modernbert_multiplies.restype = c_int64
+        c.modernbert_layout.restype = c_int64
+        expected = (
+            _LAYOUT * 1_000_000 + ctypes.sizeof(Operation) * 1000 + ctypes.sizeof(Weight) + ctypes.sizeof(Normalize)
+        )
+        if c.modernbert_layout() != expected:
+            raise OSError("it is of another version; install again")
+        found = ctypes.c_char_p()
+        kernels = c.modernbert_kernels(wanted.encode(), ctypes.byref(found))
+        if not kernels or not found.value:
+            raise BackendError(f"the kernels {wanted!r} do not run on this processor; choose among {', '.join(_NAMES)}")
+        self.name = found.value.decode()
+        self._kernels = c_void_p(kernels)
+        self._c = c
+        self._flush = c.modernbert_flush_denormals
+        self.multiplies_bfloat16 = bool(c.modernbert_multiplies(self._kernels))
+        self._share_threads()
+
+    def _share_threads(self) -> None:
+        """Run on PyTorch's own threads, if its OpenMP can be asked to."""
+        try:
+            openmp = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+        except (OSError, AttributeError):
+            logger.debug("PyTorch's OpenMP was not found; the kernels start threads of their own")
+            return
+        self._c.modernbert_share_threads(ctypes.cast(openmp, c_void_p))
+
+    def size(self, weight: Weight) -> int:
+        """Bytes of a packed weight."""
+        return int(self._c.modernbert_packed_bytes(self._kernels, ctypes.byref(weight)))
+
+    def run(self, operations: int, count: int) -> None:
+        """Run the `Operation`s at an address, one after another, on as many threads as PyTorch takes."""
+        threads = torch.get_num_threads()
+        if self._c.modernbert_run(self._kernels, c_void_p(operations), c_int64(count), c_int64(threads)):
+            raise MemoryError("no memory for the kernels' work")
+
+    def flush_denormals(self, on: bool) -> None:
+        """Have PyTorch's threads take numbers below the normal ones as zero, or no more."""
+        self._flush(int(on), c_int64(torch.get_num_threads()))
+
+    def lay_out(self, name: str, weight: Weight) -> None:
+        """Pack or unpack a weight."""
+        getattr(self._c, f"modernbert_{name}")(self._kernels, ctypes.byref(weight))
+
+
+@functools.cache
+def library() -> Library | None:
+    """The kernels of this machine, or None where PyTorch serves alone; the reason is logged, once."""
+    wanted = os.environ.get("MODERNBERT_KERNELS", "")
+    if wanted == "none":
+        return None
+    if wanted and wanted not in _NAMES:
+        raise BackendError(f"MODERNBERT_KERNELS is {wanted!r}; choose one of {', '.join(_NAMES)}, none")
+    if not FILE.exists():
+        logger.warning("modernbert was installed without its compiled kernels; PyTorch's own serve, more slowly")
+        return None
+    try:
+        found = Library(FILE, wanted)
+    except (OSError, AttributeError) as error:
+        logger.warning("the compiled kernels cannot be loaded (%s); PyTorch's own serve, more slowly", error)
+        return None
+    logger.info("kernels: %s", found.name)
+    return found
+
+
+def serving(dtype: torch.dtype, device: torch.device) -> Library | None:
+    """The kernels, if they are what numbers of a dtype on a device are best computed by."""
+    if device.type != "cpu" or dtype not in DTYPES:
+        return None
+    if dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        return None  # matrix units: oneDNN has them
+    return library()
+
+
+@contextlib.contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Numbers below the smallest normal one (1e-38) count as zero within, on a CPU.
+
+    Such numbers make products a hundred times slower where they occur, and in the gradients of attention they do.
+    PyTorch's own switch reaches the calling thread alone; the kernels reach those that share its work.
+    """
+
+    def switch(on: bool) -> None:
+        torch.set_flush_denormal(on)
+        found = library()
+        if found is not None:
+            found.flush_denormals(on)
+
+    before = float(torch.tensor(1e-30) * torch.tensor(1e-10)) == 0.0  # PyTorch does not say
+    switch(True)
+    try:
+        yield
+    finally:
+        switch(before)

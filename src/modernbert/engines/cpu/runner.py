@@ -1,0 +1,297 @@
+"""A backbone's layers for inference on a CPU, as a few of our own kernels each: no copy between them, no detour.
+
+What each kernel fuses: LayerNorm into the product that reads it, the gate into the product before it, the residual into
+the product after it, rotation into the attention. The residual stream is float32 whatever the weights are.
+
+Shapes: T tokens of all texts together, M hidden size, I intermediate size, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modernbert.config import Config
+from modernbert.decoding.continuation import Steps
+from modernbert.engines.cpu.attention import NativeAttention
+from modernbert.engines.cpu.library import DTYPES, Attention, Normalize, Step
+from modernbert.engines.cpu.library import Product as ProductStruct
+from modernbert.engines.cpu.operations import Angles, NativeWeight, Norm, Product, Program, attend_step
+from modernbert.engines.unchanged import Unchanged, as_made
+from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.layers import Layer, LayerContext
+from modernbert.nn.rotary import split_rotated
+from modernbert.quantization.modules import QuantizedEmbedding
+
+if TYPE_CHECKING:
+    from modernbert.decoding.cache import DecoderCache
+    from modernbert.nn.backbone import Backbone
+
+_LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output
+_PARTS = ("qkv", "attention", "out", "gate", "down")
+
+
+class _Pass(NamedTuple):
+    """One forward pass: what runs, on which memory, and what else has to live as long."""
+
+    program: Program
+    x_TM: Tensor
+    work: Tensor
+    kept: tuple[Tensor | None, ...]
+
+
+class FusedLayers:
+    """The forward pass of an optimized backbone, for as long as its weights stay what they were.
+
+    Args:
+        model: packed by our own kernels; see `of`.
+    """
+
+    def __init__(self, model: Backbone) -> None:
+        self.model, self.dtype = model, model.dtype
+        self.backend = NativeAttention()
+        layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+        self.kinds = [layer.kind for layer in layers]
+        self.heads = [layer.attn.heads for layer in layers]
+        self.width = max(3 * max(self.heads) * model.config.head_dim, model.config.intermediate_size)
+        norms = Norm.of(model.embeddings.norm), Norm.of(model.final_norm)
+        self._kept: list[Any] = [*norms]
+        whole: list[Any] = []
+        steps: list[Any] = []
+        for layer in layers:
+            products = _products(layer)
+            self._kept += products
+            qkv, *others = (product.struct for product in products)
+            whole += [qkv, _attention(model.config, layer), *others]
+            steps += [qkv, _step(model.config, layer), *others]
+        first, last = (_normalize(model.config, norm) for norm in norms)
+        self.program = Program([first, *whole, last])
+        self.stepping = Program([first, *steps, last])  # one new token of each text
+        self._lay_out()
+        self._unchanged = Unchanged(model, [model.embeddings, model.layers, model.final_norm])
+
+    def _lay_out(self) -> None:
+        """Strides and dtypes, which all passes share. x is float32, everything else of the weights' dtype."""
+        dtype, config = DTYPES[self.dtype], self.model.config
+        own = np.array([heads * config.head_dim for heads in self.heads])
+        qkv, attention, out, gate, down = (slice(1 + i, -1, _LAYER) for i in range(_LAYER))
+        M, inner = config.hidden_size, config.intermediate_size
+        strides = {f"{x}_stride": 3 * own for x in ("q", "k", "v", "out")}
+        dtypes = {f"{x}_dtype": dtype for x in ("q", "k", "v", "out")}
+        for program, struct in ((self.program, Attention), (self.stepping, Step)):
+            program.set(qkv, ProductStruct, x_stride=M, x_dtype=0, out_stride=3 * own, out_dtype=dtype)
+            program.set(out, ProductStruct, x_stride=3 * own, x_dtype=dtype, out_stride=M, out_dtype=0)
+            program.set(gate, ProductStruct, x_stride=M, x_dtype=0, out_stride=inner, out_dtype=dtype)
+            program.set(down, ProductStruct, x_stride=inner, x_dtype=dtype, out_stride=M, out_dtype=0)
+            program.set(attention, struct, **strides, **dtypes)
+            program.set(0, Normalize, out_stride=M, out_dtype=0)
+            program.set(-1, Normalize, table_stride=M, table_dtype=0, out_stride=M, out_dtype=dtype)
+
+    @classmethod
+    def of(cls, model: Backbone) -> FusedLayers | None:
+        """The fused layers of a packed model; None where its layers are not all packed by our own kernels."""
+        ours = len(model.layers) and all(as_made(layer, NativeWeight) for layer in model.layers)
+        return cls(model) if ours and model.dtype in DTYPES else None
+
+    def __reduce__(self) -> Any:  # a copy of a model is not packed
+        return type(None), ()
+
+    def serves(self, inputs: PackedInputs) -> bool:
+        """Whether this pass may be taken: nothing changed, nothing listens, no gradient and no autocast is wanted."""
+        given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
+        assert given is not None
+        if not self._unchanged.holds():
+            self.model.thaw()  # for good: what is laid out here are the old weights
+            return False
+        if given.device.type != "cpu" or (given.is_floating_point() and given.dtype not in DTYPES):
+            return False
+        return self._unchanged.is_quiet(given)
+
+    def __call__(
+        self, inputs: PackedInputs, want_states: bool, cache: DecoderCache | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
+        shared = self.model.shared(inputs, self.backend, self.dtype, False, cache)
+        steps = {kind: context.cached.as_steps() for kind, context in shared.items() if context.cached is not None}
+        all_steps = bool(steps) and all(step is not None and step.of_N is None for step in steps.values())
+        run = self._begin(inputs, self.stepping if all_steps else self.program)
+        states: list[Tensor] = []
+        if steps and not all_steps:
+            self._go_on(run, shared, steps, states if want_states else None)
+        else:
+            if steps:
+                self._aim_steps(run, shared, steps)
+            else:
+                self._aim_attention(run, shared)
+            if want_states:
+                for number in range(len(self.kinds)):
+                    run.program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
+                    states.append(run.x_TM.to(self.dtype, copy=True))
+                run.program.run(1 + (len(self.kinds) - 1) * _LAYER, -1)
+            else:
+                run.program.run(0, -1)
+        last_TM = self._finish(run)
+        return last_TM, (*states, last_TM) if want_states else None
+
+    def time_parts(self, inputs: PackedInputs) -> dict[str, float]:
+        """Seconds of each kind of operation in one pass.
+
+        Products: qkv, out (of the attention), gate and down (of the MLP); attention: local and global; ends: embedding
+        and last norm.
+        """
+        shared = self.model.shared(inputs, self.backend, self.dtype, False, None)
+        run = self._begin(inputs, self.program)
+        self._aim_attention(run, shared)  # which the program points into
+        seconds: dict[str, float] = {}
+        for row in range(len(self.kinds) * _LAYER + 1):
+            number, part = divmod(row - 1, _LAYER)
+            name = _PARTS[part] if row else "ends"
+            if name == "attention":
+                name = "global" if self.model.config.reach(self.kinds[number]).left is None else "local"
+            start = time.perf_counter()
+            run.program.run(row, row + 1)
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        start = time.perf_counter()
+        self._finish(run)
+        seconds["ends"] += time.perf_counter() - start
+        return seconds
+
+    def _begin(self, inputs: PackedInputs, program: Program) -> _Pass:
+        """Memory for one pass, and the program that knows of it, but for the attention and the last norm."""
+        T = inputs.packing.tokens
+        x_TM = torch.empty(T, self.model.config.hidden_size, dtype=torch.float32, device="cpu")
+        work = torch.empty(T * self.width, dtype=self.dtype, device="cpu")
+        ids_T, embeds_TM, embedding = inputs.ids_T, inputs.embeds_TM, self.model.embeddings.tok_embeddings
+        if embeds_TM is None and isinstance(embedding, QuantizedEmbedding):
+            assert ids_T is not None
+            ids_T, embeds_TM = None, embedding(ids_T)
+        table = embedding.weight if embeds_TM is None else embeds_TM.contiguous()
+        program = program.begin()
+        program.set(0, Normalize, rows=T, table_data=table, table_stride=table.stride(0), out_data=x_TM)
+        program.set(0, Normalize, table_dtype=DTYPES[table.dtype])
+        if ids_T is not None:
+            ids_T = ids_T.long().contiguous()
+            program.set(0, Normalize, ids=ids_T)
+        for start, x, out in ((1, x_TM, work), (3, work, x_TM), (4, x_TM, work), (5, work, x_TM)):
+            program.set(slice(start, -1, _LAYER), ProductStruct, rows=T, x_data=x, out_data=out)
+        return _Pass(program, x_TM, work, (table, ids_T))
+
+    def _finish(self, run: _Pass) -> Tensor:
+        """The last norm: over x itself where its dtype is wanted, else after giving back the memory in between."""
+        last_TM = run.x_TM
+        if self.dtype != torch.float32:
+            run.work.untyped_storage().resize_(0)
+            last_TM = torch.empty_like(run.x_TM, dtype=self.dtype)
+        run.program.set(-1, Normalize, rows=len(last_TM), table_data=run.x_TM, out_data=last_TM)
+        run.program.run(-1)
+        return last_TM
+
+    def _aim_attention(self, run: _Pass, shared: dict[str, LayerContext]) -> None:
+        """Point the attention of all layers at the texts, the angles, and the queries, keys and values in `work`."""
+        program, work = run.program, run.work
+        size = work.element_size() * self.model.config.head_dim
+        for kind, context in shared.items():
+            rows = [2 + i * _LAYER for i, of in enumerate(self.kinds) if of == kind]
+            own = np.array([heads for heads, of in zip(self.heads, self.kinds, strict=True) if of == kind]) * size
+            plan, start = context.plan, work.data_ptr()
+            program.set(rows, Attention, texts=len(plan.starts) - 1, starts=plan.starts)
+            if tuple(plan.reach) != (None, None):
+                program.set(rows, Attention, positions=plan.positions_T, key_positions=plan.positions_T)
+            cos, sin = context.cos_T1D, context.sin_T1D
+            program.set(rows, Attention, cos=cos, sin=sin, key_cos=cos, key_sin=sin)
+            program.set(rows, Attention, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
+
+    def _aim_steps(self, run: _Pass, shared: dict[str, LayerContext], steps: Mapping[str, Steps | None]) -> None:
+        """Point the attention of all layers at the caches: a new token of each text goes in, and looks back."""
+        program, work = run.program, run.work
+        size = work.element_size() * self.model.config.head_dim
+        for kind, context in shared.items():
+            numbers = [i for i, of in enumerate(self.kinds) if of == kind]
+            rows = [2 + i * _LAYER for i in numbers]
+            step = steps[kind]
+            assert step is not None
+            own, start = np.array([self.heads[i] for i in numbers]) * size, work.data_ptr()
+            program.set(rows, Step, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
+            program.set(rows, Step, cos=context.cos_T1D, sin=context.sin_T1D, texts=len(step.rows_N), most=step.most)
+            program.set(rows, Step, rows=step.rows_N, first=step.first_N, length=step.length_N)
+            if step.left is not None:
+                positions = {"positions": step.positions_N, "key_positions": step.storage.positions_R}
+                program.set(rows, Step, **positions, left=step.left)
+            pairs = [step.storage.layers[i] for i in numbers]
+            for name, stored in zip(("keys", "values"), zip(*pairs, strict=True), strict=True):
+                cells = {"data": [x.data_ptr() for x in stored], "stride": [x.stride(0) for x in stored]}
+                program.set(rows, Step, **{f"{name}_{cell}": values for cell, values in cells.items()})
+                program.set(rows, Step, **{f"{name}_dtype": DTYPES[stored[0].dtype]})
+
+    def _go_on(
+        self,
+        run: _Pass,
+        shared: dict[str, LayerContext],
+        steps: Mapping[str, Steps | None],
+        states: list[Tensor] | None,
+    ) -> None:
+        """The layers with a cache, which does the attention: the rest of one layer runs with the start of the next.
+
+        Texts that go on by one token are served as they are where all do, lest their bits depend on the others.
+        """
+        program, x_TM, work, _ = run
+        T, D = len(x_TM), self.model.config.head_dim
+        program.run(0, 2)
+        for number, (kind, heads) in enumerate(zip(self.kinds, self.heads, strict=True)):
+            if states is not None:
+                states.append(x_TM.to(work.dtype, copy=True))
+            context, at = shared[kind], 1 + number * _LAYER
+            assert context.cached is not None
+            qkv_T3HD = work[: T * 3 * heads * D].view(T, 3, heads, D)
+            q_THD, k_THD, v_THD = split_rotated(qkv_T3HD, context.cos_T1D, context.sin_T1D)
+            raw_N3HD = None if (step := steps[kind]) is None else qkv_T3HD[step.of_N].contiguous()
+            out_TW = context.cached.attend(number, q_THD, k_THD, v_THD, None).flatten(1).contiguous()
+            if step is not None and raw_N3HD is not None:
+                angles = Angles(context.cos_T1D[step.of_N].contiguous(), context.sin_T1D[step.of_N].contiguous())
+                out_TW[step.of_N] = _attend_step(step, number, raw_N3HD, angles).flatten(1)
+            program.set(at + 2, ProductStruct, x_data=out_TW, x_stride=heads * D)
+            last = number == len(self.kinds) - 1
+            program.run(at + 2, at + _LAYER + (0 if last else 1))
+
+
+def _attend_step(step: Steps, layer: int, qkv_N3HD: Tensor, angles: Angles) -> Tensor:
+    """(N, H, D): what `FusedLayers._aim_steps` has done in a program, for one layer."""
+    keys, values = step.storage.layers[layer]
+    seen = None if step.left is None else (step.positions_N, step.storage.positions_R, step.left)
+    return attend_step(qkv_N3HD, angles, step.rows_N, (step.first_N, step.length_N, step.most), keys, values, seen)
+
+
+def _products(layer: Layer) -> list[Product]:
+    """A layer's products in the order they run in."""
+    attention, mlp = layer.attn, layer.mlp
+    weights = [attention.packed_projection, attention.Wo.packed, mlp.Wi.packed, mlp.Wo.packed]
+    qkv, out, gate, down = (weight for weight in weights if isinstance(weight, NativeWeight))
+    norm = Norm.of(layer.attn_norm) if isinstance(layer.attn_norm, nn.LayerNorm) else None
+    return [
+        Product(qkv, norm),
+        Product(out, add=True),
+        Product(gate, Norm.of(layer.mlp_norm), activation=str(mlp.activation)),
+        Product(down, add=True),
+    ]
+
+
+def _attention(config: Config, layer: Layer) -> Attention:
+    left, right = (-1 if r is None else r for r in config.reach(layer.kind))
+    return Attention(
+        heads=layer.attn.heads, head_dim=config.head_dim, left=left, right=right, scale=config.head_dim**-0.5
+    )
+
+
+def _step(config: Config, layer: Layer) -> Step:
+    return Step(heads=layer.attn.heads, head_dim=config.head_dim, scale=config.head_dim**-0.5)
+
+
+def _normalize(config: Config, norm: Norm) -> Normalize:
+    struct = Normalize(width=config.hidden_size)
+    norm.write(struct)
+    return struct

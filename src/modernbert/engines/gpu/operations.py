@@ -1,0 +1,385 @@
+"""What the kernels do, on tensors: products with what stands before and after them, LayerNorm, rotation, the gate.
+
+Where these serve is asked of `serving`; nothing here imports Triton before that.
+
+Shapes: T tokens of all texts together, I inputs, O outputs, M width, H heads, D head size, N texts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "sigmoid")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Set by tests, which run the kernels without a card, in Triton's interpreter.
+interpreted = False
+
+
+@functools.cache
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _has_matrix_units(device: torch.device) -> bool:
+    """AMD's cards, and NVIDIA's from Ampere on: what the kernels are written for."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def serving(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels serve numbers of this dtype there."""
+    if dtype not in DTYPES:
+        return False
+    if device.type == "cuda":
+        return _triton_is_there() and _has_matrix_units(device)
+    return interpreted and device.type == "cpu"
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from modernbert.engines.gpu import kernels
+
+    return kernels
+
+
+def _run(name: str, programs: tuple[int, ...], *given: Any, **constants: Any) -> None:
+    """Run so many programs of a kernel on the device of its first tensor."""
+    kernel, device = getattr(_kernels(), name)[programs], given[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel(*given, **constants)
+    else:
+        with torch.cuda.device(device):
+            kernel(*given, **constants)
+
+
+class Tiles(NamedTuple):
+    """How a product is cut. It depends on the card and the dtype alone, never on the rows: so do the bits.
+
+    Attributes:
+        rows, outputs, inputs: of a tile; of a paired product each of the two tiles has half the outputs.
+        warps, stages: of a program, and how many tiles of inputs are under way at once.
+    """
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def tiles(dtype: torch.dtype, shared_memory: int) -> Tiles:
+    """The tiles for a card whose programs have so many bytes of shared memory."""
+    if dtype == torch.float32:
+        return Tiles(64, 64, 32, 4, 2)
+    if shared_memory >= 200 * 1024:  # Hopper and later: as large as leaves the sums in registers
+        return Tiles(128, 256, 64, 8, 3)
+    return Tiles(128, 128, 64, 8, 3 if shared_memory >= 96 * 1024 else 2)
+
+
+@functools.cache
+def _tiles_of(dtype: torch.dtype, device: torch.device) -> Tiles:
+    if device.type != "cuda":
+        return Tiles(64, 64, 64, 1, 1)
+    properties = torch.cuda.get_device_properties(device)
+    return tiles(dtype, getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
+
+
+class _Launch(NamedTuple):
+    """Programs of a product, and the constants that they are built with."""
+
+    programs: tuple[int]
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(T: int, columns: int, inputs: int, dtype: torch.dtype, device: torch.device, paired: bool) -> _Launch:
+    chosen = _tiles_of(dtype, device)
+    width = chosen.outputs // 2 if paired else chosen.outputs
+    constants: dict[str, Any] = {
+        "EVEN_I": inputs % chosen.inputs == 0,
+        # Triton's interpreter has no products of bfloat16 numbers.
+        "WIDEN": interpreted and dtype == torch.bfloat16,
+        "TILE_T": chosen.rows,
+        "TILE_O": width,
+        "TILE_I": chosen.inputs,
+        "GROUP": 8,
+    }
+    if device.type == "cuda":
+        constants |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    return _Launch((-(-T // chosen.rows) * -(-columns // width),), constants)
+
+
+class Norm(NamedTuple):
+    """Weight, bias and epsilon of a LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, module: torch.nn.LayerNorm) -> Norm:
+        """Those of a module."""
+        return cls(module.weight.detach(), None if module.bias is None else module.bias.detach(), module.eps)
+
+
+def _weight_of(weight: Tensor, bias: Tensor | None) -> Tensor:
+    return weight if bias is None else bias  # a kernel takes a tensor where it reads none
+
+
+def product(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    activation: str = "",
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """activation(x @ weight.T + bias), (T, O), or `add_to` plus that, in place.
+
+    Args:
+        x_TI: (T, I), rows of contiguous numbers.
+        weight_OI: (O, I), contiguous.
+        bias_O: (O,).
+        activation: of `ACTIVATIONS`, or none.
+        add_to: (T, O), contiguous.
+    """
+    (T, inputs), outputs = x_TI.shape, weight_OI.shape[0]
+    out = x_TI.new_empty((T, outputs)) if add_to is None else add_to
+    if T:
+        launch = _launch(T, outputs, inputs, x_TI.dtype, x_TI.device, False)
+        _run(
+            "product", launch.programs,
+            x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, T, inputs, outputs, x_TI.stride(0), out.stride(0),
+            BIAS=bias_O is not None, ACTIVATION=activation, ADD=add_to is not None, **launch.constants,
+        )  # fmt: skip
+    return out
+
+
+def gated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: str) -> Tensor:
+    """activation(first half) * second half of the outputs of x @ weight.T + bias: (T, O / 2)."""
+    (T, inputs), half = x_TI.shape, weight_OI.shape[0] // 2
+    out = x_TI.new_empty((T, half))
+    if T:
+        launch = _launch(T, half, inputs, x_TI.dtype, x_TI.device, True)
+        _run(
+            "gated_product", launch.programs,
+            x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, T, inputs, half, x_TI.stride(0), half,
+            BIAS=bias_O is not None, ACTIVATION=activation, **launch.constants,
+        )  # fmt: skip
+    return out
+
+
+def rotated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
+    """Queries, keys and values of rows, (T, 3, H, D), queries and keys rotated by their tokens' angles.
+
+    Args:
+        x_TI: (T, I), rows of contiguous numbers.
+        weight_OI: (3 * H * D, I), contiguous.
+        bias_O: (3 * H * D,).
+        cos_T1D, sin_T1D: of `ops.rope.rope_tables`, contiguous.
+    """
+    (T, inputs), outputs, D = x_TI.shape, weight_OI.shape[0], cos_T1D.shape[-1]
+    launch = _launch(T, outputs // 2, inputs, x_TI.dtype, x_TI.device, True)
+    if launch.constants["TILE_O"] % (D // 2):  # heads that do not fit into tiles
+        q_THD, k_THD, v_THD = product(x_TI, weight_OI, bias_O).view(T, 3, outputs // (3 * D), D).unbind(1)
+        return rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D)
+    out = x_TI.new_empty((T, outputs))
+    if T:
+        _run(
+            "rotated_product", launch.programs,
+            x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, cos_T1D, sin_T1D, T, inputs, outputs // 2,
+            outputs // 3, x_TI.stride(0), outputs, HALF=D // 2, BIAS=bias_O is not None, **launch.constants,
+        )  # fmt: skip
+    return out.view(T, 3, outputs // (3 * D), D)
+
+
+def normalize(table: Tensor, norm: Norm, ids_T: Tensor | None = None) -> Tensor:
+    """LayerNorm of rows (T, M), or of the rows of a table that ids (T,) name."""
+    rows, width = len(table) if ids_T is None else len(ids_T), table.shape[1]
+    out = table.new_empty((rows, width))
+    if rows:
+        weight, bias, eps = norm
+        tile = 4 if table.is_cuda else 64  # on a card a row a warp
+        _run(
+            "normalize", (-(-rows // tile),),
+            table, table if ids_T is None else ids_T, weight, _weight_of(weight, bias), out, rows, width,
+            table.stride(0), width, eps, IDS=ids_T is not None, BIAS=bias is not None, TILE_T=tile,
+            WIDTH=_power(width), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def rotate(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, back: bool = False) -> Tensor:
+    """Queries and keys turned by their tokens' angles, or `back`, and values: one tensor (T, 3, H, D)."""
+    T, H, D = q_THD.shape
+    if not q_THD.stride() == k_THD.stride() == v_THD.stride() or q_THD.stride(2) != 1:
+        q_THD, k_THD, v_THD = (x.contiguous() for x in (q_THD, k_THD, v_THD))
+    out = q_THD.new_empty((T, 3, H, D))
+    if T and H:
+        tile = 32
+        _run(
+            "rotate", (-(-T * H // tile), 3),
+            q_THD, k_THD, v_THD, cos_T1D, sin_T1D, out, T * H, H, q_THD.stride(0), q_THD.stride(1),
+            HALF=D // 2, FOLDED=_power(D // 2), BACK=back, TILE=tile,
+        )  # fmt: skip
+    return out
+
+
+def geglu(x_TO: Tensor) -> Tensor:
+    """gelu(first half) * second half of rows; with gradients."""
+    out: Tensor = _GeGLU.apply(x_TO)
+    return out
+
+
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TO: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TO)
+        T, half, tile = len(x_TO), x_TO.shape[1] // 2, 1024
+        out = x_TO.new_empty((T, half))
+        if T:
+            _run("geglu", (T, -(-half // tile)), x_TO.contiguous(), out, half, TILE=tile)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x_TO,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of these gradients there may be gradients
+            first, second = x_TO.chunk(2, dim=-1)
+            return torch.autograd.grad(F.gelu(first) * second, x_TO, grads[0], create_graph=True)[0]
+        T, half, tile = len(x_TO), x_TO.shape[1] // 2, 1024
+        out = torch.empty_like(x_TO, memory_format=torch.contiguous_format)
+        if T:
+            _run(
+                "geglu_backward", (T, -(-half // tile)), x_TO.contiguous(), grads[0].contiguous(), out, half, TILE=tile
+            )
+        return out
+
+
+def cross_entropy(logits_TV: Tensor, labels_T: Tensor, ignored: int) -> Tensor:
+    """-log softmax of each row at its label, (T,) float32, 0 where the label is `ignored`; with gradients.
+
+    The logits are read once and kept as they are: no float32 copy, and no probabilities.
+    """
+    losses: Tensor = _CrossEntropy.apply(_rows(logits_TV), labels_T, ignored)
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, ignored: int) -> Tensor:
+        labels_T = labels_T.contiguous()
+        T, V = logits_TV.shape
+        losses_T, totals_T = (torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(2))
+        if T:
+            _run(
+                "cross_entropy", (T,), logits_TV, labels_T, losses_T, totals_T, V, logits_TV.stride(0), ignored,
+                TILE=4096, num_warps=8,
+            )  # fmt: skip
+        ctx.save_for_backward(logits_TV, labels_T, totals_T)
+        ctx.ignored = ignored
+        return losses_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TV, labels_T, totals_T = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            losses_T = F.cross_entropy(logits_TV.float(), labels_T, ignore_index=ctx.ignored, reduction="none")
+            return torch.autograd.grad(losses_T, logits_TV, grads[0], create_graph=True)[0], None, None
+        T, V = logits_TV.shape
+        out, tile = torch.empty((T, V), dtype=logits_TV.dtype, device=logits_TV.device), 4096
+        if T:
+            _run(
+                "cross_entropy_backward", (T, -(-V // tile)), logits_TV, labels_T, totals_T,
+                grads[0].float().contiguous(), out, V, logits_TV.stride(0), ctx.ignored, TILE=tile, num_warps=8,
+            )  # fmt: skip
+        return out, None, None
+
+
+class Look(NamedTuple):
+    """How one new token each of N texts looks back at a cache.
+
+    Attributes:
+        rows_N: the row of the cache that each goes to.
+        first_N: the first row that each looks at.
+        length_N: how many rows that is; 0 where there is no text.
+        positions_N: of the tokens.
+        key_positions: (1,) the address of the rows' positions.
+        left: how far back a token sees; None is to its text's beginning.
+    """
+
+    rows_N: Tensor
+    first_N: Tensor
+    length_N: Tensor
+    positions_N: Tensor
+    key_positions: Tensor
+    left: int | None
+
+
+def attend_step(qkv_N3HD: Tensor, look: Look, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention outputs (N, H, D) of one new token of each text, whose keys and values go into the cache.
+
+    Args:
+        qkv_N3HD: rotated already.
+        look: where each looks.
+        keys, values: (1,) int64, addresses of the cache's rows (R, H, D) of the same dtype.
+    """
+    N, _, H, D = qkv_N3HD.shape
+    out = qkv_N3HD.new_empty((N, H, D))
+    if N:
+        q, k, v = qkv_N3HD.unbind(1)
+        _run(
+            "attend_step", (N, H),
+            q, k, v, keys, values, look.rows_N, look.first_N, look.length_N, look.positions_N, look.key_positions, out,
+            H, 0 if look.left is None else look.left, D**-0.5, qkv_N3HD.stride(0),
+            WINDOW=look.left is not None, D=D, FOLDED=_power(D), TILE=64,
+        )  # fmt: skip
+    return out
+
+
+def _power(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+class TritonWeight:
+    """A weight that the kernels multiply by, in its plain layout.
+
+    Args:
+        weight_OI: (O, I), on a card.
+        bias_O: (O,) or None; read when it is added.
+        gated: its product is the activated first half of the outputs times the second half.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, gated: bool = False) -> None:
+        self.weight = weight_OI.detach().contiguous()
+        self.bias = bias_O
+        self.gated = gated
+
+    def product(self, x_TI: Tensor) -> Tensor:
+        """(T, I) to (T, O)."""
+        return product(_rows(x_TI), self.weight, self.bias)
+
+    def gated_product(self, x_TI: Tensor, activation: str) -> Tensor:
+        """(T, I) to (T, O / 2)."""
+        return gated_product(_rows(x_TI), self.weight, self.bias, activation)
+
+    def holds(self, bias_O: Tensor | None) -> bool:
+        """Whether this is the bias that is added."""
+        return bias_O is self.bias
+
+    def to_dense(self) -> Tensor:
+        """The weight, (O, I)."""
+        return self.weight
+
+
+def _rows(x_TI: Tensor) -> Tensor:
+    return x_TI if x_TI.stride(-1) == 1 else x_TI.contiguous()

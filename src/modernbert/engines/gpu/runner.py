@@ -1,0 +1,299 @@
+"""A backbone's layers for inference on a card: seven launches a layer, and for short batches one for all of them.
+
+What the kernels of `gpu` fuse: rotation into the product that makes queries and keys, the gate into the product before
+it, the residual into the product after it, the embedding into its norm. Products are cut the same way whatever the
+number of rows, so a text's bits do not follow from its batch.
+
+Shapes: T tokens of all texts together, N texts, M hidden size, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modernbert.decoding.continuation import Continuation, Steps
+from modernbert.engines.gpu import graphs
+from modernbert.engines.gpu import operations as gpu
+from modernbert.engines.gpu.flash import FlashAttention, FlashPlan, serves
+from modernbert.engines.gpu.operations import Look, Norm, TritonWeight
+from modernbert.engines.unchanged import Unchanged, as_made
+from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.layers import Layer
+from modernbert.nn.packing import Packing
+from modernbert.nn.rotary import angle_tables, rope_frequencies
+
+if TYPE_CHECKING:
+    from modernbert.decoding.cache import DecoderCache
+    from modernbert.nn.backbone import Backbone
+
+# Rotated queries, keys and values (T, 3, H, D) of a layer, by its number and kind, to its attention outputs (T, H, D).
+Attend = Callable[[int, str, Tensor], Tensor]
+Angles = dict[str, tuple[Tensor, Tensor]]
+
+
+class _Layer(NamedTuple):
+    """What a layer multiplies by."""
+
+    kind: str
+    attn_norm: Norm | None
+    qkv: TritonWeight
+    out: TritonWeight
+    mlp_norm: Norm
+    gate: TritonWeight
+    down: TritonWeight
+    activation: str
+
+
+class GpuLayers:
+    """The forward pass of an optimized backbone, for as long as its weights stay what they were.
+
+    Args:
+        model: packed by the kernels of `gpu`; see `of`.
+    """
+
+    def __init__(self, model: Backbone) -> None:
+        self.model, self.dtype, self.device = model, model.dtype, model.device
+        self.backend = model.backend
+        self.first, self.last = Norm.of(model.embeddings.norm), Norm.of(model.final_norm)
+        self.layers = [_layer(layer) for layer in model.layers if isinstance(layer, Layer)]
+        self._unchanged = Unchanged(model, [model.embeddings, model.layers, model.final_norm])
+        ropes = model.config.rope_parameters or {}
+        self._is_dynamic = any(rope["rope_type"] == "dynamic" for rope in ropes.values())
+        self._frequencies = {} if self._is_dynamic else {
+            kind: rope_frequencies(rope, model.config.head_dim, self.device) for kind, rope in ropes.items()
+        }  # fmt: skip
+        self.graphs = graphs.Graphs(self.device)
+
+    @classmethod
+    def of(cls, model: Backbone) -> GpuLayers | None:
+        """The fused layers of a packed model; None where its layers are not all packed by the kernels of `gpu`."""
+        ours = len(model.layers) and all(as_made(layer, TritonWeight) for layer in model.layers)
+        return cls(model) if ours and type(model.embeddings.tok_embeddings) is nn.Embedding else None
+
+    def __reduce__(self) -> Any:  # a copy of a model is not packed
+        return type(None), ()
+
+    def serves(self, inputs: PackedInputs) -> bool:
+        """Whether this pass may be taken: nothing changed, nothing listens, no gradient and no autocast is wanted."""
+        given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
+        assert given is not None
+        if not self._unchanged.holds():
+            self.model.thaw()  # for good: what is laid out here are the old weights
+            return False
+        if given.device != self.device or (given.is_floating_point() and given.dtype != self.dtype):
+            return False
+        return self._unchanged.is_quiet(given)
+
+    @torch.no_grad()
+    def __call__(
+        self, inputs: PackedInputs, want_states: bool, cache: DecoderCache | None
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
+        if cache is None and not want_states and (size := self._bucket(inputs)) is not None:
+            return self._short(inputs, size), None
+        plans = self.model.plans(inputs, self.backend, self.dtype, False, cache)
+        if cache is not None and not want_states and inputs.ids_T is not None and not self._is_dynamic:
+            steps = {kind: cached.as_steps() for kind, (_, cached) in plans.items() if cached is not None}
+            whole = {kind: step for kind, step in steps.items() if step is not None and step.of_N is None}
+            if len(whole) == len(plans) and self._fits(whole):
+                return self._step(inputs, whole), None
+        x_TM = inputs.embeds_TM
+        if x_TM is None:
+            x_TM = gpu.normalize(self.model.embeddings.tok_embeddings.weight, self.first, inputs.ids_T)
+        else:
+            x_TM = gpu.normalize(x_TM.contiguous(), self.first)
+        states: list[Tensor] | None = [] if want_states else None
+        angles = self.model.angles(inputs) if self._is_dynamic else self._angles(inputs.positions_T)
+        last_TM = self._run(x_TM, angles, self._attend_by(plans), states)
+        return last_TM, None if states is None else (*states, last_TM)
+
+    def _run(self, x_TM: Tensor, angles: Angles, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
+        """Embedded rows through all layers and the last norm. The rows given are overwritten."""
+        for number, layer in enumerate(self.layers):
+            if states is not None:
+                states.append(x_TM.clone())
+            normed_TM = x_TM if layer.attn_norm is None else gpu.normalize(x_TM, layer.attn_norm)
+            qkv_T3HD = gpu.rotated_product(normed_TM, layer.qkv.weight, layer.qkv.bias, *angles[layer.kind])
+            out_THD = attend(number, layer.kind, qkv_T3HD)
+            gpu.product(out_THD.flatten(1), layer.out.weight, layer.out.bias, add_to=x_TM)
+            normed_TM = gpu.normalize(x_TM, layer.mlp_norm)
+            gated_TI = gpu.gated_product(normed_TM, layer.gate.weight, layer.gate.bias, layer.activation)
+            gpu.product(gated_TI, layer.down.weight, layer.down.bias, add_to=x_TM)
+        return gpu.normalize(x_TM, self.last)
+
+    def _angles(self, positions_T: Tensor) -> Angles:
+        return {kind: angle_tables(*found, positions_T) for kind, found in self._frequencies.items()}
+
+    def _attend_by(self, plans: dict[str, tuple[Any, Continuation | None]]) -> Attend:
+        """Attention as a pass plans it: by the backend, or with the cache."""
+
+        def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
+            q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+            plan, cached = plans[kind]
+            if cached is not None:
+                return cached.attend(number, q_THD, k_THD, v_THD, None)
+            return self.backend.attend(q_THD, k_THD, v_THD, plan)
+
+        return attend
+
+    # Short batches
+
+    def _bucket(self, inputs: PackedInputs) -> graphs.Bucket | None:
+        """The bucket of a batch whose launches can be recorded; None where they cannot, or need not."""
+        packing = inputs.packing
+        recordable = isinstance(self.backend, FlashAttention) and serves(self.dtype, self.model.config.head_dim)
+        if not recordable or self._is_dynamic or inputs.ids_T is None or packing.gaps:
+            return None
+        return graphs.bucket(packing.lengths)
+
+    def _short(self, inputs: PackedInputs, size: graphs.Bucket) -> Tensor:
+        """The last hidden state of a short batch, (T, M)."""
+        return self.graphs.run(
+            size,
+            lambda: _Short(self, size),
+            lambda recorded: recorded.take(inputs),
+            lambda recorded: recorded.out_TM[: inputs.packing.tokens].clone(),
+        )
+
+    # Steps of generation
+
+    def _fits(self, steps: dict[str, Steps]) -> bool:
+        """Whether the caches are what the kernel reads: rows of contiguous numbers of the model's dtype."""
+        for kind, step in steps.items():
+            numbers = [i for i, layer in enumerate(self.layers) if layer.kind == kind]
+            if any(i not in step.storage.layers for i in numbers):
+                return False
+            pairs = [x for i in numbers for x in step.storage.layers[i]]
+            if any(x.dtype != self.dtype or not x.is_contiguous() for x in pairs):
+                return False
+        return True
+
+    def _step(self, inputs: PackedInputs, steps: dict[str, Steps]) -> Tensor:
+        """The last hidden state of one new token of each text, (N, M)."""
+        texts = inputs.packing.tokens
+        size = graphs.step_bucket(texts)
+        return self.graphs.run(
+            size,
+            lambda: _Step(self, size),
+            lambda recorded: recorded.take(inputs, steps),
+            lambda recorded: recorded.out_NM[:texts].clone(),
+        )
+
+
+class _Short:
+    """A forward pass over memory of its own: up to so many tokens of up to so many texts.
+
+    Rows past the tokens of a batch are texts too, of tokens of earlier batches: what is computed of them is never read,
+    but it is numbers, and kernels may multiply what they do not see by zero.
+    """
+
+    def __init__(self, layers: GpuLayers, size: graphs.Bucket) -> None:
+        self.layers = weakref.proxy(layers)  # so that what was recorded goes when the layers do
+        self.size, device = size, layers.device
+        self.ids_T = torch.zeros(size.tokens, dtype=torch.int64, device=device)
+        self.positions_T = torch.zeros(size.tokens, dtype=torch.int64, device=device)
+        self.cu_seqlens = torch.zeros(size.texts + size.fillers + 1, dtype=torch.int32, device=device)
+        self.out_TM = torch.empty(0)
+        packing = Packing.from_lengths((size.longest,), device)  # says how long a text may be
+        self.plans = {
+            kind: FlashPlan(packing, layers.model.config.reach(kind), layers.dtype, self.cu_seqlens)
+            for kind in layers._frequencies
+        }
+
+    def take(self, inputs: PackedInputs) -> None:
+        """Read a batch."""
+        packing, size = inputs.packing, self.size
+        tokens = packing.tokens
+        assert inputs.ids_T is not None
+        self.ids_T[:tokens].copy_(inputs.ids_T)
+        self.positions_T[:tokens].copy_(inputs.positions_T)
+        unused = [tokens] * (size.texts - len(packing.lengths))
+        filled = [min(tokens + size.longest * (i + 1), size.tokens) for i in range(size.fillers)]
+        _send([*packing.starts, *unused, *filled], self.cu_seqlens)
+
+    def __call__(self) -> None:
+        layers = self.layers
+
+        def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
+            q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+            return layers.backend.attend(q_THD, k_THD, v_THD, self.plans[kind])
+
+        x_TM = gpu.normalize(layers.model.embeddings.tok_embeddings.weight, layers.first, self.ids_T)
+        self.out_TM = layers._run(x_TM, layers._angles(self.positions_T), attend)
+
+
+class _Step:
+    """A step of generation over memory of its own: one new token each of up to so many texts.
+
+    Where the caches lie is read from memory too, so that a recording outlives them.
+    """
+
+    def __init__(self, layers: GpuLayers, size: int) -> None:
+        self.layers, self.size, device = weakref.proxy(layers), size, layers.device
+        self.of_kind = {
+            kind: [i for i, layer in enumerate(layers.layers) if layer.kind == kind] for kind in layers._frequencies
+        }
+        # What the host says of each kind: first rows, lengths, the address of the positions, those of keys and values.
+        widths = {kind: 2 * size + 1 + 2 * len(numbers) for kind, numbers in self.of_kind.items()}
+        self.said = torch.zeros(sum(widths.values()), dtype=torch.int64, device=device)
+        parts = dict(zip(widths, self.said.split(list(widths.values())), strict=True))
+
+        def numbers() -> Tensor:
+            return torch.zeros(size, dtype=torch.int64, device=device)
+
+        self.ids_N, self.positions_N, self.out_NM = numbers(), numbers(), torch.empty(0)
+        self.looks: dict[str, Look] = {}
+        self.addresses: dict[int, Tensor] = {}  # of each layer's keys, and then of its values
+        for kind, part in parts.items():
+            first_N, length_N, addresses = part[:size], part[size : 2 * size], part[2 * size :]
+            left = layers.model.config.reach(kind).left
+            self.looks[kind] = Look(numbers(), first_N, length_N, numbers(), addresses[:1], left)
+            for place, number in enumerate(self.of_kind[kind]):
+                self.addresses[number] = addresses[1 + 2 * place :]
+
+    def take(self, inputs: PackedInputs, steps: dict[str, Steps]) -> None:
+        """Read a step's tokens and where each text looks. Texts past the last one are none."""
+        texts = inputs.packing.tokens
+        assert inputs.ids_T is not None
+        self.ids_N[:texts].copy_(inputs.ids_T)
+        self.positions_N[:texts].copy_(inputs.positions_T)
+        said: list[int] = []
+        for kind, look in self.looks.items():
+            rest = [0] * (self.size - texts)
+            if kind not in steps:  # no layer is of this kind
+                said += [0] * (2 * self.size + 1)
+                continue
+            step, stored = steps[kind], steps[kind].storage
+            look.rows_N[:texts].copy_(step.rows_N)
+            look.positions_N[:texts].copy_(step.positions_N)
+            said += [*step.first_N.tolist(), *rest, *step.length_N.tolist(), *rest, stored.positions_R.data_ptr()]
+            said += [x.data_ptr() for number in self.of_kind[kind] for x in stored.layers[number]]
+        _send(said, self.said)
+
+    def __call__(self) -> None:
+        layers = self.layers
+
+        def attend(number: int, kind: str, qkv_N3HD: Tensor) -> Tensor:
+            keys = self.addresses[number]
+            return gpu.attend_step(qkv_N3HD, self.looks[kind], keys, keys[1:])
+
+        x_NM = gpu.normalize(layers.model.embeddings.tok_embeddings.weight, layers.first, self.ids_N)
+        self.out_NM = layers._run(x_NM, layers._angles(self.positions_N), attend)
+
+
+def _send(values: list[int], target: Tensor) -> None:
+    """Write numbers into a tensor on a card, without waiting for it."""
+    target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
+
+
+def _layer(layer: Layer) -> _Layer:
+    attention, mlp = layer.attn, layer.mlp
+    weights = [attention.packed_projection, attention.Wo.packed, mlp.Wi.packed, mlp.Wo.packed]
+    qkv, out, gate, down = (weight for weight in weights if isinstance(weight, TritonWeight))
+    norm = Norm.of(layer.attn_norm) if isinstance(layer.attn_norm, nn.LayerNorm) else None
+    return _Layer(layer.kind, norm, qkv, out, Norm.of(layer.mlp_norm), gate, down, str(mlp.activation))

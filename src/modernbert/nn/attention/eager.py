@@ -1,0 +1,90 @@
+"""The slow, obvious attention: one text at a time, the whole matrix of scores. The oracle of the other backends,
+and the only backend that returns attention weights.
+
+Shapes: T tokens of all texts together, L queries and K keys of one text, H heads, D head size, B texts, S columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modernbert.nn.attention.contract import AttentionBackend, Reach
+from modernbert.nn.packing import Packing
+
+
+@dataclasses.dataclass(frozen=True)
+class EagerPlan:
+    """Which keys each text's queries see: one boolean (L, K) a text, true where seen."""
+
+    packing: Packing
+    keys: Packing
+    seen: list[Tensor]
+
+
+class EagerAttention(AttentionBackend):
+    """Scores, softmax in float32, weighted sum; text by text."""
+
+    name = "eager"
+
+    def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype, keys: Packing | None = None) -> EagerPlan:
+        """One mask a text. The keys may be others than the queries: some of the text's tokens before them too."""
+        keys = keys or packing
+        texts = zip(packing.positions_T.split(packing.lengths), keys.positions_T.split(keys.lengths), strict=True)
+        seen = []
+        for position_L, position_K in texts:
+            ahead_LK = position_K[None, :] - position_L[:, None]
+            seen_LK = torch.ones_like(ahead_LK, dtype=torch.bool)
+            if reach[0] is not None:
+                seen_LK &= ahead_LK >= -reach[0]
+            if reach[1] is not None:
+                seen_LK &= ahead_LK <= reach[1]
+            seen.append(seen_LK)
+        return EagerPlan(packing, keys, seen)
+
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: EagerPlan, dropout: float = 0.0) -> Tensor:
+        """Attention outputs, text by text."""
+        return self.attend_with_weights(q_THD, k_THD, v_THD, plan, dropout)[0]
+
+    def attend_with_weights(
+        self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: EagerPlan, dropout: float = 0.0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Attention outputs (T, H, D), and for each text its weights (H, L, K)."""
+        outs, weights = [q_THD[:0]], []
+        lengths, keys = plan.packing.lengths, plan.keys.lengths
+        texts = zip(q_THD.split(lengths), k_THD.split(keys), v_THD.split(keys), plan.seen, strict=True)
+        for q_LHD, k_KHD, v_KHD, seen_LK in texts:
+            # Copies, because the sums of a product depend on where in memory its numbers begin.
+            fresh = torch.contiguous_format
+            q_HLD, k_HKD, v_HKD = (x.transpose(0, 1).clone(memory_format=fresh) for x in (q_LHD, k_KHD, v_KHD))
+            scores_HLK = (q_HLD @ k_HKD.mT).float() * q_HLD.shape[-1] ** -0.5
+            scores_HLK = scores_HLK.masked_fill(~seen_LK, float("-inf"))
+            weights_HLK = F.dropout(scores_HLK.softmax(-1).to(v_HKD.dtype), dropout)
+            outs.append((weights_HLK @ v_HKD).transpose(0, 1))
+            weights.append(weights_HLK)
+        return torch.cat(outs), weights
+
+    @staticmethod
+    def pad_weights(weights: list[Tensor], packing: Packing) -> Tensor:
+        """Weights of the texts as one padded tensor (B, H, S, S), zeros where either token is padding.
+
+        A batch that came packed is padded to its longest text. Where there were tokens before the packed ones, the
+        last dimension counts each text's tokens from its first.
+        """
+        if packing.grid is not None and packing.indices_T is not None:
+            batch, columns = packing.grid
+            column_T = packing.indices_T - packing.text_T * columns
+        else:
+            batch, columns = len(packing.lengths), max(packing.lengths, default=0)
+            column_T = packing.positions_T
+        alone = all(w.shape[-1] == w.shape[-2] for w in weights)
+        width = columns if alone else max(w.shape[-1] for w in weights)
+        heads = weights[0].shape[0] if weights else 0
+        out = column_T.new_zeros((batch, heads, columns, width), dtype=weights[0].dtype if weights else None)
+        for i, (weights_HLK, column_L) in enumerate(zip(weights, column_T.split(packing.lengths), strict=True)):
+            key_K = column_L if alone else torch.arange(weights_HLK.shape[-1], device=column_L.device)
+            out[i, :, column_L[:, None], key_K[None, :]] = weights_HLK
+        return out

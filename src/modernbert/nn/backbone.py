@@ -1,0 +1,230 @@
+"""What encoder and decoder share: packed rows through the embedding, the layers and the last norm.
+
+Shapes: B texts, T real tokens of all texts together, M hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from modernbert.config import Config
+from modernbert.decoding.cache import DecoderCache
+from modernbert.decoding.continuation import Continuation
+from modernbert.engines.cpu import library as native
+from modernbert.engines.cpu.runner import FusedLayers
+from modernbert.engines.gpu import operations as gpu
+from modernbert.engines.gpu.runner import GpuLayers
+from modernbert.errors import InputError
+from modernbert.models.base import PreTrainedModel
+from modernbert.models.outputs import BaseModelOutput
+from modernbert.nn.attention import AttentionBackend, choose_backend
+from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.inputs import PackedInputs, pack_inputs
+from modernbert.nn.layers import Attention, Embeddings, Layer, LayerContext, layer_norm
+from modernbert.nn.recompute import Recompute
+from modernbert.nn.rotary import rope_tables
+
+logger = logging.getLogger(__name__)
+
+# What callers hand over out of habit, and what means nothing to this architecture.
+_IGNORED = {"token_type_ids"}
+
+
+class Backbone(PreTrainedModel):
+    """A bare model: embeddings, layers, final norm.
+
+    Args:
+        config: the architecture.
+        attn_implementation: see `PreTrainedModel`.
+    """
+
+    attention_class: ClassVar[type[Attention]]
+
+    def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
+        super().__init__(config, attn_implementation)
+        self._backends: dict[tuple[str, torch.dtype], AttentionBackend] = {}
+        if self.attn_implementation != "auto":
+            self._make_backend(torch.device("cpu"), torch.float32)  # a name that cannot be served is refused at once
+        self.fused: FusedLayers | GpuLayers | None = None  # once optimized for inference
+        self.recompute = Recompute()
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList([Layer(config, i, self.attention_class) for i in range(config.num_hidden_layers)])
+        self.final_norm = layer_norm(config)
+        self._finish()
+
+    def fuse(self) -> None:
+        """Take our own kernels where they serve, unless an attention backend of PyTorch was asked for by name."""
+        if gpu.serving(self.dtype, self.device):
+            self.fused = GpuLayers.of(self)
+        elif self.attn_implementation in ("auto", "native") and native.serving(self.dtype, self.device) is not None:
+            self.fused = FusedLayers.of(self)
+
+    def pack_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, **given: Any) -> PackedInputs:
+        """`models.inputs.pack_inputs` for this model's vocabulary and width, on the model's device.
+
+        What comes on the CPU is checked and packed there, and goes to a card in one copy that nobody waits for.
+        """
+        config = self.config
+        vocabulary, width = config.vocab_size, config.hidden_size
+        x = inputs_embeds
+        if isinstance(x, Tensor) and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
+            inputs_embeds = x.to(self.dtype)
+        inputs = pack_inputs(input_ids, inputs_embeds, vocab_size=vocabulary, hidden_size=width, **given)
+        return inputs.to(self.device)
+
+    def encode(
+        self,
+        inputs: PackedInputs,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cache: DecoderCache | None = None,
+    ) -> BaseModelOutput:
+        """Packed inputs to a packed last hidden state (T, M), and hidden states and attentions in the caller's shape.
+
+        With a cache the inputs go on where its texts ended, and are added to it.
+        """
+        if cache is not None and any(cache.lengths):
+            # Keys in a cache are numbers without a history. Only what new vectors were made of can have a gradient.
+            live = inputs.embeds_TM is not None and inputs.embeds_TM.requires_grad
+            with torch.set_grad_enabled(live and torch.is_grad_enabled()):
+                return self._encode(inputs, output_attentions, output_hidden_states, cache)
+        return self._encode(inputs, output_attentions, output_hidden_states, cache)
+
+    def _encode(
+        self,
+        inputs: PackedInputs,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+        cache: DecoderCache | None,
+    ) -> BaseModelOutput:
+        config = self.config
+        want_weights = config.output_attentions if output_attentions is None else output_attentions
+        want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        fused = self.fused  # which another thread may end
+        if not want_weights and fused is not None and fused.serves(inputs):
+            last_TM, all_states = fused(inputs, want_states, cache)
+            if cache is not None:
+                cache.finish()
+            restored = None if all_states is None else tuple(inputs.restore(x) for x in all_states)
+            return BaseModelOutput(last_hidden_state=last_TM, hidden_states=restored)
+        x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
+        autocast = torch.is_autocast_enabled(x_TM.device.type)
+        dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
+        backend = self._backend_for(want_weights, x_TM.device, dtype)
+        shared = self.shared(inputs, backend, dtype, x_TM.requires_grad, cache)
+        states: list[Tensor] = []
+
+        def shown(x_TM: Tensor) -> Tensor:
+            if not want_states:
+                return x_TM
+            states.append(inputs.restore(x_TM))
+            # What callers see lies on the way of the gradients, so that they can ask for its gradient.
+            return inputs.take(states[-1]) if x_TM.requires_grad else x_TM
+
+        weights: list[Any] | None = [] if want_weights else None
+        recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
+        kept = self.recompute.plan(config.layer_types or (), x_TM) if recomputes else []
+        for number, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            context = shared[layer.kind]
+            x_TM = shown(x_TM)
+            if recomputes:
+                x_TM = self.recompute.run(layer, kept[number], layer.kind, x_TM, context, weights)
+            else:
+                x_TM = layer(x_TM, context, weights)
+        x_TM = shown(self.final_norm(x_TM))
+        if cache is not None:
+            cache.finish()
+        return BaseModelOutput(
+            last_hidden_state=x_TM,
+            hidden_states=tuple(states) if want_states else None,
+            attentions=None
+            if weights is None
+            else tuple(EagerAttention.pad_weights(w, inputs.packing) for w in weights),
+        )
+
+    def time_parts(self, inputs: PackedInputs) -> dict[str, float]:
+        """Seconds that each kind of operation takes in one pass of an optimized model."""
+        assert isinstance(self.fused, FusedLayers)
+        return self.fused.time_parts(inputs)
+
+    @property
+    def backend(self) -> AttentionBackend:
+        """What attends where the weights are now: "auto" chooses by their device and dtype."""
+        return self._make_backend(self.device, self.dtype)
+
+    def _make_backend(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+        key = (device.type, dtype) if self.attn_implementation == "auto" else ("", torch.float32)
+        if key not in self._backends:
+            name, deterministic = self.attn_implementation, self.config.deterministic_flash_attn
+            self._backends[key] = choose_backend(name, deterministic, device, dtype)
+        return self._backends[key]
+
+    def _backend_for(self, want_weights: bool, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+        """The backend of one pass: another one where attention weights are wanted and ours never makes any."""
+        backend = self._make_backend(device, dtype)
+        if not want_weights or isinstance(backend, EagerAttention):
+            return backend
+        if self.attn_implementation != "auto":
+            raise InputError(
+                f"output_attentions needs attention weights, which attn_implementation "
+                f"{self.attn_implementation!r} never makes; load the model with 'eager' or 'auto'"
+            )
+        logger.info("attention backend: eager for this call, which wants attention weights")
+        return EagerAttention()
+
+    def shared(
+        self,
+        inputs: PackedInputs,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        differentiable: bool,
+        cache: DecoderCache | None,
+    ) -> dict[str, LayerContext]:
+        """Masks and rotary tables, once for each kind of layer; `dtype` is of q, k and v."""
+        angles = self.angles(inputs)
+        plans = self.plans(inputs, backend, dtype, differentiable, cache)
+        return {kind: LayerContext(backend, plan, *angles[kind], cached) for kind, (plan, cached) in plans.items()}
+
+    def angles(self, inputs: PackedInputs) -> dict[str, tuple[Tensor, Tensor]]:
+        """Rotary tables of each kind of layer, of `ops.rope.rope_tables`."""
+        config = self.config
+        assert config.rope_parameters is not None
+        return {
+            kind: rope_tables(
+                config.rope_parameters[kind],
+                config.head_dim,
+                inputs.positions_T,
+                max_positions=config.max_position_embeddings,
+                text_T=inputs.packing.text_T,
+            )
+            for kind in dict.fromkeys(config.layer_types or ())
+        }
+
+    def plans(
+        self,
+        inputs: PackedInputs,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        differentiable: bool,
+        cache: DecoderCache | None,
+    ) -> dict[str, tuple[Any, Continuation | None]]:
+        """How each kind of layer attends: by a plan of the backend, or with the cache."""
+        config, packing = self.config, inputs.packing
+        kinds = dict.fromkeys(config.layer_types or ())
+        if cache is None:
+            return {kind: (backend.plan(packing, config.reach(kind), dtype), None) for kind in kinds}
+        begun = cache.begin(packing, dtype)
+        gather = isinstance(backend, EagerAttention) or (any(begun.past) and differentiable)
+        return {kind: (None, cache.continuation(begun, kind, backend, dtype, gather)) for kind in kinds}
+
+
+def check_kwargs(kwargs: dict[str, Any]) -> None:
+    """Refuse forward arguments that are neither served nor known to mean nothing here."""
+    unknown = sorted(set(kwargs) - _IGNORED)
+    if unknown:
+        raise TypeError(f"forward got unknown arguments: {', '.join(unknown)}")

@@ -1,5 +1,0 @@
-"""Attention over packed texts: one file a backend, all behind the interface of `base`."""
-
-from modernbert.ops.attention.base import IMPLEMENTATIONS, AttentionBackend, choose_backend
-
-__all__ = ["IMPLEMENTATIONS", "AttentionBackend", "choose_backend"]

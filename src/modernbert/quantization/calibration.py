@@ -1,0 +1,174 @@
+"""The texts that quantization is chosen by and measured on, as packed batches; and what the float model makes of them.
+
+Shapes: B texts, T tokens of all texts together, M hidden size, I inputs of a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modernbert.nn.layers import Linear
+from modernbert.tokenizer import Tokenizer
+
+_LENGTH = 256  # tokens of a text at most
+_BATCH = 1024
+_HIDDEN = 0.15  # of the tokens of a masked language model
+_MOST_MOMENTS = 4096  # inputs of a weight beyond which moments take too much memory
+
+
+def own_texts() -> list[str]:
+    """The texts that come with the package: prose of a century, questions, messages, lists, code."""
+    text = files("modernbert").joinpath("models/quantization/texts.txt").read_text(encoding="utf-8")
+    return [part.strip() for part in text.split("\n\n") if part.strip()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Texts packed end to end.
+
+    Attributes:
+        ids_T: (T,) token ids.
+        starts: (B + 1,) where each text begins, and the end.
+        asked_T: (T,) whether the model's answer at a token counts.
+    """
+
+    ids_T: Tensor
+    starts: Tensor
+    asked_T: Tensor
+
+
+def make_batches(
+    texts: Sequence[str], tokenizer: Tokenizer | None, model: Any, tokens: int
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches to choose by, and batches to measure on: every other text each.
+
+    Without a tokenizer the ids are drawn at random. A masked language model is asked for tokens that it does not see.
+    """
+    rows = _encode(texts, tokenizer, model.config, tokens)
+    device = model.device
+    mask_id = None if tokenizer is None or not hasattr(model, "head") else tokenizer.mask_token_id
+    random = torch.Generator().manual_seed(0)
+    halves = (rows[::2], rows[1::2] or rows)
+    made: tuple[list[Batch], list[Batch]] = ([], [])
+    for half, batches in zip(halves, made, strict=True):
+        for group in _grouped(half, tokens // 2):
+            ids_T = torch.tensor([i for row in group for i in row])
+            asked_T = torch.ones_like(ids_T, dtype=torch.bool)
+            if mask_id is not None and model.get_output_embeddings() is not None:
+                asked_T = torch.rand(len(ids_T), generator=random) < _HIDDEN
+                ids_T = ids_T.masked_fill(asked_T, mask_id)
+            lengths = torch.tensor([0, *map(len, group)])
+            batches.append(Batch(ids_T.to(device), lengths.cumsum(0).to(torch.int32), asked_T.to(device)))
+    return made
+
+
+def _encode(texts: Sequence[str], tokenizer: Tokenizer | None, config: Any, tokens: int) -> list[list[int]]:
+    longest = min(_LENGTH, config.max_position_embeddings)
+    if tokenizer is None:
+        random = torch.Generator().manual_seed(0)
+        return torch.randint(config.vocab_size, (max(2, tokens // 128), min(128, longest)), generator=random).tolist()
+    encoded: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+    return [row for row in encoded if row]
+
+
+def _grouped(rows: list[list[int]], tokens: int) -> Iterator[list[list[int]]]:
+    group: list[list[int]] = []
+    for row in rows:
+        if tokens <= 0:
+            break
+        if group and sum(map(len, group)) + len(row) > _BATCH:
+            yield group
+            group = []
+        group.append(row)
+        tokens -= len(row)
+    if group:
+        yield group
+
+
+@dataclasses.dataclass
+class Seen:
+    """What a float model's pass over a batch showed.
+
+    Attributes:
+        states: hidden states (T, M): the embedding's, each layer's, the last one normed.
+        answers: the best answer at each row that was asked, (N,), or None where the head gives none.
+    """
+
+    states: list[Tensor]
+    answers: Tensor | None
+
+
+@torch.no_grad()
+def look(model: Any, batch: Batch) -> Seen:
+    """Run a model on a batch."""
+    output = model(input_ids=batch.ids_T, cu_seqlens=batch.starts.to(batch.ids_T.device), output_hidden_states=True)
+    logits = getattr(output, "logits", None)
+    if getattr(output, "start_logits", None) is not None:
+        spans = zip(batch.starts[:-1].tolist(), batch.starts[1:].tolist(), strict=True)
+        places = [[x[a:b].argmax() for x in (output.start_logits, output.end_logits)] for a, b in spans]
+        return Seen(list(output.hidden_states), torch.stack([place for pair in places for place in pair]))
+    if logits is None or logits.shape[-1] < 2:
+        return Seen(list(output.hidden_states), None)
+    rows = logits[batch.asked_T] if len(logits) == len(batch.ids_T) else logits
+    return Seen(list(output.hidden_states), rows.argmax(-1))
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What a weight's inputs were over many tokens.
+
+    Attributes:
+        top_I: (I,) the largest, by size.
+        moments_II: (I, I) sums of their products, or None where they were not wanted.
+    """
+
+    top_I: Tensor
+    moments_II: Tensor | None
+
+    def add(self, x_TI: Tensor) -> None:
+        """Count more rows."""
+        x_TI = x_TI.flatten(0, -2).float()
+        self.top_I = torch.maximum(self.top_I, x_TI.abs().amax(0))
+        if self.moments_II is not None:
+            self.moments_II += x_TI.mT @ x_TI
+
+
+def observe(model: Any, batches: Sequence[Batch], names: Sequence[str], moments: bool) -> dict[str, Inputs]:
+    """The inputs of linear layers, by name, over batches. Layers that read the same rows share what was seen."""
+    seen: dict[str, Inputs] = {}
+
+    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+        width = inputs[0].shape[-1]
+        if name not in seen:
+            full = moments and width <= _MOST_MOMENTS
+            seen[name] = Inputs(torch.zeros(width), torch.zeros(width, width) if full else None)
+        seen[name].add(inputs[0])
+
+    with hooked(model, names, lambda name, inputs, output: note(name, inputs)):
+        for batch in batches:
+            look(model, batch)
+    return seen
+
+
+@contextlib.contextmanager
+def hooked(
+    model: nn.Module, names: Sequence[str], call: Callable[[str, tuple[Tensor, ...], Tensor], None]
+) -> Iterator[None]:
+    """Have a function called with the inputs and the output of linear layers, by name."""
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        assert isinstance(module, Linear)
+        handles.append(module.register_forward_hook(lambda _, inputs, output, name=name: call(name, inputs, output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,342 @@
+"""Quantizing a model, and measuring what it costs before it is let in.
+
+Every weight is rounded; then the quantized model reads texts beside the float one. Where its states stray too far, the
+weights whose errors weigh most are cut finer, and it reads again. Where that does not suffice, nothing is changed.
+
+Shapes: T tokens, M hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modernbert.errors import QuantizationError
+from modernbert.hub import Source
+from modernbert.nn.layers import Linear
+from modernbert.quantization.calibration import (
+    Batch,
+    Inputs,
+    Seen,
+    hooked,
+    look,
+    make_batches,
+    observe,
+    own_texts,
+)
+from modernbert.quantization.modules import put, put_module, quantized_modules
+from modernbert.quantization.options import BFLOAT16, SCHEMES, QuantizationConfig, Record, resolve
+from modernbert.quantization.rounding import Scheme, choose_columns, round_weight
+from modernbert.quantization.torchao import quantize_by_torchao
+from modernbert.quantization.weight import QuantizedWeight, pack_quantized
+from modernbert.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What quantizing cost, on texts that scales and columns were not chosen by.
+
+    Attributes:
+        cosine_min: between the last hidden states of both models, at the worst token.
+        cosine_mean: over all tokens.
+        agreement: share of the head's answers that are the same; None of a model without answers.
+        layers: the worst token's cosine after the embedding, after each layer, and after the last norm.
+        tokens: how many were read.
+    """
+
+    cosine_min: float
+    cosine_mean: float
+    agreement: float | None
+    layers: list[float]
+    tokens: int
+
+
+@dataclasses.dataclass
+class _Weight:
+    """A weight that is quantized as one: of several layers that read the same rows, or of a tied pair.
+
+    Attributes:
+        names: its layers.
+        steps: what it may be cut into, coarsest first; then it stays bfloat16.
+        step: which of them it is now.
+        embeds: whether it is an embedding's, whose rows are taken one by one.
+        weighs: how far its error moves what its layer adds to.
+    """
+
+    names: list[str]
+    steps: tuple[Scheme, ...]
+    embeds: bool
+    step: int = 0
+    weighs: float = 0.0
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How it is cut; None where it stays bfloat16."""
+        return self.steps[self.step] if self.step < len(self.steps) else None
+
+    def has_more_bits(self) -> bool:
+        """Whether it takes more bits than the scheme that was asked for."""
+        return self.scheme is None or self.scheme.bits > self.steps[0].bits
+
+    def next_has_more_bits(self) -> bool:
+        """Whether it would, cut one step finer."""
+        return self.step + 1 >= len(self.steps) or self.steps[self.step + 1].bits > self.steps[0].bits
+
+
+@torch.no_grad()
+def quantize(
+    model: Any,
+    quantization_config: Any = "int8",
+    *,
+    tokenizer: Tokenizer | None = None,
+    texts: Sequence[str] | None = None,
+    report: Callable[[str], None] = logger.info,
+) -> Any:
+    """Quantize a model in place, and measure what it costs.
+
+    Args:
+        model: of any class of this package, on the CPU; or a `SentenceEncoder`, whose encoder is meant.
+        quantization_config: "int8", "int4", "int8-weight-only", "int4-weight-only", or a `QuantizationConfig`.
+        tokenizer: of the model; without it the model is measured on ids drawn at random, which says less.
+        texts: such as it will read; a few thousand tokens suffice. None takes those that come with the package.
+        report: called with a line about each step.
+
+    Returns:
+        The model. `model.quantization` says what was measured.
+
+    Raises:
+        QuantizationError: the cosine that is asked for is out of reach; the model is as it was.
+        InputError, ValueError: it is quantized already, or not on the CPU, or the texts hold nothing.
+    """
+    if not hasattr(model, "base_model"):
+        quantize(model.model, quantization_config, tokenizer=tokenizer, texts=texts, report=report)
+        return model
+    config = resolve(quantization_config)
+    if quantized_modules(model):
+        raise ValueError(f"the model is quantized already, as {model.quantization.scheme}; take the float checkpoint")
+    if model.device.type != "cpu":
+        raise ValueError(f"the model is on {model.device}; a model is quantized on the CPU: model.cpu()")
+    if texts is not None and (tokenizer is None or not any(text.strip() for text in texts)):
+        raise ValueError("texts need a tokenizer, and at least one of them must hold something")
+    dtype, training = model.dtype, model.training
+    model.unpack()
+    model.eval().float()
+    weights = _weights(model, SCHEMES[config.scheme])
+    originals = {name: model.get_submodule(name) for weight in weights for name in weight.names}
+    try:
+        record = _let_in(
+            model, weights, config, make_batches(texts or own_texts(), tokenizer, model, config.tokens), report
+        )
+    except BaseException:
+        for name, module in originals.items():
+            put_module(model, name, module)
+        model.to(dtype).train(training)
+        raise
+    if tokenizer is None:
+        record.measured["texts"] = "ids drawn at random"
+    else:
+        record.measured["texts"] = "the package's own" if texts is None else f"{len(texts)} given"
+    model.set_quantization(record)
+    model.to(dtype).requires_grad_(False)
+    return model
+
+
+def quantize_loaded(model: Any, config: QuantizationConfig, source: Source) -> Any:
+    """Quantize a model that was just loaded: measured with the tokenizer beside it, if there is one."""
+    if model.device.type != "cpu":
+        return quantize_by_torchao(model, config)
+    if source.find("tokenizer.json") is None:
+        logger.warning(
+            "%s has no tokenizer.json; what quantizing costs is measured on ids drawn at random", source.name_or_folder
+        )
+        return quantize(model, config)
+    return quantize(model, config, tokenizer=Tokenizer.from_pretrained(**vars(source)))
+
+
+def _weights(model: Any, steps: tuple[Scheme, ...]) -> list[_Weight]:
+    """What is quantized: everything but norms, biases and classifiers, which are small."""
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and not name.startswith("classifier")
+    }
+    output = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = output is not None and output.weight is embedding.weight
+    vocabulary = [names[id(embedding)], *([names[id(output)]] if tied else [])]
+    weights = [_Weight(vocabulary, steps, embeds=True)]
+    for name in linear:
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("k_proj", "v_proj") or name in vocabulary:
+            continue  # with q_proj, or with the embedding
+        shared = [name, f"{owner}.k_proj", f"{owner}.v_proj"] if leaf == "q_proj" else [name]
+        weights.append(_Weight(shared, steps, embeds=False))
+    return [w for w in weights if model.get_submodule(w.names[0]).weight.shape[1] % 2 == 0]
+
+
+def _let_in(
+    model: Any,
+    weights: list[_Weight],
+    config: QuantizationConfig,
+    batches: tuple[list[Batch], list[Batch]],
+    report: Callable[[str], None],
+) -> Record:
+    """Round, measure, cut finer, until the limit is reached."""
+    chosen_by, measured_on = batches
+    products = [w.names[-1] for w in weights if isinstance(model.get_submodule(w.names[-1]), Linear)]
+    report(f"reading {sum(len(b.ids_T) for b in chosen_by):,} tokens to see what the weights are multiplied by")
+    inputs = observe(model, chosen_by, products, moments=weights[0].steps[0].bits == 4)
+    originals = {name: model.get_submodule(name) for w in weights for name in w.names}
+    rounded = {weight.names[0]: _round(originals, weight, inputs) for weight in weights}
+    reference = _weigh(model, weights, rounded, measured_on)
+    for weight in weights:
+        _install(model, weight, originals, rounded[weight.names[0]])
+    while True:
+        measured = _measure(model, reference, measured_on)
+        report(_said(measured))
+        finer = _finer(weights, measured.cosine_min, config)
+        if not finer and measured.cosine_min >= config.limit:
+            break
+        for weight in finer:
+            weight.step += 1
+        if not finer or sum(w.has_more_bits() for w in weights) > config.most_kept * len(weights):
+            raise QuantizationError(
+                f"{config.scheme} was refused: the worst token's cosine is {measured.cosine_min:.4f}, and "
+                f"{config.limit} is wanted; more than {config.most_kept:.0%} of the weights would need more bits. Ask "
+                "for less with min_cosine, allow more with most_kept, or choose another scheme"
+            )
+        for weight in finer:
+            _install(model, weight, originals, _round(originals, weight, inputs))
+            report(f"cut finer: {', '.join(weight.names)}: {weight.scheme or BFLOAT16}")
+    finer_by_name = {name: str(w.scheme or BFLOAT16) for w in weights if w.step for name in w.names}
+    return Record(config.scheme, finer_by_name, dataclasses.asdict(measured))
+
+
+def _finer(weights: Sequence[_Weight], reached: float, config: QuantizationConfig) -> list[_Weight]:
+    """The weights to cut finer next; none where it is enough.
+
+    More scales cost little: they are given until the model is twice as near as it must be. More bits are given only to
+    reach what is wanted; to the embedding, the largest, last.
+    """
+    if reached >= (1 + config.limit) / 2:
+        return []
+    cheap = [w for w in weights if not w.next_has_more_bits()]
+    others = [w for w in weights if w.scheme is not None] if reached < config.limit else []
+    order = sorted(cheap or others, key=lambda w: (w.step, w.embeds and not cheap, -w.weighs))
+    return order[: max(1, len(weights) // 8)]
+
+
+def _round(originals: Mapping[str, Any], weight: _Weight, inputs: Mapping[str, Inputs]) -> list[QuantizedWeight] | None:
+    """A weight's layers, quantized; None where they stay bfloat16."""
+    if weight.scheme is None:
+        return None
+    names = weight.names[:1] if weight.embeds else weight.names
+    parts = [originals[name].weight.detach().float() for name in names]
+    whole = torch.cat(parts)
+    seen = inputs.get(weight.names[-1])
+    columns = choose_columns(whole, None if seen is None else seen.top_I, weight.scheme)
+    # What makes up for an error in products does not in the rows of an embedding.
+    moments = None if seen is None or weight.embeds or weight.scheme.bits == 8 else seen.moments_II
+    quantized = round_weight(whole, weight.scheme, columns, moments)
+    if weight.embeds:
+        return [quantized] * len(weight.names)
+    cuts = torch.tensor([0, *map(len, parts)]).cumsum(0).tolist()
+    return [quantized.outputs(slice(a, b)) for a, b in itertools.pairwise(cuts)]
+
+
+def _install(model: Any, weight: _Weight, originals: Mapping[str, Any], parts: list[QuantizedWeight] | None) -> None:
+    """Put a weight's layers in place: quantized, or with their numbers rounded to bfloat16."""
+    for name in weight.names:
+        put_module(model, name, originals[name])
+    if parts is not None:
+        put(model, dict(zip(weight.names, parts, strict=True)), model.dtype)
+        return
+    first = originals[weight.names[0]]
+    shared = nn.Parameter(first.weight.detach().bfloat16().float(), requires_grad=first.weight.requires_grad)
+    for name in weight.names:
+        new = copy.copy(originals[name])
+        own = shared if weight.embeds else nn.Parameter(new.weight.detach().bfloat16().float())
+        new._parameters = {**new._parameters, "weight": own}
+        put_module(model, name, new)
+
+
+def _weigh(
+    model: Any,
+    weights: Sequence[_Weight],
+    rounded: Mapping[str, list[QuantizedWeight] | None],
+    batches: Sequence[Batch],
+) -> list[Seen]:
+    """Run the float model, and see how much of what each product adds to the states its error is."""
+    errors: dict[str, float] = dict.fromkeys((name for weight in weights for name in weight.names), 0.0)
+    sizes = dict(errors)
+    packed = {
+        name: pack_quantized(part)
+        for weight in weights
+        for name, part in zip(weight.names, rounded[weight.names[0]] or [], strict=True)
+    }
+
+    def note(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        bias = model.get_submodule(name).bias
+        right = output.flatten(0, -2) if bias is None else output.flatten(0, -2) - bias
+        errors[name] += float((packed[name].product(inputs[0].flatten(0, -2)) - right).square().sum())
+        sizes[name] += float(right.square().sum())
+
+    linear = [name for name in errors if isinstance(model.get_submodule(name), Linear)]
+    with hooked(model, linear, note):
+        reference = [look(model, batch) for batch in batches]
+    streams = [sum(float(seen.states[i].square().sum()) for seen in reference) for i in range(len(reference[0].states))]
+    for weight in weights:
+        name = weight.names[-1]
+        share = 1.0
+        if match := re.search(r"layers\.(\d+)\.(attn|mlp)\.", name):
+            branch = f"{name[: match.end()]}Wo"
+            share = sizes.get(branch, 0.0) / max(streams[int(match[1])], 1e-30)
+        if weight.embeds:
+            embedding, quantized = model.get_input_embeddings(), (rounded[weight.names[0]] or [])[0]
+            ids = torch.cat([batch.ids_T for batch in batches])
+            right = embedding(ids)
+            error = float((quantized.to_dense(ids) - right).square().sum() / right.square().sum().clamp_min(1e-30))
+        else:
+            error = sum(errors[n] for n in weight.names) / max(sum(sizes[n] for n in weight.names), 1e-30)
+        weight.weighs = error * share
+    return reference
+
+
+def _measure(model: Any, reference: Sequence[Seen], batches: Sequence[Batch]) -> Measured:
+    """Run the quantized model beside what the float one showed."""
+    cosines: list[list[Tensor]] = []
+    same: list[Tensor] = []
+    for batch, right in zip(batches, reference, strict=True):
+        seen = look(model, batch)
+        pairs = zip(seen.states, right.states, strict=True)
+        cosines.append([F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs])
+        if seen.answers is not None and right.answers is not None and len(seen.answers):
+            same.append((seen.answers == right.answers).float())
+    layers = [torch.cat(parts) for parts in zip(*cosines, strict=True)]
+    return Measured(
+        cosine_min=round(float(layers[-1].min()), 6),
+        cosine_mean=round(float(layers[-1].mean()), 6),
+        agreement=round(float(torch.cat(same).mean()), 4) if same else None,
+        layers=[round(float(layer.min()), 6) for layer in layers],
+        tokens=len(layers[-1]),
+    )
+
+
+def _said(measured: Measured) -> str:
+    answers = "" if measured.agreement is None else f", {measured.agreement:.1%} of the answers the same"
+    return (
+        f"over {measured.tokens:,} tokens the cosine is {measured.cosine_mean:.5f}, at the worst token "
+        f"{measured.cosine_min:.5f}{answers}"
+    )

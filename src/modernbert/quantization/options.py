@@ -1,0 +1,168 @@
+"""How to quantize, as callers say it and as a checkpoint's `config.json` holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from modernbert.config import Config
+from modernbert.errors import CheckpointError, shown
+from modernbert.quantization.rounding import Scheme
+from modernbert.quantization.weight import GROUP
+
+KEY, METHOD, FORMAT = "quantization_config", "modernbert", 1
+# What a weight is rounded to by each scheme; and to what next, where that costs too much. Bfloat16 is the last resort.
+SCHEMES = {
+    "int8": (Scheme(8, None), Scheme(8, GROUP, kept=256)),
+    "int8-weight-only": (Scheme(8, None, float_rows=True), Scheme(8, GROUP, float_rows=True)),
+    "int4": (Scheme(4, GROUP, kept=128), Scheme(8, GROUP, kept=256)),
+    "int4-weight-only": (Scheme(4, GROUP, float_rows=True), Scheme(8, GROUP, float_rows=True)),
+}
+BFLOAT16 = "bfloat16"  # of a weight that keeps that much
+_AMOUNTS = ("cosine_min", "cosine_mean", "tokens")
+_COSINES = {8: 0.999, 4: 0.9}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How to quantize a model, and how much it may cost.
+
+    Args:
+        scheme: "int8" and "int4" bring inputs to 8 bits as well, each token by itself; "int8-weight-only" and
+            "int4-weight-only" leave them floats, which is slower on many tokens.
+        min_cosine: between the last hidden states of the float model and the quantized one, at every token that is
+            measured; None is 0.999 for 8 bits and 0.9 for 4. Since other texts hold worse tokens, what costs next to
+            nothing is done to come twice as near.
+        most_kept: share of the weights, 0 to 1, that may have more bits than the scheme's to reach it: bfloat16 in
+            the place of 8, 8 in the place of 4. Where these do not suffice, quantizing is refused.
+        tokens: how many tokens of the texts are read, half to choose by and half to measure on.
+
+    Raises:
+        ValueError: a value is impossible.
+    """
+
+    scheme: str = "int8"
+    min_cosine: float | None = None
+    most_kept: float = 0.25
+    tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme is {self.scheme!r}; choose one of {', '.join(SCHEMES)}")
+        for name in ("min_cosine", "most_kept"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}; it must be from 0 to 1")
+        if not isinstance(self.tokens, int) or self.tokens < 64:
+            raise ValueError(f"tokens is {self.tokens!r}; it must be a whole number of at least 64")
+
+    @property
+    def limit(self) -> float:
+        """The cosine that must be reached."""
+        return _COSINES[SCHEMES[self.scheme][0].bits] if self.min_cosine is None else self.min_cosine
+
+
+class BitsAndBytesConfig:
+    """Stands where code was written for the bitsandbytes library, and means the nearest that there is here.
+
+    Args:
+        load_in_8bit: "int8".
+        load_in_4bit: "int4".
+        kwargs: accepted, and without meaning here: bitsandbytes' own number formats and thresholds.
+
+    Raises:
+        ValueError: neither of the two is true, or both are.
+    """
+
+    def __init__(self, load_in_8bit: bool = False, load_in_4bit: bool = False, **kwargs: Any) -> None:
+        unknown = [name for name in kwargs if not name.startswith(("bnb_4bit_", "llm_int8_"))]
+        if unknown:
+            raise TypeError(f"BitsAndBytesConfig got unknown arguments: {', '.join(unknown)}")
+        if bool(load_in_8bit) == bool(load_in_4bit):
+            raise ValueError("give either load_in_8bit=True or load_in_4bit=True")
+        self.load_in_8bit, self.load_in_4bit = bool(load_in_8bit), bool(load_in_4bit)
+
+
+def resolve(given: Any) -> QuantizationConfig:
+    """What a caller names, made definite: a scheme's name, a mapping, a configuration, or one of bitsandbytes.
+
+    Raises:
+        ValueError: it means nothing here.
+    """
+    if isinstance(given, QuantizationConfig):
+        return given
+    if isinstance(given, str):
+        return QuantizationConfig(scheme=given)
+    if isinstance(given, Mapping) and "scheme" in given:
+        return QuantizationConfig(**given)
+    bits = {
+        name: bool(given.get(name) if isinstance(given, Mapping) else getattr(given, name, False))
+        for name in ("load_in_8bit", "load_in_4bit")
+    }
+    if any(bits.values()):  # also of transformers' own class
+        return QuantizationConfig(scheme="int8" if bits["load_in_8bit"] else "int4")
+    raise ValueError(
+        f"quantization_config is {given!r}; give one of {', '.join(SCHEMES)}, a QuantizationConfig, or a "
+        "BitsAndBytesConfig with load_in_8bit=True or load_in_4bit=True"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What `config.json` says of a quantized checkpoint, under `quantization_config`.
+
+    Attributes:
+        scheme: of `SCHEMES`.
+        finer: weights that are cut finer than the scheme says, and how, by their modules' names.
+        measured: what quantizing cost; see `gate.Measured`.
+    """
+
+    scheme: str
+    finer: dict[str, str]
+    measured: dict[str, Any]
+
+    @property
+    def float_rows(self) -> bool:
+        """Whether the inputs of products stay floats."""
+        return SCHEMES[self.scheme][0].float_rows
+
+    @classmethod
+    def of(cls, config: Config) -> Record | None:
+        """What a model's configuration says; None where it says nothing of quantization."""
+        values = config.extra.get(KEY)
+        return None if values is None else cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `config.json`."""
+        return {"quant_method": METHOD, "format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            CheckpointError: another library quantized it, or a later version of this one.
+        """
+        if not isinstance(values, Mapping):
+            raise CheckpointError(f"config.json has {KEY} {shown(values)}; it must hold values by name")
+        if values.get("quant_method") != METHOD:
+            method = shown(values.get("quant_method"))
+            raise CheckpointError(
+                f"the checkpoint was quantized by {method}, which this library does not read; "
+                "take the float checkpoint and quantize it here"
+            )
+        if values.get("format") != FORMAT or values.get("scheme") not in list(SCHEMES):
+            raise CheckpointError(
+                f"the checkpoint is quantized in format {shown(values.get('format'))}, scheme "
+                f"{shown(values.get('scheme'))}; "
+                f"this version reads format {FORMAT} with {', '.join(SCHEMES)}; a newer modernbert may read it"
+            )
+        finer, measured = values.get("finer") or {}, values.get("measured") or {}
+        if not isinstance(finer, Mapping) or not all(isinstance(how, str) for how in finer.values()):
+            raise CheckpointError(f"{KEY} has finer {shown(finer)}; it must name schemes by module")
+        number = int | float
+        fits = isinstance(measured, Mapping) and isinstance(measured.get("agreement"), number | None)
+        if not fits or not all(isinstance(measured.get(name, 0), number) for name in _AMOUNTS):
+            raise CheckpointError(f"{KEY} has measured {shown(measured)}; it must hold numbers by name")
+        return cls(str(values["scheme"]), dict(finer), dict(measured))

@@ -1,0 +1,68 @@
+"""Options of generation: what contradicts itself is one clear error."""
+
+import pytest
+
+from modernbert.decoding.options import GenerationOptions
+from modernbert.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"loudness": 3}, "generate has no option loudness; there are max_length, max_new_tokens"),
+        ({"max_length": 9, "max_new_tokens": 3}, "max_length is 9 and max_new_tokens is 3; give one of them"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number of at least 1"),
+        ({"max_new_tokens": 2, "min_new_tokens": 3}, "min_new_tokens is 3 and max_new_tokens is 2"),
+        ({"temperature": 0.7}, "temperature is for sampling, which is off; give do_sample=True too"),
+        ({"top_k": 3, "top_p": 0.9}, "top_k, top_p is for sampling"),
+        ({"do_sample": True, "temperature": 0}, "temperature is 0; it must be above 0"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p is 1.5; it must be above 0, at most 1"),
+        ({"do_sample": True, "min_p": -0.1}, "min_p is -0.1; it must be at least 0, at most 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0; it must be above 0"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1"),
+        ({"num_beams": 1.5}, "num_beams is 1.5"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 2; without do_sample=True there are as many"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "as many different ones as num_beams, 2"),
+        ({"num_beams": 2, "do_sample": True, "num_return_sequences": 3}, "a beam search keeps num_beams, 2"),
+        ({"length_penalty": 2.0}, "length_penalty is for beam search, which is off"),
+        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'; choose True, False or 'never'"),
+        ({"num_beams": 2, "length_penalty": "x"}, "length_penalty is 'x'; it must be at least -100, at most 100"),
+        ({"do_sample": "no"}, "do_sample is 'no'; choose True or False"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'; give one or a list of them"),
+        ({"eos_token_id": [-1]}, "eos_token_id is -1; it must be a whole number of at least 0"),
+        ({"pad_token_id": "a"}, "pad_token_id is 'a'"),
+        ({"num_beams": 2, "early_stopping": 1}, "early_stopping is 1; choose True"),
+        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan"),
+        ({"stop_strings": 5}, "stop_strings is 5; give one or a list of them"),
+        ({"stop_strings": ["a", ""]}, "stop_strings is ['a', '']; give strings with something in them"),
+    ],
+)
+def test_mistakes(given, message):
+    with pytest.raises(InputError) as error:
+        GenerationOptions.make(given, {})
+    assert message in str(error.value)
+
+
+def test_a_model_s_defaults_yield_to_what_is_given():
+    defaults = {"do_sample": True, "temperature": 0.5, "max_length": 40, "eos_token_id": 7, "another": 1}
+    options = GenerationOptions.make({"max_new_tokens": 5}, defaults)
+    assert (options.temperature, options.max_length, options.max_new_tokens) == (0.5, None, 5)
+    assert options.eos_token_id == (7,)
+    assert GenerationOptions.make({"eos_token_id": [1, 2]}, defaults).eos_token_id == (1, 2)
+    assert not GenerationOptions.make({"do_sample": False}, {**defaults, "temperature": 0.0}).do_sample  # is off
+    assert GenerationOptions.make({}, {"max_length": 9, "max_new_tokens": 7}).new_tokens(12) == 7
+    assert GenerationOptions.make({"temperature": None}, {}).temperature == 1.0
+
+
+def test_how_many_new_tokens(log):
+    assert GenerationOptions.make({}, {}).new_tokens(7) == 20
+    assert GenerationOptions.make({"max_new_tokens": 3}, {}).new_tokens(7) == 3
+    assert GenerationOptions.make({"max_length": 9}, {}).new_tokens(7) == 2
+    for length in (6, 7):
+        with pytest.raises(InputError, match=f"max_length is {length} and the prompt has 7 tokens already"):
+            GenerationOptions.make({"max_length": length}, {}).new_tokens(7)
+    with pytest.raises(InputError, match="leaves room for 2 after the prompt"):
+        GenerationOptions.make({"max_length": 9, "min_new_tokens": 3}, {}).new_tokens(7)
+    assert GenerationOptions.make({"max_length": 1}, {}).new_tokens(1) == 1
+    assert GenerationOptions.make({"max_length": 1}, {}).new_tokens(7) == 1  # as the reference's sample has it
+    assert "one new token" in log.text

@@ -1,0 +1,63 @@
+"""Installing never fails for want of a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from modernbert.engines.cpu import library
+
+ROOT = Path(__file__).parents[3]
+KERNELS = "modernbert/native/_kernels.so"
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a wheel is built from, without the weights of the small models."""
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    package = library.FILE.parents[1]
+    ignore = shutil.ignore_patterns("*.safetensors", "__pycache__", "_kernels.so")
+    shutil.copytree(package, tmp_path / "src" / "modernbert", ignore=ignore)
+    return tmp_path
+
+
+def build(tree, **environment):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "out"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tree / "out").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        return wheel.name, KERNELS in archive.namelist(), done.stdout + done.stderr
+
+
+def test_without_a_compiler_the_wheel_has_no_kernels_and_says_so(tree):
+    name, has_kernels, said = build(tree, CC="no-such-compiler")
+    assert not has_kernels
+    assert name.endswith("py3-none-any.whl")
+    assert "There is no C compiler (no-such-compiler)" in said
+
+
+def test_with_a_compiler_that_fails(tree):
+    source = tree / "src" / "modernbert" / "native" / "dispatch.c"
+    source.write_text("#error a processor from the future\n")
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
+    name, has_kernels, said = build(tree)
+    assert not has_kernels
+    assert name.endswith("py3-none-any.whl")
+    assert "a processor from the future" in said
+
+
+@pytest.mark.slow
+def test_with_a_compiler_the_wheel_is_of_this_platform(tree):
+    if shutil.which("cc") is None:
+        pytest.skip("there is no C compiler")
+    name, has_kernels, _ = build(tree)
+    assert has_kernels
+    assert "-py3-none-" in name
+    assert "any" not in name

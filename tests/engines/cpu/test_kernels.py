@@ -1,0 +1,368 @@
+"""Our own kernels beside the plain path: products, attention, whole models; and their rows, bit for bit their own."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modernbert import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
+from modernbert.engines.cpu import library as native
+from modernbert.engines.cpu.operations import Angles, Keys, NativeWeight, Norm, Product, attention, normalize
+from modernbert.engines.cpu.runner import FusedLayers
+from modernbert.errors import BackendError
+from modernbert.nn.attention import choose_backend
+from modernbert.nn.packing import Packing
+from modernbert.nn.rotary import apply_rope, rope_tables
+from tests.conftest import SMALL
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="installed without the kernels")
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    return before
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 300),
+    st.integers(1, 90),
+    st.integers(1, 100),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_a_product_is_that_of_the_definition(rows, inputs, outputs, dtype, normed, number):
+    before = threads(number)
+    x, bias = torch.randn(rows, inputs), torch.randn(outputs)
+    weight = (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
+    packed = NativeWeight(weight, bias)
+    assert torch.equal(packed.to_dense(), weight)
+    norm = Norm(torch.randn(inputs), torch.randn(inputs), 1e-5) if normed else None
+    base = torch.randn(rows, outputs)
+    out = Product(packed, norm, add=True)(x, base.clone())
+    threads(before)
+    rows_in = F.layer_norm(x, (inputs,), norm.weight, norm.bias, 1e-5) if norm else x
+    expected = base + F.linear(rows_in.double(), weight.double(), bias.double())
+    rounded = dtype == torch.bfloat16 and native.library().multiplies_bfloat16
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=0.1 if rounded else 2e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_a_row_is_its_own_whatever_the_rows_and_threads(dtype, number):
+    weights = {gated: NativeWeight(torch.randn(150, 97).to(dtype), torch.randn(150), gated) for gated in (False, True)}
+    x, norm = torch.randn(700, 97), Norm(torch.randn(97), None, 1e-5)
+    for packed in weights.values():
+        product = Product(packed, norm)
+        whole = product(x)
+        before = threads(number)
+        for rows in (1, 2, 3, 7, 12, 13, 17, 25, 64, 65, 129, 500):
+            for start in (0, 1, 199):
+                assert torch.equal(product(x[start : start + rows]), whole[start : start + rows]), rows
+        threads(before)
+
+
+LENGTHS = st.lists(st.sampled_from([0, 1, 2, 16, 17, 63, 64, 65, 129, 300, 600]), min_size=1, max_size=5)
+
+
+@settings(max_examples=40)
+@given(
+    LENGTHS,
+    st.sampled_from([(None, None), (64, 64), (3, 5), (None, 0), (7, 0), (0, 0)]),
+    st.sampled_from([2, 6, 10, 32, 64, 80]),
+    st.sampled_from(DTYPES),
+    st.integers(1, 3),
+)
+def test_attention_is_that_of_the_definition_and_a_text_is_its_own(lengths, reach, head_dim, dtype, number):
+    packing, heads = Packing.from_lengths(lengths), 2
+    qkv = torch.randn(packing.tokens, 3, heads, head_dim).to(dtype)
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    angles = Angles(*rope_tables(rope, head_dim, packing.positions_T, max_positions=1000))
+    eager = choose_backend("eager")
+    turned = apply_rope(qkv[:, :2].float().flatten(1, 2), *angles).split(heads, dim=1)
+    expected = eager.attend(*turned, qkv[:, 2].float(), eager.plan(packing, reach, torch.float32))
+
+    def attend(rows, starts, positions):
+        out = qkv[rows].clone()
+        q, k, v = out.unbind(1)
+        own = Angles(*(t[rows].contiguous() for t in angles))
+        return attention(q, k, v, q, starts, reach=reach, positions_T=positions, angles=own).clone()
+
+    before = threads(number)
+    whole = attend(slice(None), torch.tensor(packing.starts), packing.positions_T)
+    threads(before)
+    limit = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(whole.float(), expected, rtol=0, atol=limit)
+    for first, last in packing.spans:
+        alone = attend(slice(first, last), torch.tensor([0, last - first]), packing.positions_T[first:last].clone())
+        assert torch.equal(alone, whole[first:last])
+
+
+def test_attention_to_keys_that_lie_elsewhere():
+    q, stored = torch.randn(3, 2, 16), torch.randn(40, 2, 2, 16)
+    keys = Keys(torch.tensor([30, 0, 9]), torch.tensor([10, 1, 20]))
+    k, v = stored.unbind(1)
+    out = attention(q, k, v, torch.empty_like(q), torch.arange(4), keys=keys)
+    for i, (first, length) in enumerate(zip(*(t.tolist() for t in keys), strict=True)):
+        parts = (x.transpose(0, 1)[None] for x in (q[i : i + 1], k[first : first + length], v[first : first + length]))
+        expected = F.scaled_dot_product_attention(*parts)[0].transpose(0, 1)
+        torch.testing.assert_close(out[i : i + 1], expected)
+
+
+def test_not_a_number_stays_in_its_text():
+    qkv = torch.randn(40, 3, 2, 8)
+    qkv[3, :] = float("nan")
+    q, k, v = qkv.unbind(1)
+    out = attention(q, k, v, torch.empty(40, 2, 8), torch.tensor([0, 20, 40]))
+    assert out[:20].isnan().all()
+    assert out[20:].isfinite().all()
+
+
+def test_layer_norm_of_a_table():
+    table, ids, norm = torch.randn(30, 45), torch.randint(0, 30, (200,)), Norm(torch.randn(45), torch.randn(45), 1e-5)
+    out = normalize(table, norm, torch.empty(200, 45), ids)
+    torch.testing.assert_close(out, F.layer_norm(table[ids], (45,), norm.weight, norm.bias, 1e-5))
+
+
+def model_of(dtype=torch.float32, kind=ModernBertModel, **changes):
+    torch.manual_seed(1)
+    config = ModernBertConfig(**{**SMALL, **changes}, initializer_range=0.2)
+    return kind(config).eval().to(dtype)
+
+
+def batch(lengths=(300, 1, 64, 130)):
+    ids = torch.randint(3, 90, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(0))
+    return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"attention_bias": True, "mlp_bias": True, "norm_bias": True}, {"hidden_activation": "silu"},
+    {"hidden_activation": "gelu_pytorch_tanh", "intermediate_size": 97}, {"hidden_activation": "relu"},
+    {"hidden_size": 36, "num_attention_heads": 2}, {"local_attention": 6},
+], ids=str)  # fmt: skip
+@torch.no_grad()
+def test_a_fused_pass_is_that_of_the_plain_path(changes):
+    ids, mask = batch()
+    plain, fast = model_of(**changes), model_of(**changes).optimize_for_inference()
+    assert isinstance(fast.fused, FusedLayers)
+    expected = plain(ids, attention_mask=mask, output_hidden_states=True)
+    got = fast(ids, attention_mask=mask, output_hidden_states=True)
+    assert len(got.hidden_states) == len(expected.hidden_states)
+    for a, b in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert torch.equal(got.last_hidden_state, fast(ids, attention_mask=mask).last_hidden_state)
+    embeds = plain.embeddings.tok_embeddings(ids)
+    assert torch.equal(fast(inputs_embeds=embeds, attention_mask=mask).last_hidden_state, got.last_hidden_state)
+
+
+@torch.no_grad()
+def test_bfloat16_is_nearer_to_float32_than_the_plain_path_is():
+    ids, mask = batch()
+    exact = model_of()(ids, attention_mask=mask).last_hidden_state[mask == 1]
+    states = [
+        model(ids, attention_mask=mask).last_hidden_state[mask == 1]
+        for model in (model_of(torch.bfloat16), model_of(torch.bfloat16).optimize_for_inference())
+    ]
+    plain, fast = (torch.cosine_similarity(state.float(), exact, dim=-1).min() for state in states)
+    assert states[1].dtype == torch.bfloat16
+    assert fast >= plain
+    assert fast > 0.9995
+
+
+def test_what_listens_or_changes_takes_the_plain_path():
+    ids, mask = batch()
+    model = model_of().optimize_for_inference()
+    fused = model.fused
+
+    def served():
+        inputs = model.pack_inputs(ids, None, attention_mask=mask)
+        return fused.serves(inputs)
+
+    assert served()
+    seen = []
+    handle = model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    assert not served()
+    model(ids, attention_mask=mask)
+    assert seen
+    handle.remove()
+    assert served()
+    with torch.no_grad():
+        model.layers[0].mlp_norm.weight.mul_(2)
+    assert not served()
+    again = model_of().optimize_for_inference()
+    weights = again(ids, attention_mask=mask, output_attentions=True).attentions
+    assert len(weights) == len(again.layers)
+    for other in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert other.fused is None
+        torch.testing.assert_close(other(ids, attention_mask=mask)[0], again(ids, attention_mask=mask)[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not again.fused.serves(again.pack_inputs(ids, None, attention_mask=mask))
+
+
+def replace_output(model):
+    model.layers[0].attn.Wo = torch.nn.Sequential(model.layers[0].attn.Wo)
+
+
+def drop_layers(model):
+    model.layers = model.layers[:1]
+
+
+def new_forward(model):
+    model.layers[1].mlp.forward = lambda x: x * 0
+
+
+def write_to_bias(model):
+    with torch.no_grad():
+        model.layers[0].mlp.Wo.bias.add_(1)
+
+
+def swap_data(model):
+    model.final_norm.weight.data = model.final_norm.weight.data * 2
+
+
+def add_bias(model):
+    model.final_norm.bias = torch.nn.Parameter(torch.ones_like(model.final_norm.weight), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "change", [replace_output, drop_layers, new_forward, write_to_bias, swap_data, add_bias], ids=lambda f: f.__name__
+)
+@torch.no_grad()
+def test_a_change_after_optimizing_counts(change):
+    ids, mask = batch()
+    options = {"mlp_bias": True, "attention_bias": True}
+    plain, fast = model_of(**options), model_of(**options).optimize_for_inference()
+    before = fast(ids, attention_mask=mask)[0]
+    change(plain)
+    change(fast)
+    after = fast(ids, attention_mask=mask)[0]
+    torch.testing.assert_close(after, plain(ids, attention_mask=mask)[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after, before)
+    assert fast.fused is None
+
+
+@torch.no_grad()
+def test_inner_hooks_and_inner_dropout_are_served():
+    ids, mask = batch()
+    model, seen = model_of(mlp_dropout=0.5).optimize_for_inference(), []
+    model.layers[0].mlp.Wi.register_forward_hook(lambda *_: seen.append(1))
+    still = model(ids, attention_mask=mask)[0]
+    assert seen
+    model.layers[1].mlp.drop.train()
+    assert not torch.equal(model(ids, attention_mask=mask)[0], still)
+
+
+@torch.no_grad()
+def test_a_default_dtype_of_another_kind_is_nothing_to_the_kernels():
+    ids, mask = batch()
+    model = model_of().optimize_for_inference()
+    expected = model(ids, attention_mask=mask)[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(model(ids, attention_mask=mask)[0], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_library_of_another_version_is_not_taken(monkeypatch):
+    monkeypatch.setattr(native, "_LAYOUT", 99)
+    with pytest.raises(OSError, match="another version"):
+        native.Library(native.FILE)
+
+
+def test_one_model_in_several_threads():
+    model = model_of(kind=ModernBertForMaskedLM).optimize_for_inference()
+    batches = [batch((n, 5, 70)) for n in (70, 200, 300, 90)]
+    with torch.no_grad():
+        expected = [model(ids, attention_mask=mask).logits for ids, mask in batches]
+    wrong = []
+
+    def serve(number):
+        ids, mask = batches[number]
+        with torch.no_grad():
+            for _ in range(20):
+                if not torch.equal(model(ids, attention_mask=mask).logits, expected[number]):
+                    wrong.append(number)
+
+    workers = [threading.Thread(target=serve, args=(i,)) for i in range(len(batches))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+SAY = """
+import logging, sys, torch
+from pathlib import Path
+logging.basicConfig(level=logging.WARNING)
+from modernbert.engines.cpu import library
+if len(sys.argv) > 1 or {missing!r}: library.FILE = Path({missing!r} or library.FILE)
+from modernbert import ModernBertModel, ModernBertConfig
+torch.manual_seed(0)
+config = ModernBertConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+for _ in range(2): model = ModernBertModel(config).optimize_for_inference()
+with torch.inference_mode(): print(model(torch.arange(40)[None])[0].isfinite().all().item(), model.fused is not None)
+"""
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+def test_every_set_of_kernels_serves(name):
+    if native.library().name in ("avx2", "portable") and name == "avx512":
+        pytest.skip("this processor has no AVX-512")
+    if native.library().name == "portable" and name == "avx2":
+        pytest.skip("this processor has no AVX2")
+    assert run(SAY.format(missing=""), MODERNBERT_KERNELS=name).stdout == "True True\n"
+
+
+def test_without_kernels_pytorch_serves_and_says_so_once(tmp_path):
+    done = run(SAY.format(missing=str(tmp_path / "none.so")))
+    assert done.stdout == "True False\n"
+    assert done.stderr.count("without its compiled kernels") == 1
+    (tmp_path / "broken.so").write_text("not a library")
+    done = run(SAY.format(missing=str(tmp_path / "broken.so")))
+    assert done.stdout == "True False\n"
+    assert done.stderr.count("cannot be loaded") == 1
+    done = run(SAY.format(missing=""), MODERNBERT_KERNELS="none")
+    assert (done.stdout, done.stderr) == ("True False\n", "")
+    assert (
+        "choose one of avx512bf16, avx512vnni, avx512, avx2, portable, none"
+        in run(SAY.format(missing=""), MODERNBERT_KERNELS="sse").stderr
+    )
+
+
+def test_the_backend_by_name(monkeypatch):
+    assert choose_backend("native").name == "native"
+    monkeypatch.setattr("modernbert.engines.cpu.attention.library", lambda: None)
+    with pytest.raises(BackendError, match="needs the compiled kernels"):
+        choose_backend("native")
+
+
+def test_the_native_backend_trains_as_sdpa_does():
+    ids, mask = batch()
+    found = []
+    for implementation in ("sdpa", "native"):
+        torch.manual_seed(1)
+        model = ModernBertModel(ModernBertConfig(**SMALL), implementation).train()
+        out = model(ids, attention_mask=mask)[0]
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)

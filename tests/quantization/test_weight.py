@@ -1,0 +1,153 @@
+"""Quantized weights: the kernels beside the definition, and rows that are their own."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modernbert.engines.cpu import library as native
+from modernbert.engines.cpu.operations import Norm, Product
+from modernbert.quantization.rounding import Scheme, choose_columns, round_weight
+from modernbert.quantization.weight import PackedIntegers, PlainIntegers, QuantizedWeight, pack_quantized, quantize_rows
+
+kernels = pytest.mark.skipif(native.library() is None, reason="installed without the kernels")
+
+
+def quantized(outputs, inputs, scheme, columns=0):
+    kept = torch.randperm(inputs)[:columns].sort().values.to(torch.int32)
+    return round_weight(torch.randn(outputs, inputs), scheme, kept)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 66_311), (4, 1_127_288)])
+def test_groups_whose_sums_may_not_fit_32_bits_are_refused(bits, most):
+    def made(inputs, **options):
+        codes = torch.zeros(1, inputs if bits == 8 else inputs // 2, dtype=torch.int8 if bits == 8 else torch.uint8)
+        none = torch.empty(0, dtype=torch.int32), torch.empty(1, 0, dtype=torch.float16)
+        return QuantizedWeight(codes, torch.ones(1, 1), *none, bits, inputs, **options)
+
+    fits, too_many = most // 4 * 4, most // 4 * 4 + 4
+    assert made(fits).shape == (1, fits)
+    with pytest.raises(ValueError, match=f"{too_many:,} of them in a group; sums of int{bits} products hold {most:,}"):
+        made(too_many)
+    assert made(too_many, float_rows=True).group == too_many
+
+
+@kernels
+def test_the_largest_sums_of_a_group_are_right():
+    """Every code and every input at its end, in the longest group that is allowed."""
+    inputs = 66_308
+    none = torch.empty(0, dtype=torch.int32), torch.empty(2, 0, dtype=torch.float16)
+    codes = torch.tensor([[127], [-127]], dtype=torch.int8).repeat(1, inputs)
+    weight = QuantizedWeight(codes, torch.ones(2, 1), *none, 8, inputs)
+    x = torch.cat((torch.ones(1, inputs), -torch.ones(1, inputs)))
+    out = PackedIntegers(weight, None, False).product(x)
+    expected = torch.tensor([[127.0, -127.0], [-127.0, 127.0]]) * inputs
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=0)
+
+
+SHAPES = (st.integers(0, 90), st.integers(1, 60).map(lambda n: 2 * n), st.integers(1, 90))
+SCHEMES = st.builds(Scheme, st.sampled_from([8, 4]), st.sampled_from([None, 8, 20, 32, 64]), st.booleans(), st.just(8))
+
+
+@kernels
+@settings(max_examples=60)
+@given(*SHAPES, SCHEMES, st.booleans(), st.booleans())
+def test_the_kernels_compute_the_definition(rows, inputs, outputs, scheme, normed, gated):
+    outputs *= 2 if gated else 1
+    weight, bias = quantized(outputs, inputs, scheme, inputs // 6), torch.randn(outputs)
+    packed = PackedIntegers(weight, bias, gated)
+    back = packed.to_quantized()
+    assert torch.equal(back.codes, weight.codes)
+    assert torch.equal(packed.to_dense(), weight.to_dense())
+    norm = Norm(torch.randn(inputs), torch.randn(inputs), 1e-5) if normed else None
+    x = torch.randn(rows, inputs)
+    out = Product(packed, norm, activation="relu")(x)
+    x = F.layer_norm(x, (inputs,), norm.weight, norm.bias, 1e-5) if norm else x
+    expected = PlainIntegers(weight, bias).product(x)
+    # A number that lies between two steps may be rounded either way: one step of its group at the most, of one input.
+    step = 0.0 if scheme.float_rows else float(quantize_rows(x, weight.group).scales.amax()) if rows else 0.0
+    slack = step * float(weight.to_dense().abs().amax()) + 1e-3
+    if gated:
+        (a, b), (size_a, size_b) = expected.chunk(2, 1), expected.abs().chunk(2, 1)
+        assert ((out - a.relu() * b).abs() <= slack * (size_a + size_b + slack) + 1e-3).all()
+    else:
+        assert ((out - expected).abs() <= slack).all()
+        assert (out - expected).abs().mean() < 0.1 * slack + 1e-4 or not rows
+
+
+@pytest.mark.parametrize(
+    "scheme", [Scheme(8, None), Scheme(8, 32), Scheme(4, 32), Scheme(4, 32, float_rows=True)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_is_its_own_whatever_the_rows_and_threads(scheme, dtype):
+    packed = pack_quantized(quantized(70, 96, scheme, 5), torch.randn(70))
+    x = torch.randn(400, 96).to(dtype)
+    x[7] *= 1000  # a row with large numbers takes no digits from the others
+    whole = packed.product(x)
+    before = torch.get_num_threads()
+    for number in (1, 2, 5):
+        torch.set_num_threads(number)
+        for rows in (1, 2, 3, 12, 13, 25, 64, 129):
+            for start in (0, 1, 99):
+                assert torch.equal(packed.product(x[start : start + rows]), whole[start : start + rows])
+    torch.set_num_threads(before)
+
+
+def test_the_definition_is_near_the_float_product():
+    weight, x = torch.randn(64, 256), torch.randn(50, 256)
+    right = x @ weight.mT
+    for scheme, limit in ((Scheme(8, None), 0.012), (Scheme(8, 32), 0.01), (Scheme(4, 32), 0.12)):
+        of = round_weight(weight, scheme, torch.empty(0, dtype=torch.int32))
+        assert (of.product(x) - right).norm() / right.norm() < limit, scheme
+        assert (F.linear(x, of.to_dense()) - right).norm() / right.norm() < limit, scheme
+
+
+def test_columns_that_reach_far_stay_floats():
+    torch.manual_seed(3)
+    weight, x = torch.randn(64, 256), torch.randn(50, 256)
+    x[:, 17] *= 50
+    weight[:, 40] *= 50
+    right, scheme = x @ weight.mT, Scheme(8, None)
+    columns = choose_columns(weight, x.abs().amax(0), scheme)
+    assert {17, 40} <= set(columns.tolist())
+    assert len(columns) <= 256 // scheme.kept
+    none = torch.empty(0, dtype=torch.int32)
+    errors = [
+        float((round_weight(weight, scheme, c).product(x) - right).norm() / right.norm()) for c in (columns, none)
+    ]
+    assert errors[0] < errors[1] / 4
+
+
+def test_inputs_that_vary_together_make_up_for_rounding():
+    torch.manual_seed(0)
+    mix = torch.randn(24, 96)
+    x = torch.randn(600, 24) @ mix + 0.1 * torch.randn(600, 96)
+    weight, columns = torch.randn(40, 96), torch.tensor([3, 50], dtype=torch.int32)
+    right = x @ weight.mT
+    scheme = Scheme(4, 32, float_rows=True)
+    plain, made_up = (round_weight(weight, scheme, columns, m).product(x) for m in (None, x.mT @ x))
+    assert (made_up - right).norm() < 0.5 * (plain - right).norm()
+
+
+def test_rows_of_nothing_and_numbers_that_are_none():
+    packed = pack_quantized(quantized(20, 32, Scheme(8, None)))
+    x = torch.zeros(3, 32)
+    x[1, 5], x[2, 5] = float("nan"), float("inf")
+    out = packed.product(x)
+    assert not out[0].any()
+    assert out[1:].isnan().all()
+    assert packed.product(x[:0]).shape == (0, 20)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_of_an_embedding(bits):
+    weight = quantized(30, 64, Scheme(bits, 32), 3)
+    ids = torch.tensor([3, 3, 29, 0])
+    assert torch.equal(weight.to_dense(ids), weight.to_dense()[ids])
+    assert weight.shape == (30, 64)
+    part = weight.outputs(slice(10, 20))
+    assert torch.equal(part.to_dense(), weight.to_dense()[10:20])
+    assert dataclasses.replace(part, float_rows=True).product(torch.ones(1, 64)).shape == (1, 10)
