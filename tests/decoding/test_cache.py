@@ -202,11 +202,11 @@ def test_a_text_of_8192_tokens_at_base_size_takes_a_third_of_a_full_cache():
     config = ModernBertDecoderConfig()
     cache = DecoderCache(config)
     packing = Packing.from_lengths([8192])
-    shared = cache.begin(packing, torch.float32)
+    attends = cache.begin(packing, choose_backend("sdpa"), torch.float32)
     heads, size = config.num_attention_heads, config.head_dim
     rows = torch.zeros(8192, heads, size)
     for number, kind in enumerate(config.layer_types):
-        continuation = cache.continuation(shared, kind, choose_backend("sdpa"), rows.dtype, gather=False)
+        continuation = attends[kind]
         continuation.storage.write(number, rows, rows, continuation.rows, continuation.of_T)
     cache.finish()
     full = 2 * config.num_hidden_layers * 8192 * config.hidden_size * 4

@@ -354,7 +354,7 @@ def test_code_that_was_written_for_bitsandbytes(bits):
 @pytest.mark.parametrize("kernels", ["none", "avx512vnni", "avx512", "avx2", "portable"])
 def test_other_processors_and_pytorch_alone(kernels):
     code = (
-        "import torch, modernbert\nfrom tests.models.test_quantization import made, batch\n"
+        "import torch, modernbert\nfrom tests.quantization.test_models import made, batch\n"
         "model = modernbert.quantize(made('ModernBertForMaskedLM'))\nids, mask = batch()\n"
         "whole = model(ids, mask).logits\nassert torch.equal(model(ids[1:2, :3]).logits[0], whole[1, :3])\n"
         "model.optimize_for_inference()\nwhole = model(ids, mask).logits\n"
@@ -373,7 +373,7 @@ def test_other_processors_and_pytorch_alone(kernels):
 TORCHAO = """
 import sys, torch, modernbert
 from modernbert.quantization.torchao import quantize_by_torchao
-from tests.models.test_quantization import batch, made
+from tests.quantization.test_models import batch, made
 for scheme in ("int8", "int8-weight-only"):
     model = made("ModernBertForMaskedLM", hidden_size=128, num_attention_heads=2, initializer_range=0.02)
     ids, mask = batch()

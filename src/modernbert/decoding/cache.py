@@ -23,6 +23,7 @@ from modernbert.config import Config, Reach
 from modernbert.decoding.continuation import Continuation, Pass
 from modernbert.errors import InputError, shown
 from modernbert.nn.attention.contract import AttentionBackend
+from modernbert.nn.execution import Weights
 from modernbert.nn.linear import products_dtype
 from modernbert.nn.packing import Packing, send
 
@@ -248,15 +249,22 @@ class DecoderCache:
         if self._unfinished is not None:
             raise InputError("past_key_values was left half-written by a forward pass that failed; make a new one")
 
-    def begin(self, packing: Packing, dtype: torch.dtype) -> Pass:
-        """Make room for new tokens, before the layers write them."""
+    def begin(
+        self,
+        packing: Packing,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        gather: bool = False,
+        weights: Weights | None = None,
+    ) -> dict[str, Continuation]:
+        """Make room for new tokens, before the layers write them; how each kind attends. See `nn.execution.Cache`."""
         self._check_whole()
-        dtype = products_dtype(dtype, packing.positions_T.device)
+        held = products_dtype(dtype, packing.positions_T.device)
         for _, storage in self.kinds.values():
             for k, _ in storage.layers.values():
-                if k.dtype != dtype:
+                if k.dtype != held:
                     raise InputError(
-                        f"past_key_values holds {k.dtype} and the model computes in {dtype}; make a new one"
+                        f"past_key_values holds {k.dtype} and the model computes in {held}; make a new one"
                     )
         if not self.lengths:
             self.lengths, self.ends = [0] * len(packing.lengths), [0] * len(packing.lengths)
@@ -274,19 +282,16 @@ class DecoderCache:
         lengths = [length + n for length, n in zip(self.lengths, packing.lengths, strict=True)]
         columns = self.columns + packing.grid[1] if packing.grid is not None else max(lengths, default=0)
         self._unfinished = (lengths, ends, columns)
-        return Pass(packing, list(self.lengths), list(self.ends))
+        begun = Pass(packing, list(self.lengths), list(self.ends))
+        return {
+            kind: Continuation(begun, storage, reach, backend, dtype, gather, weights)
+            for kind, (reach, storage) in self.kinds.items()
+        }
 
     def reserve(self, tokens: int) -> None:
         """Have room for so many more tokens of each text at once, not bit by bit; what is held already stays."""
         for _, storage in self.kinds.values():
             storage.room_ahead = min(max(tokens, _ROOM), _MOST_RESERVED)
-
-    def continuation(
-        self, shared: Pass, kind: str, backend: AttentionBackend, dtype: torch.dtype, gather: bool
-    ) -> Continuation:
-        """How the layers of a kind attend in this pass."""
-        reach, storage = self.kinds[kind]
-        return Continuation(shared, storage, reach, backend, dtype, gather)
 
     def finish(self) -> None:
         """Count the new tokens, after the last layer."""

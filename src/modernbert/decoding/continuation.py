@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from modernbert.config import Reach
 from modernbert.decoding.cached import Continued, Extended, Fresh, Gathered, Piece, Stretch, Windowed
 from modernbert.nn.attention.contract import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.execution import Weights
 from modernbert.nn.linear import products_dtype
 from modernbert.nn.packing import Packing, on_device
 
@@ -97,6 +98,7 @@ class Continuation:
         backend: serves what attends to new tokens alone.
         dtype: of q, k and v.
         gather: attend in the slow, obvious way, which gives weights and lets gradients pass.
+        weights: where attention weights go, if they are wanted.
     """
 
     def __init__(
@@ -107,8 +109,9 @@ class Continuation:
         backend: AttentionBackend,
         dtype: torch.dtype,
         gather: bool,
+        weights: Weights | None = None,
     ) -> None:
-        self.storage = storage
+        self.storage, self.weights = storage, weights
         self.shared = shared
         self.before: list[Piece] = []
         self.gathered: Gathered | None = None
@@ -170,13 +173,13 @@ class Continuation:
         positions_N = shared.positions_T if of_N is None else shared.positions_T[of_N]
         return Steps(of_N, rows_N, first_N, length_N, max(lengths), positions_N, storage, self.reach.left)
 
-    def attend(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, weights: list[Any] | None) -> Tensor:
+    def __call__(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, dropout: float = 0.0) -> Tensor:
         """Attention outputs (T, H, D) of a layer's new tokens, which are added to the cache."""
         stored = self.storage.layers.get(layer)
         if self.gathered is not None:
             out_THD, of_texts = self.gathered.attend_with_weights(q_THD, k_THD, v_THD, stored)
-            if weights is not None:
-                weights.append(of_texts)
+            if self.weights is not None:
+                self.weights[layer] = of_texts
             self.storage.write(layer, k_THD, v_THD, self.rows, self.of_T)
             return out_THD
         outs = [piece.attend(q_THD, k_THD, v_THD, stored) for piece in self.before]

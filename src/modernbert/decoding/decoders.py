@@ -5,7 +5,6 @@ Shapes: B texts, V vocabulary.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
 from modernbert.nn.inputs import PackedInputs
-from modernbert.nn.packing import Packing, on_device
+from modernbert.nn.packing import on_device
 
 if TYPE_CHECKING:
     from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
@@ -80,15 +79,9 @@ class CachedDecoder:
     def _read(self, new: list[list[int]]) -> Tensor:
         """Scores after the last token of each text that has new ones."""
         model, device = self.model, self.model.device
-        packing = Packing.from_lengths([len(ids) for ids in new])
-        ids_T = torch.tensor([i for ids in new for i in ids], dtype=torch.int64)
-        positions_T = packing.positions_T
-        if self.cache.ends:
-            positions_T = positions_T + torch.tensor(self.cache.ends)[packing.text_T]
-        inputs = PackedInputs(ids_T, None, packing, positions_T, (packing.tokens,), came_packed=True).to(device)
+        inputs = PackedInputs.of_rows(new, device, self.cache.ends)
         packing = inputs.packing
-        x_TM = model.model.encode(inputs, False, False, self.cache).last_hidden_state
-        assert x_TM is not None
+        x_TM = model.model.encode(inputs, False, False, self.cache).last_TM
         if packing.tokens > len(self.active):
             ends = [end - 1 for start, end in packing.spans if end > start]
             x_TM = x_TM.index_select(0, on_device(ends, device))
@@ -111,12 +104,11 @@ class UncachedDecoder:
     def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Scores of what follows each prompt."""
         self.texts = [list(prompt) for prompt in prompts]
-        ids_T = torch.tensor([i for text in self.texts for i in text])
-        starts = [0, *itertools.accumulate(len(text) for text in self.texts)]
-        inputs = self.model.model.pack_inputs(ids_T, None, cu_seqlens=torch.tensor(starts, dtype=torch.int32))
-        x_TM = self.model.model.encode(inputs, False, False).last_hidden_state
-        assert x_TM is not None
-        return self.model.score(x_TM.index_select(0, torch.tensor(starts[1:], device=x_TM.device) - 1)).float()
+        inputs = PackedInputs.of_rows(self.texts, self.model.device)
+        x_TM = self.model.model.encode(inputs, False, False).last_TM
+        return self.model.score(
+            x_TM.index_select(0, torch.tensor(inputs.packing.starts[1:], device=x_TM.device) - 1)
+        ).float()
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Scores of what follows one more token each."""

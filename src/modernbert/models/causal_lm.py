@@ -108,8 +108,7 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
         if labels is not None:
             labels_T = next_tokens(inputs, check_classes(inputs.pack("labels", labels), self.config.vocab_size))
         encoded = self.model.encode(inputs, output_attentions, output_hidden_states, cache)
-        x_TM = encoded.last_hidden_state
-        assert x_TM is not None
+        x_TM = encoded.last_TM
         loss = None
         if all_kept:
             logits = self.score(x_TM)
@@ -126,8 +125,8 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
             loss=loss,
             logits=logits,
             past_key_values=cache,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
+            hidden_states=encoded.states or None,
+            attentions=encoded.weights or None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

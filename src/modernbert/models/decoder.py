@@ -150,12 +150,11 @@ class ModernBertDecoderModel(Backbone):
             seq_len=seq_len,
         )
         encoded = self.encode(inputs, output_attentions, output_hidden_states, cache)
-        assert encoded.last_hidden_state is not None
         output = BaseModelOutputWithPast(
-            last_hidden_state=inputs.restore(encoded.last_hidden_state),
+            last_hidden_state=inputs.restore(encoded.last_TM),
             past_key_values=cache,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
+            hidden_states=encoded.states or None,
+            attentions=encoded.weights or None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

@@ -98,15 +98,14 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
             assert self.config.num_labels is not None
             labels = check_text_labels(labels, texts, problem, self.config.num_labels)
         encoded = self.model.encode(inputs, output_attentions, output_hidden_states, cache)
-        x_TM = encoded.last_hidden_state
-        assert x_TM is not None
+        x_TM = encoded.last_TM
         logits = self.classify(pool(x_TM, self._spans(inputs), "last"))
         output = SequenceClassifierOutputWithPast(
             loss=None if labels is None else text_loss(logits, labels, problem, num_items_in_batch),
             logits=logits,
             past_key_values=cache,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
+            hidden_states=encoded.states or None,
+            attentions=encoded.weights or None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 

@@ -111,8 +111,6 @@ class ModernBertModel(Backbone):
             batch_size=batch_size,
             seq_len=seq_len,
         )
-        output = self.encode(inputs, output_attentions, output_hidden_states)
-        x_TM = output.last_hidden_state
-        assert x_TM is not None
-        output.last_hidden_state = inputs.restore(x_TM)
+        hidden = self.encode(inputs, output_attentions, output_hidden_states)
+        output = BaseModelOutput(inputs.restore(hidden.last_TM), hidden.states or None, hidden.weights or None)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()

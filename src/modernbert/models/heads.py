@@ -86,10 +86,9 @@ class EncoderWithHead(PreTrainedModel, abc.ABC):
         )
         packed_labels = None if labels is None else self.pack_labels(inputs, labels)
         encoded = self.model.encode(inputs, output_attentions, output_hidden_states)
-        assert encoded.last_hidden_state is not None
-        output = self.apply_head(encoded.last_hidden_state, inputs, packed_labels, num_items_in_batch)
-        output.hidden_states = encoded.hidden_states
-        output.attentions = encoded.attentions
+        output = self.apply_head(encoded.last_TM, inputs, packed_labels, num_items_in_batch)
+        output.hidden_states = encoded.states or None
+        output.attentions = encoded.weights or None
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def pack_labels(self, inputs: PackedInputs, labels: Any) -> Any:

@@ -192,8 +192,7 @@ class SentenceEncoder(nn.Module):
 
     def token_vectors(self, inputs: PackedInputs) -> Tensor:
         """A vector of every token, (T, M)."""
-        states_TM = self.model.encode(inputs).last_hidden_state
-        assert states_TM is not None
+        states_TM = self.model.encode(inputs).last_TM
         for part in self.after_tokens:
             states_TM = part(states_TM)
         return states_TM

@@ -13,20 +13,18 @@ from torch import Tensor, nn
 
 from modernbert.config import Config
 from modernbert.decoding.cache import DecoderCache
-from modernbert.decoding.continuation import Continuation
 from modernbert.engines.cpu import library as native
 from modernbert.engines.cpu.runner import FusedLayers
 from modernbert.engines.gpu import operations as gpu
 from modernbert.engines.gpu.runner import GpuLayers
 from modernbert.errors import InputError
 from modernbert.models.base import PreTrainedModel
-from modernbert.models.outputs import BaseModelOutput
 from modernbert.nn.attention import AttentionBackend, choose_backend
 from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.execution import Hidden, Shared, Weights, angles, attention
 from modernbert.nn.inputs import PackedInputs, pack_inputs
-from modernbert.nn.layers import Attention, Embeddings, Layer, LayerContext, layer_norm
+from modernbert.nn.layers import Attention, Embeddings, Layer, layer_norm
 from modernbert.nn.recompute import Recompute
-from modernbert.nn.rotary import rope_tables
 
 logger = logging.getLogger(__name__)
 
@@ -82,40 +80,35 @@ class Backbone(PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cache: DecoderCache | None = None,
-    ) -> BaseModelOutput:
-        """Packed inputs to a packed last hidden state (T, M), and hidden states and attentions in the caller's shape.
-
-        With a cache the inputs go on where its texts ended, and are added to it.
-        """
+    ) -> Hidden:
+        """Packed inputs to packed hidden states; with a cache they go on where its texts ended, and are added to it."""
+        config = self.config
+        want_weights = config.output_attentions if output_attentions is None else output_attentions
+        want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if cache is not None and any(cache.lengths):
             # Keys in a cache are numbers without a history. Only what new vectors were made of can have a gradient.
             live = inputs.embeds_TM is not None and inputs.embeds_TM.requires_grad
             with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-                return self._encode(inputs, output_attentions, output_hidden_states, cache)
-        return self._encode(inputs, output_attentions, output_hidden_states, cache)
+                return self._encode(inputs, want_weights, want_states, cache)
+        return self._encode(inputs, want_weights, want_states, cache)
 
     def _encode(
-        self,
-        inputs: PackedInputs,
-        output_attentions: bool | None,
-        output_hidden_states: bool | None,
-        cache: DecoderCache | None,
-    ) -> BaseModelOutput:
+        self, inputs: PackedInputs, want_weights: bool, want_states: bool, cache: DecoderCache | None
+    ) -> Hidden:
         config = self.config
-        want_weights = config.output_attentions if output_attentions is None else output_attentions
-        want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         fused = self.fused  # which another thread may end
         if not want_weights and fused is not None and fused.serves(inputs):
             last_TM, all_states = fused(inputs, want_states, cache)
             if cache is not None:
                 cache.finish()
-            restored = None if all_states is None else tuple(inputs.restore(x) for x in all_states)
-            return BaseModelOutput(last_hidden_state=last_TM, hidden_states=restored)
+            return Hidden(last_TM, tuple(inputs.restore(x) for x in all_states or ()))
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
         autocast = torch.is_autocast_enabled(x_TM.device.type)
         dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
+        weights: Weights | None = {} if want_weights else None
         backend = self._backend_for(want_weights, x_TM.device, dtype)
-        shared = self.shared(inputs, backend, dtype, x_TM.requires_grad, cache)
+        attends = attention(config, inputs.packing, backend, dtype, cache, weights, x_TM.requires_grad)
+        shared = {kind: Shared(attends[kind], *found) for kind, found in angles(config, inputs).items()}
         states: list[Tensor] = []
 
         def shown(x_TM: Tensor) -> Tensor:
@@ -125,27 +118,20 @@ class Backbone(PreTrainedModel):
             # What callers see lies on the way of the gradients, so that they can ask for its gradient.
             return inputs.take(states[-1]) if x_TM.requires_grad else x_TM
 
-        weights: list[Any] | None = [] if want_weights else None
         recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
         kept = self.recompute.plan(config.layer_types or (), x_TM) if recomputes else []
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            context = shared[layer.kind]
             x_TM = shown(x_TM)
             if recomputes:
-                x_TM = self.recompute.run(layer, kept[number], layer.kind, x_TM, context, weights)
+                x_TM = self.recompute.run(layer, kept[number], layer.kind, x_TM, shared[layer.kind])
             else:
-                x_TM = layer(x_TM, context, weights)
+                x_TM = layer(x_TM, shared[layer.kind])
         x_TM = shown(self.final_norm(x_TM))
         if cache is not None:
             cache.finish()
-        return BaseModelOutput(
-            last_hidden_state=x_TM,
-            hidden_states=tuple(states) if want_states else None,
-            attentions=None
-            if weights is None
-            else tuple(EagerAttention.pad_weights(w, inputs.packing) for w in weights),
-        )
+        padded = [EagerAttention.pad_weights(weights[i], inputs.packing) for i in sorted(weights)] if weights else []
+        return Hidden(x_TM, tuple(states), tuple(padded))
 
     def time_parts(self, inputs: PackedInputs) -> dict[str, float]:
         """Seconds that each kind of operation takes in one pass of an optimized model."""
@@ -176,51 +162,6 @@ class Backbone(PreTrainedModel):
             )
         logger.info("attention backend: eager for this call, which wants attention weights")
         return EagerAttention()
-
-    def shared(
-        self,
-        inputs: PackedInputs,
-        backend: AttentionBackend,
-        dtype: torch.dtype,
-        differentiable: bool,
-        cache: DecoderCache | None,
-    ) -> dict[str, LayerContext]:
-        """Masks and rotary tables, once for each kind of layer; `dtype` is of q, k and v."""
-        angles = self.angles(inputs)
-        plans = self.plans(inputs, backend, dtype, differentiable, cache)
-        return {kind: LayerContext(backend, plan, *angles[kind], cached) for kind, (plan, cached) in plans.items()}
-
-    def angles(self, inputs: PackedInputs) -> dict[str, tuple[Tensor, Tensor]]:
-        """Rotary tables of each kind of layer, of `ops.rope.rope_tables`."""
-        config = self.config
-        assert config.rope_parameters is not None
-        return {
-            kind: rope_tables(
-                config.rope_parameters[kind],
-                config.head_dim,
-                inputs.positions_T,
-                max_positions=config.max_position_embeddings,
-                text_T=inputs.packing.text_T,
-            )
-            for kind in dict.fromkeys(config.layer_types or ())
-        }
-
-    def plans(
-        self,
-        inputs: PackedInputs,
-        backend: AttentionBackend,
-        dtype: torch.dtype,
-        differentiable: bool,
-        cache: DecoderCache | None,
-    ) -> dict[str, tuple[Any, Continuation | None]]:
-        """How each kind of layer attends: by a plan of the backend, or with the cache."""
-        config, packing = self.config, inputs.packing
-        kinds = dict.fromkeys(config.layer_types or ())
-        if cache is None:
-            return {kind: (backend.plan(packing, config.reach(kind), dtype), None) for kind in kinds}
-        begun = cache.begin(packing, dtype)
-        gather = isinstance(backend, EagerAttention) or (any(begun.past) and differentiable)
-        return {kind: (None, cache.continuation(begun, kind, backend, dtype, gather)) for kind in kinds}
 
 
 def check_kwargs(kwargs: dict[str, Any]) -> None:

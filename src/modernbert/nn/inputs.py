@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,25 @@ class PackedInputs:
     positions_T: Tensor
     given: tuple[int, ...]
     came_packed: bool
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", offsets: Sequence[int] = ()
+    ) -> PackedInputs:
+        """Pack texts that are lists of ids, for callers who have them and need no check.
+
+        Args:
+            rows: ids of each text.
+            device: where the tensors go.
+            offsets: the position of each text's first token; none begins every text at 0.
+        """
+        packing = Packing.from_lengths([len(row) for row in rows])
+        ids_T = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
+        positions_T = packing.positions_T
+        if offsets:
+            positions_T = positions_T + torch.tensor(offsets)[packing.text_T]
+        packed = cls(ids_T, None, packing, positions_T, (packing.tokens,), came_packed=True)
+        return packed.to(torch.device(device))
 
     def restore(self, packed_T: Tensor, fill: float = 0.0) -> Tensor:
         """(T, ...) to the caller's leading shape; padding comes back as `fill`."""

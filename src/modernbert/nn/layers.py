@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import abc
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from modernbert.config import Config
-from modernbert.decoding.continuation import Continuation
 from modernbert.engines.cpu.operations import NativeWeight, Written
 from modernbert.engines.freeze import FrozenWeight
 from modernbert.engines.gpu import operations as gpu
 from modernbert.engines.gpu.operations import TritonWeight
 from modernbert.errors import InputError
 from modernbert.nn.activations import activation
-from modernbert.nn.attention.contract import AttentionBackend
-from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.execution import Shared
 from modernbert.nn.linear import Packed, PackedPart, gates, is_plain, linear, pack_weight, serves_packed
 from modernbert.nn.rotary import split_rotated
 
@@ -168,16 +166,6 @@ def layer_norm(config: Config) -> nn.LayerNorm:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
-class LayerContext(NamedTuple):
-    """What all layers of one type share in one forward pass."""
-
-    backend: AttentionBackend
-    plan: Any  # the backend's own; None where there is a cache
-    cos_T1D: Tensor
-    sin_T1D: Tensor
-    cached: Continuation | None = None
-
-
 class Embeddings(nn.Module):
     """Token embedding, LayerNorm, dropout."""
 
@@ -233,19 +221,10 @@ class Attention(nn.Module, abc.ABC):
     def select_heads(self, rows: Tensor) -> None:
         """Keep these outputs of each projection."""
 
-    def forward(self, x_TM: Tensor, shared: LayerContext, weights: list[Any] | None = None) -> Tensor:
-        """(T, M) to (T, M). Attention weights, one (H, L, L) a text, are appended to `weights` where given."""
-        qkv_T3HD = self.project(x_TM)
-        q_THD, k_THD, v_THD = split_rotated(qkv_T3HD, shared.cos_T1D, shared.sin_T1D)
-        dropout = self.dropout if self.training else 0.0
-        if shared.cached is not None:
-            out_THD = shared.cached.attend(self.layer, q_THD, k_THD, v_THD, weights)
-        elif weights is None:
-            out_THD = shared.backend.attend(q_THD, k_THD, v_THD, shared.plan, dropout)
-        else:
-            assert isinstance(shared.backend, EagerAttention)
-            out_THD, of_texts = shared.backend.attend_with_weights(q_THD, k_THD, v_THD, shared.plan, dropout)
-            weights.append(of_texts)
+    def forward(self, x_TM: Tensor, shared: Shared) -> Tensor:
+        """(T, M) to (T, M)."""
+        q_THD, k_THD, v_THD = split_rotated(self.project(x_TM), shared.cos_T1D, shared.sin_T1D)
+        out_THD = shared.attend(self.layer, q_THD, k_THD, v_THD, self.dropout if self.training else 0.0)
         return self.out_drop(self.Wo(out_THD.flatten(1)))
 
     def prune(self, heads: list[int]) -> None:
@@ -327,9 +306,9 @@ class Layer(nn.Module):
         self.mlp_norm = layer_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_TM: Tensor, shared: LayerContext, weights: list[Any] | None = None) -> Tensor:
+    def forward(self, x_TM: Tensor, shared: Shared) -> Tensor:
         """(T, M) to (T, M)."""
-        x_TM = x_TM + self.attn(self.attn_norm(x_TM), shared, weights)
+        x_TM = x_TM + self.attn(self.attn_norm(x_TM), shared)
         return x_TM + self.mlp(self.mlp_norm(x_TM))
 
 

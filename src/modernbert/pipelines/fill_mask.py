@@ -100,7 +100,7 @@ class FillMaskPipeline(Pipeline):
         """For each mask the best scores and their tokens. No logits are made elsewhere, nor kept."""
         ids_T, cu_seqlens = self.pack(rows)
         encoder = self.model.model
-        hidden = encoder.encode(encoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_hidden_state
+        hidden = encoder.encode(encoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_TM
         masked = (ids_T == self.tokenizer.mask_token_id).nonzero().squeeze(1)
         states = self.model.head(hidden[masked.to(hidden.device)])
         targets = [of_mask for row in rows for of_mask in row.extra[1]]

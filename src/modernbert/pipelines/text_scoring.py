@@ -87,7 +87,7 @@ class TextScoringPipeline(Pipeline):
         """Sum of the log-probabilities, and how many, of each row."""
         ids_T, cu_seqlens = self.pack(rows)
         decoder = self.model.model
-        hidden = decoder.encode(decoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_hidden_state
+        hidden = decoder.encode(decoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_TM
         starts = cu_seqlens.tolist()
         wanted = torch.tensor([start + i for start, row in zip(starts, rows, strict=False) for i in row.extra])
         found: list[float] = []

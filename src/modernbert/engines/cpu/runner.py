@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.config import Config
-from modernbert.decoding.continuation import Steps
+from modernbert.decoding.continuation import Continuation, Steps
 from modernbert.engines.cpu.attention import NativeAttention
 from modernbert.engines.cpu.library import DTYPES, Attention, Normalize, Step
 from modernbert.engines.cpu.library import Product as ProductStruct
 from modernbert.engines.cpu.operations import Angles, NativeWeight, Norm, Product, Program, attend_step
 from modernbert.engines.unchanged import Unchanged, as_made
+from modernbert.nn.execution import Planned, Shared, angles, attention
 from modernbert.nn.inputs import PackedInputs
-from modernbert.nn.layers import Layer, LayerContext
+from modernbert.nn.layers import Layer
 from modernbert.nn.rotary import split_rotated
 from modernbert.quantization.modules import QuantizedEmbedding
 
@@ -116,8 +117,8 @@ class FusedLayers:
         self, inputs: PackedInputs, want_states: bool, cache: DecoderCache | None
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
-        shared = self.model.shared(inputs, self.backend, self.dtype, False, cache)
-        steps = {kind: context.cached.as_steps() for kind, context in shared.items() if context.cached is not None}
+        shared = self._shared(inputs, cache)
+        steps = {kind: x.attend.as_steps() for kind, x in shared.items() if isinstance(x.attend, Continuation)}
         all_steps = bool(steps) and all(step is not None and step.of_N is None for step in steps.values())
         run = self._begin(inputs, self.stepping if all_steps else self.program)
         states: list[Tensor] = []
@@ -144,7 +145,7 @@ class FusedLayers:
         Products: qkv, out (of the attention), gate and down (of the MLP); attention: local and global; ends: embedding
         and last norm.
         """
-        shared = self.model.shared(inputs, self.backend, self.dtype, False, None)
+        shared = self._shared(inputs, None)
         run = self._begin(inputs, self.program)
         self._aim_attention(run, shared)  # which the program points into
         seconds: dict[str, float] = {}
@@ -160,6 +161,11 @@ class FusedLayers:
         self._finish(run)
         seconds["ends"] += time.perf_counter() - start
         return seconds
+
+    def _shared(self, inputs: PackedInputs, cache: DecoderCache | None) -> dict[str, Shared]:
+        config = self.model.config
+        attends = attention(config, inputs.packing, self.backend, self.dtype, cache)
+        return {kind: Shared(attends[kind], *found) for kind, found in angles(config, inputs).items()}
 
     def _begin(self, inputs: PackedInputs, program: Program) -> _Pass:
         """Memory for one pass, and the program that knows of it, but for the attention and the last norm."""
@@ -191,14 +197,15 @@ class FusedLayers:
         run.program.run(-1)
         return last_TM
 
-    def _aim_attention(self, run: _Pass, shared: dict[str, LayerContext]) -> None:
+    def _aim_attention(self, run: _Pass, shared: dict[str, Shared]) -> None:
         """Point the attention of all layers at the texts, the angles, and the queries, keys and values in `work`."""
         program, work = run.program, run.work
         size = work.element_size() * self.model.config.head_dim
         for kind, context in shared.items():
             rows = [2 + i * _LAYER for i, of in enumerate(self.kinds) if of == kind]
             own = np.array([heads for heads, of in zip(self.heads, self.kinds, strict=True) if of == kind]) * size
-            plan, start = context.plan, work.data_ptr()
+            assert isinstance(context.attend, Planned)
+            plan, start = context.attend.plan, work.data_ptr()
             program.set(rows, Attention, texts=len(plan.starts) - 1, starts=plan.starts)
             if tuple(plan.reach) != (None, None):
                 program.set(rows, Attention, positions=plan.positions_T, key_positions=plan.positions_T)
@@ -206,7 +213,7 @@ class FusedLayers:
             program.set(rows, Attention, cos=cos, sin=sin, key_cos=cos, key_sin=sin)
             program.set(rows, Attention, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
 
-    def _aim_steps(self, run: _Pass, shared: dict[str, LayerContext], steps: Mapping[str, Steps | None]) -> None:
+    def _aim_steps(self, run: _Pass, shared: dict[str, Shared], steps: Mapping[str, Steps | None]) -> None:
         """Point the attention of all layers at the caches: a new token of each text goes in, and looks back."""
         program, work = run.program, run.work
         size = work.element_size() * self.model.config.head_dim
@@ -231,7 +238,7 @@ class FusedLayers:
     def _go_on(
         self,
         run: _Pass,
-        shared: dict[str, LayerContext],
+        shared: dict[str, Shared],
         steps: Mapping[str, Steps | None],
         states: list[Tensor] | None,
     ) -> None:
@@ -246,11 +253,10 @@ class FusedLayers:
             if states is not None:
                 states.append(x_TM.to(work.dtype, copy=True))
             context, at = shared[kind], 1 + number * _LAYER
-            assert context.cached is not None
             qkv_T3HD = work[: T * 3 * heads * D].view(T, 3, heads, D)
             q_THD, k_THD, v_THD = split_rotated(qkv_T3HD, context.cos_T1D, context.sin_T1D)
             raw_N3HD = None if (step := steps[kind]) is None else qkv_T3HD[step.of_N].contiguous()
-            out_TW = context.cached.attend(number, q_THD, k_THD, v_THD, None).flatten(1).contiguous()
+            out_TW = context.attend(number, q_THD, k_THD, v_THD).flatten(1).contiguous()
             if step is not None and raw_N3HD is not None:
                 angles = Angles(context.cos_T1D[step.of_N].contiguous(), context.sin_T1D[step.of_N].contiguous())
                 out_TW[step.of_N] = _attend_step(step, number, raw_N3HD, angles).flatten(1)

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modernbert.decoding.continuation import Continuation, Steps
+from modernbert.decoding.continuation import Steps
 from modernbert.engines.gpu import graphs
 from modernbert.engines.gpu import operations as gpu
 from modernbert.engines.gpu.flash import FlashAttention, FlashPlan, serves
 from modernbert.engines.gpu.operations import Look, Norm, TritonWeight
 from modernbert.engines.unchanged import Unchanged, as_made
+from modernbert.nn.execution import angles as angles_of
+from modernbert.nn.execution import attention
 from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.layers import Layer
 from modernbert.nn.packing import Packing
@@ -96,11 +98,11 @@ class GpuLayers:
         """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
         if cache is None and not want_states and (size := self._bucket(inputs)) is not None:
             return self._short(inputs, size), None
-        plans = self.model.plans(inputs, self.backend, self.dtype, False, cache)
+        attends = attention(self.model.config, inputs.packing, self.backend, self.dtype, cache)
         if cache is not None and not want_states and inputs.ids_T is not None and not self._is_dynamic:
-            steps = {kind: cached.as_steps() for kind, (_, cached) in plans.items() if cached is not None}
+            steps = {kind: attend.as_steps() for kind, attend in attends.items()}
             whole = {kind: step for kind, step in steps.items() if step is not None and step.of_N is None}
-            if len(whole) == len(plans) and self._fits(whole):
+            if len(whole) == len(attends) and self._fits(whole):
                 return self._step(inputs, whole), None
         x_TM = inputs.embeds_TM
         if x_TM is None:
@@ -108,8 +110,8 @@ class GpuLayers:
         else:
             x_TM = gpu.normalize(x_TM.contiguous(), self.first)
         states: list[Tensor] | None = [] if want_states else None
-        angles = self.model.angles(inputs) if self._is_dynamic else self._angles(inputs.positions_T)
-        last_TM = self._run(x_TM, angles, self._attend_by(plans), states)
+        angles = angles_of(self.model.config, inputs) if self._is_dynamic else self._angles(inputs.positions_T)
+        last_TM = self._run(x_TM, angles, self._attend_by(attends), states)
         return last_TM, None if states is None else (*states, last_TM)
 
     def _run(self, x_TM: Tensor, angles: Angles, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
@@ -129,15 +131,12 @@ class GpuLayers:
     def _angles(self, positions_T: Tensor) -> Angles:
         return {kind: angle_tables(*found, positions_T) for kind, found in self._frequencies.items()}
 
-    def _attend_by(self, plans: dict[str, tuple[Any, Continuation | None]]) -> Attend:
+    def _attend_by(self, attends: dict[str, Any]) -> Attend:
         """Attention as a pass plans it: by the backend, or with the cache."""
 
         def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
-            q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
-            plan, cached = plans[kind]
-            if cached is not None:
-                return cached.attend(number, q_THD, k_THD, v_THD, None)
-            return self.backend.attend(q_THD, k_THD, v_THD, plan)
+            out_THD: Tensor = attends[kind](number, *qkv_T3HD.unbind(1))
+            return out_THD
 
         return attend
 

@@ -1,0 +1,160 @@
+"""Who runs a backbone's layers, and what the layers of one kind share in a forward pass.
+
+Shapes: T real tokens of all texts together, M hidden size, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from modernbert.config import Config
+from modernbert.nn.attention.contract import AttentionBackend
+from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.packing import Packing
+from modernbert.nn.rotary import rope_tables
+
+# The attention weights of each layer by its number, one (H, L, K) for each text.
+Weights = dict[int, list[Tensor]]
+
+
+class Attend(Protocol):
+    """How the layers of one kind attend in one forward pass."""
+
+    def __call__(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, dropout: float = 0.0) -> Tensor:
+        """Outputs (T, H, D) of one layer, by its number, from rotated queries and keys."""
+        ...
+
+
+class Cache(Protocol):
+    """What a cache is to the layers.
+
+    Attributes:
+        lengths: how many tokens of each text it holds; empty before the first pass.
+    """
+
+    lengths: list[int]
+
+    def begin(
+        self, packing: Packing, backend: AttentionBackend, dtype: torch.dtype, gather: bool, weights: Weights | None
+    ) -> dict[str, Any]:
+        """Make room for new tokens, and decide how each kind of layer attends (`Attend`) to them and to what it holds.
+
+        Args:
+            packing: the new tokens.
+            backend: attends where new tokens see each other alone.
+            dtype: of queries, keys and values.
+            gather: take the obvious way, which gives attention weights and lets gradients pass.
+            weights: where each layer's attention weights go, if they are wanted.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Count the new tokens, after the last layer."""
+        ...
+
+
+class Shared(NamedTuple):
+    """What all layers of one kind share in one forward pass."""
+
+    attend: Attend
+    cos_T1D: Tensor
+    sin_T1D: Tensor
+
+
+class Hidden(NamedTuple):
+    """What a backbone computes.
+
+    Attributes:
+        last_TM: the last hidden state, packed.
+        states: where wanted, the embeddings and every layer's output, the last one normed, in the caller's shape.
+        weights: where wanted, each layer's attention weights, padded.
+    """
+
+    last_TM: Tensor
+    states: tuple[Tensor, ...] = ()
+    weights: tuple[Tensor, ...] = ()
+
+
+class Runner(Protocol):
+    """Runs the layers of a frozen backbone in the place of its modules."""
+
+    def run(self, inputs: PackedInputs, want_states: bool, want_weights: bool, cache: Any) -> Hidden | None:
+        """The hidden states of packed inputs; None where the modules must run themselves."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """Attention within the texts of a pass, by a backend's plan.
+
+    Attributes:
+        backend: attends.
+        plan: the backend's own.
+        weights: where attention weights go, if they are wanted; the backend is then the eager one.
+    """
+
+    backend: AttentionBackend
+    plan: Any
+    weights: Weights | None = None
+
+    def __call__(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, dropout: float = 0.0) -> Tensor:
+        """(T, H, D)."""
+        if self.weights is None:
+            return self.backend.attend(q_THD, k_THD, v_THD, self.plan, dropout)
+        assert isinstance(self.backend, EagerAttention)
+        out_THD, self.weights[layer] = self.backend.attend_with_weights(q_THD, k_THD, v_THD, self.plan, dropout)
+        return out_THD
+
+
+def kinds_of(config: Config) -> list[str]:
+    """The kinds of layers that there are, each once."""
+    return list(dict.fromkeys(config.layer_types or ()))
+
+
+def angles(config: Config, inputs: PackedInputs) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rotary tables of each kind of layer, of `rotary.rope_tables`."""
+    assert config.rope_parameters is not None
+    return {
+        kind: rope_tables(
+            config.rope_parameters[kind],
+            config.head_dim,
+            inputs.positions_T,
+            max_positions=config.max_position_embeddings,
+            text_T=inputs.packing.text_T,
+        )
+        for kind in kinds_of(config)
+    }
+
+
+def attention(
+    config: Config,
+    packing: Packing,
+    backend: AttentionBackend,
+    dtype: torch.dtype,
+    cache: Cache | None = None,
+    weights: Weights | None = None,
+    gradients: bool = False,
+) -> dict[str, Any]:
+    """How each kind of layer attends (`Attend`): within the texts, or with a cache as well.
+
+    Args:
+        config: the architecture.
+        packing: where the texts lie.
+        backend: attends.
+        dtype: of queries, keys and values.
+        cache: holds what was before the texts, and is added to.
+        weights: where attention weights go, if they are wanted.
+        gradients: whether any shall reach the inputs.
+    """
+    if cache is None:
+        return {
+            kind: Planned(backend, backend.plan(packing, config.reach(kind), dtype), weights)
+            for kind in kinds_of(config)
+        }
+    gather = isinstance(backend, EagerAttention) or (any(cache.lengths) and gradients)
+    return cache.begin(packing, backend, dtype, gather, weights)
