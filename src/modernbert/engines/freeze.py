@@ -175,7 +175,7 @@ class Frozen:
             backbone = self._backbone()
             if backbone is not None and backbone.runner is self:
                 backbone.runner = None
-            self._modules, self._parameters, self._attributes = [], {}, {}
+            self.layers, self._modules, self._parameters, self._attributes = None, [], {}, {}
 
 
 def _outputs(module: nn.Module) -> int:
@@ -216,6 +216,10 @@ class Guarded(nn.Module):
     plain: ClassVar[type[nn.Module]]
     _frozen: Frozen
     _serve: Callable[..., Any] | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain module: what a module makes of its own class, such as a part of a list, is not frozen."""
+        return cls.plain(*args, **kwargs)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """By kernels, where they serve."""
@@ -349,11 +353,11 @@ def freeze(model: nn.Module, backbone: Backbone) -> Frozen:
     for module in model.modules():
         for parameter in owned(module):
             owners.setdefault(parameter, set()).add(module)
+    # A weight that others compute with as well stays where it is, but for the embedding's, which an output may share.
+    free = {m for m in free if all(owners[p] <= {m, embedding} for p in owned(m))}
     engine = None if left_out else _engine_of(backbone)
-    if engine is not None and any(owners[p] - inner - free for m in inner for p in owned(m)):
-        engine = None  # others compute with the layers' weights too
-    frozen_too = {embedding} if engine is None and type(embedding) in _EMBEDDINGS else inner
-    free = {m for m in free if not any(owners[p] - free - frozen_too for p in owned(m))}
+    if any(owners[p] - {m, embedding} - (free - inner) for m in inner for p in owned(m)):
+        engine = None
     heads = [(m, _LINEAR[Linear].lay_out([m], gated=False)) for m in free - inner]
     table = _EMBEDDINGS[type(embedding)](embedding) if type(embedding) in _EMBEDDINGS else None
     if table is not None and (engine is not None or any(embedding in owners[p] for m in free for p in owned(m))):
@@ -378,6 +382,11 @@ def thaw(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Guarded):
             module._frozen.thaw()
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether any part of a model is frozen."""
+    return any(isinstance(module, Guarded) for module in model.modules())
 
 
 def owned(module: nn.Module) -> list[nn.Parameter]:
