@@ -8,6 +8,7 @@ Shapes: T tokens of all texts together, I inputs, O outputs, M width, H heads, D
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -268,6 +269,13 @@ def attend_step(
     return out_NHD
 
 
+@functools.cache
+def _column(struct: type[ctypes.Structure], name: str) -> int:
+    """Where a field lies in an operation, in words of eight bytes."""
+    offset: int = getattr(struct, name).offset
+    return (Operation.body.offset + offset) // 8
+
+
 class Program:
     """Operations that run one after another in one call, as a table whose cells can be set.
 
@@ -297,8 +305,7 @@ class Program:
     def set(self, rows: Any, struct: type[ctypes.Structure], /, **cells: Any) -> None:
         """Set fields of rows that hold such a structure: to one number or one a row. A tensor means its address."""
         for name, value in cells.items():
-            column = (Operation.body.offset + getattr(struct, name).offset) // 8
-            self._words[rows, column] = value.data_ptr() if isinstance(value, Tensor) else value
+            self._words[rows, _column(struct, name)] = value.data_ptr() if isinstance(value, Tensor) else value
 
     def run(self, first: int = 0, last: int | None = None) -> None:
         """Run rows `first` to `last` - 1."""
