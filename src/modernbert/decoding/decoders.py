@@ -17,7 +17,7 @@ from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.packing import on_device
 
 if TYPE_CHECKING:
-    from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
+    from modernbert.models.decoder import ModernBertDecoderForCausalLM
 
 
 class CachedDecoder:

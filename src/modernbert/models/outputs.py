@@ -2,59 +2,97 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any, overload
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
-@dataclasses.dataclass
-class ModelOutput:
-    """Base of the outputs. Iterating gives the names of the fields that are set, as a mapping does."""
+class ModelOutput(OrderedDict[str, Any]):
+    """Base of the outputs: an ordered dict of the fields that are set, which are attributes as well.
+
+    A class annotates its fields in their order. Attributes and keys are one and the same; setting None takes a field
+    out. PyTorch takes outputs apart and makes them anew, as export and wrappers for several processes need it.
+
+    Args:
+        values: the fields in their order, or one mapping or iterator of pairs.
+        named: fields by their names.
+
+    Raises:
+        TypeError, KeyError: there is no such field.
+    """
+
+    _fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        cls._fields = tuple(inspect.get_annotations(cls)) or cls._fields
+        pytree.register_pytree_node(
+            cls,
+            _flatten,
+            functools.partial(_unflatten, cls),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=_flatten_with_keys,
+        )
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        super().__init__()
+        if len(values) == 1 and isinstance(values[0], Mapping | Iterator):
+            self.update(values[0])
+        elif len(values) > len(self._fields):
+            raise TypeError(f"{type(self).__name__} takes {len(self._fields)} fields; {len(values)} were given")
+        else:
+            self.update(zip(self._fields, values, strict=False))
+        self.update(named)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self._fields:
+            raise KeyError(f"{type(self).__name__} has no field {name!r}; it has {', '.join(self._fields)}")
+        if value is None:
+            self.pop(name, None)
+            return
+        super().__setitem__(name, value)
+        for later in self._fields[self._fields.index(name) + 1 :]:
+            if later in self:
+                self.move_to_end(later)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._fields:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._fields:
+            self[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.items())})"
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are set, in order."""
         return tuple(self.values())
 
-    def keys(self) -> list[str]:
-        """Names of the fields that are set, in order."""
-        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
 
-    def values(self) -> list[Any]:
-        """The fields that are set, in order."""
-        return [getattr(self, name) for name in self.keys()]
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Names and values of the fields that are set, in order."""
-        return [(name, getattr(self, name)) for name in self.keys()]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The field of this name, or `default` where it is not set."""
-        return getattr(self, name) if name in self else default
-
-    @overload
-    def __getitem__(self, key: slice) -> tuple[Any, ...]: ...
-    @overload
-    def __getitem__(self, key: str | int) -> Any: ...
-    def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            if key not in self:
-                raise KeyError(key)
-            return getattr(self, key)
-        return self.to_tuple()[key]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
+def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
+    return list(output.values()), list(output.keys())
 
 
-@dataclasses.dataclass
+def _flatten_with_keys(output: ModelOutput) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[str]]:
+    return [(pytree.MappingKey(name), value) for name, value in output.items()], list(output.keys())
+
+
+def _unflatten(cls: type[ModelOutput], values: Any, names: list[str]) -> ModelOutput:
+    return cls(zip(names, values, strict=True))
+
+
 class BaseModelOutput(ModelOutput):
     """Output of the bare encoder.
 
@@ -64,12 +102,11 @@ class BaseModelOutput(ModelOutput):
         attentions: for each layer (batch, heads, sequence, sequence), zeros at padding.
     """
 
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    last_hidden_state: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
 
-@dataclasses.dataclass
 class BaseModelOutputWithPast(ModelOutput):
     """Output of the bare decoder.
 
@@ -81,13 +118,12 @@ class BaseModelOutputWithPast(ModelOutput):
             there was a cache; zeros at padding and at what is not seen.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    last_hidden_state: Tensor | None
+    past_key_values: Any
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
 
-@dataclasses.dataclass
 class HeadOutput(ModelOutput):
     """Output of models with a head.
 
@@ -97,10 +133,10 @@ class HeadOutput(ModelOutput):
         hidden_states, attentions: as in `BaseModelOutput`.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    loss: Tensor | None
+    logits: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
 
 class MaskedLMOutput(HeadOutput):
@@ -124,7 +160,6 @@ class MultipleChoiceModelOutput(HeadOutput):
     """
 
 
-@dataclasses.dataclass
 class QuestionAnsweringModelOutput(ModelOutput):
     """Output of models that find an answer in a text.
 
@@ -135,14 +170,13 @@ class QuestionAnsweringModelOutput(ModelOutput):
         hidden_states, attentions: as in `BaseModelOutput`.
     """
 
-    loss: Tensor | None = None
-    start_logits: Tensor | None = None
-    end_logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    loss: Tensor | None
+    start_logits: Tensor | None
+    end_logits: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
 
-@dataclasses.dataclass
 class HeadOutputWithPast(ModelOutput):
     """Output of decoders with a head.
 
@@ -152,11 +186,11 @@ class HeadOutputWithPast(ModelOutput):
         past_key_values, hidden_states, attentions: as in `BaseModelOutputWithPast`.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    loss: Tensor | None
+    logits: Tensor | None
+    past_key_values: Any
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
 
 class CausalLMOutputWithPast(HeadOutputWithPast):
@@ -169,7 +203,6 @@ class SequenceClassifierOutputWithPast(HeadOutputWithPast):
     """Logits (batch, labels)."""
 
 
-@dataclasses.dataclass
 class GenerateOutput(ModelOutput):
     """What `generate` returns with `return_dict_in_generate=True`.
 
@@ -181,8 +214,8 @@ class GenerateOutput(ModelOutput):
         past_key_values: the cache of all tokens but the last one of each text; None after a beam search.
     """
 
-    sequences: Tensor | None = None
-    sequences_scores: Tensor | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    past_key_values: Any = None
+    sequences: Tensor | None
+    sequences_scores: Tensor | None
+    scores: tuple[Tensor, ...] | None
+    logits: tuple[Tensor, ...] | None
+    past_key_values: Any

@@ -22,7 +22,7 @@ from modernbert.models.base import PreTrainedModel
 from modernbert.nn.attention import AttentionBackend, choose_backend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import Hidden, Shared, Weights, angles, attention
-from modernbert.nn.inputs import PackedInputs, pack_inputs
+from modernbert.nn.inputs import Inputs, PackedInputs, pack_inputs
 from modernbert.nn.layers import Attention, Embeddings, Layer, layer_norm
 from modernbert.nn.recompute import Recompute
 
@@ -62,17 +62,10 @@ class Backbone(PreTrainedModel):
             self.fused = FusedLayers.of(self)
 
     def pack_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, **given: Any) -> PackedInputs:
-        """`models.inputs.pack_inputs` for this model's vocabulary and width, on the model's device.
-
-        What comes on the CPU is checked and packed there, and goes to a card in one copy that nobody waits for.
-        """
-        config = self.config
-        vocabulary, width = config.vocab_size, config.hidden_size
-        x = inputs_embeds
-        if isinstance(x, Tensor) and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            inputs_embeds = x.to(self.dtype)
-        inputs = pack_inputs(input_ids, inputs_embeds, vocab_size=vocabulary, hidden_size=width, **given)
-        return inputs.to(self.device)
+        """`nn.inputs.pack_inputs` for this model."""
+        return pack_inputs(
+            Inputs(input_ids, inputs_embeds=inputs_embeds, **given), self.config, self.dtype, self.device
+        )
 
     def encode(
         self,
