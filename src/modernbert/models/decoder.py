@@ -20,6 +20,7 @@ from modernbert.models.labels import pack_text_labels, pack_token_labels, text_l
 from modernbert.models.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    ModelOutput,
     SequenceClassifierOutputWithPast,
 )
 from modernbert.nn.backbone import Backbone
@@ -81,12 +82,7 @@ class DecoderAttention(Attention):
 
 
 class Decoder(Model):
-    """What all decoders share: the cache.
-
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-    """
+    """What all decoders share: the cache."""
 
     config: ModernBertDecoderConfig
     config_class = ModernBertDecoderConfig
@@ -117,11 +113,7 @@ class Decoder(Model):
 class ModernBertDecoderModel(Decoder, Backbone):
     """The bare decoder, without a head.
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: Ettin, arXiv:2507.11412.
+    Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412.
     """
 
     attention_class = DecoderAttention
@@ -134,18 +126,13 @@ class ModernBertDecoderModel(Decoder, Backbone):
         (*DECODER, "use_cache", "cache_position", *PACKED),
     )
 
-    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: None, given: Arguments) -> BaseModelOutputWithPast:
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: None, given: Arguments) -> ModelOutput:
         """The hidden states themselves."""
         return BaseModelOutputWithPast(inputs.restore(x_TM))
 
 
 class DecoderWithHead(Decoder):
-    """Base of the models with a decoder in `model`.
-
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-    """
+    """Base of the models with a decoder in `model`."""
 
     def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
@@ -159,11 +146,7 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     for the next one of its text. -100 does not count, nor does padding. Logits are (B, S, V), zeros at padding, or
     (T, V) for packed input; as many columns or rows as `logits_to_keep` asks for.
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: Ettin, arXiv:2507.11412.
+    Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412.
     """
 
     tied_weights: ClassVar[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
@@ -187,9 +170,7 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
         labels_T = pack_token_labels(given.labels, inputs, self.config.vocab_size)
         return None if labels_T is None else next_tokens(inputs, labels_T)
 
-    def apply_head(
-        self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments
-    ) -> CausalLMOutputWithPast:
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         """Scores of the whole vocabulary at every token, or at those to keep."""
         if _keeps_all(given.logits_to_keep):
             logits = self.score(x_TM)
@@ -215,11 +196,7 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
     configuration has no padding id, or `inputs_embeds` are given instead of ids, it is the last real token. Labels and
     loss are those of `ModernBertForSequenceClassification`. The classifier has a bias where `classifier_bias` says so.
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: Ettin, arXiv:2507.11412, and the reference's head.
+    Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412, and the reference's head.
     """
 
     def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
@@ -238,9 +215,7 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
         """Labels (B,) or (B, labels), checked."""
         return pack_text_labels(given.labels, inputs, self.config)
 
-    def apply_head(
-        self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments
-    ) -> SequenceClassifierOutputWithPast:
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         """Scores of each text."""
         logits = self.classify(pool(x_TM, self._spans(inputs), "last"))
         return SequenceClassifierOutputWithPast(

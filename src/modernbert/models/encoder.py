@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modernbert.config import ModernBertConfig
 from modernbert.models.forward import ENCODER, PACKED, Arguments, Model, forward_of
-from modernbert.models.outputs import BaseModelOutput
+from modernbert.models.outputs import BaseModelOutput, ModelOutput
 from modernbert.nn.backbone import Backbone
 from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.layers import Attention, Linear, select
@@ -43,11 +43,7 @@ class EncoderAttention(Attention):
 class ModernBertModel(Model, Backbone):
     """The bare encoder, without a head.
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: ModernBERT, arXiv:2412.13663.
+    Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663.
     """
 
     config: ModernBertConfig
@@ -62,6 +58,6 @@ class ModernBertModel(Model, Backbone):
         (*ENCODER, *PACKED),
     )
 
-    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: None, given: Arguments) -> BaseModelOutput:
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: None, given: Arguments) -> ModelOutput:
         """The hidden states themselves."""
         return BaseModelOutput(inputs.restore(x_TM))

@@ -87,12 +87,7 @@ PACKED = (
 
 
 class Model(PreTrainedModel, abc.ABC):
-    """A model that makes named outputs of a caller's batch: what `forward` asks of every class.
-
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-    """
+    """A model that makes named outputs of a caller's batch: what `forward` asks of every class."""
 
     def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
         """Check what the caller gave, and pack it; a decoder opens its cache as well."""

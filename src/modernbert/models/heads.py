@@ -21,6 +21,7 @@ from modernbert.models.forward import ENCODER, PACKED, Arguments, Model, forward
 from modernbert.models.labels import check_classes, pack_text_labels, pack_token_labels, text_loss
 from modernbert.models.outputs import (
     MaskedLMOutput,
+    ModelOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
@@ -35,12 +36,7 @@ Rows = list[int | None]
 
 
 class EncoderWithHead(Model):
-    """The encoder with a prediction head on top.
-
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-    """
+    """The encoder with a prediction head on top."""
 
     config: ModernBertConfig
     config_class = ModernBertConfig
@@ -63,11 +59,7 @@ class ModernBertForMaskedLM(EncoderWithHead):
     `sparse_prediction` and labels. With labels they carry no gradient once they are repadded, unless
     `repad_logits_with_grad`.
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: ModernBERT, arXiv:2412.13663.
+    Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663.
     """
 
     tied_weights: ClassVar[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
@@ -86,7 +78,7 @@ class ModernBertForMaskedLM(EncoderWithHead):
         """Scores of the whole vocabulary: (N, M) to (N, V)."""
         return self.decoder(self.head(x))
 
-    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> MaskedLMOutput:
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         """Scores of the whole vocabulary at every token, or at labelled ones."""
         if labels is None:
             return MaskedLMOutput(None, inputs.restore(self.score(x_TM)))
@@ -107,10 +99,6 @@ class EncoderClassifier(EncoderWithHead):
     """The encoder with a prediction head, dropout and a linear classifier.
 
     `classifier_bias` is the head's; the classifier itself always has a bias, as checkpoints hold it.
-
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
     """
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
@@ -141,20 +129,14 @@ class ModernBertForSequenceClassification(EncoderClassifier):
     (squared error), whole numbers are one class a text (cross-entropy, -100 ignored), anything else is several classes
     a text (binary cross-entropy). Labels are (B,) class numbers or values, or (B, `num_labels`).
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: ModernBERT, arXiv:2412.13663, and the reference's head.
+    Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663, and the reference's head.
     """
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
         """Labels (B,) or (B, labels), checked."""
         return pack_text_labels(given.labels, inputs, self.config)
 
-    def apply_head(
-        self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments
-    ) -> SequenceClassifierOutput:
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         """Scores of each text."""
         logits = self.classify_texts(x_TM, inputs)
         return SequenceClassifierOutput(text_loss(logits, labels, self.config, given.num_items_in_batch), logits)
@@ -166,20 +148,14 @@ class ModernBertForTokenClassification(EncoderClassifier):
     Logits are (B, S, `num_labels`), zeros at padding, or (T, `num_labels`) for packed input. Labels have the shape of
     the input: class numbers, and -100 at tokens that do not count; the loss is cross-entropy.
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: ModernBERT, arXiv:2412.13663, and the reference's head.
+    Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663, and the reference's head.
     """
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
         """One class a real token, (T,)."""
         return pack_token_labels(given.labels, inputs, self.scores_per_row())
 
-    def apply_head(
-        self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments
-    ) -> TokenClassifierOutput:
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         """Scores of each token."""
         logits = self.classify(x_TM)
         loss = None if labels is None else cross_entropy(logits, labels, num_items=given.num_items_in_batch)
@@ -192,11 +168,8 @@ class ModernBertForQuestionAnswering(EncoderClassifier):
     The loss is the mean of the cross-entropies of both places, each over the real tokens of its text alone, so that it
     does not change with padding. Logits at padding are the lowest finite number.
 
-    Args:
-        config: the architecture, with `num_labels` 2.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: ModernBERT, arXiv:2412.13663, and the reference's head.
+    Arguments are those of `PreTrainedModel`; the configuration has `num_labels` 2. Source: ModernBERT,
+    arXiv:2412.13663, and the reference's head.
     """
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
@@ -210,23 +183,19 @@ class ModernBertForQuestionAnswering(EncoderClassifier):
         instead={"labels": "question answering takes start_positions and end_positions instead"},
     )
 
-    def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
-        """Packed inputs; both places are given, or neither."""
-        if (given.start_positions is None) != (given.end_positions is None):
-            which = "end_positions" if given.start_positions is not None else "start_positions"
-            raise InputError(f"{which} is missing; give both start_positions and end_positions, or neither")
-        return super().open(given)
-
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> tuple[Rows, Rows] | None:
         """For each text the packed rows of the answer's first and last token, None where not counted."""
         start, end = given.start_positions, given.end_positions
-        if start is None or end is None:
+        if start is None and end is None:
             return None
+        if start is None or end is None:
+            which = "end_positions" if start is not None else "start_positions"
+            raise InputError(f"{which} is missing; give both start_positions and end_positions, or neither")
         return _rows("start_positions", start, inputs), _rows("end_positions", end, inputs)
 
     def apply_head(
         self, x_TM: Tensor, inputs: PackedInputs, labels: tuple[Rows, Rows] | None, given: Arguments
-    ) -> QuestionAnsweringModelOutput:
+    ) -> ModelOutput:
         """Two scores of each token."""
         start_T, end_T = self.classify(x_TM).unbind(-1)
         loss = None
@@ -252,11 +221,7 @@ class ModernBertForMultipleChoice(EncoderClassifier):
     of each question, a number or one a question. Questions with fewer choices than others have the lowest finite
     number in the logits of those they lack.
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: ModernBERT, arXiv:2412.13663, and the reference's head.
+    Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663, and the reference's head.
     """
 
     def scores_per_row(self) -> int:
@@ -313,9 +278,7 @@ class ModernBertForMultipleChoice(EncoderClassifier):
                 raise InputError(f"labels holds {label} for question {question}, which has {count} choices")
         return right
 
-    def apply_head(
-        self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments
-    ) -> MultipleChoiceModelOutput:
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         """One score a choice, those of a question together."""
         assert isinstance(given.num_choices, list)
         logits = _by_question(self.classify_texts(x_TM, inputs).squeeze(1), given.num_choices)

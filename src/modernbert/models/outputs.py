@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 class ModelOutput(OrderedDict[str, Any]):
     """Base of the outputs: an ordered dict of the fields that are set, which are attributes as well.
 
-    A class annotates its fields in their order. Attributes and keys are one and the same; setting None takes a field
-    out. PyTorch takes outputs apart and makes them anew, as export and wrappers for several processes need it.
+    A class annotates its fields in their order, which stand before those of its base. Attributes and keys are one and
+    the same; setting None takes a field out. PyTorch takes outputs apart and makes them anew, as export and wrappers
+    for several processes need it.
 
     Args:
         values: the fields in their order, or one mapping or iterator of pairs.
@@ -29,7 +30,7 @@ class ModelOutput(OrderedDict[str, Any]):
     _fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        cls._fields = tuple(inspect.get_annotations(cls)) or cls._fields
+        cls._fields = (*inspect.get_annotations(cls), *cls._fields)
         pytree.register_pytree_node(
             cls,
             _flatten,
@@ -93,50 +94,43 @@ def _unflatten(cls: type[ModelOutput], values: Any, names: list[str]) -> ModelOu
     return cls(zip(names, values, strict=True))
 
 
-class BaseModelOutput(ModelOutput):
-    """Output of the bare encoder.
+class States(ModelOutput):
+    """What every model returns on request.
 
     Attributes:
-        last_hidden_state: (batch, sequence, hidden), zeros at padding; (tokens, hidden) for packed input.
-        hidden_states: the embeddings and each layer's output, shaped likewise; the last one is normed.
-        attentions: for each layer (batch, heads, sequence, sequence), zeros at padding.
+        hidden_states: the embeddings and each layer's output, the last one normed: (batch, sequence, hidden), zeros at
+            padding; (tokens, hidden) for packed input.
+        attentions: for each layer (batch, heads, sequence, sequence), zeros at padding and at what is not seen; where a
+            decoder had a cache, the last dimension holds the tokens of each text from its first.
     """
 
-    last_hidden_state: Tensor | None
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
 
-class BaseModelOutputWithPast(ModelOutput):
-    """Output of the bare decoder.
+class StatesWithPast(States):
+    """What every decoder returns on request, and the `DecoderCache` of all tokens so far."""
 
-    Attributes:
-        last_hidden_state: as in `BaseModelOutput`.
-        past_key_values: the `DecoderCache` of all tokens so far, where one was asked for.
-        hidden_states: as in `BaseModelOutput`.
-        attentions: for each layer (batch, heads, sequence, sequence), or the tokens of each text from its first where
-            there was a cache; zeros at padding and at what is not seen.
-    """
-
-    last_hidden_state: Tensor | None
     past_key_values: Any
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
 
 
-class HeadOutput(ModelOutput):
-    """Output of models with a head.
+class BaseModelOutput(States):
+    """Output of the bare encoder: the last hidden state, of the shape of the others."""
 
-    Attributes:
-        loss: scalar, where labels were given.
-        logits: what the head says; each class below has its shape.
-        hidden_states, attentions: as in `BaseModelOutput`.
-    """
+    last_hidden_state: Tensor | None
+
+
+class BaseModelOutputWithPast(StatesWithPast):
+    """Output of the bare decoder: the last hidden state, of the shape of the others."""
+
+    last_hidden_state: Tensor | None
+
+
+class HeadOutput(States):
+    """Output of encoders with a head: the loss, a scalar, where labels were given, and logits."""
 
     loss: Tensor | None
     logits: Tensor | None
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
 
 
 class MaskedLMOutput(HeadOutput):
@@ -160,37 +154,21 @@ class MultipleChoiceModelOutput(HeadOutput):
     """
 
 
-class QuestionAnsweringModelOutput(ModelOutput):
-    """Output of models that find an answer in a text.
-
-    Attributes:
-        loss: scalar, where positions were given.
-        start_logits, end_logits: (batch, sequence), the lowest finite number at padding, so that padding is never
-            the best place; (tokens,) for packed input.
-        hidden_states, attentions: as in `BaseModelOutput`.
+class QuestionAnsweringModelOutput(States):
+    """Logits (batch, sequence), the lowest finite number at padding, so that padding is never the best place; (tokens,)
+    for packed input. The loss is a scalar, where positions were given.
     """
 
     loss: Tensor | None
     start_logits: Tensor | None
     end_logits: Tensor | None
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
 
 
-class HeadOutputWithPast(ModelOutput):
-    """Output of decoders with a head.
-
-    Attributes:
-        loss: scalar, where labels were given.
-        logits: what the head says; each class below has its shape.
-        past_key_values, hidden_states, attentions: as in `BaseModelOutputWithPast`.
-    """
+class HeadOutputWithPast(StatesWithPast):
+    """Output of decoders with a head: the loss, a scalar, where labels were given, and logits."""
 
     loss: Tensor | None
     logits: Tensor | None
-    past_key_values: Any
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
 
 
 class CausalLMOutputWithPast(HeadOutputWithPast):
