@@ -112,19 +112,17 @@ def forward_of(
         names: its arguments, in their order.
         instead: arguments that it refuses, each with what it takes instead.
     """
-    types, defaults = typing.get_type_hints(Arguments), {f.name: f.default for f in dataclasses.fields(Arguments)}
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    own = [inspect.Parameter(name, kind, default=defaults[name], annotation=types[name]) for name in names]
+    types, kind = typing.get_type_hints(Arguments), inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = [inspect.Parameter(n, kind, default=getattr(Arguments, n), annotation=types[n]) for n in names]
     rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD, annotation=Any)
-    signature = inspect.Signature([inspect.Parameter("self", kind), *own, rest], return_annotation=ModelOutput | tuple)
+    signature = inspect.Signature([*own, rest], return_annotation=ModelOutput | tuple)
 
     def forward(self: Model, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
-        named = signature.bind(self, *args, **kwargs).arguments
-        del named["self"]
-        others = named.pop("kwargs", {})
-        for name in set(others).intersection(instead):
+        named = signature.bind(*args, **kwargs).arguments
+        unknown = named.pop("kwargs", {})
+        for name in unknown.keys() & instead.keys():
             raise InputError(f"{name} is given; {instead[name]}")
-        check_kwargs(others)
+        check_kwargs(unknown)
         given = Arguments(**named)
         inputs, cache = self.open(given)
         labels = self.pack_labels(inputs, given)
@@ -133,11 +131,8 @@ def forward_of(
         if cache is not None:
             output["past_key_values"] = cache
         output["hidden_states"], output["attentions"] = hidden.states or None, hidden.weights or None
-        return (
-            output
-            if (self.config.return_dict if given.return_dict is None else given.return_dict)
-            else output.to_tuple()
-        )
+        named_output = self.config.return_dict if given.return_dict is None else given.return_dict
+        return output if named_output else output.to_tuple()
 
     described = [
         textwrap.fill(f"{name}: {_MEANINGS[name]}", 110, initial_indent=" " * 4, subsequent_indent=" " * 8)
@@ -145,5 +140,5 @@ def forward_of(
     ]
     raises = "Raises:\n    InputError: arguments contradict each other or have the wrong shape."
     forward.__doc__ = "\n".join([summary, "", "Args:", *described, "", raises])
-    vars(forward)["__signature__"] = signature
+    vars(forward)["__signature__"] = signature.replace(parameters=[inspect.Parameter("self", kind), *own, rest])
     return forward

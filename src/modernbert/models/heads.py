@@ -101,16 +101,14 @@ class EncoderClassifier(EncoderWithHead):
     `classifier_bias` is the head's; the classifier itself always has a bias, as checkpoints hold it.
     """
 
+    scores: ClassVar[int | None] = None  # that the classifier gives; None takes the configuration's number of labels
+
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
         self.drop = nn.Dropout(config.classifier_dropout)
-        self.classifier = Linear(config.hidden_size, self.scores_per_row())
+        assert config.num_labels is not None
+        self.classifier = Linear(config.hidden_size, self.scores or config.num_labels)
         self._finish()
-
-    def scores_per_row(self) -> int:
-        """How many scores the classifier gives; the configuration's number of labels."""
-        assert self.config.num_labels is not None
-        return self.config.num_labels
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of rows (N, M): (N, labels)."""
@@ -153,7 +151,8 @@ class ModernBertForTokenClassification(EncoderClassifier):
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
         """One class a real token, (T,)."""
-        return pack_token_labels(given.labels, inputs, self.scores_per_row())
+        assert self.config.num_labels is not None
+        return pack_token_labels(given.labels, inputs, self.config.num_labels)
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         """Scores of each token."""
@@ -224,9 +223,7 @@ class ModernBertForMultipleChoice(EncoderClassifier):
     Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663, and the reference's head.
     """
 
-    def scores_per_row(self) -> int:
-        """One score a choice, whatever the number of labels."""
-        return 1
+    scores = 1
 
     forward = forward_of(
         """Score the choices of each question.

@@ -155,52 +155,38 @@ def pack_inputs(
             what is allowed.
     """
     name, x, shape = _tokens(given, config, dtype)
-    mask, position_ids, packed = given.attention_mask, given.position_ids, given.cu_seqlens is not None
-    new = shape[1] if len(shape) > 1 else 0
+    mask, new = given.attention_mask, shape[1] if len(shape) > 1 else 0
     if mask is not None and mask.dim() == 2 and mask.shape[1] == columns + new:
         mask = mask[:, columns:]
     if given.cache_position is not None:
-        expected, got = list(range(columns, columns + new)), given.cache_position.tolist()
-        if packed:
-            raise InputError("cache_position counts the columns of padded input; packed input has none")
-        if got != expected:
-            raise InputError(
-                f"cache_position is {got}; with {columns} columns in the cache and {new} new ones it must be "
-                f"{columns} to {columns + new - 1}"
-            )
-    if packed:
-        if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):
-            raise InputError(f"{name} has leading shape {shape}; with cu_seqlens it must be (tokens,) or (1, tokens)")
-        packing = _packing_of_packed(given, mask, shape[-1], x.device)
-    else:
+        _check_cache_position(given.cache_position, columns, new, given.cu_seqlens is not None)
+    if given.cu_seqlens is None:
         if len(shape) != 2:
             raise InputError(
                 f"{name} has leading shape {shape}; it must be (batch, sequence), or (tokens,) together with cu_seqlens"
             )
-        _check_padded(given, mask, shape)
-        lengths = None
-        if position_ids is not None:
-            position_ids = position_ids.long().expand(shape)
-            if mask is None and not ends:  # a row that continues a text is one text, whatever its positions
-                lengths = _lengths_by(position_ids, gaps_separate)
-        packed = lengths is not None
-        real_BS = torch.ones(shape, device=x.device) if mask is None else mask.to(x.device)
-        packing = Packing.from_lengths(lengths, x.device) if lengths is not None else Packing.from_mask(real_BS != 0)
+        packing = _packing_of_padded(given, mask, shape, x.device, gaps_separate, bool(ends))
+    else:
+        if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):
+            raise InputError(f"{name} has leading shape {shape}; with cu_seqlens it must be (tokens,) or (1, tokens)")
+        packing = _packing_of_packed(given, given.cu_seqlens, mask, shape[-1], x.device)
     if (window := given.sliding_window_mask) is not None:
         grid = packing.grid or shape
         if tuple(window.shape) not in (grid, square := (grid[0], 1, grid[-1], grid[-1])):
             raise InputError(f"sliding_window_mask has shape {tuple(window.shape)}; it must be {grid} or {square}")
 
-    x = x.reshape(packing.tokens, *x.shape[len(shape) :]) if packed else packing.unpad(x)
+    came_packed = given.cu_seqlens is not None or packing.grid is None
+    x = x.reshape(packing.tokens, *x.shape[len(shape) :]) if came_packed else packing.unpad(x)
     ids_T, embeds_TM = (x, None) if given.input_ids is not None else (None, x)
     if ids_T is not None and ids_T.numel():
         low, high = (int(i) for i in ids_T.aminmax())
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise InputError(f"input_ids holds {bad}; the vocabulary has ids 0 to {config.vocab_size - 1}")
-    inputs = PackedInputs(ids_T, embeds_TM, packing, packing.positions_T, shape, packed)
-    if position_ids is not None:
-        inputs = dataclasses.replace(inputs, positions_T=inputs.pack("position_ids", position_ids))
+    inputs = PackedInputs(ids_T, embeds_TM, packing, packing.positions_T, shape, came_packed)
+    if (positions := given.position_ids) is not None:
+        positions = positions if given.cu_seqlens is not None else positions.long().expand(shape)
+        inputs = dataclasses.replace(inputs, positions_T=inputs.pack("position_ids", positions))
     elif ends:
         if len(ends) != len(packing.lengths):
             raise InputError(f"the input has {len(packing.lengths)} texts; past_key_values holds {len(ends)}")
@@ -212,16 +198,15 @@ def pack_inputs(
 def check_tensors(**given: Any) -> None:
     """Refuse what is no tensor; raises `InputError` with what to give instead."""
     for name, value in given.items():
-        if isinstance(value, Mapping):
-            raise InputError(
-                f"{name} is a {type(value).__name__}; give what it holds by name: model(**encoding), made with "
-                "return_tensors='pt'"
+        if value is None or isinstance(value, Tensor):
+            continue
+        what = "give what it holds by name: model(**encoding), made with return_tensors='pt'"
+        if not isinstance(value, Mapping):
+            what = (
+                "it must be a tensor: a tokenizer makes tensors with return_tensors='pt', and torch.as_tensor makes "
+                "them of lists and arrays"
             )
-        if not isinstance(value, Tensor | None):
-            raise InputError(
-                f"{name} is a {type(value).__name__}; it must be a tensor: a tokenizer makes tensors with "
-                "return_tensors='pt', and torch.as_tensor makes them of lists and arrays"
-            )
+        raise InputError(f"{name} is a {type(value).__name__}; {what}")
 
 
 def _wrong_shape(name: str, values: Tensor, *allowed: tuple[int, ...]) -> InputError:
@@ -253,21 +238,43 @@ def _tokens(given: Inputs, config: Config, dtype: torch.dtype) -> tuple[str, Ten
     return "inputs_embeds", embeds if autocast else embeds.to(dtype), shape[:-1]
 
 
-def _check_padded(given: Inputs, mask: Tensor | None, shape: tuple[int, ...]) -> None:
-    """Check what comes with a padded grid; positions may be (1, S) or (S,) as well, those of every row."""
+def _check_cache_position(cache_position: Tensor, columns: int, new: int, packed: bool) -> None:
+    if packed:
+        raise InputError("cache_position counts the columns of padded input; packed input has none")
+    if (got := cache_position.tolist()) != list(range(columns, columns + new)):
+        raise InputError(
+            f"cache_position is {got}; with {columns} columns in the cache and {new} new ones it must be {columns} to "
+            f"{columns + new - 1}"
+        )
+
+
+def _packing_of_padded(
+    given: Inputs,
+    mask: Tensor | None,
+    shape: tuple[int, ...],
+    device: torch.device,
+    gaps_separate: bool,
+    continues: bool,
+) -> Packing:
+    """Where the texts of a padded grid lie: in a row each, or where nothing but positions tells them apart, in one."""
     for name, value, expected in (("batch_size", given.batch_size, shape[0]), ("seq_len", given.seq_len, shape[1])):
         if value is not None and value != expected:
             raise InputError(f"{name} is {value}; the input's shape {shape} says {expected}")
     for name in ("indices", "max_seqlen"):
         if getattr(given, name) is not None:
             raise InputError(f"{name} describes packed input, which needs cu_seqlens too")
+    if mask is not None and tuple(mask.shape) != shape:
+        raise _wrong_shape("attention_mask", mask, shape)
     if (positions := given.position_ids) is not None:
         if not _is_whole(positions):
             raise InputError(f"position_ids has dtype {positions.dtype}; it must be whole numbers")
-        if tuple(positions.shape) not in (shape, (1, shape[1]), (shape[1],)):
+        if tuple(positions.shape) not in (shape, (1, shape[1]), (shape[1],)):  # the last two are every row's
             raise _wrong_shape("position_ids", positions, shape, (1, shape[1]))
-    if mask is not None and tuple(mask.shape) != shape:
-        raise _wrong_shape("attention_mask", mask, shape)
+        if mask is None and not continues:  # a row that continues a text is one text, whatever its positions
+            lengths = _lengths_by(positions.long().expand(shape), gaps_separate)
+            if lengths is not None:
+                return Packing.from_lengths(lengths, device)
+    return Packing.from_mask(torch.ones(shape, device=device).bool() if mask is None else mask.to(device) != 0)
 
 
 def _lengths_by(position_BS: Tensor, gaps_separate: bool) -> list[int] | None:
@@ -283,10 +290,11 @@ def _lengths_by(position_BS: Tensor, gaps_separate: bool) -> list[int] | None:
     return [b - a for a, b in itertools.pairwise([*starts, position_BS.numel()])]
 
 
-def _packing_of_packed(given: Inputs, mask: Tensor | None, tokens: int, device: torch.device) -> Packing:
+def _packing_of_packed(
+    given: Inputs, cu_seqlens: Tensor, mask: Tensor | None, tokens: int, device: torch.device
+) -> Packing:
     """Where the texts of packed input lie, and where they stand in the padded grid that the caller described."""
     indices, batch_size, grid = given.indices, given.batch_size, None
-    assert given.cu_seqlens is not None
     if indices is not None:
         if batch_size is None or given.seq_len is None:
             raise InputError("indices say where tokens stand in a padded grid, which needs batch_size and seq_len too")
@@ -297,7 +305,7 @@ def _packing_of_packed(given: Inputs, mask: Tensor | None, tokens: int, device: 
             raise InputError(f"indices reach to {int(indices.max())}; the grid {grid} has {grid[0] * grid[1]} places")
     elif given.seq_len is not None:
         raise InputError(f"seq_len is {given.seq_len}; to pad packed outputs, indices must say where each token goes")
-    packing = Packing.from_cu_seqlens(given.cu_seqlens, tokens, device, indices, grid)
+    packing = Packing.from_cu_seqlens(cu_seqlens, tokens, device, indices, grid)
     lengths = list(packing.lengths)
     if batch_size is not None and batch_size != len(lengths):
         raise InputError(f"batch_size is {batch_size}; cu_seqlens holds {len(lengths)} texts")
