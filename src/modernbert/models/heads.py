@@ -27,7 +27,7 @@ from modernbert.models.outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.inputs import PackedInputs, wrong_shape
 from modernbert.nn.layers import Linear, PredictionHead
 from modernbert.nn.losses import IGNORED, cross_entropy, position_cross_entropy
 from modernbert.nn.pooling import pool
@@ -252,9 +252,8 @@ class ModernBertForMultipleChoice(EncoderClassifier):
             given.attention_mask = _flat("attention_mask", given.attention_mask, shape[:3])
             given.position_ids = _flat("position_ids", given.position_ids, shape[:3])
             if given.position_ids is not None and given.attention_mask is None:
-                given.attention_mask = torch.ones_like(
-                    given.position_ids
-                )  # a row is one choice, whatever its positions
+                # A row is one choice, whatever its positions.
+                given.attention_mask = torch.ones_like(given.position_ids)
             given.input_ids = None if ids is None else ids.flatten(0, 1)
             given.inputs_embeds = None if embeds is None else embeds.flatten(0, 1)
         inputs, _ = super().open(given)
@@ -268,7 +267,7 @@ class ModernBertForMultipleChoice(EncoderClassifier):
             return None
         assert isinstance(counts, list)
         if tuple(labels.shape) not in ((len(counts),), (len(counts), 1)):
-            raise InputError(f"labels has shape {tuple(labels.shape)}; with this input it must be ({len(counts)},)")
+            raise wrong_shape("labels", labels, (len(counts),))
         right = check_classes(labels.flatten(), max(counts, default=0))
         for question, (label, count) in enumerate(zip(right.tolist(), counts, strict=True)):
             if label >= count:
@@ -306,7 +305,7 @@ def _flat(name: str, values: Tensor | None, grid: tuple[int, ...]) -> Tensor | N
     if values is None:
         return None
     if tuple(values.shape) != grid:
-        raise InputError(f"{name} has shape {tuple(values.shape)}; with this input it must be {grid}")
+        raise wrong_shape(name, values, grid)
     return values.flatten(0, 1)
 
 

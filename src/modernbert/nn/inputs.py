@@ -123,7 +123,7 @@ class PackedInputs:
             return values.flatten()
         if shape == grid:
             return self.packing.unpad(values)
-        raise _wrong_shape(name, values, *dict.fromkeys(s for s in (self.given, grid) if s is not None))
+        raise wrong_shape(name, values, *dict.fromkeys(s for s in (self.given, grid) if s is not None))
 
 
 def pack_inputs(
@@ -209,7 +209,8 @@ def check_tensors(**given: Any) -> None:
         raise InputError(f"{name} is a {type(value).__name__}; {what}")
 
 
-def _wrong_shape(name: str, values: Tensor, *allowed: tuple[int, ...]) -> InputError:
+def wrong_shape(name: str, values: Tensor, *allowed: tuple[int, ...]) -> InputError:
+    """What to raise where a tensor has none of the shapes allowed."""
     return InputError(
         f"{name} has shape {tuple(values.shape)}; with this input it must be {' or '.join(map(str, allowed))}"
     )
@@ -264,12 +265,12 @@ def _packing_of_padded(
         if getattr(given, name) is not None:
             raise InputError(f"{name} describes packed input, which needs cu_seqlens too")
     if mask is not None and tuple(mask.shape) != shape:
-        raise _wrong_shape("attention_mask", mask, shape)
+        raise wrong_shape("attention_mask", mask, shape)
     if (positions := given.position_ids) is not None:
         if not _is_whole(positions):
             raise InputError(f"position_ids has dtype {positions.dtype}; it must be whole numbers")
         if tuple(positions.shape) not in (shape, (1, shape[1]), (shape[1],)):  # the last two are every row's
-            raise _wrong_shape("position_ids", positions, shape, (1, shape[1]))
+            raise wrong_shape("position_ids", positions, shape, (1, shape[1]))
         if mask is None and not continues:  # a row that continues a text is one text, whatever its positions
             lengths = _lengths_by(positions.long().expand(shape), gaps_separate)
             if lengths is not None:
