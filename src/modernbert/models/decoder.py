@@ -96,13 +96,13 @@ class Decoder(Model):
                 "past_key_values"
             )
         if cache is not None:
-            cache.check_model(self.config)
+            cache.check_model(body.config)
             if use_cache is False:
                 raise InputError("use_cache is False and past_key_values is given; leave one of them out")
-        if self.training and (use_cache or cache is not None):
+        if body.training and (use_cache or cache is not None):
             raise InputError("use_cache and past_key_values are for evaluation mode; call model.eval() first")
-        if cache is None and (self.config.use_cache and not self.training if use_cache is None else use_cache):
-            cache = DecoderCache(self.config)
+        if cache is None and (body.config.use_cache and not body.training if use_cache is None else use_cache):
+            cache = DecoderCache(body.config)
         columns, ends = (0, ()) if cache is None else (cache.columns, cache.ends)
         inputs = pack_inputs(
             given, body.config, body.dtype, body.device, gaps_separate=True, columns=columns, ends=ends
