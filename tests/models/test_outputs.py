@@ -17,13 +17,13 @@ from modernbert.models.outputs import (
     GenerateOutput,
     HeadOutput,
     MaskedLMOutput,
-    ModelOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
+from modernbert.nn.outputs import ModelOutput
 from tests.conftest import SMALL, random_decoder
 from tests.heads import DECODER_HEADS, HEADS
 

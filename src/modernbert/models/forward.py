@@ -19,9 +19,9 @@ from torch import Tensor
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
 from modernbert.models.base import PreTrainedModel
-from modernbert.models.outputs import ModelOutput
 from modernbert.nn.backbone import check_kwargs
 from modernbert.nn.inputs import Inputs, PackedInputs, pack_inputs
+from modernbert.nn.outputs import ModelOutput
 
 
 @dataclasses.dataclass

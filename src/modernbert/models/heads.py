@@ -21,7 +21,6 @@ from modernbert.models.forward import ENCODER, PACKED, Arguments, Model, forward
 from modernbert.models.labels import check_classes, pack_text_labels, pack_token_labels, text_loss
 from modernbert.models.outputs import (
     MaskedLMOutput,
-    ModelOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
@@ -30,6 +29,7 @@ from modernbert.models.outputs import (
 from modernbert.nn.inputs import PackedInputs, wrong_shape
 from modernbert.nn.layers import Linear, PredictionHead
 from modernbert.nn.losses import IGNORED, cross_entropy, position_cross_entropy
+from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.pooling import pool
 
 Rows = list[int | None]

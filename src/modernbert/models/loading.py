@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modernbert.checkpoint import read_weights
 from modernbert.errors import CheckpointError, listed
 from modernbert.models.initialization import initialize
-from modernbert.quantization.modules import PARTS, QuantizedLinear, from_parts, put, quantized_modules
+from modernbert.quantization.modules import PARTS, from_parts, put
 from modernbert.quantization.options import Record
 
 if TYPE_CHECKING:
@@ -120,9 +120,6 @@ def load_weights(
         )
     for name in missing:
         place(name, torch.empty(shapes[name], device=device, dtype=dtype))
-    for module in quantized_modules(model).values():
-        if isinstance(module, QuantizedLinear):
-            module.follow_bias()
     if quantized:
         model.requires_grad_(False)
     if missing:

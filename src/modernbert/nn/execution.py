@@ -81,10 +81,17 @@ class Hidden(NamedTuple):
 
 
 class Runner(Protocol):
-    """Runs the layers of a frozen backbone in the place of its modules."""
+    """Runs the layers of a frozen backbone instead of its modules."""
 
-    def run(self, inputs: PackedInputs, want_states: bool, want_weights: bool, cache: Any) -> Hidden | None:
-        """The hidden states of packed inputs; None where the modules must run themselves."""
+    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden | None:
+        """The hidden states of packed inputs; None where the modules must run themselves.
+
+        Args:
+            inputs: the texts.
+            want_states: whether all hidden states are wanted.
+            backend: makes the attention weights, if they are wanted.
+            cache: holds what was before the texts, and is added to.
+        """
         ...
 
 
@@ -158,3 +165,8 @@ def attention(
         }
     gather = isinstance(backend, EagerAttention) or (any(cache.lengths) and gradients)
     return cache.begin(packing, backend, dtype, gather, weights)
+
+
+def padded(weights: Weights | None, inputs: PackedInputs) -> tuple[Tensor, ...]:
+    """Each layer's attention weights as one padded tensor; nothing where they are not wanted."""
+    return tuple(EagerAttention.pad_weights(weights[i], inputs.packing) for i in sorted(weights)) if weights else ()
