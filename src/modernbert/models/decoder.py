@@ -23,10 +23,11 @@ from modernbert.models.outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from modernbert.nn.inputs import PackedInputs, pack_inputs
+from modernbert.nn.inputs import pack_inputs
 from modernbert.nn.layers import DecoderAttention, Linear, PredictionHead
 from modernbert.nn.losses import IGNORED, cross_entropy
 from modernbert.nn.outputs import ModelOutput
+from modernbert.nn.packing import PackedInputs
 from modernbert.nn.pooling import pool
 
 

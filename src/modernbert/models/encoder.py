@@ -11,9 +11,9 @@ from modernbert.config import ModernBertConfig
 from modernbert.models.base import BareModel
 from modernbert.models.forward import ENCODER, PACKED, Arguments, Model, forward_of
 from modernbert.models.outputs import BaseModelOutput
-from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.layers import EncoderAttention
 from modernbert.nn.outputs import ModelOutput
+from modernbert.nn.packing import PackedInputs
 
 
 class ModernBertModel(Model, BareModel):

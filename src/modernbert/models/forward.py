@@ -20,8 +20,9 @@ from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
 from modernbert.models.base import PreTrainedModel
 from modernbert.nn.backbone import check_kwargs
-from modernbert.nn.inputs import Inputs, PackedInputs, pack_inputs
+from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.outputs import ModelOutput
+from modernbert.nn.packing import PackedInputs
 
 
 @dataclasses.dataclass

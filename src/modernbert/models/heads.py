@@ -26,10 +26,10 @@ from modernbert.models.outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from modernbert.nn.inputs import PackedInputs, wrong_shape
 from modernbert.nn.layers import Linear, PredictionHead
 from modernbert.nn.losses import IGNORED, cross_entropy, position_cross_entropy
 from modernbert.nn.outputs import ModelOutput
+from modernbert.nn.packing import PackedInputs, wrong_shape
 from modernbert.nn.pooling import pool
 
 Rows = list[int | None]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from modernbert.config import Config
 from modernbert.errors import InputError
-from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.losses import IGNORED, binary_cross_entropy, cross_entropy, mean_squared_error
+from modernbert.nn.packing import PackedInputs
 
 
 def check_classes(labels: Tensor, classes: int) -> Tensor:

@@ -35,8 +35,8 @@ from modernbert.models.sentence_layout import (
     settings_of,
 )
 from modernbert.nn.activations import activation
-from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.layers import Linear
+from modernbert.nn.packing import PackedInputs
 from modernbert.nn.pooling import pool
 from modernbert.quantization.gate import quantize_loaded
 from modernbert.quantization.options import Record, resolve

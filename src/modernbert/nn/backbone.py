@@ -16,8 +16,9 @@ from modernbert.errors import InputError
 from modernbert.nn.attention import AttentionBackend, choose_backend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import Cache, Hidden, Runner, Shared, Weights, angles, attention, padded
-from modernbert.nn.inputs import Inputs, PackedInputs, pack_inputs
+from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.layers import Attention, Embeddings, Layer, layer_norm
+from modernbert.nn.packing import PackedInputs
 from modernbert.nn.recompute import Recompute
 
 logger = logging.getLogger(__name__)

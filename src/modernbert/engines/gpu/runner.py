@@ -27,8 +27,7 @@ from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import Hidden, Weights, attention, padded
 from modernbert.nn.execution import angles as angles_of
-from modernbert.nn.inputs import PackedInputs
-from modernbert.nn.packing import Packing
+from modernbert.nn.packing import PackedInputs, Packing
 from modernbert.nn.rotary import angle_tables, rope_frequencies
 
 # Rotated queries, keys and values (T, 3, H, D) of a layer, by its number and kind, to its attention outputs (T, H, D).
