@@ -140,6 +140,6 @@ def forward_of(
         for name in (*names, "kwargs")
     ]
     raises = "Raises:\n    InputError: arguments contradict each other or have the wrong shape."
-    forward.__doc__ = "\n".join([summary, "", "Args:", *described, "", raises])
+    forward.__doc__ = "\n".join([inspect.cleandoc(summary), "", "Args:", *described, "", raises])
     vars(forward)["__signature__"] = signature.replace(parameters=[inspect.Parameter("self", kind), *own, rest])
     return forward
