@@ -153,7 +153,7 @@ def test_an_edited_weight_acts_after_optimizing(place, part, edit, dtype):
     before = fast(x).logits
     for model in (plain, fast):
         edit(getattr(PLACES[place](model), part))
-    limit = 1e-4 if dtype == torch.float32 else 0.1
+    limit = 3e-4 if dtype == torch.float32 else 0.1  # columns of threes make large numbers
     torch.testing.assert_close(fast(x).logits, plain(x).logits, rtol=limit, atol=limit)
     assert not torch.allclose(fast(x).logits, before, rtol=limit, atol=limit)
 

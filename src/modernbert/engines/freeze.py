@@ -111,21 +111,16 @@ class Frozen:
                 del module.__dict__[name]
             self._attributes[id(module)] = numbers.attributes
 
-    def guard(
-        self, module: nn.Module, serve: Callable[..., Any] | None = None, guard: type[Guarded] | None = None
-    ) -> None:
-        """Guard a module. The numbers of parameters that are not held yet are kept as they are.
+    def guard(self, module: nn.Module, serve: Callable[..., Any] | None = None) -> None:
+        """Guard a module; `serve` computes its output by kernels, if anybody is to ask for it.
 
-        Args:
-            module: not guarded yet.
-            serve: what kernels compute for it; None where nothing is asked of it.
-            guard: how it is guarded.
+        The numbers of parameters that are not held yet are kept as they are.
         """
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in self._parameters:
                 self.hold(parameter, functools.partial(_itself, parameter.data))
         plain = module._parameters, module._modules
-        object.__setattr__(module, "__class__", _guarded(guard or Guarded, type(module)))
+        object.__setattr__(module, "__class__", _guarded(type(module)))
         module.__dict__.update(_frozen=self, _serve=serve)
         module.__dict__.update(_parameters=Watched(self, plain[0]), _modules=Watched(self, plain[1]))
         assert isinstance(module, Guarded)
@@ -296,42 +291,15 @@ for _name in (
     setattr(Guarded, _name, _thawing(_name))
 
 
-class GuardedMLP(Guarded):
-    """An MLP whose first projection, activation and gate are one kernel."""
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """(T, M) to (T, M)."""
-        serve = self._serve
-        if serve is None or self._frozen.yields(x):
-            return self._plainly("forward", x)
-        return self.Wo(serve(x))
+_GUARDED: dict[type[nn.Module], type[Guarded]] = {}
 
 
-class GuardedProjection(Guarded):
-    """An attention whose projections are one product."""
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the attention itself."""
-        return super(Guarded, self).forward(x, *args, **kwargs)
-
-    def project(self, x_TM: Tensor) -> Tensor:
-        """(T, M) to (T, 3, H, D)."""
-        serve = self._serve
-        if serve is None or self._frozen.yields(x_TM):
-            out: Tensor = self._plainly("project", x_TM)
-            return out
-        return serve(x_TM).unflatten(-1, (3, self.heads, self.head_dim))
-
-
-_GUARDED: dict[tuple[type[Guarded], type[nn.Module]], type[Guarded]] = {}
-
-
-def _guarded(guard: type[Guarded], cls: type[nn.Module]) -> type[Guarded]:
+def _guarded(cls: type[nn.Module]) -> type[Guarded]:
     """The guarded class of a module's class."""
-    if (guard, cls) not in _GUARDED:
+    if cls not in _GUARDED:
         own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "plain": cls}
-        _GUARDED[guard, cls] = type(cls.__name__, (guard, cls), own)
-    return _GUARDED[guard, cls]
+        _GUARDED[cls] = type(cls.__name__, (Guarded, cls), own)
+    return _GUARDED[cls]
 
 
 def freeze(model: nn.Module, backbone: Backbone) -> Frozen:
@@ -342,38 +310,45 @@ def freeze(model: nn.Module, backbone: Backbone) -> Frozen:
         backbone: its layers; the model itself where it has no head.
     """
     thaw(model)
-    frozen = Frozen()
+    frozen, kind = Frozen(), _LINEAR[Linear]
     inner = set(backbone.modules()) - {backbone}
-    embedding = backbone.embeddings.tok_embeddings
-    compiled = [m for m in inner if isinstance(m, MLP)] if backbone.config.reference_compile else []
-    left_out = {module for mlp in compiled for module in mlp.modules()}  # the compiler reads plain weights
-    free: set[nn.Module] = {m for m in model.modules() if type(m) is Linear and m not in left_out and _is_quiet(m)}
-    free = {m for m in free if _LINEAR[Linear].serves([m], gated=False)}
+    embedding: nn.Module = backbone.embeddings.tok_embeddings
+    table = _EMBEDDINGS[type(embedding)](embedding) if type(embedding) in _EMBEDDINGS and _is_quiet(embedding) else None
     owners: dict[Tensor, set[nn.Module]] = {}
     for module in model.modules():
         for parameter in owned(module):
             owners.setdefault(parameter, set()).add(module)
-    # A weight that others compute with as well stays where it is, but for the embedding's, which an output may share.
-    free = {m for m in free if all(owners[p] <= {m, embedding} for p in owned(m))}
-    engine = None if left_out else _engine_of(backbone)
-    if any(owners[p] - {m, embedding} - (free - inner) for m in inner for p in owned(m)):
-        engine = None
-    heads = [(m, _LINEAR[Linear].lay_out([m], gated=False)) for m in free - inner]
-    table = _EMBEDDINGS[type(embedding)](embedding) if type(embedding) in _EMBEDDINGS else None
-    if table is not None and (engine is not None or any(embedding in owners[p] for m in free for p in owned(m))):
-        serve = functools.partial(F.embedding, weight=table) if isinstance(table, Tensor) else table
-        frozen.guard(embedding, serve)
-    for module, laid in heads:
+
+    def is_own(module: nn.Module) -> bool:
+        """Whether no other module computes with its weights, but for an embedding, which an output may share."""
+        shared = set() if table is None else {embedding}
+        return all(owners[parameter] <= {module} | shared for parameter in owned(module))
+
+    compiled = {module for module in inner if isinstance(module, MLP)} if backbone.config.reference_compile else set()
+    left_out = {module for mlp in compiled for module in mlp.modules()}  # the compiler reads plain weights
+    linear = [m for m in model.modules() if type(m) is Linear and m not in left_out and _is_quiet(m) and is_own(m)]
+    linear = [m for m in linear if kind.serves([m], gated=False)]
+    engine = _engine_of(backbone) if table is not None and not left_out else None
+    if engine is not None:
+        outside = set(linear) - inner
+        if all(is_own(m) or owners[p] <= {embedding} | outside for m in inner for p in owned(m)):
+            linear = [m for m in linear if m in outside]
+        else:
+            engine = None
+    # An output that shares the embedding's weight is laid out while that still has its numbers.
+    tied = {m: kind.lay_out([m], gated=False) for m in linear if any(embedding in owners[p] for p in owned(m))}
+    if table is not None and (engine is not None or tied):
+        frozen.guard(embedding, functools.partial(F.embedding, weight=table) if isinstance(table, Tensor) else table)
+    for module in linear:
+        laid = tied[module] if module in tied else kind.lay_out([module], gated=False)
         frozen.hold_linear([module], laid)
         frozen.guard(module, functools.partial(_multiply, laid))
     if engine is not None and table is not None:
-        on_cpu = engine is CpuLayers and backbone.attn_implementation == "auto"
-        backend = NativeAttention() if on_cpu else backbone.backend
+        is_left_to_us = engine is CpuLayers and backbone.attn_implementation == "auto"
+        backend = NativeAttention() if is_left_to_us else backbone.backend
         frozen.run_by(engine(backbone.config, _take_layers(frozen, backbone, table), backend), backbone)
         for module in inner - {embedding}:
             frozen.guard(module)
-    else:
-        _take_each(frozen, inner, free)
     return frozen
 
 
@@ -487,31 +462,3 @@ def _take_layers(frozen: Frozen, backbone: Backbone, table: Embedding) -> Backbo
 
 def _norm(module: nn.LayerNorm) -> NormWeights:
     return NormWeights(module.weight.data, None if module.bias is None else module.bias.data, module.eps)
-
-
-# A backbone whose modules run one by one
-
-
-def _take_each(frozen: Frozen, inner: set[nn.Module], free: set[nn.Module]) -> None:
-    """Freeze linear layers where they are; those that are computed together become one product."""
-    kind = _LINEAR[Linear]
-    for module in inner:
-        if type(module) is DecoderAttention and free.issuperset(parts := _projections(module)):
-            laid = kind.lay_out(parts, gated=False)
-            frozen.hold_linear(parts, laid)
-            for part in parts:
-                frozen.guard(part)
-            frozen.guard(module, laid.product, GuardedProjection)
-        elif type(module) is MLP and module.Wi in free and _is_quiet(module) and _is_quiet(module.drop):
-            weight = module.Wi.weight
-            if gates(module.activation, weight.dtype, weight.device) and kind.serves([module.Wi], gated=True):
-                laid = kind.lay_out([module.Wi], gated=True)
-                frozen.hold_linear([module.Wi], laid)
-                frozen.guard(module.Wi)
-                serve = functools.partial(laid.gated_product, activation=str(module.activation))
-                frozen.guard(module, serve, GuardedMLP)
-    for module in inner & free:
-        if not isinstance(module, Guarded):
-            laid = kind.lay_out([module], gated=False)
-            frozen.hold_linear([module], laid)
-            frozen.guard(module, functools.partial(_multiply, laid))

@@ -17,15 +17,13 @@ from modernbert.engines.freeze import Frozen, freeze, thaw
 from modernbert.engines.parameter import FrozenWeight
 from modernbert.errors import ConfigError, InputError, shown
 from modernbert.hub import Source
+from modernbert.models.formats import KEY, Quantization, weight_format
 from modernbert.models.initialization import around_mean, initial_std, initialize
 from modernbert.models.loading import check_layers, load_weights
 from modernbert.models.placement import resolve_device, resolve_dtype, warn_once
 from modernbert.nn.backbone import Backbone
 from modernbert.nn.layers import MLP, Attention
 from modernbert.nn.recompute import Recompute
-from modernbert.quantization.gate import quantize_loaded
-from modernbert.quantization.modules import QuantizedEmbedding, part_names, quantized_modules
-from modernbert.quantization.options import BFLOAT16, KEY, Record, resolve
 
 
 class PreTrainedModel(nn.Module):
@@ -120,7 +118,7 @@ class PreTrainedModel(nn.Module):
             ConfigError, TypeError: an override is impossible or unknown.
             QuantizationError: quantizing would cost more than allowed.
         """
-        quantization = None if quantization_config is None else resolve(quantization_config)
+        quantization = None if quantization_config is None else weight_format().resolve(quantization_config)
         source = Source(name_or_folder, revision, subfolder or "", cache_dir, token, local_files_only)
         stored = None
         if config is None or source.find("config.json") is not None:
@@ -132,7 +130,7 @@ class PreTrainedModel(nn.Module):
                 raise TypeError(f"{name} is no argument here; give quantization_config={scheme!r}")
         if config_overrides:
             config = config.replace(**config_overrides)
-        record = Record.of(config)
+        record = weight_format().of_config(config)
         if quantization is not None and record is not None:
             raise ValueError(f"{name_or_folder} is quantized already, as {record.scheme}")
         relabelled = stored is None or stored.num_labels != config.num_labels
@@ -147,7 +145,7 @@ class PreTrainedModel(nn.Module):
         load_weights(model, str(name_or_folder), files, names, place, wanted, relabelled)
         model.read_more(source)
         model.eval()
-        return model if quantization is None else quantize_loaded(model, quantization, source)
+        return model if quantization is None else weight_format().quantize(model, quantization, source)
 
     def read_more(self, source: Source) -> None:
         """Read what a checkpoint holds for this class beside configuration and weights."""
@@ -166,19 +164,11 @@ class PreTrainedModel(nn.Module):
         """
         plain = copy.deepcopy(self) if self._frozen is not None and self._frozen.is_active else self
         weights = nn.Module.state_dict(plain)
-        if any(type(tensor).__module__.startswith("torchao") for tensor in weights.values()):
-            raise ValueError("the model was quantized by torchao, whose tensors are not saved; quantize it on the CPU")
+        is_quantized = weight_format().state(self, weights)
         if self.config.tie_word_embeddings:
             for tied in self.tied_weights:
-                for name in part_names(tied.removesuffix("weight")):
-                    weights.pop(name, None)
-        is_quantized = bool(quantized_modules(self))
-        for name, how in (self.quantization.finer if self.quantization else {}).items():
-            if how == BFLOAT16 and f"{name}.weight" in weights:
-                weights[f"{name}.weight"] = weights[f"{name}.weight"].bfloat16()  # as its numbers are
+                weights.pop(tied, None)
         extra = {name: value for name, value in self.config.extra.items() if name != KEY or is_quantized}
-        if is_quantized and KEY not in extra:
-            raise ValueError("a part of the model was quantized by itself; quantize the whole model to save it")
         config = self.config.replace(
             extra={**extra, "architectures": [type(self).__name__]},
             dtype=str(self.dtype).removeprefix("torch."),
@@ -189,14 +179,9 @@ class PreTrainedModel(nn.Module):
         config.save_pretrained(folder)
 
     @property
-    def quantization(self) -> Record | None:
+    def quantization(self) -> Quantization | None:
         """How the model is quantized, and what was measured then; None where its weights are floats."""
-        return Record.of(self.config) if quantized_modules(self) else None
-
-    def set_quantization(self, record: Record) -> None:
-        """Write down that the model is quantized; its configuration says so from now on."""
-        self.config = self.config.replace(extra={**self.config.extra, KEY: record.to_dict()})
-        self.base_model.config = self.config
+        return weight_format().of_model(self, self.config)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; training mode ends `optimize_for_inference`.
@@ -258,8 +243,8 @@ class PreTrainedModel(nn.Module):
 
     def tie_weights(self) -> None:
         """Let tied parameters share one tensor, where the configuration ties them."""
-        if not self.config.tie_word_embeddings or isinstance(self.get_input_embeddings(), QuantizedEmbedding):
-            return  # quantized ones share what they were made of
+        if not self.config.tie_word_embeddings or "weight" not in self.get_input_embeddings()._parameters:
+            return  # what has no parameter shares what it was made of
         for name, source in self.tied_weights.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, self.get_parameter(source))
@@ -456,16 +441,10 @@ class PreTrainedModel(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, tied ones once; quantized ones too."""
-        embedding = self.get_input_embeddings()
-        quantized = {} if only_trainable else quantized_modules(self)
-        skipped: set[object] = {embedding, *embedding._parameters.values()}
-        if not exclude_embeddings:
-            skipped.clear()
-        if self.config.tie_word_embeddings and isinstance(embedding, QuantizedEmbedding):
-            skipped.add(self.get_output_embeddings())
-        counted = [p for p in self.parameters() if p not in skipped and (p.requires_grad or not only_trainable)]
-        whole = [math.prod(m.shape) for m in quantized.values() if m not in skipped]
-        return sum(p.numel() for p in counted) + sum(whole)
+        embedding = self.get_input_embeddings()._parameters.get("weight") if exclude_embeddings else None
+        counted = [p for p in self.parameters() if p is not embedding and (p.requires_grad or not only_trainable)]
+        quantized = 0 if only_trainable else weight_format().count(self, exclude_embeddings)
+        return sum(p.numel() for p in counted) + quantized
 
     def _refuse_quantized(self, what: str) -> None:
         if self.quantization is not None:

@@ -6,6 +6,7 @@ Shapes: B texts, T real tokens of all texts together, M hidden size.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -90,39 +91,64 @@ class Backbone(nn.Module):
     ) -> Hidden:
         """The plain way: module by module. A backend is given where attention weights are wanted."""
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
-        autocast = torch.is_autocast_enabled(x_TM.device.type)
-        dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
         weights: Weights | None = None if backend is None else {}
-        attends = attention(
-            self.config,
-            inputs.packing,
-            backend or self.backend_on(x_TM.device, dtype),
-            dtype,
-            cache,
-            weights,
-            x_TM.requires_grad,
-        )
-        shared = {kind: Shared(attends[kind], *found) for kind, found in angles(self.config, inputs).items()}
+        shared = self.share(inputs, x_TM, backend, cache, weights)
         states: list[Tensor] = []
 
-        def shown(x_TM: Tensor) -> Tensor:
-            if not want_states:
-                return x_TM
+        def show(x_TM: Tensor) -> Tensor:
             states.append(inputs.restore(x_TM))
             # What callers see lies on the way of the gradients, so that they can ask for its gradient.
             return inputs.take(states[-1]) if x_TM.requires_grad else x_TM
 
+        last_TM = self.run_layers(x_TM, shared, show if want_states else None)
+        return Hidden(last_TM, tuple(states), padded(weights, inputs))
+
+    def share(
+        self,
+        inputs: PackedInputs,
+        x_TM: Tensor,
+        backend: AttentionBackend | None = None,
+        cache: Cache | None = None,
+        weights: Weights | None = None,
+    ) -> dict[str, Shared]:
+        """What the layers of each kind share in a pass. It follows from where the texts lie, not from their tokens.
+
+        Args:
+            inputs: the texts.
+            x_TM: their embeddings, for the dtype, the device, and whether gradients are wanted.
+            backend: attends instead of the model's own.
+            cache: holds what was before the texts, and is added to.
+            weights: where attention weights go, if they are wanted.
+        """
+        autocast = torch.is_autocast_enabled(x_TM.device.type)
+        dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
+        backend = backend or self.backend_on(x_TM.device, dtype)
+        attends = attention(self.config, inputs.packing, backend, dtype, cache, weights, x_TM.requires_grad)
+        return {kind: Shared(attends[kind], *found) for kind, found in angles(self.config, inputs).items()}
+
+    def run_layers(
+        self, x_TM: Tensor, shared: dict[str, Shared], show: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Embeddings through all layers and the last norm, (T, M).
+
+        Nothing here depends on values of tensors: once `share` has seen the texts, `torch.export` can trace this.
+
+        Args:
+            x_TM: embeddings.
+            shared: of `share`.
+            show: called with each hidden state, the last one normed; gives the state to go on with.
+        """
         recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
         kept = self.recompute.plan(self.config.layer_types or (), x_TM) if recomputes else []
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            x_TM = shown(x_TM)
+            x_TM = x_TM if show is None else show(x_TM)
             if recomputes:
                 x_TM = self.recompute.run(layer, kept[number], layer.kind, x_TM, shared[layer.kind])
             else:
                 x_TM = layer(x_TM, shared[layer.kind])
-        x_TM = shown(self.final_norm(x_TM))
-        return Hidden(x_TM, tuple(states), padded(weights, inputs))
+        x_TM = self.final_norm(x_TM)
+        return x_TM if show is None else show(x_TM)
 
     def backend_on(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
         """What attends there: "auto" chooses by device and dtype."""

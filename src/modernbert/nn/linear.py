@@ -4,7 +4,8 @@ A matrix product of general libraries picks its kernel, and so the order of its 
 text alone and the same text in a batch then differ in the last bits. oneDNN's inner product keeps one order for
 every number of rows but one, on any number of threads, so it serves here wherever PyTorch carries it; a single
 row is computed as two, and many rows as a round number of them. Elsewhere fixed-size blocks of rows give the same
-guarantee. On a card products are left to PyTorch, which picks by the number of rows.
+guarantee. On a card products are left to PyTorch, which picks by the number of rows. docs/invariance.md has
+the whole list of what equal bits take.
 
 Shapes: T rows, I inputs, O outputs.
 """

@@ -1,6 +1,7 @@
 """Losses over packed rows, in float32. Each is a mean, or a sum over `num_items` where given.
 
 `num_items` counts the labels of a whole batch when a call sees a part of it, so that every label weighs the same.
+Sums over positions are of one text alone (docs/invariance.md).
 
 Shapes: T rows, V classes, B texts.
 """

@@ -1,5 +1,7 @@
 """Rotary position embeddings over the whole head, halves rotated, angles in float32.
 
+A text's angles follow from that text alone, those of the "dynamic" type too (docs/invariance.md).
+
 Shapes: T tokens, H heads, D head size, B texts.
 """
 

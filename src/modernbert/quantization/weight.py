@@ -2,10 +2,10 @@
 
 A weight is cut into groups of inputs; each output has a scale a group. A row is cut the same way, and each of its
 groups divided by its own largest number: what a row becomes depends on nothing but the row. Products of integers are
-exact in any order, so nothing depends on the batch, on any machine. A few columns may stay floats: inputs that reach
-far beyond the others would leave those no digits.
+exact in any order, so nothing depends on the batch, on any machine (docs/invariance.md). A few columns may stay floats:
+inputs that reach far beyond the others would leave those no digits.
 
-`QuantizedWeight.product` is the definition, in PyTorch's own operations; the kernels of `native` are the fast way.
+`QuantizedWeight.product` is the definition, in PyTorch's own operations; the kernels of `engines.cpu` are the fast way.
 
 Shapes: T rows, I inputs, O outputs, G groups, K kept columns.
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from modernbert.engines.gpu import graphs
 from modernbert.engines.gpu import operations as gpu
 from modernbert.engines.gpu.flash import FlashAttention, FlashPlan, serves
 from modernbert.engines.gpu.operations import Look, Norm, TritonWeight
-from modernbert.engines.weights import BackboneWeights, LaidOut
+from modernbert.engines.weights import BackboneWeights, LayerWeights
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import Hidden, Weights, attention, padded
@@ -33,6 +33,26 @@ from modernbert.nn.rotary import angle_tables, rope_frequencies
 # Rotated queries, keys and values (T, 3, H, D) of a layer, by its number and kind, to its attention outputs (T, H, D).
 Attend = Callable[[int, str, Tensor], Tensor]
 Angles = dict[str, tuple[Tensor, Tensor]]
+
+
+class _Layer(NamedTuple):
+    """A layer's weights as the kernels take them."""
+
+    kind: str
+    attn_norm: Norm | None
+    qkv: TritonWeight
+    out: TritonWeight
+    mlp_norm: Norm
+    gate: TritonWeight
+    down: TritonWeight
+
+    @classmethod
+    def of(cls, layer: LayerWeights) -> _Layer:
+        """The same of any engine's."""
+        weights = [x for x in (layer.qkv, layer.out, layer.gate, layer.down) if isinstance(x, TritonWeight)]
+        qkv, out, gate, down = weights
+        attn_norm = None if layer.attn_norm is None else Norm(*layer.attn_norm)
+        return cls(layer.kind, attn_norm, qkv, out, Norm(*layer.mlp_norm), gate, down)
 
 
 class GpuLayers:
@@ -47,7 +67,8 @@ class GpuLayers:
     def __init__(self, config: Config, weights: BackboneWeights, backend: AttentionBackend) -> None:
         assert isinstance(weights.embedding, Tensor)
         self.config, self.dtype, self.device, self.backend = config, weights.dtype, weights.device, backend
-        self.table, self.layers, self.activation = weights.embedding, weights.layers, weights.activation
+        self.table, self.layers = weights.embedding, [_Layer.of(layer) for layer in weights.layers]
+        self.activation = weights.activation
         self.first, self.last = Norm(*weights.first_norm), Norm(*weights.last_norm)
         ropes = config.rope_parameters or {}
         self._is_dynamic = any(rope["rope_type"] == "dynamic" for rope in ropes.values())
@@ -84,12 +105,12 @@ class GpuLayers:
         for number, layer in enumerate(self.layers):
             if states is not None:
                 states.append(x_TM.clone())
-            qkv, out, gate, down = (_triton(x) for x in (layer.qkv, layer.out, layer.gate, layer.down))
-            normed_TM = x_TM if layer.attn_norm is None else gpu.normalize(x_TM, Norm(*layer.attn_norm))
+            _, attn_norm, qkv, out, mlp_norm, gate, down = layer
+            normed_TM = x_TM if attn_norm is None else gpu.normalize(x_TM, attn_norm)
             qkv_T3HD = gpu.rotated_product(normed_TM, qkv.weight, qkv.bias, *angles[layer.kind])
             out_THD = attend(number, layer.kind, qkv_T3HD)
             gpu.product(out_THD.flatten(1), out.weight, out.bias, add_to=x_TM)
-            normed_TM = gpu.normalize(x_TM, Norm(*layer.mlp_norm))
+            normed_TM = gpu.normalize(x_TM, mlp_norm)
             gated_TI = gpu.gated_product(normed_TM, gate.weight, gate.bias, self.activation)
             gpu.product(gated_TI, down.weight, down.bias, add_to=x_TM)
         return gpu.normalize(x_TM, self.last)
@@ -254,8 +275,3 @@ class _Step:
 def _send(values: list[int], target: Tensor) -> None:
     """Write numbers into a tensor on a card, without waiting for it."""
     target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
-
-
-def _triton(weight: LaidOut) -> TritonWeight:
-    assert isinstance(weight, TritonWeight)
-    return weight
