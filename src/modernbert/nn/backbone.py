@@ -124,7 +124,8 @@ class Backbone(nn.Module):
         dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
         backend = backend or self.backend_on(x_TM.device, dtype)
         attends = attention(self.config, inputs.packing, backend, dtype, cache, weights, x_TM.requires_grad)
-        return {kind: Shared(attends[kind], *found) for kind, found in angles(self.config, inputs).items()}
+        tables = angles(self.config, inputs.positions_T, inputs.packing.text_T)
+        return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def run_layers(
         self, x_TM: Tensor, shared: dict[str, Shared], show: Callable[[Tensor], Tensor] | None = None

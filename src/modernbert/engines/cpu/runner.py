@@ -25,7 +25,7 @@ from modernbert.engines.cpu.operations import Angles, NativeWeight, Norm, Produc
 from modernbert.engines.weights import BackboneWeights, LayerWeights
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
-from modernbert.nn.execution import Hidden, Planned, Shared, Weights, angles, attention, padded
+from modernbert.nn.execution import Hidden, Planned, Shared, Weights, angles, attention, frequencies, padded
 from modernbert.nn.packing import PackedInputs
 from modernbert.nn.rotary import split_rotated
 
@@ -53,7 +53,7 @@ class CpuLayers:
 
     def __init__(self, config: Config, weights: BackboneWeights, backend: AttentionBackend) -> None:
         self.config, self.dtype, self.embedding = config, weights.dtype, weights.embedding
-        self.backend = backend
+        self.backend, self.frequencies = backend, frequencies(config, weights.device)
         self.kinds = [layer.kind for layer in weights.layers]
         self.heads = [layer.heads for layer in weights.layers]
         self.width = max(3 * max(self.heads) * config.head_dim, config.intermediate_size)
@@ -147,7 +147,8 @@ class CpuLayers:
         self, inputs: PackedInputs, backend: AttentionBackend, cache: Any, weights: Weights | None
     ) -> dict[str, Shared]:
         attends = attention(self.config, inputs.packing, backend, self.dtype, cache, weights)
-        return {kind: Shared(attends[kind], *found) for kind, found in angles(self.config, inputs).items()}
+        tables = angles(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
+        return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def _begin(self, inputs: PackedInputs, program: Program) -> _Pass:
         """Memory for one pass, and the program that knows of it, but for the attention and the last norm."""

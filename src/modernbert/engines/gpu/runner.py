@@ -25,10 +25,8 @@ from modernbert.engines.gpu.operations import Look, Norm, TritonWeight
 from modernbert.engines.weights import BackboneWeights, LayerWeights
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
-from modernbert.nn.execution import Hidden, Weights, attention, padded
-from modernbert.nn.execution import angles as angles_of
+from modernbert.nn.execution import Hidden, Weights, angles, attention, frequencies, padded
 from modernbert.nn.packing import PackedInputs, Packing
-from modernbert.nn.rotary import angle_tables, rope_frequencies
 
 # Rotated queries, keys and values (T, 3, H, D) of a layer, by its number and kind, to its attention outputs (T, H, D).
 Attend = Callable[[int, str, Tensor], Tensor]
@@ -70,11 +68,8 @@ class GpuLayers:
         self.table, self.layers = weights.embedding, [_Layer.of(layer) for layer in weights.layers]
         self.activation = weights.activation
         self.first, self.last = Norm(*weights.first_norm), Norm(*weights.last_norm)
-        ropes = config.rope_parameters or {}
-        self._is_dynamic = any(rope["rope_type"] == "dynamic" for rope in ropes.values())
-        self._frequencies = {} if self._is_dynamic else {
-            kind: rope_frequencies(rope, config.head_dim, self.device) for kind, rope in ropes.items()
-        }  # fmt: skip
+        self.frequencies = frequencies(config, self.device)
+        self._is_dynamic = not self.frequencies
         self.graphs = graphs.Graphs(self.device)
 
     @torch.no_grad()
@@ -95,28 +90,25 @@ class GpuLayers:
         else:
             x_TM = gpu.normalize(inputs.embeds_TM.contiguous(), self.first)
         states: list[Tensor] | None = [] if want_states else None
-        tables = angles_of(self.config, inputs) if self._is_dynamic else self._angles(inputs.positions_T)
+        tables = angles(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
         last_TM = self._run(x_TM, tables, self._attend_by(attends), states)
         shown = () if states is None else tuple(inputs.restore(x_TM) for x_TM in (*states, last_TM))
         return Hidden(last_TM, shown, padded(weights, inputs))
 
-    def _run(self, x_TM: Tensor, angles: Angles, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
+    def _run(self, x_TM: Tensor, tables: Angles, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
         """Embedded rows through all layers and the last norm. The rows given are overwritten."""
         for number, layer in enumerate(self.layers):
             if states is not None:
                 states.append(x_TM.clone())
             _, attn_norm, qkv, out, mlp_norm, gate, down = layer
             normed_TM = x_TM if attn_norm is None else gpu.normalize(x_TM, attn_norm)
-            qkv_T3HD = gpu.rotated_product(normed_TM, qkv.weight, qkv.bias, *angles[layer.kind])
+            qkv_T3HD = gpu.rotated_product(normed_TM, qkv.weight, qkv.bias, *tables[layer.kind])
             out_THD = attend(number, layer.kind, qkv_T3HD)
             gpu.product(out_THD.flatten(1), out.weight, out.bias, add_to=x_TM)
             normed_TM = gpu.normalize(x_TM, mlp_norm)
             gated_TI = gpu.gated_product(normed_TM, gate.weight, gate.bias, self.activation)
             gpu.product(gated_TI, down.weight, down.bias, add_to=x_TM)
         return gpu.normalize(x_TM, self.last)
-
-    def _angles(self, positions_T: Tensor) -> Angles:
-        return {kind: angle_tables(*found, positions_T) for kind, found in self._frequencies.items()}
 
     def _attend_by(self, attends: dict[str, Any]) -> Attend:
         """Attention as a pass plans it: by the backend, or with the cache."""
@@ -188,7 +180,7 @@ class _Short:
         packing = Packing.from_lengths((size.longest,), device)  # says how long a text may be
         self.plans = {
             kind: FlashPlan(packing, layers.config.reach(kind), layers.dtype, self.cu_seqlens)
-            for kind in layers._frequencies
+            for kind in layers.frequencies
         }
 
     def take(self, inputs: PackedInputs) -> None:
@@ -210,7 +202,7 @@ class _Short:
             return layers.backend.attend(q_THD, k_THD, v_THD, self.plans[kind])
 
         x_TM = gpu.normalize(layers.table, layers.first, self.ids_T)
-        self.out_TM = layers._run(x_TM, layers._angles(self.positions_T), attend)
+        self.out_TM = layers._run(x_TM, angles(layers.config, self.positions_T, known=layers.frequencies), attend)
 
 
 class _Step:
@@ -222,7 +214,7 @@ class _Step:
     def __init__(self, layers: GpuLayers, size: int) -> None:
         self.layers, self.size, device = weakref.proxy(layers), size, layers.device
         self.of_kind = {
-            kind: [i for i, layer in enumerate(layers.layers) if layer.kind == kind] for kind in layers._frequencies
+            kind: [i for i, layer in enumerate(layers.layers) if layer.kind == kind] for kind in layers.frequencies
         }
         # What the host says of each kind: first rows, lengths, the address of the positions, those of keys and values.
         widths = {kind: 2 * size + 1 + 2 * len(numbers) for kind, numbers in self.of_kind.items()}
@@ -269,7 +261,7 @@ class _Step:
             return gpu.attend_step(qkv_N3HD, self.looks[kind], keys, keys[1:])
 
         x_NM = gpu.normalize(layers.table, layers.first, self.ids_N)
-        self.out_NM = layers._run(x_NM, layers._angles(self.positions_N), attend)
+        self.out_NM = layers._run(x_NM, angles(layers.config, self.positions_N, known=layers.frequencies), attend)
 
 
 def _send(values: list[int], target: Tensor) -> None:
