@@ -13,11 +13,10 @@ from torch import Tensor
 
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
-from modernbert.nn.inputs import PackedInputs
-from modernbert.nn.packing import on_device
+from modernbert.nn.packing import PackedInputs, on_device
 
 if TYPE_CHECKING:
-    from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
+    from modernbert.models.decoder import ModernBertDecoderForCausalLM
 
 
 class CachedDecoder:
