@@ -98,6 +98,25 @@ class Model(PreTrainedModel, abc.ABC):
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Any:
         """Check the labels and bring them into the form that `apply_head` takes, before anything is computed."""
 
+    def run_packed(
+        self, inputs: PackedInputs, given: Arguments | None = None, cache: DecoderCache | None = None
+    ) -> ModelOutput:
+        """The output of a packed batch: what `forward` does once the caller's batch is packed.
+
+        Args:
+            inputs: such as `PackedInputs.of_rows` makes them, on the model's device.
+            given: labels and options.
+            cache: of a decoder.
+        """
+        given = given or Arguments()
+        labels = self.pack_labels(inputs, given)
+        hidden = self.base_model.encode(inputs, given.output_attentions, given.output_hidden_states, cache)
+        output = self.apply_head(hidden.last_TM, inputs, labels, given)
+        if cache is not None:
+            output["past_key_values"] = cache
+        output["hidden_states"], output["attentions"] = hidden.states or None, hidden.weights or None
+        return output
+
     @abc.abstractmethod
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Any, given: Arguments) -> ModelOutput:
         """The output of packed hidden states (T, M), with a loss where there are labels."""
@@ -126,12 +145,7 @@ def forward_of(
         check_kwargs(unknown)
         given = Arguments(**named)
         inputs, cache = self.open(given)
-        labels = self.pack_labels(inputs, given)
-        hidden = self.base_model.encode(inputs, given.output_attentions, given.output_hidden_states, cache)
-        output = self.apply_head(hidden.last_TM, inputs, labels, given)
-        if cache is not None:
-            output["past_key_values"] = cache
-        output["hidden_states"], output["attentions"] = hidden.states or None, hidden.weights or None
+        output = self.run_packed(inputs, given, cache)
         named_output = self.config.return_dict if given.return_dict is None else given.return_dict
         return output if named_output else output.to_tuple()
 

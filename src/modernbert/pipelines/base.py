@@ -25,6 +25,7 @@ from modernbert.engines.freeze import is_frozen
 from modernbert.errors import InputError, listed, shown
 from modernbert.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype
+from modernbert.nn.packing import PackedInputs
 from modernbert.pipelines.checks import check_count, check_iterable, check_text, short, watched
 from modernbert.pipelines.progress import progress_bar
 from modernbert.tokenizer import Tokenizer
@@ -374,11 +375,9 @@ class Pipeline(abc.ABC):
                 raise InputError(f"a text has {len(ids)} tokens and {limit} {longest}: {short(both)!r}{hint}")
         return list(encodings)
 
-    def pack(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of ids end to end, and their `cu_seqlens`. Both stay on the CPU: the model takes them to its device."""
-        ids_T = torch.tensor([i for row in rows for i in row.ids], dtype=torch.int64)
-        starts = [0, *itertools.accumulate(len(row.ids) for row in rows)]
-        return ids_T, torch.tensor(starts, dtype=torch.int32)
+    def pack(self, rows: Sequence[Row]) -> PackedInputs:
+        """Texts packed on the model's device."""
+        return PackedInputs.of_rows([row.ids for row in rows], self.model.device)
 
 
 def _unpickled(cls: type[Pipeline], state: bytes, optimized: bool) -> Pipeline:

@@ -55,8 +55,7 @@ class FeatureExtractionPipeline(Pipeline):
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Hidden states (tokens, hidden) of each row."""
-        ids_T, cu_seqlens = self.pack(rows)
-        states = self.model.encode(self.model.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_TM
+        states = self.model.encode(self.pack(rows)).last_TM
         return read(states.float(), lambda states: states.split([len(row.ids) for row in rows]))
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:

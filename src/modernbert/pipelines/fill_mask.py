@@ -98,9 +98,8 @@ class FillMaskPipeline(Pipeline):
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
         """For each mask the best scores and their tokens. No logits are made elsewhere, nor kept."""
-        ids_T, cu_seqlens = self.pack(rows)
-        encoder = self.model.model
-        hidden = encoder.encode(encoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_TM
+        hidden = self.model.model.encode(self.pack(rows)).last_TM
+        ids_T = torch.tensor([i for row in rows for i in row.ids])
         masked = (ids_T == self.tokenizer.mask_token_id).nonzero().squeeze(1)
         states = self.model.head(hidden[masked.to(hidden.device)])
         targets = [of_mask for row in rows for of_mask in row.extra[1]]

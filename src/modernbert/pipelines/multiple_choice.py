@@ -8,6 +8,7 @@ import torch
 
 from modernbert.auto import AutoModelForMultipleChoice
 from modernbert.errors import InputError, shown
+from modernbert.models.forward import Arguments
 from modernbert.models.heads import ModernBertForMultipleChoice
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 from modernbert.pipelines.checks import check_fields
@@ -56,8 +57,7 @@ class MultipleChoicePipeline(Pipeline):
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """One score a row."""
-        ids_T, cu_seqlens = self.pack(rows)
-        logits = self.model(ids_T, cu_seqlens=cu_seqlens, num_choices=1).logits
+        logits = self.model.run_packed(self.pack(rows), Arguments(num_choices=[1] * len(rows))).logits
         return read(logits[:, 0].float(), lambda scores: scores.unbind(0))
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:

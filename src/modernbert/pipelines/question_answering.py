@@ -126,8 +126,7 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
         """The best spans of each row: (scores, starts, ends, score of no answer)."""
-        ids_T, cu_seqlens = self.pack(rows)
-        output = self.model(ids_T, cu_seqlens=cu_seqlens)
+        output = self.model.run_packed(self.pack(rows))
         lengths = [len(row.ids) for row in rows]
         # Candidates that read the same are added up, so there are more of them than answers.
         wanted = settings["top_k"] * 2 + 10 if settings["align"] else settings["top_k"]

@@ -139,8 +139,7 @@ class EmbeddingPipeline(Pipeline):
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Vectors of each row, float32 on the CPU: of its tokens, or of its `Spans`."""
-        ids_T, cu_seqlens = self.pack(rows)
-        inputs = self.model.model.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)
+        inputs = self.pack(rows)
         vectors = self.model.token_vectors(inputs)
         if settings["tokens"]:
             counts = [len(row.ids) for row in rows]

@@ -34,9 +34,7 @@ class ClassifierPipeline(Pipeline):
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Logits of each row, float32 on the CPU."""
-        ids_T, cu_seqlens = self.pack(rows)
-        more = {"use_cache": False} if isinstance(self.model, ModernBertDecoderForSequenceClassification) else {}
-        return read(self.model(ids_T, cu_seqlens=cu_seqlens, **more).logits.float(), lambda logits: logits.unbind(0))
+        return read(self.model.run_packed(self.pack(rows)).logits.float(), lambda logits: logits.unbind(0))
 
 
 class TextClassificationPipeline(ClassifierPipeline):

@@ -85,10 +85,10 @@ class TextScoringPipeline(Pipeline):
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
         """Sum of the log-probabilities, and how many, of each row."""
-        ids_T, cu_seqlens = self.pack(rows)
-        decoder = self.model.model
-        hidden = decoder.encode(decoder.pack_inputs(ids_T, None, cu_seqlens=cu_seqlens)).last_TM
-        starts = cu_seqlens.tolist()
+        inputs = self.pack(rows)
+        hidden = self.model.model.encode(inputs).last_TM
+        ids_T = torch.tensor([i for row in rows for i in row.ids])
+        starts = inputs.packing.starts
         wanted = torch.tensor([start + i for start, row in zip(starts, rows, strict=False) for i in row.extra])
         found: list[float] = []
         for some in wanted.to(torch.int64).split(_ROWS_TOGETHER):

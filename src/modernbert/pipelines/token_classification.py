@@ -147,8 +147,7 @@ class TokenClassificationPipeline(Pipeline):
 
     def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
         """Probabilities (tokens, labels) of each row."""
-        ids_T, cu_seqlens = self.pack(rows)
-        logits = self.model(ids_T, cu_seqlens=cu_seqlens).logits.float()
+        logits = self.model.run_packed(self.pack(rows)).logits.float()
         return read(logits.softmax(-1), lambda scores: scores.split([len(row.ids) for row in rows]))
 
     def finish(self, job: Job, settings: dict[str, Any]) -> Any:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modernbert.models.forward import Arguments
 from modernbert.nn.layers import Linear
+from modernbert.nn.packing import PackedInputs
 from modernbert.tokenizer import Tokenizer
 
 _LENGTH = 256  # tokens of a text at most
@@ -34,13 +36,11 @@ class Batch:
     """Texts packed end to end.
 
     Attributes:
-        ids_T: (T,) token ids.
-        starts: (B + 1,) where each text begins, and the end.
+        inputs: the texts.
         asked_T: (T,) whether the model's answer at a token counts.
     """
 
-    ids_T: Tensor
-    starts: Tensor
+    inputs: PackedInputs
     asked_T: Tensor
 
 
@@ -59,13 +59,13 @@ def make_batches(
     made: tuple[list[Batch], list[Batch]] = ([], [])
     for half, batches in zip(halves, made, strict=True):
         for group in _grouped(half, tokens // 2):
-            ids_T = torch.tensor([i for row in group for i in row])
-            asked_T = torch.ones_like(ids_T, dtype=torch.bool)
+            inputs = PackedInputs.of_rows(group)
+            assert inputs.ids_T is not None
+            asked_T = torch.ones_like(inputs.ids_T, dtype=torch.bool)
             if mask_id is not None and model.get_output_embeddings() is not None:
-                asked_T = torch.rand(len(ids_T), generator=random) < _HIDDEN
-                ids_T = ids_T.masked_fill(asked_T, mask_id)
-            lengths = torch.tensor([0, *map(len, group)])
-            batches.append(Batch(ids_T.to(device), lengths.cumsum(0).to(torch.int32), asked_T.to(device)))
+                asked_T = torch.rand(len(inputs.ids_T), generator=random) < _HIDDEN
+                inputs = dataclasses.replace(inputs, ids_T=inputs.ids_T.masked_fill(asked_T, mask_id))
+            batches.append(Batch(inputs.to(device), asked_T.to(device)))
     return made
 
 
@@ -108,15 +108,16 @@ class Seen:
 @torch.no_grad()
 def look(model: Any, batch: Batch) -> Seen:
     """Run a model on a batch."""
-    output = model(input_ids=batch.ids_T, cu_seqlens=batch.starts.to(batch.ids_T.device), output_hidden_states=True)
+    one_question = [len(batch.inputs.packing.lengths)]
+    output = model.run_packed(batch.inputs, Arguments(output_hidden_states=True, num_choices=one_question))
     logits = getattr(output, "logits", None)
     if getattr(output, "start_logits", None) is not None:
-        spans = zip(batch.starts[:-1].tolist(), batch.starts[1:].tolist(), strict=True)
+        spans = batch.inputs.packing.spans
         places = [[x[a:b].argmax() for x in (output.start_logits, output.end_logits)] for a, b in spans]
         return Seen(list(output.hidden_states), torch.stack([place for pair in places for place in pair]))
     if logits is None or logits.shape[-1] < 2:
         return Seen(list(output.hidden_states), None)
-    rows = logits[batch.asked_T] if len(logits) == len(batch.ids_T) else logits
+    rows = logits[batch.asked_T] if len(logits) == len(batch.asked_T) else logits
     return Seen(list(output.hidden_states), rows.argmax(-1))
 
 

@@ -198,7 +198,7 @@ def _let_in(
     """Round, measure, cut finer, until the limit is reached."""
     chosen_by, measured_on = batches
     products = [w.names[-1] for w in weights if isinstance(model.get_submodule(w.names[-1]), Linear)]
-    report(f"reading {sum(len(b.ids_T) for b in chosen_by):,} tokens to see what the weights are multiplied by")
+    report(f"reading {sum(len(b.asked_T) for b in chosen_by):,} tokens to see what the weights are multiplied by")
     inputs = observe(model, chosen_by, products, moments=weights[0].steps[0].bits == 4)
     originals = {name: model.get_submodule(name) for w in weights for name in w.names}
     rounded = {weight.names[0]: _round(originals, weight, inputs) for weight in weights}
@@ -307,7 +307,7 @@ def _weigh(
             share = sizes.get(branch, 0.0) / max(streams[int(match[1])], 1e-30)
         if weight.embeds:
             embedding, quantized = model.get_input_embeddings(), (rounded[weight.names[0]] or [])[0]
-            ids = torch.cat([batch.ids_T for batch in batches])
+            ids = torch.cat([batch.inputs.ids_T for batch in batches if batch.inputs.ids_T is not None])
             right = embedding(ids)
             error = float((quantized.to_dense(ids) - right).square().sum() / right.square().sum().clamp_min(1e-30))
         else:
