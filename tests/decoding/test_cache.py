@@ -207,12 +207,12 @@ def test_a_text_of_8192_tokens_at_base_size_takes_a_third_of_a_full_cache():
     rows = torch.zeros(8192, heads, size)
     for number, kind in enumerate(config.layer_types):
         continuation = attends[kind]
-        continuation.storage.write(number, rows, rows, continuation.rows, continuation.of_T)
+        continuation.storage.write(number, rows, rows, continuation.slots, continuation.of_T)
     cache.finish()
     full = 2 * config.num_hidden_layers * 8192 * config.hidden_size * 4
     counted = sum(
         tensor.nbytes
-        for _, storage in cache.kinds.values()
+        for storage in cache.kinds.values()
         for tensor in (storage.positions_R, *(t for pair in storage.layers.values() for t in pair))
     )
     assert cache.nbytes == counted
@@ -299,7 +299,7 @@ def test_gradients_reach_new_tokens_through_a_cache_that_has_none(implementation
     ids = random_ids(2, 15)
     embeds = torch.randn(2, 4, 48, requires_grad=True)
     cache = model(ids).past_key_values
-    assert all(not k.requires_grad for _, storage in cache.kinds.values() for k, _ in storage.layers.values())
+    assert all(not k.requires_grad for storage in cache.kinds.values() for k, _ in storage.layers.values())
     model(inputs_embeds=embeds, past_key_values=cache).logits.square().sum().backward()
     through, embeds.grad = embeds.grad.clone(), None
     past = model.get_input_embeddings()(ids).detach()

@@ -1,67 +1,235 @@
-"""One forward pass with a cache: which texts begin, which go on by one token or by several, and how each attends.
+"""What one kind of layer keeps of the texts so far, and how a forward pass goes on from it.
 
-Shapes: T new tokens of all texts together, R rows of storage, H heads, D head size, B texts.
+New tokens attend in one of three ways: joined with what precedes them and handed to an attention backend, looking into
+storage directly, or, slowly, with every pair of tokens. Which it is follows from the text alone, so that its numbers do
+not depend on its batch. Storage may be of a wider dtype than the new tokens, whose results are then rounded to theirs.
+
+Shapes: R slots of storage, T new tokens of all texts together, P of them in a part, N texts of a part, J tokens that
+are joined, Q queries and K keys of a text, W slots of a window, H heads, D head size.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.config import Reach
-from modernbert.decoding.cached import Continued, Extended, Fresh, Gathered, Piece, Stretch, Windowed
+from modernbert.config import Config, Reach
+from modernbert.errors import InputError
 from modernbert.nn.attention.contract import AttentionBackend
+from modernbert.nn.attention.dense import dense_attention
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import Weights
 from modernbert.nn.linear import products_dtype
-from modernbert.nn.packing import Packing, on_device
+from modernbert.nn.packing import Packing, on_device, send
 
-if TYPE_CHECKING:
-    from modernbert.decoding.cache import Storage
+_ROOM = 128  # free slots that a growing region gets: a copy of the text's slots every so many tokens
+_MOST_RESERVED = 4096  # free slots that may be asked for ahead
+_NOWHERE = -(2**40)  # position of a slot that holds no token: out of everyone's reach
+_CHUNK = 256  # queries a call where the mask is a tensor
+
+Pair = tuple[Tensor, Tensor]  # keys and values of a layer, each (R, H, D)
 
 
-class Pass:
-    """What the layers of all kinds share.
+class Storage:
+    """Slots for keys and values of all layers of one kind, a region of them for each text.
+
+    Attributes:
+        reach: how far the layers attend.
+        ring: tokens that a region keeps, token i in slot i modulo this; None keeps all.
+        room_ahead: free slots that a growing region gets.
+        starts: first slot of each text's region.
+        capacities: slots of each region.
+        first: for each text its first token that is held, where a crop left less than `ring` says.
+        positions_R: (R,) the position of the token in each slot.
+        layers: number of a layer -> its keys and values; made when the layer first writes.
+    """
+
+    def __init__(self, reach: Reach, slack: int) -> None:
+        self.reach = reach
+        self.ring = None if reach.left is None else reach.left + 1 + slack
+        self.room_ahead = _ROOM
+        self.starts: list[int] = []
+        self.capacities: list[int] = []
+        self.first: list[int] = []
+        self.positions_R = torch.empty(0, dtype=torch.int64)
+        self.layers: dict[int, Pair] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, free ones included."""
+        return self.positions_R.nbytes + sum(k.nbytes + v.nbytes for k, v in self.layers.values())
+
+    def check(self, lengths: Sequence[int], config: Config) -> None:
+        """Refuse tables that do not fit each other or the model, as a damaged file may hold; raises `InputError`."""
+        slots, texts = len(self.positions_R), len(lengths)
+        regions = list(zip(self.starts, self.capacities, self.first, lengths, strict=True))
+        inside = len(regions) == texts and all(
+            start >= 0 and start + capacity <= slots and 0 <= first <= length
+            and (capacity == self.ring if self.ring else length <= capacity)
+            for start, capacity, first, length in regions
+        )  # fmt: skip
+        whole = self.positions_R.dtype == torch.int64 and self.positions_R.dim() == 1
+        stored = all(
+            x.shape == (slots, config.num_attention_heads - len(config.pruned_heads.get(layer, [])), config.head_dim)
+            and x.is_floating_point()
+            for layer, pair in self.layers.items()
+            for x in pair
+        )
+        if not (inside and whole and stored):
+            raise InputError("the saved cache holds rows that do not fit its texts or the model; it is damaged")
+
+    def kept(self, text: int, length: int) -> int:
+        """The first token that is held of a text once it has this length."""
+        return 0 if self.ring is None else max(self.first[text], length - self.ring)
+
+    def slots(self, spans: Sequence[tuple[int, int, int]]) -> Tensor:
+        """For each (text, first, last) the slots of tokens first to last - 1, one text after another."""
+        parts = [torch.empty(0, dtype=torch.int64)]
+        for text, first, last in spans:
+            token = torch.arange(first, last)
+            parts.append(self.starts[text] + (token if self.ring is None else token % self.ring))
+        return send(torch.cat(parts), self.positions_R.device)
+
+    def reserve(self, tokens: int) -> None:
+        """Have regions grow by this many tokens at once, within limits; what is held already stays."""
+        self.room_ahead = min(max(tokens, _ROOM), _MOST_RESERVED)
+
+    def make_room(self, lengths: Sequence[int], new: Sequence[int]) -> None:
+        """Let each text hold this many tokens more."""
+        wanted = [length + n for length, n in zip(lengths, new, strict=True)]
+        if not self.starts:
+            self._lay_out([], [], [self._room(n) for n in wanted])
+        elif self.ring is None and any(n > c for n, c in zip(wanted, self.capacities, strict=True)):
+            self._lay_out(range(len(lengths)), lengths, [self._room(n) for n in wanted])
+
+    def _room(self, length: int) -> int:
+        return self.ring or -(-length // 16) * 16 + self.room_ahead
+
+    def _lay_out(self, texts: Sequence[int], lengths: Sequence[int], capacities: Sequence[int]) -> None:
+        """Make new regions: of these present texts, which have these lengths, with these capacities."""
+        held = [(text, self.kept(text, length), length) for text, length in zip(texts, lengths, strict=True)]
+        source = self.slots(held)
+        self.starts = [0, *itertools.accumulate(capacities)][:-1]
+        self.capacities = list(capacities)
+        self.first = [first for _, first, _ in held] or [0] * len(capacities)
+        target = self.slots([(i, first, last) for i, (_, first, last) in enumerate(held)])
+        total = sum(capacities)
+        with torch.inference_mode(False), torch.no_grad():
+            positions_R = self.positions_R.new_full((total,), _NOWHERE)
+            self.positions_R = positions_R.index_copy_(0, target, self.positions_R[source])
+            for layer, pair in self.layers.items():
+                # Slots without a token are zero: they are multiplied by a weight of zero, which NaN would survive.
+                k, v = (old.new_zeros((total, *old.shape[1:])).index_copy_(0, target, old[source]) for old in pair)
+                self.layers[layer] = (k, v)
+
+    def select(self, texts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Keep these texts, in this order; one may be named several times. `lengths` are those of the present texts."""
+        if list(texts) == list(range(len(lengths))):
+            return
+        regions = self._regions(texts, lengths)
+        if regions is None or 2 * sum(self.capacities[r] for r in regions) < len(self.positions_R):
+            chosen = [lengths[t] for t in texts]
+            self._lay_out(texts, chosen, [self._room(n) for n in chosen])
+            return
+        spans = [(t, r, self.kept(t, lengths[t]), lengths[t]) for t, r in zip(texts, regions, strict=True) if t != r]
+        source = self.slots([(text, first, last) for text, _, first, last in spans])
+        target = self.slots([(region, first, last) for _, region, first, last in spans])
+        if self.ring is not None:
+            for _, region, _, _ in spans:
+                self.positions_R[self.starts[region] : self.starts[region] + self.ring] = _NOWHERE
+        for stored in (self.positions_R, *itertools.chain.from_iterable(self.layers.values())):
+            stored.index_copy_(0, target, stored[source])
+        self.starts, self.capacities = [self.starts[r] for r in regions], [self.capacities[r] for r in regions]
+        self.first = [self.first[t] for t in texts]
+
+    def _regions(self, texts: Sequence[int], lengths: Sequence[int]) -> list[int] | None:
+        """The present region that each of the chosen texts can have: its own, or one that nobody else needs.
+
+        None where there are too few, and for rings of another number, which are best without gaps between them.
+        """
+        if self.ring is not None and len(texts) != len(lengths):
+            return None
+        free = sorted(set(range(len(lengths))) - set(texts))
+        regions: dict[int, None] = {}
+        for text in texts:
+            region = text
+            if text in regions:
+                fitting = [f for f in free if self.capacities[f] >= min(lengths[text], self.capacities[text])]
+                if not fitting:
+                    return None
+                region = fitting[0]
+                free.remove(region)
+            regions[region] = None
+        return list(regions)
+
+    def forget(self, lengths: Sequence[int], wanted: Sequence[int]) -> None:
+        """Forget all but the first `wanted` tokens of each text, which has a length of `lengths`."""
+        kept = [self.kept(i, n) for i, n in enumerate(lengths)]
+        spans = zip(range(len(kept)), map(max, wanted, kept), lengths, strict=True)
+        self.positions_R[self.slots(list(spans))] = _NOWHERE
+        self.first = [min(first, to) for first, to in zip(kept, wanted, strict=True)]
+
+    def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, slots: Tensor, of_T: Tensor | None) -> None:
+        """Put new keys and values, or those of the tokens `of_T`, into these slots."""
+        if layer not in self.layers:
+            with torch.inference_mode(False), torch.no_grad():
+                shape = (len(self.positions_R), *k_THD.shape[1:])
+                dtype = products_dtype(k_THD.dtype, k_THD.device)
+                self.layers[layer] = (k_THD.new_zeros(shape, dtype=dtype), v_THD.new_zeros(shape, dtype=dtype))
+        for stored, new in zip(self.layers[layer], (k_THD, v_THD), strict=True):
+            new = new.detach().to(stored.dtype)
+            stored.index_copy_(0, slots, new if of_T is None else new.index_select(0, of_T))
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device."""
+        with torch.inference_mode(False):
+            self.positions_R = self.positions_R.to(device)
+            self.layers = {layer: (k.to(device), v.to(device)) for layer, (k, v) in self.layers.items()}
+
+
+def _take(x: Tensor, where: slice | Tensor) -> Tensor:
+    return x[where] if isinstance(where, slice) else x.index_select(0, where)
+
+
+class NewTokens:
+    """The new tokens of a forward pass, whatever the kind of layer.
 
     Args:
-        packing: the new tokens.
+        packing: where they lie.
         past: tokens of each text before them.
         ends: the position of each text's next token.
     """
 
     def __init__(self, packing: Packing, past: list[int], ends: list[int]) -> None:
-        self.packing = packing
-        self.past = past
-        self.offsets_B = on_device(ends, packing.positions_T.device)
-        self.positions_T = packing.positions_T + self.offsets_B[packing.text_T]
+        self.packing, self.past = packing, past
+        self.device = packing.positions_T.device
+        self.positions_T = packing.positions_T + on_device(ends, self.device)[packing.text_T]
         new = list(enumerate(packing.lengths))
         self.fresh = [i for i, n in new if n and not past[i]]
         self.steps = [i for i, n in new if n == 1 and past[i]]
         self.later = [i for i, n in new if n > 1 and past[i]]
 
-    def rows_of(self, texts: list[int]) -> Tensor | None:
-        """The new rows of these texts; None where they are all rows, in order."""
-        if len(texts) == len(self.packing.lengths) and texts == sorted(texts):
-            return None
+    def of(self, texts: list[int]) -> slice | Tensor:
+        """Which of the T tokens are those of these texts, one text after another."""
+        if sum(self.packing.lengths[i] for i in texts) == self.packing.tokens and texts == sorted(texts):
+            return slice(None)
         spans = self.packing.spans
-        parts = [torch.arange(*spans[i]) for i in texts]
-        rows = torch.cat([torch.empty(0, dtype=torch.int64), *parts]).to(self.positions_T.device)
-        return None if len(rows) == self.packing.tokens and texts == sorted(texts) else rows
+        return send(torch.cat([torch.arange(*spans[i]) for i in texts]), self.device)
 
-    def of(self, texts: list[int]) -> Packing:
+    def packing_of(self, texts: list[int]) -> Packing:
         """The packing of these texts' new tokens alone, each from position 0."""
         if len(texts) == len(self.packing.lengths):
             return self.packing
-        rows = self.rows_of(texts)
-        packing = Packing.from_lengths([self.packing.lengths[i] for i in texts], self.positions_T.device)
-        if self.packing.gaps:
-            taken = self.packing.positions_T if rows is None else self.packing.positions_T[rows]
-            packing = Packing(packing.lengths, taken, packing.text_T, gaps=True)
-        return packing
+        packing = Packing.from_lengths([self.packing.lengths[i] for i in texts], self.device)
+        if not self.packing.gaps:
+            return packing
+        return Packing(packing.lengths, _take(self.packing.positions_T, self.of(texts)), packing.text_T, gaps=True)
 
 
 class Steps(NamedTuple):
@@ -69,17 +237,17 @@ class Steps(NamedTuple):
 
     Attributes:
         of_N: which of the new tokens they are; None where they are all of them.
-        rows_N: the row of storage that each goes to.
-        first_N: the first row that each attends to.
-        length_N: how many rows that is, free ones of a ring included.
+        slots_N: the slot of storage that each goes to.
+        first_N: the first slot that each attends to.
+        length_N: how many slots that is, free ones of a ring included.
         most: the largest of them.
         positions_N: of the tokens.
         storage: where keys and values lie.
-        left: how far back a token sees; None is all of its text, whose rows then hold nothing else.
+        left: how far back a token sees; None is all of its text, whose slots then hold nothing else.
     """
 
     of_N: Tensor | None
-    rows_N: Tensor
+    slots_N: Tensor
     first_N: Tensor
     length_N: Tensor
     most: int
@@ -88,191 +256,228 @@ class Steps(NamedTuple):
     left: int | None
 
 
+class Joined(NamedTuple):
+    """Texts as what they attend to before their new tokens, their tails, and the new tokens.
+
+    Attributes:
+        of_P: which of the new tokens they have.
+        tail_slots: where the tails lie; None where no text has one.
+        order_J: for each joined token its place in all tails followed by the P new tokens.
+        new_P: which of the joined tokens are new.
+        plan: of a backend, for the joined texts.
+    """
+
+    of_P: slice | Tensor
+    tail_slots: Tensor | None
+    order_J: Tensor
+    new_P: Tensor
+    plan: Any
+
+    def join(self, new_THD: Tensor, stored: Tensor | None) -> Tensor:
+        """(J, H, D), text by text; tails are zeros where nothing is stored, as of queries, which nobody wants."""
+        new_PHD = _take(new_THD, self.of_P)
+        if self.tail_slots is None:
+            return new_PHD
+        if stored is None:
+            tails = new_PHD.new_zeros((len(self.tail_slots), *new_PHD.shape[1:]))
+        else:
+            tails = stored.index_select(0, self.tail_slots).to(new_PHD.dtype)
+        return torch.cat([tails, new_PHD]).index_select(0, self.order_J)
+
+
+class Look(NamedTuple):
+    """N texts with Q new tokens each, which look at what lies in storage.
+
+    Attributes:
+        of_P: which of the new tokens they have.
+        texts: N.
+        slots: the texts' slots, one text after another, as many of each.
+        keys: K, how many of its slots a text looks at; Q queries are its last tokens, and see none after themselves.
+        bias_N11K: of a single query, hides slots that are out of reach or hold nothing; of storage's dtype.
+    """
+
+    of_P: slice | Tensor
+    texts: int
+    slots: slice | Tensor
+    keys: int
+    bias_N11K: Tensor | None = None
+
+    def attend(self, q_THD: Tensor, stored: Pair) -> Tensor:
+        """(T, H, D) to (P, H, D), some queries at a time."""
+        q = _take(q_THD, self.of_P).unflatten(0, (self.texts, -1)).transpose(1, 2)
+        k, v = (_take(x, self.slots).unflatten(0, (self.texts, -1)).transpose(1, 2) for x in stored)
+        outs, queries = [], q.shape[2]
+        for first in range(0, queries, _CHUNK):
+            last = min(first + _CHUNK, queries)
+            past = self.keys - queries
+            bias = self.bias_N11K
+            if queries > 1:
+                bias = k.new_full((last - first, past + last), float("-inf")).triu_(past + first + 1)
+            outs.append(dense_attention(q[:, :, first:last], k[:, :, : past + last], v[:, :, : past + last], bias))
+        return (torch.cat(outs, 2) if len(outs) > 1 else outs[0]).transpose(1, 2).flatten(0, 1)
+
+
 class Continuation:
-    """How the layers of one kind attend in one forward pass: some pieces, the new tokens' rows, and the way back.
+    """How the layers of one kind attend in one forward pass with a cache; see `nn.execution.Attend`.
+
+    Texts without a past attend to themselves, as without a cache. In a local layer several new tokens are joined with
+    the window before them, as their own keys may overwrite it. All others look into storage, which holds them then.
 
     Args:
-        shared: the forward pass.
+        new: the new tokens.
         storage: where the layers' keys and values lie.
-        reach: how far the layers attend.
-        backend: serves what attends to new tokens alone.
+        backend: attends where texts are joined.
         dtype: of q, k and v.
-        gather: attend in the slow, obvious way, which gives weights and lets gradients pass.
+        gather: join everything and look at every pair, which gives weights and lets gradients pass: the oracle.
         weights: where attention weights go, if they are wanted.
     """
 
     def __init__(
         self,
-        shared: Pass,
+        new: NewTokens,
         storage: Storage,
-        reach: Reach,
         backend: AttentionBackend,
         dtype: torch.dtype,
         gather: bool,
         weights: Weights | None = None,
     ) -> None:
-        self.storage, self.weights = storage, weights
-        self.shared = shared
-        self.before: list[Piece] = []
-        self.gathered: Gathered | None = None
-        lengths, past = shared.packing.lengths, shared.past
+        self.new, self.storage, self.backend, self.dtype = new, storage, backend, dtype
+        self.gather, self.weights = gather, weights
+        past, lengths, left = new.past, new.packing.lengths, storage.reach.left
+        self.joined: list[Joined] = []
         if gather:
-            self.gathered = self._gather(reach)
+            self.joined.append(self._gather())
         else:
-            if shared.fresh:
-                plan = backend.plan(shared.of(shared.fresh), reach, dtype)
-                self.before.append(Fresh(shared.rows_of(shared.fresh), backend, plan))
-            if shared.later and reach.left is not None:
-                self.before.append(self._extend(reach, backend, dtype))
-        new = [(i, max(past[i], storage.kept(i, past[i] + n)), past[i] + n) for i, n in enumerate(lengths)]
-        self.rows = storage.rows(new)
-        self.of_T: Tensor | None = None
-        if len(self.rows) < shared.packing.tokens:
-            spans = shared.packing.spans
-            parts = [
-                torch.arange(end - (last - first), end) for (_, end), (_, first, last) in zip(spans, new, strict=True)
-            ]
-            self.of_T = torch.cat(parts).to(self.rows.device)
-        written = shared.positions_T if self.of_T is None else shared.positions_T[self.of_T]
-        storage.positions_R.index_copy_(0, self.rows, written)
-        self.reach, self.dtype = reach, dtype
-
-    @functools.cached_property
-    def after(self) -> list[Piece]:
-        """What attends to stored rows, once the new ones are among them."""
-        shared, storage = self.shared, self.storage
-        if self.gathered is not None:
-            return []
-        if self.reach.left is not None:
-            return [self._windows(self.reach, self.dtype)] if shared.steps else []
-        later = [Continued(shared.rows_of([i]), storage.starts[i], shared.past[i]) for i in shared.later]
-        return [*self._stretches(), *later]
-
-    @functools.cached_property
-    def back(self) -> Tensor | None:
-        """Where each new token's output stands among the pieces' outputs; None where they are in order."""
-        pieces: list[Piece] = [*self.before, *self.after]
-        if len(pieces) > 1:
-            rows = torch.cat([piece.rows_P for piece in pieces if piece.rows_P is not None])
-            return torch.empty_like(rows).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
-        if pieces and pieces[0].rows_P is not None:
-            return torch.argsort(pieces[0].rows_P)
-        return None
-
-    def as_steps(self) -> Steps | None:
-        """What our own kernels need for the texts that go on by one token; None where there are none."""
-        shared, storage = self.shared, self.storage
-        if self.gathered is not None or not shared.steps:
-            return None
-        of_N = shared.rows_of(shared.steps) if shared.fresh or shared.later else None
-        rows_N = (
-            self.rows if of_N is None else storage.rows([(i, shared.past[i], shared.past[i] + 1) for i in shared.steps])
-        )
-        lengths = [storage.ring or shared.past[i] + 1 for i in shared.steps]
-        first_N, length_N = (torch.tensor(x) for x in ([storage.starts[i] for i in shared.steps], lengths))
-        positions_N = shared.positions_T if of_N is None else shared.positions_T[of_N]
-        return Steps(of_N, rows_N, first_N, length_N, max(lengths), positions_N, storage, self.reach.left)
+            if new.fresh:
+                plan = backend.plan(new.packing_of(new.fresh), storage.reach, dtype)
+                nothing = torch.empty(0, dtype=torch.int64)
+                self.joined.append(Joined(new.of(new.fresh), None, nothing, nothing, plan))
+            if new.later and left is not None:
+                self.joined.append(self._extend(new.later, left))
+        spans = [(i, max(past[i], storage.kept(i, past[i] + n)), past[i] + n) for i, n in enumerate(lengths)]
+        self.slots = storage.slots(spans)
+        self.of_T: Tensor | None = None  # the new tokens that are kept, where a ring has no room for all
+        if len(self.slots) < new.packing.tokens:
+            ends = new.packing.starts[1:]
+            parts = [torch.arange(end - last + first, end) for end, (_, first, last) in zip(ends, spans, strict=True)]
+            self.of_T = torch.cat(parts).to(new.device)
+        written = new.positions_T if self.of_T is None else new.positions_T[self.of_T]
+        storage.positions_R.index_copy_(0, self.slots, written)
 
     def __call__(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, dropout: float = 0.0) -> Tensor:
         """Attention outputs (T, H, D) of a layer's new tokens, which are added to the cache."""
-        stored = self.storage.layers.get(layer)
-        if self.gathered is not None:
-            out_THD, of_texts = self.gathered.attend_with_weights(q_THD, k_THD, v_THD, stored)
-            if self.weights is not None:
-                self.weights[layer] = of_texts
-            self.storage.write(layer, k_THD, v_THD, self.rows, self.of_T)
-            return out_THD
-        outs = [piece.attend(q_THD, k_THD, v_THD, stored) for piece in self.before]
-        self.storage.write(layer, k_THD, v_THD, self.rows, self.of_T)
-        outs += [piece.attend(q_THD, k_THD, v_THD, self.storage.layers[layer]) for piece in self.after]
+        stored_k, stored_v = self.storage.layers.get(layer, (None, None))
+        outs = []
+        for part in self.joined:
+            k_JHD, v_JHD = part.join(k_THD, stored_k), part.join(v_THD, stored_v)
+            if self.gather:
+                outs.append(self._every_pair(layer, q_THD, k_JHD, v_JHD, part))
+            else:
+                out_JHD = self.backend.attend(part.join(q_THD, None), k_JHD, v_JHD, part.plan)
+                outs.append(out_JHD if part.tail_slots is None else out_JHD.index_select(0, part.new_P))
+        self.storage.write(layer, k_THD, v_THD, self.slots, self.of_T)
+        outs += [look.attend(q_THD, self.storage.layers[layer]) for look in self.looks]
         if not outs:
             return v_THD
         out_THD = torch.cat(outs) if len(outs) > 1 else outs[0]
         return out_THD if self.back is None else out_THD.index_select(0, self.back)
 
-    def _join(self, texts: list[int], tails: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, Packing, Tensor]:
-        """Rows of the tails, the order of tails and new rows text by text, its packing, and what of it is new."""
-        shared = self.shared
-        tail_rows = self.storage.rows(tails)
-        kept = [last - first for _, first, last in tails]
-        new = [shared.packing.lengths[i] for i in texts]
-        tail_starts, new_starts = ([0, *itertools.accumulate(n)] for n in (kept, new))
-        order, is_new = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.bool)]
-        for i in range(len(texts)):
-            order += [
-                torch.arange(tail_starts[i], tail_starts[i + 1]),
-                torch.arange(new_starts[i], new_starts[i + 1]) + tail_starts[-1],
-            ]
-            is_new.append(torch.arange(kept[i] + new[i]) >= kept[i])
-        device = shared.positions_T.device
-        order_T, new_T = torch.cat(order).to(device), torch.cat(is_new).to(device).nonzero().squeeze(1)
-        rows = shared.rows_of(texts)
-        mine = shared.positions_T if rows is None else shared.positions_T[rows]
-        positions = torch.cat([self.storage.positions_R[tail_rows], mine])[order_T]
-        lengths = tuple(a + b for a, b in zip(kept, new, strict=True))
-        packing = Packing.from_lengths(lengths, device)
-        return tail_rows, order_T, Packing(lengths, positions, packing.text_T, gaps=True), new_T
+    def as_steps(self) -> Steps | None:
+        """What our own kernels need for the texts that go on by one token; None where there are none."""
+        new, storage = self.new, self.storage
+        if self.gather or not new.steps:
+            return None
+        of, slots_N = new.of(new.steps), self.slots
+        if isinstance(of, Tensor):
+            slots_N = storage.slots([(i, new.past[i], new.past[i] + 1) for i in new.steps])
+        lengths = [storage.ring or new.past[i] + 1 for i in new.steps]
+        first_N, length_N = (torch.tensor(x) for x in ([storage.starts[i] for i in new.steps], lengths))
+        of_N, positions_N = None if isinstance(of, slice) else of, _take(new.positions_T, of)
+        return Steps(of_N, slots_N, first_N, length_N, max(lengths), positions_N, storage, storage.reach.left)
 
-    def _gather(self, reach: Reach) -> Gathered:
-        shared = self.shared
-        texts = list(range(len(shared.past)))
-        tails = [(i, self.storage.kept(i, shared.past[i]), shared.past[i]) for i in texts]
-        tail_rows, order, keys, _ = self._join(texts, tails)
-        queries = Packing(shared.packing.lengths, shared.positions_T, shared.packing.text_T)
-        plan = EagerAttention().plan(queries, reach, torch.float32, keys)
-        return Gathered(tail_rows, order, plan, [first for _, first, _ in tails])
+    @functools.cached_property
+    def looks(self) -> list[Look]:
+        """What looks into storage once the new tokens are in it. Our own kernels do without."""
+        if self.gather:
+            return []
+        if self.storage.reach.left is None:
+            return self._whole_texts()
+        return [self._windows(self.storage.reach.left)] if self.new.steps else []
 
-    def _extend(self, reach: Reach, backend: AttentionBackend, dtype: torch.dtype) -> Extended:
-        shared, texts = self.shared, self.shared.later
-        assert reach.left is not None
-        tails = [(i, max(0, shared.past[i] - reach.left), shared.past[i]) for i in texts]
-        tail_rows, order, joined, new_P = self._join(texts, tails)
+    @functools.cached_property
+    def back(self) -> Tensor | None:
+        """Where each new token's output stands among those of the parts; None where they are in order."""
+        parts = [part.of_P for part in self.joined] + [look.of_P for look in self.looks]
+        several = [part for part in parts if isinstance(part, Tensor)]
+        return torch.cat(several).argsort() if several else None
+
+    def _every_pair(self, layer: int, q_THD: Tensor, k_JHD: Tensor, v_JHD: Tensor, part: Joined) -> Tensor:
+        out_THD, weights = EagerAttention().attend_with_weights(q_THD, k_JHD, v_JHD, part.plan)
+        if self.weights is not None:
+            forgotten = [self.storage.kept(i, n) for i, n in enumerate(self.new.past)]
+            self.weights[layer] = [F.pad(w, (lost, 0)) for w, lost in zip(weights, forgotten, strict=True)]
+        return out_THD
+
+    def _join(self, texts: list[int], firsts: list[int]) -> tuple[Joined, Packing]:
+        """Texts with their tails, which begin at these tokens, without a plan yet; and their packing."""
+        new, storage = self.new, self.storage
+        tail_slots = storage.slots([(i, first, new.past[i]) for i, first in zip(texts, firsts, strict=True)])
+        tails_N = torch.tensor([new.past[i] for i in texts]) - torch.tensor(firsts)
+        added_N = torch.tensor([new.packing.lengths[i] for i in texts])
+        text = torch.arange(len(texts)).repeat(2).repeat_interleave(torch.cat([tails_N, added_N]).long())
+        order = text.argsort(stable=True)
+        new_P = (order >= len(tail_slots)).nonzero().squeeze(1)
+        lengths_N = (tails_N + added_N).long()
+        start = (lengths_N.cumsum(0) - lengths_N)[text[order]]
+        order_J, new_P, start_J, text_J = (send(x, new.device) for x in (order, new_P, start, text[order]))
+        of_P = new.of(texts)
+        at_J = torch.cat([storage.positions_R[tail_slots], _take(new.positions_T, of_P)])[order_J]
         # A plan counts positions from each text's first token.
-        first_B = torch.stack([p[0] for p in joined.positions_T.split(joined.lengths)])
-        packing = Packing(joined.lengths, joined.positions_T - first_B[joined.text_T], joined.text_T, gaps=True)
-        plan = backend.plan(packing, reach, dtype)
-        return Extended(shared.rows_of(texts), backend, tail_rows, order, new_P, plan)
+        packing = Packing(tuple(lengths_N.tolist()), at_J - at_J[start_J], text_J, gaps=True)
+        return Joined(of_P, tail_slots if len(tail_slots) else None, order_J, new_P, None), packing
 
-    def _windows(self, reach: Reach, dtype: torch.dtype) -> Windowed:
+    def _gather(self) -> Joined:
+        new, texts = self.new, list(range(len(self.new.past)))
+        joined, keys = self._join(texts, [self.storage.kept(i, new.past[i]) for i in texts])
+        queries = Packing(new.packing.lengths, keys.positions_T[joined.new_P], new.packing.text_T)
+        return joined._replace(plan=EagerAttention().plan(queries, self.storage.reach, torch.float32, keys))
+
+    def _extend(self, texts: list[int], left: int) -> Joined:
+        joined, packing = self._join(texts, [max(0, self.new.past[i] - left) for i in texts])
+        return joined._replace(plan=self.backend.plan(packing, self.storage.reach, self.dtype))
+
+    def _windows(self, left: int) -> Look:
         """All texts that go on by one token, in the order of storage."""
-        storage, shared = self.storage, self.shared
+        new, storage = self.new, self.storage
         width = storage.ring
         assert width is not None
-        assert reach.left is not None
-        texts = sorted(shared.steps, key=lambda i: storage.starts[i])
-        everything = [storage.starts[i] for i in texts] == list(range(0, len(storage.positions_R), width))
-        slots = None if everything else torch.cat([torch.arange(width) + storage.starts[i] for i in texts])
-        slots = None if slots is None else slots.to(storage.positions_R.device)
-        rows = shared.rows_of(texts)
-        at_NW = (storage.positions_R if slots is None else storage.positions_R[slots]).unflatten(0, (-1, width))
-        behind_NW = (shared.positions_T if rows is None else shared.positions_T[rows])[:, None] - at_NW
-        seen = (behind_NW >= 0) & (behind_NW <= reach.left)
-        dtype = products_dtype(dtype, seen.device)
-        bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-        return Windowed(rows, slots, width, bias[:, None, None])
+        texts = sorted(new.steps, key=lambda i: storage.starts[i])
+        starts = [storage.starts[i] for i in texts]
+        slots: slice | Tensor = slice(starts[0], starts[-1] + width)
+        if starts[-1] - starts[0] != (len(starts) - 1) * width:
+            slots = send(torch.cat([torch.arange(start, start + width) for start in starts]), new.device)
+        of_P = new.of(texts)
+        at_NW = _take(storage.positions_R, slots).unflatten(0, (-1, width))
+        behind_NW = _take(new.positions_T, of_P)[:, None] - at_NW
+        seen = (behind_NW >= 0) & (behind_NW <= left)
+        bias = torch.zeros(seen.shape, dtype=products_dtype(self.dtype, new.device), device=new.device)
+        return Look(of_P, len(texts), slots, width, bias.masked_fill_(~seen, float("-inf"))[:, None, None])
 
-    def _stretches(self) -> list[Stretch]:
-        """Texts that go on by one token, those together that are of one length and lie one after another."""
-        storage, shared = self.storage, self.shared
+    def _whole_texts(self) -> list[Look]:
+        """Texts that see all before them, those together that are of one length and lie one after another."""
+        new, storage = self.new, self.storage
         groups: list[list[int]] = []
-        for i in sorted(shared.steps, key=lambda i: storage.starts[i]):
-            last = groups[-1][-1] if groups else None
-            if (
-                last is not None
-                and shared.past[last] == shared.past[i]
-                and storage.capacities[last] == storage.capacities[i]
-                and storage.starts[last] + storage.capacities[last] == storage.starts[i]
-            ):
+        for i in sorted([*new.steps, *new.later], key=lambda i: storage.starts[i]):
+            last = groups[-1][-1] if groups else i
+            shape = (new.past[i], new.packing.lengths[i], storage.capacities[i])
+            alike = shape == (new.past[last], new.packing.lengths[last], storage.capacities[last])
+            if alike and storage.starts[last] + storage.capacities[last] == storage.starts[i]:
                 groups[-1].append(i)
             else:
                 groups.append([i])
-        return [
-            Stretch(
-                shared.rows_of(group),
-                storage.starts[group[0]],
-                len(group),
-                storage.capacities[group[0]],
-                shared.past[group[0]] + 1,
-            )
-            for group in groups
-        ]
+        looks = []
+        for group in groups:
+            start, capacity = storage.starts[group[0]], storage.capacities[group[0]]
+            keys = new.past[group[0]] + new.packing.lengths[group[0]]
+            looks.append(Look(new.of(group), len(group), slice(start, start + len(group) * capacity), keys))
+        return looks
