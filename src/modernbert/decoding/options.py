@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from modernbert.errors import InputError, shown
 
@@ -14,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 20
 _MOST_FROM_FILE = 1024  # beams and sequences of a prompt that defaults may ask for
+Function = TypeVar("Function", bound=Callable[..., Any])
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -167,6 +170,25 @@ class GenerationOptions:
                 f"{self.max_length - columns} after the prompt"
             )
         return self.max_length - columns
+
+
+def shows_options(function: Function) -> Function:
+    """Let `help` and `inspect.signature` show each option of a function that takes `GenerationOptions` by keyword."""
+    own = list((signature := inspect.signature(function)).parameters.values())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    first = next(place for place, parameter in enumerate(own) if parameter.kind is keyword)
+    options = [
+        inspect.Parameter(field.name, keyword, default=None, annotation=_given(str(field.type)))
+        for field in dataclasses.fields(GenerationOptions)
+    ]
+    vars(function)["__signature__"] = signature.replace(parameters=[*own[:first], *options, *own[first:]])
+    return function
+
+
+def _given(kind: str) -> str:
+    """What a caller may give for a field of this type: one in the place of several, and None for the default."""
+    kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1 | Sequence[\1]", kind)
+    return kind if kind.endswith("None") else f"{kind} | None"
 
 
 def _whole(name: str, value: Any, least: int) -> None:

@@ -37,6 +37,7 @@ class History:
         return self.ids[self.prompt :]
 
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
 Sampler = Callable[[Tensor, Sequence[History]], Tensor]
 
 
