@@ -147,8 +147,8 @@ class GenerationMixin:
         limit = self._limit(ids_BS, chosen)
         if isinstance(past_key_values, DecoderCache) and max(chosen.num_beams, copies) > 1:
             past_key_values = past_key_values.copy()
-        decoder = decoder_of(cast(LanguageModel, self), use_cache, past_key_values, return_dict_in_generate)
-        generation = Generation(decoder, prompts, [limit] * len(prompts), chosen, generator, tokenizer)
+        decoder = decoder_of(cast(LanguageModel, self), prompts, use_cache, past_key_values, return_dict_in_generate)
+        generation = Generation(decoder, [limit] * len(prompts), chosen, generator, tokenizer)
         output = GenerateOutput()
         new: list[list[int]]
         if chosen.num_beams > 1:
@@ -210,8 +210,8 @@ class GenerationMixin:
         if len(prompts) * chosen.num_return_sequences > 1 or chosen.num_beams > 1:
             raise InputError("stream goes on with one text, without beams")
         limit = self._limit(ids_BS, chosen)
-        decoder = decoder_of(cast(LanguageModel, self), cache=past_key_values)
-        generation = Generation(decoder, prompts, [limit], chosen, generator, tokenizer)
+        decoder = decoder_of(cast(LanguageModel, self), prompts, cache=past_key_values)
+        generation = Generation(decoder, [limit], chosen, generator, tokenizer)
         return TextPieces(tokenizer, skip_special_tokens).of(generation.tokens())
 
     def generation_defaults(self, **usual: Any) -> dict[str, Any]:

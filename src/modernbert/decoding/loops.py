@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from modernbert.decoding.decoders import Decoder
+from modernbert.decoding.decoders import CachedDecoder, UncachedDecoder
 from modernbert.decoding.options import GenerationOptions
 from modernbert.decoding.samplers import Draw, Generators, History, compose, place_of
 from modernbert.decoding.text import Tokenizer, holds_stop
@@ -47,11 +47,10 @@ class Step:
 
 
 class Generation:
-    """Goes on with prompts, which are known to be ids of the vocabulary, at least one each.
+    """Goes on with prompts: what `generate` does once its arguments are checked.
 
     Args:
-        decoder: reads and scores.
-        prompts: ids of each.
+        decoder: reads the prompts, which are ids of the vocabulary, at least one each; scores what follows.
         limits: how many new tokens each may get.
         options: how to generate.
         generator: draws, for the whole batch or one for each text; None takes PyTorch's global one.
@@ -63,8 +62,7 @@ class Generation:
 
     def __init__(
         self,
-        decoder: Decoder,
-        prompts: Sequence[list[int]],
+        decoder: CachedDecoder | UncachedDecoder,
         limits: Sequence[int],
         options: GenerationOptions,
         generator: Generators = None,
@@ -75,10 +73,9 @@ class Generation:
             raise InputError(f"generator is a {type(generator).__name__}; give a torch.Generator or a list of them")
         if options.num_beams > 1 and isinstance(generator, Sequence):
             raise InputError("generator is a list; a beam search draws from one generator")
-        decoder.check(prompts)
         if options.stop_strings and tokenizer is None:
             raise InputError("stop_strings need tokenizer=, which decodes what they are looked for in")
-        self.decoder, self.prompts, self.limits, self.options = decoder, prompts, limits, options
+        self.decoder, self.limits, self.options = decoder, limits, options
         self.generator, self.tokenizer = generator, tokenizer
         self.sampler = compose(options)
 
@@ -86,7 +83,7 @@ class Generation:
         """New ids, `num_return_sequences` texts a prompt, one after another."""
         if self.options.num_beams > 1:
             return [history.new for history, _ in self.beams()]
-        new: list[list[int]] = [[] for _ in range(len(self.prompts) * self.options.num_return_sequences)]
+        new: list[list[int]] = [[] for _ in range(len(self.limits) * self.options.num_return_sequences)]
         for step in self.steps():
             step.extend(new)
         return new
@@ -144,9 +141,8 @@ class Generation:
         return self.tokenizer is not None and holds_stop(self.tokenizer, options.stop_strings, history.new)
 
     def _start(self) -> tuple[Tensor, list[History]]:
-        self.decoder.reserve(max(self.limits, default=0))
-        logits_BV = self.decoder.start(self.prompts)
-        pairs = zip(self.prompts, self.limits, strict=True)
+        logits_BV = self.decoder.start(max(self.limits, default=0))
+        pairs = zip(self.decoder.prompts, self.limits, strict=True)
         return logits_BV, [History(list(prompt), len(prompt), limit) for prompt, limit in pairs]
 
     def _scores(self, scores_BV: Tensor, histories: list[History]) -> Tensor:

@@ -121,7 +121,7 @@ class TextGenerationPipeline(Pipeline):
             if options.do_sample and len(rows) > 1:  # one generator draws for one prompt
                 return [self.run([row], settings)[0] for row in rows]
         prompts, limits = [list(row.ids) for row in rows], [row.extra.limit for row in rows]
-        new = Generation(decoder_of(self.model), prompts, limits, options, generators, self.tokenizer).new_ids()
+        new = Generation(decoder_of(self.model, prompts), limits, options, generators, self.tokenizer).new_ids()
         return [new[i : i + copies] for i in range(0, len(new), copies)]
 
     def _generator(self, seed: int, number: int, copy: int) -> torch.Generator:
@@ -166,6 +166,6 @@ class TextGenerationPipeline(Pipeline):
         (job,) = self.prepare([text], settings)
         (row,) = job.rows
         generator = self._generator(settings["seed"], number, 0)
-        prompt, limit = list(row.ids), row.extra.limit
-        generation = Generation(decoder_of(self.model), [prompt], [limit], chosen, generator, self.tokenizer)
+        decoder, limits = decoder_of(self.model, [list(row.ids)]), [row.extra.limit]
+        generation = Generation(decoder, limits, chosen, generator, self.tokenizer)
         return TextPieces(self.tokenizer).of(generation.tokens())
