@@ -17,12 +17,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modernbert.config import Config
-from modernbert.decoding.continuation import Continuation, NewTokens, Storage
+from modernbert.decoding.continuation import Continuation, NewTokens, Region, Storage
 from modernbert.errors import InputError, shown
 from modernbert.nn.attention.contract import AttentionBackend
 from modernbert.nn.execution import Weights
 from modernbert.nn.linear import products_dtype
 from modernbert.nn.packing import Packing
+
+_TABLES = ("starts", "capacities", "first")  # the names that the parts of regions are saved under
 
 
 def _signature(config: Config) -> dict[str, Any]:
@@ -183,17 +185,19 @@ class DecoderCache:
         for storage in self.kinds.values():
             left = storage.reach.left
             for i, (to, length) in texts:
-                if left is not None and to < length and storage.kept(i, length) > max(0, to - left):
+                kept = storage.regions[i].kept(length)
+                if left is not None and to < length and kept > max(0, to - left):
                     raise InputError(
                         f"max_length is {max_length}; a text of {length} tokens can be cropped to "
-                        f"{storage.kept(i, length) + left} at the least, because local layers keep a window "
+                        f"{kept + left} at the least, because local layers keep a window "
                         "alone. DecoderCache(config, slack=...) keeps more"
                     )
         for storage in self.kinds.values():
             storage.forget(self.lengths, wanted)
             for i, (to, length) in texts:
                 if to < length:
-                    self.ends[i] = int(storage.positions_R[storage.slots([(i, to - 1, to)])]) + 1 if to else 0
+                    last = storage.slots([(storage.regions[i], max(0, to - 1), to)])
+                    self.ends[i] = int(storage.positions_R[last]) + 1 if to else 0
         self.columns = max(0, self.columns - max((length - to for _, (to, length) in texts), default=0))
         self.lengths = wanted
         return self
@@ -211,19 +215,14 @@ class DecoderCache:
     def to_bytes(self) -> bytes:
         """The whole cache as safetensors, in memory."""
         self._check_whole()
-        tensors = {
-            "lengths": torch.tensor(self.lengths, dtype=torch.int64),
-            "ends": torch.tensor(self.ends, dtype=torch.int64),
-        }
-        tensors["shape"] = torch.tensor([self.columns, self.slack])
-        tensors["model"] = torch.tensor(list(json.dumps(_signature(self.config)).encode()), dtype=torch.uint8)
+        tables = {"lengths": self.lengths, "ends": self.ends, "shape": [self.columns, self.slack]}
+        tensors = {"model": torch.tensor(list(json.dumps(_signature(self.config)).encode()), dtype=torch.uint8)}
         for kind, storage in self.kinds.items():
-            tensors[f"{kind}/starts"] = torch.tensor(storage.starts, dtype=torch.int64)
-            tensors[f"{kind}/capacities"] = torch.tensor(storage.capacities, dtype=torch.int64)
-            tensors[f"{kind}/first"] = torch.tensor(storage.first, dtype=torch.int64)
+            tables |= {f"{kind}/{name}": [at[i] for at in storage.regions] for i, name in enumerate(_TABLES)}
             tensors[f"{kind}/positions"] = storage.positions_R
             for layer, (k, v) in storage.layers.items():
                 tensors[f"{kind}/{layer}/k"], tensors[f"{kind}/{layer}/v"] = k, v
+        tensors |= {name: torch.tensor(numbers, dtype=torch.int64) for name, numbers in tables.items()}
         return safetensors.torch.save(tensors)
 
     @classmethod
@@ -265,12 +264,11 @@ class DecoderCache:
         if len(cache.ends) != len(cache.lengths):
             raise InputError(f"the saved cache has {len(cache.lengths)} lengths and {len(cache.ends)} ends")
         for kind, storage in cache.kinds.items():
-            storage.starts = table(f"{kind}/starts")
-            storage.capacities = table(f"{kind}/capacities")
-            storage.first = table(f"{kind}/first")
+            columns_of = [table(f"{kind}/{name}") for name in _TABLES]
+            storage.regions = [Region(*numbers) for numbers in zip(*columns_of, strict=True)]
             storage.positions_R = tensors[f"{kind}/positions"]
-            numbers = {name.split("/")[1] for name in tensors if name.startswith(f"{kind}/") and name.endswith("/k")}
-            for layer in numbers:
-                storage.layers[int(layer)] = (tensors[f"{kind}/{layer}/k"], tensors[f"{kind}/{layer}/v"])
-            storage.check(cache.lengths, config)
+            layers = [i for i, of in enumerate(config.layer_types or ()) if of == kind]
+            for i in layers if cache.lengths else []:
+                storage.layers[i] = (tensors[f"{kind}/{i}/k"], tensors[f"{kind}/{i}/v"])
+            storage.check(cache.lengths, {i: (saved["heads"][i], config.head_dim) for i in layers})
         return cache

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.config import Config, Reach
+from modernbert.config import Reach
 from modernbert.errors import InputError
 from modernbert.nn.attention.contract import AttentionBackend
 from modernbert.nn.attention.dense import dense_attention
@@ -36,16 +36,30 @@ _CHUNK = 256  # queries a call where the mask is a tensor
 Pair = tuple[Tensor, Tensor]  # keys and values of a layer, each (R, H, D)
 
 
+class Region(NamedTuple):
+    """The slots of one text, token i in slot `start + i % capacity`.
+
+    Attributes:
+        first: the first token that is held, where a crop left fewer than there is room for.
+    """
+
+    start: int
+    capacity: int
+    first: int = 0
+
+    def kept(self, length: int) -> int:
+        """The first token that is held once the text has this length."""
+        return max(self.first, length - self.capacity)
+
+
 class Storage:
     """Slots for keys and values of all layers of one kind, a region of them for each text.
 
     Attributes:
         reach: how far the layers attend.
-        ring: tokens that a region keeps, token i in slot i modulo this; None keeps all.
+        ring: how many of a text's last tokens are kept; None keeps all.
         room_ahead: free slots that a growing region gets.
-        starts: first slot of each text's region.
-        capacities: slots of each region.
-        first: for each text its first token that is held, where a crop left less than `ring` says.
+        regions: of each text.
         positions_R: (R,) the position of the token in each slot.
         layers: number of a layer -> its keys and values; made when the layer first writes.
     """
@@ -54,9 +68,7 @@ class Storage:
         self.reach = reach
         self.ring = None if reach.left is None else reach.left + 1 + slack
         self.room_ahead = _ROOM
-        self.starts: list[int] = []
-        self.capacities: list[int] = []
-        self.first: list[int] = []
+        self.regions: list[Region] = []
         self.positions_R = torch.empty(0, dtype=torch.int64)
         self.layers: dict[int, Pair] = {}
 
@@ -65,61 +77,48 @@ class Storage:
         """Bytes of all slots, free ones included."""
         return self.positions_R.nbytes + sum(k.nbytes + v.nbytes for k, v in self.layers.values())
 
-    def check(self, lengths: Sequence[int], config: Config) -> None:
-        """Refuse tables that do not fit each other or the model, as a damaged file may hold; raises `InputError`."""
-        slots, texts = len(self.positions_R), len(lengths)
-        regions = list(zip(self.starts, self.capacities, self.first, lengths, strict=True))
-        inside = len(regions) == texts and all(
-            start >= 0 and start + capacity <= slots and 0 <= first <= length
-            and (capacity == self.ring if self.ring else length <= capacity)
-            for start, capacity, first, length in regions
+    def check(self, lengths: Sequence[int], shapes: Mapping[int, tuple[int, int]]) -> None:
+        """Refuse tables that do not fit each other or the layers, as a damaged file may hold; raises `InputError`."""
+        slots = len(self.positions_R)
+        inside = len(lengths) == len(self.regions) and all(
+            at.start >= 0 and at.start + at.capacity <= slots and 0 <= at.first <= length
+            and (at.capacity == self.ring if self.ring else length <= at.capacity)
+            for at, length in zip(self.regions, lengths, strict=True)
         )  # fmt: skip
         whole = self.positions_R.dtype == torch.int64 and self.positions_R.dim() == 1
         stored = all(
-            x.shape == (slots, config.num_attention_heads - len(config.pruned_heads.get(layer, [])), config.head_dim)
-            and x.is_floating_point()
-            for layer, pair in self.layers.items()
-            for x in pair
-        )
+            x.shape == (slots, *shapes[layer]) and x.is_floating_point()
+            for layer, pair in self.layers.items() for x in pair
+        )  # fmt: skip
         if not (inside and whole and stored):
             raise InputError("the saved cache holds rows that do not fit its texts or the model; it is damaged")
 
-    def kept(self, text: int, length: int) -> int:
-        """The first token that is held of a text once it has this length."""
-        return 0 if self.ring is None else max(self.first[text], length - self.ring)
-
-    def slots(self, spans: Sequence[tuple[int, int, int]]) -> Tensor:
-        """For each (text, first, last) the slots of tokens first to last - 1, one text after another."""
-        parts = [torch.empty(0, dtype=torch.int64)]
-        for text, first, last in spans:
-            token = torch.arange(first, last)
-            parts.append(self.starts[text] + (token if self.ring is None else token % self.ring))
-        return send(torch.cat(parts), self.positions_R.device)
+    def slots(self, spans: Iterable[tuple[Region, int, int]]) -> Tensor:
+        """For each (region, first, last) the slots of tokens first to last - 1, one text after another."""
+        parts = [at.start + torch.arange(first, last) % at.capacity for at, first, last in spans if first < last]
+        return send(torch.cat([torch.empty(0, dtype=torch.int64), *parts]), self.positions_R.device)
 
     def reserve(self, tokens: int) -> None:
         """Have regions grow by this many tokens at once, within limits; what is held already stays."""
         self.room_ahead = min(max(tokens, _ROOM), _MOST_RESERVED)
 
     def make_room(self, lengths: Sequence[int], new: Sequence[int]) -> None:
-        """Let each text hold this many tokens more."""
+        """Let each text, which has this length, hold this many tokens more."""
         wanted = [length + n for length, n in zip(lengths, new, strict=True)]
-        if not self.starts:
-            self._lay_out([], [], [self._room(n) for n in wanted])
-        elif self.ring is None and any(n > c for n, c in zip(wanted, self.capacities, strict=True)):
-            self._lay_out(range(len(lengths)), lengths, [self._room(n) for n in wanted])
+        held = list(zip(self.regions or [Region(0, 0)] * len(wanted), lengths, strict=True))
+        full = (min(n, self.ring or n) > at.capacity for n, (at, _) in zip(wanted, held, strict=True))
+        if not self.regions or any(full):
+            self._lay_out(held, wanted)
 
-    def _room(self, length: int) -> int:
-        return self.ring or -(-length // 16) * 16 + self.room_ahead
-
-    def _lay_out(self, texts: Sequence[int], lengths: Sequence[int], capacities: Sequence[int]) -> None:
-        """Make new regions: of these present texts, which have these lengths, with these capacities."""
-        held = [(text, self.kept(text, length), length) for text, length in zip(texts, lengths, strict=True)]
-        source = self.slots(held)
-        self.starts = [0, *itertools.accumulate(capacities)][:-1]
-        self.capacities = list(capacities)
-        self.first = [first for _, first, _ in held] or [0] * len(capacities)
-        target = self.slots([(i, first, last) for i, (_, first, last) in enumerate(held)])
-        total = sum(capacities)
+    def _lay_out(self, held: Sequence[tuple[Region, int]], wanted: Sequence[int]) -> None:
+        """Make regions for texts of the lengths `wanted` out of what present ones hold of each, and its length now."""
+        capacities = [self.ring or -(-n // 16) * 16 + self.room_ahead for n in wanted]
+        spans = [(at, at.kept(length), length) for at, length in held]
+        source, total = self.slots(spans), sum(capacities)
+        starts = [0, *itertools.accumulate(capacities)][:-1]
+        firsts = [first for _, first, _ in spans]
+        self.regions = [Region(*at) for at in zip(starts, capacities, firsts, strict=True)]
+        target = self.slots((at, first, last) for at, (_, first, last) in zip(self.regions, spans, strict=True))
         with torch.inference_mode(False), torch.no_grad():
             positions_R = self.positions_R.new_full((total,), _NOWHERE)
             self.positions_R = positions_R.index_copy_(0, target, self.positions_R[source])
@@ -132,48 +131,47 @@ class Storage:
         """Keep these texts, in this order; one may be named several times. `lengths` are those of the present texts."""
         if list(texts) == list(range(len(lengths))):
             return
-        regions = self._regions(texts, lengths)
-        if regions is None or 2 * sum(self.capacities[r] for r in regions) < len(self.positions_R):
-            chosen = [lengths[t] for t in texts]
-            self._lay_out(texts, chosen, [self._room(n) for n in chosen])
+        held = [(self.regions[t], lengths[t]) for t in texts]
+        regions = self._reused(texts, lengths)
+        if regions is None or 2 * sum(at.capacity for at in regions) < len(self.positions_R):
+            self._lay_out(held, [length for _, length in held])
             return
-        spans = [(t, r, self.kept(t, lengths[t]), lengths[t]) for t, r in zip(texts, regions, strict=True) if t != r]
-        source = self.slots([(text, first, last) for text, _, first, last in spans])
-        target = self.slots([(region, first, last) for _, region, first, last in spans])
+        copies = [(old, new, n) for (old, n), new in zip(held, regions, strict=True) if old != new]
+        source = self.slots((old, old.kept(n), n) for old, _, n in copies)
+        target = self.slots((new, old.kept(n), n) for old, new, n in copies)
         if self.ring is not None:
-            for _, region, _, _ in spans:
-                self.positions_R[self.starts[region] : self.starts[region] + self.ring] = _NOWHERE
+            for _, new, _ in copies:
+                self.positions_R[new.start : new.start + new.capacity] = _NOWHERE
         for stored in (self.positions_R, *itertools.chain.from_iterable(self.layers.values())):
             stored.index_copy_(0, target, stored[source])
-        self.starts, self.capacities = [self.starts[r] for r in regions], [self.capacities[r] for r in regions]
-        self.first = [self.first[t] for t in texts]
+        self.regions = regions
 
-    def _regions(self, texts: Sequence[int], lengths: Sequence[int]) -> list[int] | None:
-        """The present region that each of the chosen texts can have: its own, or one that nobody else needs.
+    def _reused(self, texts: Sequence[int], lengths: Sequence[int]) -> list[Region] | None:
+        """For each of the chosen texts its own region, or for a copy one that no chosen text has.
 
         None where there are too few, and for rings of another number, which are best without gaps between them.
         """
         if self.ring is not None and len(texts) != len(lengths):
             return None
-        free = sorted(set(range(len(lengths))) - set(texts))
-        regions: dict[int, None] = {}
+        chosen = set(texts)
+        free = [at for i, at in enumerate(self.regions) if i not in chosen]
+        regions: dict[Region, None] = {}
         for text in texts:
-            region = text
-            if text in regions:
-                fitting = [f for f in free if self.capacities[f] >= min(lengths[text], self.capacities[text])]
+            at = self.regions[text]
+            if at in regions:
+                fitting = [other for other in free if other.capacity >= min(lengths[text], at.capacity)]
                 if not fitting:
                     return None
-                region = fitting[0]
-                free.remove(region)
-            regions[region] = None
+                free.remove(fitting[0])
+                at = fitting[0]._replace(first=at.first)
+            regions[at] = None
         return list(regions)
 
     def forget(self, lengths: Sequence[int], wanted: Sequence[int]) -> None:
         """Forget all but the first `wanted` tokens of each text, which has a length of `lengths`."""
-        kept = [self.kept(i, n) for i, n in enumerate(lengths)]
-        spans = zip(range(len(kept)), map(max, wanted, kept), lengths, strict=True)
-        self.positions_R[self.slots(list(spans))] = _NOWHERE
-        self.first = [min(first, to) for first, to in zip(kept, wanted, strict=True)]
+        held = list(zip(self.regions, lengths, wanted, strict=True))
+        self.positions_R[self.slots((at, max(to, at.kept(n)), n) for at, n, to in held)] = _NOWHERE
+        self.regions = [at._replace(first=min(at.kept(n), to)) for at, n, to in held]
 
     def write(self, layer: int, k_THD: Tensor, v_THD: Tensor, slots: Tensor, of_T: Tensor | None) -> None:
         """Put new keys and values, or those of the tokens `of_T`, into these slots."""
@@ -261,22 +259,22 @@ class Joined(NamedTuple):
 
     Attributes:
         of_P: which of the new tokens they have.
-        tail_slots: where the tails lie; None where no text has one.
-        order_J: for each joined token its place in all tails followed by the P new tokens.
-        new_P: which of the joined tokens are new.
         plan: of a backend, for the joined texts.
+        tail_slots: where the tails lie.
+        order_J: for each joined token its place in all tails followed by the P new tokens; None without tails.
+        new_P: which of the joined tokens are new; None without tails.
     """
 
     of_P: slice | Tensor
-    tail_slots: Tensor | None
-    order_J: Tensor
-    new_P: Tensor
     plan: Any
+    tail_slots: Tensor
+    order_J: Tensor | None = None
+    new_P: Tensor | None = None
 
     def join(self, new_THD: Tensor, stored: Tensor | None) -> Tensor:
         """(J, H, D), text by text; tails are zeros where nothing is stored, as of queries, which nobody wants."""
         new_PHD = _take(new_THD, self.of_P)
-        if self.tail_slots is None:
+        if self.order_J is None:
             return new_PHD
         if stored is None:
             tails = new_PHD.new_zeros((len(self.tail_slots), *new_PHD.shape[1:]))
@@ -343,18 +341,17 @@ class Continuation:
     ) -> None:
         self.new, self.storage, self.backend, self.dtype = new, storage, backend, dtype
         self.gather, self.weights = gather, weights
-        past, lengths, left = new.past, new.packing.lengths, storage.reach.left
+        past, left = new.past, storage.reach.left
         self.joined: list[Joined] = []
         if gather:
-            self.joined.append(self._gather())
+            held = [at.kept(n) for at, n in zip(storage.regions, past, strict=True)]
+            self.joined.append(self._join(list(range(len(past))), held))
         else:
-            if new.fresh:
-                plan = backend.plan(new.packing_of(new.fresh), storage.reach, dtype)
-                nothing = torch.empty(0, dtype=torch.int64)
-                self.joined.append(Joined(new.of(new.fresh), None, nothing, nothing, plan))
-            if new.later and left is not None:
-                self.joined.append(self._extend(new.later, left))
-        spans = [(i, max(past[i], storage.kept(i, past[i] + n)), past[i] + n) for i, n in enumerate(lengths)]
+            for texts in (new.fresh, [] if left is None else new.later):
+                if texts:
+                    self.joined.append(self._join(texts, [max(0, past[i] - (left or 0)) for i in texts]))
+        grown = zip(storage.regions, past, new.packing.lengths, strict=True)
+        spans = [(at, max(old, at.kept(old + n)), old + n) for at, old, n in grown]
         self.slots = storage.slots(spans)
         self.of_T: Tensor | None = None  # the new tokens that are kept, where a ring has no room for all
         if len(self.slots) < new.packing.tokens:
@@ -371,10 +368,14 @@ class Continuation:
         for part in self.joined:
             k_JHD, v_JHD = part.join(k_THD, stored_k), part.join(v_THD, stored_v)
             if self.gather:
-                outs.append(self._every_pair(layer, q_THD, k_JHD, v_JHD, part))
+                out_THD, found = EagerAttention().attend_with_weights(q_THD, k_JHD, v_JHD, part.plan)
+                if self.weights is not None:
+                    held = zip(self.storage.regions, self.new.past, found, strict=True)
+                    self.weights[layer] = [F.pad(weights, (at.kept(n), 0)) for at, n, weights in held]
             else:
-                out_JHD = self.backend.attend(part.join(q_THD, None), k_JHD, v_JHD, part.plan)
-                outs.append(out_JHD if part.tail_slots is None else out_JHD.index_select(0, part.new_P))
+                out_THD = self.backend.attend(part.join(q_THD, None), k_JHD, v_JHD, part.plan)
+                out_THD = out_THD if part.new_P is None else out_THD.index_select(0, part.new_P)
+            outs.append(out_THD)
         self.storage.write(layer, k_THD, v_THD, self.slots, self.of_T)
         outs += [look.attend(q_THD, self.storage.layers[layer]) for look in self.looks]
         if not outs:
@@ -389,9 +390,9 @@ class Continuation:
             return None
         of, slots_N = new.of(new.steps), self.slots
         if isinstance(of, Tensor):
-            slots_N = storage.slots([(i, new.past[i], new.past[i] + 1) for i in new.steps])
+            slots_N = storage.slots((storage.regions[i], new.past[i], new.past[i] + 1) for i in new.steps)
         lengths = [storage.ring or new.past[i] + 1 for i in new.steps]
-        first_N, length_N = (torch.tensor(x) for x in ([storage.starts[i] for i in new.steps], lengths))
+        first_N, length_N = (torch.tensor(x) for x in ([storage.regions[i].start for i in new.steps], lengths))
         of_N, positions_N = None if isinstance(of, slice) else of, _take(new.positions_T, of)
         return Steps(of_N, slots_N, first_N, length_N, max(lengths), positions_N, storage, storage.reach.left)
 
@@ -411,48 +412,38 @@ class Continuation:
         several = [part for part in parts if isinstance(part, Tensor)]
         return torch.cat(several).argsort() if several else None
 
-    def _every_pair(self, layer: int, q_THD: Tensor, k_JHD: Tensor, v_JHD: Tensor, part: Joined) -> Tensor:
-        out_THD, weights = EagerAttention().attend_with_weights(q_THD, k_JHD, v_JHD, part.plan)
-        if self.weights is not None:
-            forgotten = [self.storage.kept(i, n) for i, n in enumerate(self.new.past)]
-            self.weights[layer] = [F.pad(w, (lost, 0)) for w, lost in zip(weights, forgotten, strict=True)]
-        return out_THD
-
-    def _join(self, texts: list[int], firsts: list[int]) -> tuple[Joined, Packing]:
-        """Texts with their tails, which begin at these tokens, without a plan yet; and their packing."""
+    def _join(self, texts: list[int], firsts: list[int]) -> Joined:
+        """Texts with their tails, which begin at these tokens."""
         new, storage = self.new, self.storage
-        tail_slots = storage.slots([(i, first, new.past[i]) for i, first in zip(texts, firsts, strict=True)])
-        tails_N = torch.tensor([new.past[i] for i in texts]) - torch.tensor(firsts)
-        added_N = torch.tensor([new.packing.lengths[i] for i in texts])
-        text = torch.arange(len(texts)).repeat(2).repeat_interleave(torch.cat([tails_N, added_N]).long())
-        order = text.argsort(stable=True)
-        new_P = (order >= len(tail_slots)).nonzero().squeeze(1)
-        lengths_N = (tails_N + added_N).long()
-        start = (lengths_N.cumsum(0) - lengths_N)[text[order]]
-        order_J, new_P, start_J, text_J = (send(x, new.device) for x in (order, new_P, start, text[order]))
-        of_P = new.of(texts)
-        at_J = torch.cat([storage.positions_R[tail_slots], _take(new.positions_T, of_P)])[order_J]
-        # A plan counts positions from each text's first token.
-        packing = Packing(tuple(lengths_N.tolist()), at_J - at_J[start_J], text_J, gaps=True)
-        return Joined(of_P, tail_slots if len(tail_slots) else None, order_J, new_P, None), packing
-
-    def _gather(self) -> Joined:
-        new, texts = self.new, list(range(len(self.new.past)))
-        joined, keys = self._join(texts, [self.storage.kept(i, new.past[i]) for i in texts])
-        queries = Packing(new.packing.lengths, keys.positions_T[joined.new_P], new.packing.text_T)
-        return joined._replace(plan=EagerAttention().plan(queries, self.storage.reach, torch.float32, keys))
-
-    def _extend(self, texts: list[int], left: int) -> Joined:
-        joined, packing = self._join(texts, [max(0, self.new.past[i] - left) for i in texts])
-        return joined._replace(plan=self.backend.plan(packing, self.storage.reach, self.dtype))
+        of_P, packing, order_J, new_P = new.of(texts), new.packing_of(texts), None, None
+        tails = [(storage.regions[i], first, new.past[i]) for i, first in zip(texts, firsts, strict=True)]
+        tail_slots = storage.slots(tails)
+        if len(tail_slots):
+            lengths_2N = torch.tensor([[last - first for _, first, last in tails], packing.lengths])
+            text = torch.arange(len(texts)).repeat(2).repeat_interleave(lengths_2N.flatten())
+            order = text.argsort(stable=True)
+            lengths_N = lengths_2N.sum(0)
+            start = (lengths_N.cumsum(0) - lengths_N)[text[order]]
+            is_new = (order >= len(tail_slots)).nonzero().squeeze(1)
+            order_J, new_P, start_J, text_J = (send(x, new.device) for x in (order, is_new, start, text[order]))
+            at_J = torch.cat([storage.positions_R[tail_slots], _take(new.positions_T, of_P)])[order_J]
+            # A plan counts positions from each text's first token.
+            packing = Packing(tuple(lengths_N.tolist()), at_J - at_J[start_J], text_J, gaps=True)
+        if self.gather:
+            positions_T = packing.positions_T if new_P is None else packing.positions_T[new_P]
+            queries = Packing(new.packing.lengths, positions_T, new.packing.text_T)
+            plan: Any = EagerAttention().plan(queries, storage.reach, torch.float32, packing)
+        else:
+            plan = self.backend.plan(packing, storage.reach, self.dtype)
+        return Joined(of_P, plan, tail_slots, order_J, new_P)
 
     def _windows(self, left: int) -> Look:
         """All texts that go on by one token, in the order of storage."""
         new, storage = self.new, self.storage
         width = storage.ring
         assert width is not None
-        texts = sorted(new.steps, key=lambda i: storage.starts[i])
-        starts = [storage.starts[i] for i in texts]
+        texts = sorted(new.steps, key=lambda i: storage.regions[i].start)
+        starts = [storage.regions[i].start for i in texts]
         slots: slice | Tensor = slice(starts[0], starts[-1] + width)
         if starts[-1] - starts[0] != (len(starts) - 1) * width:
             slots = send(torch.cat([torch.arange(start, start + width) for start in starts]), new.device)
@@ -465,19 +456,17 @@ class Continuation:
 
     def _whole_texts(self) -> list[Look]:
         """Texts that see all before them, those together that are of one length and lie one after another."""
-        new, storage = self.new, self.storage
+        new, regions = self.new, self.storage.regions
         groups: list[list[int]] = []
-        for i in sorted([*new.steps, *new.later], key=lambda i: storage.starts[i]):
+        for i in sorted([*new.steps, *new.later], key=lambda i: regions[i].start):
             last = groups[-1][-1] if groups else i
-            shape = (new.past[i], new.packing.lengths[i], storage.capacities[i])
-            alike = shape == (new.past[last], new.packing.lengths[last], storage.capacities[last])
-            if alike and storage.starts[last] + storage.capacities[last] == storage.starts[i]:
+            alike = (new.past[i], new.packing.lengths[i]) == (new.past[last], new.packing.lengths[last])
+            if groups and alike and regions[i] == regions[last]._replace(start=sum(regions[last][:2])):
                 groups[-1].append(i)
             else:
                 groups.append([i])
         looks = []
         for group in groups:
-            start, capacity = storage.starts[group[0]], storage.capacities[group[0]]
-            keys = new.past[group[0]] + new.packing.lengths[group[0]]
+            (start, capacity, _), keys = regions[group[0]], new.past[group[0]] + new.packing.lengths[group[0]]
             looks.append(Look(new.of(group), len(group), slice(start, start + len(group) * capacity), keys))
         return looks
