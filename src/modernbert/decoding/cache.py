@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modernbert.config import Config
-from modernbert.decoding.continuation import Continuation, NewTokens, Region, Storage
+from modernbert.decoding.continuation import Continuation, Pass, Region, Storage
 from modernbert.errors import InputError, shown
 from modernbert.nn.attention.contract import AttentionBackend
 from modernbert.nn.execution import Weights
@@ -77,7 +77,7 @@ class DecoderCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all layers take, free rows included."""
+        """Bytes that all layers take, free slots included."""
         return sum(storage.nbytes for storage in self.kinds.values())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -130,13 +130,11 @@ class DecoderCache:
         lengths = [length + n for length, n in zip(self.lengths, packing.lengths, strict=True)]
         columns = self.columns + packing.grid[1] if packing.grid is not None else max(lengths, default=0)
         self._unfinished = (lengths, ends, columns)
-        new = NewTokens(packing, list(self.lengths), list(self.ends))
-        return {
-            kind: Continuation(new, storage, backend, dtype, gather, weights) for kind, storage in self.kinds.items()
-        }
+        new = Pass(packing, list(self.lengths), list(self.ends), backend, dtype, gather, weights)
+        return {kind: Continuation(new, storage) for kind, storage in self.kinds.items()}
 
     def reserve(self, tokens: int) -> None:
-        """Have room for so many more tokens of each text at once, not bit by bit; what is held already stays."""
+        """Have room for this many more tokens of each text at once; what is held already stays."""
         for storage in self.kinds.values():
             storage.reserve(tokens)
 

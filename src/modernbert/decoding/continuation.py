@@ -195,18 +195,31 @@ def _take(x: Tensor, where: slice | Tensor) -> Tensor:
     return x[where] if isinstance(where, slice) else x.index_select(0, where)
 
 
-class NewTokens:
-    """The new tokens of a forward pass, whatever the kind of layer.
+class Pass:
+    """What the layers of all kinds share in a forward pass.
 
     Args:
-        packing: where they lie.
+        packing: where the new tokens lie.
         past: tokens of each text before them.
         ends: the position of each text's next token.
+        backend: attends where texts are joined.
+        dtype: of q, k and v.
+        gather: join everything and look at every pair, which gives weights and lets gradients pass: the oracle.
+        weights: where attention weights go, if they are wanted.
     """
 
-    def __init__(self, packing: Packing, past: list[int], ends: list[int]) -> None:
-        self.packing, self.past = packing, past
-        self.device = packing.positions_T.device
+    def __init__(
+        self,
+        packing: Packing,
+        past: list[int],
+        ends: list[int],
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        gather: bool,
+        weights: Weights | None,
+    ) -> None:
+        self.packing, self.past, self.device = packing, past, packing.positions_T.device
+        self.backend, self.dtype, self.gather, self.weights = backend, dtype, gather, weights
         self.positions_T = packing.positions_T + on_device(ends, self.device)[packing.text_T]
         new = list(enumerate(packing.lengths))
         self.fresh = [i for i, n in new if n and not past[i]]
@@ -324,26 +337,13 @@ class Continuation:
     Args:
         new: the new tokens.
         storage: where the layers' keys and values lie.
-        backend: attends where texts are joined.
-        dtype: of q, k and v.
-        gather: join everything and look at every pair, which gives weights and lets gradients pass: the oracle.
-        weights: where attention weights go, if they are wanted.
     """
 
-    def __init__(
-        self,
-        new: NewTokens,
-        storage: Storage,
-        backend: AttentionBackend,
-        dtype: torch.dtype,
-        gather: bool,
-        weights: Weights | None = None,
-    ) -> None:
-        self.new, self.storage, self.backend, self.dtype = new, storage, backend, dtype
-        self.gather, self.weights = gather, weights
+    def __init__(self, new: Pass, storage: Storage) -> None:
+        self.new, self.storage = new, storage
         past, left = new.past, storage.reach.left
         self.joined: list[Joined] = []
-        if gather:
+        if new.gather:
             held = [at.kept(n) for at, n in zip(storage.regions, past, strict=True)]
             self.joined.append(self._join(list(range(len(past))), held))
         else:
@@ -367,13 +367,13 @@ class Continuation:
         outs = []
         for part in self.joined:
             k_JHD, v_JHD = part.join(k_THD, stored_k), part.join(v_THD, stored_v)
-            if self.gather:
+            if self.new.gather:
                 out_THD, found = EagerAttention().attend_with_weights(q_THD, k_JHD, v_JHD, part.plan)
-                if self.weights is not None:
+                if self.new.weights is not None:
                     held = zip(self.storage.regions, self.new.past, found, strict=True)
-                    self.weights[layer] = [F.pad(weights, (at.kept(n), 0)) for at, n, weights in held]
+                    self.new.weights[layer] = [F.pad(weights, (at.kept(n), 0)) for at, n, weights in held]
             else:
-                out_THD = self.backend.attend(part.join(q_THD, None), k_JHD, v_JHD, part.plan)
+                out_THD = self.new.backend.attend(part.join(q_THD, None), k_JHD, v_JHD, part.plan)
                 out_THD = out_THD if part.new_P is None else out_THD.index_select(0, part.new_P)
             outs.append(out_THD)
         self.storage.write(layer, k_THD, v_THD, self.slots, self.of_T)
@@ -386,7 +386,7 @@ class Continuation:
     def as_steps(self) -> Steps | None:
         """What our own kernels need for the texts that go on by one token; None where there are none."""
         new, storage = self.new, self.storage
-        if self.gather or not new.steps:
+        if new.gather or not new.steps:
             return None
         of, slots_N = new.of(new.steps), self.slots
         if isinstance(of, Tensor):
@@ -399,7 +399,7 @@ class Continuation:
     @functools.cached_property
     def looks(self) -> list[Look]:
         """What looks into storage once the new tokens are in it. Our own kernels do without."""
-        if self.gather:
+        if self.new.gather:
             return []
         if self.storage.reach.left is None:
             return self._whole_texts()
@@ -429,12 +429,12 @@ class Continuation:
             at_J = torch.cat([storage.positions_R[tail_slots], _take(new.positions_T, of_P)])[order_J]
             # A plan counts positions from each text's first token.
             packing = Packing(tuple(lengths_N.tolist()), at_J - at_J[start_J], text_J, gaps=True)
-        if self.gather:
+        if self.new.gather:
             positions_T = packing.positions_T if new_P is None else packing.positions_T[new_P]
             queries = Packing(new.packing.lengths, positions_T, new.packing.text_T)
             plan: Any = EagerAttention().plan(queries, storage.reach, torch.float32, packing)
         else:
-            plan = self.backend.plan(packing, storage.reach, self.dtype)
+            plan = new.backend.plan(packing, storage.reach, new.dtype)
         return Joined(of_P, plan, tail_slots, order_J, new_P)
 
     def _windows(self, left: int) -> Look:
@@ -451,22 +451,22 @@ class Continuation:
         at_NW = _take(storage.positions_R, slots).unflatten(0, (-1, width))
         behind_NW = _take(new.positions_T, of_P)[:, None] - at_NW
         seen = (behind_NW >= 0) & (behind_NW <= left)
-        bias = torch.zeros(seen.shape, dtype=products_dtype(self.dtype, new.device), device=new.device)
+        bias = torch.zeros(seen.shape, dtype=products_dtype(new.dtype, new.device), device=new.device)
         return Look(of_P, len(texts), slots, width, bias.masked_fill_(~seen, float("-inf"))[:, None, None])
 
     def _whole_texts(self) -> list[Look]:
         """Texts that see all before them, those together that are of one length and lie one after another."""
-        new, regions = self.new, self.storage.regions
-        groups: list[list[int]] = []
-        for i in sorted([*new.steps, *new.later], key=lambda i: regions[i].start):
-            last = groups[-1][-1] if groups else i
-            alike = (new.past[i], new.packing.lengths[i]) == (new.past[last], new.packing.lengths[last])
-            if groups and alike and regions[i] == regions[last]._replace(start=sum(regions[last][:2])):
-                groups[-1].append(i)
-            else:
-                groups.append([i])
-        looks = []
-        for group in groups:
-            (start, capacity, _), keys = regions[group[0]], new.past[group[0]] + new.packing.lengths[group[0]]
-            looks.append(Look(new.of(group), len(group), slice(start, start + len(group) * capacity), keys))
+        new, regions, looks = self.new, self.storage.regions, []
+
+        def alike(ranked: tuple[int, int]) -> tuple[int, ...]:
+            rank, i = ranked
+            start, capacity, _ = regions[i]
+            return new.past[i], new.packing.lengths[i], capacity, start - rank * capacity
+
+        texts = sorted([*new.steps, *new.later], key=lambda i: regions[i].start)
+        for (past, added, capacity, _), group in itertools.groupby(enumerate(texts), alike):
+            together = [i for _, i in group]
+            start = regions[together[0]].start
+            slots = slice(start, start + len(together) * capacity)
+            looks.append(Look(new.of(together), len(together), slots, past + added))
         return looks

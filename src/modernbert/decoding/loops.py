@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modernbert.decoding.decoders import CachedDecoder, UncachedDecoder
 from modernbert.decoding.options import GenerationOptions
-from modernbert.decoding.samplers import Draw, Generators, History, compose, place_of
+from modernbert.decoding.samplers import Draw, Generators, History, place_of, samplers_of
 from modernbert.decoding.text import Tokenizer, holds_stop
 from modernbert.errors import InputError
 
@@ -77,7 +77,7 @@ class Generation:
             raise InputError("stop_strings need tokenizer=, which decodes what they are looked for in")
         self.decoder, self.limits, self.options = decoder, limits, options
         self.generator, self.tokenizer = generator, tokenizer
-        self.sampler = compose(options)
+        self.samplers = samplers_of(options)
 
     def new_ids(self) -> list[list[int]]:
         """New ids, `num_return_sequences` texts a prompt, one after another."""
@@ -146,7 +146,9 @@ class Generation:
         return logits_BV, [History(list(prompt), len(prompt), limit) for prompt, limit in pairs]
 
     def _scores(self, scores_BV: Tensor, histories: list[History]) -> Tensor:
-        return scores_BV if self.sampler is None else self.sampler(scores_BV, histories)
+        for sampler in self.samplers:
+            scores_BV = sampler(scores_BV, histories)
+        return scores_BV
 
     def _follow(self) -> Iterator[Step]:
         logits_BV, histories = self._start()
