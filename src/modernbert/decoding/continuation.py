@@ -10,6 +10,7 @@ are joined, Q queries and K keys of a text, W slots of a window, H heads, D head
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -238,9 +239,8 @@ class Pass:
         if len(texts) == len(self.packing.lengths):
             return self.packing
         packing = Packing.from_lengths([self.packing.lengths[i] for i in texts], self.device)
-        if not self.packing.gaps:
-            return packing
-        return Packing(packing.lengths, _take(self.packing.positions_T, self.of(texts)), packing.text_T, gaps=True)
+        positions_P = _take(self.packing.positions_T, self.of(texts))
+        return dataclasses.replace(packing, positions_T=positions_P, gaps=self.packing.gaps)
 
 
 class Steps(NamedTuple):

@@ -150,19 +150,15 @@ class GenerationMixin:
         decoder = decoder_of(cast(LanguageModel, self), prompts, use_cache, past_key_values, return_dict_in_generate)
         generation = Generation(decoder, [limit] * len(prompts), chosen, generator, tokenizer)
         output = GenerateOutput()
-        new: list[list[int]]
         if chosen.num_beams > 1:
-            beams = generation.beams()
-            new = [history.new for history, _ in beams]
-            output.sequences_scores = torch.tensor([score for _, score in beams])
+            output.sequences_scores = torch.tensor(generation.beams())
         else:
-            new, scores, logits = [[] for _ in range(texts)], [], []
+            scores, logits = [], []
             with contextlib.ExitStack() as stack:
                 if streamer is not None:
                     stack.callback(streamer.end)  # after an error too, so that it is ready for another text
                     streamer.put(torch.tensor(prompts))
                 for step in generation.steps():
-                    step.extend(new)
                     if streamer is not None:
                         streamer.put(torch.tensor(step.tokens))
                     if output_scores:
@@ -171,11 +167,12 @@ class GenerationMixin:
                         logits.append(step.of_all(step.logits_BV, texts))
             output.scores = tuple(scores) if output_scores else None
             output.logits = tuple(logits) if output_logits else None
-            if isinstance(decoder, CachedDecoder):
-                decoder.cache.columns = ids_BS.shape[1] + max(map(len, new)) - 1
-                output.past_key_values = decoder.cache
-        pad = chosen.pad_token_id if chosen.pad_token_id is not None else next(iter(chosen.eos_token_id), 0)
+        new = [history.new for history in generation.texts]
         width = max(map(len, new))
+        if isinstance(decoder, CachedDecoder) and chosen.num_beams == 1:
+            decoder.cache.columns = ids_BS.shape[1] + width - 1
+            output.past_key_values = decoder.cache
+        pad = chosen.pad_token_id if chosen.pad_token_id is not None else next(iter(chosen.eos_token_id), 0)
         filled = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in new], dtype=torch.int64)
         output.sequences = torch.cat([ids_BS.repeat_interleave(copies, 0), filled.to(ids_BS)], dim=1)
         return output if return_dict_in_generate else output.sequences

@@ -35,11 +35,6 @@ class Step:
     logits_BV: Tensor
     scores_BV: Tensor
 
-    def extend(self, new: list[list[int]]) -> None:
-        """Add the tokens to the new ids of all texts."""
-        for text, token in zip(self.texts, self.tokens, strict=True):
-            new[text].append(token)
-
     def of_all(self, scores_BV: Tensor, texts: int) -> Tensor:
         """These scores among those of all texts, zeros for the finished ones."""
         whole = torch.zeros((texts, scores_BV.shape[1]), device=scores_BV.device)
@@ -58,6 +53,9 @@ class Generation:
 
     Raises:
         InputError: the arguments do not fit each other.
+
+    Attributes:
+        texts: `num_return_sequences` for each prompt, one after another, as far as they are.
     """
 
     def __init__(
@@ -78,22 +76,23 @@ class Generation:
         self.decoder, self.limits, self.options = decoder, limits, options
         self.generator, self.tokenizer = generator, tokenizer
         self.samplers = samplers_of(options)
+        self.texts: list[History] = []
 
     def new_ids(self) -> list[list[int]]:
-        """New ids, `num_return_sequences` texts a prompt, one after another."""
+        """New ids of all texts, at the end."""
         if self.options.num_beams > 1:
-            return [history.new for history, _ in self.beams()]
-        new: list[list[int]] = [[] for _ in range(len(self.limits) * self.options.num_return_sequences)]
-        for step in self.steps():
-            step.extend(new)
-        return new
+            self.beams()
+        else:
+            for _ in self.steps():
+                pass
+        return [history.new for history in self.texts]
 
     def tokens(self) -> Iterator[int]:
         """New ids of the only text, as they come."""
         return (step.tokens[0] for step in self.steps())
 
     def steps(self) -> Iterator[Step]:
-        """Greedy decoding, or sampling where `do_sample` asks for it, of `num_return_sequences` texts a prompt."""
+        """Greedy decoding, or sampling with `do_sample`."""
         steps = self._follow()
         while True:
             with torch.inference_mode():  # not across a yield, where it would be the caller's too
@@ -103,11 +102,8 @@ class Generation:
             yield step
 
     @torch.inference_mode()
-    def beams(self) -> list[tuple[History, float]]:
-        """The best `num_return_sequences` texts of each prompt by beam search, one after another, with their scores.
-
-        With `do_sample` continuations are drawn instead of the best ones taken.
-        """
+    def beams(self) -> list[float]:
+        """Beam search, which draws continuations with `do_sample` instead of taking the best; scores of the texts."""
         number = self.options.num_return_sequences
         logits_BV, histories = self._start()
         searches = [_Search(self, [(history, 0.0)]) for history in histories]
@@ -131,7 +127,9 @@ class Generation:
                     f"num_return_sequences is {number} and beam search found {len(search.finished)} continuations of a "
                     "prompt; the options leave no more"
                 )
-        return [beam for search in searches for beam in search.finished[:number]]
+        best = [beam for search in searches for beam in search.finished[:number]]
+        self.texts = [history for history, _ in best]
+        return [score for _, score in best]
 
     def ends(self, history: History) -> bool:
         """Whether a text is at its end."""
@@ -157,6 +155,7 @@ class Generation:
             self.decoder.select(copies)
             logits_BV = logits_BV[torch.tensor(copies, device=logits_BV.device)]
             histories = [dataclasses.replace(histories[i], ids=list(histories[i].ids)) for i in copies]
+        self.texts = histories
         draw = Draw(len(copies), self.generator) if self.options.do_sample else None
         texts = list(range(len(copies)))
         while True:

@@ -16,8 +16,14 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 20
 _MOST_FROM_FILE = 1024  # beams and sequences of a prompt that defaults may ask for
-Function = TypeVar("Function", bound=Callable[..., Any])
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_BEAMS = ("length_penalty", "early_stopping")
+# The least of each whole number.
+_LEAST = {
+    "max_length": 1, "max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "min_new_tokens": 0, "top_k": 0,
+    "no_repeat_ngram_size": 0, "pad_token_id": 0,
+}  # fmt: skip
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,14 +34,14 @@ class GenerationOptions:
         max_length: tokens of prompt and continuation together, padding columns of the prompt included; 1, which no
             prompt fits under, asks for one new token.
         max_new_tokens: tokens of the continuation; 20 where neither is given.
-        min_new_tokens: an end of text is not taken before so many.
+        min_new_tokens: an end of text is not taken before this many.
         do_sample: draw tokens by their probability instead of taking the likeliest.
         temperature: scores are divided by it before drawing; above 0.
-        top_k: draw among so many likeliest tokens; 0 among all.
+        top_k: draw among this many likeliest tokens; 0 among all.
         top_p: draw among the fewest likeliest tokens whose probabilities sum to this or more; in (0, 1].
-        min_p: draw among tokens at least so likely as this share of the likeliest one's probability; in [0, 1].
+        min_p: draw among tokens at least as likely as this share of the likeliest one's probability; in [0, 1].
         repetition_penalty: scores of tokens that occur already are divided by it (multiplied where negative).
-        no_repeat_ngram_size: no so many tokens in a row occur twice; 0 allows all.
+        no_repeat_ngram_size: no tokens in a row of this length occur twice; 0 allows all.
         num_beams: continuations that beam search follows; 1 follows one.
         length_penalty: a beam's score is its log-probability over its length to this power.
         early_stopping: True ends a beam search once `num_beams` beams are finished; False once none that runs scores
@@ -109,13 +115,10 @@ class GenerationOptions:
             raise InputError(
                 f"max_length is {self.max_length} and max_new_tokens is {self.max_new_tokens}; give one of them"
             )
-        for name in ("max_length", "max_new_tokens", "num_beams", "num_return_sequences"):
-            _whole(name, getattr(self, name), 1)
-        for name in ("min_new_tokens", "top_k", "no_repeat_ngram_size"):
-            _whole(name, getattr(self, name), 0)
+        for name, least in _LEAST.items():
+            _whole(name, getattr(self, name), least)
         for i in self.eos_token_id:
             _whole("eos_token_id", i, 0)
-        _whole("pad_token_id", self.pad_token_id, 0)
         if not isinstance(self.do_sample, bool):
             raise InputError(f"do_sample is {shown(self.do_sample)}; choose True or False")
         _between("repetition_penalty", self.repetition_penalty, 0.0, None, open_below=True)
@@ -124,14 +127,12 @@ class GenerationOptions:
             _between("temperature", self.temperature, 0.0, None, open_below=True)
             _between("top_p", self.top_p, 0.0, 1.0, open_below=True)
             _between("min_p", self.min_p, 0.0, 1.0)
-        sampling = [name for name in _SAMPLING if name in given]
-        if sampling and not self.do_sample:
-            raise InputError(f"{', '.join(sampling)} is for sampling, which is off; give do_sample=True too")
+        if not self.do_sample and (off := [name for name in _SAMPLING if name in given]):
+            raise InputError(f"{', '.join(off)} is for sampling, which is off; give do_sample=True too")
         if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
             raise InputError(f"early_stopping is {shown(self.early_stopping)}; choose True, False or 'never'")
-        beams = [name for name in ("length_penalty", "early_stopping") if name in given]
-        if beams and self.num_beams == 1:
-            raise InputError(f"{', '.join(beams)} is for beam search, which is off; give num_beams too")
+        if self.num_beams == 1 and (off := [name for name in _BEAMS if name in given]):
+            raise InputError(f"{', '.join(off)} is for beam search, which is off; give num_beams too")
         if self.num_return_sequences > 1 and not self.do_sample and self.num_return_sequences > self.num_beams:
             raise InputError(
                 f"num_return_sequences is {self.num_return_sequences}; without do_sample=True there are as many "
