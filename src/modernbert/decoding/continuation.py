@@ -203,10 +203,7 @@ class Pass:
         packing: where the new tokens lie.
         past: tokens of each text before them.
         ends: the position of each text's next token.
-        backend: attends where texts are joined.
-        dtype: of q, k and v.
-        gather: join everything and look at every pair, which gives weights and lets gradients pass: the oracle.
-        weights: where attention weights go, if they are wanted.
+        backend, dtype, gather, weights: see `nn.execution.Cache.begin`.
     """
 
     def __init__(
@@ -332,7 +329,8 @@ class Continuation:
     """How the layers of one kind attend in one forward pass with a cache; see `nn.execution.Attend`.
 
     Texts without a past attend to themselves, as without a cache. In a local layer several new tokens are joined with
-    the window before them, as their own keys may overwrite it. All others look into storage, which holds them then.
+    the window before them, as their own keys may overwrite it. All others look into storage, once they are in it. To
+    `gather` is the oracle of all that: everything is joined, and every pair of tokens looked at.
 
     Args:
         new: the new tokens.
@@ -341,16 +339,11 @@ class Continuation:
 
     def __init__(self, new: Pass, storage: Storage) -> None:
         self.new, self.storage = new, storage
-        past, left = new.past, storage.reach.left
-        self.joined: list[Joined] = []
+        joined = [new.fresh, [] if storage.reach.left is None else new.later]
         if new.gather:
-            held = [at.kept(n) for at, n in zip(storage.regions, past, strict=True)]
-            self.joined.append(self._join(list(range(len(past))), held))
-        else:
-            for texts in (new.fresh, [] if left is None else new.later):
-                if texts:
-                    self.joined.append(self._join(texts, [max(0, past[i] - (left or 0)) for i in texts]))
-        grown = zip(storage.regions, past, new.packing.lengths, strict=True)
+            joined = [list(range(len(new.past)))]
+        self.joined = [self._join(texts) for texts in joined if texts or new.gather]
+        grown = zip(storage.regions, new.past, new.packing.lengths, strict=True)
         spans = [(at, max(old, at.kept(old + n)), old + n) for at, old, n in grown]
         self.slots = storage.slots(spans)
         self.of_T: Tensor | None = None  # the new tokens that are kept, where a ring has no room for all
@@ -412,11 +405,13 @@ class Continuation:
         several = [part for part in parts if isinstance(part, Tensor)]
         return torch.cat(several).argsort() if several else None
 
-    def _join(self, texts: list[int], firsts: list[int]) -> Joined:
-        """Texts with their tails, which begin at these tokens."""
+    def _join(self, texts: list[int]) -> Joined:
+        """Texts with what is held of them, or what is within reach."""
         new, storage = self.new, self.storage
         of_P, packing, order_J, new_P = new.of(texts), new.packing_of(texts), None, None
-        tails = [(storage.regions[i], first, new.past[i]) for i, first in zip(texts, firsts, strict=True)]
+        tails = []
+        for at, past in ((storage.regions[i], new.past[i]) for i in texts):
+            tails.append((at, at.kept(past) if new.gather else max(0, past - (storage.reach.left or 0)), past))
         tail_slots = storage.slots(tails)
         if len(tail_slots):
             lengths_2N = torch.tensor([[last - first for _, first, last in tails], packing.lengths])

@@ -1,6 +1,6 @@
 """`generate`: the door of text generation.
 
-Shapes: B texts, S columns.
+Shapes: B texts, S columns, T tokens of all texts together, M hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modernbert.config import Config
 from modernbert.decoding.cache import DecoderCache
-from modernbert.decoding.decoders import CachedDecoder, LanguageModel, decoder_of
+from modernbert.decoding.decoders import CachedDecoder, decoder_of
 from modernbert.decoding.loops import Generation
 from modernbert.decoding.options import GenerationOptions, shows_options
 from modernbert.decoding.samplers import Generators
@@ -26,8 +26,9 @@ from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, listed
 from modernbert.files import write_text
 from modernbert.hub import Source
-from modernbert.nn.inputs import check_tensors
+from modernbert.nn.inputs import PackedInputs, check_tensors
 from modernbert.nn.outputs import ModelOutput
+from modernbert.nn.packing import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,13 @@ class GenerationMixin:
         generation_config: defaults of the options, as a checkpoint's `generation_config.json` holds them.
     """
 
-    config: Any  # of the model that this is mixed into
     generation_config: dict[str, Any]
+    # Of the model that this is mixed into.
+    config: Any
+    device: Any
+    training: bool
+    model: Any
+    score: Any
 
     def read_more(self, source: Source) -> None:
         """Defaults of `generate`, where the checkpoint has them."""
@@ -83,6 +89,15 @@ class GenerationMixin:
             write_text(folder / _DEFAULTS, json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n")
         else:
             (folder / _DEFAULTS).unlink(missing_ok=True)
+
+    def score_next(self, inputs: PackedInputs, cache: DecoderCache | None) -> Tensor:
+        """Scores (B, V), float32, of what follows each text that has tokens in the input; the cache gets those."""
+        x_TM = self.model.encode(inputs, False, False, cache).last_TM
+        ends = [end - 1 for start, end in inputs.packing.spans if end > start]
+        if len(ends) < len(x_TM):
+            x_TM = x_TM.index_select(0, on_device(ends, x_TM.device))
+        scores_BV: Tensor = self.score(x_TM).float()
+        return scores_BV
 
     @shows_options
     def generate(
@@ -147,7 +162,7 @@ class GenerationMixin:
         limit = self._limit(ids_BS, chosen)
         if isinstance(past_key_values, DecoderCache) and max(chosen.num_beams, copies) > 1:
             past_key_values = past_key_values.copy()
-        decoder = decoder_of(cast(LanguageModel, self), prompts, use_cache, past_key_values, return_dict_in_generate)
+        decoder = decoder_of(self, prompts, use_cache, past_key_values, return_dict_in_generate)
         generation = Generation(decoder, [limit] * len(prompts), chosen, generator, tokenizer)
         output = GenerateOutput()
         if chosen.num_beams > 1:
@@ -207,7 +222,7 @@ class GenerationMixin:
         if len(prompts) * chosen.num_return_sequences > 1 or chosen.num_beams > 1:
             raise InputError("stream goes on with one text, without beams")
         limit = self._limit(ids_BS, chosen)
-        decoder = decoder_of(cast(LanguageModel, self), prompts, cache=past_key_values)
+        decoder = decoder_of(self, prompts, cache=past_key_values)
         generation = Generation(decoder, [limit], chosen, generator, tokenizer)
         return TextPieces(tokenizer, skip_special_tokens).of(generation.tokens())
 

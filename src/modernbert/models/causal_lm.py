@@ -22,7 +22,6 @@ from modernbert.nn.backbone import check_kwargs
 from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.layers import Linear, PredictionHead
 from modernbert.nn.losses import IGNORED, cross_entropy
-from modernbert.nn.packing import on_device
 
 
 class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
@@ -134,14 +133,6 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     def score(self, x: Tensor) -> Tensor:
         """Scores of the whole vocabulary for what follows rows: (N, M) to (N, V)."""
         return self.decoder(self.lm_head(x))
-
-    def score_next(self, inputs: PackedInputs, cache: DecoderCache | None = None) -> Tensor:
-        """Scores (N, V), float32, of what follows each text that has tokens in the input; the cache gets those."""
-        x_TM = self.model.encode(inputs, False, False, cache).last_TM
-        ends = [end - 1 for start, end in inputs.packing.spans if end > start]
-        if len(ends) < len(x_TM):
-            x_TM = x_TM.index_select(0, on_device(ends, x_TM.device))
-        return self.score(x_TM).float()
 
 
 def next_tokens(inputs: PackedInputs, labels_T: Tensor) -> Tensor:
