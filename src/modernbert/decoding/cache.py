@@ -108,12 +108,9 @@ class DecoderCache:
         """Make room for new tokens, before the layers write them; how each kind attends. See `nn.execution.Cache`."""
         self._check_whole()
         held = products_dtype(dtype, packing.positions_T.device)
-        for storage in self.kinds.values():
-            for k, _ in storage.layers.values():
-                if k.dtype != held:
-                    raise InputError(
-                        f"past_key_values holds {k.dtype} and the model computes in {held}; make a new one"
-                    )
+        for k, _ in (pair for storage in self.kinds.values() for pair in storage.layers.values()):
+            if k.dtype != held:
+                raise InputError(f"past_key_values holds {k.dtype} and the model computes in {held}; make a new one")
         if not self.lengths:
             self.lengths, self.ends = [0] * len(packing.lengths), [0] * len(packing.lengths)
         if len(packing.lengths) != len(self.lengths):
@@ -168,11 +165,11 @@ class DecoderCache:
         self.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Have each text so many times, one after another."""
+        """Have each text this many times, one after another."""
         self.select([t for t in range(len(self)) for _ in range(repeats)])
 
     def crop(self, max_length: int) -> Self:
-        """Forget all but the first `max_length` tokens of each text, in place; a negative number forgets so many.
+        """Forget all but the first `max_length` tokens of each text, in place; a negative number forgets that many.
 
         Raises:
             InputError: a local layer no longer holds what tokens before the cut would see. `slack` keeps more.

@@ -225,7 +225,7 @@ class _Search:
         options, generator = self.generation.options, self.generation.generator
         assert not isinstance(generator, Sequence)
         vocabulary, flat = scores_BV.shape[1], scores_BV.flatten()
-        # So many that, should each way to end be among the best of each beam, enough others remain.
+        # Enough that, should each way to end be among the best of each beam, enough others remain.
         wanted = max(2, 1 + len(options.eos_token_id)) * options.num_beams
         possible = min(wanted, int(flat.isfinite().sum()))
         if not possible:

@@ -121,10 +121,10 @@ class GenerationOptions:
             _whole("eos_token_id", i, 0)
         if not isinstance(self.do_sample, bool):
             raise InputError(f"do_sample is {shown(self.do_sample)}; choose True or False")
-        _between("repetition_penalty", self.repetition_penalty, 0.0, None, open_below=True)
+        _between("repetition_penalty", self.repetition_penalty, 0.0, open_below=True)
         _between("length_penalty", self.length_penalty, -100.0, 100.0)
         if self.do_sample:  # what is off means nothing
-            _between("temperature", self.temperature, 0.0, None, open_below=True)
+            _between("temperature", self.temperature, 0.0, open_below=True)
             _between("top_p", self.top_p, 0.0, 1.0, open_below=True)
             _between("min_p", self.min_p, 0.0, 1.0)
         if not self.do_sample and (off := [name for name in _SAMPLING if name in given]):
@@ -150,7 +150,7 @@ class GenerationOptions:
             raise InputError(f"stop_strings is {shown(list(self.stop_strings))}; give strings with something in them")
 
     def new_tokens(self, columns: int) -> int:
-        """How many tokens to add at the most to prompts of so many columns.
+        """How many tokens to add at the most to prompts of this many columns.
 
         Raises:
             InputError: `max_length` leaves no room.
@@ -197,10 +197,8 @@ def _whole(name: str, value: Any, least: int) -> None:
         raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
 
 
-def _between(name: str, value: Any, low: float | None, high: float | None, open_below: bool = False) -> None:
+def _between(name: str, value: Any, low: float, high: float | None = None, open_below: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-    inside = number and (low is None or (value > low if open_below else value >= low))
-    if not inside or (high is not None and value > high):
-        least = "any number" if low is None else f"above {low:g}" if open_below else f"at least {low:g}"
+    if not number or not (value > low if open_below else value >= low) or (high is not None and value > high):
         most = "" if high is None else f", at most {high:g}"
-        raise InputError(f"{name} is {shown(value)}; it must be {least}{most}")
+        raise InputError(f"{name} is {shown(value)}; it must be {'above' if open_below else 'at least'} {low:g}{most}")

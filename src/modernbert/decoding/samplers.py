@@ -111,25 +111,19 @@ def keep_min_p(scores_BV: Tensor, histories: Sequence[History], p: float, least:
 
 def samplers_of(options: GenerationOptions) -> list[Sampler]:
     """All that the options ask for, in the order that they are applied in."""
-    samplers: list[Sampler] = []
-    if options.repetition_penalty != 1.0:
-        samplers.append(partial(penalize_repetition, penalty=options.repetition_penalty))
-    if options.no_repeat_ngram_size:
-        samplers.append(partial(forbid_repeated_ngrams, size=options.no_repeat_ngram_size))
-    if options.min_new_tokens and options.eos_token_id:
-        samplers.append(partial(forbid_end, eos_ids=options.eos_token_id, until=options.min_new_tokens))
     # Beams that all end at once leave others to go on with.
     least = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_token_id))
-    if options.do_sample:
-        if options.temperature != 1.0:
-            samplers.append(partial(scale, temperature=options.temperature))
-        if options.top_k:
-            samplers.append(partial(keep_top_k, k=options.top_k, least=least))
-        if options.top_p < 1.0:
-            samplers.append(partial(keep_top_p, p=options.top_p, least=least))
-        if options.min_p > 0.0:
-            samplers.append(partial(keep_min_p, p=options.min_p, least=least))
-    return samplers
+    draws, until = options.do_sample, options.min_new_tokens if options.eos_token_id else 0
+    samplers: list[tuple[bool, Sampler]] = [
+        (options.repetition_penalty != 1.0, partial(penalize_repetition, penalty=options.repetition_penalty)),
+        (options.no_repeat_ngram_size > 0, partial(forbid_repeated_ngrams, size=options.no_repeat_ngram_size)),
+        (until > 0, partial(forbid_end, eos_ids=options.eos_token_id, until=until)),
+        (draws and options.temperature != 1.0, partial(scale, temperature=options.temperature)),
+        (draws and options.top_k > 0, partial(keep_top_k, k=options.top_k, least=least)),
+        (draws and options.top_p < 1.0, partial(keep_top_p, p=options.top_p, least=least)),
+        (draws and options.min_p > 0.0, partial(keep_min_p, p=options.min_p, least=least)),
+    ]
+    return [sampler for wanted, sampler in samplers if wanted]
 
 
 class Draw:
@@ -143,25 +137,25 @@ class Draw:
             PyTorch's global one.
     """
 
-    def __init__(self, texts: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> None:
+    def __init__(self, texts: int, generator: Generators) -> None:
         self.texts = texts
         self.generator = generator
 
     def __call__(self, scores_BV: Tensor, texts: Sequence[int]) -> Tensor:
         """One token of each of these texts, (B,), by its scores."""
-        probabilities = scores_BV.softmax(-1)
-        if self.generator is None or isinstance(self.generator, torch.Generator):
-            noise = torch.empty((self.texts, scores_BV.shape[1]), device=place_of(self.generator, scores_BV))
-            noise = noise.exponential_(generator=self.generator).to(scores_BV.device)
-            if len(texts) < self.texts:
-                noise = noise[torch.tensor(texts, device=noise.device)]
+        size = scores_BV.shape[1]
+        if isinstance(self.generator, Sequence):
+            noise_BV = torch.cat([_noise(1, size, self.generator[text], scores_BV) for text in texts])
         else:
-            drawn = []
-            for generator in (self.generator[text] for text in texts):
-                noise_V = torch.empty(scores_BV.shape[1], device=place_of(generator, scores_BV))
-                drawn.append(noise_V.exponential_(generator=generator).to(scores_BV.device))
-            noise = torch.stack(drawn)
-        return (probabilities / noise).argmax(-1)
+            noise_BV = _noise(self.texts, size, self.generator, scores_BV)
+            if len(texts) < self.texts:
+                noise_BV = noise_BV[torch.tensor(texts, device=noise_BV.device)]
+        return (scores_BV.softmax(-1) / noise_BV).argmax(-1)
+
+
+def _noise(texts: int, size: int, generator: torch.Generator | None, scores: Tensor) -> Tensor:
+    noise = torch.empty((texts, size), device=place_of(generator, scores))
+    return noise.exponential_(generator=generator).to(scores.device)
 
 
 def place_of(generator: torch.Generator | None, scores: Tensor) -> torch.device:
