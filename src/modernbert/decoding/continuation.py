@@ -1,8 +1,9 @@
 """What one kind of layer keeps of the texts so far, and how a forward pass goes on from it.
 
-New tokens attend in one of three ways: joined with what precedes them and handed to an attention backend, looking into
-storage directly, or, slowly, with every pair of tokens. Which it is follows from the text alone, so that its numbers do
-not depend on its batch. Storage may be of a wider dtype than the new tokens, whose results are then rounded to theirs.
+New tokens attend in one of three ways: joined with what precedes them and handed to an attention backend, to keys in
+place, where they are stored, or, slowly, with every pair of tokens. Which it is follows from the text alone, so that
+its numbers do not depend on its batch. Storage may be of a wider dtype than the new tokens, whose results are then
+rounded to theirs.
 
 Shapes: R slots of storage, T new tokens of all texts together, P of them in a part, N texts of a part, J tokens that
 are joined, Q queries and K keys of a text, W slots of a window, H heads, D head size.
@@ -29,7 +30,7 @@ from modernbert.nn.execution import Weights
 from modernbert.nn.linear import products_dtype
 from modernbert.nn.packing import Packing, on_device, send
 
-_ROOM = 128  # free slots that a growing region gets: a copy of the text's slots every so many tokens
+_ROOM = 128  # free slots that a growing region gets; it is copied whenever they are full
 _MOST_RESERVED = 4096  # free slots that may be asked for ahead
 _NOWHERE = -(2**40)  # position of a slot that holds no token: out of everyone's reach
 _CHUNK = 256  # queries a call where the mask is a tensor
@@ -282,7 +283,7 @@ class Joined(NamedTuple):
     new_P: Tensor | None = None
 
     def join(self, new_THD: Tensor, stored: Tensor | None) -> Tensor:
-        """(J, H, D), text by text; tails are zeros where nothing is stored, as of queries, which nobody wants."""
+        """(J, H, D), text by text. Queries are not stored: their tails are zeros, and nobody reads their outputs."""
         new_PHD = _take(new_THD, self.of_P)
         if self.order_J is None:
             return new_PHD
@@ -293,14 +294,14 @@ class Joined(NamedTuple):
         return torch.cat([tails, new_PHD]).index_select(0, self.order_J)
 
 
-class Look(NamedTuple):
-    """N texts with Q new tokens each, which look at what lies in storage.
+class InPlace(NamedTuple):
+    """N texts with Q new tokens each, which attend to keys where they are stored.
 
     Attributes:
         of_P: which of the new tokens they have.
         texts: N.
         slots: the texts' slots, one text after another, as many of each.
-        keys: K, how many of its slots a text looks at; Q queries are its last tokens, and see none after themselves.
+        keys: K, how many of its slots a text attends to; Q queries are its last tokens, and see none after themselves.
         bias_N11K: of a single query, hides slots that are out of reach or hold nothing; of storage's dtype.
     """
 
@@ -329,8 +330,8 @@ class Continuation:
     """How the layers of one kind attend in one forward pass with a cache; see `nn.execution.Attend`.
 
     Texts without a past attend to themselves, as without a cache. In a local layer several new tokens are joined with
-    the window before them, as their own keys may overwrite it. All others look into storage, once they are in it. To
-    `gather` is the oracle of all that: everything is joined, and every pair of tokens looked at.
+    the window before them, as their own keys may overwrite it. All others attend in place, once they are stored. To
+    `gather` is the oracle of all that: everything is joined, and every pair of tokens is scored.
 
     Args:
         new: the new tokens.
@@ -370,7 +371,7 @@ class Continuation:
                 out_THD = out_THD if part.new_P is None else out_THD.index_select(0, part.new_P)
             outs.append(out_THD)
         self.storage.write(layer, k_THD, v_THD, self.slots, self.of_T)
-        outs += [look.attend(q_THD, self.storage.layers[layer]) for look in self.looks]
+        outs += [part.attend(q_THD, self.storage.layers[layer]) for part in self.in_place]
         if not outs:
             return v_THD
         out_THD = torch.cat(outs) if len(outs) > 1 else outs[0]
@@ -390,8 +391,8 @@ class Continuation:
         return Steps(of_N, slots_N, first_N, length_N, max(lengths), positions_N, storage, storage.reach.left)
 
     @functools.cached_property
-    def looks(self) -> list[Look]:
-        """What looks into storage once the new tokens are in it. Our own kernels do without."""
+    def in_place(self) -> list[InPlace]:
+        """What attends in place once the new tokens are stored. Our own kernels do without."""
         if self.new.gather:
             return []
         if self.storage.reach.left is None:
@@ -401,7 +402,7 @@ class Continuation:
     @functools.cached_property
     def back(self) -> Tensor | None:
         """Where each new token's output stands among those of the parts; None where they are in order."""
-        parts = [part.of_P for part in self.joined] + [look.of_P for look in self.looks]
+        parts = [part.of_P for part in self.joined] + [part.of_P for part in self.in_place]
         several = [part for part in parts if isinstance(part, Tensor)]
         return torch.cat(several).argsort() if several else None
 
@@ -432,7 +433,7 @@ class Continuation:
             plan = new.backend.plan(packing, storage.reach, new.dtype)
         return Joined(of_P, plan, tail_slots, order_J, new_P)
 
-    def _windows(self, left: int) -> Look:
+    def _windows(self, left: int) -> InPlace:
         """All texts that go on by one token, in the order of storage."""
         new, storage = self.new, self.storage
         width = storage.ring
@@ -447,11 +448,11 @@ class Continuation:
         behind_NW = _take(new.positions_T, of_P)[:, None] - at_NW
         seen = (behind_NW >= 0) & (behind_NW <= left)
         bias = torch.zeros(seen.shape, dtype=products_dtype(new.dtype, new.device), device=new.device)
-        return Look(of_P, len(texts), slots, width, bias.masked_fill_(~seen, float("-inf"))[:, None, None])
+        return InPlace(of_P, len(texts), slots, width, bias.masked_fill_(~seen, float("-inf"))[:, None, None])
 
-    def _whole_texts(self) -> list[Look]:
+    def _whole_texts(self) -> list[InPlace]:
         """Texts that see all before them, those together that are of one length and lie one after another."""
-        new, regions, looks = self.new, self.storage.regions, []
+        new, regions, found = self.new, self.storage.regions, []
 
         def alike(ranked: tuple[int, int]) -> tuple[int, ...]:
             rank, i = ranked
@@ -463,5 +464,5 @@ class Continuation:
             together = [i for _, i in group]
             start = regions[together[0]].start
             slots = slice(start, start + len(together) * capacity)
-            looks.append(Look(new.of(together), len(together), slots, past + added))
-        return looks
+            found.append(InPlace(new.of(together), len(together), slots, past + added))
+        return found

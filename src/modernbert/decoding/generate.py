@@ -263,8 +263,8 @@ def read_prompts(
     if attention_mask.shape != input_ids.shape:
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {tuple(input_ids.shape)}")
     input_ids = input_ids.long()
-    rows = zip(input_ids.tolist(), attention_mask.ne(0).tolist(), strict=True)
-    prompts = [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
+    given = zip(input_ids.tolist(), attention_mask.ne(0).tolist(), strict=True)
+    prompts = [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in given]
     if not prompts or not all(prompts):
         raise InputError("a prompt has no token; give at least one, such as bos_token_id")
     low, high = min(map(min, prompts)), max(map(max, prompts))

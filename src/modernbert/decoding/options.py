@@ -187,7 +187,7 @@ def shows_options(function: Function) -> Function:
 
 
 def _given(kind: str) -> str:
-    """What a caller may give for a field of this type: one in the place of several, and None for the default."""
+    """What a caller may give for a field of this type: one instead of several, and None for the default."""
     kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1 | Sequence[\1]", kind)
     return kind if kind.endswith("None") else f"{kind} | None"
 
