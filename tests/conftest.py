@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import os
+import signal
+import threading
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "0")
@@ -14,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core; tests of threads choose their own number
 if not (list(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()):
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run without a card
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell ran this in the background
 
 import hypothesis
 import pytest

@@ -47,6 +47,8 @@ __all__ = sorted([*_EXPORTS, "__version__"])
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _EXPORTS[name] not in ("config", "tokenizer"):
+        importlib.import_module(f"{__name__}.quantization")  # which lets models read its checkpoints
     return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
 
 

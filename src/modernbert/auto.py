@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from modernbert import quantization
 from modernbert.config import Config
 from modernbert.errors import ConfigError, shown
 from modernbert.hub import Source
@@ -14,6 +15,8 @@ from modernbert.models.base import PreTrainedModel
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, contents_of
 from modernbert.tokenizer import Tokenizer
+
+quantization.register()  # whatever is loaded here may be quantized
 
 # model_type -> where each kind of class is. A new architecture or head is one entry.
 _CONFIGS = {"modernbert": "config.ModernBertConfig", "modernbert-decoder": "config.ModernBertDecoderConfig"}

@@ -1,50 +1,51 @@
-"""The house: floors, exported names, file sizes, and what the library never imports."""
+"""The house: floors, circles, budgets, exported names, and what the library never imports.
+
+CONTRIBUTING.md has the one table of floors, and the order of files in the rooms that are read top-down.
+"""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import networkx
 import pytest
 
 import modernbert
 
 SRC = Path(modernbert.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
+GUIDE = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
 
-# Room -> floor. A module imports only from floors below its own, or from its own room.
-FLOORS = {
-    "errors": 0,
-    "files": 0,
-    "records": 1,
-    "hub": 1,
-    "config": 2,
-    "encoding": 2,
-    "checkpoint": 3,
-    "tokenizer": 3,
-    "nn": 3,
-    "decoding": 4,
-    "engines": 5,
-    "models": 6,
-    "quantization": 7,
-    "bench": 8,
-    "auto": 8,
-    "training": 8,
-    "explain": 8,
-    "pretraining": 9,
-    "pipelines": 9,
-    "finetuning": 10,
-    "cli": 11,
-    "__main__": 12,
+# Room -> floor and lines. A module imports only from floors below its own, or from its own room.
+ROOMS = {
+    room: (int(floor), int(lines.replace(",", "")))
+    for floor, rooms, lines in re.findall(r"^\| (\d+) \| ([^|]+) \| ([\d,]+) \|", GUIDE, re.MULTILINE)
+    for room in re.findall(r"`(\w+)/?`", rooms)
 }
+# Room -> its files, each of which imports only those before it.
+ORDERS = {
+    room: re.findall(r"`([\w/]+)`", files)
+    for room, files in re.findall(r"^- \*\*`(\w+)/`, in order\*\*: ([^.]+)\.", GUIDE, re.MULTILINE)
+}
+NN_MAY_KNOW = {"nn", "config", "errors", "checks"}
 
 
 def room(path: Path) -> str:
     return path.relative_to(SRC).parts[0].removesuffix(".py")
 
 
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SRC.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
 def imported(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, inside functions too."""
+    """Full names of all modules that a file imports, inside functions and for types alone too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -53,6 +54,12 @@ def imported(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
+
+
+def ours(path: Path) -> set[str]:
+    """The modules of this package that a file imports; a package only where it is imported for itself."""
+    found = imported(path) & MODULES
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in imported(path))}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
@@ -65,8 +72,33 @@ def test_a_module_imports_only_from_lower_floors(path):
         if parts[0] != "modernbert" or len(parts) == 1 or parts[1] == here or parts[1] == "__version__":
             continue
         there = parts[1]
-        assert there in FLOORS, f"{path} imports {name}, which is in no room of the house"
-        assert FLOORS[there] < FLOORS[here], f"{path} (floor {FLOORS[here]}) imports {name}"
+        assert there in ROOMS, f"{path} imports {name}, which is in no room of the house"
+        assert ROOMS[there][0] < ROOMS[here][0], f"{path} (floor {ROOMS[here][0]}) imports {name}"
+        assert here != "nn" or there in NN_MAY_KNOW, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("room", ORDERS)
+def test_a_room_is_read_top_down(room):
+    order = ORDERS[room]
+    files = {str(p.relative_to(SRC / room).with_suffix("")) for p in (SRC / room).rglob("*.py")}
+    assert {file for file in files if not file.endswith("__init__")} == set(order)
+    for place, file in enumerate(order):
+        known = {f"modernbert.{room}.{other}".replace("/", ".") for other in order[:place]}
+        known |= {name.rpartition(".")[0] for name in known}
+        for name in ours(SRC / room / f"{file}.py"):
+            assert not name.startswith(f"modernbert.{room}.") or name in known, f"{room}/{file} imports {name}"
+
+
+def test_no_circle_of_imports():
+    graph = networkx.DiGraph((module_of(path), name) for path in FILES for name in ours(path))
+    assert [sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_keeps_its_budget(room):
+    files = [path for path in FILES if path.relative_to(SRC).parts[0].removesuffix(".py") == room]
+    lines = sum(len(path.read_text().splitlines()) for path in files)
+    assert lines <= ROOMS[room][1], f"{room} has {lines} lines"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))

@@ -55,7 +55,7 @@ def test_a_measurement(implementation):
     assert result.tokens == sum(lengths_of("var3"))
     assert result.seconds > 0
     assert result.limit >= result.flops / MACHINE.flops
-    if model.fused is not None:
+    if model.runner is not None:
         assert {"qkv", "local", "global", "out", "gate", "down", "ends", "rest"} == set(result.parts)
         assert "kernels" in result.backend
     else:

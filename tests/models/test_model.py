@@ -343,9 +343,10 @@ def test_dropouts_act_in_training_alone(small_config, name, implementation):
 def test_a_cpu_without_native_bfloat16_products():
     code = """
 import torch
-from modernbert.nn.linear import linear, pack_weight
+from modernbert.engines.cpu.onednn import OneDnnWeight
+from modernbert.nn.linear import linear
 x, w = torch.randn(70, 48).bfloat16(), torch.randn(32, 48).bfloat16()
-whole = linear(x, w, None, pack_weight(w))
+whole = OneDnnWeight(w, None).product(x)
 assert all(torch.equal(linear(x[i:i + n], w), whole[i:i + n]) for i in (0, 3) for n in (1, 5, 64))
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"})

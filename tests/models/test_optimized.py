@@ -15,7 +15,7 @@ from modernbert import (
     ModernBertModel,
     SentenceEncoder,
 )
-from modernbert.engines.freeze import FrozenWeight
+from modernbert.engines.parameter import FrozenWeight
 from modernbert.errors import FrozenError, InputError
 from modernbert.models.sentence_encoder import Dense
 from tests.conftest import SMALL
@@ -50,10 +50,11 @@ def test_an_optimized_model_holds_its_weights_once_and_gives_them_back(small_mod
     state = {name: value.clone() for name, value in small_model.state_dict().items()}
     size = small_model.num_parameters()
     small_model.optimize_for_inference().optimize_for_inference()
-    if small_model.head.dense.packed is not None:
-        weights = dict(small_model.named_parameters(remove_duplicate=False))
+    weights = dict(small_model.named_parameters(remove_duplicate=False))
+    if small_model.model.runner is not None:
         assert type(weights["head.dense.weight"]) is FrozenWeight
-        assert type(weights["decoder.weight"]) is torch.nn.Parameter  # shared with the embedding
+        assert weights["decoder.weight"] is weights["model.embeddings.tok_embeddings.weight"]
+        assert {type(weights[name]) for name in weights if name.startswith("model.")} == {FrozenWeight}
     assert small_model.num_parameters() == size
     small_model.save_pretrained(tmp_path / "optimized")
     assert (tmp_path / "optimized" / "model.safetensors").read_bytes() == (
@@ -152,7 +153,7 @@ def test_an_edited_weight_acts_after_optimizing(place, part, edit, dtype):
     before = fast(x).logits
     for model in (plain, fast):
         edit(getattr(PLACES[place](model), part))
-    limit = 1e-4 if dtype == torch.float32 else 0.1
+    limit = 3e-4 if dtype == torch.float32 else 0.1  # columns of threes make large numbers
     torch.testing.assert_close(fast(x).logits, plain(x).logits, rtol=limit, atol=limit)
     assert not torch.allclose(fast(x).logits, before, rtol=limit, atol=limit)
 

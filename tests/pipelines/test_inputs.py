@@ -194,12 +194,12 @@ def test_copies_give_the_same_bits_and_stay_optimized_or_plain(heads, dtype):
     serve = pipeline("sentence-embedding", heads / "Model", dtype=dtype)
     for copied in (copy.deepcopy(serve), pickle.loads(pickle.dumps(serve))):
         assert np.array_equal(copied(TEXTS), serve(TEXTS))
-        assert (copied.model.model.fused is None) == (serve.model.model.fused is None)
+        assert (copied.model.model.runner is None) == (serve.model.model.runner is None)
     plain = AutoModel.from_pretrained(heads / "Model", dtype=dtype)
     serve = pipeline("sentence-embedding", plain, Tokenizer.from_pretrained(heads / "Model"))
     copied = pickle.loads(pickle.dumps(serve))
     assert np.array_equal(copied(TEXTS), serve(TEXTS))
-    assert copied.model.model.fused is None
+    assert copied.model.model.runner is None
 
 
 @pytest.mark.parametrize("task", CASES)

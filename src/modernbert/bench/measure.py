@@ -16,10 +16,12 @@ from torch import Tensor
 
 from modernbert.config import Config
 from modernbert.engines.cpu.library import library
-from modernbert.engines.cpu.runner import FusedLayers
+from modernbert.engines.cpu.runner import CpuLayers
+from modernbert.engines.freeze import Frozen
+from modernbert.engines.weights import FloatLinear, LaidOut
 from modernbert.errors import InputError
 from modernbert.nn.backbone import Backbone
-from modernbert.nn.linear import Packed, pack_weight
+from modernbert.nn.layers import Linear
 
 # What the parts of a pass are, in words, in the order of a layer.
 PARTS = {
@@ -136,9 +138,10 @@ def limits(dtype: torch.dtype) -> Limits:
     for rows, inputs, outputs in _SHAPES:
         x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
         contenders = {"PyTorch": _plain(x, weight)}
-        packed = pack_weight(weight)
-        if packed is not None:
-            contenders[type(packed).__name__] = _packed(x, packed)
+        layer = Linear(inputs, outputs, bias=False, dtype=dtype)
+        if FloatLinear().serves([layer], gated=False):
+            laid = FloatLinear().lay_out([layer], gated=False)
+            contenders[type(laid).__name__] = _laid_out(x, laid)
         for name, run in contenders.items():
             flops = 2.0 * rows * inputs * outputs / _best(run, 0.3)
             if flops > fastest:
@@ -153,8 +156,8 @@ def _plain(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.nn.functional.linear(x, weight)
 
 
-def _packed(x: Tensor, packed: Packed) -> Callable[[], Tensor]:
-    return lambda: packed.product(x)
+def _laid_out(x: Tensor, weight: LaidOut) -> Callable[[], Tensor]:
+    return lambda: weight.product(x)
 
 
 @torch.inference_mode()
@@ -178,9 +181,9 @@ def measure(model: Backbone, workload: str, machine: Limits, seconds: float = 2.
     flops = useful_flops(model.config, lengths)
     weights = sum(p.numel() * p.element_size() for p in model.layers.parameters())
     parts: dict[str, float] = {}
-    if isinstance(model.fused, FusedLayers):
+    if (layers := _layers_on_cpu(model)) is not None:
         start = time.perf_counter()
-        parts = model.time_parts(model.pack_inputs(ids, None, cu_seqlens=starts))
+        parts = layers.time_parts(model.pack_inputs(ids, None, cu_seqlens=starts))
         parts["rest"] = time.perf_counter() - start - sum(parts.values())
     return Result(
         workload,
@@ -193,9 +196,14 @@ def measure(model: Backbone, workload: str, machine: Limits, seconds: float = 2.
     )
 
 
+def _layers_on_cpu(model: Backbone) -> CpuLayers | None:
+    layers = model.runner.layers if isinstance(model.runner, Frozen) else None
+    return layers if isinstance(layers, CpuLayers) else None
+
+
 def backend_of(model: Backbone) -> str:
     """What serves the model."""
     kernels = library()
-    if isinstance(model.fused, FusedLayers) and kernels is not None:
+    if _layers_on_cpu(model) is not None and kernels is not None:
         return f"fused, {kernels.name} kernels"
     return f"PyTorch, {model.backend.name} attention"

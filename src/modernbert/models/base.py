@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from modernbert.checkpoint import PLAIN, QUANTIZED, dtype_of, weight_files, weight_names, write_weights
 from modernbert.config import Config
-from modernbert.engines.freeze import FrozenWeight
+from modernbert.engines.freeze import Frozen, freeze, thaw
+from modernbert.engines.parameter import FrozenWeight
 from modernbert.errors import ConfigError, InputError, shown
 from modernbert.hub import Source
+from modernbert.models.formats import KEY, Quantization, weight_format
 from modernbert.models.initialization import around_mean, initial_std, initialize
 from modernbert.models.loading import check_layers, load_weights
 from modernbert.models.placement import resolve_device, resolve_dtype, warn_once
-from modernbert.nn.layers import MLP, Attention, Linear
+from modernbert.nn.backbone import Backbone
+from modernbert.nn.layers import MLP, Attention
 from modernbert.nn.recompute import Recompute
-from modernbert.quantization.gate import quantize_loaded
-from modernbert.quantization.modules import QuantizedEmbedding, QuantizedLinear, part_names, quantized_modules
-from modernbert.quantization.options import BFLOAT16, KEY, Record, resolve
 
 
 class PreTrainedModel(nn.Module):
@@ -41,17 +41,21 @@ class PreTrainedModel(nn.Module):
     config_class: ClassVar[type[Config]]
     base_model_prefix: ClassVar[str] = "model"
     tied_weights: ClassVar[Mapping[str, str]] = {}  # parameter left out of checkpoints -> the one it shares
+    config: Config
+    _frozen: Frozen | None = None  # once optimized for inference
+    _trainable: dict[str, bool] | None = None  # which parameters had gradients before that
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         super().__init__()
-        if not isinstance(config, self.config_class):
-            raise TypeError(
-                f"config is a {type(config).__name__}; {type(self).__name__} takes {self.config_class.__name__}"
-            )
+        self._check_config(config)
         self.config = config
         self.attn_implementation = attn_implementation or "auto"
         self.is_gradient_checkpointing = False
-        self._trainable: dict[str, bool] | None = None  # which parameters had gradients before optimizing
+
+    @classmethod
+    def _check_config(cls, config: Config) -> None:
+        if not isinstance(config, cls.config_class):
+            raise TypeError(f"config is a {type(config).__name__}; {cls.__name__} takes {cls.config_class.__name__}")
 
     def _finish(self) -> None:
         """Initialise and tie; the last line of every constructor. The encoder inside a model has done its part."""
@@ -114,7 +118,7 @@ class PreTrainedModel(nn.Module):
             ConfigError, TypeError: an override is impossible or unknown.
             QuantizationError: quantizing would cost more than allowed.
         """
-        quantization = None if quantization_config is None else resolve(quantization_config)
+        quantization = None if quantization_config is None else weight_format().resolve(quantization_config)
         source = Source(name_or_folder, revision, subfolder or "", cache_dir, token, local_files_only)
         stored = None
         if config is None or source.find("config.json") is not None:
@@ -126,7 +130,7 @@ class PreTrainedModel(nn.Module):
                 raise TypeError(f"{name} is no argument here; give quantization_config={scheme!r}")
         if config_overrides:
             config = config.replace(**config_overrides)
-        record = Record.of(config)
+        record = weight_format().of_config(config)
         if quantization is not None and record is not None:
             raise ValueError(f"{name_or_folder} is quantized already, as {record.scheme}")
         relabelled = stored is None or stored.num_labels != config.num_labels
@@ -141,7 +145,7 @@ class PreTrainedModel(nn.Module):
         load_weights(model, str(name_or_folder), files, names, place, wanted, relabelled)
         model.read_more(source)
         model.eval()
-        return model if quantization is None else quantize_loaded(model, quantization, source)
+        return model if quantization is None else weight_format().quantize(model, quantization, source)
 
     def read_more(self, source: Source) -> None:
         """Read what a checkpoint holds for this class beside configuration and weights."""
@@ -158,20 +162,13 @@ class PreTrainedModel(nn.Module):
             folder: made where missing.
             max_shard_size: bytes, or a text such as "500MB"; larger models are saved in shards with an index.
         """
-        weights = super().state_dict()
-        if any(type(tensor).__module__.startswith("torchao") for tensor in weights.values()):
-            raise ValueError("the model was quantized by torchao, whose tensors are not saved; quantize it on the CPU")
+        plain = copy.deepcopy(self) if self._frozen is not None and self._frozen.is_active else self
+        weights = nn.Module.state_dict(plain)
+        is_quantized = weight_format().state(self, weights)
         if self.config.tie_word_embeddings:
             for tied in self.tied_weights:
-                for name in part_names(tied.removesuffix("weight")):
-                    weights.pop(name, None)
-        is_quantized = bool(quantized_modules(self))
-        for name, how in (self.quantization.finer if self.quantization else {}).items():
-            if how == BFLOAT16 and f"{name}.weight" in weights:
-                weights[f"{name}.weight"] = weights[f"{name}.weight"].bfloat16()  # as its numbers are
+                weights.pop(tied, None)
         extra = {name: value for name, value in self.config.extra.items() if name != KEY or is_quantized}
-        if is_quantized and KEY not in extra:
-            raise ValueError("a part of the model was quantized by itself; quantize the whole model to save it")
         config = self.config.replace(
             extra={**extra, "architectures": [type(self).__name__]},
             dtype=str(self.dtype).removeprefix("torch."),
@@ -182,14 +179,9 @@ class PreTrainedModel(nn.Module):
         config.save_pretrained(folder)
 
     @property
-    def quantization(self) -> Record | None:
+    def quantization(self) -> Quantization | None:
         """How the model is quantized, and what was measured then; None where its weights are floats."""
-        return Record.of(self.config) if quantized_modules(self) else None
-
-    def set_quantization(self, record: Record) -> None:
-        """Write down that the model is quantized; its configuration says so from now on."""
-        self.config = self.config.replace(extra={**self.config.extra, KEY: record.to_dict()})
-        self.base_model.config = self.config
+        return weight_format().of_model(self, self.config)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; training mode ends `optimize_for_inference`.
@@ -245,12 +237,14 @@ class PreTrainedModel(nn.Module):
                 f"an adapter was put on {name!r}, whose weight is the token embedding's (tie_word_embeddings), which "
                 f"merging it would change too; leave it out, with PEFT by exclude_modules=[{name!r}]"
             )
+        if self._frozen is not None and isinstance(value, nn.Module | nn.Parameter):
+            thaw(self)
         super().__setattr__(name, value)
 
     def tie_weights(self) -> None:
         """Let tied parameters share one tensor, where the configuration ties them."""
-        if not self.config.tie_word_embeddings or isinstance(self.get_input_embeddings(), QuantizedEmbedding):
-            return  # quantized ones share what they were made of
+        if not self.config.tie_word_embeddings or "weight" not in self.get_input_embeddings()._parameters:
+            return  # what has no parameter shares what it was made of
         for name, source in self.tied_weights.items():
             owner, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(owner), leaf, self.get_parameter(source))
@@ -378,34 +372,24 @@ class PreTrainedModel(nn.Module):
         self.is_gradient_checkpointing = self.base_model.is_gradient_checkpointing = False
 
     def optimize_for_inference(self) -> Self:
-        """Make the model ready to serve: evaluation mode, no gradients, weights laid out once, kernels of our own.
+        """Freeze the model to serve: evaluation mode, no gradients, weights laid out once for kernels of our own.
 
         Changes the model in place and returns it. Results stay the same but for rounding, and a text's do not depend
-        on its batch. Saving and copying give the plain weights back. Whatever would change the weights ends it first,
-        and the parameters can be trained again if they could before: training mode, `requires_grad_(True)`, moving,
-        loading, resizing, pruning, and reading or assigning a layer's `weight`. A parameter of a layer that was taken
-        from `parameters()` while the model is optimized has no numbers, and raises `FrozenError` where it is used. What
-        is written through `.data` of the token embedding is not seen by an output that shares it.
+        on its batch. Saving and copying give plain weights. Whatever would change the weights, or needs the modules
+        themselves, thaws the model first: training mode, `requires_grad_(True)`, moving, loading, resizing, pruning,
+        hooks, gradients by the inputs, autocast, and reading or assigning a layer's weights. Its parameters can then be
+        trained again if they could before. A parameter that was taken from `parameters()` while the model is frozen
+        has no numbers, and raises `FrozenError` where it is used.
         """
+        if self._frozen is not None and self._frozen.is_active:
+            return self
         if self._trainable is None:
             self._trainable = {name: p.requires_grad for name, p in self.named_parameters()}
         self.eval()
+        thaw(self)
         for parameter in self.parameters():
-            if type(parameter) is not FrozenWeight:
-                parameter.requires_grad_(False)
-        embedding = self.get_input_embeddings()
-        shared = None if isinstance(embedding, QuantizedEmbedding) else embedding.weight
-        # The compiler reads plain weights.
-        compiled = [m for m in self.modules() if isinstance(m, MLP)] if self.config.reference_compile else []
-        left_out = {inner for mlp in compiled for inner in mlp.modules()}
-        linear = [m for m in self.modules() if isinstance(m, Linear) and not isinstance(m, QuantizedLinear)]
-        owners = Counter(id(m._weight) for m in linear)
-        for layer in linear:
-            layer.is_shared = layer._weight is shared or owners[id(layer._weight)] > 1
-        for module in self.modules():  # an attention and an MLP come before their own layers
-            if isinstance(module, Attention | MLP | Linear) and module not in left_out:
-                module.pack()
-        self.base_model.fuse()
+            parameter.requires_grad_(False)
+        self._frozen = freeze(self, self.base_model)
         return self
 
     def unpack(self) -> None:
@@ -416,18 +400,11 @@ class PreTrainedModel(nn.Module):
         parameters = dict(self.named_parameters())
         chosen = any(p.requires_grad or (isinstance(p, FrozenWeight) and p.is_left_off) for p in parameters.values())
         before, self._trainable = self._trainable, None
-        self.thaw()
+        thaw(self)
         if before is not None and not chosen and before.keys() == parameters.keys():
             for name, parameter in self.named_parameters():
                 if before[name]:
                     parameter.requires_grad_(True)
-
-    def thaw(self) -> None:
-        """Give the layers their weights back, and leave everything else."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.unpack()
-        self.base_model.fused = None
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Let all parameters have gradients, or none; ends `optimize_for_inference` where they shall have some."""
@@ -450,22 +427,24 @@ class PreTrainedModel(nn.Module):
 
         Whoever holds them may write to them, so this ends `optimize_for_inference`; `save_pretrained` does not.
         """
-        if "destination" not in kwargs:  # which PyTorch gives to the modules inside
-            self.unpack()
+        self.unpack()
         return super().state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        whole = self if self._frozen is None else copy.deepcopy(self)  # a copy is not frozen
+        return super(PreTrainedModel, whole).__reduce_ex__(protocol)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, tied ones once; quantized ones too."""
-        embedding = self.get_input_embeddings()
-        quantized = {} if only_trainable else quantized_modules(self)
-        skipped: set[object] = {embedding.weight if type(embedding) is nn.Embedding else embedding}
-        if not exclude_embeddings:
-            skipped.clear()
-        if self.config.tie_word_embeddings and isinstance(embedding, QuantizedEmbedding):
-            skipped.add(self.get_output_embeddings())
-        counted = [p for p in self.parameters() if p not in skipped and (p.requires_grad or not only_trainable)]
-        whole = [math.prod(m.shape) for m in quantized.values() if m not in skipped]
-        return sum(p.numel() for p in counted) + sum(whole)
+        embedding = self.get_input_embeddings()._parameters.get("weight") if exclude_embeddings else None
+        counted = [p for p in self.parameters() if p is not embedding and (p.requires_grad or not only_trainable)]
+        quantized = 0 if only_trainable else weight_format().count(self, exclude_embeddings)
+        return sum(p.numel() for p in counted) + quantized
 
     def _refuse_quantized(self, what: str) -> None:
         if self.quantization is not None:
@@ -480,3 +459,17 @@ class PreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return next(self.parameters()).dtype
+
+
+class BareModel(PreTrainedModel, Backbone):
+    """A backbone that loads and saves itself.
+
+    Args:
+        config: the architecture.
+        attn_implementation: see `PreTrainedModel`.
+    """
+
+    def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
+        self._check_config(config)
+        Backbone.__init__(self, config, attn_implementation)
+        self._finish()

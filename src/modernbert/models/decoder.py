@@ -11,68 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modernbert.config import Config, ModernBertDecoderConfig
+from modernbert.config import ModernBertDecoderConfig
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
-from modernbert.models.base import PreTrainedModel
+from modernbert.models.base import BareModel, PreTrainedModel
 from modernbert.models.outputs import BaseModelOutputWithPast
-from modernbert.nn.backbone import Backbone, check_kwargs
+from modernbert.nn.backbone import check_kwargs
 from modernbert.nn.inputs import PackedInputs, check_tensors
-from modernbert.nn.layers import Attention, Linear, is_ours, listens, select
-from modernbert.nn.linear import Packed, PackedPart, serves_packed
+from modernbert.nn.layers import DecoderAttention
 
 
-class DecoderAttention(Attention):
-    """q, k and v in projections of their own."""
-
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__(config, layer)
-        width = self.heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.v_proj = Linear(config.hidden_size, width, bias=config.attention_bias)
-
-    def project(self, x_TM: Tensor) -> Tensor:
-        """(T, M) to (T, 3, H, D)."""
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        whole = self._whole()
-        if whole is not None and serves_packed(x_TM, self.q_proj.bias):
-            qkv = whole.product(x_TM)
-        else:
-            qkv = torch.cat([part(x_TM) for part in parts], dim=-1)
-        return qkv.unflatten(-1, (3, self.heads, self.head_dim))
-
-    def _whole(self) -> Packed | None:
-        """What the three are packed as, if nothing came between."""
-        parts = [self.q_proj, self.k_proj, self.v_proj]
-        wholes = []
-        for part in parts:
-            packed = getattr(part, "packed", None)
-            if not isinstance(packed, PackedPart) or not packed.holds(part.bias) or listens(part):
-                return None
-            if not part.holds_packed():
-                return None
-            wholes.append(packed.whole)
-        return wholes[0] if all(whole is wholes[0] for whole in wholes) else None
-
-    @property
-    def packed_projection(self) -> Packed | None:
-        """What the three are packed as, together."""
-        return self._whole()
-
-    def pack(self) -> None:
-        """Lay the three projections out as one, for inference."""
-        parts = [self.q_proj, self.k_proj, self.v_proj]
-        if len({type(part) for part in parts}) == 1 and is_ours(self.q_proj):
-            type(self.q_proj).pack_together(parts)
-
-    def select_heads(self, rows: Tensor) -> None:
-        """Keep these outputs of each of the three."""
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, select(getattr(self, name), rows, dim=0))
-
-
-class ModernBertDecoderModel(Backbone):
+class ModernBertDecoderModel(BareModel):
     """The bare decoder, without a head.
 
     Args:

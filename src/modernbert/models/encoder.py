@@ -7,40 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from modernbert.config import ModernBertConfig
+from modernbert.models.base import BareModel
 from modernbert.models.outputs import BaseModelOutput
-from modernbert.nn.backbone import Backbone, check_kwargs
-from modernbert.nn.layers import Attention, Linear, select
-from modernbert.nn.linear import Packed, PackedPart
+from modernbert.nn.backbone import check_kwargs
+from modernbert.nn.layers import EncoderAttention
 
 
-class EncoderAttention(Attention):
-    """q, k and v in one projection."""
-
-    def __init__(self, config: ModernBertConfig, layer: int) -> None:
-        super().__init__(config, layer)
-        self.Wqkv = Linear(config.hidden_size, 3 * self.heads * self.head_dim, bias=config.attention_bias)
-
-    def project(self, x_TM: Tensor) -> Tensor:
-        """(T, M) to (T, 3, H, D)."""
-        return self.Wqkv(x_TM).unflatten(-1, (3, self.heads, self.head_dim))
-
-    @property
-    def packed_projection(self) -> Packed | None:
-        """What Wqkv is packed as."""
-        packed = getattr(self.Wqkv, "packed", None)
-        return None if isinstance(packed, PackedPart) else packed
-
-    def select_heads(self, rows: Tensor) -> None:
-        """Keep these outputs of each of the three."""
-        width = self.heads * self.head_dim
-        self.Wqkv = select(self.Wqkv, torch.cat([rows + part * width for part in range(3)]), dim=0)
-
-
-class ModernBertModel(Backbone):
+class ModernBertModel(BareModel):
     """The bare encoder, without a head.
 
     Args:

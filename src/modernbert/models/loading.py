@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from modernbert.checkpoint import read_weights
 from modernbert.errors import CheckpointError, listed
+from modernbert.models.formats import weight_format
 from modernbert.models.initialization import initialize
-from modernbert.quantization.modules import PARTS, QuantizedLinear, from_parts, put, quantized_modules
-from modernbert.quantization.options import Record
 
 if TYPE_CHECKING:
     from modernbert.models.base import PreTrainedModel
@@ -30,7 +29,6 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # other dtypes st
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 _FRESH = 2**26  # numbers that a file may ask for beside those that it holds
-_PARTS = tuple(f".{name}" for name in PARTS.values() if name != "weight")
 
 
 def check_layers(layers: int, names: Iterable[str], origin: str) -> None:
@@ -68,7 +66,7 @@ def load_weights(
     """
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     target = _match_names(model, origin, names, shapes)
-    quantized = _quantized(model, names, target)
+    quantized = weight_format().claims(model, names, target)
     kept: dict[str, str] = {}  # name in the checkpoint -> name in the model
     unexpected: list[str] = []
     misshapen: list[str] = []
@@ -105,7 +103,7 @@ def load_weights(
             parts[quantized[name]] = tensor.to(device=device, copy=True)
         else:
             place(kept[name], tensor.to(device=device, dtype=dtype, copy=True))
-    _put_quantized(model, origin, parts, dtype)
+    weight_format().put(model, origin, parts, dtype)
     model.tie_weights()
     missing = {name for name, p in model.named_parameters() if p.is_meta}
     prefix = f"{model.base_model_prefix}."
@@ -120,9 +118,6 @@ def load_weights(
         )
     for name in missing:
         place(name, torch.empty(shapes[name], device=device, dtype=dtype))
-    for module in quantized_modules(model).values():
-        if isinstance(module, QuantizedLinear):
-            module.follow_bias()
     if quantized:
         model.requires_grad_(False)
     if missing:
@@ -158,39 +153,3 @@ def _match_names(
     if model.config.tie_word_embeddings and embedding not in matched.values():
         matched |= {name: embedding for name, of in plain.items() if of == "decoder.weight"}
     return matched.__getitem__
-
-
-def _quantized(
-    model: PreTrainedModel, names: Mapping[str, tuple[Path, tuple[int, ...], str]], target: Callable[[str], str]
-) -> dict[str, str]:
-    """The tensors of quantized weights that this model has a place for, by their names; and their names there."""
-    if Record.of(model.config) is None:
-        return {}
-    owners = {target(name).removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale")}
-    own = {name for name, _ in model.named_modules()}
-    return {
-        name: mine
-        for name in names
-        if (owner := (mine := target(name)).rpartition(".")[0]) in owners & own
-        and (mine == f"{owner}.weight" or mine.endswith(_PARTS))
-    }
-
-
-def _put_quantized(model: PreTrainedModel, origin: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """Quantized layers in the places of those whose parts were read; a tied output shares the embedding's."""
-    record = Record.of(model.config)
-    if record is None:
-        return
-    owners = [name.removesuffix("weight_scale") for name in parts if name.endswith(".weight_scale")]
-    weights = {}
-    for owner in owners:
-        weight = from_parts(parts, owner, record.float_rows)
-        wanted = tuple(model.get_parameter(f"{owner}weight").shape)
-        if weight.shape != wanted:
-            raise CheckpointError(f"{origin}: {owner}weight is {tuple(weight.shape)}, the model wants {wanted}")
-        weights[owner[:-1]] = weight
-    if model.config.tie_word_embeddings:
-        for tied, source in model.tied_weights.items():
-            if source.removesuffix(".weight") in weights:
-                weights[tied.removesuffix(".weight")] = weights[source.removesuffix(".weight")]
-    put(model, weights, dtype)

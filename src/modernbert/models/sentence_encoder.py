@@ -23,6 +23,7 @@ from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.files import write_text
 from modernbert.hub import Source
 from modernbert.models.encoder import ModernBertModel
+from modernbert.models.formats import Quantization, weight_format
 from modernbert.models.sentence_layout import (
     MODULES,
     SETTINGS,
@@ -38,8 +39,6 @@ from modernbert.nn.activations import activation
 from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.layers import Linear
 from modernbert.nn.pooling import pool
-from modernbert.quantization.gate import quantize_loaded
-from modernbert.quantization.options import Record, resolve
 
 # Functions that a folder may name; only the name is read, nothing is imported.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -120,7 +119,7 @@ class SentenceEncoder(nn.Module):
         return self.model.dtype
 
     @property
-    def quantization(self) -> Record | None:
+    def quantization(self) -> Quantization | None:
         """How the encoder is quantized; None where its weights are floats."""
         return self.model.quantization
 
@@ -236,7 +235,7 @@ class SentenceEncoder(nn.Module):
         if quantization is not None:  # with the tokenizer of the whole folder
             encoder = cls.from_pretrained(name_or_folder, **kwargs)
             source = Source.pop_from(name_or_folder, dict(kwargs))
-            quantize_loaded(encoder.model, resolve(quantization), source)
+            weight_format().quantize(encoder.model, weight_format().resolve(quantization), source)
             return encoder
         source = Source.pop_from(name_or_folder, dict(kwargs))
         contents = contents_of(source)

@@ -2,7 +2,8 @@
 
 PyTorch's own sigmoid, SiLU and tanh-GELU compute the last few numbers of each thread's share by another formula than
 the rest, so that a row's bits depend on how many rows there are. Its tanh does not, nor does its exact GELU by oneDNN;
-the others are written by way of tanh, and the exact GELU without oneDNN goes piece by piece.
+the others are written by way of tanh, and the exact GELU without oneDNN goes piece by piece
+(docs/invariance.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What encoder and decoder share: packed rows through the embedding, the layers and the last norm.
+"""What encoder and decoder share: packed texts through the embedding, the layers and the last norm.
 
 Shapes: B texts, T real tokens of all texts together, M hidden size.
 """
@@ -6,22 +6,17 @@ Shapes: B texts, T real tokens of all texts together, M hidden size.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from modernbert.config import Config
-from modernbert.decoding.cache import DecoderCache
-from modernbert.engines.cpu import library as native
-from modernbert.engines.cpu.runner import FusedLayers
-from modernbert.engines.gpu import operations as gpu
-from modernbert.engines.gpu.runner import GpuLayers
 from modernbert.errors import InputError
-from modernbert.models.base import PreTrainedModel
 from modernbert.nn.attention import AttentionBackend, choose_backend
 from modernbert.nn.attention.eager import EagerAttention
-from modernbert.nn.execution import Hidden, Shared, Weights, angles, attention
+from modernbert.nn.execution import Cache, Hidden, Runner, Shared, Weights, angles, attention, padded
 from modernbert.nn.inputs import PackedInputs, pack_inputs
 from modernbert.nn.layers import Attention, Embeddings, Layer, layer_norm
 from modernbert.nn.recompute import Recompute
@@ -32,135 +27,158 @@ logger = logging.getLogger(__name__)
 _IGNORED = {"token_type_ids"}
 
 
-class Backbone(PreTrainedModel):
+class Backbone(nn.Module):
     """A bare model: embeddings, layers, final norm.
 
     Args:
         config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
+        attn_implementation: the name of an attention backend, or "auto".
+
+    Attributes:
+        runner: runs the layers while the model is frozen; None lets the modules run themselves.
     """
 
+    config: Config
     attention_class: ClassVar[type[Attention]]
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
-        super().__init__(config, attn_implementation)
+        super().__init__()
+        self.config = config
+        self.attn_implementation = attn_implementation or "auto"
         self._backends: dict[tuple[str, torch.dtype], AttentionBackend] = {}
         if self.attn_implementation != "auto":
-            self._make_backend(torch.device("cpu"), torch.float32)  # a name that cannot be served is refused at once
-        self.fused: FusedLayers | GpuLayers | None = None  # once optimized for inference
+            self.backend_on(torch.device("cpu"), torch.float32)  # a name that cannot be served is refused at once
+        self.runner: Runner | None = None
+        self.is_gradient_checkpointing = False
         self.recompute = Recompute()
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList([Layer(config, i, self.attention_class) for i in range(config.num_hidden_layers)])
         self.final_norm = layer_norm(config)
-        self._finish()
-
-    def fuse(self) -> None:
-        """Take our own kernels where they serve, unless an attention backend of PyTorch was asked for by name."""
-        if gpu.serving(self.dtype, self.device):
-            self.fused = GpuLayers.of(self)
-        elif self.attn_implementation in ("auto", "native") and native.serving(self.dtype, self.device) is not None:
-            self.fused = FusedLayers.of(self)
 
     def pack_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, **given: Any) -> PackedInputs:
-        """`models.inputs.pack_inputs` for this model's vocabulary and width, on the model's device.
+        """`nn.inputs.pack_inputs` for this model's vocabulary and width, on the model's device.
 
         What comes on the CPU is checked and packed there, and goes to a card in one copy that nobody waits for.
         """
-        config = self.config
-        vocabulary, width = config.vocab_size, config.hidden_size
-        x = inputs_embeds
+        x, embedding = inputs_embeds, next(self.embeddings.parameters())
         if isinstance(x, Tensor) and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            inputs_embeds = x.to(self.dtype)
+            inputs_embeds = x.to(embedding.dtype)
+        vocabulary, width = self.config.vocab_size, self.config.hidden_size
         inputs = pack_inputs(input_ids, inputs_embeds, vocab_size=vocabulary, hidden_size=width, **given)
-        return inputs.to(self.device)
+        return inputs.to(embedding.device)
 
     def encode(
         self,
         inputs: PackedInputs,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        cache: DecoderCache | None = None,
+        cache: Cache | None = None,
     ) -> Hidden:
         """Packed inputs to packed hidden states; with a cache they go on where its texts ended, and are added to it."""
         config = self.config
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if cache is not None and any(cache.lengths):
+        backend = None if not want_weights else self._backend_with_weights()
+        runner, hidden = self.runner, None  # another thread may thaw the model meanwhile
+        if runner is not None:
+            hidden = runner.run(inputs, want_states, backend, cache)
+        if hidden is None:
             # Keys in a cache are numbers without a history. Only what new vectors were made of can have a gradient.
             live = inputs.embeds_TM is not None and inputs.embeds_TM.requires_grad
-            with torch.set_grad_enabled(live and torch.is_grad_enabled()):
-                return self._encode(inputs, want_weights, want_states, cache)
-        return self._encode(inputs, want_weights, want_states, cache)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (live or cache is None or not any(cache.lengths))):
+                hidden = self._run(inputs, want_states, backend, cache)
+        if cache is not None:
+            cache.finish()
+        return hidden
 
-    def _encode(
-        self, inputs: PackedInputs, want_weights: bool, want_states: bool, cache: DecoderCache | None
+    def _run(
+        self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Cache | None
     ) -> Hidden:
-        config = self.config
-        fused = self.fused  # which another thread may end
-        if not want_weights and fused is not None and fused.serves(inputs):
-            last_TM, all_states = fused(inputs, want_states, cache)
-            if cache is not None:
-                cache.finish()
-            return Hidden(last_TM, tuple(inputs.restore(x) for x in all_states or ()))
+        """The plain way: module by module. A backend is given where attention weights are wanted."""
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
-        autocast = torch.is_autocast_enabled(x_TM.device.type)
-        dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
-        weights: Weights | None = {} if want_weights else None
-        backend = self._backend_for(want_weights, x_TM.device, dtype)
-        attends = attention(config, inputs.packing, backend, dtype, cache, weights, x_TM.requires_grad)
-        shared = {kind: Shared(attends[kind], *found) for kind, found in angles(config, inputs).items()}
+        weights: Weights | None = None if backend is None else {}
+        shared = self.share(inputs, x_TM, backend, cache, weights)
         states: list[Tensor] = []
 
-        def shown(x_TM: Tensor) -> Tensor:
-            if not want_states:
-                return x_TM
+        def show(x_TM: Tensor) -> Tensor:
             states.append(inputs.restore(x_TM))
             # What callers see lies on the way of the gradients, so that they can ask for its gradient.
             return inputs.take(states[-1]) if x_TM.requires_grad else x_TM
 
+        last_TM = self.run_layers(x_TM, shared, show if want_states else None)
+        return Hidden(last_TM, tuple(states), padded(weights, inputs))
+
+    def share(
+        self,
+        inputs: PackedInputs,
+        x_TM: Tensor,
+        backend: AttentionBackend | None = None,
+        cache: Cache | None = None,
+        weights: Weights | None = None,
+    ) -> dict[str, Shared]:
+        """What the layers of each kind share in a pass. It follows from where the texts lie, not from their tokens.
+
+        Args:
+            inputs: the texts.
+            x_TM: their embeddings, for the dtype, the device, and whether gradients are wanted.
+            backend: attends instead of the model's own.
+            cache: holds what was before the texts, and is added to.
+            weights: where attention weights go, if they are wanted.
+        """
+        autocast = torch.is_autocast_enabled(x_TM.device.type)
+        dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
+        backend = backend or self.backend_on(x_TM.device, dtype)
+        attends = attention(self.config, inputs.packing, backend, dtype, cache, weights, x_TM.requires_grad)
+        tables = angles(self.config, inputs.positions_T, inputs.packing.text_T)
+        return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
+
+    def run_layers(
+        self, x_TM: Tensor, shared: dict[str, Shared], show: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Embeddings through all layers and the last norm, (T, M).
+
+        Nothing here depends on values of tensors: once `share` has seen the texts, `torch.export` can trace this.
+
+        Args:
+            x_TM: embeddings.
+            shared: of `share`.
+            show: called with each hidden state, the last one normed; gives the state to go on with.
+        """
         recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
-        kept = self.recompute.plan(config.layer_types or (), x_TM) if recomputes else []
+        kept = self.recompute.plan(self.config.layer_types or (), x_TM) if recomputes else []
         for number, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
-            x_TM = shown(x_TM)
+            x_TM = x_TM if show is None else show(x_TM)
             if recomputes:
                 x_TM = self.recompute.run(layer, kept[number], layer.kind, x_TM, shared[layer.kind])
             else:
                 x_TM = layer(x_TM, shared[layer.kind])
-        x_TM = shown(self.final_norm(x_TM))
-        if cache is not None:
-            cache.finish()
-        padded = [EagerAttention.pad_weights(weights[i], inputs.packing) for i in sorted(weights)] if weights else []
-        return Hidden(x_TM, tuple(states), tuple(padded))
+        x_TM = self.final_norm(x_TM)
+        return x_TM if show is None else show(x_TM)
 
-    def time_parts(self, inputs: PackedInputs) -> dict[str, float]:
-        """Seconds that each kind of operation takes in one pass of an optimized model."""
-        assert isinstance(self.fused, FusedLayers)
-        return self.fused.time_parts(inputs)
-
-    @property
-    def backend(self) -> AttentionBackend:
-        """What attends where the weights are now: "auto" chooses by their device and dtype."""
-        return self._make_backend(self.device, self.dtype)
-
-    def _make_backend(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    def backend_on(self, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+        """What attends there: "auto" chooses by device and dtype."""
         key = (device.type, dtype) if self.attn_implementation == "auto" else ("", torch.float32)
         if key not in self._backends:
             name, deterministic = self.attn_implementation, self.config.deterministic_flash_attn
             self._backends[key] = choose_backend(name, deterministic, device, dtype)
         return self._backends[key]
 
-    def _backend_for(self, want_weights: bool, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-        """The backend of one pass: another one where attention weights are wanted and ours never makes any."""
-        backend = self._make_backend(device, dtype)
-        if not want_weights or isinstance(backend, EagerAttention):
-            return backend
-        if self.attn_implementation != "auto":
+    @property
+    def backend(self) -> AttentionBackend:
+        """What attends where the weights are now."""
+        weight = next(self.embeddings.parameters())
+        return self.backend_on(weight.device, weight.dtype)
+
+    def _backend_with_weights(self) -> EagerAttention:
+        """The backend of a pass that wants attention weights: "auto" takes the one that makes them."""
+        if self.attn_implementation not in ("auto", "eager"):
             raise InputError(
                 f"output_attentions needs attention weights, which attn_implementation "
                 f"{self.attn_implementation!r} never makes; load the model with 'eager' or 'auto'"
             )
-        logger.info("attention backend: eager for this call, which wants attention weights")
+        if self.attn_implementation == "auto":
+            logger.info("attention backend: eager for this call, which wants attention weights")
         return EagerAttention()
 
 

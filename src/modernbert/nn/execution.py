@@ -6,6 +6,8 @@ Shapes: T real tokens of all texts together, M hidden size, H heads, D head size
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +18,7 @@ from modernbert.nn.attention.contract import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.packing import Packing
-from modernbert.nn.rotary import rope_tables
+from modernbert.nn.rotary import angle_tables, rope_frequencies, rope_tables
 
 # The attention weights of each layer by its number, one (H, L, K) for each text.
 Weights = dict[int, list[Tensor]]
@@ -81,10 +83,17 @@ class Hidden(NamedTuple):
 
 
 class Runner(Protocol):
-    """Runs the layers of a frozen backbone in the place of its modules."""
+    """Runs the layers of a frozen backbone instead of its modules."""
 
-    def run(self, inputs: PackedInputs, want_states: bool, want_weights: bool, cache: Any) -> Hidden | None:
-        """The hidden states of packed inputs; None where the modules must run themselves."""
+    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden | None:
+        """The hidden states of packed inputs; None where the modules must run themselves.
+
+        Args:
+            inputs: the texts.
+            want_states: whether all hidden states are wanted.
+            backend: makes the attention weights, if they are wanted.
+            cache: holds what was before the texts, and is added to.
+        """
         ...
 
 
@@ -116,19 +125,40 @@ def kinds_of(config: Config) -> list[str]:
     return list(dict.fromkeys(config.layer_types or ()))
 
 
-def angles(config: Config, inputs: PackedInputs) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rotary tables of each kind of layer, of `rotary.rope_tables`."""
-    assert config.rope_parameters is not None
-    return {
-        kind: rope_tables(
-            config.rope_parameters[kind],
-            config.head_dim,
-            inputs.positions_T,
-            max_positions=config.max_position_embeddings,
-            text_T=inputs.packing.text_T,
-        )
-        for kind in kinds_of(config)
-    }
+def frequencies(config: Config, device: torch.device) -> dict[str, tuple[Tensor, float]]:
+    """The rotary frequencies of each kind of layer; none where one's follow from the texts ("dynamic")."""
+    ropes = {kind: (config.rope_parameters or {})[kind] for kind in kinds_of(config)}
+    if any(rope["rope_type"] == "dynamic" for rope in ropes.values()):
+        return {}
+    return {kind: rope_frequencies(rope, config.head_dim, device) for kind, rope in ropes.items()}
+
+
+def angles(
+    config: Config,
+    positions_T: Tensor,
+    text_T: Tensor | None = None,
+    known: Mapping[str, tuple[Tensor, float]] = MappingProxyType({}),
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rotary tables of each kind of layer; see `rotary.rope_tables`.
+
+    Args:
+        config: the architecture.
+        positions_T: (T,) whole numbers.
+        text_T: (T,) the text of each token.
+        known: `frequencies` of the configuration, for callers who keep them.
+    """
+    tables: dict[str, tuple[Tensor, Tensor]] = {}
+    ropes = config.rope_parameters or {}
+    for kind in kinds_of(config):
+        like = next((other for other in tables if ropes[other] == ropes[kind]), None)
+        if like is not None:
+            tables[kind] = tables[like]
+        elif kind in known:
+            tables[kind] = angle_tables(*known[kind], positions_T)
+        else:
+            context = config.max_position_embeddings
+            tables[kind] = rope_tables(ropes[kind], config.head_dim, positions_T, max_positions=context, text_T=text_T)
+    return tables
 
 
 def attention(
@@ -158,3 +188,8 @@ def attention(
         }
     gather = isinstance(backend, EagerAttention) or (any(cache.lengths) and gradients)
     return cache.begin(packing, backend, dtype, gather, weights)
+
+
+def padded(weights: Weights | None, inputs: PackedInputs) -> tuple[Tensor, ...]:
+    """Each layer's attention weights as one padded tensor; nothing where they are not wanted."""
+    return tuple(EagerAttention.pad_weights(weights[i], inputs.packing) for i in sorted(weights)) if weights else ()

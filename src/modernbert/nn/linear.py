@@ -4,8 +4,8 @@ A matrix product of general libraries picks its kernel, and so the order of its 
 text alone and the same text in a batch then differ in the last bits. oneDNN's inner product keeps one order for
 every number of rows but one, on any number of threads, so it serves here wherever PyTorch carries it; a single
 row is computed as two, and many rows as a round number of them. Elsewhere fixed-size blocks of rows give the same
-guarantee. Weights that are packed for inference are multiplied by the kernels of `native` and, on a card, of `gpu`,
-which were written for it. On a card plain weights are left to PyTorch, which picks by the number of rows.
+guarantee. On a card products are left to PyTorch, which picks by the number of rows. docs/invariance.md has
+the whole list of what equal bits take.
 
 Shapes: T rows, I inputs, O outputs.
 """
@@ -14,16 +14,11 @@ from __future__ import annotations
 
 import functools
 import platform
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from modernbert.engines.cpu import library as native
-from modernbert.engines.cpu.operations import NativeWeight, Snapshot
-from modernbert.engines.gpu import operations as gpu
-from modernbert.engines.gpu.operations import TritonWeight
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
@@ -32,11 +27,11 @@ _LINE = 16  # numbers of a row of theirs are a multiple of this
 
 def onednn_serves(x: Tensor) -> bool:
     """Whether PyTorch has oneDNN for rows of this dtype on their device."""
-    return x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and _onednn_computes(x.dtype) is not None
+    return x.device.type == "cpu" and bool(torch.backends.mkldnn.enabled) and onednn_computes(x.dtype) is not None
 
 
 @functools.cache
-def _onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
+def onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
     """What oneDNN's inner product computes rows of a dtype in on this CPU; None where this build lacks it.
 
     A CPU without bfloat16 products takes bfloat16 numbers as float32, which is faster there than imitating them.
@@ -55,10 +50,10 @@ def multiplies_bfloat16() -> bool:
     `ONEDNN_MAX_CPU_ISA` can forbid oneDNN instructions that the CPU has, so one product is tried.
     """
     if platform.machine() in ("x86_64", "AMD64"):
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        made_for_it = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     else:
-        native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if not native:
+        made_for_it = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if not made_for_it:
         return False
     x = torch.ones(2, 16, dtype=torch.bfloat16)
     try:
@@ -86,12 +81,13 @@ def planned_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Tensor | None) -> Tensor:
+def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, reordered: Tensor | None = None) -> Tensor:
+    """`linear` of (T, I) without gradients; `reordered` is the weight in oneDNN's layout, where it was laid out."""
     rows = x_TI.shape[0]
     if rows == 0:
         return x_TI.new_zeros((0, weight_OI.shape[0]))
     if onednn_serves(x_TI):
-        dtype, planned = _onednn_computes(x_TI.dtype), planned_rows(rows)
+        dtype, planned = onednn_computes(x_TI.dtype), planned_rows(rows)
         assert dtype is not None
         same = dtype == x_TI.dtype
         x = x_TI if same else x_TI.to(dtype)
@@ -100,7 +96,7 @@ def _product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Ten
             x = torch.cat((x, x))
         elif rows != planned:
             x = F.pad(x, (0, 0, 0, planned - rows))
-        weight = weight_OI.to(dtype).contiguous() if packed is None else packed
+        weight = weight_OI.to(dtype).contiguous() if reordered is None else reordered
         bias = None if bias_O is None else bias_O.to(dtype)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
         out = out if rows == planned else out[:rows]
@@ -121,7 +117,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_TI, weight_OI)
-        return _product(x_TI, weight_OI, bias_O, None)
+        return product(x_TI, weight_OI, bias_O)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -135,101 +131,18 @@ class _Linear(torch.autograd.Function):
         )
 
 
-class Packed(Protocol):
-    """A weight and its bias in the layout of whoever multiplies by them.
-
-    Attributes:
-        gated: its product is the activated first half of the outputs times the second half.
-    """
-
-    gated: bool
-
-    def product(self, x_TI: Tensor) -> Tensor:
-        """(T, I) to (T, O), without gradients; not of a gated one."""
-        ...
-
-    def holds(self, bias_O: Tensor | None) -> bool:
-        """Whether this is the bias that was packed, as it was then."""
-        ...
-
-    def to_dense(self) -> Tensor:
-        """The weight, (O, I)."""
-        ...
-
-
-class OneDnnWeight:
-    """Packed by PyTorch's oneDNN.
-
-    Args:
-        weight_OI: (O, I), float32 or bfloat16, on the CPU.
-        bias_O: (O,) or None.
-        rows: a typical number of rows of x, which the layout is chosen by; any number works.
-    """
-
-    gated = False
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, rows: int = 256) -> None:
-        dense = weight_OI.detach().to(_onednn_computes(weight_OI.dtype)).contiguous()
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(dense, rows)
-        self.like = weight_OI.detach().to("meta")
-        self.bias = bias_O
-
-    def product(self, x_TI: Tensor) -> Tensor:
-        """(T, I) to (T, O)."""
-        return _product(x_TI, self.like, self.bias, self.packed)
-
-    def holds(self, bias_O: Tensor | None) -> bool:
-        """The bias is read when it is added."""
-        return bias_O is self.bias
-
-    def to_dense(self) -> Tensor:
-        """The weight, (O, I)."""
-        dense: Tensor = self.packed.to_dense().to(self.like.dtype)
-        return dense
-
-
-class PackedPart:
-    """Some outputs of a weight that was packed together with others; they are computed together too.
-
-    Args:
-        whole: the packed weight.
-        rows: which of its outputs.
-        bias_O: the part's own bias, packed with the others.
-    """
-
-    def __init__(self, whole: Packed, rows: slice, bias_O: Tensor | None) -> None:
-        self.whole = whole
-        self.rows = rows
-        self._bias = Snapshot(bias_O)
-
-    def holds(self, bias_O: Tensor | None) -> bool:
-        """Whether this is the bias that was packed, as it was then."""
-        return self._bias.holds(bias_O)
-
-    def to_dense(self) -> Tensor:
-        """The part's weight."""
-        return self.whole.to_dense()[self.rows].contiguous()
-
-
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed: Packed | None = None) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, each row independent, bit for bit, of the others on a CPU.
 
     Args:
         x_TI: (T, I) rows; any leading dimensions are taken as rows.
-        weight_OI: (O, I); only its shape is read where `packed` serves.
+        weight_OI: (O, I).
         bias_O: (O,) or None.
-        packed: `pack_weight(weight_OI, bias_O)`, not gated; serves where no gradient is wanted.
 
     Returns:
         (T, O), or the leading dimensions of x and O.
     """
-    if packed is not None:
-        serves = serves_packed(x_TI, bias_O) and packed.holds(bias_O)
-        if x_TI.dim() == 2 and serves:
-            return packed.product(x_TI)  # what serving runs, without the questions below
-        if not serves:
-            weight_OI, packed = packed.to_dense(), None
-    if not is_plain(weight_OI):  # a class of its own brings its own product, as torchao's do
+    if type(weight_OI) not in _PLAIN:  # a class of its own brings its own product, as torchao's do
         return F.linear(x_TI, weight_OI, bias_O)
     if torch.is_autocast_enabled(x_TI.device.type):
         dtype = torch.get_autocast_dtype(x_TI.device.type)
@@ -238,46 +151,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, packed
     if torch.compiler.is_compiling():  # the compiler plans its own products, and gives up the guarantee
         return F.linear(x_TI, weight_OI, bias_O)
     if x_TI.dim() != 2:
-        return linear(x_TI.flatten(0, -2), weight_OI, bias_O, packed).unflatten(0, x_TI.shape[:-1])
+        return linear(x_TI.flatten(0, -2), weight_OI, bias_O).unflatten(0, x_TI.shape[:-1])
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TI, weight_OI, bias_O))
     if needs_grad and onednn_serves(x_TI):
         return _Linear.apply(x_TI, weight_OI, bias_O)
-    return _product(x_TI, weight_OI, bias_O, None)
-
-
-def serves_packed(x: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether packed weights serve these rows: where no gradient is wanted, and no autocast."""
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return False
-    if x.device.type == "cpu" and x.dtype not in native.DTYPES:
-        return False
-    return not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
-
-
-def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is a tensor like any other, not of a class with products of its own."""
-    return type(weight) in _PLAIN
-
-
-def gates(activation: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether our own kernels compute an activation and a gate together with the product before them."""
-    if gpu.serving(dtype, device):
-        return activation in gpu.ACTIVATIONS
-    return activation in native.ACTIVATIONS and native.serving(dtype, device) is not None
-
-
-def pack_weight(weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = False) -> Packed | None:
-    """Lay a weight out once in the blocks that products are computed in; None where nothing here does.
-
-    Args:
-        weight_OI: (O, I).
-        bias_O: (O,) or None.
-        gated: wanted for a product whose first half of outputs gates the second; only our own kernels have it.
-    """
-    if not is_plain(weight_OI):
-        return None
-    if gpu.serving(weight_OI.dtype, weight_OI.device):
-        return TritonWeight(weight_OI, bias_O, gated)
-    if native.serving(weight_OI.dtype, weight_OI.device) is not None:
-        return NativeWeight(weight_OI, bias_O, gated)
-    return None if gated or not onednn_serves(weight_OI) else OneDnnWeight(weight_OI, bias_O)
+    return product(x_TI, weight_OI, bias_O)

@@ -1,6 +1,7 @@
 """Losses over packed rows, in float32. Each is a mean, or a sum over `num_items` where given.
 
 `num_items` counts the labels of a whole batch when a call sees a part of it, so that every label weighs the same.
+Sums over positions are of one text alone (docs/invariance.md).
 
 Shapes: T rows, V classes, B texts.
 """
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modernbert.engines.gpu import operations as gpu
+from modernbert.nn.dispatch import kernel_for
 
 IGNORED = -100  # the label of what is not labelled
 
@@ -22,8 +23,8 @@ def cross_entropy(
     logits_TV: Tensor, labels_T: Tensor, *, ignore_index: int = IGNORED, num_items: Tensor | float | None = None
 ) -> Tensor:
     """Cross-entropy of the labelled rows. None at all gives NaN as a mean, as in PyTorch."""
-    if gpu.serving(logits_TV.dtype, logits_TV.device) and not torch.compiler.is_compiling():
-        losses_T = gpu.cross_entropy(logits_TV, labels_T.long(), ignore_index)
+    if (kernel := kernel_for("cross_entropy", logits_TV)) is not None:
+        losses_T = kernel(logits_TV, labels_T.long(), ignore_index)
     else:
         losses_T = F.cross_entropy(logits_TV.float(), labels_T.long(), ignore_index=ignore_index, reduction="none")
     return _reduced(losses_T, (labels_T != ignore_index).sum(), num_items)

@@ -1,4 +1,6 @@
-"""Pooling: one vector for each text of a packed batch, or for each of any spans of its rows.
+"""Pooling: one vector for each text of a packed batch, or for each of any spans of its tokens.
+
+Sums are of one span alone, so that a text's vector does not depend on its batch (docs/invariance.md).
 
 Shapes: T tokens of all texts together, B spans, M hidden size.
 """

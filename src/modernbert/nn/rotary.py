@@ -1,5 +1,7 @@
 """Rotary position embeddings over the whole head, halves rotated, angles in float32.
 
+A text's angles follow from that text alone, those of the "dynamic" type too (docs/invariance.md).
+
 Shapes: T tokens, H heads, D head size, B texts.
 """
 
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modernbert.engines.gpu import operations as gpu
+from modernbert.nn.dispatch import kernel_for
 
 
 def _powers(theta: float | Tensor, head_dim: int, device: torch.device) -> Tensor:
@@ -122,16 +124,11 @@ def split_rotated(qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[T
 
 
 def _split(qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if _on_card(qkv_T3HD):
-        q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
-        q_THD, k_THD, v_THD = gpu.rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D).unbind(1)
+    if (rotate := kernel_for("rotate", qkv_T3HD)) is not None:
+        q_THD, k_THD, v_THD = rotate(*qkv_T3HD.unbind(1), cos_T1D, sin_T1D).unbind(1)
         return q_THD, k_THD, v_THD
     q_THD, k_THD = apply_rope(qkv_T3HD[:, :2].flatten(1, 2), cos_T1D, sin_T1D).chunk(2, dim=1)
     return q_THD, k_THD, qkv_T3HD[:, 2]
-
-
-def _on_card(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and gpu.serving(x.dtype, x.device)
 
 
 class _SplitRotated(torch.autograd.Function):
@@ -146,8 +143,9 @@ class _SplitRotated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_T1D, sin_T1D = ctx.saved_tensors
         q_THD, k_THD, v_THD = grads
-        if _on_card(v_THD) and not torch.is_grad_enabled():  # of these gradients there may be gradients
-            return gpu.rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D, back=True), None, None
+        rotate = kernel_for("rotate", v_THD)
+        if rotate is not None and not torch.is_grad_enabled():  # of these gradients there may be gradients
+            return rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D, back=True), None, None
         out_T3HD = torch.empty((v_THD.shape[0], 3, *v_THD.shape[1:]), dtype=v_THD.dtype, device=v_THD.device)
         half = v_THD.shape[-1] // 2
         for i, grad_THD in enumerate((q_THD, k_THD)):

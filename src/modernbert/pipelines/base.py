@@ -21,6 +21,7 @@ from tokenizers import Encoding
 
 from modernbert.auto import TRAINED_HEADS, architectures_of, kind_of
 from modernbert.encoding import TRUNCATIONS, UNLIMITED
+from modernbert.engines.freeze import is_frozen
 from modernbert.errors import InputError, listed, shown
 from modernbert.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype
@@ -152,8 +153,7 @@ class Pipeline(abc.ABC):
 
         Weights travel as bytes: a process that was spawned cannot take over the memory of this one.
         """
-        optimized = any(getattr(module, "packed", None) is not None for module in self.model.modules())
-        return _unpickled, (type(self), pickle.dumps(self.__dict__), optimized)
+        return _unpickled, (type(self), pickle.dumps(self.__dict__), is_frozen(self.model))
 
     # Inputs in, answers out
 

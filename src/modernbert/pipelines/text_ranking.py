@@ -33,7 +33,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
 }
 _SIMILARITIES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    # Sums of products, row by row: a matrix product's order of sums would depend on the number of documents.
+    # Sums document by document: a matrix product's order of sums depends on how many there are (docs/invariance.md).
     "cosine": lambda query, documents: (F.normalize(documents, dim=-1) * F.normalize(query, dim=-1)).sum(-1),
     "dot": lambda query, documents: (documents * query).sum(-1),
     "euclidean": lambda query, documents: -(documents - query).norm(dim=-1),

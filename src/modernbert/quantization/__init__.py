@@ -1,1 +1,15 @@
-"""Quantization: weights of 8 or 4 bits in the place of floats, measured before they are let in."""
+"""Quantization, from outside: it replaces modules, and says how its checkpoints load.
+
+Importing this lets `from_pretrained` of every model read quantized checkpoints, and quantize.
+"""
+
+from modernbert.models.formats import register_format
+from modernbert.quantization.format import Quantized
+
+
+def register() -> None:
+    """Have models read, quantize and save these checkpoints."""
+    register_format(Quantized())
+
+
+register()

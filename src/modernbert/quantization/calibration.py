@@ -25,7 +25,7 @@ _MOST_MOMENTS = 4096  # inputs of a weight beyond which moments take too much me
 
 def own_texts() -> list[str]:
     """The texts that come with the package: prose of a century, questions, messages, lists, code."""
-    text = files("modernbert").joinpath("models/quantization/texts.txt").read_text(encoding="utf-8")
+    text = files("modernbert").joinpath("quantization/texts.txt").read_text(encoding="utf-8")
     return [part.strip() for part in text.split("\n\n") if part.strip()]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from modernbert.errors import QuantizationError
 from modernbert.hub import Source
+from modernbert.models.formats import KEY
 from modernbert.nn.layers import Linear
 from modernbert.quantization.calibration import (
     Batch,
@@ -147,7 +148,8 @@ def quantize(
         record.measured["texts"] = "ids drawn at random"
     else:
         record.measured["texts"] = "the package's own" if texts is None else f"{len(texts)} given"
-    model.set_quantization(record)
+    model.config = model.config.replace(extra={**model.config.extra, KEY: record.to_dict()})
+    model.base_model.config = model.config
     model.to(dtype).requires_grad_(False)
     return model
 

@@ -1,6 +1,6 @@
 """Layers whose weights are whole numbers of 8 or 4 bits: linear ones, and the embedding.
 
-They take the places of `Linear` and `nn.Embedding` in a model, and hold no parameter but a bias: nothing of them can be
+They replace `Linear` and `nn.Embedding` in a model, and hold no parameter but a bias: nothing of them can be
 trained. In a checkpoint a weight is `weight` (its codes), `weight_scale`, and where columns stay floats
 `outliers` (their numbers) and `outlier_weight`.
 
@@ -10,17 +10,19 @@ Shapes: T tokens, M hidden size, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modernbert.engines.cpu.library import ACTIVATIONS, DTYPES
+from modernbert.engines.cpu.library import DTYPES
+from modernbert.engines.freeze import register_embedding, register_linear
+from modernbert.engines.weights import LaidOut, Numbers
 from modernbert.errors import CheckpointError
-from modernbert.nn.layers import Linear, share
-from modernbert.nn.linear import PackedPart
-from modernbert.quantization.weight import GROUP, PackedIntegers, PlainIntegers, QuantizedWeight, pack_quantized
+from modernbert.nn.layers import Linear
+from modernbert.quantization.weight import GROUP, PackedIntegers, QuantizedWeight, pack_quantized
 
 # The tensors of a quantized weight by their names in a checkpoint.
 PARTS = {"codes": "weight", "scales": "weight_scale", "columns": "outliers", "kept": "outlier_weight"}
@@ -41,8 +43,8 @@ class _Through(torch.autograd.Function):
         return grads[0] @ dense_OI, None, None
 
 
-class QuantizedLinear(Linear):
-    """A linear layer with a quantized weight.
+class QuantizedLinear(nn.Module):
+    """A linear layer with a quantized weight, laid out for the kernels where there are any.
 
     Args:
         weight: (out, in).
@@ -50,114 +52,121 @@ class QuantizedLinear(Linear):
         dtype: of what is made of `weight` for those who read it.
     """
 
-    is_ours = True
-
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bits, self.dtype = weight.bits, dtype
         self.register_parameter("bias", bias)
-        self.packed: Any = pack_quantized(weight, bias)
+        self.laid = Laid(weight, bias)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the weight, (out, in)."""
         return self.out_features, self.in_features
 
-    @property  # in the place of a parameter that callers read, but could not write with any effect
-    def weight(self) -> Tensor:  # type: ignore[override]
+    @property
+    def weight(self) -> Tensor:
         """The numbers that the codes stand for, (out, in), made anew each time."""
-        return self.dense_weight()
+        return self.quantized.to_dense().to(self.dtype)
 
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight in its plain layout."""
-        if isinstance(self.packed, PackedPart):
-            whole = self.packed.whole
-            assert isinstance(whole, PackedIntegers | PlainIntegers)
-            return whole.to_quantized().outputs(self.packed.rows)
-        plain: QuantizedWeight = self.packed.to_quantized()
-        return plain
-
-    def dense_weight(self) -> Tensor:
-        """The weight, as floats."""
-        return self.quantized.to_dense().to(self.dtype)
+        return self.laid.weight.to_quantized()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        self.follow_bias()
-        packed = self.packed
-        if isinstance(packed, PackedPart) or packed.gated:
-            packed = pack_quantized(self.quantized, self.bias)
+        bias = self._parameters["bias"]
+        if not self.laid.holds(bias):
+            self.laid = Laid(self.quantized, bias)
+        packed = self.laid.weight
         if x.requires_grad and torch.is_grad_enabled():  # what the inputs weigh can still be asked
-            x_TI, dense = x.flatten(0, -2), self.dense_weight().to(x.dtype)
-            out: Tensor = _Through.apply(x_TI, dense, packed)
+            out: Tensor = _Through.apply(x.flatten(0, -2), self.weight.to(x.dtype), packed)
             return out.unflatten(0, x.shape[:-1])
         dtype = x.dtype if x.dtype in DTYPES else torch.float32
         return packed.product(x.flatten(0, -2).to(dtype)).unflatten(0, x.shape[:-1]).to(x.dtype)
-
-    def follow_bias(self) -> None:
-        """Pack again where the bias is no longer the one that was packed."""
-        if not self.packed.holds(self.bias):
-            self.packed = pack_quantized(self.quantized, self.bias, self.packed_as_gate)
-
-    @property
-    def packed_as_gate(self) -> bool:
-        """Whether the outputs lie as gates."""
-        return not isinstance(self.packed, PackedPart) and self.packed.gated
-
-    def gates(self, activation: Any) -> bool:
-        """Whether our own kernels compute this activation and the gate after it too."""
-        return self._is_native() and activation in ACTIVATIONS
-
-    def _is_native(self) -> bool:
-        return isinstance(self.packed, PackedPart | PackedIntegers)
-
-    @staticmethod
-    def pack_together(modules: list[Linear]) -> None:
-        """Lay the weights of layers that read the same rows out as one."""
-        quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
-        weight = together(module.quantized for module in quantized)
-        biases: list[Tensor] = [module.bias for module in modules if module.bias is not None]
-        if weight is not None and all(module._is_native() for module in quantized):
-            share(modules, pack_quantized(weight, torch.cat(biases) if biases else None))
-
-    def pack(self, gated: bool = False) -> None:
-        """Lay the weight out anew where its outputs are wanted as gates."""
-        if gated and isinstance(self.packed, PackedIntegers) and not self.packed.gated:
-            self.packed = pack_quantized(self.quantized, self.bias, gated)
-
-    def unpack(self) -> None:
-        """Undo `pack`."""
-        if isinstance(self.packed, PackedPart) or self.packed.gated:
-            self.packed = pack_quantized(self.quantized, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         weight = self.quantized
         device = fn(weight.codes[:0]).device
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        nn.Module._apply(self, fn, recurse)
-        self.packed = pack_quantized(weight.map(lambda t: t.to(device)), self.bias)
+        super()._apply(fn, recurse)
+        self.laid = Laid(weight.map(lambda t: t.to(device)), self._parameters["bias"])
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update(named_parts(self.quantized, prefix))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-        self.packed = pack_quantized(_loaded(self.quantized, state_dict, prefix, *args), self.bias)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.laid = Laid(_loaded(self.quantized, state_dict, prefix, *args), self._parameters["bias"])
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy is packed anew
-        return {**self.__dict__, "packed": self.quantized}
+    def __getstate__(self) -> dict[str, Any]:  # a copy lays its weight out anew
+        return {**self.__dict__, "laid": self.quantized}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.packed = pack_quantized(state["packed"], self.bias)
+        self.laid = Laid(state["laid"], self._parameters["bias"])
 
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+
+
+class Laid:
+    """A quantized weight as it is multiplied by, with the bias as it was then.
+
+    Args:
+        weight: plain.
+        bias_O: (O,) or None.
+    """
+
+    def __init__(self, weight: QuantizedWeight, bias_O: Tensor | None) -> None:
+        self.weight = pack_quantized(weight, bias_O)
+        self._bias = None if bias_O is None else bias_O.detach().clone()
+
+    def holds(self, bias_O: Tensor | None) -> bool:
+        """Whether this is the bias that was laid out; PyTorch counts no writes through `.data`, so it is compared."""
+        if bias_O is None or self._bias is None:
+            return bias_O is self._bias
+        return not self._bias.is_meta and torch.equal(bias_O, self._bias)
+
+
+class QuantizedKind:
+    """How the quantized linear layers of one pass are laid out for an engine; see `engines.weights.LinearKind`."""
+
+    def serves(self, modules: Sequence[nn.Module], gated: bool) -> bool:
+        """Where there are kernels, and layers that read the same inputs are cut alike."""
+        layers = [module for module in modules if isinstance(module, QuantizedLinear)]
+        weights = [layer.laid.weight for layer in layers]
+        parts = [weight.parts for weight in weights if isinstance(weight, PackedIntegers)]
+        return len(parts) == len(modules) and all(_alike(part, parts[0]) for part in parts)
+
+    def lay_out(self, modules: Sequence[nn.Module], gated: bool) -> LaidOut:
+        """As one, for kernels; a layer by itself is laid out already."""
+        layers = [module for module in modules if isinstance(module, QuantizedLinear)]
+        for layer in layers:
+            if not layer.laid.holds(layer._parameters["bias"]):
+                layer.laid = Laid(layer.quantized, layer._parameters["bias"])
+        biases = [bias.detach() for layer in layers if (bias := layer._parameters["bias"]) is not None]
+        laid = layers[0].laid.weight
+        if len(layers) > 1 or gated:
+            whole = together([layer.quantized for layer in layers])
+            laid = pack_quantized(whole, torch.cat(biases) if biases else None, gated)
+        assert isinstance(laid, PackedIntegers)
+        return laid
+
+    def numbers(self, module: nn.Module, laid: LaidOut, outputs: slice) -> Numbers:
+        """The layout itself where it was the layer's own; else it is made anew."""
+        assert isinstance(module, QuantizedLinear)
+        own, bias = module.laid, module._parameters["bias"]
+        plain = None if bias is None else bias.data
+        parameters: dict[str, Callable[[], Tensor]] = {} if plain is None else {"bias": lambda: plain}
+        if laid is own.weight:
+            return Numbers(parameters, {"laid": lambda: own})
+        assert isinstance(laid, PackedIntegers)
+        return Numbers(parameters, {"laid": lambda: Laid(laid.to_quantized().outputs(outputs), plain)})
 
 
 class QuantizedEmbedding(nn.Embedding):
@@ -186,7 +195,11 @@ class QuantizedEmbedding(nn.Embedding):
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """(T,) to (T, M)."""
-        return self.quantized.to_dense(ids_T.long()).to(self.dtype)
+        return _look_up(self.quantized, self.dtype, ids_T)
+
+    def function(self) -> Callable[[Tensor], Tensor]:
+        """What `forward` computes, apart from the module."""
+        return functools.partial(_look_up, self.quantized, self.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedEmbedding:
         device = fn(self.quantized.codes[:0]).device
@@ -203,6 +216,10 @@ class QuantizedEmbedding(nn.Embedding):
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.quantized.bits}"
+
+
+def _look_up(weight: QuantizedWeight, dtype: torch.dtype, ids_T: Tensor) -> Tensor:
+    return weight.to_dense(ids_T.long()).to(dtype)
 
 
 def _loaded(
@@ -291,15 +308,19 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear | Quantized
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def together(weights: Iterable[QuantizedWeight]) -> QuantizedWeight | None:
-    """Weights that read the same rows, as one; None where they are cut differently."""
-    first, *others = weights
-    same = all(
-        (w.bits, w.group, w.float_rows) == (first.bits, first.group, first.float_rows)
-        and torch.equal(w.columns, first.columns)
-        for w in others
-    )
+def _alike(weight: QuantizedWeight, other: QuantizedWeight) -> bool:
+    """Whether weights that read the same inputs are cut alike."""
+    cut = (weight.bits, weight.group, weight.float_rows) == (other.bits, other.group, other.float_rows)
+    return cut and torch.equal(weight.columns, other.columns)
+
+
+def together(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights that read the same inputs and are cut alike, as one."""
     joined: dict[str, Any] = {
-        name: torch.cat([getattr(w, name) for w in (first, *others)]) for name in ("codes", "scales", "kept")
+        name: torch.cat([getattr(weight, name) for weight in weights]) for name in ("codes", "scales", "kept")
     }
-    return dataclasses.replace(first, **joined) if same else None
+    return dataclasses.replace(weights[0], **joined)
+
+
+register_linear(QuantizedLinear, QuantizedKind())
+register_embedding(QuantizedEmbedding, lambda module: module.function())

@@ -8,10 +8,11 @@ from typing import Any
 
 from modernbert.config import Config
 from modernbert.errors import CheckpointError, shown
+from modernbert.models.formats import KEY
 from modernbert.quantization.rounding import Scheme
 from modernbert.quantization.weight import GROUP
 
-KEY, METHOD, FORMAT = "quantization_config", "modernbert", 1
+METHOD, FORMAT = "modernbert", 1
 # What a weight is rounded to by each scheme; and to what next, where that costs too much. Bfloat16 is the last resort.
 SCHEMES = {
     "int8": (Scheme(8, None), Scheme(8, GROUP, kept=256)),

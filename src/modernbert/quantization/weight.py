@@ -2,10 +2,10 @@
 
 A weight is cut into groups of inputs; each output has a scale a group. A row is cut the same way, and each of its
 groups divided by its own largest number: what a row becomes depends on nothing but the row. Products of integers are
-exact in any order, so nothing depends on the batch, on any machine. A few columns may stay floats: inputs that reach
-far beyond the others would leave those no digits.
+exact in any order, so nothing depends on the batch, on any machine (docs/invariance.md). A few columns may stay floats:
+inputs that reach far beyond the others would leave those no digits.
 
-`QuantizedWeight.product` is the definition, in PyTorch's own operations; the kernels of `native` are the fast way.
+`QuantizedWeight.product` is the definition, in PyTorch's own operations; the kernels of `engines.cpu` are the fast way.
 
 Shapes: T rows, I inputs, O outputs, G groups, K kept columns.
 """
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modernbert.engines.cpu.library import Weight, library
-from modernbert.engines.cpu.operations import NativeWeight, Snapshot
+from modernbert.engines.cpu.operations import NativeWeight
 from modernbert.errors import InputError
 from modernbert.nn.linear import linear
 
@@ -153,7 +153,6 @@ class PackedIntegers(NativeWeight):
         # What is kept here beside the panels is small: scales, and a few columns.
         self.parts = dataclasses.replace(weight, codes=weight.codes.new_empty(0))
         self.shape, self.dtype, self.gated = weight.shape, torch.float32, gated
-        self._bias = Snapshot(bias_O)
         scales, kept = weight.scales.float().contiguous(), weight.kept.float().contiguous()
         self._columns = weight.columns.contiguous()
         self.struct = Weight(*weight.shape, gated, BITS[weight.bits], group=weight.group, scales=scales.data_ptr())
@@ -186,10 +185,6 @@ class PlainIntegers:
         """(T, I) to (T, O)."""
         out_TO = self.weight.product(x_TI)
         return out_TO if self._bias is None else out_TO + self._bias.to(out_TO.dtype)
-
-    def holds(self, bias_O: Tensor | None) -> bool:
-        """The bias is read when it is added."""
-        return bias_O is self._bias
 
     def to_quantized(self) -> QuantizedWeight:
         """The plain form."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from modernbert.nn.backbone import Backbone
 from modernbert.training.adapters import has_adapters
 from modernbert.training.precision import autocast
 
@@ -33,10 +32,6 @@ def evaluating(trained: Any, precision: str, device: torch.device, is_sharded: b
         model = copy.deepcopy(model).optimize_for_inference()
     with torch.no_grad(), autocast("float32" if packed else precision, device):
         yield model
-    if packed:  # it holds itself in a circle, and would wait long to be collected
-        for module in model.modules():
-            if isinstance(module, Backbone):
-                module.fused = None
     if is_sharded:
         trained.reshard()  # which a backward pass would do
     trained.train()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from modernbert import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 from modernbert.engines.cpu import library as native
 from modernbert.engines.cpu.operations import Angles, Keys, NativeWeight, Norm, Product, attention, normalize
-from modernbert.engines.cpu.runner import FusedLayers
+from modernbert.engines.cpu.runner import CpuLayers
 from modernbert.errors import BackendError
 from modernbert.nn.attention import choose_backend
 from modernbert.nn.packing import Packing
@@ -155,7 +155,7 @@ def batch(lengths=(300, 1, 64, 130)):
 def test_a_fused_pass_is_that_of_the_plain_path(changes):
     ids, mask = batch()
     plain, fast = model_of(**changes), model_of(**changes).optimize_for_inference()
-    assert isinstance(fast.fused, FusedLayers)
+    assert isinstance(fast.runner.layers, CpuLayers)
     expected = plain(ids, attention_mask=mask, output_hidden_states=True)
     got = fast(ids, attention_mask=mask, output_hidden_states=True)
     assert len(got.hidden_states) == len(expected.hidden_states)
@@ -182,32 +182,46 @@ def test_bfloat16_is_nearer_to_float32_than_the_plain_path_is():
 
 def test_what_listens_or_changes_takes_the_plain_path():
     ids, mask = batch()
-    model = model_of().optimize_for_inference()
-    fused = model.fused
-
-    def served():
-        inputs = model.pack_inputs(ids, None, attention_mask=mask)
-        return fused.serves(inputs)
-
-    assert served()
-    seen = []
+    model, seen = model_of().optimize_for_inference(), []
+    assert isinstance(model.runner.layers, CpuLayers)
     handle = model.layers[1].mlp.register_forward_hook(lambda *_: seen.append(1))
-    assert not served()
+    assert model.runner is None
     model(ids, attention_mask=mask)
-    assert seen
+    assert len(seen) == 1
     handle.remove()
-    assert served()
+    model.optimize_for_inference()(ids, attention_mask=mask)
+    assert len(seen) == 1
+    assert model.runner is not None
     with torch.no_grad():
         model.layers[0].mlp_norm.weight.mul_(2)
-    assert not served()
+    assert model.runner is None
     again = model_of().optimize_for_inference()
-    weights = again(ids, attention_mask=mask, output_attentions=True).attentions
-    assert len(weights) == len(again.layers)
     for other in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
-        assert other.fused is None
+        assert other.runner is None
         torch.testing.assert_close(other(ids, attention_mask=mask)[0], again(ids, attention_mask=mask)[0])
+    assert again.runner is not None
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not again.fused.serves(again.pack_inputs(ids, None, attention_mask=mask))
+        again(ids, attention_mask=mask)
+    assert again.runner is None
+
+
+@pytest.mark.parametrize("implementation", ["auto", "eager", "sdpa"])
+@torch.no_grad()
+def test_attention_weights_and_other_backends_run_between_the_kernels(implementation):
+    ids, mask = batch()
+    config = ModernBertConfig(**SMALL, initializer_range=0.2)
+    torch.manual_seed(1)
+    plain = ModernBertModel(config, "eager").eval()
+    fast = ModernBertModel(config, implementation).eval()
+    fast.load_state_dict(plain.state_dict())
+    fast.optimize_for_inference()
+    wants = {"output_attentions": implementation != "sdpa", "output_hidden_states": True}
+    expected, got = (model(ids, attention_mask=mask, **wants) for model in (plain, fast))
+    for a, b in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(got.attentions or (), expected.attentions or (), strict=implementation != "sdpa"):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert isinstance(fast.runner.layers, CpuLayers)
 
 
 def replace_output(model):
@@ -249,7 +263,7 @@ def test_a_change_after_optimizing_counts(change):
     after = fast(ids, attention_mask=mask)[0]
     torch.testing.assert_close(after, plain(ids, attention_mask=mask)[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(after, before)
-    assert fast.fused is None
+    assert fast.runner is None
 
 
 @torch.no_grad()
@@ -320,7 +334,7 @@ torch.manual_seed(0)
 config = ModernBertConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
 for _ in range(2): model = ModernBertModel(config).optimize_for_inference()
-with torch.inference_mode(): print(model(torch.arange(40)[None])[0].isfinite().all().item(), model.fused is not None)
+with torch.inference_mode(): print(model(torch.arange(40)[None])[0].isfinite().all().item(), model.runner is not None)
 """
 
 

@@ -93,7 +93,7 @@ def test_gradients_are_the_same_at_every_run(card):
 def test_a_text_is_the_same_bit_for_bit_in_any_batch(card, dtype):
     """By itself and in batches that are recorded, and in one that is too large for it."""
     model = ModernBertForMaskedLM(ModernBertConfig(**config_of())).to(card, dtype).eval().optimize_for_inference()
-    assert isinstance(model.model.fused, GpuLayers)
+    assert isinstance(model.model.runner.layers, GpuLayers)
     lengths = [1, 7, 16, 100, 300, 513]
     ids, _ = texts(lengths)
     parts = ids.split(lengths)

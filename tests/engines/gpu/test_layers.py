@@ -65,7 +65,7 @@ def pair(place, cls=ModernBertForMaskedLM, implementation="sdpa", **changes):
     fast = cls(config, implementation).eval().to(place)
     fast.load_state_dict(plain.state_dict())
     fast.optimize_for_inference()
-    assert isinstance(fast.base_model.fused, GpuLayers)
+    assert isinstance(fast.base_model.runner.layers, GpuLayers)
     return plain, fast
 
 
@@ -90,7 +90,7 @@ def test_an_encoder_gives_what_it_gave(place, changes, implementation, eager_ker
             torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-5)
         recorded = fast(ids, mask).logits  # where launches are recorded, states are not given
         torch.testing.assert_close(recorded, wanted.logits, rtol=0, atol=3e-5)
-    assert len(fast.model.fused.graphs) == (implementation == "flash_attention_2")
+    assert len(fast.model.runner.layers.graphs) == (implementation == "flash_attention_2")
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "flash_attention_2"])
@@ -111,7 +111,7 @@ def test_recordings_keep_nothing_of_earlier_batches(place, eager_kernel):
         with torch.inference_mode():
             got = fast(ids, cu_seqlens=starts)[0]
         torch.testing.assert_close(got, plain(ids, cu_seqlens=starts)[0], rtol=0, atol=3e-5)
-    assert len(fast.fused.graphs) == 3  # 32 tokens of one text, 32 of up to four; 16 of one
+    assert len(fast.runner.layers.graphs) == 3  # 32 tokens of one text, 32 of up to four; 16 of one
     assert set(eager_kernel) == {(128, 4 + 1), (128, 1 + 1)}  # of the longest, and texts with one to fill
 
 
@@ -134,7 +134,7 @@ def test_padding_inside_a_text_and_rotation_by_length(place, eager_kernel):
         mask[0, 3:9] = 0
         wanted, got = (model(ids, mask)[0] for model in (plain, fast))
         torch.testing.assert_close(got, wanted, rtol=0, atol=3e-5)
-        assert not len(fast.fused.graphs)
+        assert not len(fast.runner.layers.graphs)
 
 
 def test_nothing_to_encode(place, eager_kernel):
@@ -149,7 +149,7 @@ def test_it_ends_with_the_weights_it_was_made_of(place):
     plain, fast = pair(place, ModernBertModel)
     ids, mask = batch(place)
     again = copy.deepcopy(fast)
-    assert again.fused is None
+    assert again.runner is None
     saved, own = fast.state_dict(), plain.state_dict()
     assert list(saved) == list(own)
     assert all(torch.equal(saved[name], own[name]) for name in own)
@@ -157,7 +157,7 @@ def test_it_ends_with_the_weights_it_was_made_of(place):
         plain.layers[1].mlp_norm.weight.mul_(2)
         fast.layers[1].mlp_norm.weight.mul_(2)
     torch.testing.assert_close(fast(ids, mask)[0], plain(ids, mask)[0], rtol=0, atol=3e-5)
-    assert fast.fused is None
+    assert fast.runner is None
 
 
 def test_it_stands_back_where_someone_listens(place):
@@ -167,7 +167,7 @@ def test_it_stands_back_where_someone_listens(place):
     fast.layers[2].mlp.Wi.register_forward_hook(lambda *given: heard.append(1))
     fast(ids, mask)
     assert heard
-    assert fast.fused is not None
+    assert fast.runner is None
 
 
 def test_gradients_pass_where_they_are_wanted(place):
@@ -227,11 +227,11 @@ def test_generation_takes_the_same_tokens(place, implementation, eager_kernel):
     options = {"max_new_tokens": 12, "eos_token_id": list(range(3, 8)), "pad_token_id": 0}  # texts end one by one
     wanted, got = (model.generate(ids, mask, **options) for model in (plain, fast))
     assert torch.equal(got, wanted)
-    steps = [key for key in fast.model.fused.graphs._kept if isinstance(key, int)]
+    steps = [key for key in fast.model.runner.layers.graphs._kept if isinstance(key, int)]
     assert steps
-    before = len(fast.model.fused.graphs)
+    before = len(fast.model.runner.layers.graphs)
     assert torch.equal(fast.generate(ids, mask, **options), wanted)  # another cache, the same recordings
-    assert len(fast.model.fused.graphs) == before
+    assert len(fast.model.runner.layers.graphs) == before
 
 
 def test_a_cache_goes_on_where_it_was(place, eager_kernel):
@@ -266,7 +266,7 @@ def test_a_step_rotates_by_the_positions_of_a_caller(place):
 def test_nothing_holds_the_card_once_it_has_ended(place):
     _, fast = pair(place, ModernBertModel)
     fast(*batch(place))
-    ended = weakref.ref(fast.fused)
+    ended = weakref.ref(fast.runner.layers)
     gc.collect()
     gc.disable()
     try:

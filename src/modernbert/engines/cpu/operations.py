@@ -8,8 +8,7 @@ Shapes: T tokens of all texts together, I inputs, O outputs, M width, H heads, D
 from __future__ import annotations
 
 import ctypes
-import os
-from ctypes import c_size_t, c_void_p
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,51 +50,6 @@ def _point(struct: Any, name: str, x: Tensor) -> None:
     setattr(struct, f"{name}_dtype", DTYPES[x.dtype])
 
 
-def version_of(x: Tensor | None) -> int | None:
-    """What changes when a tensor is written to; inference tensors do not count."""
-    return None if x is None or x.is_inference() else x._version
-
-
-# PyTorch counts no writes through `.data`, so what was copied is compared byte by byte.
-same_bytes = (ctypes.cdll.msvcrt if os.name == "nt" else ctypes.CDLL(None)).memcmp
-same_bytes.argtypes = (c_void_p, c_void_p, c_size_t)
-
-
-class Written:
-    """Whether a large tensor is still the one that it was, and nothing has written to it in a way that PyTorch counts.
-
-    Args:
-        x: the tensor.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self._seen = x.data_ptr(), version_of(x)
-
-    def holds(self, x: Tensor) -> bool:
-        """Whether nothing has."""
-        return (x.data_ptr(), version_of(x)) == self._seen
-
-
-class Snapshot:
-    """What a small tensor held at one time, to find out later whether anything has written to it.
-
-    Args:
-        x: the tensor, or None.
-    """
-
-    def __init__(self, x: Tensor | None) -> None:
-        self.tensor, self._version = x, version_of(x)
-        self._copy = x.detach().clone() if x is not None and x.device.type == "cpu" and x.is_contiguous() else None
-
-    def holds(self, x: Tensor | None) -> bool:
-        """Whether this is the same tensor, and nothing has written to it."""
-        if x is not self.tensor:
-            return False
-        if x is None or self._copy is None:
-            return version_of(x) == self._version
-        return same_bytes(x.data_ptr(), self._copy.data_ptr(), self._copy.nbytes) == 0
-
-
 def _run(operation: Operation) -> None:
     _library().run(ctypes.addressof(operation), 1)
 
@@ -108,10 +62,10 @@ class Norm(NamedTuple):
     epsilon: float
 
     @classmethod
-    def of(cls, module: torch.nn.LayerNorm) -> Norm:
-        """A copy of what a module holds now."""
-        bias = None if module.bias is None else module.bias.detach().float().clone()
-        return cls(module.weight.detach().float().clone(), bias, module.eps)
+    def of(cls, norm: Any) -> Norm:
+        """A copy of the weight, the bias and the eps that a module or a tuple holds."""
+        bias = None if norm.bias is None else norm.bias.detach().float().clone()
+        return cls(norm.weight.detach().float().clone(), bias, norm.eps)
 
     def write(self, struct: Any) -> None:
         """Point a structure at them."""
@@ -131,7 +85,6 @@ class NativeWeight:
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None = None, gated: bool = False) -> None:
         self.shape, self.dtype, self.gated = weight_OI.shape, weight_OI.dtype, gated
-        self._bias = Snapshot(bias_O)
         self.struct = Weight(*weight_OI.shape, gated, DTYPES[weight_OI.dtype])
         self._lay_out(weight_OI.detach().contiguous(), bias_O)
 
@@ -150,10 +103,6 @@ class NativeWeight:
     def gated_product(self, x_TI: Tensor, activation: str) -> Tensor:
         """(T, I) to (T, O / 2), of a gated weight."""
         return Product(self, activation=activation)(x_TI if x_TI.stride(1) == 1 else x_TI.contiguous())
-
-    def holds(self, bias_O: Tensor | None) -> bool:
-        """Whether this is the bias that was packed, as it was then."""
-        return self._bias.holds(bias_O)
 
     # A compiler that traced this would warn of the pointers; PyTorch leaves the decorator without types.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -320,6 +269,13 @@ def attend_step(
     return out_NHD
 
 
+@functools.cache
+def _column(struct: type[ctypes.Structure], name: str) -> int:
+    """Where a field lies in an operation, in words of eight bytes."""
+    offset: int = getattr(struct, name).offset
+    return (Operation.body.offset + offset) // 8
+
+
 class Program:
     """Operations that run one after another in one call, as a table whose cells can be set.
 
@@ -349,8 +305,7 @@ class Program:
     def set(self, rows: Any, struct: type[ctypes.Structure], /, **cells: Any) -> None:
         """Set fields of rows that hold such a structure: to one number or one a row. A tensor means its address."""
         for name, value in cells.items():
-            column = (Operation.body.offset + getattr(struct, name).offset) // 8
-            self._words[rows, column] = value.data_ptr() if isinstance(value, Tensor) else value
+            self._words[rows, _column(struct, name)] = value.data_ptr() if isinstance(value, Tensor) else value
 
     def run(self, first: int = 0, last: int | None = None) -> None:
         """Run rows `first` to `last` - 1."""

@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modernbert.config import Config
 from modernbert.decoding.continuation import Continuation, Steps
-from modernbert.engines.cpu.attention import NativeAttention
+from modernbert.engines.cpu.attention import NativeAttention, NativePlan
 from modernbert.engines.cpu.library import DTYPES, Attention, Normalize, Step
 from modernbert.engines.cpu.library import Product as ProductStruct
 from modernbert.engines.cpu.operations import Angles, NativeWeight, Norm, Product, Program, attend_step
-from modernbert.engines.unchanged import Unchanged, as_made
-from modernbert.nn.execution import Planned, Shared, angles, attention
+from modernbert.engines.weights import BackboneWeights, LayerWeights
+from modernbert.nn.attention import AttentionBackend
+from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.execution import Hidden, Planned, Shared, Weights, angles, attention, frequencies, padded
 from modernbert.nn.inputs import PackedInputs
-from modernbert.nn.layers import Layer
 from modernbert.nn.rotary import split_rotated
-from modernbert.quantization.modules import QuantizedEmbedding
-
-if TYPE_CHECKING:
-    from modernbert.decoding.cache import DecoderCache
-    from modernbert.nn.backbone import Backbone
 
 _LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output
 _PARTS = ("qkv", "attention", "out", "gate", "down")
@@ -46,39 +42,39 @@ class _Pass(NamedTuple):
     kept: tuple[Tensor | None, ...]
 
 
-class FusedLayers:
-    """The forward pass of an optimized backbone, for as long as its weights stay what they were.
+class CpuLayers:
+    """The forward pass of a frozen backbone.
 
     Args:
-        model: packed by our own kernels; see `of`.
+        config: the architecture.
+        weights: laid out for the kernels of `cpu`.
+        backend: the attention that was asked for; another one than the kernels' runs between them.
     """
 
-    def __init__(self, model: Backbone) -> None:
-        self.model, self.dtype = model, model.dtype
-        self.backend = NativeAttention()
-        layers = [layer for layer in model.layers if isinstance(layer, Layer)]
-        self.kinds = [layer.kind for layer in layers]
-        self.heads = [layer.attn.heads for layer in layers]
-        self.width = max(3 * max(self.heads) * model.config.head_dim, model.config.intermediate_size)
-        norms = Norm.of(model.embeddings.norm), Norm.of(model.final_norm)
+    def __init__(self, config: Config, weights: BackboneWeights, backend: AttentionBackend) -> None:
+        self.config, self.dtype, self.embedding = config, weights.dtype, weights.embedding
+        self.backend, self.frequencies = backend, frequencies(config, weights.device)
+        self.kinds = [layer.kind for layer in weights.layers]
+        self.heads = [layer.heads for layer in weights.layers]
+        self.width = max(3 * max(self.heads) * config.head_dim, config.intermediate_size)
+        norms = Norm.of(weights.first_norm), Norm.of(weights.last_norm)
         self._kept: list[Any] = [*norms]
         whole: list[Any] = []
         steps: list[Any] = []
-        for layer in layers:
-            products = _products(layer)
+        for layer in weights.layers:
+            products = _products(layer, weights.activation)
             self._kept += products
             qkv, *others = (product.struct for product in products)
-            whole += [qkv, _attention(model.config, layer), *others]
-            steps += [qkv, _step(model.config, layer), *others]
-        first, last = (_normalize(model.config, norm) for norm in norms)
+            whole += [qkv, _attention(config, layer), *others]
+            steps += [qkv, _step(config, layer), *others]
+        first, last = (_normalize(config, norm) for norm in norms)
         self.program = Program([first, *whole, last])
         self.stepping = Program([first, *steps, last])  # one new token of each text
         self._lay_out()
-        self._unchanged = Unchanged(model, [model.embeddings, model.layers, model.final_norm])
 
     def _lay_out(self) -> None:
         """Strides and dtypes, which all passes share. x is float32, everything else of the weights' dtype."""
-        dtype, config = DTYPES[self.dtype], self.model.config
+        dtype, config = DTYPES[self.dtype], self.config
         own = np.array([heads * config.head_dim for heads in self.heads])
         qkv, attention, out, gate, down = (slice(1 + i, -1, _LAYER) for i in range(_LAYER))
         M, inner = config.hidden_size, config.intermediate_size
@@ -93,51 +89,36 @@ class FusedLayers:
             program.set(0, Normalize, out_stride=M, out_dtype=0)
             program.set(-1, Normalize, table_stride=M, table_dtype=0, out_stride=M, out_dtype=dtype)
 
-    @classmethod
-    def of(cls, model: Backbone) -> FusedLayers | None:
-        """The fused layers of a packed model; None where its layers are not all packed by our own kernels."""
-        ours = len(model.layers) and all(as_made(layer, NativeWeight) for layer in model.layers)
-        return cls(model) if ours and model.dtype in DTYPES else None
-
-    def __reduce__(self) -> Any:  # a copy of a model is not packed
-        return type(None), ()
-
-    def serves(self, inputs: PackedInputs) -> bool:
-        """Whether this pass may be taken: nothing changed, nothing listens, no gradient and no autocast is wanted."""
-        given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
-        assert given is not None
-        if not self._unchanged.holds():
-            self.model.thaw()  # for good: what is laid out here are the old weights
-            return False
-        if given.device.type != "cpu" or (given.is_floating_point() and given.dtype not in DTYPES):
-            return False
-        return self._unchanged.is_quiet(given)
-
-    def __call__(
-        self, inputs: PackedInputs, want_states: bool, cache: DecoderCache | None
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
-        shared = self._shared(inputs, cache)
-        steps = {kind: x.attend.as_steps() for kind, x in shared.items() if isinstance(x.attend, Continuation)}
+    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden:
+        """See `nn.execution.Runner`."""
+        weights: Weights | None = None if backend is None else {}
+        shared = self._shared(inputs, backend or self.backend, cache, weights)
+        caches = {kind: x.attend for kind, x in shared.items() if isinstance(x.attend, Continuation)}
+        steps = {kind: attend.as_steps() for kind, attend in caches.items()}
         all_steps = bool(steps) and all(step is not None and step.of_N is None for step in steps.values())
         run = self._begin(inputs, self.stepping if all_steps else self.program)
-        states: list[Tensor] = []
-        if steps and not all_steps:
-            self._go_on(run, shared, steps, states if want_states else None)
+        states: list[Tensor] | None = [] if want_states else None
+        if all_steps:
+            self._aim_steps(run, shared, steps)
+            self._run_through(run, states)
+        elif not steps and all(isinstance(getattr(x.attend, "plan", None), NativePlan) for x in shared.values()):
+            self._aim_attention(run, shared)
+            self._run_through(run, states)
         else:
-            if steps:
-                self._aim_steps(run, shared, steps)
-            else:
-                self._aim_attention(run, shared)
-            if want_states:
-                for number in range(len(self.kinds)):
-                    run.program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
-                    states.append(run.x_TM.to(self.dtype, copy=True))
-                run.program.run(1 + (len(self.kinds) - 1) * _LAYER, -1)
-            else:
-                run.program.run(0, -1)
+            self._run_between(run, shared, steps, states)
         last_TM = self._finish(run)
-        return last_TM, (*states, last_TM) if want_states else None
+        shown = () if states is None else tuple(inputs.restore(x_TM) for x_TM in (*states, last_TM))
+        return Hidden(last_TM, shown, padded(weights, inputs))
+
+    def _run_through(self, run: _Pass, states: list[Tensor] | None) -> None:
+        """All layers in one call, or in one a layer where their states are wanted."""
+        if states is None:
+            run.program.run(0, -1)
+            return
+        for number in range(len(self.kinds)):
+            run.program.run(max(0, 1 + (number - 1) * _LAYER), 1 + number * _LAYER)
+            states.append(run.x_TM.to(self.dtype, copy=True))
+        run.program.run(1 + (len(self.kinds) - 1) * _LAYER, -1)
 
     def time_parts(self, inputs: PackedInputs) -> dict[str, float]:
         """Seconds of each kind of operation in one pass.
@@ -145,7 +126,7 @@ class FusedLayers:
         Products: qkv, out (of the attention), gate and down (of the MLP); attention: local and global; ends: embedding
         and last norm.
         """
-        shared = self._shared(inputs, None)
+        shared = self._shared(inputs, NativeAttention(), None, None)
         run = self._begin(inputs, self.program)
         self._aim_attention(run, shared)  # which the program points into
         seconds: dict[str, float] = {}
@@ -153,7 +134,7 @@ class FusedLayers:
             number, part = divmod(row - 1, _LAYER)
             name = _PARTS[part] if row else "ends"
             if name == "attention":
-                name = "global" if self.model.config.reach(self.kinds[number]).left is None else "local"
+                name = "global" if self.config.reach(self.kinds[number]).left is None else "local"
             start = time.perf_counter()
             run.program.run(row, row + 1)
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
@@ -162,21 +143,26 @@ class FusedLayers:
         seconds["ends"] += time.perf_counter() - start
         return seconds
 
-    def _shared(self, inputs: PackedInputs, cache: DecoderCache | None) -> dict[str, Shared]:
-        config = self.model.config
-        attends = attention(config, inputs.packing, self.backend, self.dtype, cache)
-        return {kind: Shared(attends[kind], *found) for kind, found in angles(config, inputs).items()}
+    def _shared(
+        self, inputs: PackedInputs, backend: AttentionBackend, cache: Any, weights: Weights | None
+    ) -> dict[str, Shared]:
+        attends = attention(self.config, inputs.packing, backend, self.dtype, cache, weights)
+        tables = angles(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
+        return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def _begin(self, inputs: PackedInputs, program: Program) -> _Pass:
         """Memory for one pass, and the program that knows of it, but for the attention and the last norm."""
         T = inputs.packing.tokens
-        x_TM = torch.empty(T, self.model.config.hidden_size, dtype=torch.float32, device="cpu")
+        x_TM = torch.empty(T, self.config.hidden_size, dtype=torch.float32, device="cpu")
         work = torch.empty(T * self.width, dtype=self.dtype, device="cpu")
-        ids_T, embeds_TM, embedding = inputs.ids_T, inputs.embeds_TM, self.model.embeddings.tok_embeddings
-        if embeds_TM is None and isinstance(embedding, QuantizedEmbedding):
-            assert ids_T is not None
-            ids_T, embeds_TM = None, embedding(ids_T)
-        table = embedding.weight if embeds_TM is None else embeds_TM.contiguous()
+        ids_T, table = inputs.ids_T, inputs.embeds_TM
+        if table is None and isinstance(self.embedding, Tensor):
+            table = self.embedding
+        elif table is None:
+            assert inputs.ids_T is not None
+            assert not isinstance(self.embedding, Tensor)
+            ids_T, table = None, self.embedding(inputs.ids_T)
+        table = table.contiguous()
         program = program.begin()
         program.set(0, Normalize, rows=T, table_data=table, table_stride=table.stride(0), out_data=x_TM)
         program.set(0, Normalize, table_dtype=DTYPES[table.dtype])
@@ -200,7 +186,7 @@ class FusedLayers:
     def _aim_attention(self, run: _Pass, shared: dict[str, Shared]) -> None:
         """Point the attention of all layers at the texts, the angles, and the queries, keys and values in `work`."""
         program, work = run.program, run.work
-        size = work.element_size() * self.model.config.head_dim
+        size = work.element_size() * self.config.head_dim
         for kind, context in shared.items():
             rows = [2 + i * _LAYER for i, of in enumerate(self.kinds) if of == kind]
             own = np.array([heads for heads, of in zip(self.heads, self.kinds, strict=True) if of == kind]) * size
@@ -216,7 +202,7 @@ class FusedLayers:
     def _aim_steps(self, run: _Pass, shared: dict[str, Shared], steps: Mapping[str, Steps | None]) -> None:
         """Point the attention of all layers at the caches: a new token of each text goes in, and looks back."""
         program, work = run.program, run.work
-        size = work.element_size() * self.model.config.head_dim
+        size = work.element_size() * self.config.head_dim
         for kind, context in shared.items():
             numbers = [i for i, of in enumerate(self.kinds) if of == kind]
             rows = [2 + i * _LAYER for i in numbers]
@@ -235,19 +221,20 @@ class FusedLayers:
                 program.set(rows, Step, **{f"{name}_{cell}": values for cell, values in cells.items()})
                 program.set(rows, Step, **{f"{name}_dtype": DTYPES[stored[0].dtype]})
 
-    def _go_on(
+    def _run_between(
         self,
         run: _Pass,
         shared: dict[str, Shared],
         steps: Mapping[str, Steps | None],
         states: list[Tensor] | None,
     ) -> None:
-        """The layers with a cache, which does the attention: the rest of one layer runs with the start of the next.
+        """Attention by a cache or by another backend: between its calls the rest of one layer and the next one's start.
 
-        Texts that go on by one token are served as they are where all do, lest their bits depend on the others.
+        Texts that add one token take the kernel for such steps here too, as in a batch where all do; otherwise their
+        bits would depend on what else is in the batch.
         """
         program, x_TM, work, _ = run
-        T, D = len(x_TM), self.model.config.head_dim
+        T, D = len(x_TM), self.config.head_dim
         program.run(0, 2)
         for number, (kind, heads) in enumerate(zip(self.kinds, self.heads, strict=True)):
             if states is not None:
@@ -255,7 +242,7 @@ class FusedLayers:
             context, at = shared[kind], 1 + number * _LAYER
             qkv_T3HD = work[: T * 3 * heads * D].view(T, 3, heads, D)
             q_THD, k_THD, v_THD = split_rotated(qkv_T3HD, context.cos_T1D, context.sin_T1D)
-            raw_N3HD = None if (step := steps[kind]) is None else qkv_T3HD[step.of_N].contiguous()
+            raw_N3HD = None if (step := steps.get(kind)) is None else qkv_T3HD[step.of_N].contiguous()
             out_TW = context.attend(number, q_THD, k_THD, v_THD).flatten(1).contiguous()
             if step is not None and raw_N3HD is not None:
                 angles = Angles(context.cos_T1D[step.of_N].contiguous(), context.sin_T1D[step.of_N].contiguous())
@@ -272,29 +259,28 @@ def _attend_step(step: Steps, layer: int, qkv_N3HD: Tensor, angles: Angles) -> T
     return attend_step(qkv_N3HD, angles, step.slots_N, (step.first_N, step.length_N, step.most), keys, values, seen)
 
 
-def _products(layer: Layer) -> list[Product]:
+def _products(layer: LayerWeights, activation: str) -> list[Product]:
     """A layer's products in the order they run in."""
-    attention, mlp = layer.attn, layer.mlp
-    weights = [attention.packed_projection, attention.Wo.packed, mlp.Wi.packed, mlp.Wo.packed]
-    qkv, out, gate, down = (weight for weight in weights if isinstance(weight, NativeWeight))
-    norm = Norm.of(layer.attn_norm) if isinstance(layer.attn_norm, nn.LayerNorm) else None
+    qkv, out, gate, down = layer.qkv, layer.out, layer.gate, layer.down
+    assert isinstance(qkv, NativeWeight)
+    assert isinstance(out, NativeWeight)
+    assert isinstance(gate, NativeWeight)
+    assert isinstance(down, NativeWeight)
     return [
-        Product(qkv, norm),
+        Product(qkv, None if layer.attn_norm is None else Norm.of(layer.attn_norm)),
         Product(out, add=True),
-        Product(gate, Norm.of(layer.mlp_norm), activation=str(mlp.activation)),
+        Product(gate, Norm.of(layer.mlp_norm), activation=activation),
         Product(down, add=True),
     ]
 
 
-def _attention(config: Config, layer: Layer) -> Attention:
+def _attention(config: Config, layer: LayerWeights) -> Attention:
     left, right = (-1 if r is None else r for r in config.reach(layer.kind))
-    return Attention(
-        heads=layer.attn.heads, head_dim=config.head_dim, left=left, right=right, scale=config.head_dim**-0.5
-    )
+    return Attention(heads=layer.heads, head_dim=config.head_dim, left=left, right=right, scale=config.head_dim**-0.5)
 
 
-def _step(config: Config, layer: Layer) -> Step:
-    return Step(heads=layer.attn.heads, head_dim=config.head_dim, scale=config.head_dim**-0.5)
+def _step(config: Config, layer: LayerWeights) -> Step:
+    return Step(heads=layer.heads, head_dim=config.head_dim, scale=config.head_dim**-0.5)
 
 
 def _normalize(config: Config, norm: Norm) -> Normalize:

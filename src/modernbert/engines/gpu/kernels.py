@@ -133,7 +133,7 @@ def rotated_product(x, weight, bias, out, cos, sin, T, inputs, P, ROTATED, x_str
                     TILE_T: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """Queries, keys and values of rows. Of each head's HALF pairs of columns, those before pair ROTATED are turned.
 
-    cos and sin are (T, 2 * HALF), the sines signed as `ops.rope.rope_tables` makes them.
+    cos and sin are (T, 2 * HALF), the sines signed as `nn.rotary.rope_tables` makes them.
     """
     row, column = _tile(T, P, TILE_T, TILE_O, GROUP)
     start, t_T = row.to(tl.int64) * TILE_T, tl.arange(0, TILE_T)

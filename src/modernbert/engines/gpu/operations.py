@@ -125,11 +125,6 @@ class Norm(NamedTuple):
     bias: Tensor | None
     eps: float
 
-    @classmethod
-    def of(cls, module: torch.nn.LayerNorm) -> Norm:
-        """Those of a module."""
-        return cls(module.weight.detach(), None if module.bias is None else module.bias.detach(), module.eps)
-
 
 def _weight_of(weight: Tensor, bias: Tensor | None) -> Tensor:
     return weight if bias is None else bias  # a kernel takes a tensor where it reads none
@@ -185,7 +180,7 @@ def rotated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, cos_
         x_TI: (T, I), rows of contiguous numbers.
         weight_OI: (3 * H * D, I), contiguous.
         bias_O: (3 * H * D,).
-        cos_T1D, sin_T1D: of `ops.rope.rope_tables`, contiguous.
+        cos_T1D, sin_T1D: of `nn.rotary.rope_tables`, contiguous.
     """
     (T, inputs), outputs, D = x_TI.shape, weight_OI.shape[0], cos_T1D.shape[-1]
     launch = _launch(T, outputs // 2, inputs, x_TI.dtype, x_TI.device, True)
@@ -355,7 +350,7 @@ class TritonWeight:
 
     Args:
         weight_OI: (O, I), on a card.
-        bias_O: (O,) or None; read when it is added.
+        bias_O: (O,) or None.
         gated: its product is the activated first half of the outputs times the second half.
     """
 
@@ -371,10 +366,6 @@ class TritonWeight:
     def gated_product(self, x_TI: Tensor, activation: str) -> Tensor:
         """(T, I) to (T, O / 2)."""
         return gated_product(_rows(x_TI), self.weight, self.bias, activation)
-
-    def holds(self, bias_O: Tensor | None) -> bool:
-        """Whether this is the bias that is added."""
-        return bias_O is self.bias
 
     def to_dense(self) -> Tensor:
         """The weight, (O, I)."""

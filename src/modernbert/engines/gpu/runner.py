@@ -11,27 +11,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from modernbert.config import Config
 from modernbert.decoding.continuation import Steps
 from modernbert.engines.gpu import graphs
 from modernbert.engines.gpu import operations as gpu
 from modernbert.engines.gpu.flash import FlashAttention, FlashPlan, serves
 from modernbert.engines.gpu.operations import Look, Norm, TritonWeight
-from modernbert.engines.unchanged import Unchanged, as_made
-from modernbert.nn.execution import angles as angles_of
-from modernbert.nn.execution import attention
+from modernbert.engines.weights import BackboneWeights, LayerWeights
+from modernbert.nn.attention import AttentionBackend
+from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.execution import Hidden, Weights, angles, attention, frequencies, padded
 from modernbert.nn.inputs import PackedInputs
-from modernbert.nn.layers import Layer
 from modernbert.nn.packing import Packing
-from modernbert.nn.rotary import angle_tables, rope_frequencies
-
-if TYPE_CHECKING:
-    from modernbert.decoding.cache import DecoderCache
-    from modernbert.nn.backbone import Backbone
 
 # Rotated queries, keys and values (T, 3, H, D) of a layer, by its number and kind, to its attention outputs (T, H, D).
 Attend = Callable[[int, str, Tensor], Tensor]
@@ -39,7 +35,7 @@ Angles = dict[str, tuple[Tensor, Tensor]]
 
 
 class _Layer(NamedTuple):
-    """What a layer multiplies by."""
+    """A layer's weights as the kernels take them."""
 
     kind: str
     attn_norm: Norm | None
@@ -48,88 +44,72 @@ class _Layer(NamedTuple):
     mlp_norm: Norm
     gate: TritonWeight
     down: TritonWeight
-    activation: str
+
+    @classmethod
+    def of(cls, layer: LayerWeights) -> _Layer:
+        """The same of any engine's."""
+        weights = [x for x in (layer.qkv, layer.out, layer.gate, layer.down) if isinstance(x, TritonWeight)]
+        qkv, out, gate, down = weights
+        attn_norm = None if layer.attn_norm is None else Norm(*layer.attn_norm)
+        return cls(layer.kind, attn_norm, qkv, out, Norm(*layer.mlp_norm), gate, down)
 
 
 class GpuLayers:
-    """The forward pass of an optimized backbone, for as long as its weights stay what they were.
+    """The forward pass of a frozen backbone.
 
     Args:
-        model: packed by the kernels of `gpu`; see `of`.
+        config: the architecture.
+        weights: laid out for the kernels of `gpu`, beside a table of embeddings.
+        backend: attends.
     """
 
-    def __init__(self, model: Backbone) -> None:
-        self.model, self.dtype, self.device = model, model.dtype, model.device
-        self.backend = model.backend
-        self.first, self.last = Norm.of(model.embeddings.norm), Norm.of(model.final_norm)
-        self.layers = [_layer(layer) for layer in model.layers if isinstance(layer, Layer)]
-        self._unchanged = Unchanged(model, [model.embeddings, model.layers, model.final_norm])
-        ropes = model.config.rope_parameters or {}
-        self._is_dynamic = any(rope["rope_type"] == "dynamic" for rope in ropes.values())
-        self._frequencies = {} if self._is_dynamic else {
-            kind: rope_frequencies(rope, model.config.head_dim, self.device) for kind, rope in ropes.items()
-        }  # fmt: skip
+    def __init__(self, config: Config, weights: BackboneWeights, backend: AttentionBackend) -> None:
+        assert isinstance(weights.embedding, Tensor)
+        self.config, self.dtype, self.device, self.backend = config, weights.dtype, weights.device, backend
+        self.table, self.layers = weights.embedding, [_Layer.of(layer) for layer in weights.layers]
+        self.activation = weights.activation
+        self.first, self.last = Norm(*weights.first_norm), Norm(*weights.last_norm)
+        self.frequencies = frequencies(config, self.device)
+        self._is_dynamic = not self.frequencies
         self.graphs = graphs.Graphs(self.device)
 
-    @classmethod
-    def of(cls, model: Backbone) -> GpuLayers | None:
-        """The fused layers of a packed model; None where its layers are not all packed by the kernels of `gpu`."""
-        ours = len(model.layers) and all(as_made(layer, TritonWeight) for layer in model.layers)
-        return cls(model) if ours and type(model.embeddings.tok_embeddings) is nn.Embedding else None
-
-    def __reduce__(self) -> Any:  # a copy of a model is not packed
-        return type(None), ()
-
-    def serves(self, inputs: PackedInputs) -> bool:
-        """Whether this pass may be taken: nothing changed, nothing listens, no gradient and no autocast is wanted."""
-        given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
-        assert given is not None
-        if not self._unchanged.holds():
-            self.model.thaw()  # for good: what is laid out here are the old weights
-            return False
-        if given.device != self.device or (given.is_floating_point() and given.dtype != self.dtype):
-            return False
-        return self._unchanged.is_quiet(given)
-
     @torch.no_grad()
-    def __call__(
-        self, inputs: PackedInputs, want_states: bool, cache: DecoderCache | None
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Packed inputs to the last hidden state (T, M) and, where wanted, all hidden states."""
-        if cache is None and not want_states and (size := self._bucket(inputs)) is not None:
-            return self._short(inputs, size), None
-        attends = attention(self.model.config, inputs.packing, self.backend, self.dtype, cache)
-        if cache is not None and not want_states and inputs.ids_T is not None and not self._is_dynamic:
+    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden:
+        """See `nn.execution.Runner`."""
+        plain = not want_states and backend is None
+        if cache is None and plain and (size := self._bucket(inputs)) is not None:
+            return Hidden(self._short(inputs, size))
+        weights: Weights | None = None if backend is None else {}
+        attends = attention(self.config, inputs.packing, backend or self.backend, self.dtype, cache, weights)
+        if cache is not None and plain and inputs.ids_T is not None and not self._is_dynamic:
             steps = {kind: attend.as_steps() for kind, attend in attends.items()}
             whole = {kind: step for kind, step in steps.items() if step is not None and step.of_N is None}
             if len(whole) == len(attends) and self._fits(whole):
-                return self._step(inputs, whole), None
-        x_TM = inputs.embeds_TM
-        if x_TM is None:
-            x_TM = gpu.normalize(self.model.embeddings.tok_embeddings.weight, self.first, inputs.ids_T)
+                return Hidden(self._step(inputs, whole))
+        if inputs.embeds_TM is None:
+            x_TM = gpu.normalize(self.table, self.first, inputs.ids_T)
         else:
-            x_TM = gpu.normalize(x_TM.contiguous(), self.first)
+            x_TM = gpu.normalize(inputs.embeds_TM.contiguous(), self.first)
         states: list[Tensor] | None = [] if want_states else None
-        angles = angles_of(self.model.config, inputs) if self._is_dynamic else self._angles(inputs.positions_T)
-        last_TM = self._run(x_TM, angles, self._attend_by(attends), states)
-        return last_TM, None if states is None else (*states, last_TM)
+        tables = angles(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
+        last_TM = self._run(x_TM, tables, self._attend_by(attends), states)
+        shown = () if states is None else tuple(inputs.restore(x_TM) for x_TM in (*states, last_TM))
+        return Hidden(last_TM, shown, padded(weights, inputs))
 
-    def _run(self, x_TM: Tensor, angles: Angles, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
+    def _run(self, x_TM: Tensor, tables: Angles, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
         """Embedded rows through all layers and the last norm. The rows given are overwritten."""
         for number, layer in enumerate(self.layers):
             if states is not None:
                 states.append(x_TM.clone())
-            normed_TM = x_TM if layer.attn_norm is None else gpu.normalize(x_TM, layer.attn_norm)
-            qkv_T3HD = gpu.rotated_product(normed_TM, layer.qkv.weight, layer.qkv.bias, *angles[layer.kind])
+            _, attn_norm, qkv, out, mlp_norm, gate, down = layer
+            normed_TM = x_TM if attn_norm is None else gpu.normalize(x_TM, attn_norm)
+            qkv_T3HD = gpu.rotated_product(normed_TM, qkv.weight, qkv.bias, *tables[layer.kind])
             out_THD = attend(number, layer.kind, qkv_T3HD)
-            gpu.product(out_THD.flatten(1), layer.out.weight, layer.out.bias, add_to=x_TM)
-            normed_TM = gpu.normalize(x_TM, layer.mlp_norm)
-            gated_TI = gpu.gated_product(normed_TM, layer.gate.weight, layer.gate.bias, layer.activation)
-            gpu.product(gated_TI, layer.down.weight, layer.down.bias, add_to=x_TM)
+            gpu.product(out_THD.flatten(1), out.weight, out.bias, add_to=x_TM)
+            normed_TM = gpu.normalize(x_TM, mlp_norm)
+            gated_TI = gpu.gated_product(normed_TM, gate.weight, gate.bias, self.activation)
+            gpu.product(gated_TI, down.weight, down.bias, add_to=x_TM)
         return gpu.normalize(x_TM, self.last)
-
-    def _angles(self, positions_T: Tensor) -> Angles:
-        return {kind: angle_tables(*found, positions_T) for kind, found in self._frequencies.items()}
 
     def _attend_by(self, attends: dict[str, Any]) -> Attend:
         """Attention as a pass plans it: by the backend, or with the cache."""
@@ -145,7 +125,7 @@ class GpuLayers:
     def _bucket(self, inputs: PackedInputs) -> graphs.Bucket | None:
         """The bucket of a batch whose launches can be recorded; None where they cannot, or need not."""
         packing = inputs.packing
-        recordable = isinstance(self.backend, FlashAttention) and serves(self.dtype, self.model.config.head_dim)
+        recordable = isinstance(self.backend, FlashAttention) and serves(self.dtype, self.config.head_dim)
         if not recordable or self._is_dynamic or inputs.ids_T is None or packing.gaps:
             return None
         return graphs.bucket(packing.lengths)
@@ -200,8 +180,8 @@ class _Short:
         self.out_TM = torch.empty(0)
         packing = Packing.from_lengths((size.longest,), device)  # says how long a text may be
         self.plans = {
-            kind: FlashPlan(packing, layers.model.config.reach(kind), layers.dtype, self.cu_seqlens)
-            for kind in layers._frequencies
+            kind: FlashPlan(packing, layers.config.reach(kind), layers.dtype, self.cu_seqlens)
+            for kind in layers.frequencies
         }
 
     def take(self, inputs: PackedInputs) -> None:
@@ -222,8 +202,8 @@ class _Short:
             q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
             return layers.backend.attend(q_THD, k_THD, v_THD, self.plans[kind])
 
-        x_TM = gpu.normalize(layers.model.embeddings.tok_embeddings.weight, layers.first, self.ids_T)
-        self.out_TM = layers._run(x_TM, layers._angles(self.positions_T), attend)
+        x_TM = gpu.normalize(layers.table, layers.first, self.ids_T)
+        self.out_TM = layers._run(x_TM, angles(layers.config, self.positions_T, known=layers.frequencies), attend)
 
 
 class _Step:
@@ -235,7 +215,7 @@ class _Step:
     def __init__(self, layers: GpuLayers, size: int) -> None:
         self.layers, self.size, device = weakref.proxy(layers), size, layers.device
         self.of_kind = {
-            kind: [i for i, layer in enumerate(layers.layers) if layer.kind == kind] for kind in layers._frequencies
+            kind: [i for i, layer in enumerate(layers.layers) if layer.kind == kind] for kind in layers.frequencies
         }
         # What the host says of each kind: first rows, lengths, the address of the positions, those of keys and values.
         widths = {kind: 2 * size + 1 + 2 * len(numbers) for kind, numbers in self.of_kind.items()}
@@ -250,7 +230,7 @@ class _Step:
         self.addresses: dict[int, Tensor] = {}  # of each layer's keys, and then of its values
         for kind, part in parts.items():
             first_N, length_N, addresses = part[:size], part[size : 2 * size], part[2 * size :]
-            left = layers.model.config.reach(kind).left
+            left = layers.config.reach(kind).left
             self.looks[kind] = Look(numbers(), first_N, length_N, numbers(), addresses[:1], left)
             for place, number in enumerate(self.of_kind[kind]):
                 self.addresses[number] = addresses[1 + 2 * place :]
@@ -281,18 +261,10 @@ class _Step:
             keys = self.addresses[number]
             return gpu.attend_step(qkv_N3HD, self.looks[kind], keys, keys[1:])
 
-        x_NM = gpu.normalize(layers.model.embeddings.tok_embeddings.weight, layers.first, self.ids_N)
-        self.out_NM = layers._run(x_NM, layers._angles(self.positions_N), attend)
+        x_NM = gpu.normalize(layers.table, layers.first, self.ids_N)
+        self.out_NM = layers._run(x_NM, angles(layers.config, self.positions_N, known=layers.frequencies), attend)
 
 
 def _send(values: list[int], target: Tensor) -> None:
     """Write numbers into a tensor on a card, without waiting for it."""
     target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=target.is_cuda), non_blocking=True)
-
-
-def _layer(layer: Layer) -> _Layer:
-    attention, mlp = layer.attn, layer.mlp
-    weights = [attention.packed_projection, attention.Wo.packed, mlp.Wi.packed, mlp.Wo.packed]
-    qkv, out, gate, down = (weight for weight in weights if isinstance(weight, TritonWeight))
-    norm = Norm.of(layer.attn_norm) if isinstance(layer.attn_norm, nn.LayerNorm) else None
-    return _Layer(layer.kind, norm, qkv, out, Norm.of(layer.mlp_norm), gate, down, str(mlp.activation))

@@ -1,5 +1,16 @@
-"""Attention over packed texts: one file a backend, all behind the interface of `base`."""
+"""Attention over packed texts: the contract of a backend, the two of PyTorch, and the table that engines add to."""
 
-from modernbert.nn.attention.contract import IMPLEMENTATIONS, AttentionBackend, choose_backend
+from modernbert.nn.attention.contract import (
+    IMPLEMENTATIONS,
+    AttentionBackend,
+    choose_backend,
+    register_backend,
+    register_choice,
+)
+from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.attention.sdpa import SdpaAttention
 
-__all__ = ["IMPLEMENTATIONS", "AttentionBackend", "choose_backend"]
+register_backend("eager", EagerAttention)
+register_backend("sdpa", SdpaAttention)
+
+__all__ = ["IMPLEMENTATIONS", "AttentionBackend", "choose_backend", "register_backend", "register_choice"]

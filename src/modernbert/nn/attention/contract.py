@@ -6,8 +6,8 @@ Shapes: T tokens of all texts together, H heads, D head size.
 from __future__ import annotations
 
 import abc
-import importlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,15 +18,6 @@ from modernbert.nn.packing import Packing
 logger = logging.getLogger(__name__)
 
 Reach = tuple[int | None, int | None]
-
-# The class of each name.
-IMPLEMENTATIONS: dict[str, tuple[str, str]] = {
-    "eager": ("modernbert.nn.attention.eager", "EagerAttention"),
-    "sdpa": ("modernbert.nn.attention.sdpa", "SdpaAttention"),
-    "native": ("modernbert.engines.cpu.attention", "NativeAttention"),
-    "flash_attention_2": ("modernbert.engines.gpu.flash", "FlashAttention"),
-    "flex_attention": ("modernbert.engines.gpu.flex", "FlexAttention"),
-}
 
 
 class AttentionBackend(abc.ABC):
@@ -59,6 +50,23 @@ class AttentionBackend(abc.ABC):
         """Attention outputs of shape (T, H, D); scores are scaled by D**-0.5, `dropout` falls on the weights."""
 
 
+Make = Callable[[bool], AttentionBackend]
+Choose = Callable[[torch.dtype], tuple[str, str]]
+
+IMPLEMENTATIONS: dict[str, Make] = {}  # how the backend of each name is made; engines add theirs
+_CHOSEN_ON: dict[str, Choose] = {}
+
+
+def register_backend(name: str, make: Make) -> None:
+    """Add a backend by the name that `attn_implementation` takes; `make` is called with `deterministic`."""
+    IMPLEMENTATIONS[name] = make
+
+
+def register_choice(device_type: str, choose: Choose) -> None:
+    """Say what "auto" takes on devices of a type: `choose` gives a dtype's backend by its name, and the reason."""
+    _CHOSEN_ON[device_type] = choose
+
+
 def choose_backend(
     name: str | None,
     deterministic: bool = False,
@@ -72,26 +80,10 @@ def choose_backend(
         ValueError: there is no such name.
     """
     if name in (None, "auto"):
-        name, reason = _best(device or torch.device("cpu"), dtype)
+        place = "cpu" if device is None else device.type
+        usual = "sdpa", "on a CPU" if place == "cpu" else f"the others are not for {place}"
+        name, reason = _CHOSEN_ON[place](dtype) if place in _CHOSEN_ON else usual
         logger.info("attention backend: %s (%s)", name, reason)
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attn_implementation is {name!r}; choose one of auto, {', '.join(IMPLEMENTATIONS)}")
-    module, attribute = IMPLEMENTATIONS[name]
-    backend: AttentionBackend = getattr(importlib.import_module(module), attribute)(deterministic)
-    return backend
-
-
-def _best(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The fastest backend that is exact for numbers of a dtype on a device, and why it is that one."""
-    if device.type == "cpu":
-        return "sdpa", "on a CPU"
-    if device.type != "cuda":
-        return "sdpa", f"the others are not for {device.type}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return "sdpa", f"flash attention has no {dtype}".replace("torch.", "")
-    flash, flex = (importlib.import_module(f"modernbert.engines.gpu.{file}").why_not() for file in ("flash", "flex"))
-    if not flash:
-        return "flash_attention_2", f"on {device.type}, {dtype}".replace("torch.", "")
-    if torch.version.hip is not None and not flex:
-        return "flex_attention", f"flash attention: {flash}"
-    return "sdpa", f"flash attention: {flash}"
+    return IMPLEMENTATIONS[name](deterministic)

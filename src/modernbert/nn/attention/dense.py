@@ -3,7 +3,7 @@
 On a CPU the order of its sums depends on three things that have nothing to do with the text: where in memory a row
 begins (that of each thread's own scores too, which hold a row a query), whether a single head of a single text is all
 that there is (several threads then share each product), and in bfloat16 the number of threads. Calls made here have
-whole cache lines for rows, queries in fours, at least two heads, and float32 numbers.
+whole cache lines for rows, queries in fours, at least two heads, and float32 numbers (docs/invariance.md).
 
 Shapes: N texts or blocks, H heads, Q queries and K keys of each, D head size.
 """

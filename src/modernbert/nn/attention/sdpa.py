@@ -3,7 +3,7 @@
 A text that sees all of itself is attended whole: long ones alone, short ones together with others of the same
 rounded length. A longer text in a local layer is cut into blocks of queries, each against the few blocks of keys
 within its reach, which makes the work linear in the tokens. How a text is cut depends on that text alone, so its
-numbers do not depend on its batch.
+numbers do not depend on its batch (docs/invariance.md).
 
 Shapes: T tokens of all texts together, R rows of a piece, N texts or blocks, Q queries and K keys of each, H heads,
 D head size.
