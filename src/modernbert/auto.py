@@ -25,15 +25,15 @@ _MODELS: dict[str, dict[str, str]] = {
         "modernbert": "models.encoder.ModernBertModel",
         "modernbert-decoder": "models.decoder.ModernBertDecoderModel",
     },
-    "causal-lm": {"modernbert-decoder": "models.causal_lm.ModernBertDecoderForCausalLM"},
-    "masked-lm": {"modernbert": "models.masked_lm.ModernBertForMaskedLM"},
+    "causal-lm": {"modernbert-decoder": "models.decoder.ModernBertDecoderForCausalLM"},
+    "masked-lm": {"modernbert": "models.heads.ModernBertForMaskedLM"},
     "sequence-classification": {
-        "modernbert": "models.sequence_classification.ModernBertForSequenceClassification",
-        "modernbert-decoder": "models.decoder_classification.ModernBertDecoderForSequenceClassification",
+        "modernbert": "models.heads.ModernBertForSequenceClassification",
+        "modernbert-decoder": "models.decoder.ModernBertDecoderForSequenceClassification",
     },
-    "token-classification": {"modernbert": "models.token_classification.ModernBertForTokenClassification"},
-    "multiple-choice": {"modernbert": "models.multiple_choice.ModernBertForMultipleChoice"},
-    "question-answering": {"modernbert": "models.question_answering.ModernBertForQuestionAnswering"},
+    "token-classification": {"modernbert": "models.heads.ModernBertForTokenClassification"},
+    "multiple-choice": {"modernbert": "models.heads.ModernBertForMultipleChoice"},
+    "question-answering": {"modernbert": "models.heads.ModernBertForQuestionAnswering"},
 }
 # Heads that were trained for one task; a base or language model may get a fresh head for any.
 TRAINED_HEADS = ("sequence-classification", "token-classification", "multiple-choice", "question-answering")

@@ -9,13 +9,13 @@ from modernbert.decoding.options import GenerationOptions
 from modernbert.decoding.samplers import (
     Draw,
     History,
+    compose,
     forbid_end,
     forbid_repeated_ngrams,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     penalize_repetition,
-    samplers_of,
     scale,
 )
 
@@ -102,11 +102,11 @@ def test_composition_keeps_the_order_and_leaves_the_scores_alone():
     expected = keep_top_p(expected, texts, 0.8)
     expected = keep_min_p(expected, texts, 0.05)
     out = x
-    for sampler in samplers_of(GenerationOptions.make(values, {})):
+    for sampler in compose(GenerationOptions.make(values, {})):
         out = sampler(out, texts)
     assert torch.equal(out, expected)
     assert torch.equal(x, before)
-    assert not samplers_of(GenerationOptions.make({}, {}))
+    assert not compose(GenerationOptions.make({}, {}))
 
 
 def test_a_draw_is_pytorch_s_multinomial():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modernbert import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderModel, ModernBertModel
-from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.packing import PackedInputs
 from tests.conftest import SMALL
 
 

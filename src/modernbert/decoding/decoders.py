@@ -14,7 +14,7 @@ from torch import Tensor
 from modernbert.config import Config
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
-from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.packing import PackedInputs
 
 
 class LanguageModel(Protocol):

@@ -26,9 +26,9 @@ from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, listed
 from modernbert.files import write_text
 from modernbert.hub import Source
-from modernbert.nn.inputs import PackedInputs, check_tensors
+from modernbert.nn.inputs import check_tensors
 from modernbert.nn.outputs import ModelOutput
-from modernbert.nn.packing import on_device
+from modernbert.nn.packing import PackedInputs, on_device
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ _SILENT = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass
 class GenerateOutput(ModelOutput):
     """What `generate` returns with `return_dict_in_generate=True`.
 
@@ -52,11 +51,11 @@ class GenerateOutput(ModelOutput):
         past_key_values: the cache of all tokens but the last one of each text; None after a beam search.
     """
 
-    sequences: Tensor | None = None
-    sequences_scores: Tensor | None = None
-    scores: tuple[Tensor, ...] | None = None
-    logits: tuple[Tensor, ...] | None = None
-    past_key_values: DecoderCache | None = None
+    sequences: Tensor | None
+    sequences_scores: Tensor | None
+    scores: tuple[Tensor, ...] | None
+    logits: tuple[Tensor, ...] | None
+    past_key_values: Any
 
 
 class GenerationMixin:

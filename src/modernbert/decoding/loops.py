@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modernbert.decoding.decoders import CachedDecoder, UncachedDecoder
 from modernbert.decoding.options import GenerationOptions
-from modernbert.decoding.samplers import Draw, Generators, History, place_of, samplers_of
+from modernbert.decoding.samplers import Draw, Generators, History, compose, place_of
 from modernbert.decoding.text import Tokenizer, holds_stop
 from modernbert.errors import InputError
 
@@ -75,7 +75,7 @@ class Generation:
             raise InputError("stop_strings need tokenizer=, which decodes what they are looked for in")
         self.decoder, self.limits, self.options = decoder, limits, options
         self.generator, self.tokenizer = generator, tokenizer
-        self.samplers = samplers_of(options)
+        self.samplers = compose(options)
         self.texts: list[History] = []
 
     def new_ids(self) -> list[list[int]]:

@@ -109,7 +109,7 @@ def keep_min_p(scores_BV: Tensor, histories: Sequence[History], p: float, least:
     return scores_BV.masked_fill(unlikely.scatter(1, best, False), _NEVER)
 
 
-def samplers_of(options: GenerationOptions) -> list[Sampler]:
+def compose(options: GenerationOptions) -> list[Sampler]:
     """All that the options ask for, in the order that they are applied in."""
     # Beams that all end at once leave others to go on with.
     least = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_token_id))

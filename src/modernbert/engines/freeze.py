@@ -39,8 +39,8 @@ from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.backbone import Backbone
 from modernbert.nn.execution import Cache, Hidden
-from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.layers import MLP, Attention, DecoderAttention, Embeddings, EncoderAttention, Layer, Linear
+from modernbert.nn.packing import PackedInputs
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from modernbert.errors import InputError, listed, shown
 from modernbert.explain.page import encoded, filled
-from modernbert.models.masked_lm import ModernBertForMaskedLM
-from modernbert.models.sequence_classification import ModernBertForSequenceClassification
+from modernbert.models.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.tokenizer import Tokenizer
 
 _LONGEST = 512

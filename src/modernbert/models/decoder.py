@@ -1,190 +1,231 @@
-"""The ModernBERT decoder: the encoder's layers, looking back only, with a cache.
+"""The ModernBERT decoder and its heads: the encoder's layers, looking back only, with a cache.
 
-Shapes: B texts, S columns of a padded grid, T real tokens of all texts together, M hidden size.
+Shapes: B texts, S columns of a padded grid, T real tokens of all texts together, M hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modernbert.config import ModernBertDecoderConfig
 from modernbert.decoding.cache import DecoderCache
+from modernbert.decoding.generate import GenerationMixin
 from modernbert.errors import InputError
-from modernbert.models.base import BareModel, PreTrainedModel
-from modernbert.models.outputs import BaseModelOutputWithPast
-from modernbert.nn.backbone import check_kwargs
-from modernbert.nn.inputs import PackedInputs, check_tensors
-from modernbert.nn.layers import DecoderAttention
+from modernbert.models.base import BareModel
+from modernbert.models.forward import DECODER, PACKED, Arguments, Model, forward_of
+from modernbert.models.labels import pack_text_labels, pack_token_labels, text_loss
+from modernbert.models.outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from modernbert.nn.inputs import pack_inputs
+from modernbert.nn.layers import DecoderAttention, Linear, PredictionHead
+from modernbert.nn.losses import IGNORED, cross_entropy
+from modernbert.nn.outputs import ModelOutput
+from modernbert.nn.packing import PackedInputs
+from modernbert.nn.pooling import pool
 
 
-class ModernBertDecoderModel(BareModel):
+class Decoder(Model):
+    """What all decoders share: the cache."""
+
+    config: ModernBertDecoderConfig
+    config_class = ModernBertDecoderConfig
+
+    def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
+        """Packed inputs that go on where a cache ends, and the cache to fill, if any."""
+        cache, use_cache, body = given.past_key_values, given.use_cache, self.base_model
+        if cache is not None and not isinstance(cache, DecoderCache):
+            raise InputError(
+                f"past_key_values is a {type(cache).__name__}; it must be a DecoderCache, such as an earlier output's "
+                "past_key_values"
+            )
+        if cache is not None:
+            cache.check_model(body.config)
+            if use_cache is False:
+                raise InputError("use_cache is False and past_key_values is given; leave one of them out")
+        if body.training and (use_cache or cache is not None):
+            raise InputError("use_cache and past_key_values are for evaluation mode; call model.eval() first")
+        if cache is None and (body.config.use_cache and not body.training if use_cache is None else use_cache):
+            cache = DecoderCache(body.config)
+        columns, ends = (0, ()) if cache is None else (cache.columns, cache.ends)
+        inputs = pack_inputs(
+            given, body.config, body.dtype, body.device, gaps_separate=True, columns=columns, ends=ends
+        )
+        return inputs, cache
+
+
+class ModernBertDecoderModel(Decoder, BareModel):
     """The bare decoder, without a head.
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-
-    Source: Ettin, arXiv:2507.11412.
+    Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412.
     """
 
     config: ModernBertDecoderConfig
-    config_class = ModernBertDecoderConfig
     attention_class = DecoderAttention
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: DecoderCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        cache_position: Tensor | None = None,
-        indices: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        batch_size: int | None = None,
-        seq_len: int | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+    forward = forward_of(
         """Read a padded or a packed batch; each token sees those before it in its text.
 
-        Padded input is (B, S) with `attention_mask`. Packed input is (T,) or (1, T) with `cu_seqlens`; its
-        outputs are packed too, unless `indices`, `batch_size` and `seq_len` say how to pad them.
-
-        Args:
-            input_ids: (B, S), (T,) or (1, T) token ids; with `past_key_values` the new ones alone.
-            attention_mask: (B, S), nonzero at real tokens; None means that all are real. With a cache it may
-                also be (B, columns before + S), of which the last S count.
-            position_ids: positions for the rotary embedding, of the shape of the input or (1, S); None counts
-                each text's real tokens, those in the cache included. Without a mask and a filled cache, a position
-                that is not one more than the one before begins another text in the same row, as collators that pack
-                texts hand them over.
-            past_key_values: a `DecoderCache`, which is changed in place and returned.
-            inputs_embeds: (B, S, M), (T, M) or (1, T, M), in the place of `input_ids`.
-            use_cache: whether to return a cache; None takes the configuration's word in evaluation mode, and no
-                cache in training mode. Gradients do not reach what is in a cache.
-            cache_position: (S,) columns of the input counted from the first text's beginning; checked, and
-                otherwise known from the cache.
-            indices, cu_seqlens, max_seqlen, batch_size, seq_len: of packed input, as of the encoder.
-            output_attentions: return attention weights; needs the backend "eager" (or "auto", which takes it).
-            output_hidden_states: return the embeddings and every layer's output, the last one normed.
-            return_dict: False returns a plain tuple.
-            kwargs: `token_type_ids` is accepted and ignored.
-
-        Raises:
-            InputError: arguments contradict each other or have the wrong shape.
-        """
-        check_kwargs(kwargs)
-        inputs, cache = open_inputs(
-            self,
-            input_ids,
-            inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            cache_position=cache_position,
-            indices=indices,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            batch_size=batch_size,
-            seq_len=seq_len,
-        )
-        encoded = self.encode(inputs, output_attentions, output_hidden_states, cache)
-        output = BaseModelOutputWithPast(
-            last_hidden_state=inputs.restore(encoded.last_TM),
-            past_key_values=cache,
-            hidden_states=encoded.states or None,
-            attentions=encoded.weights or None,
-        )
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-
-def open_inputs(
-    model: ModernBertDecoderModel,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    *,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: DecoderCache | None = None,
-    use_cache: bool | None = None,
-    cache_position: Tensor | None = None,
-    **packed: Any,
-) -> tuple[PackedInputs, DecoderCache | None]:
-    """The door of the decoder: packed inputs that go on where a cache ends, and the cache to fill, if any."""
-    check_tensors(
-        input_ids=input_ids,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        cache_position=cache_position,
+        Padded input is (B, S) with `attention_mask`. Packed input is (T,) or (1, T) with `cu_seqlens`; its outputs are
+        packed too, unless `indices`, `batch_size` and `seq_len` say how to pad them.""",
+        (*DECODER, "use_cache", "cache_position", *PACKED),
     )
-    if past_key_values is not None and not isinstance(past_key_values, DecoderCache):
-        raise InputError(
-            f"past_key_values is a {type(past_key_values).__name__}; it must be a DecoderCache, such as an earlier "
-            "output's past_key_values"
-        )
-    cache = past_key_values
-    if cache is not None:
-        cache.check_model(model.config)
-        if use_cache is False:
-            raise InputError("use_cache is False and past_key_values is given; leave one of them out")
-    if model.training and (use_cache or cache is not None):
-        raise InputError("use_cache and past_key_values are for evaluation mode; call model.eval() first")
-    if cache is None and (model.config.use_cache and not model.training if use_cache is None else use_cache):
-        cache = DecoderCache(model.config)
-    given = input_ids if input_ids is not None else inputs_embeds
-    columns = given.shape[1] if given is not None and given.dim() > 1 else 0
-    before = 0 if cache is None else cache.columns
-    if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape[1] == before + columns:
-        attention_mask = attention_mask[:, before:]
-    if cache_position is not None and packed.get("cu_seqlens") is not None:
-        raise InputError("cache_position counts the columns of padded input; packed input has none")
-    if cache_position is not None and cache_position.tolist() != list(range(before, before + columns)):
-        raise InputError(
-            f"cache_position is {cache_position.tolist()}; with {before} columns in the cache and {columns} new ones "
-            f"it must be {before} to {before + columns - 1}"
-        )
-    if cache is not None and len(cache) and columns and position_ids is not None and attention_mask is None:
-        assert given is not None
-        if packed.get("cu_seqlens") is None:  # each row goes on with the cache's text, whatever its positions
-            attention_mask = torch.ones(given.shape[:2], device=given.device)
-    inputs = model.pack_inputs(
-        input_ids,
-        inputs_embeds,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        gaps_separate=True,
-        **packed,
-    )
-    if cache is not None and len(cache) and position_ids is None:
-        if len(cache) != len(inputs.packing.lengths):
-            raise InputError(f"the input has {len(inputs.packing.lengths)} texts; past_key_values holds {len(cache)}")
-        ends_B = torch.tensor(cache.ends, device=inputs.positions_T.device)
-        inputs = dataclasses.replace(inputs, positions_T=inputs.positions_T + ends_B[inputs.packing.text_T])
-    return inputs, cache
+
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: None, given: Arguments) -> ModelOutput:
+        """The hidden states themselves."""
+        return BaseModelOutputWithPast(inputs.restore(x_TM))
 
 
-class DecoderWithHead(PreTrainedModel):
-    """Base of the models with a decoder in `model`.
-
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-    """
-
-    config: ModernBertDecoderConfig
-    config_class = ModernBertDecoderConfig
+class DecoderWithHead(Decoder):
+    """Base of the models with a decoder in `model`."""
 
     def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
         self.model = ModernBertDecoderModel(config, attn_implementation)
+
+
+class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
+    """The decoder with an output over the vocabulary, whose weight is the token embedding's.
+
+    Labels are the ids themselves, or -100, in the shape of the input, and are shifted inside: the score at a token is
+    for the next one of its text. -100 does not count, nor does padding. Logits are (B, S, V), zeros at padding, or
+    (T, V) for packed input; as many columns or rows as `logits_to_keep` asks for.
+
+    Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412.
+    """
+
+    tied_weights: ClassVar[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
+
+    def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
+        super().__init__(config, attn_implementation)
+        self.generation_config: dict[str, Any] = {}
+        self.lm_head = PredictionHead(config)
+        self.decoder = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
+        self._finish()
+
+    forward = forward_of(
+        "Score the next token at every token.",
+        (*DECODER, "labels", "use_cache", "cache_position", "logits_to_keep", *PACKED, "num_items_in_batch"),
+    )
+
+    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
+        """What each token should predict, (T,)."""
+        if given.labels is not None and not _keeps_all(given.logits_to_keep):
+            raise InputError("labels need the logits of every token; leave logits_to_keep out")
+        labels_T = pack_token_labels(given.labels, inputs, self.config.vocab_size)
+        return None if labels_T is None else next_tokens(inputs, labels_T)
+
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
+        """Scores of the whole vocabulary at every token, or at those to keep."""
+        if _keeps_all(given.logits_to_keep):
+            logits = self.score(x_TM)
+            loss = None if labels is None else cross_entropy(logits, labels, num_items=given.num_items_in_batch)
+            return CausalLMOutputWithPast(loss, inputs.restore(logits))
+        rows, shape, places = _kept(inputs, given.logits_to_keep)
+        logits = self.score(x_TM.index_select(0, rows))
+        if shape is not None:
+            grid = logits.new_zeros((shape[0] * shape[1], logits.shape[1]))
+            logits = grid.index_copy(0, places, logits).unflatten(0, shape)
+        return CausalLMOutputWithPast(None, logits)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Scores of the whole vocabulary for what follows rows: (N, M) to (N, V)."""
+        return self.decoder(self.lm_head(x))
+
+
+class ModernBertDecoderForSequenceClassification(DecoderWithHead):
+    """The decoder with a classifier of whole texts, by one of their last tokens.
+
+    That is the last token of the text that is not `pad_token_id`, padded or packed, with a mask or without. A text that
+    ends with the padding id, as texts do where the same id ends them, is therefore read at the token before. Where the
+    configuration has no padding id, or `inputs_embeds` are given instead of ids, it is the last real token. Labels and
+    loss are those of `ModernBertForSequenceClassification`. The classifier has a bias where `classifier_bias` says so.
+
+    Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412, and the reference's head.
+    """
+
+    def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
+        super().__init__(config, attn_implementation)
+        self.head = PredictionHead(config)
+        assert config.num_labels is not None
+        self.drop = nn.Dropout(config.classifier_dropout)
+        self.classifier = Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
+        self._finish()
+
+    forward = forward_of(
+        "Score each text.", (*DECODER, "labels", "use_cache", "cache_position", *PACKED, "num_items_in_batch")
+    )
+
+    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
+        """Labels (B,) or (B, labels), checked."""
+        return pack_text_labels(given.labels, inputs, self.config)
+
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
+        """Scores of each text."""
+        logits = self.classify(pool(x_TM, self._spans(inputs), "last"))
+        return SequenceClassifierOutputWithPast(
+            text_loss(logits, labels, self.config, given.num_items_in_batch), logits
+        )
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Scores of rows (N, M): (N, labels)."""
+        return self.classifier(self.drop(self.head(x)))
+
+    def _spans(self, inputs: PackedInputs) -> list[tuple[int, int]]:
+        """The rows of each text up to its last token that is not the padding id."""
+        pad, ids_T = self.config.pad_token_id, inputs.ids_T
+        spans = inputs.packing.spans
+        if pad is None or ids_T is None or not bool((ids_T == pad).any()):
+            return spans
+        is_pad = (ids_T == pad).tolist()
+
+        def end_of(start: int, end: int) -> int:
+            kept = next((row for row in range(end - 1, start - 1, -1) if not is_pad[row]), start)
+            return min(kept + 1, end)  # a text of padding ids alone keeps its first token, an empty one has none
+
+        return [(start, end_of(start, end)) for start, end in spans]
+
+
+def next_tokens(inputs: PackedInputs, labels_T: Tensor) -> Tensor:
+    """What each token should predict, (T,): the label of the next token of its text; -100 at each text's last one."""
+    following_T = labels_T.roll(-1)
+    ends = [end - 1 for start, end in inputs.packing.spans if end > start]
+    following_T[torch.tensor(ends, dtype=torch.int64, device=labels_T.device)] = IGNORED
+    return following_T
+
+
+def _kept(inputs: PackedInputs, wanted: int | Tensor) -> tuple[Tensor, tuple[int, int] | None, Tensor]:
+    """Rows to score, the grid that their scores go into (None leaves them packed), and their places in it."""
+    packing = inputs.packing
+    if isinstance(wanted, Tensor):
+        size = packing.tokens if packing.grid is None else packing.grid[1]
+        whole = not wanted.is_floating_point() and wanted.dtype != torch.bool and wanted.dim() == 1
+        if not whole or bool(((wanted < -size) | (wanted >= size)).any()):
+            raise InputError(f"logits_to_keep is {wanted.tolist()}; it must be (K,) whole numbers below {size}")
+    elif not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 0:
+        raise InputError(f"logits_to_keep is {wanted!r}; it must be a whole number of at least 0, or a tensor of them")
+    device = packing.positions_T.device
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    if packing.grid is None or packing.indices_T is None:
+        if isinstance(wanted, int):
+            parts = [torch.arange(max(start, end - wanted), end, device=device) for start, end in packing.spans]
+            return torch.cat([none, *parts]), None, none
+        return torch.arange(packing.tokens, device=device)[wanted], None, none
+    batch, columns = packing.grid
+    every = torch.arange(columns, device=device)
+    column_K = every[-wanted:] if isinstance(wanted, int) else every[wanted.to(device)]
+    row_BS = torch.full((batch * columns,), -1, device=device)
+    row_BS[packing.indices_T] = torch.arange(packing.tokens, device=device)
+    row_N = row_BS.unflatten(0, packing.grid)[:, column_K].flatten()
+    places = (row_N >= 0).nonzero().squeeze(1)
+    return row_N[places], (batch, len(column_K)), places
+
+
+def _keeps_all(wanted: int | Tensor) -> bool:
+    return isinstance(wanted, int) and wanted == 0

@@ -1,35 +1,42 @@
-"""What the encoder's heads share: one forward pass from the caller's batch to the head and back.
+"""The encoder's heads: what each one's labels are, and what it computes from packed hidden states.
 
-A head is a class in a file of its own: a constructor, what its labels are, and `apply_head`.
-
-Shapes: B texts, S columns, T real tokens of all texts together, M hidden size.
+Shapes: B texts (of multiple choice: questions), C choices of each question, S columns of a padded grid, T real tokens
+of all texts together, M hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import abc
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from modernbert.config import ModernBertConfig
-from modernbert.errors import InputError
-from modernbert.models.base import PreTrainedModel
+from modernbert.decoding.cache import DecoderCache
+from modernbert.errors import ConfigError, InputError
 from modernbert.models.encoder import ModernBertModel
-from modernbert.nn.backbone import check_kwargs
-from modernbert.nn.inputs import PackedInputs
+from modernbert.models.forward import ENCODER, PACKED, Arguments, Model, forward_of
+from modernbert.models.labels import check_classes, pack_text_labels, pack_token_labels, text_loss
+from modernbert.models.outputs import (
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from modernbert.nn.layers import Linear, PredictionHead
-from modernbert.nn.losses import IGNORED
+from modernbert.nn.losses import IGNORED, cross_entropy, position_cross_entropy
+from modernbert.nn.outputs import ModelOutput
+from modernbert.nn.packing import PackedInputs, wrong_shape
 from modernbert.nn.pooling import pool
 
+Rows = list[int | None]
 
-class EncoderWithHead(PreTrainedModel, abc.ABC):
-    """The encoder with a prediction head on top.
 
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-    """
+class EncoderWithHead(Model):
+    """The encoder with a prediction head on top."""
 
     config: ModernBertConfig
     config_class = ModernBertConfig
@@ -39,87 +46,69 @@ class EncoderWithHead(PreTrainedModel, abc.ABC):
         self.model = ModernBertModel(config, attn_implementation)
         self.head = PredictionHead(config)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        sliding_window_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        indices: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        batch_size: int | None = None,
-        seq_len: int | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        num_items_in_batch: Tensor | float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Encode a batch and apply the head; the class says what comes out.
+    forward = forward_of("Encode a batch and apply the head.", (*ENCODER, "labels", *PACKED, "num_items_in_batch"))
 
-        Arguments not listed are those of `ModernBertModel.forward`.
 
-        Args:
-            labels: what the head should have said, in the form that the class describes; the output then has a
-                loss.
-            num_items_in_batch: labels of the whole batch when this call sees a part of it; the loss is then the
-                sum over the labels divided by this.
+class ModernBertForMaskedLM(EncoderWithHead):
+    """The encoder with a decoder over the vocabulary, whose weight is the token embedding's.
 
-        Raises:
-            InputError: arguments contradict each other or have the wrong shape.
-        """
-        check_kwargs(kwargs)
-        inputs = self.model.pack_inputs(
-            input_ids,
-            inputs_embeds,
-            attention_mask=attention_mask,
-            sliding_window_mask=sliding_window_mask,
-            position_ids=position_ids,
-            indices=indices,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            batch_size=batch_size,
-            seq_len=seq_len,
-        )
-        packed_labels = None if labels is None else self.pack_labels(inputs, labels)
-        encoded = self.model.encode(inputs, output_attentions, output_hidden_states)
-        output = self.apply_head(encoded.last_TM, inputs, packed_labels, num_items_in_batch)
-        output.hidden_states = encoded.states or None
-        output.attentions = encoded.weights or None
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+    Labels have the shape of the input: the true ids, and -100 where there is nothing to predict (what
+    `sparse_pred_ignore_index` says with `sparse_prediction`).
 
-    def pack_labels(self, inputs: PackedInputs, labels: Any) -> Any:
-        """Check the caller's labels and bring them into the form that `apply_head` takes: here one a real token."""
-        return inputs.pack("labels", labels)
+    Logits are (B, S, V), zeros at padding, or (T, V) for packed input, or (labelled tokens, V) with
+    `sparse_prediction` and labels. With labels they carry no gradient once they are repadded, unless
+    `repad_logits_with_grad`.
 
-    @abc.abstractmethod
-    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Any, num_items: Tensor | float | None) -> Any:
-        """The output of packed hidden states (T, M), with a loss where there are labels."""
+    Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663.
+    """
+
+    tied_weights: ClassVar[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
+
+    def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
+        super().__init__(config, attn_implementation)
+        self.decoder = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
+        self._finish()
+
+    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
+        """One label a real token, (T,)."""
+        ignored = self.config.sparse_pred_ignore_index if self.config.sparse_prediction else IGNORED
+        return pack_token_labels(given.labels, inputs, self.config.vocab_size, ignored)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Scores of the whole vocabulary: (N, M) to (N, V)."""
+        return self.decoder(self.head(x))
+
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
+        """Scores of the whole vocabulary at every token, or at labelled ones."""
+        if labels is None:
+            return MaskedLMOutput(None, inputs.restore(self.score(x_TM)))
+        sparse = self.config.sparse_prediction
+        if sparse:
+            labelled = (labels != IGNORED).nonzero().squeeze(1)
+            x_TM, labels = x_TM.index_select(0, labelled), labels.index_select(0, labelled)
+        logits = self.score(x_TM)
+        loss = cross_entropy(logits, labels, num_items=given.num_items_in_batch)
+        if sparse:
+            return MaskedLMOutput(loss, logits)
+        repadded = inputs.packing.grid is not None
+        kept = logits.detach() if repadded and not self.config.repad_logits_with_grad else logits
+        return MaskedLMOutput(loss, inputs.restore(kept))
 
 
 class EncoderClassifier(EncoderWithHead):
     """The encoder with a prediction head, dropout and a linear classifier.
 
     `classifier_bias` is the head's; the classifier itself always has a bias, as checkpoints hold it.
-
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
     """
+
+    scores: ClassVar[int | None] = None  # that the classifier gives; None takes the configuration's number of labels
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
         self.drop = nn.Dropout(config.classifier_dropout)
-        self.classifier = Linear(config.hidden_size, self.scores_per_row())
+        assert config.num_labels is not None
+        self.classifier = Linear(config.hidden_size, self.scores or config.num_labels)
         self._finish()
-
-    def scores_per_row(self) -> int:
-        """How many scores the classifier gives; the configuration's number of labels."""
-        assert self.config.num_labels is not None
-        return self.config.num_labels
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of rows (N, M): (N, labels)."""
@@ -130,16 +119,210 @@ class EncoderClassifier(EncoderWithHead):
         return self.classify(pool(x_TM, inputs.packing.spans, self.config.classifier_pooling))
 
 
-def check_classes(labels: Tensor, classes: int, ignored: int = IGNORED) -> Tensor:
-    """Labels that are class numbers, as int64.
+class ModernBertForSequenceClassification(EncoderClassifier):
+    """The encoder with a classifier of whole texts.
 
-    Raises:
-        InputError: a label is no class and not `ignored`.
+    A text is pooled as `classifier_pooling` says, its first real token or the mean of its real tokens, and logits are
+    (B, `num_labels`). The loss follows `problem_type`, or where that is not given the labels: one label is regression
+    (squared error), whole numbers are one class a text (cross-entropy, -100 ignored), anything else is several classes
+    a text (binary cross-entropy). Labels are (B,) class numbers or values, or (B, `num_labels`).
+
+    Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663, and the reference's head.
     """
-    if labels.is_floating_point() or labels.dtype.is_complex:
-        raise InputError(f"labels has dtype {labels.dtype}; the numbers of classes are whole numbers")
-    labels = labels.long()
-    wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= classes))]
-    if wrong.numel():
-        raise InputError(f"labels holds {int(wrong[0])}; it must hold 0 to {classes - 1}, or {ignored}")
-    return labels
+
+    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
+        """Labels (B,) or (B, labels), checked."""
+        return pack_text_labels(given.labels, inputs, self.config)
+
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
+        """Scores of each text."""
+        logits = self.classify_texts(x_TM, inputs)
+        return SequenceClassifierOutput(text_loss(logits, labels, self.config, given.num_items_in_batch), logits)
+
+
+class ModernBertForTokenClassification(EncoderClassifier):
+    """The encoder with a classifier of every token, such as of named entities.
+
+    Logits are (B, S, `num_labels`), zeros at padding, or (T, `num_labels`) for packed input. Labels have the shape of
+    the input: class numbers, and -100 at tokens that do not count; the loss is cross-entropy.
+
+    Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663, and the reference's head.
+    """
+
+    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
+        """One class a real token, (T,)."""
+        assert self.config.num_labels is not None
+        return pack_token_labels(given.labels, inputs, self.config.num_labels)
+
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
+        """Scores of each token."""
+        logits = self.classify(x_TM)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items=given.num_items_in_batch)
+        return TokenClassifierOutput(loss, inputs.restore(logits))
+
+
+class ModernBertForQuestionAnswering(EncoderClassifier):
+    """The encoder with two scores a token: that an answer begins there, and that it ends there.
+
+    The loss is the mean of the cross-entropies of both places, each over the real tokens of its text alone, so that it
+    does not change with padding. Logits at padding are the lowest finite number.
+
+    Arguments are those of `PreTrainedModel`; the configuration has `num_labels` 2. Source: ModernBERT,
+    arXiv:2412.13663, and the reference's head.
+    """
+
+    def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
+        if isinstance(config, ModernBertConfig) and config.num_labels != 2:
+            raise ConfigError(f"num_labels is {config.num_labels}; question answering needs 2, a start and an end")
+        super().__init__(config, attn_implementation)
+
+    forward = forward_of(
+        "Score every token as the answer's first and last one.",
+        (*ENCODER[:4], "start_positions", "end_positions", *PACKED, "inputs_embeds", "num_items_in_batch"),
+        instead={"labels": "question answering takes start_positions and end_positions instead"},
+    )
+
+    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> tuple[Rows, Rows] | None:
+        """For each text the packed rows of the answer's first and last token, None where not counted."""
+        start, end = given.start_positions, given.end_positions
+        if start is None and end is None:
+            return None
+        if start is None or end is None:
+            which = "end_positions" if start is not None else "start_positions"
+            raise InputError(f"{which} is missing; give both start_positions and end_positions, or neither")
+        return _rows("start_positions", start, inputs), _rows("end_positions", end, inputs)
+
+    def apply_head(
+        self, x_TM: Tensor, inputs: PackedInputs, labels: tuple[Rows, Rows] | None, given: Arguments
+    ) -> ModelOutput:
+        """Two scores of each token."""
+        start_T, end_T = self.classify(x_TM).unbind(-1)
+        loss = None
+        if labels is not None:
+            spans, items = inputs.packing.spans, given.num_items_in_batch
+            start, end = (
+                position_cross_entropy(scores_T, spans, rows, num_items=items)
+                for scores_T, rows in zip((start_T, end_T), labels, strict=True)
+            )
+            loss = (start + end) / 2
+        lowest = torch.finfo(start_T.dtype).min
+        return QuestionAnsweringModelOutput(loss, inputs.restore(start_T, lowest), inputs.restore(end_T, lowest))
+
+
+class ModernBertForMultipleChoice(EncoderClassifier):
+    """The encoder with one score a choice.
+
+    `input_ids`, `attention_mask` and `position_ids` are (B, C, S), `inputs_embeds` (B, C, S, M), and logits (B, C).
+    Labels are (B,), the number of the right choice (-100 is ignored); the loss is cross-entropy over a question's
+    choices.
+
+    Packed input holds the choices of all questions as texts one after another; `num_choices` says how many there are
+    of each question, a number or one a question. Questions with fewer choices than others have the lowest finite
+    number in the logits of those they lack.
+
+    Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663, and the reference's head.
+    """
+
+    scores = 1
+
+    forward = forward_of(
+        """Score the choices of each question.
+
+        Padded arguments have a dimension of choices after the first.""",
+        (*ENCODER, "labels", *PACKED, "num_items_in_batch", "num_choices"),
+    )
+
+    def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
+        """The choices of all questions as texts one after another."""
+        ids, embeds, choices = given.input_ids, given.inputs_embeds, given.num_choices
+        x = ids if ids is not None else embeds
+        if given.cu_seqlens is not None:
+            given.num_choices = given.cu_seqlens.numel() - 1 if choices is None else choices
+        elif x is not None:
+            shape, dims = tuple(x.shape), 3 if ids is not None else 4
+            if len(shape) != dims:
+                name = "input_ids" if ids is not None else "inputs_embeds"
+                raise InputError(
+                    f"{name} has shape {shape}; it must be (batch, choices, sequence"
+                    f"{', hidden)' if dims == 4 else ')'}, or packed together with cu_seqlens"
+                )
+            if choices is not None and choices != shape[1]:
+                raise InputError(f"num_choices is {choices}; the input's shape says {shape[1]}")
+            given.num_choices = shape[1] if shape[0] else ()
+            given.attention_mask = _flat("attention_mask", given.attention_mask, shape[:3])
+            given.position_ids = _flat("position_ids", given.position_ids, shape[:3])
+            if given.position_ids is not None and given.attention_mask is None:
+                # A row is one choice, whatever its positions.
+                given.attention_mask = torch.ones_like(given.position_ids)
+            given.input_ids = None if ids is None else ids.flatten(0, 1)
+            given.inputs_embeds = None if embeds is None else embeds.flatten(0, 1)
+        inputs, _ = super().open(given)
+        given.num_choices = _counts(given.num_choices, len(inputs.packing.lengths))
+        return inputs, None
+
+    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
+        """The number of the right choice of each question, (B,)."""
+        labels, counts = given.labels, given.num_choices
+        if labels is None:
+            return None
+        assert isinstance(counts, list)
+        if tuple(labels.shape) not in ((len(counts),), (len(counts), 1)):
+            raise wrong_shape("labels", labels, (len(counts),))
+        right = check_classes(labels.flatten(), max(counts, default=0))
+        for question, (label, count) in enumerate(zip(right.tolist(), counts, strict=True)):
+            if label >= count:
+                raise InputError(f"labels holds {label} for question {question}, which has {count} choices")
+        return right
+
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
+        """One score a choice, those of a question together."""
+        assert isinstance(given.num_choices, list)
+        logits = _by_question(self.classify_texts(x_TM, inputs).squeeze(1), given.num_choices)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items=given.num_items_in_batch)
+        return MultipleChoiceModelOutput(loss, logits)
+
+
+def _rows(name: str, places: Tensor, inputs: PackedInputs) -> Rows:
+    """Packed rows of one place a text, None for a place where its text has no real token."""
+    packing = inputs.packing
+    texts = len(packing.lengths)
+    if tuple(places.shape) not in ((texts,), (texts, 1)) or places.is_floating_point():
+        raise InputError(
+            f"{name} has shape {tuple(places.shape)} and dtype {places.dtype}; with this input it must be whole "
+            f"numbers of shape ({texts},)"
+        )
+    wanted = places.flatten().tolist()
+    if inputs.came_packed:
+        ranks = zip(wanted, packing.spans, strict=True)
+        return [start + place if 0 <= place < end - start else None for place, (start, end) in ranks]
+    assert packing.indices_T is not None
+    row_of = {place: row for row, place in enumerate(packing.indices_T.tolist())}
+    columns = inputs.given[1]
+    return [row_of.get(text * columns + c) if 0 <= c < columns else None for text, c in enumerate(wanted)]
+
+
+def _flat(name: str, values: Tensor | None, grid: tuple[int, ...]) -> Tensor | None:
+    if values is None:
+        return None
+    if tuple(values.shape) != grid:
+        raise wrong_shape(name, values, grid)
+    return values.flatten(0, 1)
+
+
+def _counts(num_choices: int | Sequence[int] | None, texts: int) -> list[int]:
+    """How many choices each question has."""
+    if isinstance(num_choices, int):
+        if num_choices < 1 or texts % num_choices:
+            raise InputError(f"num_choices is {num_choices}; the input holds {texts} choices, which must be a multiple")
+        return [num_choices] * (texts // num_choices)
+    counts = [] if num_choices is None else [int(n) for n in num_choices]
+    if sum(counts) != texts or min(counts, default=1) < 1:
+        raise InputError(f"num_choices is {counts}; they must be at least 1 each and add up to the {texts} choices")
+    return counts
+
+
+def _by_question(scores: Tensor, counts: list[int]) -> Tensor:
+    """Scores of all choices one after another to (questions, most choices)."""
+    if len(set(counts)) <= 1:
+        return scores.view(len(counts), counts[0] if counts else 0)
+    return pad_sequence(scores.split(counts), batch_first=True, padding_value=torch.finfo(scores.dtype).min)

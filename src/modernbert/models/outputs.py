@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from torch import Tensor
@@ -10,53 +9,43 @@ from torch import Tensor
 from modernbert.nn.outputs import ModelOutput
 
 
-@dataclasses.dataclass
-class BaseModelOutput(ModelOutput):
-    """Output of the bare encoder.
+class States(ModelOutput):
+    """What every model returns on request.
 
     Attributes:
-        last_hidden_state: (batch, sequence, hidden), zeros at padding; (tokens, hidden) for packed input.
-        hidden_states: the embeddings and each layer's output, shaped likewise; the last one is normed.
-        attentions: for each layer (batch, heads, sequence, sequence), zeros at padding.
+        hidden_states: the embeddings and each layer's output, the last one normed: (batch, sequence, hidden), zeros at
+            padding; (tokens, hidden) for packed input.
+        attentions: for each layer (batch, heads, sequence, sequence), zeros at padding and at what is not seen; where a
+            decoder had a cache, the last dimension holds the tokens of each text from its first.
     """
 
-    last_hidden_state: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
 
-@dataclasses.dataclass
-class BaseModelOutputWithPast(ModelOutput):
-    """Output of the bare decoder.
+class StatesWithPast(States):
+    """What every decoder returns on request, and the `DecoderCache` of all tokens so far."""
 
-    Attributes:
-        last_hidden_state: as in `BaseModelOutput`.
-        past_key_values: the `DecoderCache` of all tokens so far, where one was asked for.
-        hidden_states: as in `BaseModelOutput`.
-        attentions: for each layer (batch, heads, sequence, sequence), or the tokens of each text from its first where
-            there was a cache; zeros at padding and at what is not seen.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    past_key_values: Any
 
 
-@dataclasses.dataclass
-class HeadOutput(ModelOutput):
-    """Output of models with a head.
+class BaseModelOutput(States):
+    """Output of the bare encoder: the last hidden state, of the shape of the others."""
 
-    Attributes:
-        loss: scalar, where labels were given.
-        logits: what the head says; each class below has its shape.
-        hidden_states, attentions: as in `BaseModelOutput`.
-    """
+    last_hidden_state: Tensor | None
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+
+class BaseModelOutputWithPast(StatesWithPast):
+    """Output of the bare decoder: the last hidden state, of the shape of the others."""
+
+    last_hidden_state: Tensor | None
+
+
+class HeadOutput(States):
+    """Output of encoders with a head: the loss, a scalar, where labels were given, and logits."""
+
+    loss: Tensor | None
+    logits: Tensor | None
 
 
 class MaskedLMOutput(HeadOutput):
@@ -80,39 +69,21 @@ class MultipleChoiceModelOutput(HeadOutput):
     """
 
 
-@dataclasses.dataclass
-class QuestionAnsweringModelOutput(ModelOutput):
-    """Output of models that find an answer in a text.
-
-    Attributes:
-        loss: scalar, where positions were given.
-        start_logits, end_logits: (batch, sequence), the lowest finite number at padding, so that padding is never
-            the best place; (tokens,) for packed input.
-        hidden_states, attentions: as in `BaseModelOutput`.
+class QuestionAnsweringModelOutput(States):
+    """Logits (batch, sequence), the lowest finite number at padding, so that padding is never the best place; (tokens,)
+    for packed input. The loss is a scalar, where positions were given.
     """
 
-    loss: Tensor | None = None
-    start_logits: Tensor | None = None
-    end_logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    loss: Tensor | None
+    start_logits: Tensor | None
+    end_logits: Tensor | None
 
 
-@dataclasses.dataclass
-class HeadOutputWithPast(ModelOutput):
-    """Output of decoders with a head.
+class HeadOutputWithPast(StatesWithPast):
+    """Output of decoders with a head: the loss, a scalar, where labels were given, and logits."""
 
-    Attributes:
-        loss: scalar, where labels were given.
-        logits: what the head says; each class below has its shape.
-        past_key_values, hidden_states, attentions: as in `BaseModelOutputWithPast`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
+    loss: Tensor | None
+    logits: Tensor | None
 
 
 class CausalLMOutputWithPast(HeadOutputWithPast):

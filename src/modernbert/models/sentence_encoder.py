@@ -36,8 +36,8 @@ from modernbert.models.sentence_layout import (
     settings_of,
 )
 from modernbert.nn.activations import activation
-from modernbert.nn.inputs import PackedInputs
 from modernbert.nn.layers import Linear
+from modernbert.nn.packing import PackedInputs
 from modernbert.nn.pooling import pool
 
 # Functions that a folder may name; only the name is read, nothing is imported.

@@ -17,8 +17,9 @@ from modernbert.errors import InputError
 from modernbert.nn.attention import AttentionBackend, choose_backend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import Cache, Hidden, Runner, Shared, Weights, angles, attention, padded
-from modernbert.nn.inputs import PackedInputs, pack_inputs
+from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.layers import Attention, Embeddings, Layer, layer_norm
+from modernbert.nn.packing import PackedInputs
 from modernbert.nn.recompute import Recompute
 
 logger = logging.getLogger(__name__)
@@ -56,16 +57,10 @@ class Backbone(nn.Module):
         self.final_norm = layer_norm(config)
 
     def pack_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, **given: Any) -> PackedInputs:
-        """`nn.inputs.pack_inputs` for this model's vocabulary and width, on the model's device.
-
-        What comes on the CPU is checked and packed there, and goes to a card in one copy that nobody waits for.
-        """
-        x, embedding = inputs_embeds, next(self.embeddings.parameters())
-        if isinstance(x, Tensor) and x.is_floating_point() and not torch.is_autocast_enabled(x.device.type):
-            inputs_embeds = x.to(embedding.dtype)
-        vocabulary, width = self.config.vocab_size, self.config.hidden_size
-        inputs = pack_inputs(input_ids, inputs_embeds, vocab_size=vocabulary, hidden_size=width, **given)
-        return inputs.to(embedding.device)
+        """`nn.inputs.pack_inputs` for this model."""
+        inputs = Inputs(input_ids, inputs_embeds=inputs_embeds, **given)
+        embedding = next(self.embeddings.parameters())
+        return pack_inputs(inputs, self.config, embedding.dtype, embedding.device)
 
     def encode(
         self,

@@ -16,8 +16,7 @@ from torch import Tensor
 from modernbert.config import Config
 from modernbert.nn.attention.contract import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
-from modernbert.nn.inputs import PackedInputs
-from modernbert.nn.packing import Packing
+from modernbert.nn.packing import PackedInputs, Packing
 from modernbert.nn.rotary import angle_tables, rope_frequencies, rope_tables
 
 # The attention weights of each layer by its number, one (H, L, K) for each text.

@@ -1,6 +1,8 @@
 """Packing: B texts lie end to end in one row of T real tokens, and a `Packing` says where each begins.
 
-Shapes: B texts, S columns of a padded grid, T real tokens of all texts together.
+`PackedInputs` are that row, what all layers take, with the way back to the shape that the caller uses.
+
+Shapes: B texts, S columns of a padded grid, T real tokens of all texts together, M hidden size.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -136,3 +138,98 @@ class Packing:
             return packed_T.unflatten(0, self.grid)
         out = packed_T.new_full((batch * columns, *packed_T.shape[1:]), fill)
         return out.index_copy(0, self.indices_T, packed_T).unflatten(0, self.grid)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedInputs:
+    """One packed row, and the way back to the shape that the caller uses.
+
+    Attributes:
+        ids_T: (T,) token ids, or None where `embeds_TM` stands in their place.
+        embeds_TM: (T, M) vectors in the place of token embeddings.
+        packing: where the texts lie.
+        positions_T: (T,) positions for the rotary embedding.
+        given: leading shape of the caller's input: (B, S), (T,) or (1, T).
+        came_packed: whether the caller packed it. Outputs then stay packed, unless the caller said where the
+            tokens stand in a padded grid.
+    """
+
+    ids_T: Tensor | None
+    embeds_TM: Tensor | None
+    packing: Packing
+    positions_T: Tensor
+    given: tuple[int, ...]
+    came_packed: bool
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", offsets: Sequence[int] = ()
+    ) -> PackedInputs:
+        """Pack texts that are lists of ids, for callers who have them and need no check.
+
+        Args:
+            rows: ids of each text.
+            device: where the tensors go.
+            offsets: the position of each text's first token; none begins every text at 0.
+        """
+        packing = Packing.from_lengths([len(row) for row in rows])
+        ids_T = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
+        positions_T = packing.positions_T
+        if offsets:
+            positions_T = positions_T + torch.tensor(offsets)[packing.text_T]
+        packed = cls(ids_T, None, packing, positions_T, (packing.tokens,), came_packed=True)
+        return packed.to(torch.device(device))
+
+    def restore(self, packed_T: Tensor, fill: float = 0.0) -> Tensor:
+        """(T, ...) to the caller's leading shape; padding comes back as `fill`."""
+        return packed_T.unflatten(0, self.given) if self.packing.grid is None else self.packing.repad(packed_T, fill)
+
+    def take(self, given: Tensor) -> Tensor:
+        """Undo `restore`: the real tokens of a tensor in the caller's leading shape, (T, ...)."""
+        return given.flatten(0, len(self.given) - 1) if self.packing.grid is None else self.packing.unpad(given)
+
+    def to(self, device: torch.device) -> PackedInputs:
+        """The same on a card, by one copy from pinned memory that nobody waits for; elsewhere these themselves."""
+        if device.type in ("cpu", "meta") or self.packing.positions_T.device == device:
+            return self
+
+        def send(rows: list[Tensor]) -> Tensor:
+            pinned = device.type == "cuda"
+            block = torch.empty(sum(map(len, rows)), dtype=torch.int64, pin_memory=pinned)
+            return torch.cat(rows, out=block).to(device, non_blocking=pinned)
+
+        return self.sent(send, device)
+
+    def sent(self, send: Callable[[list[Tensor]], Tensor], device: torch.device) -> PackedInputs:
+        """The same where `send` puts a list of int64 tensors, end to end."""
+        packing = self.packing
+        own = None if self.positions_T is packing.positions_T else self.positions_T
+        named = {
+            "positions": packing.positions_T, "text": packing.text_T, "starts": torch.tensor(packing.starts),
+            "ids": self.ids_T, "indices": packing.indices_T, "own": own,
+        }  # fmt: skip
+        rows = {name: x.long() for name, x in named.items() if x is not None}
+        there = dict(zip(rows, send(list(rows.values())).split([len(x) for x in rows.values()]), strict=True))
+        packing = dataclasses.replace(
+            packing, positions_T=there["positions"], text_T=there["text"], indices_T=there.get("indices")
+        )
+        packing.__dict__["cu_seqlens"] = there["starts"].int()  # where the property keeps what it has made
+        embeds_TM = None if self.embeds_TM is None else self.embeds_TM.to(device)
+        positions_T = there.get("own", packing.positions_T)
+        return PackedInputs(there.get("ids"), embeds_TM, packing, positions_T, self.given, self.came_packed)
+
+    def pack(self, name: str, values: Tensor) -> Tensor:
+        """Pack one value a token, such as labels, given in the shape of the input or of its padded grid."""
+        values, shape, grid = values.to(self.packing.positions_T.device), tuple(values.shape), self.packing.grid
+        if self.came_packed and shape == self.given:
+            return values.flatten()
+        if shape == grid:
+            return self.packing.unpad(values)
+        raise wrong_shape(name, values, *dict.fromkeys(s for s in (self.given, grid) if s is not None))
+
+
+def wrong_shape(name: str, values: Tensor, *allowed: tuple[int, ...]) -> InputError:
+    """What to raise where a tensor has none of the shapes allowed."""
+    return InputError(
+        f"{name} has shape {tuple(values.shape)}; with this input it must be {' or '.join(map(str, allowed))}"
+    )

@@ -10,7 +10,7 @@ import torch
 
 from modernbert.auto import AutoModelForMaskedLM
 from modernbert.errors import InputError, shown
-from modernbert.models.masked_lm import ModernBertForMaskedLM
+from modernbert.models.heads import ModernBertForMaskedLM
 from modernbert.pipelines.base import Job, Pipeline, Row
 from modernbert.pipelines.checks import check_count, check_text, short
 

@@ -8,7 +8,7 @@ import torch
 
 from modernbert.auto import AutoModelForMultipleChoice
 from modernbert.errors import InputError, shown
-from modernbert.models.multiple_choice import ModernBertForMultipleChoice
+from modernbert.models.heads import ModernBertForMultipleChoice
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 from modernbert.pipelines.checks import check_fields
 

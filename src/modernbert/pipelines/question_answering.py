@@ -11,7 +11,7 @@ from tokenizers import Encoding
 
 from modernbert.auto import AutoModelForQuestionAnswering
 from modernbert.errors import InputError
-from modernbert.models.question_answering import ModernBertForQuestionAnswering
+from modernbert.models.heads import ModernBertForQuestionAnswering
 from modernbert.pipelines.base import Job, Pipeline, Row
 from modernbert.pipelines.checks import check_count, check_fields, check_iterable, check_switch, check_text, short
 

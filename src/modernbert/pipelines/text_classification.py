@@ -9,8 +9,8 @@ import torch
 
 from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.errors import InputError, listed
-from modernbert.models.decoder_classification import ModernBertDecoderForSequenceClassification
-from modernbert.models.sequence_classification import ModernBertForSequenceClassification
+from modernbert.models.decoder import ModernBertDecoderForSequenceClassification
+from modernbert.models.heads import ModernBertForSequenceClassification
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 from modernbert.pipelines.checks import check_choice, check_count, check_fields
 

@@ -15,7 +15,7 @@ from modernbert.decoding.loops import Generation
 from modernbert.decoding.options import GenerationOptions
 from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, shown
-from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
+from modernbert.models.decoder import ModernBertDecoderForCausalLM
 from modernbert.pipelines.base import Job, Pipeline, Row
 from modernbert.pipelines.checks import check_switch
 

@@ -11,7 +11,7 @@ import torch
 from modernbert.auto import AutoModelForCausalLM
 from modernbert.encoding import UNLIMITED
 from modernbert.errors import InputError
-from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
+from modernbert.models.decoder import ModernBertDecoderForCausalLM
 from modernbert.pipelines.base import Job, Pipeline, Row
 from modernbert.pipelines.checks import check_count, check_switch, check_text, short
 

@@ -12,7 +12,7 @@ from tokenizers import Encoding
 
 from modernbert.auto import AutoModelForTokenClassification
 from modernbert.errors import InputError, shown
-from modernbert.models.token_classification import ModernBertForTokenClassification
+from modernbert.models.heads import ModernBertForTokenClassification
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
 from modernbert.pipelines.checks import check_choice, check_count, check_switch, check_text, short
 

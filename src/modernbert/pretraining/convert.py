@@ -24,9 +24,8 @@ from modernbert.config import Config, ModernBertConfig, ModernBertDecoderConfig
 from modernbert.errors import CheckpointError, InputError
 from modernbert.files import making
 from modernbert.hub import Source
-from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
-from modernbert.models.masked_lm import ModernBertForMaskedLM
-from modernbert.models.sequence_classification import ModernBertForSequenceClassification
+from modernbert.models.decoder import ModernBertDecoderForCausalLM
+from modernbert.models.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.pretraining.models import to_decoder_weights
 from modernbert.tokenizer import Tokenizer
 from modernbert.training.distributed import SHARDS, merged_weights

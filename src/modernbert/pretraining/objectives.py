@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 
 from modernbert.errors import InputError
-from modernbert.models.causal_lm import ModernBertDecoderForCausalLM
-from modernbert.models.masked_lm import ModernBertForMaskedLM
+from modernbert.models.decoder import ModernBertDecoderForCausalLM
+from modernbert.models.heads import ModernBertForMaskedLM
 from modernbert.nn.losses import IGNORED
 from modernbert.pretraining.texts import Ids
 from modernbert.pretraining.train_tokenizer import SPECIALS

@@ -12,7 +12,7 @@ from modernbert import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 from modernbert.engines.gpu import flash, graphs, operations
 from modernbert.engines.gpu.runner import GpuLayers
 from modernbert.nn.attention.eager import EagerAttention
-from modernbert.nn.inputs import pack_inputs
+from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.packing import Packing
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -281,7 +281,7 @@ def test_inputs_go_to_a_card_in_one_piece():
     mask[0, 4] = 0
     positions = torch.arange(20)[None] + 3
     for given in ({}, {"position_ids": positions}):
-        inputs = pack_inputs(ids, None, vocab_size=40, hidden_size=32, attention_mask=mask, **given)
+        inputs = pack_inputs(Inputs(ids, mask, **given), ModernBertConfig(**TINY), torch.float32, torch.device("cpu"))
         sizes = []
 
         def send(rows, sizes=sizes):

@@ -26,7 +26,7 @@ from modernbert.engines.weights import BackboneWeights, LayerWeights
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import Hidden, Planned, Shared, Weights, angles, attention, frequencies, padded
-from modernbert.nn.inputs import PackedInputs
+from modernbert.nn.packing import PackedInputs
 from modernbert.nn.rotary import split_rotated
 
 _LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output

@@ -26,8 +26,7 @@ from modernbert.engines.weights import BackboneWeights, LayerWeights
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import Hidden, Weights, angles, attention, frequencies, padded
-from modernbert.nn.inputs import PackedInputs
-from modernbert.nn.packing import Packing
+from modernbert.nn.packing import PackedInputs, Packing
 
 # Rotated queries, keys and values (T, 3, H, D) of a layer, by its number and kind, to its attention outputs (T, H, D).
 Attend = Callable[[int, str, Tensor], Tensor]

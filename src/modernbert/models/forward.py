@@ -1,0 +1,145 @@
+"""The one forward of all models, and its arguments: each is described once, and every class shows those it takes.
+
+Shapes: B texts, S columns of a padded grid, T real tokens of all texts together, M hidden size.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from modernbert.decoding.cache import DecoderCache
+from modernbert.errors import InputError
+from modernbert.models.base import PreTrainedModel
+from modernbert.nn.backbone import check_kwargs
+from modernbert.nn.inputs import Inputs, pack_inputs
+from modernbert.nn.outputs import ModelOutput
+from modernbert.nn.packing import PackedInputs
+
+
+@dataclasses.dataclass
+class Arguments(Inputs):
+    """All arguments that a forward may take, with their defaults; what each means stands in `_MEANINGS`."""
+
+    past_key_values: DecoderCache | None = None
+    use_cache: bool | None = None
+    labels: Tensor | None = None
+    start_positions: Tensor | None = None
+    end_positions: Tensor | None = None
+    num_items_in_batch: Tensor | float | None = None
+    num_choices: int | Sequence[int] | None = None
+    logits_to_keep: int | Tensor = 0
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+    return_dict: bool | None = None
+
+
+_MEANINGS = {
+    "input_ids": "(B, S), (T,) or (1, T) token ids; with `past_key_values` the new ones alone.",
+    "attention_mask": "(B, S), nonzero at real tokens; None means that all are real. With a cache it may also be "
+    "(B, columns before + S), of which the last S count.",
+    "sliding_window_mask": "(B, S) or (B, 1, S, S). Local windows follow from the positions, so it is checked for its "
+    "shape and changes nothing.",
+    "position_ids": "positions for the rotary embedding, of the shape of the input or (1, S); None counts each text's "
+    "real tokens, those in a cache included. Without a mask, and without tokens in a cache, positions that begin anew "
+    "(for a decoder: that do not go on by one) begin another text in the same row, as collators that pack texts hand "
+    "them over; outputs keep the input's shape.",
+    "past_key_values": "a `DecoderCache`, which is changed in place and returned.",
+    "inputs_embeds": "(B, S, M), (T, M) or (1, T, M), instead of `input_ids`.",
+    "use_cache": "whether to return a cache; None takes the configuration's word in evaluation mode, and no cache in "
+    "training mode. Gradients do not reach what is in a cache.",
+    "cache_position": "(S,) columns of the input counted from the first text's beginning; checked, and otherwise "
+    "known from the cache.",
+    "labels": "what the head should have said, in the form that the class describes; the output then has a loss.",
+    "start_positions": "(B,) columns of the padded input, or places in the texts of packed input, of each answer's "
+    "first token. A place outside of the text's real tokens is not counted.",
+    "end_positions": "likewise, of each answer's last token.",
+    "logits_to_keep": "score this number of last columns only, or the columns of this tensor; 0 scores all. Of packed "
+    "input, that many last tokens of each text, or the tokens of these numbers.",
+    "indices": "(T,) the place of each packed token in the flattened grid.",
+    "cu_seqlens": "(B + 1,) cumulative lengths of packed texts, from 0 to T.",
+    "max_seqlen": "longest text of a packed batch, checked against `cu_seqlens`.",
+    "batch_size": "B of the grid that packed outputs are padded to.",
+    "seq_len": "S of that grid.",
+    "output_attentions": 'return attention weights; needs the backend "eager" (or "auto", which takes it).',
+    "output_hidden_states": "return the embeddings and every layer's output, the last one normed.",
+    "return_dict": "False returns a plain tuple.",
+    "num_items_in_batch": "labels of the whole batch when this call sees a part of it; the loss is then the sum over "
+    "the labels divided by this.",
+    "num_choices": "choices of each question, for packed input, a number or one a question; one question if not given.",
+    "kwargs": "`token_type_ids` is accepted and ignored.",
+}
+
+# In the reference's order; a head's own arguments stand before PACKED, what the reference lacks at the end.
+ENCODER = ("input_ids", "attention_mask", "sliding_window_mask", "position_ids", "inputs_embeds")
+DECODER = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+PACKED = (
+    *("indices", "cu_seqlens", "max_seqlen", "batch_size", "seq_len"),
+    *("output_attentions", "output_hidden_states", "return_dict"),
+)
+
+
+class Model(PreTrainedModel, abc.ABC):
+    """A model that makes named outputs of a caller's batch: what `forward` asks of every class."""
+
+    def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
+        """Check what the caller gave, and pack it; a decoder opens its cache as well."""
+        body = self.base_model
+        return pack_inputs(given, body.config, body.dtype, body.device), None
+
+    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Any:
+        """Check the labels and bring them into the form that `apply_head` takes, before anything is computed."""
+
+    @abc.abstractmethod
+    def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Any, given: Arguments) -> ModelOutput:
+        """The output of packed hidden states (T, M), with a loss where there are labels."""
+
+
+def forward_of(
+    summary: str, names: Sequence[str], instead: Mapping[str, str] = MappingProxyType({})
+) -> Callable[..., Any]:
+    """The forward of a class, which shows its own arguments in `help` and `inspect.signature`.
+
+    Args:
+        summary: what it does.
+        names: its arguments, in their order.
+        instead: arguments that it refuses, each with what it takes instead.
+    """
+    types, kind = typing.get_type_hints(Arguments), inspect.Parameter.POSITIONAL_OR_KEYWORD
+    own = [inspect.Parameter(n, kind, default=getattr(Arguments, n), annotation=types[n]) for n in names]
+    rest = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD, annotation=Any)
+    signature = inspect.Signature([*own, rest], return_annotation=ModelOutput | tuple)
+
+    def forward(self: Model, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
+        named = signature.bind(*args, **kwargs).arguments
+        unknown = named.pop("kwargs", {})
+        for name in unknown.keys() & instead.keys():
+            raise InputError(f"{name} is given; {instead[name]}")
+        check_kwargs(unknown)
+        given = Arguments(**named)
+        inputs, cache = self.open(given)
+        labels = self.pack_labels(inputs, given)
+        hidden = self.base_model.encode(inputs, given.output_attentions, given.output_hidden_states, cache)
+        output = self.apply_head(hidden.last_TM, inputs, labels, given)
+        if cache is not None:
+            output["past_key_values"] = cache
+        output["hidden_states"], output["attentions"] = hidden.states or None, hidden.weights or None
+        named_output = self.config.return_dict if given.return_dict is None else given.return_dict
+        return output if named_output else output.to_tuple()
+
+    described = [
+        textwrap.fill(f"{name}: {_MEANINGS[name]}", 110, initial_indent=" " * 4, subsequent_indent=" " * 8)
+        for name in (*names, "kwargs")
+    ]
+    raises = "Raises:\n    InputError: arguments contradict each other or have the wrong shape."
+    forward.__doc__ = "\n".join([inspect.cleandoc(summary), "", "Args:", *described, "", raises])
+    vars(forward)["__signature__"] = signature.replace(parameters=[inspect.Parameter("self", kind), *own, rest])
+    return forward
