@@ -184,8 +184,8 @@ class DecoderCache:
                 if left is not None and to < length and kept > max(0, to - left):
                     raise InputError(
                         f"max_length is {max_length}; a text of {length} tokens can be cropped to "
-                        f"{kept + left} at the least, because local layers keep a window "
-                        "alone. DecoderCache(config, slack=...) keeps more"
+                        f"{kept + left} at the least, because local layers keep a window alone. "
+                        "DecoderCache(config, slack=...) keeps more"
                     )
         for storage in self.kinds.values():
             storage.forget(self.lengths, wanted)

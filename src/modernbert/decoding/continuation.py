@@ -39,15 +39,11 @@ Pair = tuple[Tensor, Tensor]  # keys and values of a layer, each (R, H, D)
 
 
 class Region(NamedTuple):
-    """The slots of one text, token i in slot `start + i % capacity`.
-
-    Attributes:
-        first: the first token that is held, where a crop left fewer than there is room for.
-    """
+    """The slots of one text, token i in slot `start + i % capacity`."""
 
     start: int
     capacity: int
-    first: int = 0
+    first: int = 0  # the first token that is held, where a crop left fewer than there is room for
 
     def kept(self, length: int) -> int:
         """The first token that is held once the text has this length."""
@@ -55,24 +51,15 @@ class Region(NamedTuple):
 
 
 class Storage:
-    """Slots for keys and values of all layers of one kind, a region of them for each text.
-
-    Attributes:
-        reach: how far the layers attend.
-        ring: how many of a text's last tokens are kept; None keeps all.
-        room_ahead: free slots that a growing region gets.
-        regions: of each text.
-        positions_R: (R,) the position of the token in each slot.
-        layers: number of a layer -> its keys and values; made when the layer first writes.
-    """
+    """Slots for keys and values of all layers of one kind, a region of them for each text."""
 
     def __init__(self, reach: Reach, slack: int) -> None:
         self.reach = reach
-        self.ring = None if reach.left is None else reach.left + 1 + slack
+        self.ring = None if reach.left is None else reach.left + 1 + slack  # a text's last tokens are kept; None: all
         self.room_ahead = _ROOM
         self.regions: list[Region] = []
-        self.positions_R = torch.empty(0, dtype=torch.int64)
-        self.layers: dict[int, Pair] = {}
+        self.positions_R = torch.empty(0, dtype=torch.int64)  # of the token in each slot
+        self.layers: dict[int, Pair] = {}  # by their numbers, once they have written
 
     @property
     def nbytes(self) -> int:
@@ -198,13 +185,9 @@ def _take(x: Tensor, where: slice | Tensor) -> Tensor:
 
 
 class Pass:
-    """What the layers of all kinds share in a forward pass.
+    """What the layers of all kinds share in a forward pass: new tokens, after `past` ones of each text, from `ends` on.
 
-    Args:
-        packing: where the new tokens lie.
-        past: tokens of each text before them.
-        ends: the position of each text's next token.
-        backend, dtype, gather, weights: see `nn.execution.Cache.begin`.
+    The other arguments are those of `nn.execution.Cache.begin`.
     """
 
     def __init__(
@@ -242,45 +225,26 @@ class Pass:
 
 
 class Steps(NamedTuple):
-    """One new token each of N texts.
+    """One new token each of N texts, for kernels of our own."""
 
-    Attributes:
-        of_N: which of the new tokens they are; None where they are all of them.
-        slots_N: the slot of storage that each goes to.
-        first_N: the first slot that each attends to.
-        length_N: how many slots that is, free ones of a ring included.
-        most: the largest of them.
-        positions_N: of the tokens.
-        storage: where keys and values lie.
-        left: how far back a token sees; None is all of its text, whose slots then hold nothing else.
-    """
-
-    of_N: Tensor | None
-    slots_N: Tensor
-    first_N: Tensor
-    length_N: Tensor
-    most: int
+    of_N: Tensor | None  # which of the new tokens they are; None where they are all of them
+    slots_N: Tensor  # that each goes to
+    first_N: Tensor  # the first slot that each attends to
+    length_N: Tensor  # how many slots that is, free ones of a ring included
+    most: int  # the largest of them
     positions_N: Tensor
     storage: Storage
-    left: int | None
+    left: int | None  # how far back a token sees; None is all of its text, whose slots then hold nothing else
 
 
 class Joined(NamedTuple):
-    """Texts as what they attend to before their new tokens, their tails, and the new tokens.
+    """Texts as what they attend to before their new tokens, their tails, and the new tokens."""
 
-    Attributes:
-        of_P: which of the new tokens they have.
-        plan: of a backend, for the joined texts.
-        tail_slots: where the tails lie.
-        order_J: for each joined token its place in all tails followed by the P new tokens; None without tails.
-        new_P: which of the joined tokens are new; None without tails.
-    """
-
-    of_P: slice | Tensor
-    plan: Any
+    of_P: slice | Tensor  # which of the new tokens they have
+    plan: Any  # of a backend, for the joined texts
     tail_slots: Tensor
-    order_J: Tensor | None = None
-    new_P: Tensor | None = None
+    order_J: Tensor | None = None  # for each joined token its place in all tails followed by the P new tokens
+    new_P: Tensor | None = None  # which of the joined tokens are new; None, as is the order, without tails
 
     def join(self, new_THD: Tensor, stored: Tensor | None) -> Tensor:
         """(J, H, D), text by text. Queries are not stored: their tails are zeros, and nobody reads their outputs."""
@@ -295,21 +259,13 @@ class Joined(NamedTuple):
 
 
 class InPlace(NamedTuple):
-    """N texts with Q new tokens each, which attend to keys where they are stored.
+    """N texts with Q new tokens each, which attend to keys where they are stored."""
 
-    Attributes:
-        of_P: which of the new tokens they have.
-        texts: N.
-        slots: the texts' slots, one text after another, as many of each.
-        keys: K, how many of its slots a text attends to; Q queries are its last tokens, and see none after themselves.
-        bias_N11K: of a single query, hides slots that are out of reach or hold nothing; of storage's dtype.
-    """
-
-    of_P: slice | Tensor
+    of_P: slice | Tensor  # which of the new tokens they have
     texts: int
-    slots: slice | Tensor
-    keys: int
-    bias_N11K: Tensor | None = None
+    slots: slice | Tensor  # one text after another, as many of each
+    keys: int  # K, how many of its slots a text attends to; its queries are the last of them, and see none after
+    bias_N11K: Tensor | None = None  # of a single query, hides slots that are out of reach or hold nothing
 
     def attend(self, q_THD: Tensor, stored: Pair) -> Tensor:
         """(T, H, D) to (P, H, D), some queries at a time."""
@@ -332,10 +288,6 @@ class Continuation:
     Texts without a past attend to themselves, as without a cache. In a local layer several new tokens are joined with
     the window before them, as their own keys may overwrite it. All others attend in place, once they are stored. To
     `gather` is the oracle of all that: everything is joined, and every pair of tokens is scored.
-
-    Args:
-        new: the new tokens.
-        storage: where the layers' keys and values lie.
     """
 
     def __init__(self, new: Pass, storage: Storage) -> None:

@@ -38,8 +38,7 @@ class CachedDecoder:
     """Goes on with prompts, reading each token once. Texts are numbered as they are when a method is called.
 
     Args:
-        model: scores tokens.
-        prompts: ids of each.
+        model, prompts: what scores tokens, and ids.
         cache: holds the prompts' beginnings already, or nothing.
         keep_texts: keep texts in the cache that are no longer gone on with.
 

@@ -21,19 +21,12 @@ from modernbert.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One token of each text that was not finished before.
+    """One token of each text that was not finished before."""
 
-    Attributes:
-        texts: numbers of the texts.
-        tokens: what they got.
-        logits_BV: scores as the model gave them.
-        scores_BV: scores as the tokens were chosen by.
-    """
-
-    texts: list[int]
+    texts: list[int]  # their numbers
     tokens: list[int]
-    logits_BV: Tensor
-    scores_BV: Tensor
+    logits_BV: Tensor  # as the model gave them
+    scores_BV: Tensor  # as the tokens were chosen by
 
     def of_all(self, scores_BV: Tensor, texts: int) -> Tensor:
         """These scores among those of all texts, zeros for the finished ones."""
@@ -53,9 +46,6 @@ class Generation:
 
     Raises:
         InputError: the arguments do not fit each other.
-
-    Attributes:
-        texts: `num_return_sequences` for each prompt, one after another, as far as they are.
     """
 
     def __init__(
@@ -76,7 +66,7 @@ class Generation:
         self.decoder, self.limits, self.options = decoder, limits, options
         self.generator, self.tokenizer = generator, tokenizer
         self.samplers = compose(options)
-        self.texts: list[History] = []
+        self.texts: list[History] = []  # as far as they are, `num_return_sequences` a prompt, one after another
 
     def new_ids(self) -> list[list[int]]:
         """New ids of all texts, at the end."""
@@ -117,9 +107,8 @@ class Generation:
             going = [search.advance(part) for search, part in zip(active, scores_BV.split(sizes), strict=True)]
             active = [search for search, beams in zip(active, going, strict=True) if beams]
             if active:
-                self.decoder.select(
-                    [first + beam for first, beams in zip(firsts, going, strict=False) for beam in beams]
-                )
+                pairs = zip(firsts, going, strict=False)
+                self.decoder.select([first + beam for first, beams in pairs for beam in beams])
                 logits_BV = self.decoder.step([history.ids[-1] for search in active for history in search.histories])
         for search in searches:
             if len(search.finished) < number:
@@ -176,13 +165,7 @@ class Generation:
 
 @dataclasses.dataclass
 class _Search:
-    """Beam search on one prompt.
-
-    Attributes:
-        generation: what it is a part of.
-        running: the beams that go on, with their log-probabilities; best first.
-        finished: the best finished beams, with their scores; best first.
-    """
+    """Beam search on one prompt: the beams that go on, and the best finished ones, with their scores, best first."""
 
     generation: Generation
     running: list[tuple[History, float]]
@@ -207,8 +190,7 @@ class _Search:
                 going.append((beam, history, score))
             elif rank < beams:
                 ended.append((history, score / length**penalty))
-        full = len(self.finished) == beams
-        if not (full and options.early_stopping is True):
+        if len(self.finished) < beams or options.early_stopping is not True:
             self.finished = sorted([*self.finished, *ended], key=lambda beam: -beam[1])[:beams]
         going = sorted(going, key=lambda beam: -beam[2])[:beams]
         if not going:

@@ -130,11 +130,8 @@ class Draw:
     """Draws one token a text by their probabilities: the largest of p / e, with e drawn from the exponential
     distribution, is token i with probability p_i.
 
-    Args:
-        texts: texts of the whole batch.
-        generator: one for the batch, which draws for every text at every step, those that are finished too, so that a
-            seed means the same whoever finishes first; or one a text, so that a text's draws are its own; None takes
-            PyTorch's global one.
+    One generator draws for all `texts` of the batch at every step, those that are finished too, so that a seed means
+    the same whoever finishes first. With one a text, a text's draws are its own. None is PyTorch's global one.
     """
 
     def __init__(self, texts: int, generator: Generators) -> None:
