@@ -60,8 +60,7 @@ class DecoderCache:
     def __init__(self, config: Config, slack: int = 0) -> None:
         if not isinstance(slack, int) or isinstance(slack, bool) or slack < 0:
             raise InputError(f"slack is {slack!r}; it must be a whole number of at least 0")
-        self.config = config
-        self.slack = slack
+        self.config, self.slack = config, slack
         self.lengths: list[int] = []
         self.ends: list[int] = []
         self.columns = 0
@@ -115,10 +114,8 @@ class DecoderCache:
             self.lengths, self.ends = [0] * len(packing.lengths), [0] * len(packing.lengths)
         if len(packing.lengths) != len(self.lengths):
             raise InputError(f"the input has {len(packing.lengths)} texts; past_key_values holds {len(self.lengths)}")
-        device = packing.positions_T.device
         for storage in self.kinds.values():
-            if storage.positions_R.device != device:
-                storage.to(device)
+            storage.to(packing.positions_T.device)
             storage.make_room(self.lengths, packing.lengths)
         last = list(packing.lengths)
         if packing.gaps:

@@ -174,7 +174,9 @@ class Storage:
             stored.index_copy_(0, slots, new if of_T is None else new.index_select(0, of_T))
 
     def to(self, device: torch.device) -> None:
-        """Move to a device."""
+        """Move to a device, where they are not there yet."""
+        if self.positions_R.device == device:
+            return
         with torch.inference_mode(False):
             self.positions_R = self.positions_R.to(device)
             self.layers = {layer: (k.to(device), v.to(device)) for layer, (k, v) in self.layers.items()}

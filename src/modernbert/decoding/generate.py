@@ -66,8 +66,7 @@ class GenerationMixin:
     """
 
     generation_config: dict[str, Any]
-    # Of the model that this is mixed into.
-    config: Any
+    config: Any  # this and what follows are of the model that this is mixed into
     device: Any
     training: bool
     model: Any

@@ -122,10 +122,9 @@ class Generation:
 
     def ends(self, history: History) -> bool:
         """Whether a text is at its end."""
-        options, last = self.options, history.ids[-1]
-        if history.length >= history.limit or last in options.eos_token_id:
+        if history.length >= history.limit or history.ids[-1] in self.options.eos_token_id:
             return True
-        return self.tokenizer is not None and holds_stop(self.tokenizer, options.stop_strings, history.new)
+        return self.tokenizer is not None and holds_stop(self.tokenizer, self.options.stop_strings, history.new)
 
     def _start(self) -> tuple[Tensor, list[History]]:
         logits_BV = self.decoder.start(max(self.limits, default=0))

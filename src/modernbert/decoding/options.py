@@ -18,8 +18,7 @@ _DEFAULT_NEW_TOKENS = 20
 _MOST_FROM_FILE = 1024  # beams and sequences of a prompt that defaults may ask for
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _BEAMS = ("length_penalty", "early_stopping")
-# The least of each whole number.
-_LEAST = {
+_LEAST = {  # of whole numbers
     "max_length": 1, "max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "min_new_tokens": 0, "top_k": 0,
     "no_repeat_ngram_size": 0, "pad_token_id": 0,
 }  # fmt: skip

@@ -135,8 +135,7 @@ class Draw:
     """
 
     def __init__(self, texts: int, generator: Generators) -> None:
-        self.texts = texts
-        self.generator = generator
+        self.texts, self.generator = texts, generator
 
     def __call__(self, scores_BV: Tensor, texts: Sequence[int]) -> Tensor:
         """One token of each of these texts, (B,), by its scores."""

@@ -78,8 +78,7 @@ class TextStreamer:
         skip_special_tokens: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
-        self.skip_prompt = skip_prompt
-        self.skip_special_tokens = skip_special_tokens
+        self.skip_prompt, self.skip_special_tokens = skip_prompt, skip_special_tokens
         self.on_text = on_text or _print
         self._begin()
 
