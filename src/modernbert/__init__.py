@@ -20,7 +20,7 @@ _EXPORTS = {
     "AutoTokenizer": "auto",
     "BitsAndBytesConfig": "quantization.options",
     "DecoderCache": "decoding.cache",
-    "GenerateOutput": "models.outputs",
+    "GenerateOutput": "decoding.generate",
     "ModernBertConfig": "config",
     "ModernBertDecoderConfig": "config",
     "ModernBertDecoderForCausalLM": "models.decoder",

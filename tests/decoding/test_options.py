@@ -1,7 +1,11 @@
-"""Options of generation: what contradicts itself is one clear error."""
+"""Options of generation: what contradicts itself is one clear error, and callers see each by name."""
+
+import dataclasses
+import inspect
 
 import pytest
 
+from modernbert import ModernBertDecoderForCausalLM
 from modernbert.decoding.options import GenerationOptions
 from modernbert.errors import InputError
 
@@ -66,3 +70,17 @@ def test_how_many_new_tokens(log):
     assert GenerationOptions.make({"max_length": 1}, {}).new_tokens(1) == 1
     assert GenerationOptions.make({"max_length": 1}, {}).new_tokens(7) == 1  # as the reference's sample has it
     assert "one new token" in log.text
+
+
+@pytest.mark.parametrize("name", ["generate", "stream"])
+def test_generate_and_stream_show_each_option(name):
+    parameters = inspect.signature(getattr(ModernBertDecoderForCausalLM, name)).parameters
+    options = [field.name for field in dataclasses.fields(GenerationOptions)]
+    assert list(parameters)[: 3 + len(options)] == ["self", "input_ids", "attention_mask", *options]
+    assert {parameters[option].default for option in options} == {None}
+    assert {parameters[option].kind for option in options} == {inspect.Parameter.KEYWORD_ONLY}
+    assert parameters["max_length"].annotation == "int | None"
+    assert parameters["early_stopping"].annotation == "bool | str | None"
+    assert parameters["eos_token_id"].annotation == "int | Sequence[int] | None"
+    assert parameters["stop_strings"].annotation == "str | Sequence[str] | None"
+    assert "tokenizer" in parameters

@@ -35,7 +35,7 @@ def histories(seed, texts=3, vocabulary=11):
 @given(st.integers(0, 10_000), st.integers(1, 14))
 def test_top_k(seed, k):
     x = scores(seed)
-    for row, out in zip(x, keep_top_k(k)(x, []), strict=True):
+    for row, out in zip(x, keep_top_k(x, [], k), strict=True):
         kept = set(sorted(range(11), key=lambda i: -row[i])[:k])
         assert {i for i in range(11) if out[i] > NEVER} == kept
         assert all(out[i] == row[i] for i in kept)
@@ -44,7 +44,7 @@ def test_top_k(seed, k):
 @given(st.integers(0, 10_000), st.floats(0.05, 0.99))
 def test_top_p(seed, p):
     x = scores(seed)
-    for row, out in zip(x, keep_top_p(p)(x, []), strict=True):
+    for row, out in zip(x, keep_top_p(x, [], p), strict=True):
         total, kept = 0.0, set()
         for i in sorted(range(11), key=lambda i: -row[i]):
             kept.add(i)
@@ -58,7 +58,7 @@ def test_top_p(seed, p):
 @given(st.integers(0, 10_000), st.floats(0.0, 1.0))
 def test_min_p(seed, p):
     x = scores(seed)
-    for row, out in zip(x, keep_min_p(p)(x, []), strict=True):
+    for row, out in zip(x, keep_min_p(x, [], p), strict=True):
         likely = row.softmax(0)
         assert [bool(o > NEVER) for o in out] == [bool(q >= p * likely.max()) for q in likely]
 
@@ -66,7 +66,7 @@ def test_min_p(seed, p):
 @given(st.integers(0, 10_000), st.integers(1, 5))
 def test_no_ngram_occurs_twice(seed, size):
     x, texts = scores(seed), histories(seed)
-    out = forbid_repeated_ngrams(size)(x, texts)
+    out = forbid_repeated_ngrams(x, texts, size)
     for row, text, before in zip(out, texts, x, strict=True):
         seen = {tuple(text.ids[i : i + size]) for i in range(len(text.ids) - size + 1)}
         for token in range(11):
@@ -78,7 +78,7 @@ def test_no_ngram_occurs_twice(seed, size):
 @given(st.integers(0, 10_000))
 def test_repetition(seed):
     x, texts = scores(seed), histories(seed)
-    out = penalize_repetition(1.7)(x, texts)
+    out = penalize_repetition(x, texts, 1.7)
     for row, text, before in zip(out, texts, x, strict=True):
         for token in range(11):
             factor = 1.0 if token not in text.ids else 1 / 1.7 if before[token] > 0 else 1.7
@@ -87,7 +87,7 @@ def test_repetition(seed):
 
 def test_an_end_is_not_taken_early():
     x = scores(0, texts=2)
-    out = forbid_end([3, 4], 2)(x, [History([1, 1, 5], 2, 9), History([1, 5, 5], 1, 9)])
+    out = forbid_end(x, [History([1, 1, 5], 2, 9), History([1, 5, 5], 1, 9)], [3, 4], 2)
     assert out[0, 3] == out[0, 4] == NEVER
     assert torch.equal(out[1], x[1])
 
@@ -96,13 +96,17 @@ def test_composition_keeps_the_order_and_leaves_the_scores_alone():
     x, texts = scores(1), histories(1)
     before = x.clone()
     values = {"do_sample": True, "temperature": 0.5, "top_k": 4, "top_p": 0.8, "min_p": 0.05, "repetition_penalty": 2.0}
-    sampler = compose(GenerationOptions.make(values, {}))
-    expected = penalize_repetition(2.0)(x, texts)
-    for part in (scale(0.5), keep_top_k(4), keep_top_p(0.8), keep_min_p(0.05)):
-        expected = part(expected, texts)
-    assert torch.equal(sampler(x, texts), expected)
+    expected = penalize_repetition(x, texts, 2.0)
+    expected = scale(expected, texts, 0.5)
+    expected = keep_top_k(expected, texts, 4)
+    expected = keep_top_p(expected, texts, 0.8)
+    expected = keep_min_p(expected, texts, 0.05)
+    out = x
+    for sampler in compose(GenerationOptions.make(values, {})):
+        out = sampler(out, texts)
+    assert torch.equal(out, expected)
     assert torch.equal(x, before)
-    assert compose(GenerationOptions.make({}, {})) is None
+    assert not compose(GenerationOptions.make({}, {}))
 
 
 def test_a_draw_is_pytorch_s_multinomial():

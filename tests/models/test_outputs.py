@@ -10,11 +10,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 import modernbert
+from modernbert import GenerateOutput
 from modernbert.models.outputs import (
     BaseModelOutput,
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    GenerateOutput,
     HeadOutput,
     MaskedLMOutput,
     MultipleChoiceModelOutput,
@@ -173,7 +173,7 @@ def test_every_class_is_known_here():
     named = {
         cls for cls in vars(modernbert.models.outputs).values() if inspect.isclass(cls) and issubclass(cls, ModelOutput)
     }
-    assert named >= set(FIELDS)
+    assert named | {GenerateOutput} >= set(FIELDS)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

@@ -1,1 +1,1 @@
-"""Generation of text: options, samplers, loops and streams, against a small protocol and without any model."""
+"""Generation of text: options, samplers, loops, streams of text, the cache, and `generate`."""

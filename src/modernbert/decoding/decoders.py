@@ -1,4 +1,4 @@
-"""What the decoding loops see of a decoder: prompts read once into a cache, or every text anew for each token.
+"""What the decoding loops see of a model: prompts read once into a cache, or every text anew for each token.
 
 Shapes: B texts, V vocabulary.
 """
@@ -6,68 +6,69 @@ Shapes: B texts, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from modernbert.config import Config
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
-from modernbert.nn.packing import PackedInputs, on_device
+from modernbert.nn.packing import PackedInputs
 
-if TYPE_CHECKING:
-    from modernbert.models.decoder import ModernBertDecoderForCausalLM
+
+class LanguageModel(Protocol):
+    """A model that scores the next token."""
+
+    training: bool
+
+    @property
+    def config(self) -> Config:
+        """The architecture."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def score_next(self, inputs: PackedInputs, cache: DecoderCache | None) -> Tensor:
+        """Scores (B, V), float32, of what follows each text that has tokens in the input; the cache gets those."""
 
 
 class CachedDecoder:
-    """A decoder that reads each token once.
+    """Goes on with prompts, reading each token once. Texts are numbered as they are when a method is called.
 
     Args:
-        model: scores tokens.
+        model, prompts: what scores tokens, and ids.
         cache: holds the prompts' beginnings already, or nothing.
         keep_texts: keep texts in the cache that are no longer gone on with.
+
+    Raises:
+        InputError: the prompts do not go on from what the cache holds.
     """
 
-    def __init__(self, model: ModernBertDecoderForCausalLM, cache: DecoderCache, keep_texts: bool = False) -> None:
-        self.model = model
-        self.cache = cache
-        self.keep_texts = keep_texts
-        self.active: list[int] = []  # texts of the cache that are gone on with
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], cache: DecoderCache, keep_texts: bool = False
+    ) -> None:
+        self.model, self.prompts, self.cache, self.keep_texts = model, prompts, cache, keep_texts
+        self.active = list(range(len(prompts)))  # texts of the cache that are gone on with
+        self._past()
 
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Scores of what follows each prompt."""
-        past = self.check(prompts)
-        self.active = list(range(len(prompts)))
-        return self._read([list(prompt[held:]) for held, prompt in zip(past, prompts, strict=True)])
-
-    def check(self, prompts: Sequence[Sequence[int]]) -> list[int]:
-        """How many tokens of each prompt the cache holds; raises `InputError` where they do not fit."""
-        self.cache.check_model(self.model.config)
-        past = self.cache.lengths or [0] * len(prompts)
-        if len(past) != len(prompts):
-            raise InputError(f"there are {len(prompts)} prompts; past_key_values holds {len(past)} texts")
-        for held, prompt in zip(past, prompts, strict=True):
-            if held >= len(prompt):
-                raise InputError(
-                    f"past_key_values holds {held} tokens of a text and its prompt has {len(prompt)}; a prompt goes "
-                    "on from what the cache holds: all of its tokens, and at least one more"
-                )
-        return past
-
-    def reserve(self, tokens: int) -> None:
-        """Have room for so many new tokens of each text. A CPU's memory is cheap to move, and dear to touch ahead."""
-        if self.model.device.type != "cpu":
-            self.cache.reserve(tokens)
+    def start(self, most: int) -> Tensor:
+        """Read the prompts; scores (B, V) of what follows. At most this many new tokens will come of each text."""
+        past = self._past()
+        if self.model.device.type != "cpu":  # whose memory is cheap to move, and dear to touch ahead
+            self.cache.reserve(most)
+        return self._read([prompt[held:] for held, prompt in zip(past, self.prompts, strict=True)])
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Scores of what follows one more token each."""
+        """Add one token to each text; scores (B, V) of what follows."""
         new: list[list[int]] = [[] for _ in range(len(self.cache))]
         for text, token in zip(self.active, tokens, strict=True):
             new[text] = [token]
         return self._read(new)
 
     def select(self, texts: Sequence[int]) -> None:
-        """Go on with these texts."""
+        """Go on with these texts, in this order; one may be named several times."""
         chosen = [self.active[t] for t in texts]
         if self.keep_texts and len(set(chosen)) == len(chosen) and chosen == sorted(chosen):
             self.active = chosen
@@ -75,44 +76,62 @@ class CachedDecoder:
         self.cache.select(chosen)
         self.active = list(range(len(chosen)))
 
-    def _read(self, new: list[list[int]]) -> Tensor:
-        """Scores after the last token of each text that has new ones."""
-        model, device = self.model, self.model.device
-        inputs = PackedInputs.of_rows(new, device, self.cache.ends)
-        packing = inputs.packing
-        x_TM = model.model.encode(inputs, False, False, self.cache).last_TM
-        if packing.tokens > len(self.active):
-            ends = [end - 1 for start, end in packing.spans if end > start]
-            x_TM = x_TM.index_select(0, on_device(ends, device))
-        return model.score(x_TM).float()
+    def _past(self) -> list[int]:
+        """How many tokens of each prompt the cache holds."""
+        self.cache.check_model(self.model.config)
+        past = self.cache.lengths or [0] * len(self.prompts)
+        if len(past) != len(self.prompts):
+            raise InputError(f"there are {len(self.prompts)} prompts; past_key_values holds {len(past)} texts")
+        for held, prompt in zip(past, self.prompts, strict=True):
+            if held >= len(prompt):
+                raise InputError(
+                    f"past_key_values holds {held} tokens of a text and its prompt has {len(prompt)}; a prompt goes "
+                    "on from what the cache holds: all of its tokens, and at least one more"
+                )
+        return past
+
+    def _read(self, new: Sequence[Sequence[int]]) -> Tensor:
+        return self.model.score_next(PackedInputs.of_rows(new, self.model.device, self.cache.ends), self.cache)
 
 
 class UncachedDecoder:
-    """A decoder that reads every text anew for each token: slow, obvious, and the oracle of the other."""
+    """Goes on with prompts, reading every text anew for each token: slow, obvious, and the oracle of the other."""
 
-    def __init__(self, model: ModernBertDecoderForCausalLM) -> None:
-        self.model = model
-        self.texts: list[list[int]] = []
-
-    def check(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Any prompts will do."""
-
-    def reserve(self, tokens: int) -> None:
-        """Nothing is kept, so nothing is made room for."""
-
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Scores of what follows each prompt."""
+    def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]]) -> None:
+        self.model, self.prompts = model, prompts
         self.texts = [list(prompt) for prompt in prompts]
-        inputs = PackedInputs.of_rows(self.texts, self.model.device)
-        x_TM = self.model.model.encode(inputs, False, False).last_TM
-        return self.model.score(
-            x_TM.index_select(0, torch.tensor(inputs.packing.starts[1:], device=x_TM.device) - 1)
-        ).float()
+
+    def start(self, most: int) -> Tensor:
+        """Read the prompts; scores (B, V) of what follows."""
+        return self.model.score_next(PackedInputs.of_rows(self.texts, self.model.device), None)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Scores of what follows one more token each."""
-        return self.start([[*text, token] for text, token in zip(self.texts, tokens, strict=True)])
+        """Add one token to each text; scores (B, V) of what follows."""
+        self.texts = [[*text, token] for text, token in zip(self.texts, tokens, strict=True)]
+        return self.start(0)
 
     def select(self, texts: Sequence[int]) -> None:
-        """Go on with these texts."""
-        self.texts = [list(self.texts[t]) for t in texts]
+        """Go on with these texts, in this order; one may be named several times."""
+        self.texts = [self.texts[t] for t in texts]
+
+
+def decoder_of(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    use_cache: bool = True,
+    cache: DecoderCache | None = None,
+    keep_texts: bool = False,
+) -> CachedDecoder | UncachedDecoder:
+    """What goes on with prompts: without a cache, with one that is given and keeps all texts, or with a new one.
+
+    Raises:
+        InputError: the cache is none, does not fit, or the model is in training mode.
+    """
+    if cache is not None and not isinstance(cache, DecoderCache):
+        raise InputError(f"past_key_values is a {type(cache).__name__}; it must be a DecoderCache")
+    if model.training:
+        raise InputError("generation is for evaluation mode; call model.eval() first")
+    if not use_cache:
+        return UncachedDecoder(model, prompts)
+    keep_texts = keep_texts or cache is not None
+    return CachedDecoder(model, prompts, DecoderCache(model.config) if cache is None else cache, keep_texts)

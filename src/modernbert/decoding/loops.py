@@ -6,217 +6,215 @@ Shapes: B texts, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from modernbert.decoding.decoders import CachedDecoder, UncachedDecoder
 from modernbert.decoding.options import GenerationOptions
-from modernbert.decoding.samplers import Draw, History, Sampler, place_of
+from modernbert.decoding.samplers import Draw, Generators, History, compose, place_of
+from modernbert.decoding.text import Tokenizer, holds_stop
 from modernbert.errors import InputError
-
-
-class Decoder(Protocol):
-    """What the loops need of a model. Texts are numbered as they are when a method is called."""
-
-    def reserve(self, tokens: int) -> None:
-        """Be ready for so many new tokens of each text."""
-
-    def start(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read the prompts; scores (B, V), float32, of what follows each."""
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Add one token to each text; scores (B, V), float32, of what follows."""
-
-    def select(self, texts: Sequence[int]) -> None:
-        """Go on with these texts, in this order; one may be named several times."""
-
-
-Stop = Callable[[History], bool]  # whether a text is at its end
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One token of each text that was not finished before.
+    """One token of each text that was not finished before."""
 
-    Attributes:
-        texts: numbers of the texts.
-        tokens: what they got.
-        finished: those of the texts that end with it.
-        logits_BV: scores as the model gave them.
-        scores_BV: scores as the tokens were chosen by.
-    """
-
-    texts: list[int]
+    texts: list[int]  # their numbers
     tokens: list[int]
-    finished: list[int]
-    logits_BV: Tensor
-    scores_BV: Tensor
+    logits_BV: Tensor  # as the model gave them
+    scores_BV: Tensor  # as the tokens were chosen by
+
+    def of_all(self, scores_BV: Tensor, texts: int) -> Tensor:
+        """These scores among those of all texts, zeros for the finished ones."""
+        whole = torch.zeros((texts, scores_BV.shape[1]), device=scores_BV.device)
+        return whole.index_copy_(0, torch.tensor(self.texts, device=whole.device), scores_BV)
 
 
-def follow(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    options: GenerationOptions,
-    sampler: Sampler | None,
-    draw: Draw | None,
-    stop: Stop,
-) -> Iterator[Step]:
-    """Greedy decoding, or sampling where `draw` is given, of `num_return_sequences` texts a prompt.
+class Generation:
+    """Goes on with prompts: what `generate` does once its arguments are checked.
 
     Args:
-        model: reads and scores.
-        prompts: ids of each.
+        decoder: reads the prompts, which are ids of the vocabulary, at least one each; scores what follows.
         limits: how many new tokens each may get.
         options: how to generate.
-        sampler: of `samplers.compose`, or None.
-        draw: draws tokens; None takes the best one.
-        stop: whether a text is at its end.
+        generator: draws, for the whole batch or one for each text; None takes PyTorch's global one.
+        tokenizer: decodes for `stop_strings`, which need it.
+
+    Raises:
+        InputError: the arguments do not fit each other.
     """
-    model.reserve(max(limits, default=0))
-    logits_BV = model.start(prompts)
-    copies = [i for i in range(len(prompts)) for _ in range(options.num_return_sequences)]
-    histories = [History(list(prompts[i]), len(prompts[i]), limits[i]) for i in copies]
-    if options.num_return_sequences > 1:
-        model.select(copies)
-        logits_BV = logits_BV[torch.tensor(copies, device=logits_BV.device)]
-    texts = list(range(len(copies)))
-    while True:
-        scores_BV = logits_BV if sampler is None else sampler(logits_BV, histories)
-        tokens = (scores_BV.argmax(-1) if draw is None else draw(scores_BV, texts)).tolist()
-        going: list[int] = []
-        for row, (history, token) in enumerate(zip(histories, tokens, strict=True)):
-            history.ids.append(token)
-            if not _ends(history, stop):
-                going.append(row)
-        kept = set(going)
-        finished = [texts[row] for row in range(len(texts)) if row not in kept]
-        yield Step(texts, tokens, finished, logits_BV, scores_BV)
-        if not going:
-            return
-        if finished:
-            model.select(going)
-            texts, tokens = [texts[row] for row in going], [tokens[row] for row in going]
-            histories = [histories[row] for row in going]
-        logits_BV = model.step(tokens)
 
+    def __init__(
+        self,
+        decoder: CachedDecoder | UncachedDecoder,
+        limits: Sequence[int],
+        options: GenerationOptions,
+        generator: Generators = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        several = generator if isinstance(generator, Sequence) else [generator or torch.default_generator]
+        if not all(isinstance(g, torch.Generator) for g in several):
+            raise InputError(f"generator is a {type(generator).__name__}; give a torch.Generator or a list of them")
+        if options.num_beams > 1 and isinstance(generator, Sequence):
+            raise InputError("generator is a list; a beam search draws from one generator")
+        if options.stop_strings and tokenizer is None:
+            raise InputError("stop_strings need tokenizer=, which decodes what they are looked for in")
+        self.decoder, self.limits, self.options = decoder, limits, options
+        self.generator, self.tokenizer = generator, tokenizer
+        self.samplers = compose(options)
+        self.texts: list[History] = []  # as far as they are, `num_return_sequences` a prompt, one after another
 
-def _ends(history: History, stop: Stop) -> bool:
-    return history.length >= history.limit or stop(history)
+    def new_ids(self) -> list[list[int]]:
+        """New ids of all texts, at the end."""
+        if self.options.num_beams > 1:
+            self.beams()
+        else:
+            for _ in self.steps():
+                pass
+        return [history.new for history in self.texts]
+
+    def tokens(self) -> Iterator[int]:
+        """New ids of the only text, as they come."""
+        return (step.tokens[0] for step in self.steps())
+
+    def steps(self) -> Iterator[Step]:
+        """Greedy decoding, or sampling with `do_sample`."""
+        steps = self._follow()
+        while True:
+            with torch.inference_mode():  # not across a yield, where it would be the caller's too
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+
+    @torch.inference_mode()
+    def beams(self) -> list[float]:
+        """Beam search, which draws continuations with `do_sample` instead of taking the best; scores of the texts."""
+        number = self.options.num_return_sequences
+        logits_BV, histories = self._start()
+        searches = [_Search(self, [(history, 0.0)]) for history in histories]
+        active = searches
+        while active:
+            scores_BV = self._scores(logits_BV.log_softmax(-1), [h for search in active for h in search.histories])
+            totals_B1 = torch.tensor([[total] for search in active for _, total in search.running])
+            scores_BV = scores_BV + totals_B1.to(scores_BV)
+            sizes = [len(search.running) for search in active]
+            firsts = [0, *itertools.accumulate(sizes)]
+            going = [search.advance(part) for search, part in zip(active, scores_BV.split(sizes), strict=True)]
+            active = [search for search, beams in zip(active, going, strict=True) if beams]
+            if active:
+                pairs = zip(firsts, going, strict=False)
+                self.decoder.select([first + beam for first, beams in pairs for beam in beams])
+                logits_BV = self.decoder.step([history.ids[-1] for search in active for history in search.histories])
+        for search in searches:
+            if len(search.finished) < number:
+                raise InputError(
+                    f"num_return_sequences is {number} and beam search found {len(search.finished)} continuations of a "
+                    "prompt; the options leave no more"
+                )
+        best = [beam for search in searches for beam in search.finished[:number]]
+        self.texts = [history for history, _ in best]
+        return [score for _, score in best]
+
+    def ends(self, history: History) -> bool:
+        """Whether a text is at its end."""
+        if history.length >= history.limit or history.ids[-1] in self.options.eos_token_id:
+            return True
+        return self.tokenizer is not None and holds_stop(self.tokenizer, self.options.stop_strings, history.new)
+
+    def _start(self) -> tuple[Tensor, list[History]]:
+        logits_BV = self.decoder.start(max(self.limits, default=0))
+        pairs = zip(self.decoder.prompts, self.limits, strict=True)
+        return logits_BV, [History(list(prompt), len(prompt), limit) for prompt, limit in pairs]
+
+    def _scores(self, scores_BV: Tensor, histories: list[History]) -> Tensor:
+        for sampler in self.samplers:
+            scores_BV = sampler(scores_BV, histories)
+        return scores_BV
+
+    def _follow(self) -> Iterator[Step]:
+        logits_BV, histories = self._start()
+        copies = [i for i in range(len(histories)) for _ in range(self.options.num_return_sequences)]
+        if len(copies) > len(histories):
+            self.decoder.select(copies)
+            logits_BV = logits_BV[torch.tensor(copies, device=logits_BV.device)]
+            histories = [dataclasses.replace(histories[i], ids=list(histories[i].ids)) for i in copies]
+        self.texts = histories
+        draw = Draw(len(copies), self.generator) if self.options.do_sample else None
+        texts = list(range(len(copies)))
+        while True:
+            scores_BV = self._scores(logits_BV, histories)
+            tokens = (scores_BV.argmax(-1) if draw is None else draw(scores_BV, texts)).tolist()
+            for history, token in zip(histories, tokens, strict=True):
+                history.ids.append(token)
+            going = [i for i, history in enumerate(histories) if not self.ends(history)]
+            yield Step(texts, tokens, logits_BV, scores_BV)
+            if not going:
+                return
+            if len(going) < len(texts):
+                self.decoder.select(going)
+                texts, tokens = [texts[i] for i in going], [tokens[i] for i in going]
+                histories = [histories[i] for i in going]
+            logits_BV = self.decoder.step(tokens)
 
 
 @dataclasses.dataclass
 class _Search:
-    """Beam search on one prompt.
+    """Beam search on one prompt: the beams that go on, and the best finished ones, with their scores, best first."""
 
-    Attributes:
-        running: the beams that go on, with their log-probabilities; best first.
-        finished: the best finished beams, with their scores; best first.
-    """
-
+    generation: Generation
     running: list[tuple[History, float]]
     finished: list[tuple[History, float]] = dataclasses.field(default_factory=list)
 
-    def advance(
-        self,
-        candidates: list[tuple[int, int, float]],
-        options: GenerationOptions,
-        stop: Stop,
-    ) -> list[int] | None:
-        """Take the best continuations; the beams that go on, by their present numbers, or None at the end.
+    @property
+    def histories(self) -> list[History]:
+        """The beams that go on."""
+        return [history for history, _ in self.running]
 
-        Args:
-            candidates: beam, token and log-probability of each, best first; more than `num_beams`, so that enough
-                go on when some end.
-        """
+    def advance(self, scores_BV: Tensor) -> list[int]:
+        """Take the best continuations by the scores of all; which present beams go on, none at the end."""
+        options = self.generation.options
         beams, penalty = options.num_beams, options.length_penalty
         length = self.running[0][0].length + 1
         going: list[tuple[int, History, float]] = []
         ended: list[tuple[History, float]] = []
-        for rank, (beam, token, score) in enumerate(candidates):
+        for rank, (beam, token, score) in enumerate(self._candidates(scores_BV)):
             before = self.running[beam][0]
             history = dataclasses.replace(before, ids=[*before.ids, token])
-            if not _ends(history, stop):
+            if not self.generation.ends(history):
                 going.append((beam, history, score))
             elif rank < beams:
                 ended.append((history, score / length**penalty))
-        full = len(self.finished) == beams
-        if not (full and options.early_stopping is True):
+        if len(self.finished) < beams or options.early_stopping is not True:
             self.finished = sorted([*self.finished, *ended], key=lambda beam: -beam[1])[:beams]
         going = sorted(going, key=lambda beam: -beam[2])[:beams]
         if not going:
-            return None
+            return []
         self.running = [(history, score) for _, history, score in going]
         if len(self.finished) == beams:
             far = going[0][1].limit if options.early_stopping == "never" and penalty > 0 else length
             if options.early_stopping is True or going[0][2] / far**penalty <= self.finished[-1][1]:
-                return None
+                return []
         return [beam for beam, _, _ in going]
 
-
-def search(
-    model: Decoder,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    options: GenerationOptions,
-    sampler: Sampler | None,
-    generator: torch.Generator | None,
-    stop: Stop,
-) -> list[list[tuple[History, float]]]:
-    """Beam search: for each prompt its best `num_return_sequences` texts with their scores.
-
-    Arguments as of `follow`; with `do_sample` continuations are drawn instead of the best ones taken.
-    """
-    beams = options.num_beams
-    model.reserve(max(limits, default=0))
-    logits_BV = model.start(prompts)
-    searches = [
-        _Search([(History(list(prompt), len(prompt), limit), 0.0)])
-        for prompt, limit in zip(prompts, limits, strict=True)
-    ]
-    active = list(range(len(prompts)))
-    # So many that, should each way to end be among the best of each beam, enough others remain.
-    number = max(2, 1 + len(options.eos_token_id)) * beams
-    rows = [1] * len(prompts)  # beams of each active search
-    while active:
-        histories = [history for i in active for history, _ in searches[i].running]
-        scores_BV = logits_BV.log_softmax(-1)
-        if sampler is not None:
-            scores_BV = sampler(scores_BV, histories)
-        totals_B1 = torch.tensor([[total] for i in active for _, total in searches[i].running])
-        scores_BV = scores_BV + totals_B1.to(scores_BV)
-        selected: list[int] = []
-        still: list[int] = []
-        first = 0
-        for i, scores_V in zip(active, scores_BV.split(rows), strict=True):
-            vocabulary, flat = scores_V.shape[1], scores_V.flatten()
-            possible = min(number, int(flat.isfinite().sum()))
-            if not possible:
-                chosen = torch.empty(0, dtype=torch.int64)
-            elif options.do_sample:
-                likely = flat.softmax(-1).to(place_of(generator, flat))
-                chosen = torch.multinomial(likely, possible, generator=generator).to(flat.device)
-            else:
-                chosen = flat.topk(possible).indices
-            candidates = [
-                (index // vocabulary, index % vocabulary, score)
-                for index, score in zip(chosen.tolist(), flat[chosen].tolist(), strict=True)
-            ]
-            going = searches[i].advance(candidates, options, stop)
-            if going is not None:
-                still.append(i)
-                selected += [first + beam for beam in going]
-            first += len(scores_V)
-        active, rows = still, [len(searches[i].running) for i in still]
-        if active:
-            model.select(selected)
-            logits_BV = model.step([history.ids[-1] for i in active for history, _ in searches[i].running])
-    for found in searches:
-        if len(found.finished) < options.num_return_sequences:
-            raise InputError(
-                f"num_return_sequences is {options.num_return_sequences} and beam search found {len(found.finished)} "
-                "continuations of a prompt; the options leave no more"
-            )
-    return [found.finished[: options.num_return_sequences] for found in searches]
+    def _candidates(self, scores_BV: Tensor) -> list[tuple[int, int, float]]:
+        """Beam, token and log-probability of the best or drawn continuations, more than `num_beams`."""
+        options, generator = self.generation.options, self.generation.generator
+        assert not isinstance(generator, Sequence)
+        vocabulary, flat = scores_BV.shape[1], scores_BV.flatten()
+        # Enough that, should each way to end be among the best of each beam, enough others remain.
+        wanted = max(2, 1 + len(options.eos_token_id)) * options.num_beams
+        possible = min(wanted, int(flat.isfinite().sum()))
+        if not possible:
+            return []
+        if options.do_sample:
+            likely = flat.softmax(-1).to(place_of(generator, flat))
+            chosen = torch.multinomial(likely, possible, generator=generator).to(flat.device)
+        else:
+            chosen = flat.topk(possible).indices
+        pairs = zip(chosen.tolist(), flat[chosen].tolist(), strict=True)
+        return [(index // vocabulary, index % vocabulary, score) for index, score in pairs]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from modernbert.errors import InputError, shown
 
@@ -15,6 +17,12 @@ logger = logging.getLogger(__name__)
 _DEFAULT_NEW_TOKENS = 20
 _MOST_FROM_FILE = 1024  # beams and sequences of a prompt that defaults may ask for
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_BEAMS = ("length_penalty", "early_stopping")
+_LEAST = {  # of whole numbers
+    "max_length": 1, "max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "min_new_tokens": 0, "top_k": 0,
+    "no_repeat_ngram_size": 0, "pad_token_id": 0,
+}  # fmt: skip
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,14 +33,14 @@ class GenerationOptions:
         max_length: tokens of prompt and continuation together, padding columns of the prompt included; 1, which no
             prompt fits under, asks for one new token.
         max_new_tokens: tokens of the continuation; 20 where neither is given.
-        min_new_tokens: an end of text is not taken before so many.
+        min_new_tokens: an end of text is not taken before this many.
         do_sample: draw tokens by their probability instead of taking the likeliest.
         temperature: scores are divided by it before drawing; above 0.
-        top_k: draw among so many likeliest tokens; 0 among all.
+        top_k: draw among this many likeliest tokens; 0 among all.
         top_p: draw among the fewest likeliest tokens whose probabilities sum to this or more; in (0, 1].
-        min_p: draw among tokens at least so likely as this share of the likeliest one's probability; in [0, 1].
+        min_p: draw among tokens at least as likely as this share of the likeliest one's probability; in [0, 1].
         repetition_penalty: scores of tokens that occur already are divided by it (multiplied where negative).
-        no_repeat_ngram_size: no so many tokens in a row occur twice; 0 allows all.
+        no_repeat_ngram_size: no tokens in a row of this length occur twice; 0 allows all.
         num_beams: continuations that beam search follows; 1 follows one.
         length_penalty: a beam's score is its log-probability over its length to this power.
         early_stopping: True ends a beam search once `num_beams` beams are finished; False once none that runs scores
@@ -106,29 +114,24 @@ class GenerationOptions:
             raise InputError(
                 f"max_length is {self.max_length} and max_new_tokens is {self.max_new_tokens}; give one of them"
             )
-        for name in ("max_length", "max_new_tokens", "num_beams", "num_return_sequences"):
-            _whole(name, getattr(self, name), 1)
-        for name in ("min_new_tokens", "top_k", "no_repeat_ngram_size"):
-            _whole(name, getattr(self, name), 0)
+        for name, least in _LEAST.items():
+            _whole(name, getattr(self, name), least)
         for i in self.eos_token_id:
             _whole("eos_token_id", i, 0)
-        _whole("pad_token_id", self.pad_token_id, 0)
         if not isinstance(self.do_sample, bool):
             raise InputError(f"do_sample is {shown(self.do_sample)}; choose True or False")
-        _between("repetition_penalty", self.repetition_penalty, 0.0, None, open_below=True)
+        _between("repetition_penalty", self.repetition_penalty, 0.0, open_below=True)
         _between("length_penalty", self.length_penalty, -100.0, 100.0)
         if self.do_sample:  # what is off means nothing
-            _between("temperature", self.temperature, 0.0, None, open_below=True)
+            _between("temperature", self.temperature, 0.0, open_below=True)
             _between("top_p", self.top_p, 0.0, 1.0, open_below=True)
             _between("min_p", self.min_p, 0.0, 1.0)
-        sampling = [name for name in _SAMPLING if name in given]
-        if sampling and not self.do_sample:
-            raise InputError(f"{', '.join(sampling)} is for sampling, which is off; give do_sample=True too")
+        if not self.do_sample and (off := [name for name in _SAMPLING if name in given]):
+            raise InputError(f"{', '.join(off)} is for sampling, which is off; give do_sample=True too")
         if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
             raise InputError(f"early_stopping is {shown(self.early_stopping)}; choose True, False or 'never'")
-        beams = [name for name in ("length_penalty", "early_stopping") if name in given]
-        if beams and self.num_beams == 1:
-            raise InputError(f"{', '.join(beams)} is for beam search, which is off; give num_beams too")
+        if self.num_beams == 1 and (off := [name for name in _BEAMS if name in given]):
+            raise InputError(f"{', '.join(off)} is for beam search, which is off; give num_beams too")
         if self.num_return_sequences > 1 and not self.do_sample and self.num_return_sequences > self.num_beams:
             raise InputError(
                 f"num_return_sequences is {self.num_return_sequences}; without do_sample=True there are as many "
@@ -146,7 +149,7 @@ class GenerationOptions:
             raise InputError(f"stop_strings is {shown(list(self.stop_strings))}; give strings with something in them")
 
     def new_tokens(self, columns: int) -> int:
-        """How many tokens to add at the most to prompts of so many columns.
+        """How many tokens to add at the most to prompts of this many columns.
 
         Raises:
             InputError: `max_length` leaves no room.
@@ -169,15 +172,32 @@ class GenerationOptions:
         return self.max_length - columns
 
 
+def shows_options(function: Function) -> Function:
+    """Let `help` and `inspect.signature` show each option of a function that takes `GenerationOptions` by keyword."""
+    own = list((signature := inspect.signature(function)).parameters.values())
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    first = next(place for place, parameter in enumerate(own) if parameter.kind is keyword)
+    options = [
+        inspect.Parameter(field.name, keyword, default=None, annotation=_given(str(field.type)))
+        for field in dataclasses.fields(GenerationOptions)
+    ]
+    vars(function)["__signature__"] = signature.replace(parameters=[*own[:first], *options, *own[first:]])
+    return function
+
+
+def _given(kind: str) -> str:
+    """What a caller may give for a field of this type: one instead of several, and None for the default."""
+    kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1 | Sequence[\1]", kind)
+    return kind if kind.endswith("None") else f"{kind} | None"
+
+
 def _whole(name: str, value: Any, least: int) -> None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
         raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
 
 
-def _between(name: str, value: Any, low: float | None, high: float | None, open_below: bool = False) -> None:
+def _between(name: str, value: Any, low: float, high: float | None = None, open_below: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-    inside = number and (low is None or (value > low if open_below else value >= low))
-    if not inside or (high is not None and value > high):
-        least = "any number" if low is None else f"above {low:g}" if open_below else f"at least {low:g}"
+    if not number or not (value > low if open_below else value >= low) or (high is not None and value > high):
         most = "" if high is None else f", at most {high:g}"
-        raise InputError(f"{name} is {shown(value)}; it must be {least}{most}")
+        raise InputError(f"{name} is {shown(value)}; it must be {'above' if open_below else 'at least'} {low:g}{most}")

@@ -1,6 +1,6 @@
-"""Samplers: small functions from scores to scores, composed into one, and the draw at the end.
+"""Samplers: small functions from scores to scores, applied one after another, and the draw at the end.
 
-Each takes float32 scores and the texts so far, and returns scores.
+Each takes float32 scores and the texts so far, and returns scores; those that it is given stay as they are.
 
 Shapes: B texts, V vocabulary.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,162 +38,120 @@ class History:
         return self.ids[self.prompt :]
 
 
+Generators = torch.Generator | Sequence[torch.Generator] | None
 Sampler = Callable[[Tensor, Sequence[History]], Tensor]
 
 
-def penalize_repetition(penalty: float) -> Sampler:
+def penalize_repetition(scores_BV: Tensor, histories: Sequence[History], penalty: float) -> Tensor:
     """Make tokens that occur already less likely: positive scores are divided, negative ones multiplied.
 
     Source: CTRL, arXiv:1909.05858.
     """
-
-    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
-        out = scores_BV.clone()
-        for row, history in zip(out, histories, strict=True):
-            seen = torch.tensor(list(set(history.ids)), dtype=torch.int64, device=out.device)
-            row[seen] = torch.where(row[seen] < 0, row[seen] * penalty, row[seen] / penalty)
-        return out
-
-    return apply
+    out = scores_BV.clone()
+    for scores_V, history in zip(out, histories, strict=True):
+        seen = torch.tensor(list(set(history.ids)), dtype=torch.int64, device=out.device)
+        scores_V[seen] = torch.where(scores_V[seen] < 0, scores_V[seen] * penalty, scores_V[seen] / penalty)
+    return out
 
 
-def forbid_repeated_ngrams(size: int) -> Sampler:
+def forbid_repeated_ngrams(scores_BV: Tensor, histories: Sequence[History], size: int) -> Tensor:
     """Never complete `size` tokens in a row that occur already."""
-
-    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
-        out = scores_BV.clone()
-        for row, history in zip(out, histories, strict=True):
-            ids = history.ids
-            start = ids[max(0, len(ids) - size + 1) :] if size > 1 else []
-            banned = [ids[i] for i in range(size - 1, len(ids)) if ids[i - size + 1 : i] == start]
-            row[torch.tensor(banned, dtype=torch.int64, device=out.device)] = _NEVER
-        return out
-
-    return apply
+    out = scores_BV.clone()
+    for scores_V, history in zip(out, histories, strict=True):
+        ids = history.ids
+        start = ids[max(0, len(ids) - size + 1) :] if size > 1 else []
+        banned = [ids[i] for i in range(size - 1, len(ids)) if ids[i - size + 1 : i] == start]
+        scores_V[torch.tensor(banned, dtype=torch.int64, device=out.device)] = _NEVER
+    return out
 
 
-def forbid_end(eos_ids: Sequence[int], until: int) -> Sampler:
-    """Never end a text before it has so many new tokens."""
-
-    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
-        early = [i for i, history in enumerate(histories) if history.length < until]
-        if not early:
-            return scores_BV
-        out = scores_BV.clone()
-        ids = [i for i in eos_ids if i < scores_BV.shape[1]]  # configurations may name ids past the vocabulary
-        out[torch.tensor(early, device=out.device)[:, None], torch.tensor(ids, device=out.device)] = _NEVER
-        return out
-
-    return apply
+def forbid_end(scores_BV: Tensor, histories: Sequence[History], eos_ids: Sequence[int], until: int) -> Tensor:
+    """Never end a text before it has this many new tokens."""
+    early = [i for i, history in enumerate(histories) if history.length < until]
+    if not early:
+        return scores_BV
+    out = scores_BV.clone()
+    ids = [i for i in eos_ids if i < scores_BV.shape[1]]  # configurations may name ids past the vocabulary
+    out[torch.tensor(early, device=out.device)[:, None], torch.tensor(ids, device=out.device)] = _NEVER
+    return out
 
 
-def scale(temperature: float) -> Sampler:
+def scale(scores_BV: Tensor, histories: Sequence[History], temperature: float) -> Tensor:
     """Sharpen (below 1) or flatten (above 1) the distribution."""
-    return lambda scores_BV, histories: scores_BV / temperature
+    return scores_BV / temperature
 
 
-def keep_top_k(k: int, least: int = 1) -> Sampler:
+def keep_top_k(scores_BV: Tensor, histories: Sequence[History], k: int, least: int = 1) -> Tensor:
     """Keep the k best scores, `least` at the least, and those equal to the last of them."""
-
-    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
-        least_B1 = scores_BV.topk(min(max(k, least), scores_BV.shape[-1])).values[:, -1:]
-        return scores_BV.masked_fill(scores_BV < least_B1, _NEVER)
-
-    return apply
+    least_B1 = scores_BV.topk(min(max(k, least), scores_BV.shape[-1])).values[:, -1:]
+    return scores_BV.masked_fill(scores_BV < least_B1, _NEVER)
 
 
-def keep_top_p(p: float, least: int = 1) -> Sampler:
+def keep_top_p(scores_BV: Tensor, histories: Sequence[History], p: float, least: int = 1) -> Tensor:
     """Keep the fewest best scores whose probabilities sum to p or more, `least` at the least.
 
     Source: nucleus sampling, arXiv:1904.09751.
     """
-
-    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
-        rising, order = scores_BV.sort(dim=-1)
-        tail = rising.softmax(-1).cumsum(-1) <= 1 - p
-        tail[:, -least:] = False
-        return scores_BV.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), _NEVER)
-
-    return apply
+    rising, order = scores_BV.sort(dim=-1)
+    tail = rising.softmax(-1).cumsum(-1) <= 1 - p
+    tail[:, -least:] = False
+    return scores_BV.masked_fill(torch.zeros_like(tail).scatter(1, order, tail), _NEVER)
 
 
-def keep_min_p(p: float, least: int = 1) -> Sampler:
+def keep_min_p(scores_BV: Tensor, histories: Sequence[History], p: float, least: int = 1) -> Tensor:
     """Keep tokens whose probability is at least p times the best one's, and the `least` best ones.
 
     Source: arXiv:2407.01082.
     """
-
-    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
-        probabilities = scores_BV.softmax(-1)
-        unlikely = probabilities < p * probabilities.amax(-1, keepdim=True)
-        best = probabilities.topk(min(least, scores_BV.shape[-1])).indices
-        return scores_BV.masked_fill(unlikely.scatter(1, best, False), _NEVER)
-
-    return apply
+    probabilities = scores_BV.softmax(-1)
+    unlikely = probabilities < p * probabilities.amax(-1, keepdim=True)
+    best = probabilities.topk(min(least, scores_BV.shape[-1])).indices
+    return scores_BV.masked_fill(unlikely.scatter(1, best, False), _NEVER)
 
 
-def compose(options: GenerationOptions) -> Sampler | None:
-    """One sampler of all that the options ask for; None where they ask for nothing."""
-    samplers: list[Sampler] = []
-    if options.repetition_penalty != 1.0:
-        samplers.append(penalize_repetition(options.repetition_penalty))
-    if options.no_repeat_ngram_size:
-        samplers.append(forbid_repeated_ngrams(options.no_repeat_ngram_size))
-    if options.min_new_tokens and options.eos_token_id:
-        samplers.append(forbid_end(options.eos_token_id, options.min_new_tokens))
+def compose(options: GenerationOptions) -> list[Sampler]:
+    """All that the options ask for, in the order that they are applied in."""
     # Beams that all end at once leave others to go on with.
     least = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_token_id))
-    if options.do_sample:
-        if options.temperature != 1.0:
-            samplers.append(scale(options.temperature))
-        if options.top_k:
-            samplers.append(keep_top_k(options.top_k, least))
-        if options.top_p < 1.0:
-            samplers.append(keep_top_p(options.top_p, least))
-        if options.min_p > 0.0:
-            samplers.append(keep_min_p(options.min_p, least))
-    if not samplers:
-        return None
-
-    def apply(scores_BV: Tensor, histories: Sequence[History]) -> Tensor:
-        for sampler in samplers:
-            scores_BV = sampler(scores_BV, histories)
-        return scores_BV
-
-    return apply
+    draws, until = options.do_sample, options.min_new_tokens if options.eos_token_id else 0
+    samplers: list[tuple[bool, Sampler]] = [
+        (options.repetition_penalty != 1.0, partial(penalize_repetition, penalty=options.repetition_penalty)),
+        (options.no_repeat_ngram_size > 0, partial(forbid_repeated_ngrams, size=options.no_repeat_ngram_size)),
+        (until > 0, partial(forbid_end, eos_ids=options.eos_token_id, until=until)),
+        (draws and options.temperature != 1.0, partial(scale, temperature=options.temperature)),
+        (draws and options.top_k > 0, partial(keep_top_k, k=options.top_k, least=least)),
+        (draws and options.top_p < 1.0, partial(keep_top_p, p=options.top_p, least=least)),
+        (draws and options.min_p > 0.0, partial(keep_min_p, p=options.min_p, least=least)),
+    ]
+    return [sampler for wanted, sampler in samplers if wanted]
 
 
 class Draw:
     """Draws one token a text by their probabilities: the largest of p / e, with e drawn from the exponential
     distribution, is token i with probability p_i.
 
-    Args:
-        texts: texts of the whole batch.
-        generator: one for the batch, which draws for every text at every step, those that are finished too, so that a
-            seed means the same whoever finishes first; or one a text, so that a text's draws are its own; None takes
-            PyTorch's global one.
+    One generator draws for all `texts` of the batch at every step, those that are finished too, so that a seed means
+    the same whoever finishes first. With one a text, a text's draws are its own. None is PyTorch's global one.
     """
 
-    def __init__(self, texts: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> None:
-        self.texts = texts
-        self.generator = generator
+    def __init__(self, texts: int, generator: Generators) -> None:
+        self.texts, self.generator = texts, generator
 
     def __call__(self, scores_BV: Tensor, texts: Sequence[int]) -> Tensor:
-        """One token of each row of scores, which are of these texts: (B,)."""
-        probabilities = scores_BV.softmax(-1)
-        if self.generator is None or isinstance(self.generator, torch.Generator):
-            noise = torch.empty((self.texts, scores_BV.shape[1]), device=place_of(self.generator, scores_BV))
-            noise = noise.exponential_(generator=self.generator).to(scores_BV.device)
-            if len(texts) < self.texts:
-                noise = noise[torch.tensor(texts, device=noise.device)]
+        """One token of each of these texts, (B,), by its scores."""
+        size = scores_BV.shape[1]
+        if isinstance(self.generator, Sequence):
+            noise_BV = torch.cat([_noise(1, size, self.generator[text], scores_BV) for text in texts])
         else:
-            rows = []
-            for text in texts:
-                generator = self.generator[text]
-                row = torch.empty(scores_BV.shape[1], device=place_of(generator, scores_BV))
-                rows.append(row.exponential_(generator=generator).to(scores_BV.device))
-            noise = torch.stack(rows)
-        return (probabilities / noise).argmax(-1)
+            noise_BV = _noise(self.texts, size, self.generator, scores_BV)
+            if len(texts) < self.texts:
+                noise_BV = noise_BV[torch.tensor(texts, device=noise_BV.device)]
+        return (scores_BV.softmax(-1) / noise_BV).argmax(-1)
+
+
+def _noise(texts: int, size: int, generator: torch.Generator | None, scores: Tensor) -> Tensor:
+    noise = torch.empty((texts, size), device=place_of(generator, scores))
+    return noise.exponential_(generator=generator).to(scores.device)
 
 
 def place_of(generator: torch.Generator | None, scores: Tensor) -> torch.device:

@@ -48,14 +48,12 @@ class TextPieces:
         self.context = self.given = len(self.ids)
         return rest
 
-    def of(self, steps: Iterable[int]) -> Iterator[str]:
+    def of(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of a stream of tokens."""
-        for token in steps:
-            piece = self.push([token])
-            if piece:
+        for token in tokens:
+            if piece := self.push([token]):
                 yield piece
-        rest = self.finish()
-        if rest:
+        if rest := self.finish():
             yield rest
 
     def _decode(self, end: int) -> str:
@@ -80,8 +78,7 @@ class TextStreamer:
         skip_special_tokens: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
-        self.skip_prompt = skip_prompt
-        self.skip_special_tokens = skip_special_tokens
+        self.skip_prompt, self.skip_special_tokens = skip_prompt, skip_special_tokens
         self.on_text = on_text or _print
         self._begin()
 

@@ -94,21 +94,3 @@ class CausalLMOutputWithPast(HeadOutputWithPast):
 
 class SequenceClassifierOutputWithPast(HeadOutputWithPast):
     """Logits (batch, labels)."""
-
-
-class GenerateOutput(ModelOutput):
-    """What `generate` returns with `return_dict_in_generate=True`.
-
-    Attributes:
-        sequences: (texts, tokens) ids, prompts included, filled up with the padding id.
-        sequences_scores: (texts,) of beam search: log-probabilities over lengths.
-        scores: for each new token (texts, vocabulary), as it was chosen by; zeros for texts that were finished.
-        logits: likewise, as the model gave them.
-        past_key_values: the cache of all tokens but the last one of each text; None after a beam search.
-    """
-
-    sequences: Tensor | None
-    sequences_scores: Tensor | None
-    scores: tuple[Tensor, ...] | None
-    logits: tuple[Tensor, ...] | None
-    past_key_values: Any

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from modernbert.auto import AutoModelForCausalLM
+from modernbert.decoding.decoders import decoder_of
+from modernbert.decoding.loops import Generation
 from modernbert.decoding.options import GenerationOptions
 from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, shown
@@ -119,7 +121,7 @@ class TextGenerationPipeline(Pipeline):
             if options.do_sample and len(rows) > 1:  # one generator draws for one prompt
                 return [self.run([row], settings)[0] for row in rows]
         prompts, limits = [list(row.ids) for row in rows], [row.extra.limit for row in rows]
-        new = self.model.continue_prompts(prompts, limits, options, generators, self.tokenizer)
+        new = Generation(decoder_of(self.model, prompts), limits, options, generators, self.tokenizer).new_ids()
         return [new[i : i + copies] for i in range(0, len(new), copies)]
 
     def _generator(self, seed: int, number: int, copy: int) -> torch.Generator:
@@ -164,5 +166,6 @@ class TextGenerationPipeline(Pipeline):
         (job,) = self.prepare([text], settings)
         (row,) = job.rows
         generator = self._generator(settings["seed"], number, 0)
-        steps = self.model.follow_prompt(list(row.ids), row.extra.limit, chosen, generator, self.tokenizer)
-        return TextPieces(self.tokenizer).of(steps)
+        decoder, limits = decoder_of(self.model, [list(row.ids)]), [row.extra.limit]
+        generation = Generation(decoder, limits, chosen, generator, self.tokenizer)
+        return TextPieces(self.tokenizer).of(generation.tokens())

@@ -210,8 +210,8 @@ class CpuLayers:
             assert step is not None
             own, start = np.array([self.heads[i] for i in numbers]) * size, work.data_ptr()
             program.set(rows, Step, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
-            program.set(rows, Step, cos=context.cos_T1D, sin=context.sin_T1D, texts=len(step.rows_N), most=step.most)
-            program.set(rows, Step, rows=step.rows_N, first=step.first_N, length=step.length_N)
+            program.set(rows, Step, cos=context.cos_T1D, sin=context.sin_T1D, texts=len(step.slots_N), most=step.most)
+            program.set(rows, Step, rows=step.slots_N, first=step.first_N, length=step.length_N)
             if step.left is not None:
                 positions = {"positions": step.positions_N, "key_positions": step.storage.positions_R}
                 program.set(rows, Step, **positions, left=step.left)
@@ -256,7 +256,7 @@ def _attend_step(step: Steps, layer: int, qkv_N3HD: Tensor, angles: Angles) -> T
     """(N, H, D): what `FusedLayers._aim_steps` has done in a program, for one layer."""
     keys, values = step.storage.layers[layer]
     seen = None if step.left is None else (step.positions_N, step.storage.positions_R, step.left)
-    return attend_step(qkv_N3HD, angles, step.rows_N, (step.first_N, step.length_N, step.most), keys, values, seen)
+    return attend_step(qkv_N3HD, angles, step.slots_N, (step.first_N, step.length_N, step.most), keys, values, seen)
 
 
 def _products(layer: LayerWeights, activation: str) -> list[Product]:

@@ -247,7 +247,7 @@ class _Step:
                 said += [0] * (2 * self.size + 1)
                 continue
             step, stored = steps[kind], steps[kind].storage
-            look.rows_N[:texts].copy_(step.rows_N)
+            look.rows_N[:texts].copy_(step.slots_N)
             look.positions_N[:texts].copy_(step.positions_N)
             said += [*step.first_N.tolist(), *rest, *step.length_N.tolist(), *rest, stored.positions_R.data_ptr()]
             said += [x.data_ptr() for number in self.of_kind[kind] for x in stored.layers[number]]
