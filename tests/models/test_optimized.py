@@ -1,9 +1,11 @@
 """Optimized models: the weights they hold, what they give back, and what still works on them."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -12,12 +14,16 @@ from modernbert import (
     ModernBertDecoderConfig,
     ModernBertDecoderForCausalLM,
     ModernBertDecoderModel,
+    ModernBertForSequenceClassification,
     ModernBertModel,
+    QuantizationConfig,
     SentenceEncoder,
+    quantize,
 )
 from modernbert.engines.parameter import FrozenWeight
 from modernbert.errors import FrozenError, InputError
 from modernbert.models.sentence_encoder import Dense
+from modernbert.nn.layers import Linear
 from tests.conftest import SMALL
 
 
@@ -181,7 +187,7 @@ def test_a_new_parameter_takes_the_old_one_s_place_after_optimizing():
 def test_a_parameter_without_numbers_refuses_to_be_used():
     model = causal_lm().optimize_for_inference()
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in causal_lm().parameters())
-    weight = FrozenWeight.freeze(torch.nn.Parameter(torch.randn(4, 5)))
+    weight = FrozenWeight.freeze(torch.nn.Parameter(torch.randn(4, 5)), lambda: None)
     for use in (
         lambda: weight.mul_(2),
         lambda: weight.data,
@@ -301,12 +307,230 @@ def test_an_encoder_that_was_frozen_for_probing_stays_so(way):
     assert not any(type(parameter) is FrozenWeight for parameter in model.parameters())
 
 
-def test_one_weight_that_is_trained_alone_stays_the_only_one():
-    model = causal_lm().model.optimize_for_inference()
+@pytest.mark.parametrize("before", [True, False])
+def test_one_weight_that_is_to_be_trained_changes_nothing_about_the_others(before):
+    model = causal_lm().model.requires_grad_(before).optimize_for_inference()
     model.layers[0].mlp.Wi.weight.requires_grad_(True)
     model(ids(1, 5))
     model.train()
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["layers.0.mlp.Wi.weight"]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ([name for name, _ in model.named_parameters()] if before else ["layers.0.mlp.Wi.weight"])
+
+
+NEW_HEADS = {
+    "classifier": lambda model: setattr(model, "classifier", torch.nn.Linear(48, 5)),
+    "part of the head": lambda model: setattr(model.head, "dense", torch.nn.Linear(48, 48)),
+    "read weight": lambda model: model.model.layers[0].mlp.Wi.weight,
+    "new weight": lambda model: setattr(model.head.dense, "weight", torch.nn.Parameter(torch.randn(48, 48))),
+    "mode of each module": lambda model: [setattr(module, "training", True) for module in list(model.modules())],
+    "gradients of a wrapper": lambda model: torch.nn.ModuleList([model]).requires_grad_(True),
+}
+
+
+@pytest.mark.parametrize("change", NEW_HEADS)
+def test_a_model_that_served_trains_as_one_that_did_not(change):
+    torch.manual_seed(0)
+    model = ModernBertForSequenceClassification(ModernBertConfig(**SMALL, num_labels=5)).eval()
+    NEW_HEADS[change](model.optimize_for_inference())
+    model.train()
+    model(ids(2, 9)).logits.sum().backward()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.model.layers[2].mlp.Wo.weight.grad is not None
+
+
+def test_a_part_that_was_switched_off_while_the_model_served_stays_off():
+    model = ModernBertForSequenceClassification(ModernBertConfig(**SMALL)).optimize_for_inference()
+    model.model.embeddings.requires_grad_(False)
+    model.train()
+    off = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert off == {"model.embeddings.tok_embeddings.weight", "model.embeddings.norm.weight"}
+
+
+def swap_norm(model):
+    model.model.final_norm = torch.nn.Identity()
+
+
+def fewer_layers(model):
+    model.model.layers = model.model.layers[:2]
+
+
+def turned(model):
+    model.model.layers = torch.nn.ModuleList(list(model.model.layers)[::-1])
+
+
+def other_window(model):
+    model.model.config = model.config.replace(local_attention=4)
+
+
+def added_module(model):
+    model.model.add_module("final_norm", torch.nn.Identity())
+
+
+def by_the_dict(model):
+    model.model._modules.update(final_norm=torch.nn.Identity())
+
+
+def through_the_set(model):
+    model.set_submodule("model.final_norm", torch.nn.Identity())
+
+
+def own_method(model):
+    model.model.run_layers = lambda x_TM, shared, show=None: x_TM
+
+
+@pytest.mark.parametrize(
+    "change",
+    [swap_norm, fewer_layers, turned, other_window, added_module, by_the_dict, through_the_set, own_method],
+    ids=lambda change: change.__name__,
+)
+@torch.no_grad()
+def test_a_change_of_the_backbone_itself_counts(small_model, change):
+    x = ids(2, 40)
+    plain, fast = copy.deepcopy(small_model), small_model.optimize_for_inference()
+    before = fast(x).logits
+    for model in (plain, fast):
+        change(model)
+    torch.testing.assert_close(fast(x).logits, plain(x).logits)
+    assert not torch.allclose(fast(x).logits, before)
+
+
+def wider(model):
+    model.layers[1].mlp.Wi, model.layers[1].mlp.Wo = Linear(48, 200), Linear(100, 48)
+
+
+def other_parts(model):
+    model.layers[1].mlp.drop, model.layers[0].attn.out_drop = torch.nn.LayerNorm(64), torch.nn.Linear(48, 48)
+
+
+def other_activation(model):
+    model.layers[1].mlp.act = torch.relu
+
+
+def own_projection(model):
+    project = model.layers[1].attn.project
+    model.layers[1].attn.project = lambda x_TM: 2 * project(x_TM)
+
+
+def one_layer_twice(model):
+    model.layers[3] = model.layers[1]
+
+
+def no_norm(model):
+    model.final_norm = torch.nn.Identity()
+
+
+def bare_norm(model):
+    model.final_norm = torch.nn.LayerNorm(48, elementwise_affine=False)
+
+
+def one_bias_missing(model):
+    for layer in model.layers:
+        layer.attn.k_proj.bias = None
+
+
+def clipped_embedding(model):
+    clipped = torch.nn.Embedding(96, 48, max_norm=0.1)
+    clipped.weight.data.copy_(model.embeddings.tok_embeddings.weight)
+    model.embeddings.tok_embeddings = clipped
+
+
+@pytest.mark.parametrize(
+    "change",
+    [wider, other_parts, other_activation, own_projection, one_layer_twice, no_norm, bare_norm, one_bias_missing,
+     clipped_embedding],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+@torch.no_grad()
+def test_a_model_that_somebody_changed_is_served_as_it_is(change):
+    torch.manual_seed(0)
+    model = ModernBertDecoderModel(ModernBertDecoderConfig(**SMALL, attention_bias=True, initializer_range=0.2)).eval()
+    change(model)
+    x = ids(2, 40)
+    expected = model(x, use_cache=False)[0]
+    torch.testing.assert_close(model.optimize_for_inference()(x, use_cache=False)[0], expected, rtol=1e-4, atol=1e-4)
+    model.unpack()
+    torch.testing.assert_close(model(x, use_cache=False)[0], expected)
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_a_freeze_that_is_interrupted_leaves_the_model_as_it_was(small_model, scheme, monkeypatch):
+    model = small_model if scheme is None else quantize(small_model, QuantizationConfig(scheme=scheme, min_cosine=0.5))
+    x = ids(1, 9)
+    expected = model(x).logits
+    monkeypatch.setattr("modernbert.engines.guard.Frozen.switch_off", lambda self, parameters: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.optimize_for_inference()
+    assert torch.equal(model(x).logits, expected)
+    assert not any(type(parameter) is FrozenWeight for parameter in model.parameters())
+
+
+def test_a_graph_from_before_freezing_ends_in_an_error_not_in_wrong_gradients():
+    model = ModernBertModel(ModernBertConfig(**SMALL)).eval().requires_grad_(False)
+    vectors = torch.randn(7, 48, requires_grad=True)
+    loss = model.final_norm(vectors).pow(3).mean()
+    model.optimize_for_inference()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_reads_the_memory_of_a_frozen_weight_finds_no_numbers():
+    weight = torch.nn.Parameter(torch.randn(3, 4))
+    frozen = FrozenWeight.freeze(weight, lambda: None)
+    with pytest.warns(UserWarning, match="copy construct"):
+        assert torch.tensor(frozen).isnan().all()
+    frozen.thaw(torch.ones(3, 4))
+    assert weight is frozen
+    assert torch.equal(weight, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("part", ["model", "model.layers", "model.layers.1", "model.layers.1.mlp.Wi", "decoder"])
+def test_a_part_of_a_frozen_model_is_pickled_plain(small_model, part):
+    plain = copy.deepcopy(small_model)
+    small_model.optimize_for_inference()
+    taken = pickle.loads(pickle.dumps(small_model.get_submodule(part)))
+    assert type(taken) is type(plain.get_submodule(part))
+    state = plain.get_submodule(part).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in taken.state_dict().items())
+    assert small_model._frozen is not None
+
+
+def test_a_frozen_encoder_in_a_model_whose_output_shares_its_embedding(small_model):
+    x = ids(1, 9)
+    expected = small_model(x).logits
+    small_model.model.optimize_for_inference()
+    torch.testing.assert_close(small_model(x).logits, expected)
+    small_model.optimize_for_inference()
+    torch.testing.assert_close(small_model(x).logits, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(small_model))(x).logits, expected)
+
+
+@torch.no_grad()
+def test_calls_by_keyword_and_inputs_that_do_not_fit_are_as_of_plain_layers(small_model):
+    x, vectors = ids(1, 5), torch.randn(2, 48)
+    plain = copy.deepcopy(small_model)
+    for call in (
+        lambda model: model.model.embeddings.tok_embeddings(input=x),
+        lambda model: model.model.final_norm(input=vectors),
+        lambda model: model.head.dense(x=vectors),
+    ):
+        torch.testing.assert_close(call(small_model.optimize_for_inference()), call(plain))
+    for wrong in (vectors[:, :40], vectors.double(), vectors.half()):
+        for model in (plain, small_model.optimize_for_inference()):
+            with pytest.raises(RuntimeError):
+                model.head.dense(wrong)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_derivatives_and_tracers_take_the_modules(small_model):
+    vectors, tangent = torch.randn(1, 7, 48), torch.randn(1, 7, 48)
+    model = ModernBertModel(small_model.config, "eager").eval().requires_grad_(False)
+    expected = torch.func.jvp(lambda v: model(inputs_embeds=v)[0], (vectors,), (tangent,))[1]
+    model.optimize_for_inference()
+    got = torch.func.jvp(lambda v: model(inputs_embeds=v)[0], (vectors,), (tangent,))[1]
+    torch.testing.assert_close(got, expected)
+    small_model.optimize_for_inference()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert small_model.head(torch.ones(2, 48)).shape == (2, 48)
 
 
 def test_a_tied_embedding_that_is_trained_gets_the_output_s_gradient_too():

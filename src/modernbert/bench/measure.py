@@ -17,7 +17,7 @@ from torch import Tensor
 from modernbert.config import Config
 from modernbert.engines.cpu.library import library
 from modernbert.engines.cpu.runner import CpuLayers
-from modernbert.engines.freeze import Frozen
+from modernbert.engines.guard import Frozen
 from modernbert.engines.weights import FloatLinear, LaidOut
 from modernbert.errors import InputError
 from modernbert.nn.backbone import Backbone

@@ -1,19 +1,10 @@
-"""Freezing a model for inference, and thawing it: the contract between modules and the engines that run them.
-
-A frozen model keeps its modules, but their numbers lie in the layout of kernels alone, owned by the object made here.
-Each module becomes `Guarded`: some serve, by kernels; whatever else anybody does to one, or asks of its weights, first
-thaws the whole model, which is then as it was before. So nothing needs to be checked before a forward pass.
-"""
+"""Freezing a model for inference: which engine runs it, and what is taken from its modules; `guard` thaws it again."""
 
 from __future__ import annotations
 
-import copy
 import functools
-import logging
-import threading
-import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +15,7 @@ from modernbert.engines.cpu.attention import NativeAttention
 from modernbert.engines.cpu.runner import CpuLayers
 from modernbert.engines.gpu import operations as gpu
 from modernbert.engines.gpu.runner import GpuLayers
-from modernbert.engines.parameter import FrozenWeight
+from modernbert.engines.guard import LOCK, Frozen, Layers, thaw
 from modernbert.engines.weights import (
     BackboneWeights,
     Embedding,
@@ -35,19 +26,15 @@ from modernbert.engines.weights import (
     NormWeights,
     gates,
 )
+from modernbert.nn.activations import activation
 from modernbert.nn.attention import AttentionBackend
-from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.backbone import Backbone
-from modernbert.nn.execution import Cache, Hidden
 from modernbert.nn.layers import MLP, Attention, DecoderAttention, Embeddings, EncoderAttention, Layer, Linear
-from modernbert.nn.packing import PackedInputs
-
-logger = logging.getLogger(__name__)
 
 # By the class itself, not a subclass: one made elsewhere, such as an adapter's, may compute something else.
 _LINEAR: dict[type[nn.Module], LinearKind] = {Linear: FloatLinear()}
 _EMBEDDINGS: dict[type[nn.Module], Callable[[Any], Embedding]] = {nn.Embedding: lambda module: module.weight.data}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_Engine = Callable[[Config, BackboneWeights, AttentionBackend], Layers]
 
 
 def register_linear(cls: type[nn.Module], kind: LinearKind) -> None:
@@ -60,327 +47,117 @@ def register_embedding(cls: type[nn.Module], function: Callable[[Any], Embedding
     _EMBEDDINGS[cls] = function
 
 
-class Layers(Protocol):
-    """An engine's forward pass over all layers of a backbone, made of its configuration and its weights."""
-
-    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden:
-        """See `nn.execution.Runner`."""
-        ...
-
-
-class Frozen:
-    """What a model was frozen into: it holds the numbers, runs a backbone's layers where an engine runs all, and thaws.
-
-    Attributes:
-        layers: the engine's layers; None where modules run one by one.
-    """
-
-    def __init__(self) -> None:
-        self.layers: Layers | None = None
-        # Modules hold this object, so it holds them weakly: a model that nobody wants goes at once.
-        self._backbone: Callable[[], Backbone | None] = lambda: None
-        self._modules: list[weakref.ref[Guarded]] = []
-        self._parameters: dict[int, tuple[FrozenWeight, Callable[[], Tensor]]] = {}
-        self._attributes: dict[int, dict[str, Callable[[], object]]] = {}
-        self._lock = threading.RLock()
-
-    def __reduce__(self) -> Any:  # copies of a model are not frozen
-        return type(None), ()
-
-    @property
-    def is_active(self) -> bool:
-        """Whether the model is still frozen."""
-        return bool(self._modules)
-
-    def hold(self, parameter: nn.Parameter, numbers: Callable[[], Tensor]) -> None:
-        """Take the numbers away from a parameter; the function gives them back."""
-        if id(parameter) not in self._parameters:
-            self._parameters[id(parameter)] = FrozenWeight.freeze(parameter), numbers
-
-    def hold_linear(self, modules: Sequence[nn.Module], laid: LaidOut) -> None:
-        """Take the numbers away from linear layers whose weights were laid out as one."""
-        first = 0
-        for module in modules:
-            outputs = slice(first, first := first + _outputs(module))
-            numbers = _LINEAR[type(module)].numbers(module, laid, outputs)
-            for name, source in numbers.parameters.items():
-                parameter = module._parameters[name]
-                assert parameter is not None
-                self.hold(parameter, source)
-            for name in numbers.attributes:
-                del module.__dict__[name]
-            self._attributes[id(module)] = numbers.attributes
-
-    def guard(self, module: nn.Module, serve: Callable[..., Any] | None = None) -> None:
-        """Guard a module; `serve` computes its output by kernels, if anybody is to ask for it.
-
-        The numbers of parameters that are not held yet are kept as they are.
-        """
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in self._parameters:
-                self.hold(parameter, functools.partial(_itself, parameter.data))
-        plain = module._parameters, module._modules
-        object.__setattr__(module, "__class__", _guarded(type(module)))
-        module.__dict__.update(_frozen=self, _serve=serve)
-        module.__dict__.update(_parameters=Watched(self, plain[0]), _modules=Watched(self, plain[1]))
-        assert isinstance(module, Guarded)
-        self._modules.append(weakref.ref(module))
-
-    def run_by(self, layers: Layers, backbone: Backbone) -> None:
-        """Have an engine's layers run a backbone."""
-        self.layers, self._backbone, backbone.runner = layers, weakref.ref(backbone), self
-
-    def yields(self, x: Tensor) -> bool:
-        """Whether the modules must compute this themselves: gradients are wanted, autocast, or a compiler traces."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            return True
-        return torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
-
-    def run(
-        self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Cache | None
-    ) -> Hidden | None:
-        """See `nn.execution.Runner`."""
-        given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
-        assert given is not None
-        layers = self.layers
-        if layers is None or self.yields(given) or nn.modules.module._has_any_global_hook():
-            self.thaw("gradients, autocast, a compiler or hooks need its modules")
-            return None
-        return layers.run(inputs, want_states, backend, cache)
-
-    def taken(self, module: nn.Module) -> dict[str, Callable[[], object]]:
-        """The attributes that a module lacks meanwhile, and how each is made again."""
-        return self._attributes.get(id(module), {})
-
-    def numbers(self, parameter: nn.Parameter) -> Tensor:
-        """The numbers of a frozen parameter."""
-        with torch.inference_mode(False), torch.no_grad():
-            return self._parameters[id(parameter)][1]()
-
-    def thaw(self, why: str = "") -> None:
-        """Make the model what it was before it was frozen. Passes that run meanwhile end with what they began with."""
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            if self._modules and why:
-                logger.info("a frozen model was thawed, and computes without kernels now: %s", why)
-            for parameter, numbers in self._parameters.values():
-                parameter.thaw(numbers())
-            for module in (reference() for reference in self._modules):
-                if module is not None:
-                    module.end()
-            backbone = self._backbone()
-            if backbone is not None and backbone.runner is self:
-                backbone.runner = None
-            self.layers, self._modules, self._parameters, self._attributes = None, [], {}, {}
-
-
-def _outputs(module: nn.Module) -> int:
-    count = module.out_features
-    assert isinstance(count, int)
-    return count
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-class Watched(dict[str, Any]):
-    """The parameters or submodules of a guarded module: writing to them thaws the model first."""
-
-    def __init__(self, frozen: Frozen, plain: dict[str, Any]) -> None:
-        super().__init__(plain)
-        self.frozen, self.plain = frozen, plain
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.frozen.thaw(f"{name!r} was replaced")
-        self.plain[name] = value
-        super().__setitem__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        self.frozen.thaw(f"{name!r} was removed")
-        del self.plain[name]
-        super().__delitem__(name)
-
-
-class Guarded(nn.Module):
-    """Goes before the class of a frozen module: serves by kernels, and thaws for whatever else is wanted of it.
-
-    Attributes:
-        plain: the class of the module.
-    """
-
-    plain: ClassVar[type[nn.Module]]
-    _frozen: Frozen
-    _serve: Callable[..., Any] | None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A plain module: what a module makes of its own class, such as a part of a list, is not frozen."""
-        return cls.plain(*args, **kwargs)
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """By kernels, where they serve."""
-        serve = self._serve
-        if serve is None or self._frozen.yields(x):
-            return self._plainly("forward", x, *args, **kwargs)
-        return serve(x)
-
-    def _plainly(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        self._frozen.thaw(f"{name!r} of a {type(self).__name__} was called")
-        return getattr(self, name)(*args, **kwargs)
-
-    def plain_state(self) -> dict[str, Any]:
-        """The module's attributes as they are without a guard."""
-        plain = {name: value for name, value in self.__dict__.items() if name not in ("_frozen", "_serve")}
-        plain |= {name: plain[name].plain for name in ("_parameters", "_modules")}
-        return plain | {name: value() for name, value in self._frozen.taken(self).items()}
-
-    def end(self) -> None:
-        """Make the module what it was."""
-        self.__dict__.update(self.plain_state())
-        object.__setattr__(self, "__class__", self.plain)
-        del self.__dict__["_frozen"], self.__dict__["_serve"]
-
-    def __getattr__(self, name: str) -> Any:
-        # Only what is no ordinary attribute comes here, parameters among it.
-        if self.__dict__["_parameters"].get(name) is not None or name in self._frozen.taken(self):
-            self._frozen.thaw(f"{name!r} of a {type(self).__name__} was read")
-            return getattr(self, name)
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "training" and not value:
-            return
-        self._frozen.thaw(f"{name!r} of a {type(self).__name__} was set")
-        setattr(self, name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self._frozen.thaw(f"{name!r} of a {type(self).__name__} was removed")
-        delattr(self, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        for parameter in self._parameters.values():
-            if isinstance(parameter, FrozenWeight) and id(parameter) not in memo:
-                numbers = self._frozen.numbers(parameter).clone()
-                memo[id(parameter)] = parameter.was(numbers, requires_grad=parameter.requires_grad)
-        like = self.plain.__new__(self.plain)
-        like.__dict__.update(self.plain_state())
-        memo[id(self)] = copied = copy.deepcopy(like, memo)
-        return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return copy.deepcopy(self).__reduce_ex__(protocol)
-
-    def extra_repr(self) -> str:
-        """What `print` shows; it does not thaw."""
-        like = self.plain.__new__(self.plain)
-        like.__dict__.update({name: value for name, value in self.__dict__.items() if not name.startswith("_serve")})
-        return like.extra_repr()
-
-
-def _thawing(name: str) -> Callable[..., Any]:
-    def method(self: Guarded, *args: Any, **kwargs: Any) -> Any:
-        return self._plainly(name, *args, **kwargs)
-
-    return method
-
-
-for _name in (
-    "_apply", "_save_to_state_dict", "_load_from_state_dict", "requires_grad_", "compile", "add_module",
-    "register_module", "register_parameter", "register_buffer", "register_forward_hook", "register_forward_pre_hook",
-    "register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook",
-):  # fmt: skip
-    setattr(Guarded, _name, _thawing(_name))
-
-
-_GUARDED: dict[type[nn.Module], type[Guarded]] = {}
-
-
-def _guarded(cls: type[nn.Module]) -> type[Guarded]:
-    """The guarded class of a module's class."""
-    if cls not in _GUARDED:
-        own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "plain": cls}
-        _GUARDED[cls] = type(cls.__name__, (Guarded, cls), own)
-    return _GUARDED[cls]
-
-
-def freeze(model: nn.Module, backbone: Backbone) -> Frozen:
+def freeze(model: nn.Module, backbone: Backbone) -> None:
     """Freeze a model in place: its layers into one engine where that serves them all, else module by module.
 
     Args:
         model: in evaluation mode.
         backbone: its layers; the model itself where it has no head.
     """
-    thaw(model)
-    frozen, kind = Frozen(), _LINEAR[Linear]
-    inner = set(backbone.modules()) - {backbone}
-    embedding: nn.Module = backbone.embeddings.tok_embeddings
-    table = _EMBEDDINGS[type(embedding)](embedding) if type(embedding) in _EMBEDDINGS and _is_quiet(embedding) else None
-    owners: dict[Tensor, set[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in owned(module):
-            owners.setdefault(parameter, set()).add(module)
+    with LOCK, torch.no_grad():
+        thaw(model)
+        frozen = Frozen()
+        try:
+            _freeze(frozen, model, backbone)
+        except BaseException:
+            frozen.thaw()
+            raise
 
-    def is_own(module: nn.Module) -> bool:
-        """Whether no other module computes with its weights, but for an embedding, which an output may share."""
-        shared = set() if table is None else {embedding}
-        return all(owners[parameter] <= {module} | shared for parameter in owned(module))
 
+def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone) -> None:
+    kind, inner = _LINEAR[Linear], set(backbone.modules()) - {backbone}
     compiled = {module for module in inner if isinstance(module, MLP)} if backbone.config.reference_compile else set()
     left_out = {module for mlp in compiled for module in mlp.modules()}  # the compiler reads plain weights
-    linear = [m for m in model.modules() if type(m) is Linear and m not in left_out and _is_quiet(m) and is_own(m)]
-    linear = [m for m in linear if kind.serves([m], gated=False)]
+    owners: dict[Tensor, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in _owned(module):
+            owners.setdefault(parameter, set()).add(module)
+    embedding: nn.Module = backbone.embeddings.tok_embeddings
+    table = _table(embedding)
+    shared = set() if table is None else {embedding}  # an output may share an embedding's weight
+
+    def is_free(module: nn.Module) -> bool:
+        """Whether it can be frozen by itself: nobody listens, and nobody else computes with its weights."""
+        own = all(owners[parameter] <= {module} | shared for parameter in _owned(module))
+        return own and module not in left_out and _is_quiet(module)
+
+    linear = [m for m in model.modules() if type(m) is Linear and is_free(m) and kind.serves([m], gated=False)]
+    outside = set(linear) - inner
     engine = _engine_of(backbone) if table is not None and not left_out else None
-    if engine is not None:
-        outside = set(linear) - inner
-        if all(is_own(m) or owners[p] <= {embedding} | outside for m in inner for p in owned(m)):
-            linear = [m for m in linear if m in outside]
-        else:
-            engine = None
+    if any(not owners[p] <= {m} | (outside if m is embedding else shared) for m in inner for p in _owned(m)):
+        engine = None
     # An output that shares the embedding's weight is laid out while that still has its numbers.
-    tied = {m: kind.lay_out([m], gated=False) for m in linear if any(embedding in owners[p] for p in owned(m))}
-    if table is not None and (engine is not None or tied):
-        frozen.guard(embedding, functools.partial(F.embedding, weight=table) if isinstance(table, Tensor) else table)
+    tied = {m: kind.lay_out([m], gated=False) for m in linear if any(embedding in owners[p] for p in _owned(m))}
+    # A model around this one may have an output of the embedding's weight, which then stays where it is.
+    alone = model is not backbone or not backbone.embeddings.is_tied
+    if table is not None:
+        serve = functools.partial(F.embedding, weight=table) if isinstance(table, Tensor) else table
+        frozen.guard(embedding, serve, hold=alone)
     for module in linear:
-        laid = tied[module] if module in tied else kind.lay_out([module], gated=False)
-        frozen.hold_linear([module], laid)
-        frozen.guard(module, functools.partial(_multiply, laid))
+        if engine is None or module in outside:
+            laid = tied[module] if module in tied else kind.lay_out([module], gated=False)
+            multiply = functools.partial(_multiply, laid, kind.shape(module)[1], _owned(module)[0].dtype)
+            _take(frozen, [module], laid, multiply)
+    for module in model.modules():
+        if type(module) is nn.LayerNorm and (engine is None or module not in inner) and is_free(module):
+            frozen.guard(module, _serve_norm(module))
     if engine is not None and table is not None:
         is_left_to_us = engine is CpuLayers and backbone.attn_implementation == "auto"
         backend = NativeAttention() if is_left_to_us else backbone.backend
-        frozen.run_by(engine(backbone.config, _take_layers(frozen, backbone, table), backend), backbone)
-        for module in inner - {embedding}:
-            frozen.guard(module)
-    return frozen
+        frozen.layers = engine(backbone.config, _take_layers(frozen, backbone, table), backend)
+        for module in inner:
+            if "_frozen" not in module.__dict__:
+                frozen.guard(module)
+        backbone.runner = frozen
+    frozen.switch_off(parameter for parameter in model.parameters() if alone or embedding not in owners[parameter])
+    for module in {model, backbone}:
+        frozen.watch(module)
 
 
-def thaw(model: nn.Module) -> None:
-    """Undo `freeze`, whichever part of the model it was called for."""
-    for module in model.modules():
-        if isinstance(module, Guarded):
-            module._frozen.thaw()
-
-
-def is_frozen(model: nn.Module) -> bool:
-    """Whether any part of a model is frozen."""
-    return any(isinstance(module, Guarded) for module in model.modules())
-
-
-def owned(module: nn.Module) -> list[nn.Parameter]:
+def _owned(module: nn.Module) -> list[nn.Parameter]:
     """A module's own parameters."""
     return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
 def _is_quiet(module: nn.Module) -> bool:
-    """Whether nothing waits for a module to be called, and its forward pass is its class's."""
+    """Whether nothing waits for a module to be called, and its methods are its class's."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and "forward" not in module.__dict__
+    return not any(hooks) and not {"forward", "project"} & module.__dict__.keys()
 
 
-def _multiply(laid: LaidOut, x: Tensor) -> Tensor:
-    """(..., I) to (..., O)."""
-    if x.dim() == 2 and x.dtype in _DTYPES:
-        return laid.product(x)
-    dtype = x.dtype if x.dtype in _DTYPES else torch.float32
-    return laid.product(x.flatten(0, -2).to(dtype)).unflatten(0, x.shape[:-1]).to(x.dtype)
+def _table(embedding: nn.Module) -> Embedding | None:
+    """What an embedding looks up or computes; None where that is not known here."""
+    usual = type(embedding) in _EMBEDDINGS and _is_quiet(embedding) and getattr(embedding, "max_norm", None) is None
+    if type(embedding) is nn.Embedding and type(embedding._parameters.get("weight")) is not nn.Parameter:
+        return None
+    return _EMBEDDINGS[type(embedding)](embedding) if usual else None
+
+
+def _take(frozen: Frozen, modules: list[nn.Module], laid: LaidOut, serve: Callable[[Tensor], Any] | None) -> None:
+    """Guard linear layers whose weights were laid out as one, and take their numbers away."""
+    kind, first = _LINEAR[type(modules[0])], 0
+    for module in modules:
+        outputs = slice(first, first := first + kind.shape(module)[0])
+        numbers = kind.numbers(module, laid, outputs)
+        for name, source in numbers.parameters.items():
+            parameter = module._parameters[name]
+            assert parameter is not None
+            frozen.hold(parameter, source)
+        frozen.guard(module, serve, numbers.attributes)
+
+
+def _multiply(laid: LaidOut, inputs: int, dtype: torch.dtype, x: Tensor) -> Tensor:
+    """(..., I) to (..., O); what does not fit is refused as by a plain layer."""
+    if x.dtype != dtype or x.dim() < 1 or x.shape[-1] != inputs:
+        return F.linear(x, laid.to_dense())
+    return laid.product(x) if x.dim() == 2 else laid.product(x.reshape(-1, inputs)).unflatten(0, x.shape[:-1])
+
+
+def _serve_norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """What it computes, apart from the module."""
+    weight, bias = (None if p is None else p.data for p in (module.weight, module.bias))
+    shape, eps = module.normalized_shape, module.eps
+    return lambda x: F.layer_norm(x, shape, weight, bias, eps)
 
 
 # A backbone that one engine runs
@@ -394,44 +171,65 @@ def _projections(attention: Attention) -> list[nn.Module]:
     return [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
-def _engine_of(backbone: Backbone) -> Callable[[Config, BackboneWeights, AttentionBackend], Layers] | None:
+def _engine_of(backbone: Backbone) -> _Engine | None:
     """Who can run all layers; None where they are not all as this package makes them, or no kernels serve them."""
-    dtype, device = _place(backbone)
-    exact = {Layer, MLP, EncoderAttention, DecoderAttention, nn.LayerNorm, nn.Identity, nn.Dropout, nn.ModuleList}
-    exact |= {Embeddings, *_LINEAR, *_EMBEDDINGS}
-    if not all(type(m) in exact and _is_quiet(m) for m in backbone.modules() if m is not backbone):
-        return None
-    if type(backbone.embeddings.tok_embeddings) not in _EMBEDDINGS or not len(backbone.layers):
-        return None
-    for layer in backbone.layers:
-        assert isinstance(layer, Layer)
-        for modules, gated in (
-            (_projections(layer.attn), False),
-            ([layer.attn.Wo], False),
-            ([layer.mlp.Wi], True),
-            ([layer.mlp.Wo], False),
-        ):
-            kinds = {type(module) for module in modules}
-            if len(kinds) > 1 or not _LINEAR[kinds.pop()].serves(modules, gated):
-                return None
-    if not gates(backbone.config.hidden_activation, dtype, device):
-        return None
-    return GpuLayers if gpu.serving(dtype, device) else CpuLayers
-
-
-def _place(backbone: Backbone) -> tuple[torch.dtype, torch.device]:
-    """The dtype and the device of a backbone."""
     first = next(backbone.parameters())
-    return first.dtype, first.device
+    if not _is_as_made(backbone) or not gates(backbone.config.hidden_activation, first.dtype, first.device):
+        return None
+    return GpuLayers if gpu.serving(first.dtype, first.device) else CpuLayers
+
+
+def _is_as_made(backbone: Backbone) -> bool:
+    """Whether every part of a backbone is what its configuration says, in kind, size and place."""
+    config, width = backbone.config, backbone.config.hidden_size
+    methods = ("encode", "_run", "share", "run_layers")
+    own = all(getattr(type(backbone), name) is getattr(Backbone, name) for name in methods)
+    modules = list(backbone.named_modules(remove_duplicate=False))
+    if not own or set(methods) & backbone.__dict__.keys() or len(modules) > len({module for _, module in modules}):
+        return False
+
+    def norms(*found: nn.Module) -> bool:
+        exact = [m for m in found if type(m) is nn.LayerNorm and m.weight is not None]
+        return len(exact) == len(found) and all(m.normalized_shape == (width,) for m in exact)
+
+    def multiply(parts: list[nn.Module], outputs: int, inputs: int, gated: bool = False) -> bool:
+        kinds = {type(part) for part in parts}
+        kind = _LINEAR.get(kinds.pop()) if len(kinds) == 1 else None
+        shapes = () if kind is None else [kind.shape(part) for part in parts]
+        fits = all(shape == (outputs // len(parts), inputs) for shape in shapes)
+        return kind is not None and fits and kind.serves(parts, gated)
+
+    embeddings = backbone.embeddings
+    drops = [embeddings.drop]
+    fits = type(embeddings) is Embeddings and norms(embeddings.norm, backbone.final_norm) and len(backbone.layers) > 0
+    for number, layer in enumerate(backbone.layers):
+        assert isinstance(layer, Layer)
+        attn, mlp = layer.attn, layer.mlp
+        drops += [attn.out_drop, mlp.drop]
+        inside = attn.heads * attn.head_dim
+        fits = (
+            fits and type(layer) is Layer and type(mlp) is MLP and type(attn) is backbone.attention_class
+            and type(attn) in (EncoderAttention, DecoderAttention)
+            and (attn.layer, attn.head_dim) == (number, config.head_dim)
+            and layer.kind == (config.layer_types or ())[number]
+            and (type(layer.attn_norm) is nn.Identity if number == 0 else norms(layer.attn_norm))
+            and norms(layer.mlp_norm)
+            and mlp.activation == config.hidden_activation and mlp.act is activation(config.hidden_activation)
+            and multiply(_projections(attn), 3 * inside, width) and multiply([attn.Wo], width, inside)
+            and multiply([mlp.Wi], 2 * config.intermediate_size, width, gated=True)
+            and multiply([mlp.Wo], width, config.intermediate_size)
+        )  # fmt: skip
+    quiet = all(_is_quiet(module) for _, module in modules[1:])
+    return fits and quiet and all(type(drop) is nn.Dropout for drop in drops)
 
 
 def _take_layers(frozen: Frozen, backbone: Backbone, table: Embedding) -> BackboneWeights:
     """Lay out a backbone's weights, one after another, and take each away from its modules at once."""
-    dtype, device = _place(backbone)
+    first = next(backbone.parameters())
 
     def take(modules: list[nn.Module], gated: bool = False) -> LaidOut:
         laid = _LINEAR[type(modules[0])].lay_out(modules, gated)
-        frozen.hold_linear(modules, laid)
+        _take(frozen, modules, laid, None)
         return laid
 
     layers = []
@@ -455,8 +253,8 @@ def _take_layers(frozen: Frozen, backbone: Backbone, table: Embedding) -> Backbo
         layers,
         _norm(backbone.final_norm),
         str(backbone.config.hidden_activation),
-        dtype,
-        device,
+        first.dtype,
+        first.device,
     )
 
 

@@ -122,6 +122,10 @@ class Numbers(NamedTuple):
 class LinearKind(Protocol):
     """How the linear layers of one class are laid out for kernels, and restored."""
 
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """Of a layer's weight, (outputs, inputs); zeros where it has none of its own."""
+        ...
+
     def serves(self, modules: Sequence[nn.Module], gated: bool) -> bool:
         """Whether the weights of layers that read the same inputs can be laid out as one."""
         ...
@@ -138,8 +142,18 @@ class LinearKind(Protocol):
 class FloatLinear:
     """Linear layers whose weight is a parameter; see `LinearKind`."""
 
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """As the parameter has it."""
+        weight = module._parameters.get("weight")
+        return (0, 0) if weight is None else (weight.shape[0], weight.shape[1])
+
     def serves(self, modules: Sequence[nn.Module], gated: bool) -> bool:
-        """False where a weight is computed anew at each call, as by a parametrization, or has a class of its own."""
+        """False where a weight is computed anew at each call, as by a parametrization, or has a class of its own.
+
+        Nor where some of several layers have a bias and others have none.
+        """
+        if len({module._parameters.get("bias") is None for module in modules}) > 1:
+            return False
         weights = [module._parameters.get("weight") for module in modules]
         first = weights[0]
         if first is None or any(type(weight) is not nn.Parameter or weight.dtype != first.dtype for weight in weights):

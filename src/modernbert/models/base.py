@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.config import Config
-from modernbert.engines.freeze import Frozen, freeze, thaw
-from modernbert.engines.parameter import FrozenWeight
+from modernbert.engines.freeze import freeze
+from modernbert.engines.guard import Frozen, is_frozen, thaw
 from modernbert.errors import ConfigError, InputError, shown
 from modernbert.models.formats import Quantization, weight_format
 from modernbert.models.initialization import around_mean, initial_std, initialize
@@ -36,7 +36,6 @@ class PreTrainedModel(Checkpointed):
     """
 
     _frozen: Frozen | None = None  # once optimized for inference
-    _trainable: dict[str, bool] | None = None  # which parameters had gradients before that
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
@@ -112,8 +111,8 @@ class PreTrainedModel(Checkpointed):
                 f"an adapter was put on {name!r}, whose weight is the token embedding's (tie_word_embeddings), which "
                 f"merging it would change too; leave it out, with PEFT by exclude_modules=[{name!r}]"
             )
-        if self._frozen is not None and isinstance(value, nn.Module | nn.Parameter):
-            thaw(self)
+        if self._frozen is not None and name not in ("_frozen", "runner") and (name != "training" or value):
+            self._frozen.thaw(f"{name!r} of a {type(self).__name__} was set")
         super().__setattr__(name, value)
 
     def tie_weights(self) -> None:
@@ -251,41 +250,30 @@ class PreTrainedModel(Checkpointed):
 
         Changes the model in place and returns it. Results stay the same but for rounding, and a text's do not depend
         on its batch. Saving and copying give plain weights. Whatever would change the weights, or needs the modules
-        themselves, thaws the model first: training mode, `requires_grad_(True)`, moving, loading, resizing, pruning,
-        hooks, gradients by the inputs, autocast, and reading or assigning a layer's weights. Its parameters can then be
-        trained again if they could before. A parameter that was taken from `parameters()` while the model is frozen
-        has no numbers, and raises `FrozenError` where it is used.
+        themselves, thaws the model first, which is then what it was before: training mode, `requires_grad_`, moving,
+        loading, resizing, pruning, hooks, gradients by the inputs, autocast, and reading or assigning a layer's weights
+        or attributes. A parameter that was taken from `parameters()` has no numbers meanwhile, and raises `FrozenError`
+        where it is used. What shares memory with a weight from before, such as a state dict, is no longer followed.
+        `torch.compile` wants a plain model.
         """
-        if self._frozen is not None and self._frozen.is_active:
-            return self
-        if self._trainable is None:
-            self._trainable = {name: p.requires_grad for name, p in self.named_parameters()}
         self.eval()
-        thaw(self)
-        for parameter in self.parameters():
-            parameter.requires_grad_(False)
-        self._frozen = freeze(self, self.base_model)
+        if self._frozen is None:
+            freeze(self, self.base_model)
         return self
 
     def unpack(self) -> None:
-        """Undo `optimize_for_inference`, but for the mode.
+        """Undo `optimize_for_inference`, but for the mode: which parameters have gradients is as it was before.
 
-        Parameters that had gradients before have them again, unless somebody has chosen anew since.
+        A parameter whose gradient somebody switched off meanwhile stays without.
         """
-        parameters = dict(self.named_parameters())
-        chosen = any(p.requires_grad or (isinstance(p, FrozenWeight) and p.is_left_off) for p in parameters.values())
-        before, self._trainable = self._trainable, None
         thaw(self)
-        if before is not None and not chosen and before.keys() == parameters.keys():
-            for name, parameter in self.named_parameters():
-                if before[name]:
-                    parameter.requires_grad_(True)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Let all parameters have gradients, or none; ends `optimize_for_inference` where they shall have some."""
         if requires_grad:
             self.unpack()
-        self._trainable = None
+        elif self._frozen is not None:
+            self._frozen.leave_off(self.parameters())
         return super().requires_grad_(requires_grad)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:  # what moves and casts a model
@@ -311,7 +299,7 @@ class PreTrainedModel(Checkpointed):
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        whole = self if self._frozen is None else copy.deepcopy(self)  # a copy is not frozen
+        whole = copy.deepcopy(self) if is_frozen(self) else self  # a copy is not frozen
         return super(PreTrainedModel, whole).__reduce_ex__(protocol)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

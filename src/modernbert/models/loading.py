@@ -23,7 +23,7 @@ from modernbert.checkpoint import (
     write_weights,
 )
 from modernbert.config import Config
-from modernbert.engines.freeze import is_frozen
+from modernbert.engines.guard import is_frozen
 from modernbert.errors import CheckpointError, listed
 from modernbert.hub import Source
 from modernbert.models.formats import KEY, weight_format

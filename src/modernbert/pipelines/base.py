@@ -21,7 +21,7 @@ from tokenizers import Encoding
 
 from modernbert.auto import TRAINED_HEADS, architectures_of, kind_of
 from modernbert.encoding import TRUNCATIONS, UNLIMITED
-from modernbert.engines.freeze import is_frozen
+from modernbert.engines.guard import is_frozen
 from modernbert.errors import InputError, listed, shown
 from modernbert.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype

@@ -134,14 +134,20 @@ class Laid:
 
 
 class QuantizedKind:
-    """How the quantized linear layers of one pass are laid out for an engine; see `engines.weights.LinearKind`."""
+    """How quantized linear layers are laid out for an engine; see `engines.weights.LinearKind`."""
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """Of the weight."""
+        assert isinstance(module, QuantizedLinear)
+        return module.shape
 
     def serves(self, modules: Sequence[nn.Module], gated: bool) -> bool:
         """Where there are kernels, and layers that read the same inputs are cut alike."""
         layers = [module for module in modules if isinstance(module, QuantizedLinear)]
         weights = [layer.laid.weight for layer in layers]
         parts = [weight.parts for weight in weights if isinstance(weight, PackedIntegers)]
-        return len(parts) == len(modules) and all(_alike(part, parts[0]) for part in parts)
+        alike = len({layer._parameters["bias"] is None for layer in layers}) == 1
+        return alike and len(parts) == len(modules) and all(_alike(part, parts[0]) for part in parts)
 
     def lay_out(self, modules: Sequence[nn.Module], gated: bool) -> LaidOut:
         """As one, for kernels; a layer by itself is laid out already."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modernbert.nn.linear import onednn_computes, product
+from modernbert.nn.linear import linear, onednn_computes, onednn_serves, product
 
 
 class OneDnnWeight:
@@ -30,6 +30,8 @@ class OneDnnWeight:
 
     def product(self, x_TI: Tensor) -> Tensor:
         """(T, I) to (T, O)."""
+        if not onednn_serves(x_TI):  # somebody switched it off since
+            return linear(x_TI, self.to_dense(), self.bias)
         return product(x_TI, self.like, self.bias, self.reordered)
 
     def gated_product(self, x_TI: Tensor, activation: str) -> Tensor:

@@ -1,0 +1,335 @@
+"""Guarded modules: what the modules of a frozen model are, and the one object that thaws them.
+
+A frozen model keeps its modules, but their numbers lie in the layout of kernels alone. Each module becomes `Guarded`:
+some serve, by kernels; whatever else anybody does to one, or asks of its weights, first thaws the whole model, which is
+then as it was before. So nothing needs to be checked before a forward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.autograd.forward_ad
+import torch.utils._python_dispatch as dispatch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from modernbert.engines.parameter import FrozenWeight
+from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.backbone import Backbone
+from modernbert.nn.execution import Cache, Hidden
+from modernbert.nn.packing import PackedInputs
+
+logger = logging.getLogger(__name__)
+
+LOCK = threading.RLock()  # one model is frozen or thawed at a time
+_KEPT = ("_frozen", "_serve")
+
+
+class Layers(Protocol):
+    """An engine's forward pass over all layers of a backbone, made of its configuration and its weights."""
+
+    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden:
+        """See `nn.execution.Runner`."""
+        ...
+
+
+class Frozen:
+    """What a model was frozen into: it holds the numbers, runs a backbone's layers where an engine runs all, and thaws.
+
+    Attributes:
+        layers: the engine's layers; None where modules run one by one.
+    """
+
+    def __init__(self) -> None:
+        self.layers: Layers | None = None
+        # Modules hold this object, so it holds them weakly: a model that nobody wants goes at once.
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self._parameters: dict[int, tuple[FrozenWeight, Callable[[], Tensor]]] = {}
+        self._attributes: dict[int, dict[str, Callable[[], object]]] = {}
+        self._switched: list[nn.Parameter] = []
+
+    def __reduce__(self) -> Any:  # copies of a model are not frozen
+        return type(None), ()
+
+    # Freezing
+
+    def hold(self, parameter: nn.Parameter, numbers: Callable[[], Tensor]) -> None:
+        """Take the numbers away from a parameter, if that is not done yet; the function gives them back."""
+        if id(parameter) not in self._parameters:
+            end = functools.partial(_end, weakref.ref(self))
+            self._parameters[id(parameter)] = FrozenWeight.freeze(parameter, end), numbers
+
+    def guard(
+        self,
+        module: nn.Module,
+        serve: Callable[[Tensor], Any] | None = None,
+        attributes: dict[str, Callable[[], object]] | None = None,
+        hold: bool = True,
+    ) -> None:
+        """Guard a module.
+
+        Args:
+            module: not guarded yet.
+            serve: what kernels compute for it; None where nothing is asked of it.
+            attributes: those that it loses meanwhile, and how each is made again.
+            hold: whether its parameters lose their numbers too; those that are not held yet are kept as they are.
+        """
+        for parameter in module._parameters.values() if hold else ():
+            if parameter is not None and id(parameter) not in self._parameters:
+                self.hold(parameter, functools.partial(_itself, parameter.data))
+        self._attributes[id(module)] = attributes or {}
+        self.watch(module, _serve=serve)
+        for name in attributes or {}:
+            del module.__dict__[name]
+        object.__setattr__(module, "__class__", _guarded(type(module)))
+
+    def watch(self, module: nn.Module, **attributes: Any) -> None:
+        """Have the model thaw where a module's parameters or submodules are replaced."""
+        plain = module._parameters, module._modules
+        self._modules.append(weakref.ref(module))
+        module.__dict__.update(
+            _frozen=self, _parameters=Watched(self, plain[0]), _modules=Watched(self, plain[1]), **attributes
+        )
+
+    def switch_off(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Let parameters that keep their numbers have no gradient meanwhile."""
+        for parameter in parameters:
+            if type(parameter) is not FrozenWeight and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._switched.append(parameter)
+
+    def leave_off(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forget which of these had gradients: somebody wants them without."""
+        chosen = set(map(id, parameters))
+        self._switched = [parameter for parameter in self._switched if id(parameter) not in chosen]
+
+    # Running
+
+    def yields(self, x: Any) -> bool:
+        """Whether the modules must compute this themselves: gradients are wanted, autocast, or somebody traces."""
+        if not isinstance(x, Tensor) or (torch.is_grad_enabled() and x.requires_grad):
+            return True
+        if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling() or torch._C._is_tracing():
+            return True
+        transformed = torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack()
+        return bool(transformed) or torch._C._len_torch_dispatch_stack() > 0
+
+    def run(
+        self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Cache | None
+    ) -> Hidden | None:
+        """See `nn.execution.Runner`."""
+        layers = self.layers
+        given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
+        if layers is None or self.yields(given) or nn.modules.module._has_any_global_hook():
+            self.thaw("gradients, autocast, a tracer or hooks need its modules")
+            return None
+        return layers.run(inputs, want_states, backend, cache)
+
+    # Thawing
+
+    def taken(self, module: nn.Module) -> dict[str, Callable[[], object]]:
+        """The attributes that a module lacks meanwhile, and how each is made again."""
+        return self._attributes.get(id(module), {})
+
+    def numbers(self, parameter: nn.Parameter) -> Tensor:
+        """The numbers of a frozen parameter."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._parameters[id(parameter)][1]()
+
+    def thaw(self, why: str = "") -> None:
+        """Make the model what it was before it was frozen. Passes that run meanwhile end with what they began with."""
+        with LOCK, _undisturbed(), torch.inference_mode(False), torch.no_grad():
+            if self._modules and why:
+                logger.info("a frozen model was thawed, and computes without kernels now: %s", why)
+            for parameter, numbers in self._parameters.values():
+                parameter.thaw(numbers())
+            for switched in self._switched:
+                switched.requires_grad_(True)
+            for module in (reference() for reference in self._modules):
+                if module is not None:
+                    _unguard(module, self)
+            self.layers, self._modules, self._parameters, self._attributes = None, [], {}, {}
+            self._switched = []
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Without the modes and transforms that somebody runs the model in."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(dispatch._disable_current_modes())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        yield
+
+
+def _end(reference: Callable[[], Frozen | None]) -> None:
+    frozen = reference()
+    if frozen is not None:
+        frozen.thaw("the gradient of a weight was switched on")
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+class Watched(dict[str, Any]):
+    """The parameters or submodules of a frozen model's module: writing to them thaws the model first."""
+
+    def __init__(self, frozen: Frozen, plain: dict[str, Any]) -> None:
+        super().__init__(plain)
+        self.frozen, self.plain = frozen, plain
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+
+def _writing(name: str) -> Callable[..., Any]:
+    def method(self: Watched, *args: Any, **kwargs: Any) -> Any:
+        self.frozen.thaw("a weight or a submodule was replaced")
+        getattr(dict, name)(self, *args, **kwargs)
+        return getattr(self.plain, name)(*args, **kwargs)
+
+    return method
+
+
+for _name in ("__setitem__", "__delitem__", "update", "pop", "popitem", "clear", "setdefault", "__ior__"):
+    setattr(Watched, _name, _writing(_name))
+
+
+def plain_state(module: nn.Module, frozen: Frozen) -> dict[str, Any]:
+    """A module's attributes as they are where the model is not frozen."""
+    plain = {name: value for name, value in module.__dict__.items() if name not in _KEPT}
+    for name in ("_parameters", "_modules"):
+        if isinstance(plain[name], Watched):
+            plain[name] = plain[name].plain
+    return plain | {name: value() for name, value in frozen.taken(module).items()}
+
+
+def _unguard(module: nn.Module, frozen: Frozen) -> None:
+    """Make a module what it was."""
+    module.__dict__.update(plain_state(module, frozen))
+    if isinstance(module, Guarded):
+        object.__setattr__(module, "__class__", module.plain)
+    if isinstance(module, Backbone) and module.runner is frozen:
+        module.runner = None
+    for name in _KEPT:
+        module.__dict__.pop(name, None)
+
+
+class Guarded(nn.Module):
+    """Goes before the class of a frozen module: serves by kernels, and thaws for whatever else is wanted of it.
+
+    Attributes:
+        plain: the class of the module.
+    """
+
+    # Another thread may thaw at any moment; without `_frozen` a module is plain again, and is asked once more.
+    plain: ClassVar[type[nn.Module]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain module: what a module makes of its own class, such as a part of a list, is not frozen."""
+        return cls.plain(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """By kernels, where they serve."""
+        frozen, serve = self.__dict__.get("_frozen"), self.__dict__.get("_serve")
+        if frozen is None or serve is None or kwargs or len(args) != 1 or frozen.yields(args[0]):
+            return self._plainly("forward", *args, **kwargs)
+        return serve(args[0])
+
+    def _thaw(self, what: str) -> None:
+        frozen = self.__dict__.get("_frozen")
+        if frozen is not None:
+            frozen.thaw(f"{what} of a {type(self).__name__}")
+
+    def _plainly(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self._thaw(f"{name!r} was called")
+        return getattr(self, name)(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # Only what is no ordinary attribute comes here, parameters among it.
+        frozen = self.__dict__.get("_frozen")
+        if frozen is None or self.__dict__["_parameters"].get(name) is not None or name in frozen.taken(self):
+            self._thaw(f"{name!r} was read")
+            return getattr(self, name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training" and not value:
+            return
+        self._thaw(f"{name!r} was set")
+        setattr(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._thaw(f"{name!r} was removed")
+        delattr(self, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        with LOCK:
+            frozen = self.__dict__.get("_frozen")
+            if frozen is None:
+                copied: nn.Module = copy.deepcopy(self, memo)
+                return copied
+            for parameter in self._parameters.values():
+                if isinstance(parameter, FrozenWeight) and id(parameter) not in memo:
+                    trains = parameter.trained and not parameter.is_left_off
+                    memo[id(parameter)] = parameter.was(frozen.numbers(parameter).clone(), requires_grad=trains)
+            like = self.plain.__new__(self.plain)
+            like.__dict__.update(plain_state(self, frozen))
+            memo[id(self)] = copied = copy.deepcopy(like, memo)
+            return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _itself, (copy.deepcopy(self),)
+
+    def extra_repr(self) -> str:
+        """What `print` shows; it does not thaw."""
+        like = self.plain.__new__(self.plain)
+        like.__dict__.update({name: value for name, value in self.__dict__.items() if name not in _KEPT})
+        return like.extra_repr()
+
+
+def _thawing(name: str) -> Callable[..., Any]:
+    def method(self: Guarded, *args: Any, **kwargs: Any) -> Any:
+        return self._plainly(name, *args, **kwargs)
+
+    return method
+
+
+for _name in (
+    "_apply", "_save_to_state_dict", "_load_from_state_dict", "requires_grad_", "compile", "add_module",
+    "register_module", "register_parameter", "register_buffer", "register_forward_hook", "register_forward_pre_hook",
+    "register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook",
+):  # fmt: skip
+    setattr(Guarded, _name, _thawing(_name))
+
+_GUARDED: dict[type[nn.Module], type[Guarded]] = {}
+
+
+def _guarded(cls: type[nn.Module]) -> type[Guarded]:
+    """The guarded class of a module's class."""
+    if cls not in _GUARDED:
+        own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "plain": cls}
+        _GUARDED[cls] = type(cls.__name__, (Guarded, cls), own)
+    return _GUARDED[cls]
+
+
+def thaw(model: nn.Module) -> None:
+    """Thaw a model, whichever part of it was frozen."""
+    for module in list(model.modules()):
+        if (frozen := module.__dict__.get("_frozen")) is not None:
+            frozen.thaw()
+
+
+def is_frozen(model: nn.Module) -> bool:
+    """Whether any part of a model is frozen."""
+    return any(isinstance(module, Guarded) for module in model.modules())
