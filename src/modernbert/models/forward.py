@@ -19,7 +19,6 @@ from torch import Tensor
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
 from modernbert.models.base import PreTrainedModel
-from modernbert.nn.backbone import check_kwargs
 from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.packing import PackedInputs
@@ -77,6 +76,9 @@ _MEANINGS = {
     "num_choices": "choices of each question, for packed input, a number or one a question; one question if not given.",
     "kwargs": "`token_type_ids` is accepted and ignored.",
 }
+
+# What callers hand over out of habit, and what means nothing to this architecture.
+_IGNORED = {"token_type_ids"}
 
 # In the reference's order; a head's own arguments stand before PACKED, what the reference lacks at the end.
 ENCODER = ("input_ids", "attention_mask", "sliding_window_mask", "position_ids", "inputs_embeds")
@@ -142,7 +144,7 @@ def forward_of(
         unknown = named.pop("kwargs", {})
         for name in unknown.keys() & instead.keys():
             raise InputError(f"{name} is given; {instead[name]}")
-        check_kwargs(unknown)
+        _check_unknown(unknown)
         given = Arguments(**named)
         inputs, cache = self.open(given)
         output = self.run_packed(inputs, given, cache)
@@ -157,3 +159,10 @@ def forward_of(
     forward.__doc__ = "\n".join([inspect.cleandoc(summary), "", "Args:", *described, "", raises])
     vars(forward)["__signature__"] = signature.replace(parameters=[inspect.Parameter("self", kind), *own, rest])
     return forward
+
+
+def _check_unknown(kwargs: dict[str, Any]) -> None:
+    """Refuse forward arguments that are neither served nor known to mean nothing here."""
+    unknown = sorted(set(kwargs) - _IGNORED)
+    if unknown:
+        raise TypeError(f"forward got unknown arguments: {', '.join(unknown)}")

@@ -24,9 +24,6 @@ from modernbert.nn.recompute import Recompute
 
 logger = logging.getLogger(__name__)
 
-# What callers hand over out of habit, and what means nothing to this architecture.
-_IGNORED = {"token_type_ids"}
-
 
 class Backbone(nn.Module):
     """A bare model: embeddings, layers, final norm.
@@ -175,10 +172,3 @@ class Backbone(nn.Module):
         if self.attn_implementation == "auto":
             logger.info("attention backend: eager for this call, which wants attention weights")
         return EagerAttention()
-
-
-def check_kwargs(kwargs: dict[str, Any]) -> None:
-    """Refuse forward arguments that are neither served nor known to mean nothing here."""
-    unknown = sorted(set(kwargs) - _IGNORED)
-    if unknown:
-        raise TypeError(f"forward got unknown arguments: {', '.join(unknown)}")
