@@ -1,5 +1,6 @@
 """Both generations of config.json, in and out; impossible values refused by name; unknown keys kept."""
 
+import copy
 import dataclasses
 import json
 
@@ -9,9 +10,16 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modernbert import AutoConfig, ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM
+from modernbert import (
+    AutoConfig,
+    ModernBertConfig,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+    ModernBertForSequenceClassification,
+)
 from modernbert.config import Reach
 from modernbert.errors import CheckpointError, ConfigError, NotFoundError
+from tests.conftest import SMALL
 from tests.parity.configs import random_config
 
 # What the pages of both generations document.
@@ -166,14 +174,50 @@ def test_impossible_values_are_refused_by_name(message):
         ModernBertConfig(**IMPOSSIBLE[message])
 
 
-def test_nothing_changes_after_construction_and_unknown_arguments_are_refused():
-    config = ModernBertConfig()
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.hidden_size = 4
+def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="hiden_size"):
         ModernBertConfig(hiden_size=4)
     with pytest.raises(TypeError):
         ModernBertConfig(1000)
+
+
+def test_a_field_that_is_set_is_checked_and_what_follows_from_it_made_anew():
+    config = ModernBertConfig()
+    config.num_hidden_layers = 4
+    config.num_labels = 3
+    assert config == ModernBertConfig(num_hidden_layers=4, num_labels=3)
+    assert (len(config.layer_types), config.id2label[2]) == (4, "LABEL_2")
+    before = config.to_json_string()
+    for name, value in (("hidden_size", 7), ("classifier_pooling", "max"), ("num_labels", 0)):
+        with pytest.raises(ConfigError, match=name):
+            setattr(config, name, value)
+    with pytest.raises(AttributeError, match="no field 'hiden_size'"):
+        config.hiden_size = 4
+    assert config.to_json_string() == before
+
+
+def test_fields_that_shaped_a_model_change_in_a_copy_alone():
+    config = ModernBertConfig(**SMALL, num_labels=2)
+    model = ModernBertForSequenceClassification(config).eval()
+    x = torch.tensor([[5, 6, 7]])
+    for name, value in (("hidden_size", 96), ("num_labels", 5), ("local_attention", 4), ("norm_eps", 0.1)):
+        with pytest.raises(ConfigError, match=rf"{name} is set to .*config.replace\({name}=...\)"):
+            setattr(model.config, name, value)
+    model.config.hidden_size = 48  # as it is
+    first = model(x).logits
+    model.config.classifier_pooling = "mean"
+    assert not torch.equal(model(x).logits, first)
+    model.config.problem_type = "multi_label_classification"
+    assert model(x, labels=torch.tensor([[1.0, 0.0]])).loss > 0
+    model.config.return_dict = False
+    assert isinstance(model(x), tuple)
+    model.config.output_hidden_states = True
+    assert len(model(x)[1]) == SMALL["num_hidden_layers"] + 1
+    model.config.id2label = {0: "no", 1: "yes"}
+    assert model.config.label2id == {"no": 0, "yes": 1}
+    other = copy.deepcopy(model.config)
+    other.hidden_size = 96
+    assert ModernBertForSequenceClassification(other).config.hidden_size == 96
 
 
 def test_replacing_makes_derived_values_anew():

@@ -1,4 +1,4 @@
-"""What both configurations share: plain, frozen data that reads and writes both generations of `config.json`.
+"""What both configurations share: plain, checked data that reads and writes both generations of `config.json`.
 
 The older generation says `global_attn_every_n_layers`, `global_rope_theta` and `local_rope_theta`; the newer
 one says `layer_types` and `rope_parameters`. A configuration accepts either, holds both, and saves both, so
@@ -27,6 +27,13 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 _OTHER_DTYPES = {"double": "float64", "float": "float32", "half": "float16"}  # as torch spells them too
 _SPECIAL_IDS = ("pad", "bos", "cls", "sep", "eos")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "sigmoid")
+# Fields that act on every call, whenever they are set.
+_ACT_LATER = {
+    *(f"{name}_token_id" for name in _SPECIAL_IDS),
+    *("id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict"),
+    *("dtype", "extra", "initializer_range", "initializer_cutoff_factor", "use_cache", "classifier_pooling"),
+    *("sparse_prediction", "sparse_pred_ignore_index", "repad_logits_with_grad"),
+}
 # What a file may ask for: far beyond any model, and far below what fills a machine before an error is met.
 _MOST_LAYERS, _MOST_LABELS, _LARGEST = 4096, 2**20, 2**28
 
@@ -38,12 +45,14 @@ class Reach(NamedTuple):
     right: int | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class Config(abc.ABC):
     """The architecture and options of a model; the defaults are those of the base size.
 
-    All arguments are keywords and nothing changes after construction: `config.replace(...)` gives a changed
-    copy. Keys of a `config.json` that are not listed here are kept in `extra` and written back when saved.
+    All arguments are keywords. A field that is set later is checked as at construction, and what is derived from it is
+    made anew; `config.replace(...)` gives a changed copy. Once a model was built, fields that shaped it can only be
+    changed in a copy, for another model. Keys of a `config.json` that are not listed here are kept in `extra` and
+    written back when saved.
 
     Args:
         vocab_size: rows of the token embedding.
@@ -150,6 +159,31 @@ class Config(abc.ABC):
         self._derive_labels()
         self._check_choices()
         self._derive_pruned_heads()
+        self.__dict__["_is_checked"] = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "_is_checked" not in self.__dict__:
+            object.__setattr__(self, name, value)
+            return
+        if name not in {field.name for field in dataclasses.fields(self)}:
+            raise AttributeError(f"{type(self).__name__} has no field {name!r}; `extra` holds what is not listed")
+        changed = self.replace(**{name: value})
+        if self.__dict__.get("_has_model"):
+            for field in dataclasses.fields(self):
+                old, new = getattr(self, field.name), getattr(changed, field.name)
+                if old != new and field.name not in _ACT_LATER:
+                    raise ConfigError(
+                        f"{name} is set to {shown(value)}, which changes {field.name}, and a model was built with "
+                        f"{shown(old)}; make another model from config.replace({name}=...)"
+                    )
+        self.__dict__.update({field.name: getattr(changed, field.name) for field in dataclasses.fields(self)})
+
+    def __getstate__(self) -> dict[str, Any]:  # for copies, which no model was built from
+        return {name: value for name, value in self.__dict__.items() if name != "_has_model"}
+
+    def shapes_a_model(self) -> None:
+        """From now on fields that shape a model are no longer set, but replaced in a copy."""
+        self.__dict__["_has_model"] = True
 
     # Derived views
 
@@ -299,9 +333,6 @@ class Config(abc.ABC):
 
     # Construction, step by step
 
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
             kind, nullable = str(field.type).removesuffix(" | None"), str(field.type).endswith(" | None")
@@ -345,7 +376,7 @@ class Config(abc.ABC):
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(f"{name} is {value!r}; it must be a number above 0")
-            self._set(name, float(value))
+            setattr(self, name, float(value))
         for name in _SPECIAL_IDS:
             ids = getattr(self, f"{name}_token_id")
             for token_id in ids if name == "eos" and isinstance(ids, list) else [ids]:
@@ -371,7 +402,7 @@ class Config(abc.ABC):
         name = None if name is None else _OTHER_DTYPES.get(name, name)
         if name is not None and name not in DTYPES:
             raise ConfigError(f"dtype is {shown(self.dtype)}; choose one of {', '.join(DTYPES)}")
-        self._set("dtype", name)
+        self.dtype = name
 
     def _derive_pruned_heads(self) -> None:
         pruned: dict[int, list[int]] = {}
@@ -388,16 +419,16 @@ class Config(abc.ABC):
                     f"{self.num_attention_heads - 1}"
                 )
             pruned[number] = sorted(set(heads))
-        self._set("pruned_heads", pruned)
+        self.pruned_heads = pruned
 
     def _derive_layer_types(self) -> None:
         every = self.global_attn_every_n_layers
         if every is not None and every < 1:
             raise ConfigError(f"global_attn_every_n_layers is {shown(every)}; it must be a whole number of at least 1")
         if self.layer_types is None:
-            self._set("global_attn_every_n_layers", every or 3)
+            self.global_attn_every_n_layers = every or 3
             kinds = [LAYER_TYPES[bool(i % (every or 3))] for i in range(self.num_hidden_layers)]
-            self._set("layer_types", kinds)
+            self.layer_types = kinds
             return
         if not isinstance(self.layer_types, list | tuple):
             raise ConfigError(f"layer_types is {shown(self.layer_types)}; it must be a list with a name for each layer")
@@ -407,14 +438,14 @@ class Config(abc.ABC):
                 raise ConfigError(f"layer_types[{i}] is {shown(kind)}; choose one of {', '.join(LAYER_TYPES)}")
         if len(kinds) != self.num_hidden_layers:
             raise ConfigError(f"layer_types names {len(kinds)} layers; num_hidden_layers is {self.num_hidden_layers}")
-        self._set("layer_types", kinds)
+        self.layer_types = kinds
         # Say it in the older way too where that way can say it: n, 2n, 3n ... are global and no others.
         fits = [
             n
             for n in (every or 3, *range(1, len(kinds) + 1))
             if kinds == [LAYER_TYPES[bool(i % n)] for i in range(len(kinds))]
         ]
-        self._set("global_attn_every_n_layers", fits[0] if fits else None)
+        self.global_attn_every_n_layers = fits[0] if fits else None
 
     def _derive_rope(self, rope_scaling: dict[str, Any] | None) -> None:
         for name, value in (("rope_parameters", self.rope_parameters), ("rope_scaling", rope_scaling)):
@@ -440,9 +471,9 @@ class Config(abc.ABC):
                 rope.setdefault("original_max_position_embeddings", self.max_position_embeddings)
             self._check_rope(kind, rope)
             parameters[kind] = rope
-        self._set("rope_parameters", parameters)
-        self._set("global_rope_theta", parameters["full_attention"]["rope_theta"])
-        self._set("local_rope_theta", parameters["sliding_attention"]["rope_theta"])
+        self.rope_parameters = parameters
+        self.global_rope_theta = parameters["full_attention"]["rope_theta"]
+        self.local_rope_theta = parameters["sliding_attention"]["rope_theta"]
 
     def _check_rope(self, kind: str, rope: dict[str, Any]) -> None:
         where = f"rope_parameters[{kind!r}]"
@@ -499,11 +530,11 @@ class Config(abc.ABC):
                     raise ConfigError(f"label2id has the ids {shown(ids)}; they must be 0 to {number - 1}")
                 inverse = {i: _label(i, label) for label, i in self.label2id.items()}
                 labels = {i: inverse[i] for i in range(number)}
-        self._set("id2label", labels)
-        self._set("num_labels", len(labels))
+        self.id2label = labels
+        self.num_labels = len(labels)
         ids = list((self.label2id or {}).values())
         if self.label2id is None or not all(map(_is_whole, ids)) or set(ids) != set(labels):
-            self._set("label2id", {label: i for i, label in labels.items()})
+            self.label2id = {label: i for i, label in labels.items()}
 
 
 def _label(number: int, name: Any) -> str:

@@ -9,7 +9,7 @@ from modernbert.config.base import Config, Reach
 from modernbert.errors import ConfigError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class ModernBertDecoderConfig(Config):
     """The architecture and options of a ModernBERT decoder; the defaults are those of its base size.
 

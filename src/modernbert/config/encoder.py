@@ -11,7 +11,7 @@ from modernbert.errors import ConfigError, shown
 POOLINGS = ("cls", "mean")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class ModernBertConfig(Config):
     """The architecture and options of a ModernBERT encoder; the defaults are those of ModernBERT-base.
 

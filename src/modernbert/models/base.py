@@ -295,7 +295,7 @@ class PreTrainedModel(Checkpointed):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self)] = new = type(self).__new__(type(self))
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new.__setstate__(copy.deepcopy(self.__dict__, memo))
         return new
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -329,5 +329,6 @@ class BareModel(PreTrainedModel, Backbone):
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         self._check_config(config)
+        config.shapes_a_model()
         Backbone.__init__(self, config, attn_implementation)
         self._finish()

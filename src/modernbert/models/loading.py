@@ -59,8 +59,13 @@ class Checkpointed(nn.Module):
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         super().__init__()
         self._check_config(config)
+        config.shapes_a_model()
         self.config = config
         self.attn_implementation = attn_implementation or "auto"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.config.shapes_a_model()
 
     @classmethod
     def _check_config(cls, config: Config) -> None:
