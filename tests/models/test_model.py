@@ -11,6 +11,7 @@ import torch
 from modernbert import ModernBertForMaskedLM, ModernBertModel
 from modernbert.errors import BackendError, ConfigError, InputError
 from modernbert.models.placement import resolve_device, resolve_dtype
+from modernbert.nn.layers import Linear
 from tests.conftest import SMALL
 
 
@@ -422,3 +423,23 @@ def test_devices_and_dtypes(log, monkeypatch):
     for name in ("int8", "nonsense", "optim"):
         with pytest.raises(ValueError, match="dtype"):
             resolve_dtype(name, None, cpu)
+
+
+def test_an_output_of_its_own_is_saved(small_model, tmp_path):
+    x = ids(1, 7)
+    small_model.set_output_embeddings(Linear(48, 96))
+    expected = small_model(x).logits
+    assert not small_model.config.tie_word_embeddings
+    small_model.save_pretrained(tmp_path)
+    assert torch.equal(ModernBertForMaskedLM.from_pretrained(tmp_path)(x).logits, expected)
+
+
+def test_pruning_leaves_what_has_no_gradient_without(small_config):
+    model = ModernBertModel(small_config.replace(attention_bias=True)).requires_grad_(False)
+    model.prune_heads({0: [1]})
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_one_vector_passes_a_linear_layer():
+    layer, x = Linear(12, 5), torch.randn(3, 12)
+    assert torch.equal(layer(x[1]), layer(x)[1])

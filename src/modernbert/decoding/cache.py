@@ -20,7 +20,7 @@ from modernbert.config import Config
 from modernbert.decoding.continuation import Continuation, Pass, Region, Storage
 from modernbert.errors import InputError, shown
 from modernbert.nn.attention.contract import AttentionBackend
-from modernbert.nn.execution import Weights
+from modernbert.nn.execution import AttentionWeights
 from modernbert.nn.linear import products_dtype
 from modernbert.nn.packing import Packing
 
@@ -102,7 +102,7 @@ class DecoderCache:
         backend: AttentionBackend,
         dtype: torch.dtype,
         gather: bool = False,
-        weights: Weights | None = None,
+        weights: AttentionWeights | None = None,
     ) -> dict[str, Continuation]:
         """Make room for new tokens, before the layers write them; how each kind attends. See `nn.execution.Cache`."""
         self._check_whole()

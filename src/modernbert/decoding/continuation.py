@@ -26,7 +26,7 @@ from modernbert.errors import InputError
 from modernbert.nn.attention.contract import AttentionBackend
 from modernbert.nn.attention.dense import dense_attention
 from modernbert.nn.attention.eager import EagerAttention
-from modernbert.nn.execution import Weights
+from modernbert.nn.execution import AttentionWeights
 from modernbert.nn.linear import products_dtype
 from modernbert.nn.packing import Packing, on_device, send
 
@@ -200,7 +200,7 @@ class Pass:
         backend: AttentionBackend,
         dtype: torch.dtype,
         gather: bool,
-        weights: Weights | None,
+        weights: AttentionWeights | None,
     ) -> None:
         self.packing, self.past, self.device = packing, past, packing.positions_T.device
         self.backend, self.dtype, self.gather, self.weights = backend, dtype, gather, weights

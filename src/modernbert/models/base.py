@@ -100,10 +100,16 @@ class PreTrainedModel(Checkpointed):
         return getattr(self, "decoder", None)
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
-        """Put another output layer in place."""
+        """Put another output layer in place; one with a weight of its own is no longer tied to the embedding."""
         if self.get_output_embeddings() is None:
             raise TypeError(f"{type(self).__name__} has no output embeddings")
+        self._refuse_quantized("set_output_embeddings")
+        self.unpack()
         self.decoder = value
+        embedding = self.get_input_embeddings()
+        if self.config.tie_word_embeddings and value.weight is not embedding.weight:
+            self.config = self.base_model.config = self.config.replace(tie_word_embeddings=False)
+            self.base_model.embeddings.is_tied = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(value, "base_layer") and f"{name}.weight" in self.tied_weights and self.config.tie_word_embeddings:

@@ -1,5 +1,10 @@
 """The encoder's heads: what each one's labels are, and what it computes from packed hidden states.
 
+To add one: a class over `EncoderWithHead` or `EncoderClassifier` with `forward`, `pack_labels` and `apply_head`, whose
+constructor ends with `_finish()`; an output class in `outputs`; arguments that no other head has, in `forward`. Its layers
+are called "head", "decoder" or "classifier": other names need a line in `initialization.initial_std`, and one in
+`loading`, which must know what a checkpoint of another head may lack.
+
 Shapes: B texts (of multiple choice: questions), C choices of each question, S columns of a padded grid, T real tokens
 of all texts together, M hidden size, V vocabulary.
 """
@@ -256,16 +261,13 @@ class ModernBertForMultipleChoice(EncoderClassifier):
                 given.attention_mask = torch.ones_like(given.position_ids)
             given.input_ids = None if ids is None else ids.flatten(0, 1)
             given.inputs_embeds = None if embeds is None else embeds.flatten(0, 1)
-        inputs, _ = super().open(given)
-        given.num_choices = _counts(given.num_choices, len(inputs.packing.lengths))
-        return inputs, None
+        return super().open(given)
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
         """The number of the right choice of each question, (B,)."""
-        labels, counts = given.labels, given.num_choices
+        labels, counts = given.labels, _counts(given.num_choices, len(inputs.packing.lengths))
         if labels is None:
             return None
-        assert isinstance(counts, list)
         if tuple(labels.shape) not in ((len(counts),), (len(counts), 1)):
             raise wrong_shape("labels", labels, (len(counts),))
         right = check_classes(labels.flatten(), max(counts, default=0))
@@ -276,8 +278,8 @@ class ModernBertForMultipleChoice(EncoderClassifier):
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         """One score a choice, those of a question together."""
-        assert isinstance(given.num_choices, list)
-        logits = _by_question(self.classify_texts(x_TM, inputs).squeeze(1), given.num_choices)
+        counts = _counts(given.num_choices, len(inputs.packing.lengths))
+        logits = _by_question(self.classify_texts(x_TM, inputs).squeeze(1), counts)
         loss = None if labels is None else cross_entropy(logits, labels, num_items=given.num_items_in_batch)
         return MultipleChoiceModelOutput(loss, logits)
 
@@ -297,7 +299,7 @@ def _rows(name: str, places: Tensor, inputs: PackedInputs) -> Rows:
         return [start + place if 0 <= place < end - start else None for place, (start, end) in ranks]
     assert packing.indices_T is not None
     row_of = {place: row for row, place in enumerate(packing.indices_T.tolist())}
-    columns = inputs.given[1]
+    columns = inputs.outer_shape[1]
     return [row_of.get(text * columns + c) if 0 <= c < columns else None for text, c in enumerate(wanted)]
 
 
@@ -310,12 +312,14 @@ def _flat(name: str, values: Tensor | None, grid: tuple[int, ...]) -> Tensor | N
 
 
 def _counts(num_choices: int | Sequence[int] | None, texts: int) -> list[int]:
-    """How many choices each question has."""
+    """How many choices each question has; all are of one where nothing is said."""
     if isinstance(num_choices, int):
         if num_choices < 1 or texts % num_choices:
             raise InputError(f"num_choices is {num_choices}; the input holds {texts} choices, which must be a multiple")
         return [num_choices] * (texts // num_choices)
-    counts = [] if num_choices is None else [int(n) for n in num_choices]
+    if num_choices is None:
+        num_choices = [texts] if texts else []
+    counts = [int(n) for n in num_choices]
     if sum(counts) != texts or min(counts, default=1) < 1:
         raise InputError(f"num_choices is {counts}; they must be at least 1 each and add up to the {texts} choices")
     return counts

@@ -43,6 +43,8 @@ def resolve_device(device: Any) -> torch.device:
         device = int(device)
     if device == "auto":
         device = 0 if gpus else "cpu"
+    if isinstance(device, int) and device < 0:
+        raise ValueError(f"device is {device}; give a GPU's index, or -1 for the CPU")
     if isinstance(device, int):
         if device < gpus:
             return torch.device("cuda", device)

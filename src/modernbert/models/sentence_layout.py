@@ -64,7 +64,7 @@ class EmbeddingSettings:
     """What a folder says about vectors besides weights.
 
     Attributes:
-        poolings: modes of `ops.pooling`; several are put one after another. None where a text keeps a vector for every
+        poolings: modes of `nn.pooling`; several are put one after another. Empty where a text keeps a vector for every
             token.
         include_prompt: whether the prompt's tokens are pooled too.
         prompts: texts to put before a text, by name.

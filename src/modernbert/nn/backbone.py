@@ -16,7 +16,16 @@ from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.nn.attention import AttentionBackend, choose_backend
 from modernbert.nn.attention.eager import EagerAttention
-from modernbert.nn.execution import Cache, Hidden, Runner, Shared, Weights, angles, attention, padded
+from modernbert.nn.execution import (
+    AttentionWeights,
+    Cache,
+    Hidden,
+    Runner,
+    Shared,
+    attend_by_kind,
+    pad_attention_weights,
+    rope_tables_by_kind,
+)
 from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.layers import Attention, Embeddings, Layer, layer_norm
 from modernbert.nn.packing import PackedInputs
@@ -88,7 +97,7 @@ class Backbone(nn.Module):
     ) -> Hidden:
         """The plain way: module by module. A backend is given where attention weights are wanted."""
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
-        weights: Weights | None = None if backend is None else {}
+        weights: AttentionWeights | None = None if backend is None else {}
         shared = self.share(inputs, x_TM, backend, cache, weights)
         states: list[Tensor] = []
 
@@ -98,7 +107,7 @@ class Backbone(nn.Module):
             return inputs.take(states[-1]) if x_TM.requires_grad else x_TM
 
         last_TM = self.run_layers(x_TM, shared, show if want_states else None)
-        return Hidden(last_TM, tuple(states), padded(weights, inputs))
+        return Hidden(last_TM, tuple(states), pad_attention_weights(weights, inputs))
 
     def share(
         self,
@@ -106,7 +115,7 @@ class Backbone(nn.Module):
         x_TM: Tensor,
         backend: AttentionBackend | None = None,
         cache: Cache | None = None,
-        weights: Weights | None = None,
+        weights: AttentionWeights | None = None,
     ) -> dict[str, Shared]:
         """What the layers of each kind share in a pass. It follows from where the texts lie, not from their tokens.
 
@@ -120,8 +129,8 @@ class Backbone(nn.Module):
         autocast = torch.is_autocast_enabled(x_TM.device.type)
         dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
         backend = backend or self.backend_on(x_TM.device, dtype)
-        attends = attention(self.config, inputs.packing, backend, dtype, cache, weights, x_TM.requires_grad)
-        tables = angles(self.config, inputs.positions_T, inputs.packing.text_T)
+        attends = attend_by_kind(self.config, inputs.packing, backend, dtype, cache, weights, x_TM.requires_grad)
+        tables = rope_tables_by_kind(self.config, inputs.positions_T, inputs.packing.text_T)
         return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def run_layers(

@@ -1,6 +1,13 @@
-"""Kernels that an engine brings for functions of this room: registered from outside, asked for by name.
+"""Kernels that an engine brings for functions of `nn`: registered from outside, asked for by name.
 
-Nothing here knows an engine. Without one the functions compute by PyTorch alone.
+Nothing here knows an engine. Without one the functions compute by PyTorch alone. There is one kernel a name, and these
+names are asked for:
+
+- "rotate" (`rotary`), called as kernel(q_THD, k_THD, v_THD, cos_T1D, sin_T1D, back=False): queries and keys rotated by
+  their tokens' angles, or back, and values, as one tensor (T, 3, H, D). Outside of autograd.
+- "geglu" (`layers.MLP`), called as kernel(x_T2I): gelu(first half) * second half, with gradients.
+- "cross_entropy" (`losses`), called as kernel(logits_TV, labels_T, ignored): a float32 loss for each token, 0 where the
+  label is `ignored`, with gradients.
 """
 
 from __future__ import annotations
@@ -19,8 +26,11 @@ _KERNELS: dict[str, tuple[Serves, Callable[..., Any]]] = {}
 def register_kernel(name: str, serves: Serves, kernel: Callable[..., Any]) -> None:
     """Have a kernel compute a function wherever `serves` says so of a dtype and a device.
 
-    Names are "rotate" (see `rotary`), "cross_entropy" (see `losses`) and "geglu" (see `layers.MLP`).
+    Raises:
+        ValueError: another kernel has that name.
     """
+    if name in _KERNELS and _KERNELS[name][1] is not kernel:
+        raise ValueError(f"there is a kernel for {name!r} already")
     _KERNELS[name] = serves, kernel
 
 

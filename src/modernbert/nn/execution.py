@@ -19,12 +19,12 @@ from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.packing import PackedInputs, Packing
 from modernbert.nn.rotary import angle_tables, rope_frequencies, rope_tables
 
-# The attention weights of each layer by its number, one (H, L, K) for each text.
-Weights = dict[int, list[Tensor]]
+# The attention weights of each layer by its number, for each text (H, L, K): L queries and K keys.
+AttentionWeights = dict[int, list[Tensor]]
 
 
 class Attend(Protocol):
-    """How the layers of one kind attend in one forward pass."""
+    """How the layers of one kind ("full_attention" or "sliding_attention") attend in one forward pass."""
 
     def __call__(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, dropout: float = 0.0) -> Tensor:
         """Outputs (T, H, D) of one layer, by its number, from rotated queries and keys."""
@@ -41,15 +41,21 @@ class Cache(Protocol):
     lengths: list[int]
 
     def begin(
-        self, packing: Packing, backend: AttentionBackend, dtype: torch.dtype, gather: bool, weights: Weights | None
-    ) -> dict[str, Any]:
+        self,
+        packing: Packing,
+        backend: AttentionBackend,
+        dtype: torch.dtype,
+        gather: bool,
+        weights: AttentionWeights | None,
+    ) -> Mapping[str, Attend]:
         """Make room for new tokens, and decide how each kind of layer attends (`Attend`) to them and to what it holds.
 
         Args:
             packing: the new tokens.
             backend: attends where new tokens see each other alone.
             dtype: of queries, keys and values.
-            gather: take the obvious way, which gives attention weights and lets gradients pass.
+            gather: put past and new keys together and look at every pair: slow, but it gives attention weights and lets
+                gradients pass.
             weights: where each layer's attention weights go, if they are wanted.
         """
         ...
@@ -108,7 +114,7 @@ class Planned:
 
     backend: AttentionBackend
     plan: Any
-    weights: Weights | None = None
+    weights: AttentionWeights | None = None
 
     def __call__(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, dropout: float = 0.0) -> Tensor:
         """(T, H, D)."""
@@ -132,7 +138,7 @@ def frequencies(config: Config, device: torch.device) -> dict[str, tuple[Tensor,
     return {kind: rope_frequencies(rope, config.head_dim, device) for kind, rope in ropes.items()}
 
 
-def angles(
+def rope_tables_by_kind(
     config: Config,
     positions_T: Tensor,
     text_T: Tensor | None = None,
@@ -160,15 +166,15 @@ def angles(
     return tables
 
 
-def attention(
+def attend_by_kind(
     config: Config,
     packing: Packing,
     backend: AttentionBackend,
     dtype: torch.dtype,
     cache: Cache | None = None,
-    weights: Weights | None = None,
+    weights: AttentionWeights | None = None,
     gradients: bool = False,
-) -> dict[str, Any]:
+) -> Mapping[str, Attend]:
     """How each kind of layer attends (`Attend`): within the texts, or with a cache as well.
 
     Args:
@@ -189,6 +195,6 @@ def attention(
     return cache.begin(packing, backend, dtype, gather, weights)
 
 
-def padded(weights: Weights | None, inputs: PackedInputs) -> tuple[Tensor, ...]:
+def pad_attention_weights(weights: AttentionWeights | None, inputs: PackedInputs) -> tuple[Tensor, ...]:
     """Each layer's attention weights as one padded tensor; nothing where they are not wanted."""
     return tuple(EagerAttention.pad_weights(weights[i], inputs.packing) for i in sorted(weights)) if weights else ()

@@ -48,7 +48,7 @@ def pack_inputs(
     columns: int = 0,
     ends: Sequence[int] = (),
 ) -> PackedInputs:
-    """Check a model's input, pack it where it lies, and send it to the model in one copy that nobody waits for.
+    """Check a model's input, pack it where it lies, and send it to the model in one asynchronous copy.
 
     Input without a mask whose `position_ids` begin anew within a row is packed already: each new beginning is another
     text, as with `cu_seqlens`. `sliding_window_mask` ends here: local windows follow from the positions.

@@ -44,6 +44,7 @@ class Embeddings(nn.Module):
         self.is_tied = False  # whether an output shares the weight
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # Layers that PEFT adapts have a `base_layer`.
         if name == "tok_embeddings" and hasattr(value, "base_layer") and self.is_tied:
             raise InputError(
                 "an adapter was put on 'tok_embeddings', whose weight is the output's too (tie_word_embeddings), which "
@@ -140,7 +141,8 @@ def select(module: Linear, index: Tensor, dim: int) -> Linear:
     out.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
     if module.bias is not None:
         bias = module.bias.detach()
-        out.bias = nn.Parameter(bias.index_select(0, index.to(bias.device)) if dim == 0 else bias)
+        bias = bias.index_select(0, index.to(bias.device)) if dim == 0 else bias
+        out.bias = nn.Parameter(bias, requires_grad=module.bias.requires_grad)
     return out
 
 
@@ -162,7 +164,7 @@ class MLP(nn.Module):
         if geglu is not None:
             return self.Wo(self.drop(geglu(both_T2I)))
         in_TI, gate_TI = both_T2I.chunk(2, dim=-1)
-        # PyTorch has other kernels, with other bits, for strided numbers; those of a single token never are.
+        # PyTorch has another kernel, with other bits, for strided input. One token's half is never strided.
         return self.Wo(self.drop(self.act(in_TI.contiguous()) * gate_TI))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
-_LINE = 16  # numbers of a row of theirs are a multiple of this
+_LINE = 16  # inputs are padded to a multiple of this where oneDNN is missing: a row begins a cache line
 
 
 def onednn_serves(x: Tensor) -> bool:
@@ -150,6 +150,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
         bias_O = None if bias_O is None else bias_O.to(dtype)
     if torch.compiler.is_compiling():  # the compiler plans its own products, and gives up the guarantee
         return F.linear(x_TI, weight_OI, bias_O)
+    if x_TI.dim() == 1:
+        return linear(x_TI[None], weight_OI, bias_O)[0]
     if x_TI.dim() != 2:
         return linear(x_TI.flatten(0, -2), weight_OI, bias_O).unflatten(0, x_TI.shape[:-1])
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_TI, weight_OI, bias_O))

@@ -19,12 +19,12 @@ from modernbert.errors import InputError
 
 
 def on_device(values: Sequence[int], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Whole numbers of the host as a tensor on a device; nobody waits for a card to take them."""
+    """Whole numbers of the host as a tensor on a device, copied asynchronously to a GPU."""
     return send(torch.tensor(values, dtype=dtype), device)
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the host on a device; nobody waits for a card to take it."""
+    """A tensor of the host on a device, copied asynchronously to a GPU."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -148,8 +148,9 @@ class PackedInputs:
         ids_T: (T,) token ids, or None where `embeds_TM` stands in their place.
         embeds_TM: (T, M) vectors in the place of token embeddings.
         packing: where the texts lie.
-        positions_T: (T,) positions for the rotary embedding.
-        given: leading shape of the caller's input: (B, S), (T,) or (1, T).
+        positions_T: (T,) positions for the rotary embedding, which a caller may choose. How far tokens see each other
+            follows from the packing's own.
+        outer_shape: leading shape of the caller's input: (B, S), (T,) or (1, T).
         came_packed: whether the caller packed it. Outputs then stay packed, unless the caller said where the
             tokens stand in a padded grid.
     """
@@ -158,7 +159,7 @@ class PackedInputs:
     embeds_TM: Tensor | None
     packing: Packing
     positions_T: Tensor
-    given: tuple[int, ...]
+    outer_shape: tuple[int, ...]
     came_packed: bool
 
     @classmethod
@@ -182,26 +183,33 @@ class PackedInputs:
 
     def restore(self, packed_T: Tensor, fill: float = 0.0) -> Tensor:
         """(T, ...) to the caller's leading shape; padding comes back as `fill`."""
-        return packed_T.unflatten(0, self.given) if self.packing.grid is None else self.packing.repad(packed_T, fill)
+        return (
+            packed_T.unflatten(0, self.outer_shape) if self.packing.grid is None else self.packing.repad(packed_T, fill)
+        )
 
-    def take(self, given: Tensor) -> Tensor:
+    def take(self, padded: Tensor) -> Tensor:
         """Undo `restore`: the real tokens of a tensor in the caller's leading shape, (T, ...)."""
-        return given.flatten(0, len(self.given) - 1) if self.packing.grid is None else self.packing.unpad(given)
+        if self.packing.grid is not None:
+            return self.packing.unpad(padded)
+        return padded.flatten(0, len(self.outer_shape) - 1)
 
     def to(self, device: torch.device) -> PackedInputs:
-        """The same on a card, by one copy from pinned memory that nobody waits for; elsewhere these themselves."""
-        if device.type in ("cpu", "meta") or self.packing.positions_T.device == device:
+        """The same on a device; from the host to a GPU by one asynchronous copy from pinned memory."""
+        here = self.packing.positions_T.device
+        if device.type == "meta" or here == device:
             return self
 
-        def send(rows: list[Tensor]) -> Tensor:
+        def copy_all(parts: list[Tensor]) -> Tensor:
+            if here.type != "cpu":
+                return torch.cat([part.to(device) for part in parts])
             pinned = device.type == "cuda"
-            block = torch.empty(sum(map(len, rows)), dtype=torch.int64, pin_memory=pinned)
-            return torch.cat(rows, out=block).to(device, non_blocking=pinned)
+            block = torch.empty(sum(map(len, parts)), dtype=torch.int64, pin_memory=pinned)
+            return torch.cat(parts, out=block).to(device, non_blocking=pinned)
 
-        return self.sent(send, device)
+        return self.copied(copy_all, device)
 
-    def sent(self, send: Callable[[list[Tensor]], Tensor], device: torch.device) -> PackedInputs:
-        """The same where `send` puts a list of int64 tensors, end to end."""
+    def copied(self, copy_all: Callable[[list[Tensor]], Tensor], device: torch.device) -> PackedInputs:
+        """The same where `copy_all` puts a list of int64 tensors, end to end."""
         packing = self.packing
         own = None if self.positions_T is packing.positions_T else self.positions_T
         named = {
@@ -209,23 +217,23 @@ class PackedInputs:
             "ids": self.ids_T, "indices": packing.indices_T, "own": own,
         }  # fmt: skip
         rows = {name: x.long() for name, x in named.items() if x is not None}
-        there = dict(zip(rows, send(list(rows.values())).split([len(x) for x in rows.values()]), strict=True))
+        there = dict(zip(rows, copy_all(list(rows.values())).split([len(x) for x in rows.values()]), strict=True))
         packing = dataclasses.replace(
             packing, positions_T=there["positions"], text_T=there["text"], indices_T=there.get("indices")
         )
         packing.__dict__["cu_seqlens"] = there["starts"].int()  # where the property keeps what it has made
         embeds_TM = None if self.embeds_TM is None else self.embeds_TM.to(device)
         positions_T = there.get("own", packing.positions_T)
-        return PackedInputs(there.get("ids"), embeds_TM, packing, positions_T, self.given, self.came_packed)
+        return PackedInputs(there.get("ids"), embeds_TM, packing, positions_T, self.outer_shape, self.came_packed)
 
     def pack(self, name: str, values: Tensor) -> Tensor:
         """Pack one value a token, such as labels, given in the shape of the input or of its padded grid."""
         values, shape, grid = values.to(self.packing.positions_T.device), tuple(values.shape), self.packing.grid
-        if self.came_packed and shape == self.given:
+        if self.came_packed and shape == self.outer_shape:
             return values.flatten()
         if shape == grid:
             return self.packing.unpad(values)
-        raise wrong_shape(name, values, *dict.fromkeys(s for s in (self.given, grid) if s is not None))
+        raise wrong_shape(name, values, *dict.fromkeys(s for s in (self.outer_shape, grid) if s is not None))
 
 
 def wrong_shape(name: str, values: Tensor, *allowed: tuple[int, ...]) -> InputError:

@@ -288,7 +288,7 @@ def test_inputs_go_to_a_card_in_one_piece():
             sizes.append(sum(map(len, rows)))
             return torch.cat(rows)
 
-        there = inputs.sent(send, torch.device("cpu"))
+        there = inputs.copied(send, torch.device("cpu"))
         assert len(sizes) == 1
         assert torch.equal(there.ids_T, inputs.ids_T)
         assert torch.equal(there.positions_T, inputs.positions_T)

@@ -25,7 +25,16 @@ from modernbert.engines.cpu.operations import Angles, NativeWeight, Norm, Produc
 from modernbert.engines.weights import BackboneWeights, LayerWeights
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
-from modernbert.nn.execution import Hidden, Planned, Shared, Weights, angles, attention, frequencies, padded
+from modernbert.nn.execution import (
+    AttentionWeights,
+    Hidden,
+    Planned,
+    Shared,
+    attend_by_kind,
+    frequencies,
+    pad_attention_weights,
+    rope_tables_by_kind,
+)
 from modernbert.nn.packing import PackedInputs
 from modernbert.nn.rotary import split_rotated
 
@@ -91,7 +100,7 @@ class CpuLayers:
 
     def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden:
         """See `nn.execution.Runner`."""
-        weights: Weights | None = None if backend is None else {}
+        weights: AttentionWeights | None = None if backend is None else {}
         shared = self._shared(inputs, backend or self.backend, cache, weights)
         caches = {kind: x.attend for kind, x in shared.items() if isinstance(x.attend, Continuation)}
         steps = {kind: attend.as_steps() for kind, attend in caches.items()}
@@ -108,7 +117,7 @@ class CpuLayers:
             self._run_between(run, shared, steps, states)
         last_TM = self._finish(run)
         shown = () if states is None else tuple(inputs.restore(x_TM) for x_TM in (*states, last_TM))
-        return Hidden(last_TM, shown, padded(weights, inputs))
+        return Hidden(last_TM, shown, pad_attention_weights(weights, inputs))
 
     def _run_through(self, run: _Pass, states: list[Tensor] | None) -> None:
         """All layers in one call, or in one a layer where their states are wanted."""
@@ -144,10 +153,10 @@ class CpuLayers:
         return seconds
 
     def _shared(
-        self, inputs: PackedInputs, backend: AttentionBackend, cache: Any, weights: Weights | None
+        self, inputs: PackedInputs, backend: AttentionBackend, cache: Any, weights: AttentionWeights | None
     ) -> dict[str, Shared]:
-        attends = attention(self.config, inputs.packing, backend, self.dtype, cache, weights)
-        tables = angles(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
+        attends = attend_by_kind(self.config, inputs.packing, backend, self.dtype, cache, weights)
+        tables = rope_tables_by_kind(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
         return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def _begin(self, inputs: PackedInputs, program: Program) -> _Pass:

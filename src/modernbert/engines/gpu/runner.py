@@ -10,14 +10,14 @@ Shapes: T tokens of all texts together, N texts, M hidden size, H heads, D head 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from modernbert.config import Config
-from modernbert.decoding.continuation import Steps
+from modernbert.decoding.continuation import Continuation, Steps
 from modernbert.engines.gpu import graphs
 from modernbert.engines.gpu import operations as gpu
 from modernbert.engines.gpu.flash import FlashAttention, FlashPlan, serves
@@ -25,7 +25,14 @@ from modernbert.engines.gpu.operations import Look, Norm, TritonWeight
 from modernbert.engines.weights import BackboneWeights, LayerWeights
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
-from modernbert.nn.execution import Hidden, Weights, angles, attention, frequencies, padded
+from modernbert.nn.execution import (
+    AttentionWeights,
+    Hidden,
+    attend_by_kind,
+    frequencies,
+    pad_attention_weights,
+    rope_tables_by_kind,
+)
 from modernbert.nn.packing import PackedInputs, Packing
 
 # Rotated queries, keys and values (T, 3, H, D) of a layer, by its number and kind, to its attention outputs (T, H, D).
@@ -78,10 +85,10 @@ class GpuLayers:
         plain = not want_states and backend is None
         if cache is None and plain and (size := self._bucket(inputs)) is not None:
             return Hidden(self._short(inputs, size))
-        weights: Weights | None = None if backend is None else {}
-        attends = attention(self.config, inputs.packing, backend or self.backend, self.dtype, cache, weights)
+        weights: AttentionWeights | None = None if backend is None else {}
+        attends = attend_by_kind(self.config, inputs.packing, backend or self.backend, self.dtype, cache, weights)
         if cache is not None and plain and inputs.ids_T is not None and not self._is_dynamic:
-            steps = {kind: attend.as_steps() for kind, attend in attends.items()}
+            steps = {kind: x.as_steps() for kind, x in attends.items() if isinstance(x, Continuation)}
             whole = {kind: step for kind, step in steps.items() if step is not None and step.of_N is None}
             if len(whole) == len(attends) and self._fits(whole):
                 return Hidden(self._step(inputs, whole))
@@ -90,10 +97,10 @@ class GpuLayers:
         else:
             x_TM = gpu.normalize(inputs.embeds_TM.contiguous(), self.first)
         states: list[Tensor] | None = [] if want_states else None
-        tables = angles(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
+        tables = rope_tables_by_kind(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
         last_TM = self._run(x_TM, tables, self._attend_by(attends), states)
         shown = () if states is None else tuple(inputs.restore(x_TM) for x_TM in (*states, last_TM))
-        return Hidden(last_TM, shown, padded(weights, inputs))
+        return Hidden(last_TM, shown, pad_attention_weights(weights, inputs))
 
     def _run(self, x_TM: Tensor, tables: Angles, attend: Attend, states: list[Tensor] | None = None) -> Tensor:
         """Embedded rows through all layers and the last norm. The rows given are overwritten."""
@@ -110,7 +117,7 @@ class GpuLayers:
             gpu.product(gated_TI, down.weight, down.bias, add_to=x_TM)
         return gpu.normalize(x_TM, self.last)
 
-    def _attend_by(self, attends: dict[str, Any]) -> Attend:
+    def _attend_by(self, attends: Mapping[str, Any]) -> Attend:
         """Attention as a pass plans it: by the backend, or with the cache."""
 
         def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
@@ -202,7 +209,9 @@ class _Short:
             return layers.backend.attend(q_THD, k_THD, v_THD, self.plans[kind])
 
         x_TM = gpu.normalize(layers.table, layers.first, self.ids_T)
-        self.out_TM = layers._run(x_TM, angles(layers.config, self.positions_T, known=layers.frequencies), attend)
+        self.out_TM = layers._run(
+            x_TM, rope_tables_by_kind(layers.config, self.positions_T, known=layers.frequencies), attend
+        )
 
 
 class _Step:
@@ -261,7 +270,9 @@ class _Step:
             return gpu.attend_step(qkv_N3HD, self.looks[kind], keys, keys[1:])
 
         x_NM = gpu.normalize(layers.table, layers.first, self.ids_N)
-        self.out_NM = layers._run(x_NM, angles(layers.config, self.positions_N, known=layers.frequencies), attend)
+        self.out_NM = layers._run(
+            x_NM, rope_tables_by_kind(layers.config, self.positions_N, known=layers.frequencies), attend
+        )
 
 
 def _send(values: list[int], target: Tensor) -> None:
