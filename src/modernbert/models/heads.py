@@ -1,8 +1,8 @@
 """The encoder's heads: what each one's labels are, and what it computes from packed hidden states.
 
 To add one: a class over `EncoderWithHead` or `EncoderClassifier` with `forward`, `pack_labels` and `apply_head`, whose
-constructor ends with `_finish()`; an output class in `outputs`; arguments that no other head has, in `forward`. Its layers
-are called "head", "decoder" or "classifier": other names need a line in `initialization.initial_std`, and one in
+constructor ends with `_finish()`; an output class in `outputs`; arguments that no other head has, in `forward`. Its
+layers are called "head", "decoder" or "classifier": other names need a line in `initialization.initial_std`, and one in
 `loading`, which must know what a checkpoint of another head may lack.
 
 Shapes: B texts (of multiple choice: questions), C choices of each question, S columns of a padded grid, T real tokens
