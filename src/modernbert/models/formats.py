@@ -12,13 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.config import Config
-from modernbert.errors import CheckpointError
+from modernbert.errors import CheckpointError, InputError
 from modernbert.hub import Source
 
 KEY = "quantization_config"  # in config.json, as everywhere in the field
 
 # Names of tensors in a checkpoint -> file, shape and dtype; see `checkpoint.weight_names`.
 Names = Mapping[str, tuple[Any, tuple[int, ...], str]]
+
+
+def refuse_to_train(config: Config, what: str) -> None:
+    """Refuse a quantized checkpoint where one is to be trained, before anything is prepared; raises `InputError`."""
+    if config.extra.get(KEY) is not None:
+        raise InputError(
+            f"{what} is quantized: whole numbers have no gradient. Train the float checkpoint, and quantize what comes "
+            "out"
+        )
 
 
 class Quantization(Protocol):

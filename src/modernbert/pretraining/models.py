@@ -14,6 +14,7 @@ from modernbert.checkpoint import read_weights, weight_files
 from modernbert.config import ModernBertConfig
 from modernbert.errors import ConfigError, InputError
 from modernbert.hub import Source
+from modernbert.models.formats import refuse_to_train
 from modernbert.pretraining.objectives import LanguageModel, LanguageObjective
 from modernbert.pretraining.options import PretrainOptions
 from modernbert.pretraining.shards import fingerprint
@@ -80,6 +81,7 @@ def _started(
     if fingerprint(own) != fingerprint(tokenizer):
         raise InputError(f"{options.model} has another tokenizer than the data; prepare the data with its own")
     found: Any = AutoConfig.from_pretrained(options.model)
+    refuse_to_train(found, str(options.model))
     if found.vocab_size < tokenizer.get_vocab_size():
         raise InputError(
             f"{options.model} has {found.vocab_size} ids and the data's tokenizer {tokenizer.get_vocab_size()}; "

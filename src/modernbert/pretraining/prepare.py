@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 from modernbert.files import making
 from modernbert.pretraining.documents import Collection, Document
 from modernbert.pretraining.shards import HELD_OUT, TRAIN, Manifest, Shard, Source, fingerprint, write_shard
@@ -50,6 +50,8 @@ def prepare_data(
         OSError: a file cannot be read or written.
     """
     output = Path(output)
+    if isinstance(paths, str | Path):
+        raise InputError(f"paths is {shown(str(paths))}; give a list of paths")
     if output.exists():
         raise InputError(f"output is {output}, which exists; name a folder to make")
     if shard_tokens < 1:

@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modernbert.errors import QuantizationError
+from modernbert.errors import InputError, QuantizationError
 from modernbert.hub import Source
+from modernbert.models.base import PreTrainedModel
 from modernbert.models.formats import KEY
+from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.nn.layers import Linear
 from modernbert.quantization.calibration import (
     Batch,
@@ -120,12 +122,19 @@ def quantize(
         QuantizationError: the cosine that is asked for is out of reach; the model is as it was.
         InputError, ValueError: it is quantized already, or not on the CPU, or the texts hold nothing.
     """
-    if not hasattr(model, "base_model"):
+    if not isinstance(model, PreTrainedModel | SentenceEncoder):
+        raise InputError(f"model is a {type(model).__name__}; give a model of this package, such as AutoModel loads")
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}; give a Tokenizer: Tokenizer.from_pretrained(...)")
+    if isinstance(texts, str):
+        raise InputError("texts is a string; give a list of texts")
+    if isinstance(model, SentenceEncoder):
         quantize(model.model, quantization_config, tokenizer=tokenizer, texts=texts, report=report)
         return model
     config = resolve(quantization_config)
     if quantized_modules(model):
-        raise ValueError(f"the model is quantized already, as {model.quantization.scheme}; take the float checkpoint")
+        scheme = "a part of it" if model.quantization is None else model.quantization.scheme
+        raise ValueError(f"the model is quantized already, as {scheme}; take the float checkpoint")
     if model.device.type != "cpu":
         raise ValueError(f"the model is on {model.device}; a model is quantized on the CPU: model.cpu()")
     if texts is not None and (tokenizer is None or not any(text.strip() for text in texts)):

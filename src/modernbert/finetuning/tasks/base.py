@@ -19,6 +19,7 @@ from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.finetuning.data import Field, Row
 from modernbert.finetuning.options import FinetuneOptions
+from modernbert.models.formats import refuse_to_train
 from modernbert.tokenizer import Tokenizer
 from modernbert.training.adapters import has_adapters, load_adapters
 from modernbert.training.contract import Batch, Evaluation, Pass, summed
@@ -69,7 +70,9 @@ class Task(abc.ABC):
 
     def load(self, name: str | Path, options: FinetuneOptions) -> Any:
         """The model to train, float32."""
-        self.adopt(AutoConfig.from_pretrained(name, revision=options.revision))
+        config = AutoConfig.from_pretrained(name, revision=options.revision)
+        refuse_to_train(config, str(name))
+        self.adopt(config)
         return self.auto_model.from_pretrained(
             name,
             dtype=torch.float32,

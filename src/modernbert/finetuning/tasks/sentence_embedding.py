@@ -19,6 +19,7 @@ from modernbert.finetuning.data import Field, Row, text_of
 from modernbert.finetuning.metrics import retrieval_figures
 from modernbert.finetuning.options import FinetuneOptions
 from modernbert.finetuning.tasks.base import Task, shown, worst
+from modernbert.models.formats import refuse_to_train
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.nn.losses import cross_entropy
 from modernbert.training.contract import Batch, Evaluation, Pass
@@ -58,6 +59,7 @@ class SentenceEmbedding(Task):
         model = SentenceEncoder.from_pretrained(
             name, dtype=torch.float32, revision=options.revision, attn_implementation=options.attn_implementation
         )
+        refuse_to_train(model.config, str(name))
         settings = model.settings
         self.prompts = {**settings.prompts, **self.prompts}
         if not model.is_layout:
