@@ -520,7 +520,7 @@ def test_calls_by_keyword_and_inputs_that_do_not_fit_are_as_of_plain_layers(smal
                 model.head.dense(wrong)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_forward_derivatives_and_tracers_take_the_modules(small_model):
     vectors, tangent = torch.randn(1, 7, 48), torch.randn(1, 7, 48)
     model = ModernBertModel(small_model.config, "eager").eval().requires_grad_(False)
