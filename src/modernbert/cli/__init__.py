@@ -104,7 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _message(error: Exception) -> str | None:
     """One line about an error that is the user's to mend; None for a defect of ours."""
     if hasattr(error, "format_message"):  # of the command line's own parser
-        return f"{' '.join(str(error.format_message()).split())} (try --help)"
+        message = " ".join(str(error.format_message()).split())
+        return f"{message} (try --help)" if message else "give a command (try --help)"
     if isinstance(error, ValueError | OSError | RuntimeError | TypeError) and type(error).__module__ in (
         "modernbert.errors",
         "builtins",

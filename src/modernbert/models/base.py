@@ -258,9 +258,9 @@ class PreTrainedModel(Checkpointed):
         on its batch. Saving and copying give plain weights. Whatever would change the weights, or needs the modules
         themselves, thaws the model first, which is then what it was before: training mode, `requires_grad_`, moving,
         loading, resizing, pruning, hooks, gradients by the inputs, autocast, and reading or assigning a layer's weights
-        or attributes. A parameter that was taken from `parameters()` has no numbers meanwhile, and raises `FrozenError`
-        where it is used. What shares memory with a weight from before, such as a state dict, is no longer followed.
-        `torch.compile` wants a plain model.
+        or attributes; `unpack()` thaws it by hand. A parameter that was taken from `parameters()` has no numbers
+        meanwhile, and raises `FrozenError` where it is used. What shares memory with a weight from before, such as a
+        state dict, is no longer followed. `torch.compile` wants a plain model.
         """
         self.eval()
         if self._frozen is None:

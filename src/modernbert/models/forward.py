@@ -42,9 +42,8 @@ class Arguments(Inputs):
 
 
 _MEANINGS = {
-    "input_ids": "(B, S), (T,) or (1, T) token ids; with `past_key_values` the new ones alone.",
-    "attention_mask": "(B, S), nonzero at real tokens; None means that all are real. With a cache it may also be "
-    "(B, columns before + S), of which the last S count.",
+    "input_ids": "(B, S), (T,) or (1, T) token ids.",
+    "attention_mask": "(B, S), nonzero at real tokens; None means that all are real.",
     "sliding_window_mask": "(B, S) or (B, 1, S, S). Local windows follow from the positions, so it is checked for its "
     "shape and changes nothing.",
     "position_ids": "positions for the rotary embedding, of the shape of the input or (1, S); None counts each text's "
@@ -79,6 +78,12 @@ _MEANINGS = {
 
 # What callers hand over out of habit, and what means nothing to this architecture.
 _IGNORED = {"token_type_ids"}
+
+# What more there is to say where a model has a cache.
+_WITH_CACHE = {
+    "input_ids": " With `past_key_values` the new ones alone.",
+    "attention_mask": " With a cache it may also be (B, columns before + S), of which the last S count.",
+}
 
 # In the reference's order; a head's own arguments stand before PACKED, what the reference lacks at the end.
 ENCODER = ("input_ids", "attention_mask", "sliding_window_mask", "position_ids", "inputs_embeds")
@@ -151,8 +156,11 @@ def forward_of(
         named_output = self.config.return_dict if given.return_dict is None else given.return_dict
         return output if named_output else output.to_tuple()
 
+    more = _WITH_CACHE if "past_key_values" in names else {}
     described = [
-        textwrap.fill(f"{name}: {_MEANINGS[name]}", 110, initial_indent=" " * 4, subsequent_indent=" " * 8)
+        textwrap.fill(
+            f"{name}: {_MEANINGS[name]}{more.get(name, '')}", 110, initial_indent=" " * 4, subsequent_indent=" " * 8
+        )
         for name in (*names, "kwargs")
     ]
     raises = "Raises:\n    InputError: arguments contradict each other or have the wrong shape."

@@ -104,7 +104,7 @@ def quantize(
     *,
     tokenizer: Tokenizer | None = None,
     texts: Sequence[str] | None = None,
-    report: Callable[[str], None] = logger.info,
+    report: Callable[[str], None] | None = None,
 ) -> Any:
     """Quantize a model in place, and measure what it costs.
 
@@ -113,7 +113,7 @@ def quantize(
         quantization_config: "int8", "int4", "int8-weight-only", "int4-weight-only", or a `QuantizationConfig`.
         tokenizer: of the model; without it the model is measured on ids drawn at random, which says less.
         texts: such as it will read; a few thousand tokens suffice. None takes those that come with the package.
-        report: called with a line about each step.
+        report: called with a line about each step; None logs it.
 
     Returns:
         The model. `model.quantization` says what was measured.
@@ -131,7 +131,7 @@ def quantize(
     if isinstance(model, SentenceEncoder):
         quantize(model.model, quantization_config, tokenizer=tokenizer, texts=texts, report=report)
         return model
-    config = resolve(quantization_config)
+    config, report = resolve(quantization_config), report or logger.info
     if quantized_modules(model):
         scheme = "a part of it" if model.quantization is None else model.quantization.scheme
         raise ValueError(f"the model is quantized already, as {scheme}; take the float checkpoint")
