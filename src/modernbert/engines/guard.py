@@ -151,7 +151,7 @@ class Frozen:
             if self._modules and why:
                 logger.info("a frozen model was thawed, and computes without kernels now: %s", why)
             for parameter, numbers in self._parameters.values():
-                parameter.thaw(numbers())
+                FrozenWeight.thaw(parameter, numbers())  # which leaves what somebody swapped for another as it is
             for switched in self._switched:
                 switched.requires_grad_(True)
             for module in (reference() for reference in self._modules):

@@ -1,1 +1,1 @@
-"""Training: text, tokenizer, masking, optimizer and the loop of pretraining."""
+"""The engine of every run of training: steps, optimizers, schedules, checkpoints, many processes, reports."""

@@ -1,1 +1,1 @@
-"""Kernels of our own for CPUs, and PyTorch's place taken by them where they run."""
+"""The engine for CPUs: C kernels (in `native/`), what they do on tensors, and a backbone as a program of them."""

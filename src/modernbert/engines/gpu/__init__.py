@@ -1,1 +1,1 @@
-"""Kernels for graphics cards, in Triton: what PyTorch's own would take several passes over memory for."""
+"""The engine for GPUs: Triton kernels, recorded launches, flash and flex attention, and a backbone made of them."""
