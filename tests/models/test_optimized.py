@@ -505,6 +505,15 @@ def test_a_frozen_encoder_in_a_model_whose_output_shares_its_embedding(small_mod
 
 
 @torch.no_grad()
+def test_an_output_of_another_class_may_share_the_embedding(small_model):
+    x, output = ids(1, 9), torch.nn.Linear(48, 96)
+    output.weight = small_model.get_input_embeddings().weight
+    small_model.decoder = output
+    expected = small_model(x).logits
+    torch.testing.assert_close(small_model.optimize_for_inference()(x).logits, expected)
+
+
+@torch.no_grad()
 def test_calls_by_keyword_and_inputs_that_do_not_fit_are_as_of_plain_layers(small_model):
     x, vectors = ids(1, 5), torch.randn(2, 48)
     plain = copy.deepcopy(small_model)

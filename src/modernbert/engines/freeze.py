@@ -88,8 +88,9 @@ def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone) -> None:
         engine = None
     # An output that shares the embedding's weight is laid out while that still has its numbers.
     tied = {m: kind.lay_out([m], gated=False) for m in linear if any(embedding in owners[p] for p in _owned(m))}
-    # A model around this one may have an output of the embedding's weight, which then stays where it is.
-    alone = model is not backbone or not backbone.embeddings.is_tied
+    # Another output, or one of a model around this one, may compute with the embedding's weight, which then stays.
+    users = {owner for parameter in _owned(embedding) for owner in owners[parameter]}
+    alone = users <= {embedding, *linear} and (model is not backbone or not backbone.embeddings.is_tied)
     if table is not None:
         serve = functools.partial(F.embedding, weight=table) if isinstance(table, Tensor) else table
         frozen.guard(embedding, serve, hold=alone)

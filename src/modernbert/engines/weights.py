@@ -25,20 +25,10 @@ Embedding = Tensor | Callable[[Tensor], Tensor]
 
 
 class LaidOut(Protocol):
-    """A weight and its bias in the layout of whoever multiplies by them.
-
-    Attributes:
-        gated: whether the first half of its outputs lies beside the second half, which it gates.
-    """
-
-    gated: bool
+    """A weight and its bias in the layout of whoever multiplies by them. Engines know the gated ones by their class."""
 
     def product(self, x_TI: Tensor) -> Tensor:
         """(T, I) to (T, O), of a weight that is not gated."""
-        ...
-
-    def gated_product(self, x_TI: Tensor, activation: str) -> Tensor:
-        """The activated first half of the outputs times the second half, (T, O / 2), of a gated weight."""
         ...
 
     def to_dense(self) -> Tensor:
@@ -169,7 +159,7 @@ class FloatLinear:
         weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
         bias_O = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
         if gpu.serving(weight_OI.dtype, weight_OI.device):
-            return TritonWeight(weight_OI, bias_O, gated)
+            return TritonWeight(weight_OI, bias_O)
         if cpu.serving(weight_OI.dtype, weight_OI.device) is not None:
             return NativeWeight(weight_OI, bias_O, gated)
         return OneDnnWeight(weight_OI, bias_O)

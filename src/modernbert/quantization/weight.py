@@ -176,8 +176,6 @@ class PackedIntegers(NativeWeight):
 class PlainIntegers:
     """A quantized weight, with its bias, where there are no kernels."""
 
-    gated = False
-
     def __init__(self, weight: QuantizedWeight, bias_O: Tensor | None = None) -> None:
         self.weight, self._bias = weight, bias_O
 

@@ -20,8 +20,6 @@ class OneDnnWeight:
         tokens: a typical number of tokens, which the layout is chosen by; any number works.
     """
 
-    gated = False
-
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, tokens: int = 256) -> None:
         dense = weight_OI.detach().to(onednn_computes(weight_OI.dtype)).contiguous()
         self.reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(dense, tokens)
@@ -33,10 +31,6 @@ class OneDnnWeight:
         if not onednn_serves(x_TI):  # somebody switched it off since
             return linear(x_TI, self.to_dense(), self.bias)
         return product(x_TI, self.like, self.bias, self.reordered)
-
-    def gated_product(self, x_TI: Tensor, activation: str) -> Tensor:
-        """oneDNN has none."""
-        raise NotImplementedError
 
     def to_dense(self) -> Tensor:
         """The weight, (O, I)."""

@@ -351,21 +351,15 @@ class TritonWeight:
     Args:
         weight_OI: (O, I), on a card.
         bias_O: (O,) or None.
-        gated: its product is the activated first half of the outputs times the second half.
     """
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, gated: bool = False) -> None:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
         self.weight = weight_OI.detach().contiguous()
         self.bias = bias_O
-        self.gated = gated
 
     def product(self, x_TI: Tensor) -> Tensor:
         """(T, I) to (T, O)."""
         return product(_rows(x_TI), self.weight, self.bias)
-
-    def gated_product(self, x_TI: Tensor, activation: str) -> Tensor:
-        """(T, I) to (T, O / 2)."""
-        return gated_product(_rows(x_TI), self.weight, self.bias, activation)
 
     def to_dense(self) -> Tensor:
         """The weight, (O, I)."""
