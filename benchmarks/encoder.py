@@ -80,7 +80,7 @@ def run(contender, workload, dtype, folder, threads, repeats):
     """Seconds and peak memory of one contender, in this process."""
     import torch
 
-    from modernbert.bench import lengths_of
+    from modernbert.tools.bench import lengths_of
 
     lengths = lengths_of(workload)
     ids = torch.full((len(lengths), max(lengths)), 50283)
@@ -104,7 +104,7 @@ def main():
     import torch
 
     from modernbert import ModernBertConfig
-    from modernbert.bench import lengths_of, limits, useful_flops
+    from modernbert.tools.bench import lengths_of, limits, useful_flops
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", default=",".join(CONTENDERS))

@@ -150,11 +150,11 @@ def _theirs(task: str, options: dict, seed: int) -> dict:
     import torch
     import transformers
 
-    from modernbert.finetuning import run as ours
-    from modernbert.finetuning.options import OPTIONS
-    from modernbert.finetuning.tasks import TASKS
     from modernbert.pipelines import small_model
+    from modernbert.training import finetune as ours
     from modernbert.training.schedules import make_schedule
+    from modernbert.training.tasks.catalog import TASKS
+    from modernbert.training.tasks.options import OPTIONS
 
     transformers.logging.set_verbosity_error()
     settings = OPTIONS[task].of(ours.settings_of(task, {**options, "seed": seed}, None, False).__dict__)
@@ -243,7 +243,7 @@ def _trainer(task, worker, rows, tokenizer, small, arguments, optimizers, counte
         data = {**encoded, "labels": labels}
         collate = transformers.DataCollatorForTokenClassification(tokenizer)
     elif task == "multiple-choice":
-        from modernbert.finetuning.tasks.multiple_choice import choice_number
+        from modernbert.training.tasks.multiple_choice import choice_number
 
         rows_ids = []
         for v in values:

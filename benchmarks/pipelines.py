@@ -49,7 +49,7 @@ def make_checkpoints(folder, size, tokenizer):
 
 def read_texts(file, column, count):
     """So many texts of a file, from its beginning again where there are fewer."""
-    from modernbert.records import read_records
+    from modernbert.io.tables import read_records
 
     texts = [record[column] for record in read_records(Path(file))]
     return [texts[i % len(texts)] for i in range(count)]

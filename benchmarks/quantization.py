@@ -18,10 +18,10 @@ import torch.nn.functional as F
 
 from modernbert import AutoModelForCausalLM, AutoModelForMaskedLM, Tokenizer, finetune, quantize
 from modernbert.auto import load_as_saved
-from modernbert.files import write_text
-from modernbert.finetuning.run import read_rows, settings_of
-from modernbert.finetuning.tasks import TASKS
+from modernbert.io.files import write_text
 from modernbert.pipelines import small_model
+from modernbert.training.finetune import read_rows, settings_of
+from modernbert.training.tasks.catalog import TASKS
 
 SCHEMES = ("float32", "int8", "int8-weight-only", "int4", "int4-weight-only")
 _LONGEST = 400

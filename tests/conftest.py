@@ -27,7 +27,7 @@ from tokenizers import Tokenizer as Backend
 import modernbert
 from modernbert import ModernBertConfig, ModernBertForMaskedLM
 from modernbert.pipelines import small_model as small_model_folder
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.tokenizer import Tokenizer
 from tests.heads import DECODER_HEADS, HEADS
 
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)

@@ -35,8 +35,8 @@ _EXPORTS = {
     "QuantizationConfig": "quantization.options",
     "SentenceEncoder": "models.sentence_encoder",
     "TextStreamer": "decoding.text",
-    "Tokenizer": "tokenizer",
-    "finetune": "finetuning.run",
+    "Tokenizer": "text.tokenizer",
+    "finetune": "training.finetune",
     "pipeline": "pipelines",
     "quantize": "quantization.gate",
 }
@@ -47,7 +47,7 @@ __all__ = sorted([*_EXPORTS, "__version__"])
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _EXPORTS[name] not in ("config", "tokenizer"):
+    if _EXPORTS[name] not in ("config", "text.tokenizer"):
         importlib.import_module(f"{__name__}.quantization")  # which lets models read its checkpoints
     return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
 

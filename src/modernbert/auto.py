@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from modernbert import quantization
 from modernbert.config import Config
 from modernbert.errors import ConfigError, shown
-from modernbert.hub import Source
+from modernbert.io.hub import Source
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, contents_of
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.tokenizer import Tokenizer
 
 quantization.register()  # whatever is loaded here may be quantized
 

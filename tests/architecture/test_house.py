@@ -107,8 +107,8 @@ def test_the_library_never_imports_transformers(path):
 
 
 def test_only_hub_talks_to_the_hub():
-    users = {room(p) for p in FILES if any(n.split(".")[0] == "huggingface_hub" for n in imported(p))}
-    assert users == {"hub"}
+    users = {module_of(p) for p in FILES if any(n.split(".")[0] == "huggingface_hub" for n in imported(p))}
+    assert users == {"modernbert.io.hub"}
 
 
 def test_exported_names():

@@ -368,7 +368,7 @@ def test_a_full_disk_names_the_file_and_loses_nothing(heads, tmp_path, capsys):
 
 
 def test_a_job_whose_input_has_become_shorter_is_not_taken_for_finished(tmp_path):
-    from modernbert.records import ResumableOutput
+    from modernbert.io.tables import ResumableOutput
 
     first = ResumableOutput(tmp_path / "out.jsonl", {})
     first.__enter__()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import modernbert
-from modernbert.encoding import BatchEncoding
 from modernbert.errors import InputError
+from modernbert.text.encoding import BatchEncoding
 from tests.conftest import SMALL, random_decoder
 from tests.heads import DECODER_HEADS, HEADS
 

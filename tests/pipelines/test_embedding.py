@@ -16,7 +16,7 @@ from modernbert import SentenceEncoder, pipeline
 from modernbert.errors import CheckpointError, InputError
 from modernbert.pipelines import small_model
 from modernbert.pipelines.sentence_embedding import maxsim
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.tokenizer import Tokenizer
 from tests.hub_server import write_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # sentence-transformers deprecates its own older names

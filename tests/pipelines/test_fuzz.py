@@ -16,7 +16,7 @@ import pytest
 
 from modernbert import pipeline
 from modernbert.errors import shown
-from modernbert.records import ResumableOutput, count_records, read_records
+from modernbert.io.tables import ResumableOutput, count_records, read_records
 from tests.pipelines.test_streams import CASES
 
 CALLS = int(os.environ.get("MODERNBERT_FUZZ", "330"))

@@ -14,7 +14,7 @@ import modernbert
 from modernbert import AutoModel, QuantizationConfig, pipeline
 from modernbert.errors import CheckpointError, InputError
 from modernbert.pipelines import small_model
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.tokenizer import Tokenizer
 from tests.pipelines.test_streams import CASES
 
 pandas = pytest.importorskip("pandas")

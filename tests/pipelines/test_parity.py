@@ -12,7 +12,7 @@ import transformers
 
 import modernbert
 from modernbert import pipeline
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.tokenizer import Tokenizer
 from tests.heads import HEADS
 
 TAGS = ["O", "B-person", "I-person", "B-location", "I-location"]

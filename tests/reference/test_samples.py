@@ -18,7 +18,7 @@ from modernbert import (
     ModernBertDecoderForCausalLM,
     ModernBertForMaskedLM,
 )
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.tokenizer import Tokenizer
 from tests.hub_server import write_cache
 
 PAGES = Path(__file__).parents[3] / "shared" / "reference"

@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from modernbert.finetuning.options import OPTIONS
 from modernbert.training.chart import Line, centred_mean, draw_lines
 from modernbert.training.contract import Evaluation, Outcome
 from modernbert.training.report import chance_of, write_results
+from modernbert.training.tasks.options import OPTIONS
 
 
 def written(folder, history, evaluation, task="text-classification", best=None, notes=("a <note>",), **options):

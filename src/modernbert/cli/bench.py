@@ -12,7 +12,7 @@ import typer
 from modernbert.errors import InputError
 
 if TYPE_CHECKING:
-    from modernbert.bench import Limits, Result
+    from modernbert.tools.bench import Limits, Result
 
 
 def bench(
@@ -38,8 +38,8 @@ def bench(
 
     import torch
 
-    from modernbert.bench import draw, lengths_of, limits, measure
-    from modernbert.files import replacing
+    from modernbert.io.files import replacing
+    from modernbert.tools.bench import draw, lengths_of, limits, measure
 
     for workload in workloads:
         lengths_of(workload)
@@ -98,7 +98,7 @@ def _show(dtype: str, machine: Limits, results: list[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from modernbert.bench import PARTS, described
+    from modernbert.tools.bench import PARTS, described
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"\n[bold]{dtype}[/bold], {results[0].backend}")

@@ -30,8 +30,8 @@ def attention(
     Example: modernbert attention "The dog ran across the road." --output attention.html
     """
     from modernbert.auto import AutoModel
-    from modernbert.explain import attention_of, draw_attention
-    from modernbert.files import write_text
+    from modernbert.io.files import write_text
+    from modernbert.tools.explain import attention_of, draw_attention
 
     _check_page(output, overwrite)
     loaded, tokenizer = _loaded(AutoModel, model, device, dtype)
@@ -55,9 +55,9 @@ def attribution(
     Example: modernbert attribution "The dog ran across the [MASK]." --output attribution.html
     """
     from modernbert.auto import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, kind_of
-    from modernbert.explain import attribute, draw_attribution
-    from modernbert.files import write_text
+    from modernbert.io.files import write_text
     from modernbert.pipelines import small_model
+    from modernbert.tools.explain import attribute, draw_attribution
 
     _check_page(output, overwrite)
     kind = kind_of(AutoConfig.from_pretrained(model or small_model()).extra)
@@ -81,7 +81,7 @@ def _check_page(output: Path, overwrite: bool) -> None:
 
 def _loaded(auto: Any, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:
     from modernbert.pipelines import small_model
-    from modernbert.tokenizer import Tokenizer
+    from modernbert.text.tokenizer import Tokenizer
 
     where = model or small_model()
     dtype = "float32" if dtype is None and model is None else dtype

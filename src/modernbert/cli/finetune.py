@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from modernbert.cli.flags import Say, command, tell
-from modernbert.finetuning.options import OPTIONS, FinetuneOptions
+from modernbert.training.tasks.options import OPTIONS, FinetuneOptions
 
 finetune = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +22,7 @@ def _command(task: str, options: type[FinetuneOptions]) -> Callable[..., None]:
     """The command of a task."""
 
     def act(say: Say, config: Path | None, resume: bool, given: dict[str, Any]) -> None:
-        from modernbert.finetuning.run import finetune as tune
+        from modernbert.training.finetune import finetune as tune
 
         say(f"{task}: {options.__doc__ or ''}".strip())
         result = tune(task, config=config, resume=resume, say=say, **given)

@@ -24,7 +24,7 @@ def info(
 
     Example: modernbert info answerdotai/ModernBERT-base
     """
-    from modernbert.records.writing import to_json
+    from modernbert.io.tables.writing import to_json
 
     try:
         tokens = [int(n) for n in lengths.split(",")]
@@ -51,11 +51,11 @@ def describe(name_or_folder: str, lengths: list[int], revision: str | None = Non
         NotFoundError, CheckpointError, ConfigError: it cannot be read.
     """
     from modernbert.auto import AutoConfig, architectures_of, kind_of
-    from modernbert.checkpoint import weight_files, weight_names
-    from modernbert.hub import Source
+    from modernbert.io.checkpoint import weight_files, weight_names
+    from modernbert.io.hub import Source
     from modernbert.models.sentence_layout import MODEL, contents_of, kind_of_part
     from modernbert.quantization.options import Record
-    from modernbert.tokenizer import Tokenizer
+    from modernbert.text.tokenizer import Tokenizer
 
     source = Source(name_or_folder, revision)
     contents = contents_of(source)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modernbert.errors import InputError, listed, shown
-from modernbert.records.reading import SUFFIXES, Record, sure
+from modernbert.io.tables.reading import SUFFIXES, Record, sure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +237,7 @@ def fingerprint(path: Path | None) -> Any:
 def checkpoint_fingerprint(name_or_folder: str | None, revision: str | None) -> Any:
     """What tells one checkpoint from another: a folder's files, or the commit of what the Hub's cache holds."""
     from modernbert.errors import CheckpointError
-    from modernbert.hub import Source
+    from modernbert.io.hub import Source
 
     if name_or_folder is None:
         return None

@@ -28,12 +28,12 @@ def quantize(
     Example: modernbert quantize answerdotai/ModernBERT-base --output base-int8
     """
     from modernbert.auto import load_as_saved
-    from modernbert.files import making, write_text
-    from modernbert.hub import Source
+    from modernbert.io.files import making, write_text
+    from modernbert.io.hub import Source
     from modernbert.models.sentence_layout import CROSS_ENCODER, SETTINGS, contents_of
     from modernbert.quantization.gate import quantize as act
     from modernbert.quantization.options import QuantizationConfig
-    from modernbert.tokenizer import Tokenizer
+    from modernbert.text.tokenizer import Tokenizer
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output is {output}, which is there already; name another folder")
@@ -86,8 +86,8 @@ def described(record: dict[str, Any]) -> list[str]:
 
 def _read(path: Path, column: str | None) -> list[str]:
     """Texts of a file."""
-    from modernbert.records import read_records
-    from modernbert.records.reading import sure
+    from modernbert.io.tables import read_records
+    from modernbert.io.tables.reading import sure
 
     if not path.exists():
         raise InputError(f"there is no file {path}")

@@ -213,8 +213,8 @@ def _answer_all(
     flags: dict[str, str],
 ) -> None:
     """Answer every input, and print or write the answers as they come."""
-    from modernbert.records import ResumableOutput, count_records, place_of, read_records
-    from modernbert.records.writing import as_lists, to_json
+    from modernbert.io.tables import ResumableOutput, count_records, place_of, read_records
+    from modernbert.io.tables.writing import as_lists, to_json
 
     to_people = output is None and not as_json and sys.stdout.isatty()
     if serve.task == "text-generation" and to_people and serve.can_stream(**options):
@@ -384,9 +384,9 @@ def _check(
     vectors: bool = False,
 ) -> None:
     """Refuse what cannot be read or written before a model is loaded for it."""
-    from modernbert.records import place_of
-    from modernbert.records.reading import check_file
-    from modernbert.records.writing import check_output
+    from modernbert.io.tables import place_of
+    from modernbert.io.tables.reading import check_file
+    from modernbert.io.tables.writing import check_output
 
     file = None if source is None else place_of(source)[0]
     if texts and file:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeGuard
 
 from modernbert.errors import ConfigError, shown
-from modernbert.files import write_text
-from modernbert.hub import Source
+from modernbert.io.files import write_text
+from modernbert.io.hub import Source
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")

@@ -24,8 +24,8 @@ from modernbert.decoding.options import GenerationOptions, shows_options
 from modernbert.decoding.samplers import Generators
 from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, listed
-from modernbert.files import write_text
-from modernbert.hub import Source
+from modernbert.io.files import write_text
+from modernbert.io.hub import Source
 from modernbert.nn.inputs import check_tensors
 from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.packing import PackedInputs, on_device

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modernbert.config import Config
 from modernbert.errors import CheckpointError, InputError
-from modernbert.hub import Source
+from modernbert.io.hub import Source
 
 KEY = "quantization_config"  # in config.json, as everywhere in the field
 

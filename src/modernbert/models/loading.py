@@ -13,7 +13,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from modernbert.checkpoint import (
+from modernbert.config import Config
+from modernbert.engines.guard import is_frozen
+from modernbert.errors import CheckpointError, listed
+from modernbert.io.checkpoint import (
     PLAIN,
     QUANTIZED,
     dtype_of,
@@ -22,10 +25,7 @@ from modernbert.checkpoint import (
     weight_names,
     write_weights,
 )
-from modernbert.config import Config
-from modernbert.engines.guard import is_frozen
-from modernbert.errors import CheckpointError, listed
-from modernbert.hub import Source
+from modernbert.io.hub import Source
 from modernbert.models.formats import KEY, weight_format
 from modernbert.models.initialization import initialize
 from modernbert.models.placement import resolve_device, resolve_dtype
@@ -118,7 +118,7 @@ class Checkpointed(nn.Module):
             quantization_config: quantize after loading: "int8", "int4", "int8-weight-only", "int4-weight-only", a
                 `QuantizationConfig`, or a `BitsAndBytesConfig`. What it costs is measured, on the CPU; see
                 `modernbert.quantize`. On a GPU torchao's kernels serve, and nothing is measured.
-            revision, subfolder, cache_dir, token, local_files_only: where to look; see `modernbert.hub.Source`.
+            revision, subfolder, cache_dir, token, local_files_only: where to look; see `modernbert.io.hub.Source`.
             config_overrides: fields of the configuration to change, such as `num_labels=5`.
 
         Raises:

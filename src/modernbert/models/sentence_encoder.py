@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modernbert.checkpoint import read_weights, weight_files, weight_names, write_weights
 from modernbert.config import ModernBertDecoderConfig
 from modernbert.errors import CheckpointError, InputError, listed, shown
-from modernbert.files import write_text
-from modernbert.hub import Source
+from modernbert.io.checkpoint import read_weights, weight_files, weight_names, write_weights
+from modernbert.io.files import write_text
+from modernbert.io.hub import Source
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.formats import Quantization, weight_format
 from modernbert.models.sentence_layout import (

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from modernbert.errors import CheckpointError, ConfigError, listed, shown
-from modernbert.hub import Source, could_be_a_name
+from modernbert.io.hub import Source, could_be_a_name
 from modernbert.nn.pooling import POOLINGS
 
 MODULES = "modules.json"

@@ -103,7 +103,7 @@ def pipeline(
 def _task_of(model: Any, kwargs: dict[str, Any]) -> str:
     """The task of a model's head."""
     from modernbert.auto import kind_of
-    from modernbert.hub import Source
+    from modernbert.io.hub import Source
     from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, contents_of
 
     if isinstance(model, str | Path):

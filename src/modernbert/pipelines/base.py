@@ -20,15 +20,15 @@ import torch
 from tokenizers import Encoding
 
 from modernbert.auto import TRAINED_HEADS, architectures_of, kind_of
-from modernbert.encoding import TRUNCATIONS, UNLIMITED
 from modernbert.engines.guard import is_frozen
 from modernbert.errors import InputError, listed, shown
-from modernbert.hub import Source
+from modernbert.io.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.nn.packing import PackedInputs
 from modernbert.pipelines.checks import check_count, check_iterable, check_text, short, watched
 from modernbert.pipelines.progress import progress_bar
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.encoding import TRUNCATIONS, UNLIMITED
+from modernbert.text.tokenizer import Tokenizer
 
 _LOADING = ("attn_implementation", "device_map", "quantization_config")
 _PLACES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")

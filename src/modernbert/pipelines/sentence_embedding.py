@@ -17,7 +17,7 @@ from tokenizers import Encoding
 from modernbert.auto import TRAINED_HEADS, AutoConfig, kind_of
 from modernbert.config import ModernBertConfig
 from modernbert.errors import CheckpointError, InputError, listed, shown
-from modernbert.hub import Source
+from modernbert.io.hub import Source
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.placement import resolve_device
 from modernbert.models.sentence_encoder import SentenceEncoder
@@ -33,7 +33,7 @@ from modernbert.pipelines.checks import (
     check_switch,
     check_text,
 )
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

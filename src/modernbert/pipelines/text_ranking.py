@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from modernbert.auto import kind_of
 from modernbert.errors import CheckpointError, InputError, shown
-from modernbert.hub import Source
+from modernbert.io.hub import Source
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, Contents, contents_of, settings_of
 from modernbert.pipelines.base import Job, Pipeline, Row

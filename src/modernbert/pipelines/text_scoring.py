@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from modernbert.auto import AutoModelForCausalLM
-from modernbert.encoding import UNLIMITED
 from modernbert.errors import InputError
 from modernbert.models.decoder import ModernBertDecoderForCausalLM
 from modernbert.pipelines.base import Job, Pipeline, Row
 from modernbert.pipelines.checks import check_count, check_switch, check_text, short
+from modernbert.text.encoding import UNLIMITED
 
 _ROWS_TOGETHER = 512  # whose scores over the whole vocabulary are alive at once
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modernbert.models.forward import Arguments
 from modernbert.nn.layers import Linear
 from modernbert.nn.packing import PackedInputs
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.tokenizer import Tokenizer
 
 _LENGTH = 256  # tokens of a text at most
 _BATCH = 1024

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modernbert.config import Config
 from modernbert.errors import CheckpointError
-from modernbert.hub import Source
+from modernbert.io.hub import Source
 from modernbert.models.formats import Names
 from modernbert.quantization.modules import PARTS, QuantizedEmbedding, from_parts, part_names, put, quantized_modules
 from modernbert.quantization.options import BFLOAT16, QuantizationConfig, Record, resolve

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.errors import InputError, QuantizationError
-from modernbert.hub import Source
+from modernbert.io.hub import Source
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.formats import KEY
 from modernbert.models.sentence_encoder import SentenceEncoder
@@ -41,7 +41,7 @@ from modernbert.quantization.options import BFLOAT16, SCHEMES, QuantizationConfi
 from modernbert.quantization.rounding import Scheme, choose_columns, round_weight
 from modernbert.quantization.torchao import quantize_by_torchao
 from modernbert.quantization.weight import QuantizedWeight, pack_quantized
-from modernbert.tokenizer import Tokenizer
+from modernbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modernbert.errors import CheckpointError, InputError
-from modernbert.files import replace_folder
+from modernbert.io.files import replace_folder
 
 logger = logging.getLogger(__name__)
 STATE, ABOUT = "optimizer.safetensors", "trainer.json"
@@ -96,7 +96,7 @@ def discard(output: Path, step: int) -> None:
 
 
 def recover(output: Path) -> None:
-    """Put back the checkpoint that a run was replacing when it was killed; see `modernbert.files.replace_folder`."""
+    """Put back the checkpoint that a run was replacing when it was killed; see `modernbert.io.files.replace_folder`."""
     for previous in output.glob(".checkpoint-*.previous"):
         final = output / previous.name.removeprefix(".").removesuffix(".previous")
         if final.exists():

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from modernbert import __version__
 from modernbert.errors import InputError
-from modernbert.files import naming, write_text
+from modernbert.io.files import naming, write_text
 from modernbert.training.checkpoints import checkpoints, last_checkpoint, recover, step_of
 from modernbert.training.options import TrainingOptions
 

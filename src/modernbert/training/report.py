@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from modernbert import __version__
-from modernbert.files import write_text
+from modernbert.io.files import write_text
 from modernbert.training.chart import Line, centred_mean, draw_lines
 from modernbert.training.contract import Evaluation, Outcome
 from modernbert.training.folder import METRICS, RESULTS

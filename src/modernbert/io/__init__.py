@@ -1,0 +1,1 @@
+"""Reading and writing: the Hub, safetensors, whole files, tables of rows."""

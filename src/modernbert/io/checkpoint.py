@@ -1,0 +1,143 @@
+"""Checkpoints on disk: safetensors, whole or in shards, and JSON. Nothing in a checkpoint is ever executed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modernbert.errors import CheckpointError, printable
+from modernbert.io.files import replacing, write_text
+from modernbert.io.hub import Source
+
+# Quantized weights have a name of their own, so that no program reads whole numbers for the floats they stand for.
+PLAIN, QUANTIZED = "model", "quantized"
+_WEIGHTS, _INDEX = "{}.safetensors", "{}.safetensors.index.json"
+_SHARD = "{}-{:05d}-of-{:05d}.safetensors"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, Tensor], max_shard_size: int | str = "5GB", name: str = PLAIN
+) -> None:
+    """Write tensors as `model.safetensors`, or in shards with an index where they are larger than one shard.
+
+    Args:
+        folder: made where missing. Weight files of an earlier save that this one does not use are removed last.
+        tensors: by name; they are written in the order of their names, so that equal tensors give equal bytes.
+        max_shard_size: bytes, or a text such as "500MB" or "5GB".
+        name: what stands in the place of "model" in the files' names.
+    """
+    limit = _bytes(max_shard_size)
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key in sorted(tensors):
+        tensor = tensors[key].detach().contiguous().cpu()
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    numbers = range(1, len(shards) + 1)
+    names = [_SHARD.format(name, i, len(shards)) for i in numbers] if len(shards) > 1 else [_WEIGHTS.format(name)]
+    for file, shard in zip(names, shards, strict=True):
+        with replacing(folder / file) as temporary:
+            save_file(shard, temporary, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(t.nbytes for shard in shards for t in shard.values())
+        where = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        names.append(_INDEX.format(name))
+        write_text(folder / names[-1], json.dumps(index, indent=2) + "\n")
+    ours = re.compile(rf"({PLAIN}|{QUANTIZED})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    for stale in [path for path in folder.iterdir() if ours.fullmatch(path.name) and path.name not in names]:
+        stale.unlink(missing_ok=True)
+
+
+def weight_files(source: Source) -> list[Path]:
+    """The safetensors files of a checkpoint, downloaded where need be.
+
+    Raises:
+        CheckpointError: there are none, or an index names files that are missing. A pickle is refused with the
+            way to convert it, and so is an adapter, which changes what the weights beside it give.
+    """
+    source.refuse_adapter()
+    for stem in (PLAIN, QUANTIZED):
+        whole = source.find(_WEIGHTS.format(stem))
+        if whole is not None:
+            return [whole]
+        if source.find(_INDEX.format(stem)) is not None:
+            where = source.read_json(_INDEX.format(stem)).get("weight_map")
+            if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+                raise CheckpointError(
+                    f"{_INDEX.format(stem)} of {source.name_or_folder} has no weight_map of tensors' names and files"
+                )
+            return [source.need(file) for file in sorted(set(where.values()))]
+    for name in _PICKLES:
+        if source.exists(name):
+            raise CheckpointError(
+                f"{source.name_or_folder} holds its weights as {name}, a pickle, which can run code when it is "
+                "loaded. Convert it where you trust it: `import torch; from safetensors.torch import save_file; "
+                "save_file({k: v.clone() for k, v in torch.load('pytorch_model.bin', weights_only=True).items()}, "
+                "'model.safetensors', metadata={'format': 'pt'})`"
+            )
+    offline = "" if source.folder else ", or they are not in the cache and the Hub cannot be reached"
+    wanted = f"{_WEIGHTS.format(PLAIN)} nor {_INDEX.format(PLAIN)}"
+    raise CheckpointError(f"{source.folder or source.name_or_folder} holds neither {wanted}{offline}")
+
+
+def weight_names(files: list[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+    """Of each tensor in these files: its file, its shape, and its dtype as safetensors spells it ("F32")."""
+    names: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    for path in files:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                piece = file.get_slice(name)
+                names[name] = (path, tuple(piece.get_shape()), piece.get_dtype())
+    return names
+
+
+def read_weights(files: list[Path], wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors one by one, so that no more than one of them exists beside what the caller keeps."""
+    for path in files:
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                if wanted(name):
+                    yield name, file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {printable(str(error), limit=200)}") from error
+
+
+def dtype_of(names: Mapping[str, tuple[Path, tuple[int, ...], str]]) -> torch.dtype | None:
+    """The floating dtype that most of a checkpoint's numbers have; None where there are none."""
+    spelled = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    counts: dict[torch.dtype, int] = {}
+    for _, shape, dtype in names.values():
+        if dtype in spelled:
+            numbers = torch.Size(shape).numel()
+            counts[spelled[dtype]] = counts.get(spelled[dtype], 0) + numbers
+    return max(counts, key=lambda d: counts[d]) if counts else None
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", size.upper())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"max_shard_size is {size!r}; give bytes or a text such as '500MB' or '5GB'")
+    return int(float(match[1]) * _UNITS[match[2]])

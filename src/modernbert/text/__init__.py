@@ -1,0 +1,1 @@
+"""Text in, token ids out: the tokenizer and its encodings."""

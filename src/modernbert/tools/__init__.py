@@ -1,0 +1,1 @@
+"""What tells of models and machines: speed, attention, attributions."""

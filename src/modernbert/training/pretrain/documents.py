@@ -1,0 +1,172 @@
+"""Raw text: documents of files, folders, datasets and standard input, some of them held out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from modernbert.errors import InputError
+from modernbert.io.tables import parts_of, read_records
+from modernbert.io.tables.reading import sure
+from modernbert.io.tables.structured import is_dataset
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+STANDARD_INPUT = "-"
+
+
+class Document(NamedTuple):
+    """One document.
+
+    Attributes:
+        text: all of it.
+        source: name of the source that it belongs to.
+        held_out: whether it is kept out of training.
+    """
+
+    text: str
+    source: str
+    held_out: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where documents are.
+
+    Attributes:
+        source: name of the source.
+        path: a file, or a folder of the `datasets` library.
+        group: documents of one group are held out by one share: those of a file, or the .txt files of a folder.
+    """
+
+    source: str
+    path: Path
+    group: str
+    is_standard_input: bool = False
+
+
+class Collection:
+    """Documents of files; iterating gives them in the order of their paths, each time the same.
+
+    A .txt file is one document; a row of another file is one, its text in `column`; so is a line of standard input.
+
+    Of every file of rows and every folder of .txt files the same share is held out, rounded to whole documents:
+    those whose texts hash lowest, which are the same ones at every run and on any machine.
+
+    Args:
+        paths: files; folders, which are searched for them; folders of the `datasets` library; "-" is standard input.
+            `NAME=PATH` names the source that a path belongs to; else it is the path's own name.
+        held_out: share of the documents to keep out of training; 1 keeps out all.
+        column: where rows hold their text.
+
+    Raises:
+        InputError: a path does not exist or has another suffix, or a row of it holds no text.
+    """
+
+    def __init__(self, paths: Iterable[str | Path], held_out: float = 0.0, column: str = "text") -> None:
+        if not 0 <= held_out <= 1:
+            raise InputError(f"the held-out share is {held_out}; it must lie in [0, 1]")
+        self.column = column
+        self._spool: Path | None = None
+        self.places: list[_Place] = []
+        unnamed: dict[str, str] = {}
+        given: dict[Path, str] = {}
+        for path in map(str, paths):
+            found = list(self._places(path))
+            source = found[0].source
+            if not path.startswith(f"{source}=") and unnamed.setdefault(source, path) != path:
+                raise InputError(f"{unnamed[source]} and {path} would both be called {source}; write NAME=PATH")
+            for place in found:
+                if before := given.get(place.path.resolve()):
+                    raise InputError(f"{place.path} is given twice, by {before} and by {path}; give it once")
+            given |= {place.path.resolve(): path for place in found}
+            self.places += found
+        self.held_out = self._lowest(held_out)
+
+    def __iter__(self) -> Iterator[Document]:
+        for number, (text, place) in enumerate(self._texts()):
+            yield Document(text, place.source, number in self.held_out)
+
+    def _lowest(self, share: float) -> set[int]:
+        """Numbers of the documents that are held out."""
+        groups: dict[str, list[tuple[bytes, int]]] = {}
+        self.documents = 0
+        for number, (text, place) in enumerate(self._texts()):
+            self.documents += 1
+            if share:
+                groups.setdefault(place.group, []).append((hashlib.sha256(text.encode()).digest(), number))
+        return {number for group in groups.values() for _, number in sorted(group)[: round(len(group) * share)]}
+
+    def _texts(self) -> Iterator[tuple[str, _Place]]:
+        for place in self.places:
+            if place.path.suffix == ".txt":
+                yield place.path.read_text(encoding="utf-8", errors="replace"), place
+                continue
+            parts: list[str | None] = [*parts_of(place.path)]
+            for part in parts or [None]:
+                for number, record in enumerate(read_records(place.path, part=part), 1):
+                    yield self._text_of(sure(record), place, number), place
+
+    def _text_of(self, record: dict[str, Any], place: _Place, number: int) -> str:
+        column = "text" if place.is_standard_input else self.column
+        text = record.get(column)
+        if not isinstance(text, str):
+            found = "nothing" if text is None else f"a {type(text).__name__}"
+            has = f"{found} in" if column in record else "no column"
+            raise InputError(f"{place.path}, row {number}, has {has} {column!r}; name the column of the text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{place.path}, row {number}, is no Unicode text: {error}") from None
+        return text
+
+    def _places(self, given: str) -> Iterator[_Place]:
+        name, named, rest = given.partition("=")
+        if not named or Path(given).exists():
+            name, rest = "", given
+        if rest == STANDARD_INPUT:
+            path = self._spooled()
+            yield _Place(name or "standard input", path, str(path), is_standard_input=True)
+            return
+        path = Path(rest)
+        source = name or path.resolve().stem
+        if not path.exists():
+            raise InputError(f"there is no file or folder {path}")
+        if path.is_dir() and not is_dataset(path):
+            yield from self._inside(path, source)
+        elif path.is_file() and path.suffix not in SUFFIXES:
+            raise InputError(f"{path} is none of {', '.join(SUFFIXES)}")
+        else:
+            yield _place(source, path)
+
+    def _inside(self, folder: Path, source: str) -> Iterator[_Place]:
+        datasets = {p.parent for p in folder.rglob("*.json") if is_dataset(p.parent)}
+        datasets = {p for p in datasets if not datasets & set(p.parents)}  # a dataset of parts has folders inside
+        files = [p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file()]
+        found = sorted([*datasets, *(p for p in files if not datasets & set(p.parents))])
+        if not found:
+            raise InputError(f"{folder} holds no {', '.join(SUFFIXES)} file and no dataset")
+        for path in found:
+            yield _place(source, path)
+
+    def _spooled(self) -> Path:
+        """Standard input as a file: documents are read more than once."""
+        if self._spool is not None:
+            raise InputError("standard input is named twice; it can be read once")
+        self._spool = Path(tempfile.mkdtemp(prefix="modernbert-"))
+        weakref.finalize(self, shutil.rmtree, self._spool, ignore_errors=True)
+        path = self._spool / "standard input"
+        with path.open("wb") as file:
+            while block := sys.stdin.buffer.read(1 << 20):
+                file.write(block)
+        return path
+
+
+def _place(source: str, path: Path) -> _Place:
+    return _Place(source, path, str(path.parent if path.suffix == ".txt" else path))

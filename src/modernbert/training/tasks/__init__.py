@@ -1,0 +1,1 @@
+"""The tasks of fine-tuning: rows become examples, examples labels, outputs metrics."""

@@ -1,0 +1,395 @@
+"""Records: what goes in comes out, in every form; interrupted output goes on where it stopped."""
+
+import csv
+import errno
+import itertools
+import json
+import os
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from modernbert.errors import InputError
+from modernbert.io.files import replacing
+from modernbert.io.tables import ResumableOutput, count_records, parts_of, read_records
+from modernbert.io.tables.writing import differences
+
+ROWS = [
+    {"text": "plain", "label": "a"},
+    {"text": 'quotes "and", commas', "label": "b"},
+    {"text": "two\nlines, åäö 🙂", "label": "c"},
+]
+
+
+def written(path):
+    """ROWS as a file by its suffix."""
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, ["text", "label"], delimiter="\t" if path.suffix == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(ROWS)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_every_form_is_read(tmp_path, suffix):
+    path = written(tmp_path / f"rows{suffix}")
+    assert list(read_records(path)) == ROWS
+    assert count_records(path) == (None if suffix in (".csv", ".tsv") else 3)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".text", ".md", ""])
+def test_text_is_read_by_lines(tmp_path, suffix):
+    path = tmp_path / f"text{suffix}"
+    path.write_bytes("\ufeffone\r\n\n  \ntwo å\n".encode())
+    assert list(read_records(path)) == [{"text": "one"}, {"text": "two å"}]
+
+
+@pytest.mark.parametrize("suffix", [".pdf", ".log", ".gz", ".py"])
+def test_files_of_an_unknown_suffix_are_refused_by_name(tmp_path, suffix):
+    path = tmp_path / f"text{suffix}"
+    path.write_text("one\n")
+    with pytest.raises(InputError, match=rf"ends with \{suffix}; read are \.txt, .*\.csv, .*no suffix"):
+        next(read_records(path))
+
+
+@pytest.mark.parametrize("content", ["one\n".encode("utf-16-le"), b"\0\1\2", b"fine\0\n"])
+def test_binary_content_is_no_text(tmp_path, content):
+    path = tmp_path / "text"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="line 1, holds NUL bytes"):
+        next(read_records(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "header"), [("a.csv", "text;label"), ("a.csv", "text\tlabel"), ("a.tsv", "text,label"), ("a.csv", "a|b")]
+)
+def test_a_table_with_another_separator_is_said(tmp_path, name, header):
+    path = tmp_path / name
+    path.write_text(f"{header}\none;1\n")
+    with pytest.raises(InputError, match=r"has a header of one column, .*is it separated by"):
+        next(read_records(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "\n\none\n \t\ntwo\n\n\n", ["", "", "one", "", "two"]),
+        ("a.txt", "one\r\n\r\ntwo\r", ["one", "", "two"]),
+        ("a.txt", "one\ntwo", ["one", "two"]),
+        ("a.txt", "\n \n", []),
+        ("a.jsonl", '"one"\n\n{"text": "two"}\n\n', ["one", "a.jsonl, line 2, is blank", "two"]),
+        ("a.csv", "\ntext\none\n\n\ntwo\n\n", ["one", "a.csv, line 4, is blank", "a.csv, line 5, is blank", "two"]),
+        ("a.csv", 'text\n"one\n\nmore"\n""\n', ["one\n\nmore", ""]),
+        ("a.tsv", "text\tn\none\t1\n\ntwo\t2\n", ["one", "a.tsv, line 3, is blank", "two"]),
+    ],
+)
+def test_blank_lines_keep_their_places_where_they_count_and_the_last_ones_never_do(tmp_path, name, content, expected):
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    found = list(read_records(path, go_on=True, blank=True))
+    shown = [str(record) if isinstance(record, InputError) else record["text"] for record in found]
+    assert len(shown) == len(expected)
+    for one, wanted in zip(shown, expected, strict=True):
+        assert one == wanted or f"{tmp_path}/{wanted};" in one
+    assert count_records(path, blank=True) in (None, len(expected))
+    texts = [
+        record["text"] for record in found if isinstance(record, dict) and (record["text"] or path.suffix != ".txt")
+    ]
+    assert [record["text"] for record in read_records(path)] == texts
+    assert count_records(path) in (None, len(texts))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'"fine"\n' + b"[" * 100_000, "a.jsonl, line 2, is JSON of more than 100 levels"),
+        ("a.jsonl", b'{"text":' * 150 + b"1" + b"}" * 150, "a.jsonl, line 1, is JSON of more than 100 levels"),
+        ("a.json", b"[" * 100_000, "a.json is JSON that is nested too deeply"),
+        ("a.txt", b"fine\n\xff\xfe\n", "a.txt, line 2, is not UTF-8"),
+        ("a.jsonl", b'{"text": 1}\n{"text":', "a.jsonl, line 2, is not JSON"),
+        ("a.jsonl", b"[1]", "line 1, holds a list; give objects or texts"),
+        ("a.csv", b"text,label\na\n", "line 2, has fewer cells"),
+        ("a.csv", b"text\na,b\n", "line 2, has more cells"),
+        ("a.csv", b'text\n"a\n', "is no table"),
+        ("a.parquet", b"not parquet", "is no parquet file"),
+    ],
+)
+def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(read_records(tmp_path / name))
+
+
+def test_one_huge_line_is_a_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 5_000_000, "n": list(range(50_000))}) + "\n")
+    (record,) = read_records(tmp_path / "a.jsonl")
+    assert (len(record["text"]), len(record["n"])) == (5_000_000, 50_000)
+
+
+def test_torn_parquet_files_are_one_clear_error(tmp_path):
+    path = written(tmp_path / "rows.parquet")
+    whole, refusals = path.read_bytes(), []
+    for at in range(0, len(whole), 29):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            list(read_records(path))
+        except InputError as error:
+            refusals.append(str(error))
+    assert refusals
+    assert all(str(path) in message and len(message.splitlines()) == 1 for message in refusals)
+    with pytest.raises(FileNotFoundError):
+        list(read_records(tmp_path / "none.parquet"))
+
+
+def test_a_parquet_file_that_holds_fewer_rows_than_it_says_is_no_whole_one(tmp_path, monkeypatch):
+    path = written(tmp_path / "rows.parquet")
+    batches = pyarrow.parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pyarrow.parquet.ParquetFile, "iter_batches", lambda self, size: itertools.islice(batches(self, 1), 2)
+    )
+    with pytest.raises(InputError, match="says that it has 3 rows and holds 2; it is damaged"):
+        list(read_records(path))
+
+
+def test_torn_folders_of_datasets_are_one_clear_error(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(InputError, match="is no whole folder of the datasets library"):
+        list(read_records(tmp_path))
+    for text, message in (('{"splits": 3}', "names no splits"), ("{", "is not JSON")):
+        (tmp_path / "dataset_dict.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            parts_of(tmp_path)
+
+
+def test_folders_and_missing_files(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        list(read_records(tmp_path))
+    with pytest.raises(OSError, match="No such file"):
+        list(read_records(tmp_path / "none.txt"))
+
+
+ANSWERS = [
+    {"input": "one", "output": {"label": "a", "score": 0.5}},
+    {"input": {"text": "two", "id": 7}, "error": "a text is empty"},
+    {"input": "three", "output": [{"word": "x"}]},
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_every_form_is_written(tmp_path, suffix):
+    path = tmp_path / "deep" / f"out{suffix}"
+    with ResumableOutput(path, {}) as output:
+        for answer in ANSWERS:
+            output.write(answer)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    rows = list(read_records(path)) if suffix != ".jsonl" else [json.loads(x) for x in path.read_text().splitlines()]
+    if suffix == ".jsonl":
+        assert rows == ANSWERS
+        return
+    assert [row["text"] for row in rows] == ["one", "two", "three"]
+    assert rows[0]["label"] == "a"
+    assert float(rows[0]["score"]) == 0.5
+    assert rows[1]["error"] == "a text is empty"
+    assert json.loads(rows[2]["output"]) == [{"word": "x"}]
+
+
+def test_vectors(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    records = [{"input": f"text {i}", "output": vector} for i, vector in enumerate(vectors)]
+    records[3] = {"input": "bad", "error": "why"}
+    for suffix in (".npy", ".parquet", ".jsonl"):
+        with ResumableOutput(tmp_path / f"v{suffix}", {}) as output:
+            for record in records:
+                output.write(record)
+    loaded = np.load(tmp_path / "v.npy", mmap_mode="r")
+    assert loaded.shape == (5, 3)
+    assert loaded.dtype == np.float32
+    assert np.isnan(loaded[3]).all()
+    good = [0, 1, 2, 4]
+    assert np.array_equal(loaded[good], vectors[good])
+    table = pyarrow.parquet.read_table(tmp_path / "v.parquet")
+    is_fixed = int(pyarrow.__version__.split(".")[0]) >= 26  # older ones cannot with a row that has none
+    assert str(table.schema.field("output").type).startswith("fixed_size_list" if is_fixed else "list")
+    assert table["output"][1].as_py() == vectors[1].tolist()
+    assert table["output"][3].as_py() is None
+    assert json.loads((tmp_path / "v.jsonl").read_text().splitlines()[0])["output"] == pytest.approx(
+        vectors[0].tolist()
+    )
+
+
+def test_matrices_do_not_fit_npy(tmp_path):
+    with pytest.raises(InputError, match="one vector a text"), ResumableOutput(tmp_path / "v.npy", {}) as output:
+        output.write({"input": "a", "output": np.zeros((2, 3), np.float32)})
+    assert not list(tmp_path.iterdir())  # said at the first record, not after the work
+
+
+def test_two_jobs_never_write_one_file(tmp_path):
+    with ResumableOutput(tmp_path / "out.jsonl", {}) as output:
+        output.write(ANSWERS[0])
+        with pytest.raises(InputError, match="is being written by another process"):
+            ResumableOutput(tmp_path / "out.jsonl", {}).__enter__()
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == ANSWERS[0]
+
+
+def test_a_job_goes_on_only_with_the_inputs_that_it_began_with(tmp_path):
+    first = ResumableOutput(tmp_path / "out.jsonl", {})
+    first.__enter__()
+    first.write(ANSWERS[0])
+    first.write(ANSWERS[1])
+    first.__exit__(KeyboardInterrupt, None, None)
+    with ResumableOutput(tmp_path / "out.jsonl", {}) as output:
+        assert (output.done, output.failed) == (2, 1)
+        inputs = ["one", {"text": "two", "id": 7}, "three"]
+        assert list(output.rest(inputs, lambda item: item)) == ["three"]
+        with pytest.raises(InputError, match="input 2 is not the one that"):
+            list(output.rest(["one", "other", "three"], lambda item: item))
+
+
+def test_columns_of_the_file_are_kept(tmp_path):
+    record = {"input": "a dog", "output": {"label": "x"}, "row": {"id": 3, "body": "a dog"}}
+    with ResumableOutput(tmp_path / "out.csv", {}) as output:
+        output.write(record)
+    assert (tmp_path / "out.csv").read_text() == "id,body,label\n3,a dog,x\n"
+
+
+def test_broken_lines_can_be_passed_over(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'"one"\n{bad\n\xff\n{"text": "two"}\n')
+    found = list(read_records(tmp_path / "a.jsonl", go_on=True))
+    assert [type(x).__name__ for x in found] == ["dict", "InputError", "InputError", "dict"]
+    (tmp_path / "a.csv").write_text("text,n\na,1\nb\nc,3\n")
+    found = list(read_records(tmp_path / "a.csv", go_on=True))
+    assert [type(x).__name__ for x in found] == ["dict", "InputError", "dict"]
+    (tmp_path / "b.csv").write_text("text,text\na,b\n")
+    with pytest.raises(InputError, match="more than one column called text"):
+        list(read_records(tmp_path / "b.csv"))
+
+
+def test_dates_and_bytes_are_written_as_text(tmp_path):
+    import datetime
+
+    with ResumableOutput(tmp_path / "out.jsonl", {}) as output:
+        output.write({"input": {"text": "a", "day": datetime.date(2026, 1, 2)}, "output": 1})
+    assert json.loads((tmp_path / "out.jsonl").read_text())["input"]["day"] == "2026-01-02"
+
+
+def test_an_interrupted_job_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "out.jsonl"
+    job = {"task": "x", "options": {"top_k": 2}}
+    output = ResumableOutput(path, job)
+    output.__enter__()
+    output.write(ANSWERS[0])
+    output.write(ANSWERS[1])
+    output.__exit__(KeyboardInterrupt, None, None)
+    partial = tmp_path / "out.jsonl.partial"
+    with partial.open("ab") as file:
+        file.write(b'{"input": "cut off in the mid')
+    assert not path.exists()
+    with pytest.raises(InputError, match="is of another job"), ResumableOutput(path, {**job, "task": "y"}):
+        pass
+    with ResumableOutput(path, job) as output:
+        assert output.done == 2
+        output.write(ANSWERS[2])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == ANSWERS
+    assert not partial.exists()
+
+
+def test_a_job_that_answers_nothing_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="early"), ResumableOutput(tmp_path / "out.csv", {}):
+        raise ValueError("early")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_forms_are_refused_before_the_work(tmp_path):
+    with pytest.raises(InputError, match=r"out.xlsx ends with .xlsx; written are .jsonl, .csv"):
+        ResumableOutput(tmp_path / "out.xlsx", {})
+
+
+def test_a_finished_file_is_replaced_only_when_asked_for_and_once_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_text("finished\n")
+    with pytest.raises(
+        InputError, match=r"out.jsonl is there already; name another output, or replace it with overwrite="
+    ):
+        ResumableOutput(path, {})
+    with ResumableOutput(path, {}, overwrite=True) as output:
+        output.write(ANSWERS[0])
+        assert path.read_text() == "finished\n"
+    assert json.loads(path.read_text()) == ANSWERS[0]
+
+
+def test_what_differs_between_two_jobs_is_named():
+    before = {"task": "a", "options": {"top_k": 2, "normalize": True}, "files": [1, 2], "seed": None}
+    assert differences(before, {**before, "task": "b"}) == "task was 'a' and is 'b'"
+    assert differences(before, {**before, "options": {"top_k": 3}}) == (
+        "top_k was 2 and is 3, normalize was True and is not given"
+    )
+    assert differences(before, {**before, "files": [1, 3], "seed": 4}) == (
+        "files has changed, seed was not given and is 4"
+    )
+    assert differences({}, {str(i): i for i in range(9)}).endswith("2 was not given and is 2 and 6 more")
+
+
+def test_a_partial_file_of_something_else_is_refused_and_kept(tmp_path):
+    for content in (b"\xff\xfe\n", b"[1]\n", b'{"job": {}}\n7\n', b"[" * 100_000 + b"\n"):
+        (tmp_path / "out.jsonl.partial").write_bytes(content)
+        with (
+            pytest.raises(InputError, match="was not written by a job like this one"),
+            ResumableOutput(tmp_path / "out.jsonl", {}),
+        ):
+            pass
+        assert (tmp_path / "out.jsonl.partial").read_bytes() == content
+
+
+def test_surrogates_and_numbers_that_are_none_go_through_a_file_and_a_resumption(tmp_path):
+    records = [{"input": {"text": "a \ud800", "n": float("nan")}, "error": "why"}, {"input": "\x9b\u2028", "output": 1}]
+    first = ResumableOutput(tmp_path / "out.jsonl", {"text": "\udcff"})
+    first.__enter__()
+    first.write(records[0])
+    first.__exit__(KeyboardInterrupt, None, None)
+    with ResumableOutput(tmp_path / "out.jsonl", {"text": "\udcff"}) as output:
+        assert (output.done, output.failed, output.errors) == (1, 1, {1: "why"})
+        assert list(output.rest([records[0]["input"], "next"], lambda item: item)) == ["next"]
+        output.write(records[1])
+    text = (tmp_path / "out.jsonl").read_text("utf-8")
+    assert "\x9b" not in text
+    assert [json.loads(line)["input"] for line in text.splitlines()][1] == "\x9b\u2028"
+    assert json.loads(text.splitlines()[0])["input"]["text"] == "a \ud800"
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '.*out.txt'"), replacing(tmp_path / "out.txt"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_integers_of_any_size_go_to_parquet(tmp_path):
+    """As integers where 64 bits hold them all, else as text; never an error after the work."""
+    columns = {
+        "small": [1, 2], "large": [2**62, -(2**63)], "huge": [10**30, 1], "mixed": [2**60, 0.5], "float": [2**53, 0.5]
+    }  # fmt: skip
+    with ResumableOutput(tmp_path / "out.parquet", {}) as output:
+        for i in range(2):
+            output.write({"input": {name: values[i] for name, values in columns.items()}, "output": "x"})
+    rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    expected = {**columns, "huge": ["1" + "0" * 30, "1"], "mixed": [str(2**60), "0.5"]}
+    assert [{name: row[name] for name in columns} for row in rows] == [
+        {name: values[i] for name, values in expected.items()} for i in range(2)
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_an_answer_never_takes_the_place_of_a_column_of_the_file(tmp_path, suffix):
+    rows = [{"text": "a dog", "label": "gold", "error": "none"}, {"text": "", "label": "gold", "error": "none"}]
+    with ResumableOutput(tmp_path / f"out{suffix}", {}) as output:
+        output.write({"input": "a dog", "output": {"label": "x", "score": 0.5}, "row": rows[0]})
+        output.write({"input": "", "error": "a text is empty", "row": rows[1]})
+    first, second = read_records(tmp_path / f"out{suffix}")
+    assert (first["label"], first["output_label"], first["error"]) == ("gold", "x", "none")
+    assert (second["label"], second["error"], second["output_error"]) == ("gold", "none", "a text is empty")

@@ -1,0 +1,294 @@
+"""Data in: every form of file, columns found and named, rows held out, and bad rows refused by name."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from modernbert import finetune
+from modernbert.errors import InputError
+from modernbert.io.tables import parts_of
+from modernbert.training.tasks.catalog import TASKS
+from modernbert.training.tasks.data import (
+    Field,
+    Row,
+    choose_columns,
+    hold_out,
+    parse_columns,
+    read_tables,
+    rows_of,
+    with_parts,
+)
+from modernbert.training.tasks.multiple_choice import choice_number
+from tests.training.tasks.conftest import MOODS, answer_rows, choice_rows, mood_rows, pair_rows, tag_rows
+
+FIELDS = TASKS["text-classification"].fields
+ROWS = [{"text": "one", "label": "a"}, {"text": 'two, "2"', "label": "b"}, {"text": "three", "label": "a"}]
+
+
+def table_of(path, rows):
+    """The rows as a file of the path's kind."""
+    kind = path.suffix
+    if kind == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == ".json":
+        path.write_text(json.dumps(rows))
+    elif kind in (".csv", ".tsv"):
+        mark = "," if kind == ".csv" else "\t"
+        quoted = [['"' + str(v).replace('"', '""') + '"' for v in row.values()] for row in rows]
+        path.write_text("\n".join(mark.join(cells) for cells in [list(rows[0]), *quoted]))
+    elif kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "folder"])
+def test_rows_of_every_kind_of_file(tmp_path, name):
+    (table,) = read_tables(table_of(tmp_path / name, ROWS), None)
+    assert table.records == ROWS
+
+
+def test_parts_of_files_and_folders(tmp_path):
+    parts = {"train": ROWS, "val": ROWS[:1], "odd": [["x", "y"]]}
+    (tmp_path / "p.json").write_text(json.dumps(parts))
+    path = str(tmp_path / "p.json")
+    assert parts_of(Path(path)) == ["train", "val", "odd"]
+    assert read_tables(f"{path}#val", None)[0].records == ROWS[:1]
+    assert read_tables(f"{path}#odd", None)[0].records == [{"0": "x", "1": "y"}]
+    with pytest.raises(InputError, match="has the parts train, val, odd; which is not said"):
+        read_tables(path, None)
+    with pytest.raises(InputError, match="not 'test'"):
+        read_tables(f"{path}#test", None)
+    train, held, said = with_parts(path, None)
+    assert (train, held) == ([f"{path}#train"], [f"{path}#val"])
+    assert "evaluating on its part 'val'" in said
+    assert with_parts(path, "other.json")[1] == "other.json"
+    named = datasets.Dataset.from_list(ROWS).class_encode_column("label")
+    datasets.DatasetDict({"train": named, "test": named}).save_to_disk(tmp_path / "folder")
+    assert read_tables(f"{tmp_path / 'folder'}#test", None)[0].records == ROWS  # names, not numbers
+    assert read_tables(named, None)[0].records == ROWS
+    assert with_parts(str(tmp_path / "folder"), None)[1] == [f"{tmp_path / 'folder'}#test"]
+
+
+def test_squad_and_conll(tmp_path):
+    who = {"id": "1", "question": "who", "answers": [{"text": "cat", "answer_start": 4}]}
+    why = {"id": "2", "question": "why", "is_impossible": True, "answers": []}
+    paragraph = {"context": "the cat", "qas": [who, why]}
+    (tmp_path / "s.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": [paragraph]}]}))
+    rows = read_tables(str(tmp_path / "s.json"), None)[0].records
+    assert [row["question"] for row in rows] == ["who", "why"]
+    assert rows[0]["answers"] == [{"text": "cat", "answer_start": 4}]
+    assert rows[1]["answers"] == []
+    (tmp_path / "s.json").write_text(json.dumps({"data": [{"paragraphs": [{"context": "x"}]}]}))
+    with pytest.raises(InputError, match="not in SQuAD's form: KeyError 'qas'"):
+        read_tables(str(tmp_path / "s.json"), None)
+    (tmp_path / "n.conll").write_text("-DOCSTART- -X- O O\n\nEU NNP I-NP B-ORG\nrejects VBZ I-VP O\n\n\nBye UH O O\n")
+    assert read_tables(str(tmp_path / "n.conll"), None)[0].records == [
+        {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]},
+        {"tokens": ["Bye"], "tags": ["O"]},
+    ]
+    (tmp_path / "u.conll").write_text("# text = Hello there\n# O\nHello O\n")
+    assert read_tables(str(tmp_path / "u.conll"), None)[0].records == [{"tokens": ["#", "Hello"], "tags": ["O", "O"]}]
+    (tmp_path / "n.conll").write_text("EU B-ORG\nrejects\n")
+    with pytest.raises(InputError, match=r"line 2, is 'rejects'"):
+        read_tables(str(tmp_path / "n.conll"), None)
+
+
+def test_columns_are_found_named_and_missed(tmp_path):
+    assert choose_columns(["Sentence", "intent"], FIELDS, {}, "t") == {"text": ["Sentence"], "label": ["intent"]}
+    assert choose_columns(["0", "1"], FIELDS, {}, "t") == {"text": ["0"], "label": ["1"]}
+    named = parse_columns(["label=b"], FIELDS)
+    assert choose_columns(["text", "b", "label"], FIELDS, named, "t")["label"] == ["b"]
+    with pytest.raises(InputError, match=r"t has the columns a, b; none is known to hold the text.*text=COLUMN"):
+        choose_columns(["a", "b"], FIELDS, {}, "t")
+    with pytest.raises(InputError, match="no 'c'"):
+        choose_columns(["text", "label"], FIELDS, {"label": ["c"]}, "t")
+    with pytest.raises(InputError, match="this task has text, label, text_pair"):
+        parse_columns(["colour=b"], FIELDS)
+    many = (Field("choices", many=True),)
+    rows, _ = rows_of(
+        [read_tables([{"a": "x", "b": "y", "c": ""}], None)[0]], many, parse_columns({"choices": ["a", "b", "c"]}, many)
+    )
+    assert rows[0].values["choices"] == ["x", "y"]
+    (tmp_path / "h.tsv").write_text('one\ta\n"two\tb\n')
+    assert read_tables(str(tmp_path / "h.tsv"), ["text", "label"])[0].records[1] == {"text": '"two', "label": "b"}
+
+
+def test_lists_and_fields_that_some_rows_lack():
+    fields = TASKS["sentence-embedding"].fields
+    rows = [{"anchor": "a", "positive": "b"} for _ in range(4)]
+    for row, negative in zip(rows[1:], ["a man is asleep", None, '["x", "y"]'], strict=True):
+        row["negative"] = negative
+    found, chosen = rows_of(read_tables(rows, None), fields, {})
+    assert chosen["negatives"] == ["negative"]
+    assert [row.values.get("negatives") for row in found] == [None, ["a man is asleep"], None, ["x", "y"]]
+    tagged = read_tables([{"tokens": "the cat sat", "tags": "O B-x O"}], None)
+    words, _ = rows_of(tagged, TASKS["token-classification"].fields, {})
+    assert words[0].values["tokens"] == ["the", "cat", "sat"]
+    asked = {"question": "q", "choices": {"text": ["one", "two"], "label": ["1", "2"]}, "answerKey": "1"}
+    found, _ = rows_of(read_tables([asked], None), TASKS["multiple-choice"].fields, {})
+    assert choice_number(found[0]) == 0
+    both = Row({"choices": ["1", "0"], "label": "1"}, "r")  # a place, and a text
+    assert (choice_number(both), choice_number(both, by_place=False)) == (1, 0)
+
+
+def test_what_is_held_out():
+    rows, _ = rows_of(read_tables([{**row, "doc": i // 4} for i, row in enumerate(mood_rows(40))], None), FIELDS, {})
+    train, held = hold_out(rows, 0.2, None)
+    assert (len(train), len(held)) == (32, 8)
+    assert {r.where for r in train} | {r.where for r in held} == {r.where for r in rows}
+    assert hold_out(rows, 0.2, None)[1] == held
+    train, held = hold_out(rows, 0.2, "doc")
+    assert not {r.values["_record"]["doc"] for r in train} & {r.values["_record"]["doc"] for r in held}
+    assert len(held) == 8
+    assert hold_out(rows, 0.0, None) == (rows, [])
+    with pytest.raises(InputError, match=r"group_by is 'page'; .*row 1 has no such column, but text, label, doc"):
+        hold_out(rows, 0.2, "page")
+    with pytest.raises(InputError, match=r"held_out is 0.5 and there is 1 row; give more rows, .* or held_out=0"):
+        hold_out(rows[:1], 0.5, None)
+    with pytest.raises(InputError, match="takes all of the 4 rows, as they all have one doc"):
+        hold_out(rows[:4], 0.5, "doc")
+
+
+def changed(rows, **values):
+    return [*rows[:-1], {**rows[-1], **values}]
+
+
+BAD = {
+    "no rows": ("text-classification", [], "train is not given"),
+    "columns": ("text-classification", [{"a": "x", "b": 1}], "has the columns a, b; none is known to hold the text"),
+    "blank text": ("text-classification", changed(mood_rows(), text="  "), "row 48: the text is blank"),
+    "no label": ("text-classification", changed(mood_rows(), label=None), "row 48 has nothing in 'label'"),
+    "one class": ("text-classification", [{"text": "x", "label": "a"}] * 9, "every row has the label 'a'"),
+    "word for a value": (
+        "text-classification",
+        [{"text": "x", "label": 0.5}, {"text": "y", "label": "high"}],
+        "row 2 has the label 'high'; regression learns numbers",
+    ),
+    "tags": ("token-classification", changed(tag_rows(), tags=["O"]), r"row 40 has \d+ words and 1 tags"),
+    "empty word": ("token-classification", changed(tag_rows(), tokens=[""], tags=["O"]), "the word ''"),
+    "answer": (
+        "question-answering",
+        changed(answer_rows(), answers=[{"text": "wolf", "answer_start": 3}]),
+        "row 40: the answer 'wolf' does not stand at character 3",
+    ),
+    "choices": ("multiple-choice", changed(choice_rows(), choices=["one"]), r"row 30 has the choices \['one'\]"),
+    "choice": ("multiple-choice", changed(choice_rows(), label=9), "row 30 has the label 9; it must be 0 to"),
+    "pair": ("sentence-embedding", changed(pair_rows(), positive=3.5j), "row 40: the positive is a complex"),
+    "share": (
+        "text-ranking",
+        [{"query": "q", "document": "d", "label": 2}],
+        r"row 1 has the label 2; it must lie in \[0, 1\]",
+    ),
+    "no label of a pair": (
+        "text-ranking",
+        [{"query": "q", "document": "d", "label": 1}, {"query": "q", "document": "e", "label": None}],
+        "row 2 has no label, and other rows have",
+    ),
+    "rows": ("text-classification", ["a text", 3], "train is not given|a row is"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_rows_are_named_and_nothing_is_written(case, base, tmp_path):
+    task, rows, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        finetune(
+            task, rows, output=tmp_path / "runs" / "x", model=base(), held_out=0.0, progress=False,
+            problem="regression" if case == "word for a value" else None,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_that_training_has_not_seen_and_empty_files(base, tmp_path):
+    options = {"output": tmp_path / "x", "model": base(), "progress": False}
+    with pytest.raises(InputError, match=r"row 1 has the label 'angry'; known are calm, happy, sad"):
+        finetune("text-classification", mood_rows(), [{"text": "no", "label": "angry"}], **options)
+    with pytest.raises(InputError, match=r"row 1 has the label 'calm'; known are happy, sad"):
+        finetune("text-classification", [{"text": "x", "label": "calm"}], labels="happy,sad", held_out=0.0, **options)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match=r"empty\.jsonl holds no rows"):
+        finetune("text-classification", tmp_path / "empty.jsonl", **options)
+    with pytest.raises(InputError, match="there is no file or folder"):
+        finetune("text-classification", tmp_path / "none.jsonl", **options)
+    with pytest.raises(InputError, match="task is 'poetry'; choose one of text-classification"):
+        finetune("poetry", mood_rows(), **options)
+    with pytest.raises(InputError, match="the task has no option colour"):
+        finetune("text-classification", mood_rows(), colour=3, **options)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1}, "lr is -1"), ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
+        ({"batch_size": 0}, "batch_size is 0; it must be above 0"), ({"batch_size": 2.5}, "it must be a whole number"),
+        ({"optimizer": "sgd"}, "choose one of adamw, stableadamw, muon"), ({"warmup": 1.5}, "must lie in"),
+        ({"keep_best": "yes"}, "must be true or false"), ({"schedule": "wsd", "warmup": 0.9}, "at most 1 together"),
+        ({"max_length": 100_000}, "the model's context holds 64"), ({"freeze_layers": 9}, "the model has 3 layers"),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_named(options, message, base, tmp_path):
+    with pytest.raises(InputError, match=message):
+        finetune("text-classification", mood_rows(), output=tmp_path / "x", model=base(), progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"labels": ["a", "b,c"]}, "labels holds 'b,c'; give names without a comma"),
+        ({"labels": ["a", None]}, "labels holds None"), ({"column": {"label": None}}, "column has None for the field"),
+        ({"column": {"label": 3}}, "column has 3 for the field 'label'; give names of columns"),
+    ],
+)  # fmt: skip
+def test_names_that_are_none_are_refused(options, said, base, tmp_path):
+    with pytest.raises(InputError, match=said):
+        finetune("text-classification", mood_rows(), output=tmp_path / "x", model=base(), progress=False, **options)
+
+
+def test_labels_of_0_and_1_and_a_data_frame_are_learnt_from(base, tmp_path):
+    options = {"model": base(), "max_steps": 2, "batch_size": 8, "progress": False}
+    rows = [{"text": row["text"], "label": [row["label"] == mood for mood in MOODS]} for row in mood_rows()]
+    run = finetune("text-classification", rows, output=tmp_path / "run", labels=list(MOODS), **options)
+    assert run.model.config.problem_type == "multi_label_classification"
+    assert [run.model.config.id2label[i] for i in range(3)] == list(MOODS)
+    assert set(run.figures) >= {"f1_micro", "average_precision"}
+    assert {answer["label"] for answer in run.pipeline()("the cat", top_k=None)} == set(MOODS)
+
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(
+        {"text": [row["text"] for row in rows], "label": [float(MOODS.index(row["label"])) for row in mood_rows()]}
+    )
+    run = finetune("text-classification", frame, output=tmp_path / "frame", **options)
+    assert run.model.config.id2label == {0: "0", 1: "1", 2: "2"}
+    assert run.model.config.problem_type == "single_label_classification"
+    frame.loc[3, "label"] = None
+    with pytest.raises(InputError, match="row 4 has nothing in 'label'; give the row a label, or leave it out"):
+        finetune("text-classification", frame, output=tmp_path / "gap", **options)
+
+
+@pytest.mark.parametrize("again", ["a.jsonl", "./b/../a.jsonl", "link.jsonl"])
+def test_a_file_that_is_given_twice_is_refused(again, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    table_of(tmp_path / "a.jsonl", ROWS)
+    table_of(tmp_path / "other.jsonl", ROWS)
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    assert len(read_tables(["a.jsonl", "other.jsonl"], None)) == 2
+    with pytest.raises(InputError, match=r"\.jsonl is given twice.*; give each file once"):
+        read_tables(["a.jsonl", "other.jsonl", again], None)
+
+
+def test_parts_of_a_file_are_given_once_each(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"train": ROWS, "test": ROWS}))
+    assert len(read_tables([f"{path}#train", f"{path}#test"], None)) == 2
+    with pytest.raises(InputError, match="#train is given twice; give each"):
+        read_tables([f"{path}#train", f"{path}#test", f"{path}#train"], None)
+    with pytest.raises(InputError, match=r"data\.json is given twice \(as .*#train too\)"):
+        read_tables([f"{path}#train", str(path)], None)
