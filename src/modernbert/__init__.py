@@ -37,6 +37,7 @@ _EXPORTS = {
     "TextStreamer": "decoding.text",
     "Tokenizer": "text.tokenizer",
     "finetune": "training.finetune",
+    "maxsim": "pipelines.sentence_embedding",
     "pipeline": "pipelines",
     "quantize": "quantization.gate",
 }

@@ -4,6 +4,7 @@ CONTRIBUTING.md has the one table of floors, and the order of files in the rooms
 """
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -142,11 +143,18 @@ def test_exported_names():
         "Tokenizer",
         "__version__",
         "finetune",
+        "maxsim",
         "pipeline",
         "quantize",
     ]
     for name in modernbert.__all__:
-        assert getattr(modernbert, name).__doc__, f"{name} has no docstring"
+        exported = getattr(modernbert, name)
+        assert exported.__doc__, f"{name} has no docstring"
+        for owner in exported.__mro__ if isinstance(exported, type) else ():
+            if owner.__module__.startswith("modernbert."):
+                for part, value in vars(owner).items():
+                    if not part.startswith("_") and (callable(value) or isinstance(value, property | classmethod)):
+                        assert inspect.getdoc(getattr(exported, part)), f"{name}.{part} has no docstring"
     with pytest.raises(AttributeError, match="Nonsense"):
         modernbert.Nonsense  # noqa: B018
 
