@@ -312,10 +312,10 @@ REFUSED = {
     "num_hidden_layers is 1000000000; it must be a whole number of at least 0 and at most 4096": {
         "num_hidden_layers": 10**9
     },
-    "num_labels is 1000000000; it must be a whole number of at least 1 and at most 1048576": {"num_labels": 10**9},
+    "num_labels is 1000000000; it must be a whole number of at least 1 and at most": {"num_labels": 10**9},
     "hidden_size is 1000000000000; it must be a whole number of at least 1 and at most": {"hidden_size": 10**12},
     "norm_bias is 'yes'; choose True or False": {"norm_bias": "yes"},
-    "tie_word_embeddings is 1; choose True or False": {"tie_word_embeddings": 1},
+    "tie_word_embeddings is 2; choose True or False": {"tie_word_embeddings": 2},
     "reference_compile is 'auto'; choose True or False": {"reference_compile": "auto"},
     r"pad_token_id is \[0\]": {"pad_token_id": [0]},
     "pad_token_id is True": {"pad_token_id": True},

@@ -36,15 +36,11 @@ class Limits:
         )
 
     def __str__(self) -> str:
-        low = None if self.least is None else f"at least {_plain(self.least)}"
-        low = low if self.above is None else f"above {_plain(self.above)}"
-        high = None if self.most is None else f"at most {_plain(self.most)}"
-        high = high if self.below is None else f"below {_plain(self.below)}"
+        low = None if self.least is None else f"at least {self.least:g}"
+        low = low if self.above is None else f"above {self.above:g}"
+        high = None if self.most is None else f"at most {self.most:g}"
+        high = high if self.below is None else f"below {self.below:g}"
         return " and ".join(part for part in (low, high) if part)
-
-
-def _plain(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def option(
