@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Encoding
 
-from modernbert.errors import InputError, shown
+from modernbert.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -109,14 +109,6 @@ class BatchEncoding(dict[str, Any]):
 def to_list(values: Any) -> Any:
     """A tensor or array as a list or number; anything else as it is."""
     return values.tolist() if isinstance(values, torch.Tensor | np.ndarray | np.generic) else values
-
-
-def whole(name: str, value: Any) -> int:
-    """A tokenizer's setting as a whole number; some files say 1e30."""
-    try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"tokenizer_config.json has {name} {shown(value)}; it must be a whole number") from None
 
 
 def truncation_of(

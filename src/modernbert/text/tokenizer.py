@@ -15,6 +15,7 @@ from typing import Any, Self
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
+from modernbert.checks import Limits, check_value
 from modernbert.errors import InputError, listed, printable, shown
 from modernbert.io.files import parse_json, write_text
 from modernbert.io.hub import Source
@@ -26,7 +27,6 @@ from modernbert.text.encoding import (
     to_list,
     to_tensors,
     truncation_of,
-    whole,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,8 @@ class Tokenizer:
         self._lock = threading.Lock()  # truncation is a setting of the backend, not of a call
         backend.no_padding()
         backend.no_truncation()
-        self.model_max_length = whole("model_max_length", self.config.get("model_max_length") or UNLIMITED)
-        if self.model_max_length < 1:
-            raise InputError(f"model_max_length is {shown(self.model_max_length)}; it must be at least 1")
+        longest = self.config.get("model_max_length") or UNLIMITED  # which some files write as 1e30
+        self.model_max_length: int = check_value("model_max_length", longest, int, {"limits": Limits(1)})
         sides = {name: self.config.get(name) or "right" for name in ("padding_side", "truncation_side")}
         self.padding_side, self.truncation_side = (_side(name, value) for name, value in sides.items())
         names = self.config.get("model_input_names") or ["input_ids", "attention_mask"]
@@ -282,7 +281,7 @@ class Tokenizer:
         return list(self._encode([text], False, None)[0].tokens)
 
     def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[int]:
-        """Ids of one text or pair; arguments as of a call."""
+        """Ids of one text or pair; for the arguments see a call."""
         return self(text, text_pair, **kwargs).input_ids
 
     def __call__(
@@ -399,7 +398,7 @@ class Tokenizer:
         Args:
             encoded_inputs: a dict of lists of rows, or a list of dicts with a row each; "input_ids" is needed, and
                 "labels" are padded with -100.
-            padding, max_length, pad_to_multiple_of, padding_side, return_tensors, return_attention_mask: as of a
+            padding, max_length, pad_to_multiple_of, padding_side, return_tensors, return_attention_mask: see a
                 call.
 
         Raises:
