@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,30 @@ class _Through(torch.autograd.Function):
         return grads[0] @ dense_OI, None, None
 
 
-class QuantizedLinear(nn.Module):
+class _Quantized(nn.Module):
+    """What quantized layers share: their weight, `quantized`, moves, is saved and is loaded with them."""
+
+    quantized: Any
+    dtype: torch.dtype
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        weight = self.quantized
+        device = fn(weight.codes[:0]).device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        self.quantized = weight.map(lambda t: t.to(device))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(named_parts(self.quantized, prefix))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.quantized = _loaded(self.quantized, state_dict, prefix, *args)
+
+
+class QuantizedLinear(_Quantized):
     """A linear layer with a quantized weight, laid out for the kernels where there are any.
 
     Args:
@@ -56,7 +79,7 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.bits, self.dtype = weight.bits, dtype
         self.register_parameter("bias", bias)
-        self.laid = pack_quantized(weight, bias)
+        self.quantized = weight
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,41 +92,29 @@ class QuantizedLinear(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The weight in its plain layout."""
+        """The weight in its plain layout; one that is set is laid out."""
         return self.laid.to_quantized()
 
+    @quantized.setter
+    def quantized(self, weight: QuantizedWeight) -> None:
+        self.laid = pack_quantized(weight, self._parameters["bias"])
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = self._parameters["bias"]
-        if not self.laid.holds(bias):
-            self.laid = pack_quantized(self.quantized, bias)
+        if not self.laid.holds(self._parameters["bias"]):
+            self.quantized = self.quantized
+        laid = self.laid
         if x.requires_grad and torch.is_grad_enabled():  # gradients by the inputs still pass
-            out: Tensor = _Through.apply(x.flatten(0, -2), self.weight.to(x.dtype), self.laid)
+            out: Tensor = _Through.apply(x.flatten(0, -2), self.weight.to(x.dtype), laid)
             return out.unflatten(0, x.shape[:-1])
         dtype = x.dtype if x.dtype in DTYPES else torch.float32
-        return self.laid.product(x.flatten(0, -2).to(dtype)).unflatten(0, x.shape[:-1]).to(x.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
-        weight = self.quantized
-        device = fn(weight.codes[:0]).device
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        super()._apply(fn, recurse)
-        self.laid = pack_quantized(weight.map(lambda t: t.to(device)), self._parameters["bias"])
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(named_parts(self.quantized, prefix))
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.laid = pack_quantized(_loaded(self.quantized, state_dict, prefix, *args), self._parameters["bias"])
+        return laid.product(x.flatten(0, -2).to(dtype)).unflatten(0, x.shape[:-1]).to(x.dtype)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy lays its weight out anew
         return {**self.__dict__, "laid": self.quantized}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.laid = pack_quantized(state["laid"], self._parameters["bias"])
+        self.quantized = state["laid"]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
@@ -127,7 +138,7 @@ class QuantizedKind(FloatLinear):
         biases = [module._parameters["bias"] for module in modules]
         for module, bias in zip(modules, biases, strict=True):
             if not module.laid.holds(bias):
-                module.laid = pack_quantized(module.quantized, bias)
+                module.quantized = module.quantized
         laid = modules[0].laid
         if len(modules) > 1 or gated:
             whole = QuantizedWeight.together([module.quantized for module in modules])
@@ -143,7 +154,7 @@ class QuantizedKind(FloatLinear):
         return {"laid": again} if bias is None else {"laid": again, "bias": lambda: plain}
 
 
-class QuantizedEmbedding(nn.Embedding):
+class QuantizedEmbedding(_Quantized, nn.Embedding):
     """An embedding with a quantized weight.
 
     Args:
@@ -168,18 +179,6 @@ class QuantizedEmbedding(nn.Embedding):
     def forward(self, ids_T: Tensor) -> Tensor:
         return _look_up(self.quantized, self.dtype, ids_T)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedEmbedding:
-        device = fn(self.quantized.codes[:0]).device
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        self.quantized = self.quantized.map(lambda t: t.to(device))
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination.update(named_parts(self.quantized, prefix))
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.quantized = _loaded(self.quantized, state_dict, prefix, *args)
-
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.quantized.bits}"
 
@@ -189,15 +188,9 @@ def _look_up(weight: QuantizedWeight, dtype: torch.dtype, ids_T: Tensor) -> Tens
 
 
 def _loaded(
-    old: QuantizedWeight,
-    state_dict: Any,
-    prefix: str,
-    metadata: Any,
-    strict: bool,
-    missing: Any,
-    unexpected: Any,
+    old: QuantizedWeight, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
     errors: Any,
-) -> QuantizedWeight:
+) -> QuantizedWeight:  # fmt: skip
     """The weight that a state holds, where it fits the old one; else the old one, and what was wrong."""
     unexpected[:] = [name for name in unexpected if name.removeprefix(prefix) not in PARTS.values()]
     absent = [name for name in (f"{prefix}weight", f"{prefix}weight_scale") if name not in state_dict]
