@@ -80,9 +80,10 @@ def run_block(block, names):
 
 def differs(shown, printed):
     """What a page shows beside what was printed; None where they agree."""
-    pattern = re.escape(" ".join(shown.split())).replace(r"\.\.\.", ".*?")
+    shown_words, printed_words = (" ".join(re.sub("─+", "─", text).split()) for text in (shown, printed))
+    pattern = re.escape(shown_words).replace(r"\.\.\.", ".*?")
     pattern = re.sub(r"(\\-)?\d+\\\.\d+", lambda _: f"({_NUMBER})", pattern)
-    match = re.fullmatch(pattern, " ".join(printed.split()), re.DOTALL)
+    match = re.fullmatch(pattern, printed_words, re.DOTALL)
     numbers = [float(number) for number in re.findall(_NUMBER, shown)]
     if match and [float(number) for number in match.groups()] == pytest.approx(numbers, rel=0.02, abs=0.003):
         return None
@@ -151,3 +152,9 @@ def test_every_page_is_linked():
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     }
     assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} <= linked
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md", "docs/gpu.md", "docs/invariance.md"])
+def test_files_that_pages_name_exist(page):
+    for path in re.findall(r"`([\w.]+(?:/[\w.]+)*(?:/|\.(?:py|c|inc)))`", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / path).exists() or any((ROOT / "src").rglob(path.rstrip("/"))), f"{path} does not exist"
