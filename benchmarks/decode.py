@@ -1,4 +1,4 @@
-"""Generation beside transformers, quantized weights, and reading the weights once a token.
+"""Speed of generation, with float and quantized weights, compared with transformers and with reading the weights once.
 
     python benchmarks/decode.py --dtype float32 --rounds 2
     python benchmarks/decode.py --dtype bfloat16 --workloads 1x32+64 --contenders modernbert,modernbert-int8

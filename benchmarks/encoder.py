@@ -1,4 +1,4 @@
-"""The encoder beside transformers and OpenVINO, and beside what the arithmetic alone takes.
+"""Speed of the encoder, compared with transformers, OpenVINO and the time that the arithmetic alone takes.
 
     pip install openvino transformers && python benchmarks/encoder.py --dtype float32 --rounds 2
 

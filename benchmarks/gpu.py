@@ -1,15 +1,15 @@
-"""What a card does with the models, beside what it can do at most and beside transformers: one run, one table.
+"""Speed of the models on a GPU, compared with the limits of the GPU and with transformers: one run, one table.
 
-    python benchmarks/gpu.py --out gpu.json                 # on a card, at most eight minutes
-    python benchmarks/gpu.py --smoke --device cpu           # the same code on small models, to see that it works
+    python benchmarks/gpu.py --out gpu.json                 # on a GPU, at most eight minutes
+    python benchmarks/gpu.py --smoke --device cpu           # the same code on small models, to check that it works
 
-Random base-size weights in bfloat16. Only real tokens count, and only the pairs of tokens that see each other: padding
-and what a window hides earn nothing. A time is of the fastest of several passes, from ids on the host to the card's
-last result; products are timed by the card itself. Peers get texts sorted by length on the card, no mask where none is
-needed, and the best of several batch sizes. Memory is what a pass takes beside the weights.
+Random base-size weights in bfloat16. Only real tokens count, and only pairs of tokens that attend to each other. A time is
+that of the fastest of several forward passes, from ids on the host to the GPU's last result; matrix products are timed by
+the GPU itself. Peers get texts sorted by length on the GPU, no mask where none is needed, and the best of several batch
+sizes. Memory is what a pass takes in addition to the weights.
 
-Each group of parts runs in a process of its own, which is ended when its time is over; what it had found by then, and
-what the others find, is kept.
+Each group of parts runs in a process of its own, which is ended when its time is over; what was measured until then is
+kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Short texts from a generator through pipelines: tokens a second and memory, beside the bare model and the peers.
+"""Pipelines on a stream of short texts: tokens a second and memory, compared with the bare model and other libraries.
 
     pip install -c constraints.txt -e '.[dev]'
     python benchmarks/pipelines.py texts.csv --column text --texts 20000

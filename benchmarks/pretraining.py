@@ -1,12 +1,12 @@
-"""Pretraining beside its peers: preparing text beside `datasets.map`, the loader beside the model, a step beside
-transformers' padded one.
+"""Speed of pretraining: preparing text compared with `datasets.map`, reading it compared with the model, and a step
+compared with transformers' padded one.
 
     python benchmarks/pretraining.py TEXT TOKENIZER            # writes benchmarks/pretraining.json
     python benchmarks/pretraining.py TEXT TOKENIZER --only step
 
 TEXT is a folder of .txt and .jsonl files, TOKENIZER a folder with tokenizer.json. Models are ModernBERT-base with
 random weights; a step is forward, backward, clipping and AdamW in float32, on 16 texts of log-normal lengths with 30 %
-of the tokens hidden; both products get the same texts and the same masks. Needs transformers and datasets.
+of the tokens hidden; both libraries get the same texts and the same masks. Needs transformers and datasets.
 """
 
 from __future__ import annotations

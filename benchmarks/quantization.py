@@ -1,4 +1,4 @@
-"""What quantizing costs on real data: hidden states, masked tokens, perplexity, and two fine-tuned models.
+"""What quantizing costs in accuracy on real data: hidden states, masked tokens, perplexity, and two fine-tuned models.
 
     python benchmarks/quantization.py ../shared/data --runs /tmp/runs --output benchmarks/quantization.json
 
