@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --out gpu.json                 # on a GPU, at most eight minutes
     python benchmarks/gpu.py --smoke --device cpu           # the same code on small models, to check that it works
 
-Random base-size weights in bfloat16. Only real tokens count, and only pairs of tokens that attend to each other. A time is
-that of the fastest of several forward passes, from ids on the host to the GPU's last result; matrix products are timed by
-the GPU itself. Peers get texts sorted by length on the GPU, no mask where none is needed, and the best of several batch
-sizes. Memory is what a pass takes in addition to the weights.
+Random base-size weights in bfloat16. Only real tokens count, and only pairs of tokens that attend to each other. A time
+is that of the fastest of several forward passes, from ids on the host to the GPU's last result; matrix products are
+timed by the GPU itself. Peers get texts sorted by length on the GPU, no mask where none is needed, and the best of
+several batch sizes. Memory is what a pass takes in addition to the weights.
 
 Each group of parts runs in a process of its own, which is ended when its time is over; what was measured until then is
 kept.
