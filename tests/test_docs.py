@@ -93,6 +93,7 @@ def differs(shown, printed):
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_run_and_print_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # pages show what a CPU prints
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     for block in blocks_of(page):
