@@ -17,7 +17,7 @@ from modernbert.pipelines import small_model
 from modernbert.training.adapters import add_adapters, has_adapters, merged
 from modernbert.training.checkpoints import explained
 from modernbert.training.contract import Outcome
-from modernbert.training.distributed import process
+from modernbert.training.distributed import end_together, process
 from modernbert.training.engine import fit
 from modernbert.training.examples import ExampleFeed
 from modernbert.training.folder import (
@@ -177,7 +177,7 @@ def finetune(
             }
             with explained(folder):
                 _finish(result, worker, settings, about, changes)
-        where.wait_for_everyone()
+        end_together(where)
         return result
 
 
