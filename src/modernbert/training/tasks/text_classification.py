@@ -12,10 +12,11 @@ import torch
 from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.config import Config
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field, list_in
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, shown, worst
-from modernbert.training.tasks.data import Field, Row, list_in, text_of
+from modernbert.training.tasks.data import Row, text_of
 from modernbert.training.tasks.labels import Labels, is_ignored, multi_hot_width, number_of, some
 from modernbert.training.tasks.metrics import classification_figures, multi_label_figures, regression_figures
 

@@ -10,10 +10,11 @@ import torch
 
 from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, shown, worst
-from modernbert.training.tasks.data import Field, Row, text_of
+from modernbert.training.tasks.data import Row, text_of
 from modernbert.training.tasks.metrics import retrieval_figures
 
 
