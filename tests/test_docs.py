@@ -159,3 +159,9 @@ def test_every_page_is_linked():
 def test_files_that_pages_name_exist(page):
     for path in re.findall(r"`([\w.]+(?:/[\w.]+)*(?:/|\.(?:py|c|inc)))`", (ROOT / page).read_text(encoding="utf-8")):
         assert (ROOT / path).exists() or any((ROOT / "src").rglob(path.rstrip("/"))), f"{path} does not exist"
+
+
+def test_each_place_that_equal_bits_cost_names_the_page():
+    page = (ROOT / "docs/invariance.md").read_text(encoding="utf-8").partition("## What it takes")[2]
+    for path in re.findall(r"`([\w/]+\.(?:py|inc))`", page):
+        assert "docs/invariance.md" in (ROOT / "src/modernbert" / path).read_text(encoding="utf-8"), path
