@@ -3,8 +3,8 @@
     python benchmarks/finetuning.py DATA                     # all tasks, three seeds, a table at the end
     python benchmarks/finetuning.py DATA --only wnut17 --seeds 1
 
-DATA is a folder with the files that CASES names. Each library trains in a process of its own, one after the other; both
-finished models are evaluated by the same code. transformers trains as its own examples do: batches padded to their
+DATA is a folder with the files that CASES names. Each product trains in a process of its own, one after the other;
+both finished models are judged by one evaluation. transformers trains as its own examples do: batches padded to their
 longest text, and windows of question answering to 384 tokens. Needs transformers and sentence-transformers.
 """
 
