@@ -18,7 +18,7 @@ from modernbert.pipelines import small_model
 from modernbert.training.adapters import add_adapters, has_adapters, merged
 from modernbert.training.checkpoints import explained
 from modernbert.training.contract import Outcome
-from modernbert.training.distributed import process
+from modernbert.training.distributed import end_together, process
 from modernbert.training.engine import fit
 from modernbert.training.examples import ExampleFeed
 from modernbert.training.folder import (
@@ -122,9 +122,9 @@ def finetune(
         train_rows, eval_rows, is_held_out = read_rows(worker, train, eval, settings, say)
         name = settings.model or small_model("decoder" if task == "causal-lm" else "encoder")
         # Of rows that were held out here the labels are known; a file of its own may not have others.
-        worker.learn([*train_rows, *eval_rows] if is_held_out else train_rows)
+        worker.fit_labels([*train_rows, *eval_rows] if is_held_out else train_rows)
         loaded = _loaded(worker, name, settings)
-        worker.use(worker.load_tokenizer(name, settings), loaded.config.max_position_embeddings)
+        worker.set_tokenizer(worker.load_tokenizer(name, settings), loaded.config.max_position_embeddings)
         examples = worker.prepare(train_rows, True)
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
         for note in dict.fromkeys((*worker.notes, stored_in(loaded.config.dtype))):
@@ -178,7 +178,7 @@ def finetune(
             }
             with explained(folder):
                 _finish(result, worker, settings, about, changes)
-        where.wait_for_everyone()
+        end_together(where)
         return result
 
 
