@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from modernbert.checks import described
 from modernbert.errors import InputError, listed
 from modernbert.io.tables.columns import Field, choose_columns, value_in
-from modernbert.io.tables.reading import parts_of, place_of, read_records, rows_of_dataset
+from modernbert.io.tables.reading import check_once, parts_of, place_of, read_records, rows_of_dataset
 
 _VALIDATION = ("validation", "val", "valid", "dev", "eval", "test")
 
@@ -41,10 +41,9 @@ def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
     tables = []
     sources = [sources] if isinstance(sources, str | Path) else sources
     if isinstance(sources, Sequence) and sources and all(isinstance(s, str | Path) for s in sources):
-        names = [str(source) for source in sources]
-        _check_once(names)
-        for name in names:
-            path, part = place_of(name)
+        places = [(*place_of(str(source)), str(source)) for source in sources]
+        check_once(places)
+        for path, part, name in places:
             if not path.exists():
                 raise InputError(f"there is no file or folder {path}")
             tables.append(Table(list(read_records(path, part, header)), name))
@@ -64,19 +63,6 @@ def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
         if not table.records:
             raise InputError(f"{table.name} holds no rows")
     return tables
-
-
-def _check_once(sources: Sequence[str]) -> None:
-    """Raise `InputError` where rows would count twice: a file, or a part of one, that is given twice."""
-    given: dict[Path, dict[str | None, str]] = {}
-    for source in sources:
-        path, part = place_of(source)
-        parts = given.setdefault(path.resolve(), {})
-        if parts and (part is None or None in parts or part in parts):
-            before = parts.get(part) or next(iter(parts.values()))
-            again = "" if source == before else f" (as {before} too)"
-            raise InputError(f"{source} is given twice{again}; give each file once")
-        parts[part] = source
 
 
 def with_parts(train: Any, evaluation: Any) -> tuple[Any, Any, str]:
