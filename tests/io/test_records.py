@@ -151,7 +151,7 @@ def test_text_is_read_by_lines(tmp_path, suffix):
     assert list(read_records(path)) == [{"text": "one"}, {"text": "two å"}]
 
 
-@pytest.mark.parametrize("suffix", [".pdf", ".log", ".gz", ".py"])
+@pytest.mark.parametrize("suffix", [".pdf", ".gz"])
 def test_files_of_an_unknown_suffix_are_refused_by_name(tmp_path, suffix):
     path = tmp_path / f"text{suffix}"
     path.write_text("one\n")
@@ -199,10 +199,8 @@ def test_blank_lines_keep_their_places_where_they_count_and_the_last_ones_never_
     for one, wanted in zip(shown, expected, strict=True):
         assert one == wanted or f"{tmp_path}/{wanted};" in one
     assert count_records(path) in (None, len(expected))
-    texts = [
-        record["text"] for record in found if isinstance(record, dict) and (record["text"] or path.suffix != ".txt")
-    ]
-    assert [record["text"] for record in read_records(path)] == texts
+    kept = [r for r in found if isinstance(r, dict) and (r["text"] or path.suffix != ".txt")]
+    assert list(read_records(path)) == kept
 
 
 @pytest.mark.parametrize(
@@ -213,12 +211,8 @@ def test_blank_lines_keep_their_places_where_they_count_and_the_last_ones_never_
             b'"fine"\n' + b"[" * 100_000,
             "a.jsonl, line 2, is not JSON: it is nested more than 64 levels deep",
         ),
-        (
-            "a.jsonl",
-            b'{"text":' * 150 + b"1" + b"}" * 150,
-            "a.jsonl, line 1, is not JSON: it is nested more than 64 levels deep",
-        ),
-        ("a.json", b"[" * 100_000, "a.json is not JSON: it is nested more than 64"),
+        ("a.jsonl", b'{"text":' * 65 + b"1" + b"}" * 65, "a.jsonl, line 1, is not JSON: it is nested more than 64"),
+        ("a.json", b"[" * 65 + b"]" * 65, "a.json is not JSON: it is nested more than 64"),
         ("a.txt", b"fine\n\xff\xfe\n", "a.txt, line 2, is not UTF-8"),
         ("a.jsonl", b'{"text": 1}\n{"text":', "a.jsonl, line 2, is not JSON"),
         ("a.jsonl", b"[1]", "line 1, holds a list; give objects or texts"),
@@ -234,10 +228,10 @@ def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
         list(read_records(tmp_path / name))
 
 
-def test_one_huge_line_is_a_record(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 5_000_000, "n": list(range(50_000))}) + "\n")
-    (record,) = read_records(tmp_path / "a.jsonl")
-    assert (len(record["text"]), len(record["n"])) == (5_000_000, 50_000)
+def test_a_huge_line_and_a_deep_one_are_records(tmp_path):
+    huge, deep = {"text": "x" * 5_000_000, "n": list(range(50_000))}, '{"text":' * 64 + "1" + "}" * 64
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(huge)}\n{deep}\n")
+    assert list(read_records(tmp_path / "a.jsonl")) == [huge, json.loads(deep)]
 
 
 def test_torn_parquet_files_are_one_clear_error(tmp_path):
@@ -296,7 +290,7 @@ def test_every_form_is_written(tmp_path, suffix):
         for answer in ANSWERS:
             output.write(answer)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # and no lock
-    rows = list(read_records(path)) if suffix != ".jsonl" else [json.loads(x) for x in path.read_text().splitlines()]
+    rows = list(read_records(path))
     if suffix == ".jsonl":
         assert rows == ANSWERS
         return

@@ -61,18 +61,15 @@ def test_bad_paths_and_rows_are_named(tmp_path, monkeypatch):
         Collection([tmp_path / "missing"])
     with pytest.raises(InputError, match=r"holds no \.txt, \.jsonl, \.parquet file and no dataset"):
         Collection([tmp_path])
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(InputError, match=r"none of \.txt, \.jsonl"):
-        Collection([tmp_path / "a.csv"])
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
-    with pytest.raises(InputError, match=r"a\.jsonl, row 2, has no column 'text'"):
-        Collection([tmp_path / "a.jsonl"])
-    (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
-    with pytest.raises(InputError, match=r"has an int in 'text'"):
-        Collection([tmp_path / "b.jsonl"])
-    (tmp_path / "c.jsonl").write_text('{"text": "bad \\ud83d"}\n')
-    with pytest.raises(InputError, match=r"c\.jsonl, row 1, is no Unicode text"):
-        Collection([tmp_path / "c.jsonl"])
+    for name, content, message in [
+        ("a.csv", "x", r"none of \.txt, \.jsonl"),
+        ("a.jsonl", '{"text": "fine"}\n{"txt": "not"}\n', r"a\.jsonl, row 2, has no column 'text'"),
+        ("b.jsonl", '{"text": 3}\n', r"has an int in 'text'"),
+        ("c.jsonl", '{"text": "bad \\ud83d"}\n', r"c\.jsonl, row 1, is no Unicode text"),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=message):
+            Collection([tmp_path / name])
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.jsonl").write_text('{"text": "fine"}\n')
     with pytest.raises(InputError, match=r"would both be called a; write NAME=PATH"):
