@@ -22,7 +22,7 @@ def texts_of(collection, held_out=None):
 def test_documents_of_folders_and_what_is_held_out(tmp_path, documents):
     (tmp_path / "sub").mkdir()
     for i in range(20):
-        (tmp_path / "sub" / f"{i:02}.txt").write_text(documents[i])
+        (tmp_path / "sub" / f"{i:02}.txt").write_text(documents[i], encoding="utf-8-sig" if i % 2 else "utf-8")
     lines = [json.dumps({"text": d, "other": 1}) for d in documents[20:70]]
     (tmp_path / "more.jsonl").write_text("\n".join(lines) + "\n\n")
     (tmp_path / "ignored.csv").write_text("a,b")

@@ -88,7 +88,7 @@ class Collection:
     def _texts(self) -> Iterator[tuple[str, _Place]]:
         for place in self.places:
             if place.path.suffix == ".txt":
-                yield place.path.read_text(encoding="utf-8", errors="replace"), place
+                yield place.path.read_text(encoding="utf-8-sig", errors="replace"), place
                 continue
             parts: list[str | None] = [*parts_of(place.path)]
             for part in parts or [None]:
