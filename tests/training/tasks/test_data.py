@@ -19,17 +19,18 @@ ROWS = [{"text": "one", "label": "a"}, {"text": 'two, "2"', "label": "b"}, {"tex
 def test_parts_to_train_and_to_evaluate_on(tmp_path):
     path = str(tmp_path / "p.json")
     (tmp_path / "p.json").write_text(json.dumps({"train": ROWS, "val": ROWS[:1]}))
-    assert read_tables(f"{path}#val", None)[0].records == ROWS[:1]
+    assert read_tables(f"{path}#val", None) == {f"{path}#val": ROWS[:1]}
     train, held, chosen = with_parts(path, None)
     assert (train, held) == ([f"{path}#train"], [f"{path}#val"])
     assert "evaluating on its part 'val'" in chosen
     assert with_parts(path, "other.json")[1] == "other.json"
     named = datasets.Dataset.from_list(ROWS).class_encode_column("label")
     datasets.DatasetDict({"train": named, "test": named}).save_to_disk(tmp_path / "folder")
-    assert read_tables(named, None)[0].records == ROWS
+    assert read_tables(named, None) == {"the dataset": ROWS}
     assert with_parts(str(tmp_path / "folder"), None)[1] == [f"{tmp_path / 'folder'}#test"]
     (tmp_path / "h.tsv").write_text('one\ta\n"two\tb\n')
-    assert read_tables(str(tmp_path / "h.tsv"), ["text", "label"])[0].records[1] == {"text": '"two', "label": "b"}
+    (rows,) = read_tables(tmp_path / "h.tsv", ["text", "label"]).values()
+    assert rows[1] == {"text": '"two', "label": "b"}
 
 
 def test_lists_and_fields_that_some_rows_lack():
