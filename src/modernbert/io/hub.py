@@ -16,9 +16,13 @@ _LONGEST_NAME = 255  # characters
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def could_be_a_name(path: str) -> bool:
-    """Whether a file or folder could have this name, given by a file that somebody else wrote."""
-    return len(path) <= _LONGEST_NAME and path.isprintable()
+def check_name(path: str, what: str, where: object) -> None:
+    """Raise `CheckpointError` for a name of a file or folder, given by a checkpoint, that none inside of it has."""
+    pure = PurePosixPath(path)
+    if ".." in pure.parts or pure.is_absolute() or "\\" in path:
+        raise CheckpointError(f"{where} names the {what} {shown(path)}, which lies outside of it")
+    if len(path) > _LONGEST_NAME or not path.isprintable():
+        raise CheckpointError(f"{where} names the {what} {shown(path)}, which can be no {what}'s name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +69,7 @@ class Source:
             NotFoundError: the source itself cannot be found or reached.
             CheckpointError: the file's name leads out of the source.
         """
-        path = PurePosixPath(filename)
-        if ".." in path.parts or path.is_absolute() or "\\" in filename:
-            raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which lies outside of it")
-        if not could_be_a_name(filename):
-            raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which can be no file's name")
+        check_name(filename, "file", "a checkpoint")
         if (folder := self.folder) is not None:
             return folder / filename if (folder / filename).is_file() else None
         name = str(self.name_or_folder)
