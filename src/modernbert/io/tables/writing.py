@@ -41,13 +41,12 @@ class ResumableOutput:
         overwrite: whether a file of this name may be replaced, once the new one is whole.
 
     Attributes:
-        done: records in the file so far.
-        failed: those of them that are errors.
-        errors: number of the record, from 1, and error of the first ten of those.
+        done: number of records in the file so far.
+        failed: number of those that are errors.
+        errors: the first ten of these, by the number of the record, from 1.
 
     Raises:
-        InputError: the suffix is unknown, the file exists already, a partial file belongs to another job, or another
-            process is writing it.
+        InputError: the suffix is unknown, the file exists, the partial file is another job's, or is being written.
     """
 
     def __init__(self, path: Path, job: Record, *, overwrite: bool = False) -> None:
