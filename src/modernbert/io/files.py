@@ -52,7 +52,8 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # before it is released: later it could be another process's
+        with contextlib.suppress(OSError):  # Windows lets nobody remove it now, and does so on release
+            Path(lock.lock_file).unlink()  # before it is released: later it could be another process's
         lock.release()
 
 

@@ -145,6 +145,7 @@ class ResumableOutput:
             if error is None:
                 with replacing(self.path) as temporary:
                     _WRITERS[self.path.suffix.lower()](temporary, self._records)
+            self._close()
             if error is None or not self.done:  # nothing in it to go on with
                 self.partial.unlink()
 
