@@ -52,7 +52,7 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows lets nobody remove it now, and does so on release
+        with contextlib.suppress(OSError):  # Windows refuses this, and removes the file on release
             Path(lock.lock_file).unlink()  # before it is released: later it could be another process's
         lock.release()
 

@@ -1,5 +1,5 @@
-"""Writing rows: gathered in a file beside the wanted one, a JSON object a line, from which an interrupted job goes on;
-the wanted file appears once it is whole.
+"""Writing rows: they are gathered in a partial file beside the output, from which an interrupted job continues; the
+output appears once it is whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ResumableOutput:
     """A file that is gathered record by record and appears when it is whole.
 
     Until then the records are in `<name>.partial`, a JSON object a line after a line that describes their job. A job
-    that finds its own partial file goes on after the last whole line of it.
+    that finds its own partial file continues after the last whole line of it.
 
     A record is {"input", "output"} or {"input", "error"}, and {"row"} with the columns of the file it came from.
 
@@ -77,7 +77,7 @@ class ResumableOutput:
         return self
 
     def _take(self, number: int, line: bytes) -> None:
-        """Go on after one line of an earlier run."""
+        """Count a line of an earlier run, if it is of this job."""
         try:
             record = json.loads(line.decode("utf-8", "surrogatepass"))
             if not isinstance(record, dict) or ("input" if number else "job") not in record:

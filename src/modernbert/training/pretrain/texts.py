@@ -165,7 +165,7 @@ class Cutter:
 
 
 def split(document: str, least: int) -> list[str]:
-    """Cut a text where sentences or lines end, each piece of at least so many characters; joined, they are the text.
+    """Cut a text at the ends of sentences or lines, into pieces of at least `least` characters that join to the text.
 
     White space stays at the beginning of pieces, where tokenizers that split words from each other leave it, so that
     the tokens of the pieces are those of the whole.
