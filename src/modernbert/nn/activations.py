@@ -1,9 +1,8 @@
 """Activations by the names that configurations use.
 
-PyTorch's own sigmoid, SiLU and tanh-GELU compute the last few numbers of each thread's share by another formula than
+PyTorch's own sigmoid, SiLU and tanh-GELU compute the last few values of each thread's share by another formula than
 the rest, so that a row's bits depend on how many rows there are. Its tanh does not, nor does its exact GELU by oneDNN;
-the others are written by way of tanh, and the exact GELU without oneDNN goes piece by piece
-(docs/invariance.md).
+the others are written by way of tanh, and the exact GELU without oneDNN goes piece by piece (docs/invariance.md).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from modernbert.nn.linear import multiplies_bfloat16, onednn_serves, planned_rows
 
-_PIECE = 1 << 13  # numbers, fewer than PyTorch shares out to threads
+_PIECE = 1 << 13  # values, fewer than PyTorch shares out to threads
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -33,7 +32,7 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def _gelu_in_pieces(x: Tensor) -> Tensor:
-    """Pieces that one thread computes each, and that end with a whole vector: no number is at an end."""
+    """Pieces that one thread computes each, and that end with a whole vector: no value is at an end."""
     flat = F.pad(x.flatten(), (0, -x.numel() % _PIECE))
     return torch.cat([F.gelu(piece) for piece in flat.split(_PIECE)])[: x.numel()].view(x.shape) if len(flat) else x
 

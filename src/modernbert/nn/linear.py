@@ -2,10 +2,9 @@
 
 A matrix product of general libraries picks its kernel, and so the order of its sums, by the number of rows: one
 text alone and the same text in a batch then differ in the last bits. oneDNN's inner product keeps one order for
-every number of rows but one, on any number of threads, so it serves here wherever PyTorch carries it; a single
-row is computed as two, and many rows as a round number of them. Elsewhere fixed-size blocks of rows give the same
-guarantee. On a card products are left to PyTorch, which picks by the number of rows. docs/invariance.md has
-the whole list of what equal bits take.
+every number of rows but one, on any number of threads, so it serves wherever PyTorch carries it; a single row is
+computed as two, and many rows as a round number of them. Elsewhere blocks of a fixed size give the same guarantee. On a
+card products are left to PyTorch, which picks by the number of rows (docs/invariance.md).
 
 Shapes: T rows, I inputs, O outputs.
 """
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
-_LINE = 16  # inputs are padded to a multiple of this where oneDNN is missing: a row begins a cache line
+# Where oneDNN is missing:
+_BLOCK = 64  # rows a call; a fixed shape is a fixed order of sums
+_LINE = 16  # inputs are padded to a multiple of this, so that a row begins a cache line
 
 
 def onednn_serves(x: Tensor) -> bool:
@@ -132,16 +132,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, each row independent, bit for bit, of the others on a CPU.
-
-    Args:
-        x_TI: (T, I) rows; any leading dimensions are taken as rows.
-        weight_OI: (O, I).
-        bias_O: (O,) or None.
-
-    Returns:
-        (T, O), or the leading dimensions of x and O.
-    """
+    """x @ weight.T + bias, each row independent, bit for bit, of the others on a CPU; x may have any dimensions."""
     if type(weight_OI) not in _PLAIN:  # a class of its own brings its own product, as torchao's do
         return F.linear(x_TI, weight_OI, bias_O)
     if torch.is_autocast_enabled(x_TI.device.type):
