@@ -141,7 +141,7 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
     """The decoder with a classifier of whole texts, by one of their last tokens.
 
     That is the last token of the text that is not `pad_token_id`, padded or packed, with a mask or without. A text that
-    ends with the padding id, as texts do where the same id ends them, is therefore read at the token before. Where the
+    ends with the padding id, as texts do where the same id ends them, is therefore read at the token before. If the
     configuration has no padding id, or `inputs_embeds` are given instead of ids, it is the last real token. Labels and
     loss are those of `ModernBertForSequenceClassification`. The classifier has a bias if `classifier_bias` says so.
 

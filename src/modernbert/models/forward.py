@@ -48,7 +48,7 @@ _MEANINGS = {
     "shape and changes nothing.",
     "position_ids": "positions for the rotary embedding, of the shape of the input or (1, S); None counts each text's "
     "real tokens, those in a cache included. Without a mask, and without tokens in a cache, positions that begin anew "
-    "(for a decoder: that do not go on by one) begin another text in the same row, as collators that pack texts hand "
+    "(for a decoder: that do not rise by one) begin another text in the same row, as collators that pack texts hand "
     "them over; outputs keep the input's shape.",
     "past_key_values": "a `DecoderCache`, which is changed in place and returned.",
     "inputs_embeds": "(B, S, M), (T, M) or (1, T, M), instead of `input_ids`.",
@@ -61,7 +61,7 @@ _MEANINGS = {
     "first token. A place outside of the text's real tokens is not counted.",
     "end_positions": "likewise, of each answer's last token.",
     "logits_to_keep": "score this number of last columns only, or the columns of this tensor; 0 scores all. Of packed "
-    "input, that many last tokens of each text, or the tokens of these numbers.",
+    "input, that number of last tokens of each text, or the tokens at these places.",
     "indices": "(T,) the place of each packed token in the flattened grid.",
     "cu_seqlens": "(B + 1,) cumulative lengths of packed texts, from 0 to T.",
     "max_seqlen": "longest text of a packed batch, checked against `cu_seqlens`.",

@@ -133,7 +133,7 @@ class ModernBertForSequenceClassification(EncoderClassifier):
     """The encoder with a classifier of whole texts.
 
     A text is pooled as `classifier_pooling` says, its first real token or the mean of its real tokens, and logits are
-    (B, `num_labels`). The loss follows `problem_type`, or where that is not given the labels: one label is regression
+    (B, `num_labels`). The loss follows `problem_type`, or if that is not given the labels: one label is regression
     (squared error), whole numbers are one class a text (cross-entropy, -100 ignored), anything else is several classes
     a text (binary cross-entropy). Labels are (B,) class numbers or values, or (B, `num_labels`).
 

@@ -121,7 +121,7 @@ class SentenceEncoder(nn.Module):
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the encoder is quantized; None where its weights are floats."""
+        """How the encoder is quantized; None if its weights are floats."""
         return self.model.quantization
 
     @property
@@ -152,7 +152,7 @@ class SentenceEncoder(nn.Module):
         self.model.thaw()
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Let all parameters have gradients, or none; ends `optimize_for_inference` where they shall have some."""
+        """Let all parameters have gradients, or none; ends `optimize_for_inference` if they are to have some."""
         self.model.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
@@ -335,7 +335,7 @@ class SentenceEncoder(nn.Module):
 
 
 def _refuse_decoder(source: Source) -> None:
-    """Raise `CheckpointError` where the model is a decoder, which has no vectors of texts here."""
+    """Raise `CheckpointError` if the model is a decoder, which has no vectors of texts here."""
     model_type = source.read_json("config.json").get("model_type")
     if model_type == ModernBertDecoderConfig.model_type:
         where = source.folder or source.name_or_folder

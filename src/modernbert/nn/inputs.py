@@ -158,7 +158,7 @@ def _packing_of_padded(
     gaps_separate: bool,
     continues: bool,
 ) -> Packing:
-    """Where the texts of a padded grid lie: in a row each, or where nothing but positions tells them apart, in one."""
+    """Where the texts of a padded grid lie: one in each row, or several that only positions tell apart."""
     for name, value, expected in (("batch_size", given.batch_size, shape[0]), ("seq_len", given.seq_len, shape[1])):
         if value is not None and value != expected:
             raise InputError(f"{name} is {value}; the input's shape {shape} says {expected}")
@@ -198,8 +198,8 @@ def _packing_of_packed(given: Inputs, mask: Tensor | None, tokens: int, device: 
             raise InputError(f"indices reach to {int(indices.max())}; the grid {grid} has {grid[0] * grid[1]} places")
     elif given.seq_len is not None:
         raise InputError(f"seq_len is {given.seq_len}; to pad packed outputs, indices must say where each token goes")
-    packing = Packing.from_cu_seqlens(given.cu_seqlens, tokens, device, indices, grid)
-    lengths = list(packing.lengths)
+    lengths = lengths_of(given.cu_seqlens, tokens)
+    packing = Packing.from_lengths(lengths, device, indices, grid)
     if batch_size is not None and batch_size != len(lengths):
         raise InputError(f"batch_size is {batch_size}; cu_seqlens holds {len(lengths)} texts")
     if indices is not None and grid is not None:
@@ -220,3 +220,20 @@ def _packing_of_packed(given: Inputs, mask: Tensor | None, tokens: int, device: 
                 "Packed input needs no mask"
             )
     return packing
+
+
+def lengths_of(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """Lengths of texts by their cumulative lengths, which must rise from 0 to `tokens`."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+        raise InputError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be whole "
+            "numbers of shape (batch + 1,)"
+        )
+    starts = cu_seqlens.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(starts)]
+    if starts[0] != 0 or starts[-1] != tokens or min(lengths, default=0) < 0:
+        raise InputError(
+            f"cu_seqlens is {starts if len(starts) < 12 else [*starts[:5], '...', *starts[-5:]]}; it must begin "
+            f"at 0, never fall, and end at the number of tokens given, {tokens}"
+        )
+    return lengths

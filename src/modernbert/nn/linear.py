@@ -32,9 +32,9 @@ def onednn_serves(x: Tensor) -> bool:
 
 @functools.cache
 def onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
-    """What oneDNN's inner product computes rows of a dtype in on this CPU; None where this build lacks it.
+    """What oneDNN's inner product computes rows of a dtype in on this CPU; None if this build lacks it.
 
-    A CPU without bfloat16 products takes bfloat16 numbers as float32, which is faster there than imitating them.
+    A CPU without bfloat16 products takes bfloat16 values as float32, which is faster there than imitating them.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return None
@@ -45,7 +45,7 @@ def onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether PyTorch multiplies bfloat16 numbers on this CPU by instructions made for them; oneDNN also imitates them.
+    """Whether PyTorch multiplies bfloat16 values on this CPU by instructions made for them; oneDNN also imitates them.
 
     `ONEDNN_MAX_CPU_ISA` can forbid oneDNN instructions that the CPU has, so one product is tried.
     """
@@ -64,7 +64,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that products of numbers of a dtype are best computed in: float32 for what a CPU would imitate."""
+    """The dtype that products of values of a dtype are best computed in: float32 for what a CPU would imitate."""
     imitated = dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
     return torch.float32 if imitated else dtype
 
@@ -82,7 +82,7 @@ def planned_rows(rows: int) -> int:
 
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, reordered: Tensor | None = None) -> Tensor:
-    """`linear` of (T, I) without gradients; `reordered` is the weight in oneDNN's layout, where it was laid out."""
+    """`linear` of (T, I) without gradients; `reordered` is the weight in oneDNN's layout, if it has one."""
     rows = x_TI.shape[0]
     if rows == 0:
         return x_TI.new_zeros((0, weight_OI.shape[0]))

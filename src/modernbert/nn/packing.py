@@ -97,30 +97,6 @@ class Packing:
         positions_T = torch.arange(len(text_T)) - (lengths_B.cumsum(0) - lengths_B)[text_T]
         return cls(tuple(lengths), positions_T.to(device), text_T.to(device), indices_T, grid)
 
-    @classmethod
-    def from_cu_seqlens(
-        cls,
-        cu_seqlens: Tensor,
-        tokens: int,
-        device: torch.device,
-        indices_T: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
-    ) -> Packing:
-        """Pack by cumulative lengths; they must rise from 0 to `tokens`."""
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
-            raise InputError(
-                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be whole "
-                "numbers of shape (batch + 1,)"
-            )
-        starts = cu_seqlens.tolist()
-        lengths = [b - a for a, b in itertools.pairwise(starts)]
-        if starts[0] != 0 or starts[-1] != tokens or min(lengths, default=0) < 0:
-            raise InputError(
-                f"cu_seqlens is {starts if len(starts) < 12 else [*starts[:5], '...', *starts[-5:]]}; it must begin "
-                f"at 0, never fall, and end at the number of tokens given, {tokens}"
-            )
-        return cls.from_lengths(lengths, device, indices_T, grid)
-
     def unpad(self, grid_BS: Tensor) -> Tensor:
         """Take the real tokens out of a padded grid: (B, S, ...) to (T, ...)."""
         assert self.indices_T is not None

@@ -57,7 +57,7 @@ class EagerAttention(AttentionBackend):
         lengths, keys = plan.packing.lengths, plan.keys.lengths
         texts = zip(q_THD.split(lengths), k_THD.split(keys), v_THD.split(keys), plan.seen, strict=True)
         for q_LHD, k_KHD, v_KHD, seen_LK in texts:
-            # Copies, because the sums of a product depend on where in memory its numbers begin.
+            # Copies, because the sums of a product depend on where in memory its operands begin.
             fresh = torch.contiguous_format
             q_HLD, k_HKD, v_HKD = (x.transpose(0, 1).clone(memory_format=fresh) for x in (q_LHD, k_KHD, v_KHD))
             scores_HLK = (q_HLD @ k_HKD.mT).float() * q_HLD.shape[-1] ** -0.5
