@@ -71,13 +71,7 @@ class WeightFormat:
         return model
 
     def claims(self, model: Any, names: Names, target: Callable[[str], str]) -> dict[str, str]:
-        """The tensors of a checkpoint that are parts of quantized weights, and their names in the model.
-
-        Args:
-            model: as built from its configuration.
-            names: what the checkpoint holds.
-            target: from a name in the checkpoint to one in the model.
-        """
+        """The tensors of a checkpoint that are parts of quantized weights, by the names that `target` gives them."""
         return {}
 
     def put(self, model: Any, origin: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -25,16 +25,12 @@ def _gelu(x: Tensor) -> Tensor:
         return F.gelu(x)
     if x.dtype == torch.bfloat16 and not multiplies_bfloat16():  # nor does oneDNN have its GELU then
         return _gelu(x.float()).to(x.dtype)
-    if not onednn_serves(x) and not x.requires_grad:
-        return _gelu_in_pieces(x)
+    if not onednn_serves(x) and not x.requires_grad and x.numel():
+        # Pieces that one thread computes each, and that end with a whole vector: no value is at an end.
+        flat = F.pad(x.flatten(), (0, -x.numel() % _PIECE))
+        return torch.cat([F.gelu(piece) for piece in flat.split(_PIECE)])[: x.numel()].view(x.shape)
     extra = planned_rows(len(x)) - len(x) if x.dim() == 2 else 0
     return F.gelu(F.pad(x, (0, 0, 0, extra)))[: len(x)] if extra else F.gelu(x)
-
-
-def _gelu_in_pieces(x: Tensor) -> Tensor:
-    """Pieces that one thread computes each, and that end with a whole vector: no value is at an end."""
-    flat = F.pad(x.flatten(), (0, -x.numel() % _PIECE))
-    return torch.cat([F.gelu(piece) for piece in flat.split(_PIECE)])[: x.numel()].view(x.shape) if len(flat) else x
 
 
 def _sigmoid(x: Tensor) -> Tensor:

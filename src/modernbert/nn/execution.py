@@ -71,8 +71,7 @@ class Cache(Protocol):
             packing: the new tokens.
             backend: attends where new tokens see each other alone.
             dtype: of queries, keys and values.
-            gather: put past and new keys together and compute every pair: slow, but it gives attention weights and
-                lets gradients pass.
+            gather: compute every pair of keys, past and new: slow, but with attention weights and gradients.
             weights: where each layer's attention weights go, if they are wanted.
         """
         ...

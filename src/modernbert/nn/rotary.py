@@ -76,15 +76,10 @@ def rope_tables(
     max_positions: int,
     text_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every token's angles.
+    """Cosines and sines of every token's angles, for one entry of a configuration's `rope_parameters`.
 
-    Args:
-        rope: one entry of a configuration's `rope_parameters`.
-        head_dim: D, even.
-        positions_T: (T,) whole numbers.
-        max_positions: the context that the model was trained for.
-        text_T: (T,) the text of each token. The "dynamic" type stretches each text by its own length, so that
-            a text's result does not depend on what it is batched with. None takes all tokens as one text.
+    The "dynamic" type stretches each text by its own length, beyond the `max_positions` that the model was trained for;
+    `text_T` is the text of each token, None takes all as one.
 
     Returns:
         Two float32 tensors of shape (T, 1, D), already multiplied by the type's attention factor: the cosines, and

@@ -35,13 +35,7 @@ class AttentionBackend(abc.ABC):
 
     @abc.abstractmethod
     def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> Any:
-        """What the layers of one reach share in one forward pass.
-
-        Args:
-            packing: where the texts lie.
-            reach: inclusive (left, right) in positions; None on a side is to the text's end.
-            dtype: of the q, k, v to come.
-        """
+        """What the layers of one reach share in one pass; (left, right) is inclusive, None is the text's end."""
 
     @abc.abstractmethod
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: Any, dropout: float = 0.0) -> Tensor:
