@@ -24,8 +24,8 @@ from torch import Tensor
 from modernbert.config import Reach
 from modernbert.errors import InputError
 from modernbert.nn.attention.contract import AttentionBackend
-from modernbert.nn.attention.dense import dense_attention
 from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.attention.sdpa import dense_attention
 from modernbert.nn.execution import AttentionWeights
 from modernbert.nn.linear import products_dtype
 from modernbert.nn.packing import Packing, on_device, send

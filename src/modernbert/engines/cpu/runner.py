@@ -156,7 +156,7 @@ class CpuLayers:
         self, inputs: PackedInputs, backend: AttentionBackend, cache: Any, weights: AttentionWeights | None
     ) -> dict[str, Shared]:
         attends = attend_by_kind(self.config, inputs.packing, backend, self.dtype, cache, weights)
-        tables = rope_tables_by_kind(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
+        tables = rope_tables_by_kind(self.config, inputs.rope_positions_T, inputs.packing.text_T, self.frequencies)
         return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def _begin(self, inputs: PackedInputs, program: Program) -> _Pass:

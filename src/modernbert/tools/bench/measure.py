@@ -21,6 +21,7 @@ from modernbert.engines.guard import Frozen
 from modernbert.engines.weights import FloatLinear, LaidOut
 from modernbert.errors import InputError
 from modernbert.nn.backbone import Backbone
+from modernbert.nn.inputs import Inputs
 from modernbert.nn.layers import Linear
 
 # What the parts of a pass are, in words, in the order of a layer.
@@ -183,7 +184,7 @@ def measure(model: Backbone, workload: str, machine: Limits, seconds: float = 2.
     parts: dict[str, float] = {}
     if (layers := _layers_on_cpu(model)) is not None:
         start = time.perf_counter()
-        parts = layers.time_parts(model.pack_inputs(ids, None, cu_seqlens=starts))
+        parts = layers.time_parts(model.pack_inputs(Inputs(ids, cu_seqlens=starts)))
         parts["rest"] = time.perf_counter() - start - sum(parts.values())
     return Result(
         workload,
