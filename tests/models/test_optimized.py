@@ -20,7 +20,7 @@ from modernbert import (
     SentenceEncoder,
     quantize,
 )
-from modernbert.engines.parameter import FrozenWeight
+from modernbert.engines.guard import FrozenWeight
 from modernbert.errors import FrozenError, InputError
 from modernbert.models.sentence_encoder import Dense
 from modernbert.nn.layers import Linear
@@ -187,7 +187,7 @@ def test_a_new_parameter_takes_the_old_one_s_place_after_optimizing():
 def test_a_parameter_without_numbers_refuses_to_be_used():
     model = causal_lm().optimize_for_inference()
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in causal_lm().parameters())
-    weight = FrozenWeight.freeze(torch.nn.Parameter(torch.randn(4, 5)), lambda: None)
+    weight = FrozenWeight.freeze(torch.nn.Parameter(torch.randn(4, 5)), torch.Tensor, lambda: None)
     for use in (
         lambda: weight.mul_(2),
         lambda: weight.data,
@@ -475,10 +475,10 @@ def test_a_graph_from_before_freezing_ends_in_an_error_not_in_wrong_gradients():
 
 def test_what_reads_the_memory_of_a_frozen_weight_finds_no_numbers():
     weight = torch.nn.Parameter(torch.randn(3, 4))
-    frozen = FrozenWeight.freeze(weight, lambda: None)
+    frozen = FrozenWeight.freeze(weight, lambda: torch.ones(3, 4), lambda: None)
     with pytest.warns(UserWarning, match="copy construct"):
         assert torch.tensor(frozen).isnan().all()
-    frozen.thaw(torch.ones(3, 4))
+    frozen.thaw()
     assert weight is frozen
     assert torch.equal(weight, torch.ones(3, 4))
 

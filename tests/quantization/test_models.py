@@ -273,7 +273,7 @@ def test_what_callers_name(given, scheme):
     [
         (lambda: resolve("int3"), "scheme is 'int3'; choose one of int8, int8-weight-only, int4"),
         (lambda: resolve(8), "quantization_config is 8; give one of int8"),
-        (lambda: QuantizationConfig(min_cosine=2), "min_cosine is 2; it must be from 0 to 1"),
+        (lambda: QuantizationConfig(min_cosine=2), "min_cosine is 2; it must be a number of at least 0 and at most 1"),
         (lambda: QuantizationConfig(tokens=1), "tokens is 1; it must be a whole number of at least 64"),
         (BitsAndBytesConfig, "give either load_in_8bit=True or load_in_4bit=True"),
         (lambda: modernbert.quantize(made("ModernBertModel"), texts=["a"]), "texts need a tokenizer"),

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modernbert.engines.cpu import library as native
-from modernbert.engines.cpu.operations import Norm, Product
+from modernbert.engines.cpu.operations import Product
+from modernbert.engines.weights import Norm
 from modernbert.quantization.rounding import Scheme, choose_columns, round_weight
 from modernbert.quantization.weight import PackedIntegers, PlainIntegers, QuantizedWeight, pack_quantized, quantize_rows
 

@@ -129,11 +129,11 @@ WRONG = {
     "truncation_side is 3; choose left or right": {"truncation_side": 3},
     "model_input_names is 5": {"model_input_names": 5},
     r"model_input_names is \[None\]": {"model_input_names": [None]},
-    "model_max_length is -5; it must be at least 1": {"model_max_length": -5},
-    "has model_max_length 'long'": {"model_max_length": "long"},
-    r"has model_max_length \[5\]": {"model_max_length": [5]},
-    "has model_max_length inf": {"model_max_length": float("inf")},
-    "has model_max_length nan": {"model_max_length": float("nan")},
+    "model_max_length is -5; it must be a whole number of at least 1": {"model_max_length": -5},
+    "model_max_length is 'long'": {"model_max_length": "long"},
+    r"model_max_length is \[5\]": {"model_max_length": [5]},
+    "model_max_length is inf": {"model_max_length": float("inf")},
+    "model_max_length is nan": {"model_max_length": float("nan")},
 }
 
 

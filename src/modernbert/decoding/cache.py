@@ -97,13 +97,9 @@ class DecoderCache:
             raise InputError("past_key_values was left half-written by a forward pass that failed; make a new one")
 
     def begin(
-        self,
-        packing: Packing,
-        backend: AttentionBackend,
-        dtype: torch.dtype,
-        gather: bool = False,
+        self, packing: Packing, backend: AttentionBackend, dtype: torch.dtype, gather: bool = False,
         weights: AttentionWeights | None = None,
-    ) -> dict[str, Continuation]:
+    ) -> dict[str, Continuation]:  # fmt: skip
         """Make room for new tokens, before the layers write them; how each kind attends. See `nn.execution.Cache`."""
         self._check_whole()
         held = products_dtype(dtype, packing.positions_T.device)
@@ -111,7 +107,7 @@ class DecoderCache:
             if k.dtype != held:
                 raise InputError(f"past_key_values holds {k.dtype} and the model computes in {held}; make a new one")
         if not self.lengths:
-            self.lengths, self.ends = [0] * len(packing.lengths), [0] * len(packing.lengths)
+            self.lengths, self.ends = [[0] * len(packing.lengths) for _ in range(2)]
         if len(packing.lengths) != len(self.lengths):
             raise InputError(f"the input has {len(packing.lengths)} texts; past_key_values holds {len(self.lengths)}")
         for storage in self.kinds.values():

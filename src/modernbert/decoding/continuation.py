@@ -63,7 +63,6 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots, free ones included."""
         return self.positions_R.nbytes + sum(k.nbytes + v.nbytes for k, v in self.layers.values())
 
     def check(self, lengths: Sequence[int], shapes: Mapping[int, tuple[int, int]]) -> None:
@@ -174,7 +173,6 @@ class Storage:
             stored.index_copy_(0, slots, new if of_T is None else new.index_select(0, of_T))
 
     def to(self, device: torch.device) -> None:
-        """Move to a device, where they are not there yet."""
         if self.positions_R.device == device:
             return
         with torch.inference_mode(False):
@@ -193,15 +191,9 @@ class Pass:
     """
 
     def __init__(
-        self,
-        packing: Packing,
-        past: list[int],
-        ends: list[int],
-        backend: AttentionBackend,
-        dtype: torch.dtype,
-        gather: bool,
-        weights: AttentionWeights | None,
-    ) -> None:
+        self, packing: Packing, past: list[int], ends: list[int], backend: AttentionBackend, dtype: torch.dtype,
+        gather: bool, weights: AttentionWeights | None,
+    ) -> None:  # fmt: skip
         self.packing, self.past, self.device = packing, past, packing.positions_T.device
         self.backend, self.dtype, self.gather, self.weights = backend, dtype, gather, weights
         self.positions_T = packing.positions_T + on_device(ends, self.device)[packing.text_T]

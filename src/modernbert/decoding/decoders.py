@@ -6,12 +6,10 @@ Shapes: B texts, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from modernbert.config import Config
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
 from modernbert.nn.packing import PackedInputs
@@ -20,25 +18,21 @@ from modernbert.nn.packing import PackedInputs
 class LanguageModel(Protocol):
     """A model that scores the next token."""
 
+    config: Any
+    device: Any
     training: bool
-
-    @property
-    def config(self) -> Config:
-        """The architecture."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is."""
 
     def score_next(self, inputs: PackedInputs, cache: DecoderCache | None) -> Tensor:
         """Scores (B, V), float32, of what follows each text that has tokens in the input; the cache gets those."""
+        ...
 
 
 class CachedDecoder:
     """Goes on with prompts, reading each token once. Texts are numbered as they are when a method is called.
 
     Args:
-        model, prompts: what scores tokens, and ids.
+        model: scores tokens.
+        prompts: ids.
         cache: holds the prompts' beginnings already, or nothing.
         keep_texts: keep texts in the cache that are no longer gone on with.
 
@@ -102,16 +96,13 @@ class UncachedDecoder:
         self.texts = [list(prompt) for prompt in prompts]
 
     def start(self, most: int) -> Tensor:
-        """Read the prompts; scores (B, V) of what follows."""
         return self.model.score_next(PackedInputs.of_rows(self.texts, self.model.device), None)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Add one token to each text; scores (B, V) of what follows."""
         self.texts = [[*text, token] for text, token in zip(self.texts, tokens, strict=True)]
         return self.start(0)
 
     def select(self, texts: Sequence[int]) -> None:
-        """Go on with these texts, in this order; one may be named several times."""
         self.texts = [self.texts[t] for t in texts]
 
 
@@ -133,5 +124,6 @@ def decoder_of(
         raise InputError("generation is for evaluation mode; call model.eval() first")
     if not use_cache:
         return UncachedDecoder(model, prompts)
-    keep_texts = keep_texts or cache is not None
-    return CachedDecoder(model, prompts, DecoderCache(model.config) if cache is None else cache, keep_texts)
+    if cache is None:
+        return CachedDecoder(model, prompts, DecoderCache(model.config), keep_texts)
+    return CachedDecoder(model, prompts, cache, keep_texts=True)

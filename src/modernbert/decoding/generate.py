@@ -76,8 +76,8 @@ class GenerationMixin:
         """Defaults of `generate`, where the checkpoint has them."""
         if source.find(_DEFAULTS) is not None:
             self.generation_config = source.read_json(_DEFAULTS)
-            served = {field.name for field in dataclasses.fields(GenerationOptions)}
-            others = [k for k, v in self.generation_config.items() if v is not None and k not in served | _SILENT]
+            known = _SILENT | {field.name for field in dataclasses.fields(GenerationOptions)}
+            others = [name for name, value in self.generation_config.items() if value is not None and name not in known]
             if others:
                 logger.warning("%s names options that are not served: %s", _DEFAULTS, listed(sorted(others)))
 
@@ -225,12 +225,12 @@ class GenerationMixin:
         return TextPieces(tokenizer, skip_special_tokens).of(generation.tokens())
 
     def generation_defaults(self, **usual: Any) -> dict[str, Any]:
-        """Options where a caller says nothing: those of the configuration, `usual` ones, the checkpoint's own."""
+        """Options that are not given: from the configuration, then `usual` ones, then the checkpoint's own."""
         ids = {"eos_token_id": self.config.eos_token_id, "pad_token_id": self.config.pad_token_id}
         return {**ids, **usual, **self.generation_config}
 
     def warn_of_length(self, tokens: int) -> None:
-        """Say so where a text may become longer than the model was trained for."""
+        """Warn if a text may become longer than the model was trained for."""
         context = self.config.max_position_embeddings
         if tokens > context:
             logger.warning("up to %d tokens are asked for; the model was trained for texts of %d", tokens, context)
@@ -260,7 +260,6 @@ def read_prompts(
         attention_mask = torch.ones_like(input_ids) if pad is None or pad in ends else input_ids.ne(pad)
     if attention_mask.shape != input_ids.shape:
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {tuple(input_ids.shape)}")
-    input_ids = input_ids.long()
     given = zip(input_ids.tolist(), attention_mask.ne(0).tolist(), strict=True)
     prompts = [[i for i, real in zip(ids, mask, strict=True) if real] for ids, mask in given]
     if not prompts or not all(prompts):
@@ -270,4 +269,4 @@ def read_prompts(
         raise InputError(
             f"input_ids holds {low if low < 0 else high}; the vocabulary has ids 0 to {config.vocab_size - 1}"
         )
-    return input_ids, prompts
+    return input_ids.long(), prompts

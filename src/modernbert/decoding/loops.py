@@ -99,9 +99,9 @@ class Generation:
         searches = [_Search(self, [(history, 0.0)]) for history in histories]
         active = searches
         while active:
-            scores_BV = self._scores(logits_BV.log_softmax(-1), [h for search in active for h in search.histories])
-            totals_B1 = torch.tensor([[total] for search in active for _, total in search.running])
-            scores_BV = scores_BV + totals_B1.to(scores_BV)
+            running = [beam for search in active for beam in search.running]
+            scores_BV = self._scores(logits_BV.log_softmax(-1), [history for history, _ in running])
+            scores_BV = scores_BV + torch.tensor([[total] for _, total in running]).to(scores_BV)
             sizes = [len(search.running) for search in active]
             firsts = [0, *itertools.accumulate(sizes)]
             going = [search.advance(part) for search, part in zip(active, scores_BV.split(sizes), strict=True)]
@@ -109,7 +109,7 @@ class Generation:
             if active:
                 pairs = zip(firsts, going, strict=False)
                 self.decoder.select([first + beam for first, beams in pairs for beam in beams])
-                logits_BV = self.decoder.step([history.ids[-1] for search in active for history in search.histories])
+                logits_BV = self.decoder.step([history.ids[-1] for search in active for history, _ in search.running])
         for search in searches:
             if len(search.finished) < number:
                 raise InputError(
@@ -121,7 +121,6 @@ class Generation:
         return [score for _, score in best]
 
     def ends(self, history: History) -> bool:
-        """Whether a text is at its end."""
         if history.length >= history.limit or history.ids[-1] in self.options.eos_token_id:
             return True
         return self.tokenizer is not None and holds_stop(self.tokenizer, self.options.stop_strings, history.new)
@@ -169,11 +168,6 @@ class _Search:
     generation: Generation
     running: list[tuple[History, float]]
     finished: list[tuple[History, float]] = dataclasses.field(default_factory=list)
-
-    @property
-    def histories(self) -> list[History]:
-        """The beams that go on."""
-        return [history for history, _ in self.running]
 
     def advance(self, scores_BV: Tensor) -> list[int]:
         """Take the best continuations by the scores of all; which present beams go on, none at the end."""

@@ -23,52 +23,47 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationOptions(Options):
-    """How to generate.
+    """How to generate."""
 
-    Args:
-        max_length: tokens of prompt and continuation together, padding columns of the prompt included; 1, which no
-            prompt fits under, asks for one new token.
-        max_new_tokens: tokens of the continuation; 20 if neither is given.
-        min_new_tokens: an end of text is not taken before this many.
-        do_sample: draw tokens by their probability instead of taking the likeliest.
-        temperature: scores are divided by it before drawing; above 0.
-        top_k: draw among this many likeliest tokens; 0 among all.
-        top_p: draw among the fewest likeliest tokens whose probabilities sum to this or more; in (0, 1].
-        min_p: draw among tokens at least as likely as this share of the likeliest one's probability; in [0, 1].
-        repetition_penalty: scores of tokens that occur already are divided by it (multiplied where negative).
-        no_repeat_ngram_size: no tokens in a row of this length occur twice; 0 allows all.
-        num_beams: continuations that beam search follows; 1 follows one.
-        length_penalty: a beam's score is its log-probability over its length to this power.
-        early_stopping: True ends a beam search once `num_beams` beams are finished; False once none that runs scores
-            better than those as it is; "never" once none could.
-        num_return_sequences: continuations of each prompt.
-        eos_token_id: ids that end a text; empty never ends one.
-        pad_token_id: what fills up texts that are shorter than the longest one.
-        stop_strings: strings that end a text once its continuation holds one; they stay in it.
-
-    Raises:
-        InputError: an option is impossible.
-    """
-
-    max_length: int | None = option(None, "Most tokens of prompt and continuation together.", least=1)
-    max_new_tokens: int | None = option(None, "Most tokens of the continuation.", least=1)
-    min_new_tokens: int = option(0, "Fewest tokens of the continuation.", least=0)
-    do_sample: bool = option(False, "Draw tokens instead of taking the likeliest.")
+    max_length: int | None = option(
+        None,
+        "Tokens of prompt and continuation together, padding columns of the prompt included; 1, which no prompt fits "
+        "under, asks for one new token.",
+        least=1,
+    )
+    max_new_tokens: int | None = option(
+        None, "Tokens of the continuation; 20 if max_length is not given either.", least=1
+    )
+    min_new_tokens: int = option(0, "An end of text is not taken before this many new tokens.", least=0)
+    do_sample: bool = option(False, "Draw tokens by their probability instead of taking the likeliest.")
     temperature: float = option(1.0, "Scores are divided by it before drawing.", above=0)
     top_k: int = option(50, "Draw among this many likeliest tokens; 0 among all.", least=0)
-    top_p: float = option(1.0, "Draw among the fewest tokens of at least this probability together.", above=0, most=1)
-    min_p: float = option(0.0, "Draw among tokens with this share of the likeliest one's probability.", least=0, most=1)
-    repetition_penalty: float = option(1.0, "Scores of tokens that occur already are divided by it.", above=0)
-    no_repeat_ngram_size: int = option(0, "No tokens in a row of this length occur twice; 0 allows all.", least=0)
-    num_beams: int = option(1, "Continuations that beam search follows.", least=1)
-    length_penalty: float = option(
-        1.0, "Exponent of the length that beams' scores are divided by.", least=-100, most=100
+    top_p: float = option(
+        1.0, "Draw among the fewest likeliest tokens whose probabilities sum to this or more.", above=0, most=1
     )
-    early_stopping: bool | str = option(False, "When a beam search ends.", choices=("never",))
+    min_p: float = option(
+        0.0, "Draw among tokens at least as likely as this share of the likeliest one's probability.", least=0, most=1
+    )
+    repetition_penalty: float = option(
+        1.0, "Scores of tokens that occur already are divided by it, or multiplied where negative.", above=0
+    )
+    no_repeat_ngram_size: int = option(0, "No tokens in a row of this length occur twice; 0 allows all.", least=0)
+    num_beams: int = option(1, "Continuations that beam search follows; 1 follows one.", least=1)
+    length_penalty: float = option(
+        1.0, "A beam's score is its log-probability over its length to this power.", least=-100, most=100
+    )
+    early_stopping: bool | str = option(
+        False,
+        "True ends a beam search once num_beams beams are finished; False once none that runs scores better than those "
+        'as it is; "never" once none could.',
+        choices=("never",),
+    )
     num_return_sequences: int = option(1, "Continuations of each prompt.", least=1)
-    eos_token_id: tuple[int, ...] = option((), "Ids that end a text.", least=0)
+    eos_token_id: tuple[int, ...] = option((), "Ids that end a text; empty never ends one.", least=0)
     pad_token_id: int | None = option(None, "Fills up texts that are shorter than the longest one.", least=0)
-    stop_strings: tuple[str, ...] = option((), "Strings that end a text.")
+    stop_strings: tuple[str, ...] = option(
+        (), "Strings that end a text once its continuation holds one; they stay in it."
+    )
 
     @classmethod
     def make(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationOptions:
@@ -145,6 +140,15 @@ class GenerationOptions(Options):
                 f"{self.max_length - columns} after the prompt"
             )
         return self.max_length - columns
+
+
+GenerationOptions.__doc__ = "\n".join(
+    [
+        "How to generate.\n\nArgs:",
+        *(f"    {field.name}: {field.metadata['help']}" for field in dataclasses.fields(GenerationOptions)),
+        "\nRaises:\n    InputError: an option is impossible.",
+    ]
+)
 
 
 def shows_options(function: Function) -> Function:

@@ -29,12 +29,10 @@ class History:
 
     @property
     def length(self) -> int:
-        """How many tokens were generated."""
         return len(self.ids) - self.prompt
 
     @property
     def new(self) -> list[int]:
-        """What was generated."""
         return self.ids[self.prompt :]
 
 

@@ -10,8 +10,6 @@ _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character
 
 
 class Tokenizer(Protocol):
-    """What streams need of a tokenizer."""
-
     def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
         """Text of ids."""
 
@@ -49,7 +47,6 @@ class TextPieces:
         return rest
 
     def of(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of a stream of tokens."""
         for token in tokens:
             if piece := self.push([token]):
                 yield piece

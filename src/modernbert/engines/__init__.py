@@ -3,28 +3,14 @@
 Importing this makes known to `nn` what they bring: attention backends, and kernels for some of its functions.
 """
 
+import importlib
+from typing import Any
+
 import torch
 
+from modernbert.engines.gpu import operations
 from modernbert.nn.attention import AttentionBackend, register_backend, register_choice
 from modernbert.nn.dispatch import register_kernel
-
-
-def _native(deterministic: bool) -> AttentionBackend:
-    from modernbert.engines.cpu.attention import NativeAttention
-
-    return NativeAttention(deterministic)
-
-
-def _flash(deterministic: bool) -> AttentionBackend:
-    from modernbert.engines.gpu.flash import FlashAttention
-
-    return FlashAttention(deterministic)
-
-
-def _flex(deterministic: bool) -> AttentionBackend:
-    from modernbert.engines.gpu.flex import FlexAttention
-
-    return FlexAttention(deterministic)
 
 
 def _choose_on_card(dtype: torch.dtype) -> tuple[str, str]:
@@ -42,18 +28,20 @@ def _choose_on_card(dtype: torch.dtype) -> tuple[str, str]:
     return "sdpa", f"flash attention: {without_flash}"
 
 
-def _register() -> None:
-    from modernbert.engines.gpu import operations
+def _register(name: str, file: str, backend: str) -> None:
+    """Have a backend made of a class whose file is imported when it is first asked for."""
 
-    for name, make in (("native", _native), ("flash_attention_2", _flash), ("flex_attention", _flex)):
-        register_backend(name, make)
-    register_choice("cuda", _choose_on_card)
-    for name, kernel in (
-        ("rotate", operations.rotate),
-        ("cross_entropy", operations.cross_entropy),
-        ("geglu", operations.geglu),
-    ):
-        register_kernel(name, operations.serving, kernel)
+    def make(deterministic: bool) -> AttentionBackend:
+        cls: Any = getattr(importlib.import_module(f"modernbert.engines.{file}"), backend)
+        made: AttentionBackend = cls(deterministic)
+        return made
+
+    register_backend(name, make)
 
 
-_register()
+_register("native", "cpu.attention", "NativeAttention")
+_register("flash_attention_2", "gpu.flash", "FlashAttention")
+_register("flex_attention", "gpu.flex", "FlexAttention")
+register_choice("cuda", _choose_on_card)
+for _kernel in (operations.rotate, operations.cross_entropy, operations.geglu):
+    register_kernel(_kernel.__name__, operations.serving, _kernel)

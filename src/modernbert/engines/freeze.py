@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,33 +11,83 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.config import Config
+from modernbert.engines.cpu import library as cpu
 from modernbert.engines.cpu.attention import NativeAttention
+from modernbert.engines.cpu.onednn import OneDnnWeight
+from modernbert.engines.cpu.operations import NativeWeight
 from modernbert.engines.cpu.runner import CpuLayers
 from modernbert.engines.gpu import operations as gpu
+from modernbert.engines.gpu.operations import TritonWeight
 from modernbert.engines.gpu.runner import GpuLayers
-from modernbert.engines.guard import LOCK, Frozen, Layers, thaw
-from modernbert.engines.weights import (
-    BackboneWeights,
-    Embedding,
-    FloatLinear,
-    LaidOut,
-    LayerWeights,
-    LinearKind,
-    NormWeights,
-    gates,
-)
+from modernbert.engines.guard import LOCK, Frozen, thaw
+from modernbert.engines.weights import BackboneWeights, Embedding, LaidOut, LayerWeights, Norm
 from modernbert.nn.activations import activation
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.backbone import Backbone
+from modernbert.nn.execution import Runner
 from modernbert.nn.layers import MLP, Attention, DecoderAttention, Embeddings, EncoderAttention, Layer, Linear
+from modernbert.nn.linear import onednn_serves
+
+
+class FloatLinear:
+    """How linear layers whose weight is a parameter are laid out for kernels, and restored.
+
+    Other kinds of linear layers are subclasses; see `register_linear`.
+    """
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        """Of a layer's weight, (outputs, inputs); zeros where it has none of its own."""
+        weight = module._parameters.get("weight")
+        return (0, 0) if weight is None else (weight.shape[0], weight.shape[1])
+
+    def serves(self, modules: Sequence[Any], gated: bool) -> bool:
+        """Whether the weights of layers that read the same inputs can be laid out as one.
+
+        Not where a weight is computed anew at each call, as by a parametrization, or has a class of its own; nor where
+        some of several layers have a bias and others have none.
+        """
+        if len({module._parameters.get("bias") is None for module in modules}) > 1:
+            return False
+        weights = [module._parameters.get("weight") for module in modules]
+        first = weights[0]
+        if first is None or any(type(weight) is not nn.Parameter or weight.dtype != first.dtype for weight in weights):
+            return False
+        ours = gpu.serving(first.dtype, first.device) or cpu.serving(first.dtype, first.device) is not None
+        return ours or (onednn_serves(first) and not gated)
+
+    def lay_out(self, modules: Sequence[Any], gated: bool) -> LaidOut:
+        """Lay them out for the kernels of their device and dtype: ours, or else oneDNN's."""
+        weights, biases = (
+            [p.detach() for m in modules if (p := m._parameters.get(name)) is not None] for name in ("weight", "bias")
+        )
+        weight_OI = weights[0] if len(weights) == 1 else torch.cat(weights)
+        bias_O = None if not biases else biases[0] if len(biases) == 1 else torch.cat(biases)
+        if gpu.serving(weight_OI.dtype, weight_OI.device):
+            return TritonWeight(weight_OI, bias_O)
+        if cpu.serving(weight_OI.dtype, weight_OI.device) is not None:
+            return NativeWeight(weight_OI, bias_O, gated)
+        return OneDnnWeight(weight_OI, bias_O)
+
+    def restored(self, module: Any, laid: Any, outputs: slice) -> dict[str, Callable[[], Any]]:
+        """By name what makes each parameter and attribute anew that a layer lost to those outputs of what is laid out.
+
+        The weight comes out of the layout; the bias is kept beside it.
+        """
+
+        def weight() -> Tensor:
+            dense: Tensor = laid.to_dense()
+            return dense if len(dense) == outputs.stop - outputs.start else dense[outputs].clone()
+
+        bias = module._parameters.get("bias")
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": functools.partial(_itself, bias.data)}
+
 
 # By the class itself, not a subclass: one made elsewhere, such as an adapter's, may compute something else.
-_LINEAR: dict[type[nn.Module], LinearKind] = {Linear: FloatLinear()}
+_LINEAR: dict[type[nn.Module], FloatLinear] = {Linear: FloatLinear()}
 _EMBEDDINGS: dict[type[nn.Module], Callable[[Any], Embedding]] = {nn.Embedding: lambda module: module.weight.data}
-_Engine = Callable[[Config, BackboneWeights, AttentionBackend], Layers]
 
 
-def register_linear(cls: type[nn.Module], kind: LinearKind) -> None:
+def register_linear(cls: type[nn.Module], kind: FloatLinear) -> None:
     """Say how the linear layers of a class are frozen."""
     _LINEAR[cls] = kind
 
@@ -101,7 +151,14 @@ def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone) -> None:
             _take(frozen, [module], laid, multiply)
     for module in model.modules():
         if type(module) is nn.LayerNorm and (engine is None or module not in inner) and is_free(module):
-            frozen.guard(module, _serve_norm(module))
+            weight, bias = (None if p is None else p.data for p in (module.weight, module.bias))
+            numbers: dict[str, Any] = {
+                "normalized_shape": module.normalized_shape,
+                "weight": weight,
+                "bias": bias,
+                "eps": module.eps,
+            }
+            frozen.guard(module, functools.partial(F.layer_norm, **numbers))
     if engine is not None and table is not None:
         is_left_to_us = engine is CpuLayers and backbone.attn_implementation == "auto"
         backend = NativeAttention() if is_left_to_us else backbone.backend
@@ -134,17 +191,17 @@ def _table(embedding: nn.Module) -> Embedding | None:
     return _EMBEDDINGS[type(embedding)](embedding) if usual else None
 
 
-def _take(frozen: Frozen, modules: list[nn.Module], laid: LaidOut, serve: Callable[[Tensor], Any] | None) -> None:
+def _take(frozen: Frozen, modules: Sequence[nn.Module], laid: LaidOut, serve: Callable[[Tensor], Any] | None) -> None:
     """Guard linear layers whose weights were laid out as one, and take their numbers away."""
     kind, first = _LINEAR[type(modules[0])], 0
     for module in modules:
         outputs = slice(first, first := first + kind.shape(module)[0])
-        numbers = kind.numbers(module, laid, outputs)
-        for name, source in numbers.parameters.items():
+        restored = kind.restored(module, laid, outputs)
+        for name in restored.keys() & module._parameters.keys():
             parameter = module._parameters[name]
             assert parameter is not None
-            frozen.hold(parameter, source)
-        frozen.guard(module, serve, numbers.attributes)
+            frozen.hold(parameter, restored.pop(name))
+        frozen.guard(module, serve, restored)
 
 
 def _multiply(laid: LaidOut, inputs: int, dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -154,14 +211,26 @@ def _multiply(laid: LaidOut, inputs: int, dtype: torch.dtype, x: Tensor) -> Tens
     return laid.product(x) if x.dim() == 2 else laid.product(x.reshape(-1, inputs)).unflatten(0, x.shape[:-1])
 
 
-def _serve_norm(module: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    """What it computes, apart from the module."""
-    weight, bias = (None if p is None else p.data for p in (module.weight, module.bias))
-    shape, eps = module.normalized_shape, module.eps
-    return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+def _itself(value: Any) -> Any:
+    return value
 
 
 # A backbone that one engine runs
+
+
+def gates(activation: object, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether kernels compute an activation and a gate together with the product before them."""
+    if gpu.serving(dtype, device):
+        return activation in gpu.ACTIVATIONS
+    return activation in cpu.ACTIVATIONS and cpu.serving(dtype, device) is not None
+
+
+def _engine_of(backbone: Backbone) -> Callable[[Config, BackboneWeights[Any], AttentionBackend], Runner] | None:
+    """Who can run all layers; None where they are not all as this package makes them, or no kernels serve them."""
+    first = next(backbone.parameters())
+    if not _is_as_made(backbone) or not gates(backbone.config.hidden_activation, first.dtype, first.device):
+        return None
+    return GpuLayers if gpu.serving(first.dtype, first.device) else CpuLayers
 
 
 def _projections(attention: Attention) -> list[nn.Module]:
@@ -170,14 +239,6 @@ def _projections(attention: Attention) -> list[nn.Module]:
         return [attention.Wqkv]
     assert isinstance(attention, DecoderAttention)
     return [attention.q_proj, attention.k_proj, attention.v_proj]
-
-
-def _engine_of(backbone: Backbone) -> _Engine | None:
-    """Who can run all layers; None where they are not all as this package makes them, or no kernels serve them."""
-    first = next(backbone.parameters())
-    if not _is_as_made(backbone) or not gates(backbone.config.hidden_activation, first.dtype, first.device):
-        return None
-    return GpuLayers if gpu.serving(first.dtype, first.device) else CpuLayers
 
 
 def _is_as_made(backbone: Backbone) -> bool:
@@ -224,11 +285,11 @@ def _is_as_made(backbone: Backbone) -> bool:
     return fits and quiet and all(type(drop) is nn.Dropout for drop in drops)
 
 
-def _take_layers(frozen: Frozen, backbone: Backbone, table: Embedding) -> BackboneWeights:
+def _take_layers(frozen: Frozen, backbone: Backbone, table: Embedding) -> BackboneWeights[Any]:
     """Lay out a backbone's weights, one after another, and take each away from its modules at once."""
     first = next(backbone.parameters())
 
-    def take(modules: list[nn.Module], gated: bool = False) -> LaidOut:
+    def take(*modules: nn.Module, gated: bool = False) -> LaidOut:
         laid = _LINEAR[type(modules[0])].lay_out(modules, gated)
         _take(frozen, modules, laid, None)
         return laid
@@ -236,28 +297,9 @@ def _take_layers(frozen: Frozen, backbone: Backbone, table: Embedding) -> Backbo
     layers = []
     for layer in backbone.layers:
         assert isinstance(layer, Layer)
-        layers.append(
-            LayerWeights(
-                kind=layer.kind,
-                heads=layer.attn.heads,
-                attn_norm=_norm(layer.attn_norm) if isinstance(layer.attn_norm, nn.LayerNorm) else None,
-                qkv=take(_projections(layer.attn)),
-                out=take([layer.attn.Wo]),
-                mlp_norm=_norm(layer.mlp_norm),
-                gate=take([layer.mlp.Wi], gated=True),
-                down=take([layer.mlp.Wo]),
-            )
-        )
-    return BackboneWeights(
-        table,
-        _norm(backbone.embeddings.norm),
-        layers,
-        _norm(backbone.final_norm),
-        str(backbone.config.hidden_activation),
-        first.dtype,
-        first.device,
-    )
-
-
-def _norm(module: nn.LayerNorm) -> NormWeights:
-    return NormWeights(module.weight.data, None if module.bias is None else module.bias.data, module.eps)
+        attn, mlp, attn_norm = layer.attn, layer.mlp, layer.attn_norm
+        norms = Norm.of(attn_norm) if isinstance(attn_norm, nn.LayerNorm) else None, Norm.of(layer.mlp_norm)
+        qkv, out, gate, down = take(*_projections(attn)), take(attn.Wo), take(mlp.Wi, gated=True), take(mlp.Wo)
+        layers.append(LayerWeights(layer.kind, attn.heads, norms[0], qkv, out, norms[1], gate, down))
+    ends = Norm.of(backbone.embeddings.norm), Norm.of(backbone.final_norm)
+    return BackboneWeights(table, ends[0], layers, ends[1], first.dtype, first.device)

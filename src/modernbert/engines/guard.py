@@ -1,4 +1,4 @@
-"""Guarded modules: what the modules of a frozen model are, and the one object that thaws them.
+"""Guarded modules and parameters: what those of a frozen model are, and the one object that thaws them.
 
 A frozen model keeps its modules, but their numbers lie in the layout of kernels alone. Each module becomes `Guarded`:
 some serve, by kernels; whatever else anybody does to one, or asks of its weights, first thaws the whole model, which is
@@ -13,8 +13,8 @@ import functools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.autograd.forward_ad
@@ -22,40 +22,116 @@ import torch.utils._python_dispatch as dispatch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from modernbert.engines.parameter import FrozenWeight
+from modernbert.errors import FrozenError
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.backbone import Backbone
-from modernbert.nn.execution import Cache, Hidden
+from modernbert.nn.execution import Cache, Hidden, Runner
 from modernbert.nn.packing import PackedInputs
 
 logger = logging.getLogger(__name__)
 
 LOCK = threading.RLock()  # one model is frozen or thawed at a time
-_KEPT = ("_frozen", "_serve")
+_KEPT = ("_frozen", "_serve", "_taken")  # what a guarded module has beside its own attributes
+
+# What may be asked of a weight without numbers: attributes, and methods.
+_ASKED = (
+    "shape ndim dtype device layout itemsize nbytes requires_grad grad grad_fn is_leaf is_meta is_cpu is_cuda is_mps "
+    "is_xla is_sparse is_quantized is_nested retains_grad _version _backward_hooks"
+)
+_CALLED = (
+    "size dim numel nelement element_size stride storage_offset is_contiguous get_device is_floating_point is_complex "
+    "is_inference is_shared is_signed data_ptr __hash__ __len__"
+)
+_ALLOWED = {getattr(Tensor, name).__get__ for name in _ASKED.split()}
+_ALLOWED |= {getattr(Tensor, name) for name in _CALLED.split()}
+_ALLOWED |= {torch.is_floating_point, torch.is_complex, torch.numel}
+_SET_REQUIRES_GRAD, _SET_GRAD = (getattr(Tensor, name).__set__ for name in ("requires_grad", "grad"))
+_SWITCHES = {Tensor.requires_grad_, _SET_REQUIRES_GRAD}
 
 
-class Layers(Protocol):
-    """An engine's forward pass over all layers of a backbone, made of its configuration and its weights."""
+class FrozenWeight(nn.Parameter):
+    """A parameter of a frozen model: it has the weight's shape and dtype, and no numbers.
 
-    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden:
-        """See `nn.execution.Runner`."""
-        ...
+    Whoever computes with it, or writes to it, gets a `FrozenError` instead of an effect that nobody would see.
+    `module.weight` never gives it: it gives the numbers back first. A parameter becomes one and becomes itself again in
+    place, so that optimizers and other holders keep it. What reads its memory past PyTorch's functions finds NaN.
+    """
+
+    was: type[nn.Parameter]  # its class before
+    trains: bool  # whether it had gradients before, and nobody switched them off since
+    numbers: Callable[[], Tensor]  # gives them back
+    end: Callable[[], None]  # thaws the model; called where somebody switches the gradient on
+
+    @staticmethod
+    def freeze(weight: nn.Parameter, numbers: Callable[[], Tensor], end: Callable[[], None]) -> FrozenWeight:
+        """Take the numbers away from a parameter; returns it."""
+        was, trains = type(weight), weight.requires_grad
+        if not weight.is_inference():  # a graph that still needs the numbers is to end in an error, not in NaN
+            torch.autograd.graph.increment_version(weight)
+        weight.requires_grad_(False)
+        nothing = float("nan") if weight.is_floating_point() else 0
+        weight.data = weight.data.new_full((), nothing).expand(weight.shape)  # one number of memory
+        weight.__class__ = FrozenWeight
+        assert isinstance(weight, FrozenWeight)
+        weight.was, weight.trains, weight.numbers, weight.end = was, trains, numbers, end
+        return weight
+
+    def thaw(self) -> None:
+        """Give the numbers back, and the gradient; what somebody swapped for another stays as it is."""
+        if type(self) is not FrozenWeight:
+            return
+        was, trains, numbers = self.was, self.trains, self.numbers()
+        with torch._C.DisableTorchFunctionSubclass():
+            self.data = numbers
+        cast(Any, self).__class__ = was
+        del self.was, self.trains, self.numbers, self.end
+        self.requires_grad_(trains)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        values = (*args[1:], *kwargs.values())
+        if function in _SWITCHES and values in ((), (True,)):
+            args[0].end()
+            return function(*args, **kwargs)
+        switched_off = function in _SWITCHES and values == (False,)
+        with torch._C.DisableTorchFunctionSubclass():
+            if function in _ALLOWED or switched_off or (function == _SET_GRAD and values == (None,)):
+                if switched_off:
+                    args[0].trains = False
+                return function(*args, **kwargs)
+        name = getattr(function, "__name__", str(function))
+        raise FrozenError(
+            f"a weight of an optimized model was used by {name!r}, and its numbers lie in the kernels' layout; call "
+            "model.thaw() first, or read it as an attribute of its layer"
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]  # as that of nn.Parameter
+        return f"FrozenWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
 
 
 class Frozen:
-    """What a model was frozen into: it holds the numbers, runs a backbone's layers where an engine runs all, and thaws.
+    """What a model was frozen into: it runs a backbone's layers where an engine runs all, and thaws.
 
     Attributes:
         layers: the engine's layers; None where modules run one by one.
     """
 
     def __init__(self) -> None:
-        self.layers: Layers | None = None
+        self.layers: Runner | None = None
         # Modules hold this object, so it holds them weakly: a model that nobody wants goes at once.
         self._modules: list[weakref.ref[nn.Module]] = []
-        self._parameters: dict[int, tuple[FrozenWeight, Callable[[], Tensor]]] = {}
-        self._attributes: dict[int, dict[str, Callable[[], object]]] = {}
-        self._switched: list[nn.Parameter] = []
+        self._parameters: list[FrozenWeight] = []
+        self._switched: list[nn.Parameter] = []  # they keep their numbers, and have no gradient meanwhile
 
     def __reduce__(self) -> Any:  # copies of a model are not frozen
         return type(None), ()
@@ -64,15 +140,15 @@ class Frozen:
 
     def hold(self, parameter: nn.Parameter, numbers: Callable[[], Tensor]) -> None:
         """Take the numbers away from a parameter, if that is not done yet; the function gives them back."""
-        if id(parameter) not in self._parameters:
+        if type(parameter) is not FrozenWeight:
             end = functools.partial(_end, weakref.ref(self))
-            self._parameters[id(parameter)] = FrozenWeight.freeze(parameter, end), numbers
+            self._parameters.append(FrozenWeight.freeze(parameter, numbers, end))
 
     def guard(
         self,
         module: nn.Module,
         serve: Callable[[Tensor], Any] | None = None,
-        attributes: dict[str, Callable[[], object]] | None = None,
+        taken: Mapping[str, Callable[[], Any]] | None = None,
         hold: bool = True,
     ) -> None:
         """Guard a module.
@@ -80,15 +156,15 @@ class Frozen:
         Args:
             module: not guarded yet.
             serve: what kernels compute for it; None where nothing is asked of it.
-            attributes: those that it loses meanwhile, and how each is made again.
+            taken: the attributes that it loses meanwhile, and how each is made again.
             hold: whether its parameters lose their numbers too; those that are not held yet are kept as they are.
         """
         for parameter in module._parameters.values() if hold else ():
-            if parameter is not None and id(parameter) not in self._parameters:
+            if parameter is not None and type(parameter) is not FrozenWeight:
                 self.hold(parameter, functools.partial(_itself, parameter.data))
-        self._attributes[id(module)] = attributes or {}
-        self.watch(module, _serve=serve)
-        for name in attributes or {}:
+        taken = taken or {}
+        self.watch(module, _serve=serve, _taken=taken)
+        for name in taken:
             del module.__dict__[name]
         object.__setattr__(module, "__class__", _guarded(type(module)))
 
@@ -136,29 +212,19 @@ class Frozen:
 
     # Thawing
 
-    def taken(self, module: nn.Module) -> dict[str, Callable[[], object]]:
-        """The attributes that a module lacks meanwhile, and how each is made again."""
-        return self._attributes.get(id(module), {})
-
-    def numbers(self, parameter: nn.Parameter) -> Tensor:
-        """The numbers of a frozen parameter."""
-        with torch.inference_mode(False), torch.no_grad():
-            return self._parameters[id(parameter)][1]()
-
     def thaw(self, why: str = "") -> None:
         """Make the model what it was before it was frozen. Passes that run meanwhile end with what they began with."""
         with LOCK, _undisturbed(), torch.inference_mode(False), torch.no_grad():
             if self._modules and why:
                 logger.info("a frozen model was thawed, and computes without kernels now: %s", why)
-            for parameter, numbers in self._parameters.values():
-                FrozenWeight.thaw(parameter, numbers())  # which leaves what somebody swapped for another as it is
+            for parameter in self._parameters:
+                FrozenWeight.thaw(parameter)
             for switched in self._switched:
                 switched.requires_grad_(True)
             for module in (reference() for reference in self._modules):
                 if module is not None:
                     _unguard(module, self)
-            self.layers, self._modules, self._parameters, self._attributes = None, [], {}, {}
-            self._switched = []
+            self.layers, self._modules, self._parameters, self._switched = None, [], [], []
 
 
 @contextlib.contextmanager
@@ -172,8 +238,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _end(reference: Callable[[], Frozen | None]) -> None:
-    frozen = reference()
-    if frozen is not None:
+    if (frozen := reference()) is not None:
         frozen.thaw("the gradient of a weight was switched on")
 
 
@@ -205,18 +270,17 @@ for _name in ("__setitem__", "__delitem__", "update", "pop", "popitem", "clear",
     setattr(Watched, _name, _writing(_name))
 
 
-def plain_state(module: nn.Module, frozen: Frozen) -> dict[str, Any]:
+def _plain_state(module: nn.Module) -> dict[str, Any]:
     """A module's attributes as they are where the model is not frozen."""
     plain = {name: value for name, value in module.__dict__.items() if name not in _KEPT}
     for name in ("_parameters", "_modules"):
         if isinstance(plain[name], Watched):
             plain[name] = plain[name].plain
-    return plain | {name: value() for name, value in frozen.taken(module).items()}
+    return plain | {name: make() for name, make in module.__dict__.get("_taken", {}).items()}
 
 
 def _unguard(module: nn.Module, frozen: Frozen) -> None:
-    """Make a module what it was."""
-    module.__dict__.update(plain_state(module, frozen))
+    module.__dict__.update(_plain_state(module))
     if isinstance(module, Guarded):
         object.__setattr__(module, "__class__", module.plain)
     if isinstance(module, Backbone) and module.runner is frozen:
@@ -226,14 +290,10 @@ def _unguard(module: nn.Module, frozen: Frozen) -> None:
 
 
 class Guarded(nn.Module):
-    """Goes before the class of a frozen module: serves by kernels, and thaws for whatever else is wanted of it.
-
-    Attributes:
-        plain: the class of the module.
-    """
+    """Goes before the class of a frozen module: serves by kernels, and thaws for whatever else is wanted of it."""
 
     # Another thread may thaw at any moment; without `_frozen` a module is plain again, and is asked once more.
-    plain: ClassVar[type[nn.Module]]
+    plain: ClassVar[type[nn.Module]]  # the class of the module
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A plain module: what a module makes of its own class, such as a part of a list, is not frozen."""
@@ -257,8 +317,8 @@ class Guarded(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # Only what is no ordinary attribute comes here, parameters among it.
-        frozen = self.__dict__.get("_frozen")
-        if frozen is None or self.__dict__["_parameters"].get(name) is not None or name in frozen.taken(self):
+        state = self.__dict__
+        if "_frozen" not in state or state["_parameters"].get(name) is not None or name in state.get("_taken", ()):
             self._thaw(f"{name!r} was read")
             return getattr(self, name)
         return super().__getattr__(name)
@@ -273,19 +333,22 @@ class Guarded(nn.Module):
         self._thaw(f"{name!r} was removed")
         delattr(self, name)
 
+    def _like(self, state: dict[str, Any]) -> nn.Module:
+        like = self.plain.__new__(self.plain)
+        like.__dict__.update(state)
+        return like
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         with LOCK:
-            frozen = self.__dict__.get("_frozen")
-            if frozen is None:
+            if "_frozen" not in self.__dict__:
                 copied: nn.Module = copy.deepcopy(self, memo)
                 return copied
             for parameter in self._parameters.values():
                 if isinstance(parameter, FrozenWeight) and id(parameter) not in memo:
-                    trains = parameter.trained and not parameter.is_left_off
-                    memo[id(parameter)] = parameter.was(frozen.numbers(parameter).clone(), requires_grad=trains)
-            like = self.plain.__new__(self.plain)
-            like.__dict__.update(plain_state(self, frozen))
-            memo[id(self)] = copied = copy.deepcopy(like, memo)
+                    with torch.inference_mode(False), torch.no_grad():
+                        numbers = parameter.numbers().clone()
+                    memo[id(parameter)] = parameter.was(numbers, requires_grad=parameter.trains)
+            memo[id(self)] = copied = copy.deepcopy(self._like(_plain_state(self)), memo)
             return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -293,9 +356,7 @@ class Guarded(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print` shows; it does not thaw."""
-        like = self.plain.__new__(self.plain)
-        like.__dict__.update({name: value for name, value in self.__dict__.items() if name not in _KEPT})
-        return like.extra_repr()
+        return self._like({name: value for name, value in self.__dict__.items() if name not in _KEPT}).extra_repr()
 
 
 def _thawing(name: str) -> Callable[..., Any]:
@@ -311,6 +372,7 @@ for _name in (
     "register_full_backward_hook", "register_full_backward_pre_hook", "register_backward_hook",
 ):  # fmt: skip
     setattr(Guarded, _name, _thawing(_name))
+
 
 _GUARDED: dict[type[nn.Module], type[Guarded]] = {}
 

@@ -9,13 +9,12 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from modernbert.models.forward import Arguments
-from modernbert.nn.layers import Linear
 from modernbert.nn.packing import PackedInputs
 from modernbert.text.tokenizer import Tokenizer
 
@@ -31,17 +30,11 @@ def own_texts() -> list[str]:
     return [part.strip() for part in text.split("\n\n") if part.strip()]
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Texts packed end to end.
-
-    Attributes:
-        inputs: the texts.
-        asked_T: (T,) whether the model's answer at a token counts.
-    """
+class Batch(NamedTuple):
+    """Texts packed end to end."""
 
     inputs: PackedInputs
-    asked_T: Tensor
+    asked_T: Tensor  # (T,) whether the model's answer at a token counts
 
 
 def make_batches(
@@ -55,9 +48,8 @@ def make_batches(
     device = model.device
     mask_id = None if tokenizer is None or not hasattr(model, "head") else tokenizer.mask_token_id
     random = torch.Generator().manual_seed(0)
-    halves = (rows[::2], rows[1::2] or rows)
     made: tuple[list[Batch], list[Batch]] = ([], [])
-    for half, batches in zip(halves, made, strict=True):
+    for half, batches in zip((rows[::2], rows[1::2] or rows), made, strict=True):
         for group in _grouped(half, tokens // 2):
             inputs = PackedInputs.of_rows(group)
             assert inputs.ids_T is not None
@@ -92,49 +84,34 @@ def _grouped(rows: list[list[int]], tokens: int) -> Iterator[list[list[int]]]:
         yield group
 
 
-@dataclasses.dataclass
-class Seen:
-    """What a float model's pass over a batch showed.
+class Seen(NamedTuple):
+    """What a model's pass over a batch showed."""
 
-    Attributes:
-        states: hidden states (T, M): the embedding's, each layer's, the last one normed.
-        answers: the best answer at each row that was asked, (N,), or None where the head gives none.
-    """
-
-    states: list[Tensor]
-    answers: Tensor | None
+    states: list[Tensor]  # (T, M): the embedding's, each layer's, the last one normed
+    answers: Tensor | None  # the best answer at each row that was asked, (N,); None where the head gives none
 
 
 @torch.no_grad()
 def look(model: Any, batch: Batch) -> Seen:
-    """Run a model on a batch."""
     one_question = [len(batch.inputs.packing.lengths)]
     output = model.run_packed(batch.inputs, Arguments(output_hidden_states=True, num_choices=one_question))
-    logits = getattr(output, "logits", None)
+    logits, answers = getattr(output, "logits", None), None
     if getattr(output, "start_logits", None) is not None:
-        spans = batch.inputs.packing.spans
-        places = [[x[a:b].argmax() for x in (output.start_logits, output.end_logits)] for a, b in spans]
-        return Seen(list(output.hidden_states), torch.stack([place for pair in places for place in pair]))
-    if logits is None or logits.shape[-1] < 2:
-        return Seen(list(output.hidden_states), None)
-    rows = logits[batch.asked_T] if len(logits) == len(batch.asked_T) else logits
-    return Seen(list(output.hidden_states), rows.argmax(-1))
+        pairs = (output.start_logits, output.end_logits)
+        answers = torch.stack([x[a:b].argmax() for a, b in batch.inputs.packing.spans for x in pairs])
+    elif logits is not None and logits.shape[-1] > 1:
+        answers = (logits[batch.asked_T] if len(logits) == len(batch.asked_T) else logits).argmax(-1)
+    return Seen(list(output.hidden_states), answers)
 
 
 @dataclasses.dataclass
 class Inputs:
-    """What a weight's inputs were over many tokens.
+    """What a weight's inputs were over many tokens."""
 
-    Attributes:
-        top_I: (I,) the largest, by size.
-        moments_II: (I, I) sums of their products, or None where they were not wanted.
-    """
-
-    top_I: Tensor
-    moments_II: Tensor | None
+    top_I: Tensor  # (I,) the largest, by size
+    moments_II: Tensor | None  # (I, I) sums of their products, or None where they were not wanted
 
     def add(self, x_TI: Tensor) -> None:
-        """Count more rows."""
         x_TI = x_TI.flatten(0, -2).float()
         self.top_I = torch.maximum(self.top_I, x_TI.abs().amax(0))
         if self.moments_II is not None:
@@ -145,14 +122,14 @@ def observe(model: Any, batches: Sequence[Batch], names: Sequence[str], moments:
     """The inputs of linear layers, by name, over batches. Layers that read the same rows share what was seen."""
     seen: dict[str, Inputs] = {}
 
-    def note(name: str, inputs: tuple[Tensor, ...]) -> None:
+    def note(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         width = inputs[0].shape[-1]
         if name not in seen:
             full = moments and width <= _MOST_MOMENTS
             seen[name] = Inputs(torch.zeros(width), torch.zeros(width, width) if full else None)
         seen[name].add(inputs[0])
 
-    with hooked(model, names, lambda name, inputs, output: note(name, inputs)):
+    with hooked(model, names, note):
         for batch in batches:
             look(model, batch)
     return seen
@@ -163,13 +140,9 @@ def hooked(
     model: nn.Module, names: Sequence[str], call: Callable[[str, tuple[Tensor, ...], Tensor], None]
 ) -> Iterator[None]:
     """Have a function called with the inputs and the output of linear layers, by name."""
-    handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        assert isinstance(module, Linear)
-        handles.append(module.register_forward_hook(lambda _, inputs, output, name=name: call(name, inputs, output)))
-    try:
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            module = model.get_submodule(name)
+            handle = module.register_forward_hook(lambda _, inputs, output, name=name: call(name, inputs, output))
+            stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -13,7 +13,7 @@ from modernbert.config import Config
 from modernbert.errors import CheckpointError
 from modernbert.io.hub import Source
 from modernbert.models.formats import Names, WeightFormat
-from modernbert.quantization.modules import PARTS, QuantizedEmbedding, from_parts, part_names, put, quantized_modules
+from modernbert.quantization.modules import PARTS, QuantizedEmbedding, from_parts, put, quantized_modules
 from modernbert.quantization.options import BFLOAT16, QuantizationConfig, Record, resolve
 
 _PARTS = tuple(f".{name}" for name in PARTS.values() if name != "weight")
@@ -23,19 +23,15 @@ class Quantized(WeightFormat):
     """The format of this room's weights; see `models.formats.WeightFormat`."""
 
     def of_config(self, config: Config) -> Record | None:
-        """What a configuration says; None where it says nothing of quantization."""
         return Record.of(config)
 
     def of_model(self, model: nn.Module, config: Config) -> Record | None:
-        """How a model is quantized, and what was measured then; None where its weights are floats."""
         return Record.of(config) if quantized_modules(model) else None
 
     def resolve(self, given: Any) -> QuantizationConfig:
-        """See `options.resolve`."""
         return resolve(given)
 
     def quantize(self, model: Any, how: QuantizationConfig, source: Source) -> Any:
-        """See `gate.quantize_loaded`."""
         from modernbert.quantization.gate import quantize_loaded  # which needs a tokenizer, unlike loading
 
         return quantize_loaded(model, how, source)
@@ -82,8 +78,8 @@ class Quantized(WeightFormat):
             raise ValueError("a part of the model was quantized by itself; quantize the whole model to save it")
         if model.config.tie_word_embeddings:
             for tied in model.tied_weights:
-                for name in part_names(tied.removesuffix("weight")):
-                    weights.pop(name, None)
+                for name in PARTS.values():
+                    weights.pop(tied.removesuffix("weight") + name, None)
         for name, how in record.finer.items():
             if how == BFLOAT16 and f"{name}.weight" in weights:
                 weights[f"{name}.weight"] = weights[f"{name}.weight"].bfloat16()  # as its numbers are

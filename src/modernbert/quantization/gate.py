@@ -48,53 +48,41 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What quantizing cost, on texts that scales and columns were not chosen by.
+    """What quantizing cost, on texts that scales and columns were not chosen by."""
 
-    Attributes:
-        cosine_min: between the last hidden states of both models, at the worst token.
-        cosine_mean: over all tokens.
-        agreement: share of the head's answers that are the same; None of a model without answers.
-        layers: the worst token's cosine after the embedding, after each layer, and after the last norm.
-        tokens: how many were read.
-    """
+    cosine_min: float  # between the last hidden states of both models, at the worst token
+    cosine_mean: float  # over all tokens
+    agreement: float | None  # share of the head's answers that are the same; None of a model without answers
+    layers: list[float]  # the worst token's cosine after the embedding, each layer, and the last norm
+    tokens: int  # how many were read
 
-    cosine_min: float
-    cosine_mean: float
-    agreement: float | None
-    layers: list[float]
-    tokens: int
+    def __str__(self) -> str:
+        answers = "" if self.agreement is None else f", {self.agreement:.1%} of the answers the same"
+        return (
+            f"over {self.tokens:,} tokens the cosine is {self.cosine_mean:.5f}, at the worst token "
+            f"{self.cosine_min:.5f}{answers}"
+        )
 
 
 @dataclasses.dataclass
 class _Weight:
-    """A weight that is quantized as one: of several layers that read the same rows, or of a tied pair.
+    """A weight that is quantized as one: of several layers that read the same rows, or of a tied pair."""
 
-    Attributes:
-        names: its layers.
-        steps: what it may be cut into, coarsest first; then it stays bfloat16.
-        step: which of them it is now.
-        embeds: whether it is an embedding's, whose rows are taken one by one.
-        weighs: how far its error moves what its layer adds to.
-    """
-
-    names: list[str]
-    steps: tuple[Scheme, ...]
-    embeds: bool
-    step: int = 0
-    weighs: float = 0.0
+    names: list[str]  # its layers
+    steps: tuple[Scheme, ...]  # what it may be cut into, coarsest first; then it stays bfloat16
+    embeds: bool  # whether it is an embedding's, whose rows are taken one by one
+    step: int = 0  # which of the steps it is now
+    error: float = 0.0  # its quantization error relative to the residual stream that its layer adds to
 
     @property
     def scheme(self) -> Scheme | None:
         """How it is cut; None where it stays bfloat16."""
         return self.steps[self.step] if self.step < len(self.steps) else None
 
-    def has_more_bits(self) -> bool:
-        """Whether it takes more bits than the scheme that was asked for."""
-        return self.scheme is None or self.scheme.bits > self.steps[0].bits
-
-    def next_has_more_bits(self) -> bool:
-        """Whether it would, cut one step finer."""
-        return self.step + 1 >= len(self.steps) or self.steps[self.step + 1].bits > self.steps[0].bits
+    def has_more_bits(self, ahead: int = 0) -> bool:
+        """Whether it takes more bits than the scheme that was asked for, now or `ahead` steps later."""
+        later = self.steps[self.step + ahead :]
+        return not later or later[0].bits > self.steps[0].bits
 
 
 @torch.no_grad()
@@ -145,18 +133,15 @@ def quantize(
     weights = _weights(model, SCHEMES[config.scheme])
     originals = {name: model.get_submodule(name) for weight in weights for name in weight.names}
     try:
-        record = _let_in(
-            model, weights, config, make_batches(texts or own_texts(), tokenizer, model, config.tokens), report
-        )
+        batches = make_batches(texts or own_texts(), tokenizer, model, config.tokens)
+        record = _let_in(model, weights, config, batches, report)
     except BaseException:
         for name, module in originals.items():
             put_module(model, name, module)
         model.to(dtype).train(training)
         raise
-    if tokenizer is None:
-        record.measured["texts"] = "ids drawn at random"
-    else:
-        record.measured["texts"] = "the package's own" if texts is None else f"{len(texts)} given"
+    given = "the package's own" if texts is None else f"{len(texts)} given"
+    record.measured["texts"] = "ids drawn at random" if tokenizer is None else given
     model.config = model.config.replace(extra={**model.config.extra, KEY: record.to_dict()})
     model.base_model.config = model.config
     model.to(dtype).requires_grad_(False)
@@ -167,33 +152,29 @@ def quantize_loaded(model: Any, config: QuantizationConfig, source: Source) -> A
     """Quantize a model that was just loaded: measured with the tokenizer beside it, if there is one."""
     if model.device.type != "cpu":
         return quantize_by_torchao(model, config)
-    if source.find("tokenizer.json") is None:
+    has_tokenizer = source.find("tokenizer.json") is not None
+    if not has_tokenizer:
         logger.warning(
             "%s has no tokenizer.json; what quantizing costs is measured on ids drawn at random", source.name_or_folder
         )
-        return quantize(model, config)
-    return quantize(model, config, tokenizer=Tokenizer.from_pretrained(**vars(source)))
+    tokenizer = Tokenizer.from_pretrained(**vars(source)) if has_tokenizer else None
+    return quantize(model, config, tokenizer=tokenizer)
 
 
 def _weights(model: Any, steps: tuple[Scheme, ...]) -> list[_Weight]:
     """What is quantized: everything but norms, biases and classifiers, which are small."""
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, Linear) and not name.startswith("classifier")
-    }
-    output = model.get_output_embeddings()
-    embedding = model.get_input_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = output is not None and output.weight is embedding.weight
     vocabulary = [names[id(embedding)], *([names[id(output)]] if tied else [])]
     weights = [_Weight(vocabulary, steps, embeds=True)]
-    for name in linear:
+    for name, module in model.named_modules():
         owner, _, leaf = name.rpartition(".")
-        if leaf in ("k_proj", "v_proj") or name in vocabulary:
-            continue  # with q_proj, or with the embedding
-        shared = [name, f"{owner}.k_proj", f"{owner}.v_proj"] if leaf == "q_proj" else [name]
-        weights.append(_Weight(shared, steps, embeds=False))
+        if not isinstance(module, Linear) or name.startswith("classifier"):
+            continue
+        if leaf not in ("k_proj", "v_proj") and name not in vocabulary:  # with q_proj, or with the embedding
+            shared = [name, f"{owner}.k_proj", f"{owner}.v_proj"] if leaf == "q_proj" else [name]
+            weights.append(_Weight(shared, steps, embeds=False))
     return [w for w in weights if model.get_submodule(w.names[0]).weight.shape[1] % 2 == 0]
 
 
@@ -216,7 +197,7 @@ def _let_in(
         _install(model, weight, originals, rounded[weight.names[0]])
     while True:
         measured = _measure(model, reference, measured_on)
-        report(_said(measured))
+        report(str(measured))
         finer = _finer(weights, measured.cosine_min, config)
         if not finer and measured.cosine_min >= config.limit:
             break
@@ -243,9 +224,9 @@ def _finer(weights: Sequence[_Weight], reached: float, config: QuantizationConfi
     """
     if reached >= (1 + config.limit) / 2:
         return []
-    cheap = [w for w in weights if not w.next_has_more_bits()]
+    cheap = [w for w in weights if not w.has_more_bits(1)]
     others = [w for w in weights if w.scheme is not None] if reached < config.limit else []
-    order = sorted(cheap or others, key=lambda w: (w.step, w.embeds and not cheap, -w.weighs))
+    order = sorted(cheap or others, key=lambda w: (w.step, w.embeds and not cheap, -w.error))
     return order[: max(1, len(weights) // 8)]
 
 
@@ -289,7 +270,7 @@ def _weigh(
     rounded: Mapping[str, list[QuantizedWeight] | None],
     batches: Sequence[Batch],
 ) -> list[Seen]:
-    """Run the float model, and see how much of what each product adds to the states its error is."""
+    """Run the float model, and record each weight's quantization error relative to what it adds to the stream."""
     errors: dict[str, float] = dict.fromkeys((name for weight in weights for name in weight.names), 0.0)
     sizes = dict(errors)
     packed = {
@@ -321,7 +302,7 @@ def _weigh(
             error = float((quantized.to_dense(ids) - right).square().sum() / right.square().sum().clamp_min(1e-30))
         else:
             error = sum(errors[n] for n in weight.names) / max(sum(sizes[n] for n in weight.names), 1e-30)
-        weight.weighs = error * share
+        weight.error = error * share
     return reference
 
 
@@ -342,12 +323,4 @@ def _measure(model: Any, reference: Sequence[Seen], batches: Sequence[Batch]) ->
         agreement=round(float(torch.cat(same).mean()), 4) if same else None,
         layers=[round(float(layer.min()), 6) for layer in layers],
         tokens=len(layers[-1]),
-    )
-
-
-def _said(measured: Measured) -> str:
-    answers = "" if measured.agreement is None else f", {measured.agreement:.1%} of the answers the same"
-    return (
-        f"over {measured.tokens:,} tokens the cosine is {measured.cosine_mean:.5f}, at the worst token "
-        f"{measured.cosine_min:.5f}{answers}"
     )

@@ -9,7 +9,6 @@ Shapes: T tokens, M hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.engines.cpu.library import DTYPES
-from modernbert.engines.freeze import register_embedding, register_linear
-from modernbert.engines.weights import LaidOut, Numbers
+from modernbert.engines.freeze import FloatLinear, register_embedding, register_linear
+from modernbert.engines.weights import LaidOut
 from modernbert.errors import CheckpointError
 from modernbert.nn.layers import Linear
 from modernbert.quantization.weight import GROUP, PackedIntegers, QuantizedWeight, pack_quantized
@@ -32,9 +31,9 @@ class _Through(torch.autograd.Function):
     """The product as it is; its derivative by the inputs is that of the floats which the codes stand for."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, dense_OI: Tensor, packed: Any) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, dense_OI: Tensor, laid: Any) -> Tensor:
         ctx.save_for_backward(dense_OI)
-        out: Tensor = packed.product(x_TI)
+        out: Tensor = laid.product(x_TI)
         return out
 
     @staticmethod
@@ -57,11 +56,10 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.bits, self.dtype = weight.bits, dtype
         self.register_parameter("bias", bias)
-        self.laid = Laid(weight, bias)
+        self.laid = pack_quantized(weight, bias)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight, (out, in)."""
         return self.out_features, self.in_features
 
     @property
@@ -72,26 +70,24 @@ class QuantizedLinear(nn.Module):
     @property
     def quantized(self) -> QuantizedWeight:
         """The weight in its plain layout."""
-        return self.laid.weight.to_quantized()
+        return self.laid.to_quantized()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
         bias = self._parameters["bias"]
         if not self.laid.holds(bias):
-            self.laid = Laid(self.quantized, bias)
-        packed = self.laid.weight
-        if x.requires_grad and torch.is_grad_enabled():  # what the inputs weigh can still be asked
-            out: Tensor = _Through.apply(x.flatten(0, -2), self.weight.to(x.dtype), packed)
+            self.laid = pack_quantized(self.quantized, bias)
+        if x.requires_grad and torch.is_grad_enabled():  # gradients by the inputs still pass
+            out: Tensor = _Through.apply(x.flatten(0, -2), self.weight.to(x.dtype), self.laid)
             return out.unflatten(0, x.shape[:-1])
         dtype = x.dtype if x.dtype in DTYPES else torch.float32
-        return packed.product(x.flatten(0, -2).to(dtype)).unflatten(0, x.shape[:-1]).to(x.dtype)
+        return self.laid.product(x.flatten(0, -2).to(dtype)).unflatten(0, x.shape[:-1]).to(x.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         weight = self.quantized
         device = fn(weight.codes[:0]).device
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
-        self.laid = Laid(weight.map(lambda t: t.to(device)), self._parameters["bias"])
+        self.laid = pack_quantized(weight.map(lambda t: t.to(device)), self._parameters["bias"])
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -100,79 +96,51 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.laid = Laid(_loaded(self.quantized, state_dict, prefix, *args), self._parameters["bias"])
+        self.laid = pack_quantized(_loaded(self.quantized, state_dict, prefix, *args), self._parameters["bias"])
 
     def __getstate__(self) -> dict[str, Any]:  # a copy lays its weight out anew
         return {**self.__dict__, "laid": self.quantized}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.laid = Laid(state["laid"], self._parameters["bias"])
+        self.laid = pack_quantized(state["laid"], self._parameters["bias"])
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
 
 
-class Laid:
-    """A quantized weight as it is multiplied by, with the bias as it was then.
+class QuantizedKind(FloatLinear):
+    """How quantized linear layers are laid out for an engine."""
 
-    Args:
-        weight: plain.
-        bias_O: (O,) or None.
-    """
+    def shape(self, module: Any) -> tuple[int, int]:
+        shape: tuple[int, int] = module.shape
+        return shape
 
-    def __init__(self, weight: QuantizedWeight, bias_O: Tensor | None) -> None:
-        self.weight = pack_quantized(weight, bias_O)
-        self._bias = None if bias_O is None else bias_O.detach().clone()
-
-    def holds(self, bias_O: Tensor | None) -> bool:
-        """Whether this is the bias that was laid out; PyTorch counts no writes through `.data`, so it is compared."""
-        if bias_O is None or self._bias is None:
-            return bias_O is self._bias
-        return not self._bias.is_meta and torch.equal(bias_O, self._bias)
-
-
-class QuantizedKind:
-    """How quantized linear layers are laid out for an engine; see `engines.weights.LinearKind`."""
-
-    def shape(self, module: nn.Module) -> tuple[int, int]:
-        """Of the weight."""
-        assert isinstance(module, QuantizedLinear)
-        return module.shape
-
-    def serves(self, modules: Sequence[nn.Module], gated: bool) -> bool:
+    def serves(self, modules: Sequence[Any], gated: bool) -> bool:
         """Where there are kernels, and layers that read the same inputs are cut alike."""
-        layers = [module for module in modules if isinstance(module, QuantizedLinear)]
-        weights = [layer.laid.weight for layer in layers]
-        parts = [weight.parts for weight in weights if isinstance(weight, PackedIntegers)]
-        alike = len({layer._parameters["bias"] is None for layer in layers}) == 1
-        return alike and len(parts) == len(modules) and all(_alike(part, parts[0]) for part in parts)
+        parts = [module.laid.parts for module in modules if isinstance(module.laid, PackedIntegers)]
+        alike = len({module._parameters["bias"] is None for module in modules}) == 1
+        return alike and len(parts) == len(modules) and all(part.is_cut_like(parts[0]) for part in parts)
 
-    def lay_out(self, modules: Sequence[nn.Module], gated: bool) -> LaidOut:
+    def lay_out(self, modules: Sequence[Any], gated: bool) -> LaidOut:
         """As one, for kernels; a layer by itself is laid out already."""
-        layers = [module for module in modules if isinstance(module, QuantizedLinear)]
-        for layer in layers:
-            if not layer.laid.holds(layer._parameters["bias"]):
-                layer.laid = Laid(layer.quantized, layer._parameters["bias"])
-        biases = [bias.detach() for layer in layers if (bias := layer._parameters["bias"]) is not None]
-        laid = layers[0].laid.weight
-        if len(layers) > 1 or gated:
-            whole = together([layer.quantized for layer in layers])
-            laid = pack_quantized(whole, torch.cat(biases) if biases else None, gated)
+        biases = [module._parameters["bias"] for module in modules]
+        for module, bias in zip(modules, biases, strict=True):
+            if not module.laid.holds(bias):
+                module.laid = pack_quantized(module.quantized, bias)
+        laid = modules[0].laid
+        if len(modules) > 1 or gated:
+            whole = QuantizedWeight.together([module.quantized for module in modules])
+            laid = pack_quantized(whole, None if biases[0] is None else torch.cat(biases).detach(), gated)
         assert isinstance(laid, PackedIntegers)
         return laid
 
-    def numbers(self, module: nn.Module, laid: LaidOut, outputs: slice) -> Numbers:
+    def restored(self, module: Any, laid: Any, outputs: slice) -> dict[str, Callable[[], Any]]:
         """The layout itself where it was the layer's own; else it is made anew."""
-        assert isinstance(module, QuantizedLinear)
         own, bias = module.laid, module._parameters["bias"]
         plain = None if bias is None else bias.data
-        parameters: dict[str, Callable[[], Tensor]] = {} if plain is None else {"bias": lambda: plain}
-        if laid is own.weight:
-            return Numbers(parameters, {"laid": lambda: own})
-        assert isinstance(laid, PackedIntegers)
-        return Numbers(parameters, {"laid": lambda: Laid(laid.to_quantized().outputs(outputs), plain)})
+        again = (lambda: own) if laid is own else (lambda: pack_quantized(laid.to_quantized().outputs(outputs), plain))
+        return {"laid": again} if bias is None else {"laid": again, "bias": lambda: plain}
 
 
 class QuantizedEmbedding(nn.Embedding):
@@ -180,7 +148,7 @@ class QuantizedEmbedding(nn.Embedding):
 
     Args:
         weight: (V, M).
-        padding_idx: as of `nn.Embedding`.
+        padding_idx: see `nn.Embedding`.
         dtype: of the vectors.
     """
 
@@ -191,21 +159,14 @@ class QuantizedEmbedding(nn.Embedding):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight, (V, M)."""
         return self.num_embeddings, self.embedding_dim
 
-    @property  # as of `QuantizedLinear`
+    @property  # as in `QuantizedLinear`
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The numbers that the codes stand for, (V, M), made anew each time."""
         return self.quantized.to_dense().to(self.dtype)
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        """(T,) to (T, M)."""
         return _look_up(self.quantized, self.dtype, ids_T)
-
-    def function(self) -> Callable[[Tensor], Tensor]:
-        """What `forward` computes, apart from the module."""
-        return functools.partial(_look_up, self.quantized, self.dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedEmbedding:
         device = fn(self.quantized.codes[:0]).device
@@ -220,7 +181,6 @@ class QuantizedEmbedding(nn.Embedding):
         self.quantized = _loaded(self.quantized, state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        """What `print` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.quantized.bits}"
 
 
@@ -261,13 +221,7 @@ def named_parts(weight: QuantizedWeight, prefix: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in parts.items() if len(weight.columns) or "outlier" not in name}
 
 
-def part_names(prefix: str) -> list[str]:
-    """What a weight's tensors may be called in a checkpoint."""
-    return [prefix + name for name in PARTS.values()]
-
-
 def from_parts(tensors: Mapping[str, Tensor], prefix: str, float_rows: bool) -> QuantizedWeight:
-    """The way back."""
     if f"{prefix}weight" not in tensors or f"{prefix}weight_scale" not in tensors:
         raise CheckpointError(f"{prefix}weight and {prefix}weight_scale belong together; one of them is missing")
     codes, scales = tensors[f"{prefix}weight"], tensors[f"{prefix}weight_scale"]
@@ -303,30 +257,14 @@ def put(model: nn.Module, weights: Mapping[str, QuantizedWeight], dtype: torch.d
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in the place of that name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, module)
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedEmbedding]:
-    """The quantized layers of a model by name."""
     kinds = (QuantizedLinear, QuantizedEmbedding)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def _alike(weight: QuantizedWeight, other: QuantizedWeight) -> bool:
-    """Whether weights that read the same inputs are cut alike."""
-    cut = (weight.bits, weight.group, weight.float_rows) == (other.bits, other.group, other.float_rows)
-    return cut and torch.equal(weight.columns, other.columns)
-
-
-def together(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Weights that read the same inputs and are cut alike, as one."""
-    joined: dict[str, Any] = {
-        name: torch.cat([getattr(weight, name) for weight in weights]) for name in ("codes", "scales", "kept")
-    }
-    return dataclasses.replace(weights[0], **joined)
-
-
 register_linear(QuantizedLinear, QuantizedKind())
-register_embedding(QuantizedEmbedding, lambda module: module.function())
+register_embedding(QuantizedEmbedding, lambda module: functools.partial(_look_up, module.quantized, module.dtype))

@@ -34,10 +34,10 @@ class QuantizationConfig(Options):
         scheme: "int8" and "int4" bring inputs to 8 bits as well, each token by itself; "int8-weight-only" and
             "int4-weight-only" leave them floats, which is slower on many tokens.
         min_cosine: between the last hidden states of the float model and the quantized one, at every token that is
-            measured; None is 0.999 for 8 bits and 0.9 for 4. Since other texts hold worse tokens, what costs next to
-            nothing is done to come twice as near.
+            measured; None is 0.999 for 8 bits and 0.9 for 4. Other texts hold worse tokens, so more scales, which cost
+            little, are spent until the model is twice as near.
         most_kept: share of the weights, 0 to 1, that may have more bits than the scheme's to reach it: bfloat16 in
-            the place of 8, 8 in the place of 4. Where these do not suffice, quantizing is refused.
+            instead of 8, 8 instead of 4. If these do not suffice, quantizing is refused.
         tokens: how many tokens of the texts are read, half to choose by and half to measure on.
 
     Raises:
@@ -90,12 +90,12 @@ def resolve(given: Any) -> QuantizationConfig:
         return QuantizationConfig(scheme=given)
     if isinstance(given, Mapping) and "scheme" in given:
         return QuantizationConfig.of(given, "quantization_config")
-    bits = {
-        name: bool(given.get(name) if isinstance(given, Mapping) else getattr(given, name, False))
+    eight, four = (
+        given.get(name) if isinstance(given, Mapping) else getattr(given, name, False)
         for name in ("load_in_8bit", "load_in_4bit")
-    }
-    if any(bits.values()):  # also of transformers' own class
-        return QuantizationConfig(scheme="int8" if bits["load_in_8bit"] else "int4")
+    )
+    if eight or four:  # also of transformers' own class
+        return QuantizationConfig(scheme="int8" if eight else "int4")
     raise ValueError(
         f"quantization_config is {given!r}; give one of {', '.join(SCHEMES)}, a QuantizationConfig, or a "
         "BitsAndBytesConfig with load_in_8bit=True or load_in_4bit=True"
@@ -104,17 +104,11 @@ def resolve(given: Any) -> QuantizationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What `config.json` says of a quantized checkpoint, under `quantization_config`.
+    """What `config.json` says of a quantized checkpoint, under `quantization_config`."""
 
-    Attributes:
-        scheme: of `SCHEMES`.
-        finer: weights that are cut finer than the scheme says, and how, by their modules' names.
-        measured: what quantizing cost; see `gate.Measured`.
-    """
-
-    scheme: str
-    finer: dict[str, str]
-    measured: dict[str, Any]
+    scheme: str  # of `SCHEMES`
+    finer: dict[str, str]  # weights that are cut finer than the scheme says, and how, by their modules' names
+    measured: dict[str, Any]  # what quantizing cost; see `gate.Measured`
 
     @property
     def float_rows(self) -> bool:
@@ -123,12 +117,11 @@ class Record:
 
     @classmethod
     def of(cls, config: Config) -> Record | None:
-        """What a model's configuration says; None where it says nothing of quantization."""
+        """Of a model's configuration; None where the weights are floats."""
         values = config.extra.get(KEY)
         return None if values is None else cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `config.json`."""
         return {"quant_method": METHOD, "format": FORMAT, **dataclasses.asdict(self)}
 
     @classmethod
@@ -141,16 +134,15 @@ class Record:
         if not isinstance(values, Mapping):
             raise CheckpointError(f"config.json has {KEY} {shown(values)}; it must hold values by name")
         if values.get("quant_method") != METHOD:
-            method = shown(values.get("quant_method"))
             raise CheckpointError(
-                f"the checkpoint was quantized by {method}, which this library does not read; "
-                "take the float checkpoint and quantize it here"
+                f"the checkpoint was quantized by {shown(values.get('quant_method'))}, which this library does not "
+                "read; take the float checkpoint and quantize it here"
             )
-        if values.get("format") != FORMAT or values.get("scheme") not in list(SCHEMES):
+        version, scheme = values.get("format"), values.get("scheme")
+        if version != FORMAT or scheme not in list(SCHEMES):
             raise CheckpointError(
-                f"the checkpoint is quantized in format {shown(values.get('format'))}, scheme "
-                f"{shown(values.get('scheme'))}; "
-                f"this version reads format {FORMAT} with {', '.join(SCHEMES)}; a newer modernbert may read it"
+                f"the checkpoint is quantized in format {shown(version)}, scheme {shown(scheme)}; this version reads "
+                f"format {FORMAT} with {', '.join(SCHEMES)}; a newer modernbert may read it"
             )
         finer, measured = values.get("finer") or {}, values.get("measured") or {}
         if not isinstance(finer, Mapping) or not all(isinstance(how, str) for how in finer.values()):
@@ -159,4 +151,4 @@ class Record:
         fits = isinstance(measured, Mapping) and isinstance(measured.get("agreement"), number | None)
         if not fits or not all(isinstance(measured.get(name, 0), number) for name in _AMOUNTS):
             raise CheckpointError(f"{KEY} has measured {shown(measured)}; it must hold numbers by name")
-        return cls(str(values["scheme"]), dict(finer), dict(measured))
+        return cls(str(scheme), dict(finer), dict(measured))

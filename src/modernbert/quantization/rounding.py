@@ -21,19 +21,12 @@ _FAR = 1.5  # times the median: an input, or a column of the weight, that takes 
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How a weight is cut and rounded.
+    """How a weight is cut and rounded."""
 
-    Attributes:
-        bits: 8 or 4.
-        group: inputs that share a scale; None is a whole row.
-        float_rows: whether the inputs stay floats.
-        kept: at most one column in so many stays a float.
-    """
-
-    bits: int
-    group: int | None
-    float_rows: bool = False
-    kept: int = 64
+    bits: int  # 8 or 4
+    group: int | None  # inputs that share a scale; None is a whole row
+    float_rows: bool = False  # whether the inputs stay floats
+    kept: int = 64  # one column in this many may stay a float
 
     def __str__(self) -> str:
         return f"int{self.bits}" + ("" if self.group is None else f" in groups of {self.group}")

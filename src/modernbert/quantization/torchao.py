@@ -36,10 +36,9 @@ def quantize_by_torchao(model: Any, config: QuantizationConfig) -> Any:
         "int4-weight-only": ao.Int4WeightOnlyConfig,
     }
     logger.warning("on a GPU torchao quantizes (%s), and nothing is measured", schemes[config.scheme].__name__)
-    left_out = ("classifier", "decoder")
 
     def is_meant(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and not name.startswith(left_out)
+        return isinstance(module, nn.Linear) and not name.startswith(("classifier", "decoder"))
 
     try:
         ao.quantize_(model, schemes[config.scheme](), filter_fn=is_meant)

@@ -13,7 +13,7 @@ Shapes: T rows, I inputs, O outputs, G groups, K kept columns.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,26 +41,17 @@ class QuantizedRows(NamedTuple):
 class QuantizedWeight:
     """A weight of (O, I) numbers of 8 or 4 bits.
 
-    Attributes:
-        codes: (O, I) int8 of -127 to 127; of 4 bits (O, I / 2) uint8, two numbers 8 too large in a byte, the first low.
-        scales: (O, G), float32 or bfloat16.
-        columns: (K,) int32, inputs whose numbers are floats; their codes stand for 0.
-        kept: (O, K) float16, those numbers.
-        bits: 8 or 4.
-        group: inputs that share a scale, a multiple of 4; the last group may be shorter.
-        float_rows: whether rows stay floats, and the weight alone is quantized.
-
     Raises:
         InputError: a sum over a group of whole numbers may not fit 32 bits.
     """
 
-    codes: Tensor
-    scales: Tensor
-    columns: Tensor
-    kept: Tensor
-    bits: int
-    group: int
-    float_rows: bool = False
+    codes: Tensor  # (O, I) int8, -127 to 127; of 4 bits (O, I / 2) uint8, two numbers 8 too large a byte, the first low
+    scales: Tensor  # (O, G), float32 or bfloat16
+    columns: Tensor  # (K,) int32, inputs whose numbers are floats; their codes stand for 0
+    kept: Tensor  # (O, K) float16, those numbers
+    bits: int  # 8 or 4
+    group: int  # inputs that share a scale, a multiple of 4; the last group may be shorter
+    float_rows: bool = False  # whether rows stay floats, and the weight alone is quantized
 
     def __post_init__(self) -> None:
         # Kernels add up products of unsigned weights and signed bytes.
@@ -85,7 +76,6 @@ class QuantizedWeight:
         return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
 
     def outputs(self, rows: slice) -> QuantizedWeight:
-        """The part of the weight that makes these outputs."""
         parts: dict[str, Any] = {name: getattr(self, name)[rows].contiguous() for name in ("codes", "scales", "kept")}
         return dataclasses.replace(self, **parts, columns=self.columns.clone())
 
@@ -120,8 +110,20 @@ class QuantizedWeight:
             out_TO = out_TO + sums_TO * (self.scales[:, g].float() * rows.scales[:, g, None])
         return out_TO
 
+    def is_cut_like(self, other: QuantizedWeight) -> bool:
+        """Whether two weights that read the same inputs can become one."""
+        cut = (self.bits, self.group, self.float_rows) == (other.bits, other.group, other.float_rows)
+        return cut and torch.equal(self.columns, other.columns)
+
+    @staticmethod
+    def together(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Weights that read the same inputs and are cut alike, as one."""
+        joined: dict[str, Any] = {
+            name: torch.cat([getattr(weight, name) for weight in weights]) for name in ("codes", "scales", "kept")
+        }
+        return dataclasses.replace(weights[0], **joined)
+
     def map(self, move: Callable[[Tensor], Tensor]) -> QuantizedWeight:
-        """The same with every tensor moved by a function."""
         moved: dict[str, Any] = {name: move(getattr(self, name)) for name in ("codes", "scales", "columns", "kept")}
         return dataclasses.replace(self, **moved)
 
@@ -140,8 +142,28 @@ def pack_halves(whole_OI: Tensor) -> Tensor:
     return low | high << 4
 
 
-class PackedIntegers(NativeWeight):
-    """A quantized weight, with its bias, laid out for the kernels.
+class Integers:
+    """A quantized weight as it is multiplied by, with the bias as it was then."""
+
+    bias: Tensor | None
+
+    def to_quantized(self) -> QuantizedWeight:
+        """The weight in its plain layout."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """The numbers that the codes stand for, (O, I) float32."""
+        return self.to_quantized().to_dense()
+
+    def holds(self, bias_O: Tensor | None) -> bool:
+        """Whether this is the bias that was laid out; PyTorch counts no writes through `.data`, so it is compared."""
+        if bias_O is None or self.bias is None:
+            return bias_O is self.bias
+        return not self.bias.is_meta and torch.equal(bias_O, self.bias)
+
+
+class PackedIntegers(Integers, NativeWeight):
+    """Laid out for the kernels.
 
     Args:
         weight: on the CPU.
@@ -153,6 +175,7 @@ class PackedIntegers(NativeWeight):
         # What is kept here beside the panels is small: scales, and a few columns.
         self.parts = dataclasses.replace(weight, codes=weight.codes.new_empty(0))
         self.shape, self.dtype, self.gated = weight.shape, torch.float32, gated
+        self.bias = None if bias_O is None else bias_O.detach().clone()
         scales, kept = weight.scales.float().contiguous(), weight.kept.float().contiguous()
         self._columns = weight.columns.contiguous()
         self.struct = Weight(*weight.shape, gated, BITS[weight.bits], group=weight.group, scales=scales.data_ptr())
@@ -161,42 +184,30 @@ class PackedIntegers(NativeWeight):
         self._lay_out(weight.codes.contiguous(), bias_O)
 
     def to_quantized(self) -> QuantizedWeight:
-        """The plain form."""
         outputs, inputs = self.shape
         dtype, stored = (torch.int8, inputs) if self.parts.bits == 8 else (torch.uint8, inputs // 2)
         codes = torch.empty(outputs, stored, dtype=dtype, device="cpu")
         self._unpack_into(codes)
         return dataclasses.replace(self.parts, codes=codes)
 
-    def to_dense(self) -> Tensor:
-        """The numbers that the codes stand for, (O, I) float32."""
-        return self.to_quantized().to_dense()
 
-
-class PlainIntegers:
-    """A quantized weight, with its bias, where there are no kernels."""
+class PlainIntegers(Integers):
+    """As it is, where there are no kernels."""
 
     def __init__(self, weight: QuantizedWeight, bias_O: Tensor | None = None) -> None:
-        self.weight, self._bias = weight, bias_O
+        self.weight, self.bias = weight, None if bias_O is None else bias_O.detach().clone()
 
     def product(self, x_TI: Tensor) -> Tensor:
-        """(T, I) to (T, O)."""
         out_TO = self.weight.product(x_TI)
-        return out_TO if self._bias is None else out_TO + self._bias.to(out_TO.dtype)
+        return out_TO if self.bias is None else out_TO + self.bias.to(out_TO.dtype)
 
     def to_quantized(self) -> QuantizedWeight:
-        """The plain form."""
         return self.weight
-
-    def to_dense(self) -> Tensor:
-        """The numbers that the codes stand for, (O, I) float32."""
-        return self.weight.to_dense()
 
 
 def pack_quantized(
     weight: QuantizedWeight, bias_O: Tensor | None = None, gated: bool = False
 ) -> PackedIntegers | PlainIntegers:
-    """Lay a quantized weight out for whoever multiplies by it here."""
     if weight.codes.device.type == "cpu" and library() is not None:
         return PackedIntegers(weight, bias_O, gated)
     return PlainIntegers(weight, bias_O)

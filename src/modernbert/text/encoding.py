@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import Encoding
 
-from modernbert.errors import InputError, shown
+from modernbert.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -85,38 +85,30 @@ class BatchEncoding(dict[str, Any]):
 
     def tokens(self, batch_index: int = 0) -> list[str]:
         """Tokens of a row, padding included."""
-        return self._spread(list(self._encoding(batch_index).tokens), batch_index, self.pad_token)
+        return self._spread("tokens", batch_index, self.pad_token)
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
         """For each token of a row the number of its word, None for special tokens and padding."""
-        return self._spread(list(self._encoding(batch_index).word_ids), batch_index)
+        return self._spread("word_ids", batch_index)
 
     def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
         """For each token of a row 0 or 1, the text of a pair it is from; None for special tokens and padding."""
-        return self._spread(list(self._encoding(batch_index).sequence_ids), batch_index)
+        return self._spread("sequence_ids", batch_index)
 
-    def _spread(self, values: list[Any], row: int, fill: Any = None) -> list[Any]:
-        """Put `fill` at the row's padding."""
-        mask = self.get("attention_mask")
-        if mask is None or self.encodings is None:
+    def _spread(self, name: str, row: int, fill: Any = None) -> list[Any]:
+        """An attribute of a row's tokens, with `fill` at its padding."""
+        values, mask = list(getattr(self._encoding(row), name)), self.get("attention_mask")
+        if mask is None:
             return values
-        row_mask = mask[row] if len(mask) and not isinstance(mask[0], int) else mask
-        real = [bool(m) for m in row_mask]
         rest = iter(values)
-        return [next(rest) if here else fill for here in real]
+        return [
+            next(rest) if real else fill for real in (mask[row] if len(mask) and not isinstance(mask[0], int) else mask)
+        ]
 
 
 def to_list(values: Any) -> Any:
     """A tensor or array as a list or number; anything else as it is."""
     return values.tolist() if isinstance(values, torch.Tensor | np.ndarray | np.generic) else values
-
-
-def whole(name: str, value: Any) -> int:
-    """A tokenizer's setting as a whole number; some files say 1e30."""
-    try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"tokenizer_config.json has {name} {shown(value)}; it must be a whole number") from None
 
 
 def truncation_of(
@@ -164,24 +156,23 @@ def rows_of(text: Any, text_pair: Any, words: bool) -> tuple[bool, list[Any]]:
 def _texts(name: str, given: Any, words: bool) -> tuple[bool, list[Any]] | None:
     if given is None:
         return None
-    if not words:
-        if isinstance(given, str):
-            return False, [given]
-        if isinstance(given, Iterable) and not isinstance(given, bytes | Mapping):
-            texts = list(given)
-            bad = next((t for t in texts if not isinstance(t, str)), None)
-            if bad is None:
-                return True, texts
-            raise InputError(f"{name} holds a {type(bad).__name__}; every text must be a string")
-        raise InputError(f"{name} is a {type(given).__name__}; give a string or a list of strings")
-    if isinstance(given, list | tuple):
-        if all(isinstance(w, str) for w in given):
+    if words and isinstance(given, list | tuple):
+        if all(isinstance(word, str) for word in given):
             return False, [list(given)]
-        if all(isinstance(t, list | tuple) and all(isinstance(w, str) for w in t) for t in given):
-            return True, [list(t) for t in given]
-    raise InputError(
-        f"{name} is a {type(given).__name__}; with is_split_into_words give a list of words, or of such lists"
-    )
+        if all(isinstance(text, list | tuple) and all(isinstance(word, str) for word in text) for text in given):
+            return True, [list(text) for text in given]
+    if words:
+        wanted = "with is_split_into_words give a list of words, or of such lists"
+        raise InputError(f"{name} is a {type(given).__name__}; {wanted}")
+    if isinstance(given, str):
+        return False, [given]
+    if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
+        raise InputError(f"{name} is a {type(given).__name__}; give a string or a list of strings")
+    texts = list(given)
+    bad = next((text for text in texts if not isinstance(text, str)), "")
+    if not isinstance(bad, str):
+        raise InputError(f"{name} holds a {type(bad).__name__}; every text must be a string")
+    return True, texts
 
 
 def to_tensors(batch: BatchEncoding, kind: str | None) -> BatchEncoding:

@@ -1,11 +1,9 @@
-"""Text to ids and back, on the `tokenizers` library: one class for every `tokenizer.json`.
-
-Longer than 400 lines because a call's options and what each means are one subject with the class that takes them.
-"""
+"""Text to ids and back, on the `tokenizers` library: one class for every `tokenizer.json`."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -17,6 +15,7 @@ from typing import Any, Self
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
+from modernbert.checks import Limits, check_value
 from modernbert.errors import InputError, listed, printable, shown
 from modernbert.io.files import parse_json, write_text
 from modernbert.io.hub import Source
@@ -28,7 +27,6 @@ from modernbert.text.encoding import (
     to_list,
     to_tensors,
     truncation_of,
-    whole,
 )
 
 logger = logging.getLogger(__name__)
@@ -37,7 +35,6 @@ SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _USUAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
 _SPACE_BEFORE_MARK = re.compile(r" (?=[.?!,]|n't|'(?:m|s|ve|re))")
 _PADDINGS = ("longest", "max_length", "do_not_pad")
-_SIDES = ("left", "right")
 _ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")  # of two generations of files
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MOST_GROWTH = 1024  # how many times longer a tokenizer.json may make a text
@@ -69,14 +66,10 @@ class Tokenizer:
         self._lock = threading.Lock()  # truncation is a setting of the backend, not of a call
         backend.no_padding()
         backend.no_truncation()
-        self.model_max_length = whole("model_max_length", self.config.get("model_max_length") or UNLIMITED)
-        if self.model_max_length < 1:
-            raise InputError(f"model_max_length is {shown(self.model_max_length)}; it must be at least 1")
-        self.padding_side: str = self.config.get("padding_side") or "right"
-        self.truncation_side: str = self.config.get("truncation_side") or "right"
-        for name in ("padding_side", "truncation_side"):
-            if getattr(self, name) not in _SIDES:
-                raise InputError(f"{name} is {shown(getattr(self, name))}; choose left or right")
+        longest = self.config.get("model_max_length") or UNLIMITED  # which some files write as 1e30
+        self.model_max_length: int = check_value("model_max_length", longest, int, {"limits": Limits(1)})
+        sides = {name: self.config.get(name) or "right" for name in ("padding_side", "truncation_side")}
+        self.padding_side, self.truncation_side = (_side(name, value) for name, value in sides.items())
         names = self.config.get("model_input_names") or ["input_ids", "attention_mask"]
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise InputError(f"model_input_names is {shown(names)}; it must be a list of names")
@@ -192,7 +185,7 @@ class Tokenizer:
         base, _, kind = name.partition("_token")
         if base in SPECIAL_NAMES and kind in ("", "_id"):
             token = self._specials.get(base)
-            return token if kind == "" or token is None else self.backend.token_to_id(token)
+            return self.backend.token_to_id(token) if kind and token else token
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -219,8 +212,7 @@ class Tokenizer:
     @property
     def all_special_ids(self) -> list[int]:
         """Ids of the special tokens."""
-        ids = (self.backend.token_to_id(token) for token in self.all_special_tokens)
-        return [i for i in ids if i is not None]
+        return [i for i in map(self.backend.token_to_id, self.all_special_tokens) if i is not None]
 
     def add_tokens(
         self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
@@ -241,15 +233,15 @@ class Tokenizer:
         Raises:
             InputError: there is no such name, or a token is no text.
         """
-        names = [f"{name}_token" for name in SPECIAL_NAMES]
         specials, additional = {}, []
         for name, given in special_tokens.items():
             if name in _ADDITIONAL and isinstance(given, list | tuple):
                 additional += [_token(name, token, special=True) for token in given]
-            elif name in names or f"{name}_token" in names:
+            elif name.removesuffix("_token") in SPECIAL_NAMES:
                 specials[name.removesuffix("_token")] = _token(name, given, special=True)
             else:
-                raise InputError(f"{shown(name)} is no special token; there are {', '.join([*names, _ADDITIONAL[0]])}")
+                names = [*(f"{known}_token" for known in SPECIAL_NAMES), _ADDITIONAL[0]]
+                raise InputError(f"{shown(name)} is no special token; there are {', '.join(names)}")
         added = self.add_tokens([*specials.values(), *additional], special_tokens=True)
         self._specials.update({name: token.content for name, token in specials.items()})
         self._additional += [t.content for t in additional if t.content not in self._additional]
@@ -289,7 +281,7 @@ class Tokenizer:
         return list(self._encode([text], False, None)[0].tokens)
 
     def encode(self, text: Any, text_pair: Any = None, **kwargs: Any) -> list[int]:
-        """Ids of one text or pair; arguments as of a call."""
+        """Ids of one text or pair; for the arguments see a call."""
         return self(text, text_pair, **kwargs).input_ids
 
     def __call__(
@@ -341,15 +333,11 @@ class Tokenizer:
         if stride < 0:
             raise InputError(f"stride is {stride}; it must not be negative")
         strategy, limit = truncation_of(padding, truncation, max_length, self.model_max_length, text_pair is not None)
-        encodings = self._encode(
-            inputs, add_special_tokens, (strategy, limit, stride) if strategy else None, is_split_into_words
-        )
-        rows, sample = encodings, list(range(len(encodings)))
+        cut = (strategy, limit or 0, stride) if strategy else None
+        rows = self._encode(inputs, add_special_tokens, cut, is_split_into_words)
         if return_overflowing_tokens:
-            rows, sample = [], []
-            for i, encoding in enumerate(encodings):
-                rows += [encoding, *encoding.overflowing]
-                sample += [i] * (1 + len(encoding.overflowing))
+            sample = [i for i, encoding in enumerate(rows) for _ in range(1 + len(encoding.overflowing))]
+            rows = [row for encoding in rows for row in (encoding, *encoding.overflowing)]
         if return_token_type_ids is None:
             return_token_type_ids = "token_type_ids" in self.model_input_names
         data: dict[str, list[Any]] = {"input_ids": [e.ids for e in rows]}
@@ -365,9 +353,8 @@ class Tokenizer:
             data["length"] = [len(e.ids) for e in rows]
         if return_overflowing_tokens:
             data["overflow_to_sample_mapping"] = sample
-        longest = max((len(e.ids) for e in rows), default=0)
-        if truncation is None and not strategy and longest > self.model_max_length:
-            known = self.model_max_length
+        longest, known = max((len(e.ids) for e in rows), default=0), self.model_max_length
+        if truncation is None and not strategy and longest > known:
             logger.warning("a text has %d tokens and the model's context %d; truncation=True cuts it", longest, known)
         padded = self.pad(
             data,
@@ -384,11 +371,7 @@ class Tokenizer:
         return to_tensors(padded, return_tensors)
 
     def _encode(
-        self,
-        inputs: list[Any],
-        add_special_tokens: bool,
-        truncation: tuple[str, int | None, int] | None,
-        words: bool = False,
+        self, inputs: list[Any], add_special_tokens: bool, truncation: tuple[str, int, int] | None, words: bool = False
     ) -> list[Encoding]:
         options = "" if truncation is None else f" with truncation, max_length and stride {truncation}"
         with self._lock, _explained(f"a text cannot be tokenized{options}"):
@@ -397,7 +380,7 @@ class Tokenizer:
             else:
                 strategy, limit, stride = truncation
                 side = self.truncation_side
-                self.backend.enable_truncation(limit or 0, stride=stride, strategy=strategy, direction=side)
+                self.backend.enable_truncation(limit, stride=stride, strategy=strategy, direction=side)
             return self.backend.encode_batch(inputs, is_pretokenized=words, add_special_tokens=add_special_tokens)
 
     def pad(
@@ -415,7 +398,7 @@ class Tokenizer:
         Args:
             encoded_inputs: a dict of lists of rows, or a list of dicts with a row each; "input_ids" is needed, and
                 "labels" are padded with -100.
-            padding, max_length, pad_to_multiple_of, padding_side, return_tensors, return_attention_mask: as of a
+            padding, max_length, pad_to_multiple_of, padding_side, return_tensors, return_attention_mask: see a
                 call.
 
         Raises:
@@ -429,14 +412,10 @@ class Tokenizer:
         data: dict[str, Any] = {name: list(to_list(values)) for name, values in encoded_inputs.items()}
         if "input_ids" not in data:
             raise InputError(f"there is nothing to pad by: input_ids is missing among {', '.join(data) or 'no keys'}")
-        strategy = (
-            {True: "longest", False: "do_not_pad"}.get(padding, padding) if isinstance(padding, bool) else padding
-        )
-        side = padding_side or self.padding_side
+        strategy = padding if not isinstance(padding, bool) else "longest" if padding else "do_not_pad"
+        side = _side("padding_side", padding_side or self.padding_side)
         if strategy not in _PADDINGS:
             raise InputError(f"padding is {padding!r}; choose True, False or one of {', '.join(_PADDINGS)}")
-        if side not in _SIDES:
-            raise InputError(f"padding_side is {side!r}; choose left or right")
         lengths = [len(row) for row in data["input_ids"]]
         if strategy != "do_not_pad" and lengths:
             if self.pad_token_id is None:
@@ -457,10 +436,7 @@ class Tokenizer:
     # Ids to text
 
     def decode(
-        self,
-        token_ids: Any,
-        skip_special_tokens: bool = False,
-        clean_up_tokenization_spaces: bool | None = None,
+        self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool | None = None
     ) -> Any:
         """Text of ids: a number, a list or a tensor; rows of ids give a list of texts.
 
@@ -482,6 +458,12 @@ class Tokenizer:
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of several rows of ids."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
+
+
+def _side(name: str, value: Any) -> str:
+    if value not in ("left", "right"):
+        raise InputError(f"{name} is {shown(value)}; choose left or right")
+    return str(value)
 
 
 def _token(where: str, value: Any, special: bool = False) -> AddedToken:
@@ -516,12 +498,8 @@ def _growth(part: Any, key: str) -> int:
     """How many times longer a normalizer or decoder can make a text by replacing."""
     if not isinstance(part, dict):
         return 1
-    inner = part.get(key)
-    if isinstance(inner, list):
-        growth = 1
-        for one in inner:
-            growth = min(growth * _growth(one, key), 10**12)
-        return growth
+    if isinstance(inner := part.get(key), list):
+        return functools.reduce(lambda growth, one: min(growth * _growth(one, key), 10**12), inner, 1)
     content = part.get("content")
     return 1 + len(content) if part.get("type") == "Replace" and isinstance(content, str) and len(content) > 1 else 1
 

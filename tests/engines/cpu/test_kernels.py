@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from modernbert import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 from modernbert.engines.cpu import library as native
-from modernbert.engines.cpu.operations import Angles, Keys, NativeWeight, Norm, Product, attention, normalize
+from modernbert.engines.cpu.operations import NativeWeight, Product, Program, attention, point_norm
 from modernbert.engines.cpu.runner import CpuLayers
+from modernbert.engines.weights import Norm
 from modernbert.errors import BackendError
 from modernbert.nn.attention import choose_backend
 from modernbert.nn.packing import Packing
@@ -88,7 +89,7 @@ def test_attention_is_that_of_the_definition_and_a_text_is_its_own(lengths, reac
     packing, heads = Packing.from_lengths(lengths), 2
     qkv = torch.randn(packing.tokens, 3, heads, head_dim).to(dtype)
     rope = {"rope_type": "default", "rope_theta": 1e4}
-    angles = Angles(*rope_tables(rope, head_dim, packing.positions_T, max_positions=1000))
+    angles = rope_tables(rope, head_dim, packing.positions_T, max_positions=1000)
     eager = choose_backend("eager")
     turned = apply_rope(qkv[:, :2].float().flatten(1, 2), *angles).split(heads, dim=1)
     expected = eager.attend(*turned, qkv[:, 2].float(), eager.plan(packing, reach, torch.float32))
@@ -96,7 +97,7 @@ def test_attention_is_that_of_the_definition_and_a_text_is_its_own(lengths, reac
     def attend(rows, starts, positions):
         out = qkv[rows].clone()
         q, k, v = out.unbind(1)
-        own = Angles(*(t[rows].contiguous() for t in angles))
+        own = tuple(t[rows].contiguous() for t in angles)
         return attention(q, k, v, q, starts, reach=reach, positions_T=positions, angles=own).clone()
 
     before = threads(number)
@@ -107,17 +108,6 @@ def test_attention_is_that_of_the_definition_and_a_text_is_its_own(lengths, reac
     for first, last in packing.spans:
         alone = attend(slice(first, last), torch.tensor([0, last - first]), packing.positions_T[first:last].clone())
         assert torch.equal(alone, whole[first:last])
-
-
-def test_attention_to_keys_that_lie_elsewhere():
-    q, stored = torch.randn(3, 2, 16), torch.randn(40, 2, 2, 16)
-    keys = Keys(torch.tensor([30, 0, 9]), torch.tensor([10, 1, 20]))
-    k, v = stored.unbind(1)
-    out = attention(q, k, v, torch.empty_like(q), torch.arange(4), keys=keys)
-    for i, (first, length) in enumerate(zip(*(t.tolist() for t in keys), strict=True)):
-        parts = (x.transpose(0, 1)[None] for x in (q[i : i + 1], k[first : first + length], v[first : first + length]))
-        expected = F.scaled_dot_product_attention(*parts)[0].transpose(0, 1)
-        torch.testing.assert_close(out[i : i + 1], expected)
 
 
 def test_not_a_number_stays_in_its_text():
@@ -131,7 +121,12 @@ def test_not_a_number_stays_in_its_text():
 
 def test_layer_norm_of_a_table():
     table, ids, norm = torch.randn(30, 45), torch.randint(0, 30, (200,)), Norm(torch.randn(45), torch.randn(45), 1e-5)
-    out = normalize(table, norm, torch.empty(200, 45), ids)
+    out, struct = torch.empty(200, 45), native.Normalize(rows=200, width=45)
+    kept = point_norm(struct, norm)
+    program = Program([struct])
+    program.set(0, native.Normalize, ids=ids, table_data=table, table_stride=45, out_data=out, out_stride=45)
+    program.run()
+    assert torch.equal(kept.weight, norm.weight)
     torch.testing.assert_close(out, F.layer_norm(table[ids], (45,), norm.weight, norm.bias, 1e-5))
 
 
@@ -236,22 +231,11 @@ def new_forward(model):
     model.layers[1].mlp.forward = lambda x: x * 0
 
 
-def write_to_bias(model):
-    with torch.no_grad():
-        model.layers[0].mlp.Wo.bias.add_(1)
-
-
-def swap_data(model):
-    model.final_norm.weight.data = model.final_norm.weight.data * 2
-
-
 def add_bias(model):
     model.final_norm.bias = torch.nn.Parameter(torch.ones_like(model.final_norm.weight), requires_grad=False)
 
 
-@pytest.mark.parametrize(
-    "change", [replace_output, drop_layers, new_forward, write_to_bias, swap_data, add_bias], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("change", [replace_output, drop_layers, new_forward, add_bias], ids=lambda f: f.__name__)
 @torch.no_grad()
 def test_a_change_after_optimizing_counts(change):
     ids, mask = batch()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from modernbert.engines.gpu import operations as gpu
+from modernbert.engines.weights import Norm
 from modernbert.nn.activations import activation as function_of
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.packing import Packing
@@ -112,7 +113,7 @@ def test_rotation_and_its_gradient(place, size, monkeypatch):
 
 def of(module):
     """The numbers of a LayerNorm."""
-    return gpu.Norm(module.weight.detach(), None if module.bias is None else module.bias.detach(), module.eps)
+    return Norm.of(module)
 
 
 @pytest.mark.parametrize("width", [16, 40, 129])

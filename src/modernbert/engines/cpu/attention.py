@@ -19,13 +19,7 @@ from modernbert.nn.packing import Packing
 
 
 class NativePlan:
-    """Where the texts lie and how far their tokens see.
-
-    Args:
-        packing: the texts.
-        reach: inclusive (left, right) in positions.
-        dtype: of q, k and v.
-    """
+    """Where the texts lie and how far their tokens see."""
 
     def __init__(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> None:
         self.packing, self.reach, self.dtype = packing, reach, dtype

@@ -35,76 +35,55 @@ PRODUCT, NORMALIZE, ATTENTION, STEP = 0, 1, 2, 3
 ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
 
 
-def _fields(*names: str) -> list[tuple[str, Any]]:
-    """Fields of a structure of kernels.h, nested ones spelled out; all take eight bytes."""
-    kinds = {"epsilon": c_float, "scale": c_float}
-    pointers = (
-        "data",
-        "ids",
-        "packed",
-        "plain",
-        "bias",
-        "norm_weight",
-        "norm_bias",
-        "positions",
-        "starts",
-        "scales",
-        "columns",
-        "kept_weights",
-        "cos",
-        "sin",
-    )
-    return [
-        (name, kinds.get(name) or (c_void_p if name.endswith(pointers) or name.startswith("key") else c_int64))
-        for name in names
-    ]
+# The structures of kernels.h, which says what each field is. Nested ones are spelled out; all fields take eight bytes.
+_POINTERS = (
+    "data", "ids", "packed", "plain", "bias", "norm_weight", "norm_bias", "positions", "starts", "scales", "columns",
+    "kept_weights", "cos", "sin",
+)  # fmt: skip
+
+
+def _fields(names: str) -> list[tuple[str, Any]]:
+    def kind(name: str) -> Any:
+        if name in ("epsilon", "scale"):
+            return c_float
+        return c_void_p if name.endswith(_POINTERS) or name.startswith("key") else c_int64
+
+    return [(name, kind(name)) for name in names.split()]
+
+
+def _rows(*names: str) -> str:
+    return " ".join(f"{name}_data {name}_stride {name}_dtype" for name in names)
 
 
 class Weight(ctypes.Structure):
-    """A weight's layout."""
-
     _fields_: ClassVar = _fields(
-        *("outputs", "inputs", "gated", "dtype", "packed", "plain", "bias"),
-        *("group", "scales", "kept", "columns", "kept_weights", "float_rows"),
+        "outputs inputs gated dtype packed plain bias group scales kept columns kept_weights float_rows"
     )
 
 
 class Product(ctypes.Structure):
-    """norm(x) @ weight.T + bias, written, added or gated."""
-
     _fields_: ClassVar = [
-        *_fields("rows", "x_data", "x_stride", "x_dtype", "norm_weight", "norm_bias", "epsilon"),
+        *_fields(f"rows {_rows('x')} norm_weight norm_bias epsilon"),
         ("weight", Weight),
-        *_fields("epilogue", "activation", "out_data", "out_stride", "out_dtype"),
+        *_fields(f"epilogue activation {_rows('out')}"),
     ]
 
 
 class Normalize(ctypes.Structure):
-    """LayerNorm of rows, or of rows of a table."""
-
-    _fields_: ClassVar = _fields(
-        *("rows", "width", "ids", "table_data", "table_stride", "table_dtype", "norm_weight", "norm_bias", "epsilon"),
-        *("out_data", "out_stride", "out_dtype"),
-    )
+    _fields_: ClassVar = _fields(f"rows width ids {_rows('table')} norm_weight norm_bias epsilon {_rows('out')}")
 
 
 class Attention(ctypes.Structure):
-    """Softmax attention within texts."""
-
     _fields_: ClassVar = _fields(
-        *("texts", "heads", "head_dim", "starts", "key_first", "key_length", "positions", "key_positions"),
-        *("left", "right", "cos", "sin", "key_cos", "key_sin", "scale"),
-        *(f"{x}_{field}" for x in ("q", "k", "v", "out") for field in ("data", "stride", "dtype")),
+        "texts heads head_dim starts key_first key_length positions key_positions left right cos sin key_cos key_sin "
+        f"scale {_rows('q', 'k', 'v', 'out')}"
     )
 
 
 class Step(ctypes.Structure):
-    """Attention of one new token of each text to stored rows, where its own key and value go first."""
-
     _fields_: ClassVar = _fields(
-        *("texts", "heads", "head_dim", "rows", "first", "length", "most", "positions", "key_positions", "left"),
-        *("cos", "sin", "scale"),
-        *(f"{x}_{field}" for x in ("q", "k", "v", "out", "keys", "values") for field in ("data", "stride", "dtype")),
+        "texts heads head_dim rows first length most positions key_positions left cos sin scale "
+        + _rows("q", "k", "v", "out", "keys", "values")
     )
 
 
@@ -113,8 +92,6 @@ class _Body(ctypes.Union):
 
 
 class Operation(ctypes.Structure):
-    """One of these, and which."""
-
     _fields_: ClassVar = [("kind", c_int64), ("body", _Body)]
 
 

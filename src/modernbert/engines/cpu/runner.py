@@ -18,11 +18,11 @@ from torch import Tensor
 
 from modernbert.config import Config
 from modernbert.decoding.continuation import Continuation, Steps
+from modernbert.engines.cpu import library as native
 from modernbert.engines.cpu.attention import NativeAttention, NativePlan
 from modernbert.engines.cpu.library import DTYPES, Attention, Normalize, Step
-from modernbert.engines.cpu.library import Product as ProductStruct
-from modernbert.engines.cpu.operations import Angles, NativeWeight, Norm, Product, Program, attend_step
-from modernbert.engines.weights import BackboneWeights, LayerWeights
+from modernbert.engines.cpu.operations import NativeWeight, Product, Program, attend_step, point_norm
+from modernbert.engines.weights import BackboneWeights, LayerWeights, Norm
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import (
@@ -60,23 +60,31 @@ class CpuLayers:
         backend: the attention that was asked for; another one than the kernels' runs between them.
     """
 
-    def __init__(self, config: Config, weights: BackboneWeights, backend: AttentionBackend) -> None:
+    def __init__(self, config: Config, weights: BackboneWeights[NativeWeight], backend: AttentionBackend) -> None:
         self.config, self.dtype, self.embedding = config, weights.dtype, weights.embedding
         self.backend, self.frequencies = backend, frequencies(config, weights.device)
         self.kinds = [layer.kind for layer in weights.layers]
         self.heads = [layer.heads for layer in weights.layers]
+        # Of each kind of layer the numbers, the operations that attend, and the bytes of a row of queries.
+        self.of_kind: dict[str, tuple[list[int], list[int], Any]] = {}
+        for kind in dict.fromkeys(self.kinds):
+            numbers = [i for i, of in enumerate(self.kinds) if of == kind]
+            own = np.array([self.heads[i] for i in numbers]) * config.head_dim * self.dtype.itemsize
+            self.of_kind[kind] = numbers, [2 + i * _LAYER for i in numbers], own
         self.width = max(3 * max(self.heads) * config.head_dim, config.intermediate_size)
-        norms = Norm.of(weights.first_norm), Norm.of(weights.last_norm)
-        self._kept: list[Any] = [*norms]
+        first, self.first_norm = _normalize(config, weights.first_norm)
+        last, self.last_norm = _normalize(config, weights.last_norm)
+        self.products: list[Product] = []  # kept alive, as the norms
         whole: list[Any] = []
         steps: list[Any] = []
         for layer in weights.layers:
-            products = _products(layer, weights.activation)
-            self._kept += products
+            products = _products(layer, str(config.hidden_activation))
+            self.products += products
             qkv, *others = (product.struct for product in products)
-            whole += [qkv, _attention(config, layer), *others]
-            steps += [qkv, _step(config, layer), *others]
-        first, last = (_normalize(config, norm) for norm in norms)
+            heads: dict[str, Any] = {"heads": layer.heads, "head_dim": config.head_dim, "scale": config.head_dim**-0.5}
+            left, right = (-1 if end is None else end for end in config.reach(layer.kind))
+            whole += [qkv, Attention(left=left, right=right, **heads), *others]
+            steps += [qkv, Step(**heads), *others]
         self.program = Program([first, *whole, last])
         self.stepping = Program([first, *steps, last])  # one new token of each text
         self._lay_out()
@@ -90,10 +98,10 @@ class CpuLayers:
         strides = {f"{x}_stride": 3 * own for x in ("q", "k", "v", "out")}
         dtypes = {f"{x}_dtype": dtype for x in ("q", "k", "v", "out")}
         for program, struct in ((self.program, Attention), (self.stepping, Step)):
-            program.set(qkv, ProductStruct, x_stride=M, x_dtype=0, out_stride=3 * own, out_dtype=dtype)
-            program.set(out, ProductStruct, x_stride=3 * own, x_dtype=dtype, out_stride=M, out_dtype=0)
-            program.set(gate, ProductStruct, x_stride=M, x_dtype=0, out_stride=inner, out_dtype=dtype)
-            program.set(down, ProductStruct, x_stride=inner, x_dtype=dtype, out_stride=M, out_dtype=0)
+            program.set(qkv, native.Product, x_stride=M, x_dtype=0, out_stride=3 * own, out_dtype=dtype)
+            program.set(out, native.Product, x_stride=3 * own, x_dtype=dtype, out_stride=M, out_dtype=0)
+            program.set(gate, native.Product, x_stride=M, x_dtype=0, out_stride=inner, out_dtype=dtype)
+            program.set(down, native.Product, x_stride=inner, x_dtype=dtype, out_stride=M, out_dtype=0)
             program.set(attention, struct, **strides, **dtypes)
             program.set(0, Normalize, out_stride=M, out_dtype=0)
             program.set(-1, Normalize, table_stride=M, table_dtype=0, out_stride=M, out_dtype=dtype)
@@ -179,7 +187,7 @@ class CpuLayers:
             ids_T = ids_T.long().contiguous()
             program.set(0, Normalize, ids=ids_T)
         for start, x, out in ((1, x_TM, work), (3, work, x_TM), (4, x_TM, work), (5, work, x_TM)):
-            program.set(slice(start, -1, _LAYER), ProductStruct, rows=T, x_data=x, out_data=out)
+            program.set(slice(start, -1, _LAYER), native.Product, rows=T, x_data=x, out_data=out)
         return _Pass(program, x_TM, work, (table, ids_T))
 
     def _finish(self, run: _Pass) -> Tensor:
@@ -192,50 +200,44 @@ class CpuLayers:
         run.program.run(-1)
         return last_TM
 
+    def _aim(self, run: _Pass, kind: str, struct: type[Attention | Step], **cells: Any) -> None:
+        """Point the attention of all layers of a kind at the queries, keys and values in `work`, and at other cells."""
+        _, rows, own = self.of_kind[kind]
+        start = run.work.data_ptr()
+        run.program.set(rows, struct, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start, **cells)
+
     def _aim_attention(self, run: _Pass, shared: dict[str, Shared]) -> None:
-        """Point the attention of all layers at the texts, the angles, and the queries, keys and values in `work`."""
-        program, work = run.program, run.work
-        size = work.element_size() * self.config.head_dim
-        for kind, context in shared.items():
-            rows = [2 + i * _LAYER for i, of in enumerate(self.kinds) if of == kind]
-            own = np.array([heads for heads, of in zip(self.heads, self.kinds, strict=True) if of == kind]) * size
-            assert isinstance(context.attend, Planned)
-            plan, start = context.attend.plan, work.data_ptr()
-            program.set(rows, Attention, texts=len(plan.starts) - 1, starts=plan.starts)
+        """Have all layers attend within the texts."""
+        for kind, (attend, cos, sin) in shared.items():
+            assert isinstance(attend, Planned)
+            plan, seen = attend.plan, {}
             if tuple(plan.reach) != (None, None):
-                program.set(rows, Attention, positions=plan.positions_T, key_positions=plan.positions_T)
-            cos, sin = context.cos_T1D, context.sin_T1D
-            program.set(rows, Attention, cos=cos, sin=sin, key_cos=cos, key_sin=sin)
-            program.set(rows, Attention, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
+                seen = {"positions": plan.positions_T, "key_positions": plan.positions_T}
+            self._aim(run, kind, Attention, texts=len(plan.starts) - 1, starts=plan.starts, cos=cos, sin=sin, **seen)
+            run.program.set(self.of_kind[kind][1], Attention, key_cos=cos, key_sin=sin)
 
     def _aim_steps(self, run: _Pass, shared: dict[str, Shared], steps: Mapping[str, Steps | None]) -> None:
-        """Point the attention of all layers at the caches: a new token of each text goes in, and looks back."""
-        program, work = run.program, run.work
-        size = work.element_size() * self.config.head_dim
-        for kind, context in shared.items():
-            numbers = [i for i, of in enumerate(self.kinds) if of == kind]
-            rows = [2 + i * _LAYER for i in numbers]
+        """Have all layers attend to the caches: a new token of each text goes in, and looks back."""
+        for kind, (_, cos, sin) in shared.items():
+            numbers, rows, _ = self.of_kind[kind]
             step = steps[kind]
             assert step is not None
-            own, start = np.array([self.heads[i] for i in numbers]) * size, work.data_ptr()
-            program.set(rows, Step, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start)
-            program.set(rows, Step, cos=context.cos_T1D, sin=context.sin_T1D, texts=len(step.slots_N), most=step.most)
-            program.set(rows, Step, rows=step.slots_N, first=step.first_N, length=step.length_N)
+            seen: dict[str, Any] = {}
             if step.left is not None:
-                positions = {"positions": step.positions_N, "key_positions": step.storage.positions_R}
-                program.set(rows, Step, **positions, left=step.left)
+                at = step.storage.positions_R
+                seen = {"positions": step.positions_N, "key_positions": at, "left": step.left}
+            where = {"rows": step.slots_N, "first": step.first_N, "length": step.length_N, "most": step.most}
+            self._aim(run, kind, Step, texts=len(step.slots_N), cos=cos, sin=sin, **where, **seen)
             pairs = [step.storage.layers[i] for i in numbers]
             for name, stored in zip(("keys", "values"), zip(*pairs, strict=True), strict=True):
-                cells = {"data": [x.data_ptr() for x in stored], "stride": [x.stride(0) for x in stored]}
-                program.set(rows, Step, **{f"{name}_{cell}": values for cell, values in cells.items()})
-                program.set(rows, Step, **{f"{name}_dtype": DTYPES[stored[0].dtype]})
+                cells = {
+                    f"{name}_data": [x.data_ptr() for x in stored],
+                    f"{name}_stride": [x.stride(0) for x in stored],
+                }
+                run.program.set(rows, Step, **cells, **{f"{name}_dtype": DTYPES[stored[0].dtype]})
 
     def _run_between(
-        self,
-        run: _Pass,
-        shared: dict[str, Shared],
-        steps: Mapping[str, Steps | None],
-        states: list[Tensor] | None,
+        self, run: _Pass, shared: dict[str, Shared], steps: Mapping[str, Steps | None], states: list[Tensor] | None
     ) -> None:
         """Attention by a cache or by another backend: between its calls the rest of one layer and the next one's start.
 
@@ -254,45 +256,25 @@ class CpuLayers:
             raw_N3HD = None if (step := steps.get(kind)) is None else qkv_T3HD[step.of_N].contiguous()
             out_TW = context.attend(number, q_THD, k_THD, v_THD).flatten(1).contiguous()
             if step is not None and raw_N3HD is not None:
-                angles = Angles(context.cos_T1D[step.of_N].contiguous(), context.sin_T1D[step.of_N].contiguous())
-                out_TW[step.of_N] = _attend_step(step, number, raw_N3HD, angles).flatten(1)
-            program.set(at + 2, ProductStruct, x_data=out_TW, x_stride=heads * D)
+                angles = context.cos_T1D[step.of_N].contiguous(), context.sin_T1D[step.of_N].contiguous()
+                out_TW[step.of_N] = attend_step(raw_N3HD, angles, step, number).flatten(1)
+            program.set(at + 2, native.Product, x_data=out_TW, x_stride=heads * D)
             last = number == len(self.kinds) - 1
             program.run(at + 2, at + _LAYER + (0 if last else 1))
 
 
-def _attend_step(step: Steps, layer: int, qkv_N3HD: Tensor, angles: Angles) -> Tensor:
-    """(N, H, D): what `FusedLayers._aim_steps` has done in a program, for one layer."""
-    keys, values = step.storage.layers[layer]
-    seen = None if step.left is None else (step.positions_N, step.storage.positions_R, step.left)
-    return attend_step(qkv_N3HD, angles, step.slots_N, (step.first_N, step.length_N, step.most), keys, values, seen)
-
-
-def _products(layer: LayerWeights, activation: str) -> list[Product]:
+def _products(layer: LayerWeights[NativeWeight], activation: str) -> list[Product]:
     """A layer's products in the order they run in."""
-    qkv, out, gate, down = layer.qkv, layer.out, layer.gate, layer.down
-    assert isinstance(qkv, NativeWeight)
-    assert isinstance(out, NativeWeight)
-    assert isinstance(gate, NativeWeight)
-    assert isinstance(down, NativeWeight)
+    assert all(isinstance(weight, NativeWeight) for weight in (layer.qkv, layer.out, layer.gate, layer.down))
     return [
-        Product(qkv, None if layer.attn_norm is None else Norm.of(layer.attn_norm)),
-        Product(out, add=True),
-        Product(gate, Norm.of(layer.mlp_norm), activation=activation),
-        Product(down, add=True),
+        Product(layer.qkv, layer.attn_norm),
+        Product(layer.out, add=True),
+        Product(layer.gate, layer.mlp_norm, activation=activation),
+        Product(layer.down, add=True),
     ]
 
 
-def _attention(config: Config, layer: LayerWeights) -> Attention:
-    left, right = (-1 if r is None else r for r in config.reach(layer.kind))
-    return Attention(heads=layer.heads, head_dim=config.head_dim, left=left, right=right, scale=config.head_dim**-0.5)
-
-
-def _step(config: Config, layer: LayerWeights) -> Step:
-    return Step(heads=layer.heads, head_dim=config.head_dim, scale=config.head_dim**-0.5)
-
-
-def _normalize(config: Config, norm: Norm) -> Normalize:
+def _normalize(config: Config, norm: Norm) -> tuple[Normalize, Norm]:
+    """A LayerNorm to run, and the numbers that it reads."""
     struct = Normalize(width=config.hidden_size)
-    norm.write(struct)
-    return struct
+    return struct, point_norm(struct, norm)

@@ -6,11 +6,12 @@ Shapes: T tokens of all texts together, H heads, D head size, B texts.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.attention
@@ -34,11 +35,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, tuple[int, int], bool], 
 class FlashPlan:
     """Where the texts lie, as the kernels take it, and how far their tokens see.
 
-    Args:
-        packing: the texts.
-        reach: inclusive (left, right) in positions.
-        dtype: of q, k and v.
-        cu_seqlens: (B + 1,) int32 on the device, where it is not `packing`'s; texts may then be empty.
+    `cu_seqlens`, (B + 1,) int32 on the device, may be others than those of `packing`; texts may then be empty.
     """
 
     def __init__(self, packing: Packing, reach: Reach, dtype: torch.dtype, cu_seqlens: Tensor | None = None) -> None:
@@ -74,16 +71,14 @@ class FlashAttention(AttentionBackend):
             raise BackendError(f"attn_implementation 'flash_attention_2' cannot run here: {reason}")
 
     def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> FlashPlan:
-        """Starts of the texts and the window."""
         return FlashPlan(packing, reach, dtype)
 
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: FlashPlan, dropout: float = 0.0) -> Tensor:
-        """Attention outputs of tokens that are rotated already."""
         if dropout or not plan.counts_rows or not serves(q_THD.dtype, q_THD.shape[-1]) or not q_THD.numel():
             return SdpaAttention(self.deterministic).attend(q_THD, k_THD, v_THD, plan.sdpa, dropout)
-        found = kernel(q_THD.device)
         q_THD, k_THD, v_THD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_THD, v_THD))
-        return found.attend(q_THD, k_THD, v_THD, plan.cu_seqlens, plan.longest, plan.window, self.deterministic)
+        attend = kernel(q_THD.device)
+        return attend(q_THD, k_THD, v_THD, plan.cu_seqlens, plan.longest, plan.window, self.deterministic)
 
 
 def _make_deterministic(node: torch.autograd.graph.Node) -> None:
@@ -91,14 +86,13 @@ def _make_deterministic(node: torch.autograd.graph.Node) -> None:
     before: list[tuple[bool, bool]] = []
 
     def begin(grads: Any) -> None:
-        before.append(
-            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
-        )
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        before.append((torch.are_deterministic_algorithms_enabled(), warn_only))
         torch.use_deterministic_algorithms(True)
 
     def end(got: Any, grads: Any) -> None:
-        was, warn_only = before.pop()
-        torch.use_deterministic_algorithms(was, warn_only=warn_only)
+        enabled, warn_only = before.pop()
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
     node.register_prehook(begin)
     node.register_hook(end)
@@ -110,13 +104,6 @@ def _make_deterministic(node: torch.autograd.graph.Node) -> None:
 def serves(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernels take numbers of this dtype in heads of this size."""
     return dtype in DTYPES and head_dim % 8 == 0 and head_dim <= _LARGEST_HEAD
-
-
-class Found(NamedTuple):
-    """Kernels, and whose they are."""
-
-    attend: Kernel
-    whose: str
 
 
 def why_not() -> str:
@@ -137,19 +124,18 @@ def why_not() -> str:
 
 
 @functools.cache
-def kernel(device: torch.device) -> Found:
+def kernel(device: torch.device) -> Kernel:
     """The kernels for a device: FlashAttention 3 on Hopper where installed, PyTorch's own, the flash-attn package."""
     if device.type != "cuda":
         raise BackendError(f"flash_attention_2 runs on CUDA devices; these numbers are on {device}")
-    found = None
     if torch.cuda.get_device_capability(device)[0] == 9 and _has("flash_attn_interface"):
-        found = Found(_flash_attn_3, "flash_attn_interface (FlashAttention 3)")
-    elif _varlen():
-        found = Found(_pytorch, f"torch.nn.attention.varlen of PyTorch {torch.__version__}")
-    else:
-        found = Found(_flash_attn_2, "the flash-attn package")
-    logger.info("flash attention by %s", found.whose)
-    return found
+        logger.info("flash attention by flash_attn_interface (FlashAttention 3)")
+        return _of_package("flash_attn_interface", num_splits=1)
+    if _varlen():
+        logger.info("flash attention by torch.nn.attention.varlen of PyTorch %s", torch.__version__)
+        return _pytorch
+    logger.info("flash attention by the flash-attn package")
+    return _of_package("flash_attn")
 
 
 def _has(module: str) -> bool:
@@ -159,7 +145,7 @@ def _has(module: str) -> bool:
 @functools.cache
 def _varlen() -> Callable[..., Any] | None:
     """PyTorch's own variable-length attention, where it has windows."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+    if not _has("torch.nn.attention.varlen"):
         return None
     from torch.nn.attention.varlen import varlen_attn
 
@@ -172,46 +158,32 @@ def _may_be_asked_for_splits() -> bool:
     return varlen is not None and "num_splits" in inspect.signature(varlen).parameters
 
 
-def _splits() -> dict[str, int]:
-    """Keys in one piece, so that a text's sums do not follow from its batch.
-
-    PyTorch's FlashAttention 2 never splits them for texts that lie packed, and in some versions refuses the question;
-    kernels that were put in its place may.
-    """
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
-    return {"num_splits": 1} if current is not None and _may_be_asked_for_splits() else {}
-
-
 def _pytorch(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int], deterministic: bool
 ) -> Tensor:
     varlen = _varlen()
     assert varlen is not None
-    out: Tensor = varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window, **_splits())
+    # Keys in one piece, so that a text's sums do not follow from its batch. PyTorch's own kernels never split them
+    # for texts that lie packed, and in some versions refuses the question; kernels that replace it may.
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    splits = {"num_splits": 1} if current is not None and _may_be_asked_for_splits() else {}
+    out: Tensor = varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window, **splits)
     if deterministic and out.grad_fn is not None:
         _make_deterministic(out.grad_fn)
     return out
 
 
-def _flash_attn_3(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int], deterministic: bool
-) -> Tensor:
-    from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
+def _of_package(module: str, **options: int) -> Kernel:
+    function = importlib.import_module(module).flash_attn_varlen_func
 
-    out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=window == (-1, 0), window_size=window, num_splits=1,
-        deterministic=deterministic,
-    )  # fmt: skip
-    return out[0] if isinstance(out, tuple) else out
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int], deterministic: bool
+    ) -> Tensor:
+        out = function(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=window == (-1, 0), window_size=window,
+            deterministic=deterministic, **options,
+        )  # fmt: skip
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first
 
-
-def _flash_attn_2(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int], deterministic: bool
-) -> Tensor:
-    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found, unused-ignore]
-
-    out: Tensor = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, causal=window == (-1, 0), window_size=window,
-        deterministic=deterministic,
-    )  # fmt: skip
-    return out
+    return attend

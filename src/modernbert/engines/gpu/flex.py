@@ -40,18 +40,11 @@ _KEPT = 16  # masks that are kept for batches of the same lengths
 
 @dataclasses.dataclass(frozen=True)
 class FlexPlan:
-    """Pieces that together hold every token once.
+    """Pieces that together hold every token once."""
 
-    Attributes:
-        masks: one a piece.
-        rows: how many rows each piece takes, those without a token included.
-        gather, order_T: see `nn.attention.sdpa.way`.
-        packing, reach, dtype: what was planned for.
-    """
-
-    masks: list[BlockMask]
-    rows: list[int]
-    gather: Tensor | None
+    masks: list[BlockMask]  # one a piece
+    rows: list[int]  # how many rows each piece takes, those without a token included
+    gather: Tensor | None  # this and the next are of `nn.attention.sdpa.way`
     order_T: Tensor | None
     packing: Packing
     reach: Reach
@@ -91,7 +84,9 @@ class FlexAttention(AttentionBackend):
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        pieces = [_lay_out_blocks(texts, packing) for texts in _pieces(packing)]
+        pieces = [
+            lay_out(texts, [_blocks(packing.lengths[i]) * BLOCK for i in texts], packing) for texts in _pieces(packing)
+        ]
         masks = [_mask(layout, packing, reach) for layout in pieces]
         plan = FlexPlan(masks, [len(layout.tokens) for layout in pieces], *way(pieces, packing), packing, reach, dtype)
         if key is not None:
@@ -102,7 +97,6 @@ class FlexAttention(AttentionBackend):
         return plan
 
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: FlexPlan, dropout: float = 0.0) -> Tensor:
-        """Attention outputs, piece by piece."""
         wanted = torch.is_grad_enabled() and (q_THD.requires_grad or k_THD.requires_grad or v_THD.requires_grad)
         without = wanted and (q_THD.device.type == "cpu" or self.deterministic)
         if dropout or without or not plan.masks:
@@ -156,13 +150,8 @@ def _pieces(packing: Packing) -> list[list[int]]:
     return pieces
 
 
-def _lay_out_blocks(texts: list[int], packing: Packing) -> Layout:
-    return lay_out(texts, [_blocks(packing.lengths[i]) * BLOCK for i in texts], packing)
-
-
 def _mask(layout: Layout, packing: Packing, reach: Reach) -> BlockMask:
     """The mask of a piece: which blocks are visited, which of them whole, and what is seen in the others."""
-    left, right = reach
     position_R = packing.positions_T[layout.tokens]
     held_R = layout.held
     text_R = torch.where(held_R, packing.text_T[layout.tokens], -1)  # rows without a token are seen by their like
@@ -172,17 +161,12 @@ def _mask(layout: Layout, packing: Packing, reach: Reach) -> BlockMask:
     high_Q = torch.where(held_QB, position_QB, -1).amax(1)
     text_Q = packing.text_T[layout.tokens[::BLOCK]]  # every block begins with a token
     nearest_QK, farthest_QK = low_Q[None, :] - high_Q[:, None], high_Q[None, :] - low_Q[:, None]  # key minus query
-    visited_QK = text_Q[None, :] == text_Q[:, None]
-    whole_QK = held_QB.all(1)[None, :].expand_as(visited_QK)
-    if left is not None:
-        visited_QK = visited_QK & (farthest_QK >= -left)
-        whole_QK = whole_QK & (nearest_QK >= -left)
-    if right is not None:
-        visited_QK = visited_QK & (nearest_QK <= right)
-        whole_QK = whole_QK & (farthest_QK <= right)
+    left, right = (-_FAR if reach[0] is None else -reach[0]), (_FAR if reach[1] is None else reach[1])
+    visited_QK = (text_Q[None, :] == text_Q[:, None]) & (farthest_QK >= left) & (nearest_QK <= right)
+    whole_QK = held_QB.all(1)[None, :] & (nearest_QK >= left) & (farthest_QK <= right)
 
     # A tensor and no branches: one compiled kernel serves every window.
-    ends_2 = torch.tensor([-_FAR if left is None else -left, _FAR if right is None else right]).to(position_R)
+    ends_2 = torch.tensor([left, right]).to(position_R)
 
     def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         ahead = position_R[key] - position_R[query]

@@ -13,7 +13,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,16 +29,11 @@ _recording = threading.Lock()  # PyTorch records one at a time
 
 
 class Bucket(NamedTuple):
-    """Sizes that a recording is made for.
+    """Sizes that a recording is made for."""
 
-    Attributes:
-        tokens, texts: how many there may be.
-        longest: tokens of a text.
-    """
-
-    tokens: int
-    texts: int
-    longest: int
+    tokens: int  # how many there may be
+    texts: int  # likewise
+    longest: int  # tokens of a text
 
     @property
     def fillers(self) -> int:
@@ -73,17 +68,13 @@ def step_bucket(texts: int, factor: int = 2) -> int:
     return size
 
 
-class Recorded(Protocol):
-    """What is recorded: a function of no arguments over memory of its own."""
-
-    def __call__(self) -> None:
-        """Compute."""
+Recorded = Callable[[], None]  # what is recorded: a function over memory of its own
 
 
 @dataclasses.dataclass
 class _Entry:
     recorded: Any
-    replay: Callable[[], None]
+    replay: Recorded
     uses: int = 0
 
 
@@ -110,11 +101,7 @@ class Graphs:
         return len(self._kept)
 
     def run(
-        self,
-        key: Hashable,
-        make: Callable[[], Recorded],
-        take: Callable[[Any], None],
-        read: Callable[[Any], Tensor],
+        self, key: Hashable, make: Callable[[], Any], take: Callable[[Any], None], read: Callable[[Any], Tensor]
     ) -> Tensor:
         """Run what is kept for a bucket.
 
@@ -139,7 +126,7 @@ class Graphs:
                 self._last = torch.cuda.current_stream(self.device).record_event()
         return result
 
-    def _entry(self, key: Hashable, make: Callable[[], Recorded]) -> _Entry:
+    def _entry(self, key: Hashable, make: Callable[[], Any]) -> _Entry:
         if key not in self._kept:
             while len(self._kept) >= _KEPT:
                 self._kept.popitem(last=False)
@@ -149,7 +136,7 @@ class Graphs:
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _record(self, function: Recorded) -> Callable[[], None]:
+    def _record(self, function: Recorded) -> Recorded:
         with _recording, torch.cuda.device(self.device):
             if self._stream is None:
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
@@ -170,7 +157,7 @@ class Graphs:
                 return function
             finally:
                 here.wait_stream(self._stream)
-        replay: Callable[[], None] = graph.replay
+        replay: Recorded = graph.replay
         return replay
 
 

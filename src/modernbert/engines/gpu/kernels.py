@@ -306,7 +306,7 @@ def attend_step(q, k, v, keys, values, rows, first, length, positions, key_posit
             here = tl.load(positions + n)
             stored_at = tl.load(key_positions).to(tl.pointer_type(tl.int64))
         wide_q, wide_k, wide_v = q_D.to(tl.float32) * scale, k_D.to(tl.float32), v_D.to(tl.float32)
-        # The token itself comes from registers: what other threads see of the write just made is not settled.
+        # The token itself comes from registers: what other threads see of the write just made is undefined.
         most = tl.sum(wide_q * wide_k, 0)
         total = tl.sum(tl.where(d_D == 0, 1.0, 0.0), 0)
         sum_D = wide_v

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modernbert.engines.weights import Norm
+
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "sigmoid")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +53,9 @@ def _kernels() -> ModuleType:
 
 
 def _run(name: str, programs: tuple[int, ...], *given: Any, **constants: Any) -> None:
-    """Run so many programs of a kernel on the device of its first tensor."""
+    """Run this number of programs of a kernel, which may be none, on the device of its first tensor."""
+    if 0 in programs:
+        return
     kernel, device = getattr(_kernels(), name)[programs], given[0].device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel(*given, **constants)
@@ -61,23 +65,18 @@ def _run(name: str, programs: tuple[int, ...], *given: Any, **constants: Any) ->
 
 
 class Tiles(NamedTuple):
-    """How a product is cut. It depends on the card and the dtype alone, never on the rows: so do the bits.
+    """How a product is cut. It depends on the card and the dtype alone, never on the rows: so do the bits."""
 
-    Attributes:
-        rows, outputs, inputs: of a tile; of a paired product each of the two tiles has half the outputs.
-        warps, stages: of a program, and how many tiles of inputs are under way at once.
-    """
-
-    rows: int
-    outputs: int
+    rows: int  # of a tile
+    outputs: int  # of a tile; of a paired product each of the two tiles has half of them
     inputs: int
-    warps: int
-    stages: int
+    warps: int  # of a program
+    stages: int  # how many tiles of inputs are under way at once
 
 
 @functools.cache
 def tiles(dtype: torch.dtype, shared_memory: int) -> Tiles:
-    """The tiles for a card whose programs have so many bytes of shared memory."""
+    """The tiles for a card whose programs have this much shared memory, in bytes."""
     if dtype == torch.float32:
         return Tiles(64, 64, 32, 4, 2)
     if shared_memory >= 200 * 1024:  # Hopper and later: as large as leaves the sums in registers
@@ -93,15 +92,11 @@ def _tiles_of(dtype: torch.dtype, device: torch.device) -> Tiles:
     return tiles(dtype, getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
 
 
-class _Launch(NamedTuple):
-    """Programs of a product, and the constants that they are built with."""
-
-    programs: tuple[int]
-    constants: dict[str, Any]
-
-
 @functools.lru_cache(maxsize=4096)
-def _launch(T: int, columns: int, inputs: int, dtype: torch.dtype, device: torch.device, paired: bool) -> _Launch:
+def _launch(
+    T: int, columns: int, inputs: int, dtype: torch.dtype, device: torch.device, paired: bool
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Programs of a product, and the constants that they are built with."""
     chosen = _tiles_of(dtype, device)
     width = chosen.outputs // 2 if paired else chosen.outputs
     constants: dict[str, Any] = {
@@ -115,18 +110,10 @@ def _launch(T: int, columns: int, inputs: int, dtype: torch.dtype, device: torch
     }
     if device.type == "cuda":
         constants |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    return _Launch((-(-T // chosen.rows) * -(-columns // width),), constants)
+    return (-(-T // chosen.rows) * -(-columns // width),), constants
 
 
-class Norm(NamedTuple):
-    """Weight, bias and epsilon of a LayerNorm."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-
-def _weight_of(weight: Tensor, bias: Tensor | None) -> Tensor:
+def _either(bias: Tensor | None, weight: Tensor) -> Tensor:
     return weight if bias is None else bias  # a kernel takes a tensor where it reads none
 
 
@@ -149,13 +136,12 @@ def product(
     """
     (T, inputs), outputs = x_TI.shape, weight_OI.shape[0]
     out = x_TI.new_empty((T, outputs)) if add_to is None else add_to
-    if T:
-        launch = _launch(T, outputs, inputs, x_TI.dtype, x_TI.device, False)
-        _run(
-            "product", launch.programs,
-            x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, T, inputs, outputs, x_TI.stride(0), out.stride(0),
-            BIAS=bias_O is not None, ACTIVATION=activation, ADD=add_to is not None, **launch.constants,
-        )  # fmt: skip
+    programs, constants = _launch(T, outputs, inputs, x_TI.dtype, x_TI.device, False)
+    _run(
+        "product", programs,
+        x_TI, weight_OI, _either(bias_O, weight_OI), out, T, inputs, outputs, x_TI.stride(0), out.stride(0),
+        BIAS=bias_O is not None, ACTIVATION=activation, ADD=add_to is not None, **constants,
+    )  # fmt: skip
     return out
 
 
@@ -163,13 +149,12 @@ def gated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activa
     """activation(first half) * second half of the outputs of x @ weight.T + bias: (T, O / 2)."""
     (T, inputs), half = x_TI.shape, weight_OI.shape[0] // 2
     out = x_TI.new_empty((T, half))
-    if T:
-        launch = _launch(T, half, inputs, x_TI.dtype, x_TI.device, True)
-        _run(
-            "gated_product", launch.programs,
-            x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, T, inputs, half, x_TI.stride(0), half,
-            BIAS=bias_O is not None, ACTIVATION=activation, **launch.constants,
-        )  # fmt: skip
+    programs, constants = _launch(T, half, inputs, x_TI.dtype, x_TI.device, True)
+    _run(
+        "gated_product", programs,
+        x_TI, weight_OI, _either(bias_O, weight_OI), out, T, inputs, half, x_TI.stride(0), half,
+        BIAS=bias_O is not None, ACTIVATION=activation, **constants,
+    )  # fmt: skip
     return out
 
 
@@ -183,17 +168,16 @@ def rotated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, cos_
         cos_T1D, sin_T1D: of `nn.rotary.rope_tables`, contiguous.
     """
     (T, inputs), outputs, D = x_TI.shape, weight_OI.shape[0], cos_T1D.shape[-1]
-    launch = _launch(T, outputs // 2, inputs, x_TI.dtype, x_TI.device, True)
-    if launch.constants["TILE_O"] % (D // 2):  # heads that do not fit into tiles
+    programs, constants = _launch(T, outputs // 2, inputs, x_TI.dtype, x_TI.device, True)
+    if constants["TILE_O"] % (D // 2):  # heads that do not fit into tiles
         q_THD, k_THD, v_THD = product(x_TI, weight_OI, bias_O).view(T, 3, outputs // (3 * D), D).unbind(1)
         return rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D)
     out = x_TI.new_empty((T, outputs))
-    if T:
-        _run(
-            "rotated_product", launch.programs,
-            x_TI, weight_OI, _weight_of(weight_OI, bias_O), out, cos_T1D, sin_T1D, T, inputs, outputs // 2,
-            outputs // 3, x_TI.stride(0), outputs, HALF=D // 2, BIAS=bias_O is not None, **launch.constants,
-        )  # fmt: skip
+    _run(
+        "rotated_product", programs,
+        x_TI, weight_OI, _either(bias_O, weight_OI), out, cos_T1D, sin_T1D, T, inputs, outputs // 2,
+        outputs // 3, x_TI.stride(0), outputs, HALF=D // 2, BIAS=bias_O is not None, **constants,
+    )  # fmt: skip
     return out.view(T, 3, outputs // (3 * D), D)
 
 
@@ -201,15 +185,14 @@ def normalize(table: Tensor, norm: Norm, ids_T: Tensor | None = None) -> Tensor:
     """LayerNorm of rows (T, M), or of the rows of a table that ids (T,) name."""
     rows, width = len(table) if ids_T is None else len(ids_T), table.shape[1]
     out = table.new_empty((rows, width))
-    if rows:
-        weight, bias, eps = norm
-        tile = 4 if table.is_cuda else 64  # on a card a row a warp
-        _run(
-            "normalize", (-(-rows // tile),),
-            table, table if ids_T is None else ids_T, weight, _weight_of(weight, bias), out, rows, width,
-            table.stride(0), width, eps, IDS=ids_T is not None, BIAS=bias is not None, TILE_T=tile,
-            WIDTH=_power(width), num_warps=4,
-        )  # fmt: skip
+    weight, bias, eps = norm
+    tile = 4 if table.is_cuda else 64  # on a card a row a warp
+    _run(
+        "normalize", (-(-rows // tile),),
+        table, table if ids_T is None else ids_T, weight, _either(bias, weight), out, rows, width,
+        table.stride(0), width, eps, IDS=ids_T is not None, BIAS=bias is not None, TILE_T=tile,
+        WIDTH=_power(width), num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -219,13 +202,12 @@ def rotate(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cos_T1D: Tensor, sin_T1D
     if not q_THD.stride() == k_THD.stride() == v_THD.stride() or q_THD.stride(2) != 1:
         q_THD, k_THD, v_THD = (x.contiguous() for x in (q_THD, k_THD, v_THD))
     out = q_THD.new_empty((T, 3, H, D))
-    if T and H:
-        tile = 32
-        _run(
-            "rotate", (-(-T * H // tile), 3),
-            q_THD, k_THD, v_THD, cos_T1D, sin_T1D, out, T * H, H, q_THD.stride(0), q_THD.stride(1),
-            HALF=D // 2, FOLDED=_power(D // 2), BACK=back, TILE=tile,
-        )  # fmt: skip
+    tile = 32
+    _run(
+        "rotate", (-(-T * H // tile), 3),
+        q_THD, k_THD, v_THD, cos_T1D, sin_T1D, out, T * H, H, q_THD.stride(0), q_THD.stride(1),
+        HALF=D // 2, FOLDED=_power(D // 2), BACK=back, TILE=tile,
+    )  # fmt: skip
     return out
 
 
@@ -241,8 +223,7 @@ class _GeGLU(torch.autograd.Function):
         ctx.save_for_backward(x_TO)
         T, half, tile = len(x_TO), x_TO.shape[1] // 2, 1024
         out = x_TO.new_empty((T, half))
-        if T:
-            _run("geglu", (T, -(-half // tile)), x_TO.contiguous(), out, half, TILE=tile)
+        _run("geglu", (T, -(-half // tile)), x_TO.contiguous(), out, half, TILE=tile)
         return out
 
     @staticmethod
@@ -253,10 +234,7 @@ class _GeGLU(torch.autograd.Function):
             return torch.autograd.grad(F.gelu(first) * second, x_TO, grads[0], create_graph=True)[0]
         T, half, tile = len(x_TO), x_TO.shape[1] // 2, 1024
         out = torch.empty_like(x_TO, memory_format=torch.contiguous_format)
-        if T:
-            _run(
-                "geglu_backward", (T, -(-half // tile)), x_TO.contiguous(), grads[0].contiguous(), out, half, TILE=tile
-            )
+        _run("geglu_backward", (T, -(-half // tile)), x_TO.contiguous(), grads[0].contiguous(), out, half, TILE=tile)
         return out
 
 
@@ -275,11 +253,10 @@ class _CrossEntropy(torch.autograd.Function):
         labels_T = labels_T.contiguous()
         T, V = logits_TV.shape
         losses_T, totals_T = (torch.empty(T, dtype=torch.float32, device=logits_TV.device) for _ in range(2))
-        if T:
-            _run(
-                "cross_entropy", (T,), logits_TV, labels_T, losses_T, totals_T, V, logits_TV.stride(0), ignored,
-                TILE=4096, num_warps=8,
-            )  # fmt: skip
+        _run(
+            "cross_entropy", (T,), logits_TV, labels_T, losses_T, totals_T, V, logits_TV.stride(0), ignored,
+            TILE=4096, num_warps=8,
+        )  # fmt: skip
         ctx.save_for_backward(logits_TV, labels_T, totals_T)
         ctx.ignored = ignored
         return losses_T
@@ -292,32 +269,22 @@ class _CrossEntropy(torch.autograd.Function):
             return torch.autograd.grad(losses_T, logits_TV, grads[0], create_graph=True)[0], None, None
         T, V = logits_TV.shape
         out, tile = torch.empty((T, V), dtype=logits_TV.dtype, device=logits_TV.device), 4096
-        if T:
-            _run(
-                "cross_entropy_backward", (T, -(-V // tile)), logits_TV, labels_T, totals_T,
-                grads[0].float().contiguous(), out, V, logits_TV.stride(0), ctx.ignored, TILE=tile, num_warps=8,
-            )  # fmt: skip
+        _run(
+            "cross_entropy_backward", (T, -(-V // tile)), logits_TV, labels_T, totals_T,
+            grads[0].float().contiguous(), out, V, logits_TV.stride(0), ctx.ignored, TILE=tile, num_warps=8,
+        )  # fmt: skip
         return out, None, None
 
 
 class Look(NamedTuple):
-    """How one new token each of N texts looks back at a cache.
+    """How one new token each of N texts looks back at a cache."""
 
-    Attributes:
-        rows_N: the row of the cache that each goes to.
-        first_N: the first row that each looks at.
-        length_N: how many rows that is; 0 where there is no text.
-        positions_N: of the tokens.
-        key_positions: (1,) the address of the rows' positions.
-        left: how far back a token sees; None is to its text's beginning.
-    """
-
-    rows_N: Tensor
-    first_N: Tensor
-    length_N: Tensor
-    positions_N: Tensor
-    key_positions: Tensor
-    left: int | None
+    rows_N: Tensor  # the row of the cache that each goes to
+    first_N: Tensor  # the first row that each looks at
+    length_N: Tensor  # how many rows that is; 0 where there is no text
+    positions_N: Tensor  # of the tokens
+    key_positions: Tensor  # (1,) the address of the rows' positions
+    left: int | None  # how far back a token sees; None is to its text's beginning
 
 
 def attend_step(qkv_N3HD: Tensor, look: Look, keys: Tensor, values: Tensor) -> Tensor:
@@ -330,14 +297,13 @@ def attend_step(qkv_N3HD: Tensor, look: Look, keys: Tensor, values: Tensor) -> T
     """
     N, _, H, D = qkv_N3HD.shape
     out = qkv_N3HD.new_empty((N, H, D))
-    if N:
-        q, k, v = qkv_N3HD.unbind(1)
-        _run(
-            "attend_step", (N, H),
-            q, k, v, keys, values, look.rows_N, look.first_N, look.length_N, look.positions_N, look.key_positions, out,
-            H, 0 if look.left is None else look.left, D**-0.5, qkv_N3HD.stride(0),
-            WINDOW=look.left is not None, D=D, FOLDED=_power(D), TILE=64,
-        )  # fmt: skip
+    q, k, v = qkv_N3HD.unbind(1)
+    _run(
+        "attend_step", (N, H),
+        q, k, v, keys, values, look.rows_N, look.first_N, look.length_N, look.positions_N, look.key_positions, out,
+        H, 0 if look.left is None else look.left, D**-0.5, qkv_N3HD.stride(0),
+        WINDOW=look.left is not None, D=D, FOLDED=_power(D), TILE=64,
+    )  # fmt: skip
     return out
 
 

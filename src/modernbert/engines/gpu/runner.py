@@ -10,8 +10,8 @@ Shapes: T tokens of all texts together, N texts, M hidden size, H heads, D head 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ from modernbert.decoding.continuation import Continuation, Steps
 from modernbert.engines.gpu import graphs
 from modernbert.engines.gpu import operations as gpu
 from modernbert.engines.gpu.flash import FlashAttention, FlashPlan, serves
-from modernbert.engines.gpu.operations import Look, Norm, TritonWeight
-from modernbert.engines.weights import BackboneWeights, LayerWeights
+from modernbert.engines.gpu.operations import Look, TritonWeight
+from modernbert.engines.weights import BackboneWeights
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import (
@@ -40,26 +40,6 @@ Attend = Callable[[int, str, Tensor], Tensor]
 Angles = dict[str, tuple[Tensor, Tensor]]
 
 
-class _Layer(NamedTuple):
-    """A layer's weights as the kernels take them."""
-
-    kind: str
-    attn_norm: Norm | None
-    qkv: TritonWeight
-    out: TritonWeight
-    mlp_norm: Norm
-    gate: TritonWeight
-    down: TritonWeight
-
-    @classmethod
-    def of(cls, layer: LayerWeights) -> _Layer:
-        """The same of any engine's."""
-        weights = [x for x in (layer.qkv, layer.out, layer.gate, layer.down) if isinstance(x, TritonWeight)]
-        qkv, out, gate, down = weights
-        attn_norm = None if layer.attn_norm is None else Norm(*layer.attn_norm)
-        return cls(layer.kind, attn_norm, qkv, out, Norm(*layer.mlp_norm), gate, down)
-
-
 class GpuLayers:
     """The forward pass of a frozen backbone.
 
@@ -69,12 +49,12 @@ class GpuLayers:
         backend: attends.
     """
 
-    def __init__(self, config: Config, weights: BackboneWeights, backend: AttentionBackend) -> None:
+    def __init__(self, config: Config, weights: BackboneWeights[TritonWeight], backend: AttentionBackend) -> None:
         assert isinstance(weights.embedding, Tensor)
         self.config, self.dtype, self.device, self.backend = config, weights.dtype, weights.device, backend
-        self.table, self.layers = weights.embedding, [_Layer.of(layer) for layer in weights.layers]
-        self.activation = weights.activation
-        self.first, self.last = Norm(*weights.first_norm), Norm(*weights.last_norm)
+        self.table, self.layers = weights.embedding, weights.layers
+        self.activation = str(config.hidden_activation)
+        self.first, self.last = weights.first_norm, weights.last_norm
         self.frequencies = frequencies(config, self.device)
         self._is_dynamic = not self.frequencies
         self.graphs = graphs.Graphs(self.device)
@@ -84,21 +64,27 @@ class GpuLayers:
         """See `nn.execution.Runner`."""
         plain = not want_states and backend is None
         if cache is None and plain and (size := self._bucket(inputs)) is not None:
-            return Hidden(self._short(inputs, size))
+            return Hidden(self._recorded(size, lambda: _Short(self, size), inputs))
         weights: AttentionWeights | None = None if backend is None else {}
         attends = attend_by_kind(self.config, inputs.packing, backend or self.backend, self.dtype, cache, weights)
         if cache is not None and plain and inputs.ids_T is not None and not self._is_dynamic:
             steps = {kind: x.as_steps() for kind, x in attends.items() if isinstance(x, Continuation)}
             whole = {kind: step for kind, step in steps.items() if step is not None and step.of_N is None}
             if len(whole) == len(attends) and self._fits(whole):
-                return Hidden(self._step(inputs, whole))
+                texts = graphs.step_bucket(inputs.packing.tokens)
+                return Hidden(self._recorded(texts, lambda: _Step(self, texts), inputs, whole))
         if inputs.embeds_TM is None:
             x_TM = gpu.normalize(self.table, self.first, inputs.ids_T)
         else:
             x_TM = gpu.normalize(inputs.embeds_TM.contiguous(), self.first)
         states: list[Tensor] | None = [] if want_states else None
         tables = rope_tables_by_kind(self.config, inputs.rope_positions_T, inputs.packing.text_T, self.frequencies)
-        last_TM = self._run(x_TM, tables, self._attend_by(attends), states)
+
+        def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
+            q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+            return attends[kind](number, q_THD, k_THD, v_THD)
+
+        last_TM = self._run(x_TM, tables, attend, states)
         shown = () if states is None else tuple(inputs.restore(x_TM) for x_TM in (*states, last_TM))
         return Hidden(last_TM, shown, pad_attention_weights(weights, inputs))
 
@@ -107,7 +93,7 @@ class GpuLayers:
         for number, layer in enumerate(self.layers):
             if states is not None:
                 states.append(x_TM.clone())
-            _, attn_norm, qkv, out, mlp_norm, gate, down = layer
+            _, _, attn_norm, qkv, out, mlp_norm, gate, down = layer
             normed_TM = x_TM if attn_norm is None else gpu.normalize(x_TM, attn_norm)
             qkv_T3HD = gpu.rotated_product(normed_TM, qkv.weight, qkv.bias, *tables[layer.kind])
             out_THD = attend(number, layer.kind, qkv_T3HD)
@@ -117,16 +103,12 @@ class GpuLayers:
             gpu.product(gated_TI, down.weight, down.bias, add_to=x_TM)
         return gpu.normalize(x_TM, self.last)
 
-    def _attend_by(self, attends: Mapping[str, Any]) -> Attend:
-        """Attention as a pass plans it: by the backend, or with the cache."""
-
-        def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
-            out_THD: Tensor = attends[kind](number, *qkv_T3HD.unbind(1))
-            return out_THD
-
-        return attend
-
-    # Short batches
+    def _recorded(self, size: Any, make: Callable[[], Any], *given: Any) -> Tensor:
+        """The last hidden state of inputs, (T, M), by launches that are recorded for their size."""
+        tokens = given[0].packing.tokens
+        return self.graphs.run(
+            size, make, lambda recorded: recorded.take(*given), lambda recorded: recorded.out_TM[:tokens].clone()
+        )
 
     def _bucket(self, inputs: PackedInputs) -> graphs.Bucket | None:
         """The bucket of a batch whose launches can be recorded; None where they cannot, or need not."""
@@ -136,42 +118,17 @@ class GpuLayers:
             return None
         return graphs.bucket(packing.lengths)
 
-    def _short(self, inputs: PackedInputs, size: graphs.Bucket) -> Tensor:
-        """The last hidden state of a short batch, (T, M)."""
-        return self.graphs.run(
-            size,
-            lambda: _Short(self, size),
-            lambda recorded: recorded.take(inputs),
-            lambda recorded: recorded.out_TM[: inputs.packing.tokens].clone(),
-        )
-
-    # Steps of generation
-
     def _fits(self, steps: dict[str, Steps]) -> bool:
         """Whether the caches are what the kernel reads: rows of contiguous numbers of the model's dtype."""
         for kind, step in steps.items():
-            numbers = [i for i, layer in enumerate(self.layers) if layer.kind == kind]
-            if any(i not in step.storage.layers for i in numbers):
-                return False
-            pairs = [x for i in numbers for x in step.storage.layers[i]]
-            if any(x.dtype != self.dtype or not x.is_contiguous() for x in pairs):
+            stored = [step.storage.layers.get(i, ()) for i, layer in enumerate(self.layers) if layer.kind == kind]
+            if not all(stored) or any(x.dtype != self.dtype or not x.is_contiguous() for pair in stored for x in pair):
                 return False
         return True
 
-    def _step(self, inputs: PackedInputs, steps: dict[str, Steps]) -> Tensor:
-        """The last hidden state of one new token of each text, (N, M)."""
-        texts = inputs.packing.tokens
-        size = graphs.step_bucket(texts)
-        return self.graphs.run(
-            size,
-            lambda: _Step(self, size),
-            lambda recorded: recorded.take(inputs, steps),
-            lambda recorded: recorded.out_NM[:texts].clone(),
-        )
-
 
 class _Short:
-    """A forward pass over memory of its own: up to so many tokens of up to so many texts.
+    """A forward pass over memory of its own: no more tokens and texts than its bucket holds.
 
     Rows past the tokens of a batch are texts too, of tokens of earlier batches: what is computed of them is never read,
     but it is numbers, and kernels may multiply what they do not see by zero.
@@ -215,7 +172,7 @@ class _Short:
 
 
 class _Step:
-    """A step of generation over memory of its own: one new token each of up to so many texts.
+    """A step of generation over memory of its own: one new token each of no more texts than `size`.
 
     Where the caches lie is read from memory too, so that a recording outlives them.
     """
@@ -225,15 +182,15 @@ class _Step:
         self.of_kind = {
             kind: [i for i, layer in enumerate(layers.layers) if layer.kind == kind] for kind in layers.frequencies
         }
-        # What the host says of each kind: first rows, lengths, the address of the positions, those of keys and values.
+        # What the host sends of each kind: first rows, lengths, the address of the positions, those of keys and values.
         widths = {kind: 2 * size + 1 + 2 * len(numbers) for kind, numbers in self.of_kind.items()}
-        self.said = torch.zeros(sum(widths.values()), dtype=torch.int64, device=device)
-        parts = dict(zip(widths, self.said.split(list(widths.values())), strict=True))
+        self.sent = torch.zeros(sum(widths.values()), dtype=torch.int64, device=device)
+        parts = dict(zip(widths, self.sent.split(list(widths.values())), strict=True))
 
         def numbers() -> Tensor:
             return torch.zeros(size, dtype=torch.int64, device=device)
 
-        self.ids_N, self.positions_N, self.out_NM = numbers(), numbers(), torch.empty(0)
+        self.ids_N, self.positions_N, self.out_TM = numbers(), numbers(), torch.empty(0)
         self.looks: dict[str, Look] = {}
         self.addresses: dict[int, Tensor] = {}  # of each layer's keys, and then of its values
         for kind, part in parts.items():
@@ -249,18 +206,18 @@ class _Step:
         assert inputs.ids_T is not None
         self.ids_N[:texts].copy_(inputs.ids_T)
         self.positions_N[:texts].copy_(inputs.rope_positions_T)
-        said: list[int] = []
+        sent: list[int] = []
         for kind, look in self.looks.items():
             rest = [0] * (self.size - texts)
             if kind not in steps:  # no layer is of this kind
-                said += [0] * (2 * self.size + 1)
+                sent += [0] * (2 * self.size + 1)
                 continue
             step, stored = steps[kind], steps[kind].storage
             look.rows_N[:texts].copy_(step.slots_N)
             look.positions_N[:texts].copy_(step.positions_N)
-            said += [*step.first_N.tolist(), *rest, *step.length_N.tolist(), *rest, stored.positions_R.data_ptr()]
-            said += [x.data_ptr() for number in self.of_kind[kind] for x in stored.layers[number]]
-        _send(said, self.said)
+            sent += [*step.first_N.tolist(), *rest, *step.length_N.tolist(), *rest, stored.positions_R.data_ptr()]
+            sent += [x.data_ptr() for number in self.of_kind[kind] for x in stored.layers[number]]
+        _send(sent, self.sent)
 
     def __call__(self) -> None:
         layers = self.layers
@@ -270,7 +227,7 @@ class _Step:
             return gpu.attend_step(qkv_N3HD, self.looks[kind], keys, keys[1:])
 
         x_NM = gpu.normalize(layers.table, layers.first, self.ids_N)
-        self.out_NM = layers._run(
+        self.out_TM = layers._run(
             x_NM, rope_tables_by_kind(layers.config, self.positions_N, known=layers.frequencies), attend
         )
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from modernbert.config import Config
 from modernbert.engines.cpu.library import library
 from modernbert.engines.cpu.runner import CpuLayers
+from modernbert.engines.freeze import FloatLinear
 from modernbert.engines.guard import Frozen
-from modernbert.engines.weights import FloatLinear, LaidOut
+from modernbert.engines.weights import LaidOut
 from modernbert.errors import InputError
 from modernbert.nn.backbone import Backbone
 from modernbert.nn.inputs import Inputs
