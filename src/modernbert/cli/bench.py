@@ -67,8 +67,8 @@ def bench(
         typer.echo(json.dumps({"threads": count, **found}))
     else:
         typer.echo(
-            "\nMore tokens/s is better. The limit, 100%, is the time of the batch's arithmetic at the machine's fastest,\n"
-            "or that of reading the weights once if it is longer. Texts are random; padding is never computed."
+            "\nMore tokens/s is better. The limit, 100%, is the time of the batch's arithmetic at the machine's fastest,"
+            "\nor that of reading the weights once if it is longer. Texts are random; padding is never computed."
         )
     if picture is not None:
         write_text(picture, draw(title, machines, results))
