@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from modernbert.auto import AutoConfig
 from modernbert.config import Config
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.models.formats import refuse_to_train
 from modernbert.nn.losses import IGNORED
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.adapters import has_adapters, load_adapters
 from modernbert.training.contract import Batch, Evaluation, Pass, summed
 from modernbert.training.examples import Example, by_tokens, pack_rows
-from modernbert.training.tasks.data import Field, Row
+from modernbert.training.tasks.data import Row
 from modernbert.training.tasks.options import FinetuneOptions
 
 _BUDGET = 8192  # tokens of a forward pass of an evaluation

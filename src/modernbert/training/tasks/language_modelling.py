@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from modernbert.auto import AutoModelForCausalLM, AutoModelForMaskedLM
+from modernbert.io.tables.columns import Field
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.contract import Batch, Evaluation, Pass
 from modernbert.training.examples import Example
 from modernbert.training.pretrain.objectives import CausalLM, LanguageObjective, MaskedLM
 from modernbert.training.pretrain.texts import Cutter
 from modernbert.training.tasks.base import Task
-from modernbert.training.tasks.data import Field, Row, text_of
+from modernbert.training.tasks.data import Row, text_of
 
 
 class LanguageModelling(Task):

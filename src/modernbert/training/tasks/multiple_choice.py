@@ -10,10 +10,11 @@ from torch import Tensor
 
 from modernbert.auto import AutoModelForMultipleChoice
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, texts_in, worst
-from modernbert.training.tasks.data import Field, Row, text_of
+from modernbert.training.tasks.data import Row, text_of
 from modernbert.training.tasks.labels import name_of
 
 

@@ -10,12 +10,13 @@ from tokenizers import Encoding
 
 from modernbert.auto import AutoModelForQuestionAnswering
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.pipelines.question_answering import QuestionAnsweringPipeline
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, worst
-from modernbert.training.tasks.data import Field, Row, text_of
+from modernbert.training.tasks.data import Row, text_of
 from modernbert.training.tasks.labels import Labels
 from modernbert.training.tasks.metrics import squad_metrics
 

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.models.formats import refuse_to_train
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.nn.losses import cross_entropy
 from modernbert.training.contract import Batch, Evaluation, Pass
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, texts_in, worst
-from modernbert.training.tasks.data import Field, Row, text_of
+from modernbert.training.tasks.data import Row, text_of
 from modernbert.training.tasks.metrics import retrieval_metrics
 from modernbert.training.tasks.options import FinetuneOptions
 

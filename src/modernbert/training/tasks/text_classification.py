@@ -12,10 +12,11 @@ import torch
 from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.config import Config
 from modernbert.errors import InputError, listed
+from modernbert.io.tables.columns import Field, list_in
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, worst
-from modernbert.training.tasks.data import Field, Row, list_in, text_of
+from modernbert.training.tasks.data import Row, text_of
 from modernbert.training.tasks.labels import Labels, is_bit, is_ignored, multi_hot_width, number_of
 from modernbert.training.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 

@@ -14,12 +14,13 @@ from torch import Tensor
 from modernbert.auto import AutoModelForTokenClassification
 from modernbert.config import Config
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.nn.losses import IGNORED
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, worst
-from modernbert.training.tasks.data import Field, Row
+from modernbert.training.tasks.data import Row
 from modernbert.training.tasks.labels import Labels, is_ignored
 from modernbert.training.tasks.metrics import tag_metrics
 from modernbert.training.tasks.options import FinetuneOptions
