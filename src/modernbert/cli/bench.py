@@ -67,7 +67,7 @@ def bench(
         typer.echo(json.dumps({"threads": count, **found}))
     else:
         typer.echo(
-            "\nMore tokens/s is better. The limit, 100%, is the time of the batch's arithmetic at the machine's fastest,"
+            "\nMore tokens/s is better. The limit is the time that a batch's arithmetic takes at the machine's fastest,"
             "\nor that of reading the weights once if it is longer. Texts are random; padding is never computed."
         )
     if picture is not None:
