@@ -158,8 +158,7 @@ class TextClassification(Task):
     def labels(self, examples: Sequence[Example]) -> Batch:
         """(B,) classes or values, or (B, classes) zeros and ones."""
         if self.problem != "multi-label":
-            dtype = torch.float32 if self.problem == "regression" else torch.int64
-            return {"labels": torch.tensor([example.label for example in examples], dtype=dtype)}
+            return super().labels(examples)
         truth = torch.zeros(len(examples), len(self.names.names))
         for row, example in enumerate(examples):
             truth[row, example.label] = 1.0
