@@ -27,7 +27,7 @@ RESULTS = Path(__file__).with_name("pretraining.json")
 
 
 def main() -> None:
-    """Run the comparisons and print what they found."""
+    """Run the comparisons and print their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("tokenizer", type=Path)
