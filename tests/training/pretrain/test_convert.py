@@ -141,7 +141,7 @@ def test_what_is_no_such_checkpoint_is_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match="no name has tok_embeddings"):
         convert(tmp_path / "other.pt", tmp_path / "made", allow_pickle=True)
     torch.save(torch.zeros(2), tmp_path / "tensor.pt")
-    with pytest.raises(CheckpointError, match="holds a Tensor"):
+    with pytest.raises(CheckpointError, match="holds a Tensor; it must be a dictionary"):
         convert(tmp_path / "tensor.pt", tmp_path / "made", allow_pickle=True)
     with pytest.raises(CheckpointError, match="there is no file"):
         convert(tmp_path / "none.pt", tmp_path / "made")
