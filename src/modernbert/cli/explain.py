@@ -34,8 +34,9 @@ def attention(
     from modernbert.tools import attention_of, draw_attention
 
     _check_page(output, overwrite)
-    found = attention_of(*_loaded(AutoModel, model, device, dtype), text)
-    write_text(output, draw_attention(found, f"Attention of {_name(model)}"))
+    loaded, tokenizer, name = _loaded(AutoModel, model, device, dtype)
+    found = attention_of(loaded, tokenizer, text)
+    write_text(output, draw_attention(found, f"Attention of {name}"))
     typer.echo(f"{len(found.weights)} layers, {len(found.tokens)} tokens: {output}")
 
 
@@ -63,8 +64,9 @@ def attribution(
     autos = {"masked-lm": AutoModelForMaskedLM, "sequence-classification": AutoModelForSequenceClassification}
     if kind not in autos:
         raise InputError(f"{model} is made for {kind or 'no known task'}; choose one for {' or '.join(autos)}")
-    found = attribute(*_loaded(autos[kind], model, device, dtype), text, target, steps)
-    write_text(output, draw_attribution(found, f"Attribution of {_name(model)}"))
+    loaded, tokenizer, name = _loaded(autos[kind], model, device, dtype)
+    found = attribute(loaded, tokenizer, text, target, steps)
+    write_text(output, draw_attribution(found, f"Attribution of {name}"))
     typer.echo(f"{found.target.strip()} {found.score:.3f}, the parts add up within {abs(found.error):.4f}: {output}")
 
 
@@ -76,14 +78,13 @@ def _check_page(output: Path, overwrite: bool) -> None:
         raise InputError(f"{output} is there already; name another --output, or replace it with --overwrite")
 
 
-def _loaded(auto: Any, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+def _loaded(auto: Any, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any, str]:
+    """The model, its tokenizer, and its name for a title."""
     from modernbert.pipelines import small_model
     from modernbert.text.tokenizer import Tokenizer
 
-    where = model or small_model()
-    dtype = "float32" if dtype is None and model is None else dtype
-    return auto.from_pretrained(where, device=device, dtype=dtype), Tokenizer.from_pretrained(where)
-
-
-def _name(model: str | None) -> str:
-    return Path(model).name if model else "the small model"
+    if model is None:
+        model, dtype, name = str(small_model()), dtype or "float32", "the small model"
+    else:
+        name = Path(model).name
+    return auto.from_pretrained(model, device=device, dtype=dtype), Tokenizer.from_pretrained(model), name
