@@ -305,7 +305,7 @@ def test_pages_are_written(heads, tmp_path, capsys):
         *("--output", tmp_path / "b.html"),
     )
     assert code == 0
-    assert out.startswith("LABEL_1 0.")
+    assert out.startswith("LABEL_1: score 0.")
     assert all((tmp_path / name).read_text().startswith("<!doctype html>") for name in ("a.html", "b.html"))
 
 

@@ -37,7 +37,7 @@ def attention(
     loaded, tokenizer, name = _loaded(AutoModel, model, device, dtype)
     found = attention_of(loaded, tokenizer, text)
     write_text(output, draw_attention(found, f"Attention of {name}"))
-    typer.echo(f"{len(found.weights)} layers, {len(found.tokens)} tokens: {output}")
+    typer.echo(f"{len(found.weights)} layers, {len(found.tokens)} tokens; written to {output}")
 
 
 def attribution(
@@ -50,7 +50,7 @@ def attribution(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Draw which tokens a classifier's label, or the word for a mask, rests on.
+    """Draw how much each token contributes to a label, or to the word at a mask.
 
     Example: modernbert attribution "The dog ran across the [MASK]." --output attribution.html
     """
@@ -67,7 +67,8 @@ def attribution(
     loaded, tokenizer, name = _loaded(autos[kind], model, device, dtype)
     found = attribute(loaded, tokenizer, text, target, steps)
     write_text(output, draw_attribution(found, f"Attribution of {name}"))
-    typer.echo(f"{found.target.strip()} {found.score:.3f}, the parts add up within {abs(found.error):.4f}: {output}")
+    parts = f"score {found.score:.3f}; attributions add up to within {abs(found.error):.4f}"
+    typer.echo(f"{found.target.strip()}: {parts}; written to {output}")
 
 
 def _check_page(output: Path, overwrite: bool) -> None:

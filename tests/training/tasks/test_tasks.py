@@ -209,7 +209,9 @@ def test_the_whole_column_says_what_labels_are(backend, labels, problem, names):
     _, worker = truth_of(backend, labels)
     assert worker.problem == problem
     assert names is None or worker.names.names == names
-    assert any(f"labels look like {problem}" in note and "problem=KIND says otherwise" in note for note in worker.notes)
+    assert any(
+        f"labels: {problem}, because" in note and "problem=KIND sets another kind" in note for note in worker.notes
+    )
 
 
 def test_a_label_of_minus_100_does_not_count(backend):

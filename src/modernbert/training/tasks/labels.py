@@ -60,7 +60,7 @@ class Labels:
             if not Path(given).is_file():
                 raise InputError(f"labels is {given!r}; give names, a,b,c, or a file with one a line")
             try:
-                names = Path(given).read_text(encoding="utf-8").splitlines()
+                names = Path(given).read_text(encoding="utf-8-sig").splitlines()
             except UnicodeDecodeError as error:
                 raise InputError(f"labels is {given}, which is not UTF-8: {error.reason}") from None
         return cls([name.strip() for name in names if name.strip()], given=True)

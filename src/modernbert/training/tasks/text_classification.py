@@ -85,7 +85,7 @@ class TextClassification(Task):
         if self.options.problem == "auto":
             classes = f"; {len(self.names.names)} classes: {listed(self.names.names, 3)}"
             classes = "" if problem == "regression" else classes
-            self.notes.append(f"labels look like {problem}, as {reason}{classes}; problem=KIND says otherwise")
+            self.notes.append(f"labels: {problem}, because {reason}{classes}; problem=KIND sets another kind")
 
     def align_labels(self, config: Config) -> None:
         aligned = self.names.aligned(config)
