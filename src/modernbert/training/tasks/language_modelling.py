@@ -35,10 +35,6 @@ class LanguageModelling(Task):
         self.notes.append(f"{len(documents)} texts make {len(pieces)} pieces, {sum(map(len, pieces))} tokens")
         return [Example([ids], None, {"text": self.tokenizer.decode(ids[:20])}) for ids in pieces]
 
-    def labels(self, examples: Sequence[Example]) -> Batch:
-        """None beside those that `collate` draws."""
-        return {}
-
     def collate(self, examples: Sequence[Example], seeds: Sequence[int]) -> Batch:
         return self.trained.batch([row for example in examples for row in example.rows], seeds)
 
