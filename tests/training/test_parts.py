@@ -17,10 +17,9 @@ from modernbert.engines.cpu.library import denormals_flushed
 from modernbert.errors import InputError
 from modernbert.training.adapters import add_adapters, merged
 from modernbert.training.examples import StepPlan, by_tokens, pack_rows
-from modernbert.training.memory import save_memory
+from modernbert.training.model import autocast, products, save_memory, train_in_float32
 from modernbert.training.optimizers import freeze, make_optimizer, parameter_groups
 from modernbert.training.options import SCHEDULES, TrainingOptions
-from modernbert.training.precision import autocast, products, train_in_float32
 from modernbert.training.schedules import make_schedule
 from tests.conftest import SMALL
 from tests.heads import DECODER_HEADS, HEADS
@@ -109,7 +108,7 @@ def test_what_is_frozen_does_not_move():
 
 
 def test_options_of_a_file_take_their_types():
-    options = TrainingOptions.of({"lr": "3e-4", "epochs": 2, "max_steps": 7.0, "tracker": "tensorboard"})
+    options = TrainingOptions.of({"lr": "3e-4", "epochs": 2, "max_steps": 7.0, "tracker": "tensorboard"}, "run.yaml")
     assert (options.lr, options.epochs, options.max_steps, options.tracker) == (3e-4, 2.0, 7, ["tensorboard"])
     for values, said in [
         ({"learning_rate": 1}, "run.yaml has no option learning_rate"),
@@ -209,7 +208,7 @@ def test_weights_of_16_bits_are_converted_with_one_warning(caplog):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_what_the_processor_multiplies_and_the_rest_is_what_was_asked_for(native, monkeypatch):
-    monkeypatch.setattr("modernbert.training.precision.multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr("modernbert.training.model.multiplies_bfloat16", lambda: native)
     cpu = torch.device("cpu")
     assert products("auto", cpu) == ("bfloat16" if native else "float32")
     assert (products("float32", cpu), products("bfloat16", cpu)) == ("float32", "bfloat16")

@@ -33,8 +33,8 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def go_on_from(output: Path) -> str:
-    """What an interrupted run can go on from, in words."""
+def resumable(output: Path) -> str:
+    """What an interrupted run can continue from, in words."""
     found = checkpoints(output)
     if not found:
         return "nothing is saved yet: resume=True starts it from its beginning"
@@ -210,7 +210,7 @@ def read_state(checkpoint: Path) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """What the safetensors library says of a full disk or a missing permission, as the `OSError` that it is."""
+    """Raise the safetensors library's error about a full disk or a missing permission as `OSError`."""
     try:
         yield
     except SafetensorError as error:

@@ -13,7 +13,6 @@ import gc
 import os
 import signal
 import threading
-import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def _leave() -> None:
 
 
 def _on_cpu(options: TrainingOptions) -> bool:
-    """Whether the run stays on the CPU: Accelerate connects its processes only where it is told so."""
+    """Whether the run stays on the CPU, which Accelerate must know to connect its processes."""
     return options.device == "cpu" or not torch.accelerator.is_available()
 
 
@@ -97,7 +96,7 @@ def accelerator(options: TrainingOptions, output: Path) -> Any:
 
 
 def start_trackers(accelerator: Any, options: TrainingOptions) -> bool:
-    """Begin to tell the trackers of the options; whether there are any."""
+    """Start the trackers of the options; whether there are any."""
     if options.tracker:
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
         accelerator.init_trackers("modernbert", config=settings)
@@ -115,23 +114,19 @@ def is_lost(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def listening() -> Iterator[threading.Event]:
-    """An event that is set when the process is told to end (SIGTERM), which then is left to whoever waits for it."""
-    told = threading.Event()
+    """An event that SIGTERM sets instead of ending the process."""
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield asked
         return
-
-    def note(number: int, frame: types.FrameType | None) -> None:
-        told.set()
-
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
     try:
-        yield told
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def shard(model: Any, device: torch.device) -> None:
+def shard_model(model: Any, device: torch.device) -> None:
     """Share weights, gradients and, later, the optimizer's state over the processes: FSDP2, a unit a layer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -180,7 +175,6 @@ def restore_own_state(model: nn.Module, optimizer: torch.optim.Optimizer | None,
         checkpoint: folder with the shards.
     """
     import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
 
     rank, processes = dist.get_rank(), dist.get_world_size()
     with Rows(sorted(checkpoint.glob(SHARDS))) as rows, torch.no_grad():

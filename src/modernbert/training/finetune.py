@@ -2,69 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from modernbert.errors import InputError
 from modernbert.io.files import write_text
 from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
 from modernbert.training.adapters import add_adapters, has_adapters, merged
-from modernbert.training.checkpoints import explained
-from modernbert.training.contract import Outcome
-from modernbert.training.distributed import end_together, process
-from modernbert.training.engine import fit
 from modernbert.training.examples import ExampleFeed
-from modernbert.training.folder import (
-    check_libraries,
-    check_unchanged,
-    going_on,
-    opened,
-    read_settings,
-    resumed,
-    settings_before,
-    write_settings,
-)
-from modernbert.training.precision import products, stored_in
-from modernbert.training.progress import Reporter, to_stderr
-from modernbert.training.report import write_results
+from modernbert.training.model import products, stored_in
+from modernbert.training.run import Finished, started
 from modernbert.training.schedules import peak_rate
 from modernbert.training.tasks.base import Task
 from modernbert.training.tasks.catalog import TASKS
 from modernbert.training.tasks.data import Row, hold_out, parse_columns, read_tables, rows_of, with_parts
 from modernbert.training.tasks.options import OPTIONS, FinetuneOptions
 
-logger = logging.getLogger(__name__)
 PREDICTIONS = "predictions.jsonl"
 _PIPELINES = {"masked-lm": "fill-mask", "causal-lm": "text-generation"}  # tasks that are served under another name
 
 
-@dataclasses.dataclass
-class Finetuned:
-    """A finished run.
-
-    Attributes:
-        task: its name.
-        model, tokenizer: what was trained, in evaluation mode.
-        figures: metrics on the held-out rows; empty without any.
-        outcome: steps, seconds, tokens, and the evaluation.
-        output: the run's folder, which `from_pretrained` and `pipeline` load.
-    """
+@dataclasses.dataclass(kw_only=True)
+class Finetuned(Finished):
+    """A finished run of a task."""
 
     task: str
-    model: Any
-    tokenizer: Any
-    figures: dict[str, float]
-    outcome: Outcome
-    output: Path
 
     def pipeline(self, **options: Any) -> Any:
-        """The finished model, ready for texts; options as of `modernbert.pipeline`."""
+        """The finished model, ready for texts; options are those of `modernbert.pipeline`."""
         return make_pipeline(_PIPELINES.get(self.task, self.task), str(self.output), **options)
 
 
@@ -91,124 +62,86 @@ def finetune(
             tokenizer, `results.json`, `predictions.jsonl` and `report.html`.
         model: folder or Hub repository; if not given, the small encoder or decoder of this package.
         config: a YAML file of options; those that are given here count more.
-        resume: go on from the last checkpoint under `output`, with its options.
+        resume: continue from the last checkpoint under `output`, with its options.
         progress: draw progress on standard error.
-        say: takes a line about what was found in the data; standard error where `progress` is shown, else the log.
+        say: takes a line about the data; standard error if not given and `progress` is drawn, else the log.
         options: the task's; see its class in `modernbert.training.tasks.options`.
 
     Raises:
-        InputError: an option is impossible, data cannot be learnt from, or the folder is in use.
+        InputError: an option is impossible, the data is unsuitable, or the folder is in use.
         DivergedError: the loss is no number.
         OSError: a file cannot be read or written.
     """
     if task not in OPTIONS:
         raise InputError(f"task is {task!r}; choose one of {', '.join(OPTIONS)}")
-    given = {"train": train, "eval": eval, "output": output, "model": model, **options}
-    settings = settings_of(task, {k: v for k, v in given.items() if v is not None}, config, resume)
-    if not settings.output:
-        raise InputError("output is not given; name a folder for the run")
-    folder = Path(settings.output).resolve()
-    check_libraries("accelerate", "jinja2", "seqeval", "sklearn")
-    where = process(settings)
-    if say is None:
-        say = to_stderr if progress else logger.info
-    with opened(folder, resume) if where.is_main_process else contextlib.nullcontext():
-        where.wait_for_everyone()
-        if not where.is_main_process:
-            say = logger.debug
-        changes = going_on(folder, task, settings, say) if resume and where.is_main_process else []
-        worker = TASKS[task](settings)
-        train_rows, eval_rows, is_held_out = read_rows(worker, train, eval, settings, say)
-        name = settings.model or small_model("decoder" if task == "causal-lm" else "encoder")
-        # Of rows that were held out here the labels are known; a file of its own may not have others.
+    given = _as_options({"train": train, "eval": eval, "output": output, "model": model, **options})
+    with started(
+        task, OPTIONS[task], given, config, resume=resume, progress=progress, say=say,
+        free=("train", "eval", "output"), libraries=("seqeval", "sklearn"),
+    ) as run:  # fmt: skip
+        worker = TASKS[task](run.options)
+        train_rows, eval_rows, is_held_out = read_rows(worker, train, eval, run.options, run.say)
+        name = run.options.model or small_model("decoder" if task == "causal-lm" else "encoder")
+        # Rows that were held out here have known labels; a file to evaluate on may not have others.
         worker.learn([*train_rows, *eval_rows] if is_held_out else train_rows)
-        loaded = _loaded(worker, name, settings)
-        worker.use(worker.load_tokenizer(name, settings), loaded.config.max_position_embeddings)
+        torch.manual_seed(run.options.seed)  # of what the task needs and the checkpoint lacks
+        loaded = worker.load(name, run.options)
+        worker.use(worker.load_tokenizer(name, run.options), loaded.config.max_position_embeddings)
         examples = worker.prepare(train_rows, True)
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
         for note in dict.fromkeys((*worker.notes, stored_in(loaded.config.dtype))):
             if note:
-                say(note)
-        if settings.lr is None:
-            settings = dataclasses.replace(settings, lr=peak_rate(settings, loaded))
+                run.say(note)
+        if run.options.lr is None:
+            run.options = dataclasses.replace(run.options, lr=peak_rate(run.options, loaded))
             layers, width = loaded.config.num_hidden_layers, loaded.config.hidden_size
-            say(
-                f"learning rate {settings.lr:g}, for {layers} layers of width {width} ({settings.base_lr:g} at base "
-                "size, 22 of 768); lr=RATE takes another"
+            run.say(
+                f"learning rate {run.options.lr:g}, for {layers} layers of width {width} ({run.options.base_lr:g} at "
+                "base size, 22 of 768); lr=RATE takes another"
             )
         size = sum(p.numel() for p in loaded.parameters()) / 1e6
         tokens = sum(example.tokens for example in examples)
-        say(
+        run.say(
             f"{len(examples)} example{'s' * (len(examples) != 1)}, {tokens:,} tokens; "
             f"{len(worker.held_out)} to evaluate on; {size:.2f} M weights; "
-            f"products in {products(settings.precision, where.device)}"
+            f"products in {products(run.options.precision, run.process.device)}"
         )
-
         if not examples:
             raise InputError("there is no example to train on")
-        feed = ExampleFeed(
-            examples,
-            batch_size=settings.batch_size,
-            batch_tokens=settings.batch_tokens,
-            micro_tokens=settings.micro_tokens,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            seed=settings.seed,
+        if run.options.lora_rank:
+            loaded = add_adapters(loaded, run.options.lora_rank, run.options.lora_alpha)
+        outcome = run.fit(loaded, ExampleFeed(examples, run.options), worker)
+        about = {
+            "model": run.options.model or f"the small {Path(name).name} of this package",
+            "parameters": sum(p.numel() for p in outcome.model.parameters()),
+            "train_examples": len(examples),
+            "eval_examples": len(worker.held_out),
+        }
+        result = Finetuned(
+            task=task, model=outcome.model, tokenizer=worker.tokenizer, outcome=outcome, output=run.folder
         )
-        if settings.lora_rank:
-            loaded = add_adapters(loaded, settings.lora_rank, settings.lora_alpha)
-
-        def begin() -> None:
-            if where.is_main_process:
-                write_settings(folder, task, settings, changes)
-            where.wait_for_everyone()
-
-        with Reporter(worker.metric, progress and where.is_main_process) as report:
-            outcome = fit(loaded, feed, worker, settings, folder, resume=resume, report=report, begin=begin)
-        result = Finetuned(task, outcome.model, worker.tokenizer, {}, outcome, folder)
-        if outcome.evaluation is not None:
-            result.figures = outcome.evaluation.figures
-        if where.is_main_process:
-            about = {
-                "model": settings.model or f"the small {Path(name).name} of this package",
-                "parameters": sum(p.numel() for p in outcome.model.parameters()),
-                "train_examples": len(examples),
-                "eval_examples": len(worker.held_out),
-            }
-            with explained(folder):
-                _finish(result, worker, settings, about, changes)
-        end_together(where)
+        run.finish(outcome, worker.metric, lambda: _save(result, worker), about, worker.notes)
         return result
 
 
-def settings_of(task: str, given: Mapping[str, Any], config: str | Path | None, resume: bool) -> FinetuneOptions:
-    """Options of a file, of the run that goes on, and those given, which count most."""
-    named = {} if config is None else read_settings(Path(config), task)
-    folder = given.get("output", named.get("output"))
-    before = settings_before(folder, task) if resume else {}
-    values = resumed(named, before)
-    for name, value in given.items():
-        if name in ("train", "eval") and not _are_paths(value):
-            values[name] = []
-        elif name == "labels" and isinstance(value, list | tuple):
-            wrong = next((label for label in value if label is None or "," in str(label)), "")
-            if wrong != "":
-                raise InputError(f"labels holds {wrong!r}; give names without a comma, or a file with one a line")
-            values[name] = ",".join(map(str, value))
-        elif name == "column" and isinstance(value, Mapping):
-            pairs = [(field, [v] if isinstance(v, str) else v) for field, v in value.items()]
-            for field, columns in pairs:
-                if not isinstance(columns, list | tuple) or not all(isinstance(name, str) for name in columns):
-                    raise InputError(f"column has {columns!r} for the field {field!r}; give names of columns")
-            values[name] = [f"{field}={','.join(columns)}" for field, columns in pairs]
-        elif name in ("train", "eval") or (name in ("output", "model") and isinstance(value, Path)):
-            values[name] = [str(v) for v in value] if isinstance(value, list | tuple) else str(value)
-        else:
-            values[name] = value
-    options = OPTIONS[task].of(values, str(config) if config is not None else "the task")
-    if folder is not None:
-        check_unchanged(Path(folder), before, options, ("train", "eval", "output"))
-    return options
+def _as_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in the form of options: no rows that are in memory; lists and mappings as a command line has them."""
+    for name in ("train", "eval"):
+        if given[name] is not None and not _are_paths(given[name]):
+            given[name] = []
+    labels, column = given.get("labels"), given.get("column")
+    if isinstance(labels, list | tuple):
+        wrong = next((label for label in labels if label is None or "," in str(label)), "")
+        if wrong != "":
+            raise InputError(f"labels holds {wrong!r}; give names without a comma, or a file with one a line")
+        given["labels"] = ",".join(map(str, labels))
+    if isinstance(column, Mapping):
+        pairs = {field: [names] if isinstance(names, str) else names for field, names in column.items()}
+        for field, names in pairs.items():
+            if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+                raise InputError(f"column has {names!r} for the field {field!r}; give names of columns")
+        given["column"] = [f"{field}={','.join(names)}" for field, names in pairs.items()]
+    return given
 
 
 def _are_paths(value: Any) -> bool:
@@ -241,26 +174,13 @@ def read_rows(
     return rows, held, False
 
 
-def _loaded(task: Task, name: str | Path, options: FinetuneOptions) -> Any:
-    """The model; what the task lacks is freshly initialised from the seed."""
-    import torch
-
-    torch.manual_seed(options.seed)
-    return task.load(name, options)
-
-
-def _finish(
-    result: Finetuned, task: Task, options: FinetuneOptions, about: Mapping[str, Any], changes: Sequence[str]
-) -> None:
-    """Write the finished model and all that is told of it."""
-    folder, outcome = result.output, result.outcome
+def _save(result: Finetuned, task: Task) -> None:
+    """Write the finished model, adapters by themselves and merged, and what it predicts on the held-out rows."""
+    folder, evaluation = result.output, result.outcome.evaluation
     if has_adapters(result.model):
         task.save(result.model, folder / "adapter")
         result.model = merged(result.model)
     task.save(result.model, folder)
-    evaluation = outcome.evaluation
     if evaluation is not None and evaluation.predictions:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
         write_text(folder / PREDICTIONS, "".join(lines))
-    notes = list(dict.fromkeys((*task.notes, *changes)))
-    write_results(folder, result.task, task.metric, outcome, options, about, notes)

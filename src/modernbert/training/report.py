@@ -82,7 +82,7 @@ def write_results(
         "threads": torch.get_num_threads(),
         **about,
         "metric": metric,
-        "figures": {} if evaluation is None else evaluation.figures,
+        "figures": {} if evaluation is None else evaluation.metrics,
         "chance": {} if evaluation is None else chance_of(evaluation),
         "steps": outcome.steps,
         "best_step": outcome.best_step,
@@ -99,17 +99,17 @@ def write_results(
 
 def chance_of(evaluation: Evaluation) -> dict[str, float]:
     """What needs no model: metrics of answering the most frequent class, of guessing, or of a random order."""
-    figures, found = evaluation.figures, {}
+    metrics, found = evaluation.metrics, {}
     total = sum(map(sum, evaluation.confusion))
-    if "accuracy" in figures and total:
+    if "accuracy" in metrics and total:
         found["accuracy"] = max(map(sum, evaluation.confusion)) / total
     for name, of in (("chance", "accuracy"), ("chance_mrr", "mrr")):
-        if name in figures:
-            found[of] = figures[name]
-    if number := round(figures.get("documents", 0)):
+        if name in metrics:
+            found[of] = metrics[name]
+    if number := round(metrics.get("documents", 0)):
         found |= {"recall_at_1": 1 / number, "recall_at_10": min(1.0, 10 / number)}
         found["mrr"] = sum(1 / rank for rank in range(1, number + 1)) / number
-    return found | {name: 0.0 for name in ("matthews", "pearson", "spearman") if name in figures}
+    return found | {name: 0.0 for name in ("matthews", "pearson", "spearman") if name in metrics}
 
 
 def write_report(

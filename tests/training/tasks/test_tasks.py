@@ -260,7 +260,7 @@ def test_a_tag_of_minus_100_does_not_count(backend, form):
 
     tags = [tag for row in rows for tag in row["tags"][1:]]
     judged = worker.judge(Always([1, 0]), examples)
-    assert judged.figures["accuracy"] == pytest.approx(tags.count("O") / len(tags))
+    assert judged.metrics["accuracy"] == pytest.approx(tags.count("O") / len(tags))
     assert sum(map(sum, judged.confusion)) == len(tags)
     with pytest.raises(InputError, match="row 1 has no tag for a word"):
         worker_of("token-classification", backend, [{"tokens": ["a", "b"], "tags": ["O", None]}])
@@ -329,5 +329,5 @@ def test_a_model_that_knows_the_answers_is_judged_perfect(backend):
             return type("Out", (), {"logits": torch.nn.functional.one_hot(flat, 2).float()})
 
     found = worker.judge(Oracle(), examples)
-    assert found.figures["f1"] == found.figures["accuracy"] == 1.0
+    assert found.metrics["f1"] == found.metrics["accuracy"] == 1.0
     assert found.errors == []

@@ -1,9 +1,9 @@
-"""The model that a run of pretraining begins with: a new one, or one with the weights of an encoder or a decoder."""
+"""The model at the start of pretraining: a new one, or one with the weights of an encoder or a decoder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -24,7 +24,7 @@ from modernbert.training.pretrain.shards import fingerprint
 def make_model(
     objective: LanguageObjective, tokenizer: Tokenizer, options: PretrainOptions, max_length: int
 ) -> LanguageModel:
-    """The model to train, float32, on the CPU.
+    """The model to train, in float32 on the CPU.
 
     Args:
         objective: decides whether it is an encoder or a decoder.
@@ -67,8 +67,7 @@ def make_model(
     }
     config: Any = objective.model_class.config_class.from_dict(values)
     model: Any = objective.model_class
-    made: LanguageModel = model(config.replace(**_rope(options, config, config.max_position_embeddings)))
-    return made
+    return cast(LanguageModel, model(config.replace(**_rope(options, config, config.max_position_embeddings))))
 
 
 def _started(
@@ -97,8 +96,7 @@ def _started(
     shared = found.replace(max_position_embeddings=longest)
     shared = shared.replace(**_rope(options, shared, found.max_position_embeddings))
     if type(found) is kind.config_class:
-        same: LanguageModel = kind.from_pretrained(options.model, config=shared, dtype=torch.float32)
-        return same
+        return cast(LanguageModel, kind.from_pretrained(options.model, config=shared, dtype=torch.float32))
     values = {k: v for k, v in shared.to_dict().items() if k not in ("model_type", "architectures", "use_cache")}
     model: LanguageModel = kind(kind.config_class.from_dict(values))
     weights = dict(read_weights(weight_files(source), lambda name: True))
@@ -124,11 +122,9 @@ def _rope(options: PretrainOptions, config: Any, before: int) -> dict[str, Any]:
     ):
         if theta is not None:
             parameters[kind]["rope_theta"] = theta
-    if options.scaling is not None:
-        scaled = dict(options.scaling)
-        if scaled["rope_type"] == "yarn":
-            scaled["original_max_position_embeddings"] = before
-        parameters["full_attention"].update(scaled)  # a window never reaches beyond the first context
+    parameters["full_attention"] |= options.scaling  # local layers never reach beyond the first context
+    if options.scaling.get("rope_type") == "yarn":
+        parameters["full_attention"]["original_max_position_embeddings"] = before
     return {"rope_parameters": parameters} if parameters != config.rope_parameters else {}
 
 

@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
 from modernbert.auto import AutoModelForCausalLM, AutoModelForMaskedLM
 from modernbert.text.tokenizer import Tokenizer
-from modernbert.training.contract import Batch, Evaluation, Pass
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 from modernbert.training.pretrain.objectives import CausalLM, LanguageObjective, MaskedLM
 from modernbert.training.pretrain.texts import Cutter
@@ -42,11 +40,6 @@ class LanguageModelling(Task):
     def collate(self, examples: Sequence[Example], seeds: Sequence[int]) -> Batch:
         """A packed batch; what is hidden is drawn anew each time."""
         return self.learnt.batch([row for example in examples for row in example.rows], seeds)
-
-    def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
-        """As always, with no more logits than there are labels."""
-        with self.learnt.ready(model):
-            return super().losses(model, batches, total, one_pass)
 
     def judge(self, model: Any, examples: Sequence[Example]) -> Evaluation:
         """Loss in nats a token, perplexity, and the share of tokens that are the model's first guess."""
