@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modernbert
-from modernbert import ModernBertConfig, ModernBertForSequenceClassification
+from modernbert import ModernBertConfig, ModernBertForSequenceClassification, training
 from modernbert.engines.cpu.library import denormals_flushed
 from modernbert.errors import InputError
 from modernbert.training.adapters import add_adapters, merged
 from modernbert.training.examples import StepPlan, by_tokens, pack_rows
 from modernbert.training.model import autocast, products, save_memory, train_in_float32
-from modernbert.training.optimizers import freeze, make_optimizer, parameter_groups
+from modernbert.training.optimizers import StableAdamW, freeze, make_optimizer, parameter_groups
 from modernbert.training.options import SCHEDULES, TrainingOptions
+from modernbert.training.pretrain.options import PretrainOptions
 from modernbert.training.schedules import make_schedule
 from tests.conftest import SMALL
 from tests.heads import DECODER_HEADS, HEADS
@@ -115,9 +117,22 @@ def test_options_of_a_file_take_their_types():
         ({"seed": "x"}, "seed is 'x'; it must be a whole number"),
         ({"epochs": True}, "epochs is True; it must be a number"),
         ({"lr": [1]}, r"lr is \[1\]"),
+        ({"layer_decay": 0}, "layer_decay is 0; it must be a number above 0 and at most 1"),
     ]:
         with pytest.raises(InputError, match=said):
             TrainingOptions.of(values, "run.yaml")
+
+
+def test_numbers_and_paths_stand_for_texts():
+    options = PretrainOptions.of({"mask_rate": 0.15, "data": Path("data"), "config": Path("small")}, "pretrain")
+    assert (options.mask_rates, options.data, options.config) == ([(0.0, 0.15)], ["data"], "small")
+
+
+def test_what_docs_import_is_exported():
+    assert all(getattr(training, name) is not None for name in training.__all__)
+    assert training.StableAdamW is StableAdamW
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = training.nothing
 
 
 def test_a_loop_of_ones_own_under_accelerate():

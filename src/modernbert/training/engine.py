@@ -28,7 +28,6 @@ from modernbert.training.checkpoints import (
     discard,
     last_checkpoint,
     optimizer_state,
-    read_state,
     restore_optimizer,
     resumable,
     set_damaged_aside,
@@ -94,44 +93,48 @@ def fit(
         return run.run()
 
 
+@dataclasses.dataclass(eq=False)
 class _Run:
-    def __init__(
-        self,
-        model: Any,
-        feed: Feed,
-        objective: Objective,
-        options: TrainingOptions,
-        output: Path,
-        resume: bool,
-        report: Callable[[Progress], None],
-        is_sharded: bool,
-        asked_to_end: threading.Event,
-    ) -> None:
-        self.accelerator = accelerator(options, output)
-        self.objective, self.options, self.output, self.report = objective, options, output, report
-        self.feed, self.total, self.asked_to_end = feed, feed.total, asked_to_end
-        self.sharded = cast(ShardedObjective, objective) if is_sharded else None
+    model: Any
+    feed: Feed
+    objective: Objective
+    options: TrainingOptions
+    output: Path
+    resume: dataclasses.InitVar[bool]
+    report: Callable[[Progress], None]
+    is_sharded: bool
+    asked_to_end: threading.Event
+
+    def __post_init__(self, resume: bool) -> None:
+        options = self.options
+        self.accelerator = accelerator(options, self.output)
+        self.total = self.feed.total
         self.place: dict[str, Any] | None = None
         self.schedule = make_schedule(options.schedule, self.total, options.warmup, options.decay)
-        self.lr = peak_rate(options, model)
-        train_in_float32(model)
-        freeze(model, options.freeze_embeddings, options.freeze_layers)
-        save_memory(model, options)
-        self.bare = model.to(self.accelerator.device)
-        if is_sharded:
+        self.lr = peak_rate(options, self.model)
+        train_in_float32(self.model)
+        freeze(self.model, options.freeze_embeddings, options.freeze_layers)
+        save_memory(self.model, options)
+        self.bare = self.model.to(self.accelerator.device)
+        if self.is_sharded:
             shard_model(self.bare, self.accelerator.device)
         optimizer = make_optimizer(self.bare, options)
         self.step, self.since_best, self.stopped, self.ended = 0, 0, "", False
         self.is_whole = True  # weights and optimizer are those after `step`, not in the middle of another one
         self.seconds, self.tokens = 0.0, 0
-        self.started, self.wall = time.perf_counter(), 0.0  # the latter is of the run that this one goes on from
+        self.started, self.wall = time.perf_counter(), 0.0  # the latter is of the run that this one continues
         self.best: tuple[int, float] | None = None
-        if resume and checkpoints(output):
+        if resume and checkpoints(self.output):
             self._restore(optimizer)
         # A sharded model is one already; Accelerate would replicate it.
-        self.model = self.bare if is_sharded else self.accelerator.prepare(self.bare)
+        self.model = self.bare if self.is_sharded else self.accelerator.prepare(self.bare)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.begun = self.step
+
+    @property
+    def sharded(self) -> ShardedObjective:
+        """The objective of a run whose weights are shared over the processes."""
+        return cast(ShardedObjective, self.objective)
 
     @property
     def is_main(self) -> bool:
@@ -141,9 +144,8 @@ class _Run:
         try:
             return self._run()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted after step {self.step} of {self.total}; {resumable(self.output)}"
-            ) from None
+            done = f"interrupted after step {self.step} of {self.total}"
+            raise KeyboardInterrupt(f"{done}; {resumable(self.output)}") from None
         except RuntimeError as error:
             if not is_lost(error):
                 raise
@@ -199,7 +201,7 @@ class _Run:
                 )
         if self.best is not None and options.keep_best and self.best[0] != self.step:
             best = self.output / f"checkpoint-{self.best[0]}"
-            if self.sharded is not None:
+            if self.is_sharded:
                 restore_own_state(self.bare, None, best)
             else:
                 self.objective.load_weights(self.bare, best)
@@ -208,7 +210,7 @@ class _Run:
             evaluation = self._evaluate(at_the_end=True)
         for tracker in self.accelerator.trackers:  # Accelerate's `end_training` would end the processes' group too
             tracker.finish()
-        if self.sharded is not None:
+        if self.is_sharded:
             weights = {name: whole(value.detach()).cpu() for name, value in self.bare.named_parameters()}
             model = self.sharded.rebuild(weights)
         else:
@@ -237,11 +239,13 @@ class _Run:
         processes = accelerator.num_processes
         shares = shared_out(step.passes, processes)
         seeds = iter(self._random(1, sum(map(len, shares))))
-        drawn = [[next(seeds) for _ in share] for share in shares]  # an item's own, whoever computes it
+        drawn = [
+            [next(seeds) for _ in share] for share in shares
+        ]  # by item, so that they are the same on any number of processes
         mine = range(accelerator.process_index, len(shares), processes)
         weight = processes if mine else 0  # gradients are averaged over processes; one without a share adds nothing
         batches = [self.objective.collate(shares[i], drawn[i]) for i in mine or [len(shares) - 1]]
-        if self.sharded is not None:  # every process has to take part in every pass
+        if self.is_sharded:  # every process has to take part in every pass
             weight = processes
             batches = batches[: len(mine)]
             while len(batches) < -(-len(shares) // processes):
@@ -263,9 +267,9 @@ class _Run:
         @contextlib.contextmanager
         def one_pass(is_last: bool) -> Iterator[Callable[[Tensor], None]]:
             # Gradients meet those of other processes once a step; whether they will is decided in the forward.
-            if self.sharded is not None:
+            if self.is_sharded:
                 self.bare.set_requires_gradient_sync(is_last)
-            if is_last or self.sharded is not None:
+            if is_last or self.is_sharded:
                 yield backward
                 return
             with accelerator.no_sync(self.model):
@@ -305,7 +309,7 @@ class _Run:
         )
 
     def _lost(self, error: Exception) -> NoReturn:
-        if self.is_main and self.sharded is None and self.step > self.begun and self.is_whole:
+        if self.is_main and not self.is_sharded and self.step > self.begun and self.is_whole:
             with contextlib.suppress(OSError):
                 self._save(alone=True)
         lost = f"a process of the run was lost after step {self.step} ({' '.join(str(error).split())[:120]})"
@@ -314,9 +318,9 @@ class _Run:
     def _evaluate(self, at_the_end: bool = False) -> Evaluation | None:
         """Evaluate the model as it is; every process gets the result."""
         evaluation = None
-        if self.is_main or self.sharded is not None:
+        if self.is_main or self.is_sharded:
             options, device = self.options, self.accelerator.device
-            with evaluating(self.bare, options.precision, device, self.sharded is not None) as model:
+            with evaluating(self.bare, options.precision, device, self.is_sharded) as model:
                 evaluation = self.objective.evaluate(model, at_the_end)
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
@@ -331,9 +335,9 @@ class _Run:
         if better or (self.best is not None and value == self.best[1]):  # of equal ones the later
             self.best = (self.step, value)
         self.since_best = 0 if better else self.since_best + 1
-        self._stop_if_patience_ends()
+        self._check_patience()
 
-    def _stop_if_patience_ends(self) -> None:
+    def _check_patience(self) -> None:
         if self.options.patience is not None and self.since_best >= self.options.patience and self.step < self.total:
             times = f"{self.since_best} evaluation{'s' * (self.since_best > 1)}"
             self.stopped = f"no better {self.objective.metric} in {times}"
@@ -359,7 +363,7 @@ class _Run:
                 f"{name} is no number any more after step {self.step}, which is not saved; lower the learning rate "
                 f"({self.lr:g})"
             )
-        if self.sharded is not None:
+        if self.is_sharded:
             if self.is_main:
                 discard(self.output, self.step)
             self.accelerator.wait_for_everyone()
@@ -385,7 +389,7 @@ class _Run:
         keep = [step_of(path) for path in checkpoints(self.output)[-1:]]
         known = [self.best, best_before(self.output)]
         keep += [best[0] for best in known if best is not None and self.options.keep_best]
-        if self.sharded is not None:
+        if self.is_sharded:
             write_checkpoint(self.output, self.step, self.sharded.save_frame, None, about, keep)
         else:
             state = optimizer_state(self.bare, self.optimizer.optimizer)
@@ -405,11 +409,11 @@ class _Run:
             set_damaged_aside(self.output, checkpoint)
         if about["data"] != self.feed.fingerprint:
             raise InputError(f"the run in {self.output} was trained on other data; resume it with the same")
-        if self.sharded is not None:
+        if self.is_sharded:
             restore_own_state(self.bare, optimizer, checkpoint)
         else:
             self.objective.load_weights(self.bare, checkpoint)
-            restore_optimizer(self.bare, optimizer, read_state(checkpoint))
+            restore_optimizer(self.bare, optimizer, checkpoint)
         self.step, self.place = step_of(checkpoint), about.get("place")
         self.seconds, self.tokens = about["seconds"], about["tokens"]
         self.wall = about.get("wall_seconds", self.seconds)
@@ -417,4 +421,4 @@ class _Run:
         if best is not None and (not self.options.keep_best or (self.output / f"checkpoint-{best[0]}").is_dir()):
             self.best = (int(best[0]), float(best[1]))
         self.since_best = about["since_best"]
-        self._stop_if_patience_ends()
+        self._check_patience()

@@ -60,7 +60,7 @@ def save_memory(model: nn.Module, options: TrainingOptions) -> None:
 
 @contextlib.contextmanager
 def evaluating(trained: Any, precision: str, device: torch.device, is_sharded: bool = False) -> Iterator[Any]:
-    """A model in evaluation mode with the weights of one in training, which goes on training afterwards.
+    """A model in evaluation mode with the weights of one in training, whose training continues afterwards.
 
     On a CPU it is an optimized copy.
 

@@ -65,8 +65,8 @@ class TrainingOptions(Options):
         least=0,
         otherwise="all",
     )
-    precision: str = option("auto", "Of products; auto is bfloat16 where the device has it.", choices=PRECISIONS)
-    seed: int = option(0, "Of new weights, order, masks and dropout.", least=0)
+    precision: str = option("auto", "Type of products; auto is bfloat16 if the device has it.", choices=PRECISIONS)
+    seed: int = option(0, "Seed of new weights, order, masks and dropout.", least=0)
     eval_every: int | None = option(None, "Steps between evaluations.", least=1, otherwise="an epoch")
     save_every: int | None = option(None, "Steps between checkpoints.", least=1, otherwise="as between evaluations")
     patience: int | None = option(

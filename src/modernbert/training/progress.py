@@ -44,10 +44,9 @@ class Reporter:
             self.live.stop()
 
     def __call__(self, progress: Progress) -> None:
-        """Show it, or wait for the next."""
         if not self.shown:
             return
-        # A batch's loss jumps; people want to see where it goes.
+        # The loss of single batches jumps; its running mean shows the trend.
         self.loss = progress.loss if math.isnan(self.loss) else 0.9 * self.loss + 0.1 * progress.loss
         if self.metric in progress.metrics:
             self.evaluated = f" · held out: {self.metric} {progress.metrics[self.metric]:.4g}"
@@ -66,12 +65,10 @@ class Reporter:
 
 
 def to_stderr(line: str) -> None:
-    """A line on standard error."""
     sys.stderr.write(f"{line}\n")
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

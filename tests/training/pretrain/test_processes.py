@@ -66,10 +66,10 @@ def close(folder, other):
 
 @pytest.mark.parametrize("optimizer", ["stableadamw", "muon"])
 def test_two_processes_train_as_one(optimizer, prepared, tmp_path):
-    """Replicated and sharded; the sharded one stops half-way and goes on."""
+    """Replicated and sharded, with a tracker, whose end is not that of the processes' group."""
     alone(*command(prepared, tmp_path / "one", "--optimizer", optimizer))
     launched(*command(prepared, tmp_path / "two", "--optimizer", optimizer))
-    launched(*command(prepared, tmp_path / "parts", "--optimizer", optimizer, "--shard"))
+    launched(*command(prepared, tmp_path / "parts", "--optimizer", optimizer, "--shard", "--tracker", "tensorboard"))
     one = losses(tmp_path / "one")
     for name in ("two", "parts"):
         assert losses(tmp_path / name) == pytest.approx(one, rel=1e-4), name

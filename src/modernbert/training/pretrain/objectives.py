@@ -39,13 +39,12 @@ class Score:
 
     @classmethod
     def mean(cls, scores: Sequence[Score]) -> Score:
-        """Of all tokens of several."""
+        """Every token weighs the same."""
         tokens = sum(score.tokens for score in scores)
-
-        def of(name: str) -> float:
-            return sum(getattr(score, name) * score.tokens for score in scores) / tokens
-
-        return cls(of("loss"), of("top1"), of("top5"), tokens)
+        loss, top1, top5 = (
+            sum(getattr(score, name) * score.tokens for score in scores) / tokens for name in ("loss", "top1", "top5")
+        )
+        return cls(loss, top1, top5, tokens)
 
 
 class LanguageObjective(abc.ABC):
@@ -114,7 +113,7 @@ class LanguageObjective(abc.ABC):
         """Predict tokens of texts.
 
         Args:
-            model: in any mode; it is evaluated in evaluation mode and left as it was.
+            model: in any mode, which it keeps.
             texts: ids of each.
             budget: tokens of a forward pass, at most; fewer where the vocabulary is large.
             seed: of the masks.
@@ -148,7 +147,7 @@ class LanguageObjective(abc.ABC):
 
 
 class MaskedLM(LanguageObjective):
-    """Find tokens behind the mask.
+    """Predict tokens behind the mask.
 
     All chosen tokens become the mask: BERT's leaving some as they are and replacing others at random does not help
     (arXiv:2202.08005).
@@ -167,37 +166,32 @@ class MaskedLM(LanguageObjective):
         self.special = torch.tensor(list(self.special_ids.values()))
 
     def label(self, ids_T: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Ids to masked ids and labels."""
         generator = torch.Generator().manual_seed(seed)
         chosen = (torch.rand(ids_T.shape, generator=generator) < self.mask_rate) & ~torch.isin(ids_T, self.special)
         return ids_T.masked_fill(chosen, self.special_ids["[MASK]"]), ids_T.masked_fill(~chosen, IGNORED)
 
     def targets(self, labels_T: Tensor) -> Tensor:
-        """The labels that there are, whose logits alone are computed."""
         return labels_T[labels_T != IGNORED]
 
     def finish_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
-        """Texts stand between `[CLS]` and `[SEP]`."""
         return self._framed(tokenizer, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:0 [SEP]")
 
 
 class CausalLM(LanguageObjective):
-    """Say the next token."""
+    """Predict the next token."""
 
     model_class = ModernBertDecoderForCausalLM
 
     def label(self, ids_T: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Ids as they are, and as labels all but the first, which nothing comes before."""
         labels_T = ids_T.clone()
-        labels_T[:1] = IGNORED
+        labels_T[:1] = IGNORED  # nothing comes before it
         return ids_T, labels_T
 
     def targets(self, labels_T: Tensor) -> Tensor:
-        """Each token's next one; the first of a text is no label, so that no text is asked for another's."""
         return torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORED)])
 
     def finish_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
-        """A prompt is to be gone on with: texts begin with `[CLS]` and have no `[SEP]` behind them."""
+        """A prompt is to be continued: texts begin with `[CLS]` and have no `[SEP]` at their end."""
         return self._framed(tokenizer, "[CLS] $A", "[CLS] $A [SEP] $B:0")
 
 

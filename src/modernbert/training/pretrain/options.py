@@ -77,7 +77,7 @@ class PretrainOptions(TrainingOptions):
     )
     save_every: int | None = changed(TrainingOptions, "save_every", 500, otherwise="")
     keep_best: bool = changed(TrainingOptions, "keep_best", False)
-    save_dtype: str = option("float32", "Of the finished model's weights on disk.", choices=DTYPES)
+    save_dtype: str = option("float32", "Type of the finished model's weights on disk.", choices=DTYPES)
     shard: bool = option(False, "Share weights, gradients and optimizer over the processes (FSDP2).")
     verify: bool = option(True, "Check the checksums of all shards before the run.")
 

@@ -23,7 +23,7 @@ from modernbert.training.checkpoints import checkpoints, last_checkpoint
 from modernbert.training.contract import Batch, Evaluation, Pass, summed
 from modernbert.training.model import products, stored_in
 from modernbert.training.pretrain.feed import PretrainFeed
-from modernbert.training.pretrain.models import check_same, make_model
+from modernbert.training.pretrain.models import check_same, filled, make_model
 from modernbert.training.pretrain.objectives import LanguageModel, MaskedLM, Score, make_objective
 from modernbert.training.pretrain.options import PretrainOptions
 from modernbert.training.pretrain.shards import MANIFEST, Manifest, checksum, fingerprint, open_shard, verify_shard
@@ -58,7 +58,7 @@ class Data:
         """Map folders that `prepare_data` made.
 
         Args:
-            folders: sources of equal names in several are told apart by their folders' names.
+            folders: sources of the same name in several get their folders' names in front.
             verify: whether to compute all checksums.
 
         Raises:
@@ -180,11 +180,7 @@ class Pretraining:
         return {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
 
     def rebuild(self, weights: Mapping[str, Tensor]) -> Any:
-        kind: Any = self.trained.model_class
-        model = kind(self.config)
-        model.load_state_dict(dict(weights), strict=False)
-        model.tie_weights()
-        return model.eval()
+        return filled(self.trained.model_class, self.config, weights, "the run").eval()
 
 
 def pretrain(

@@ -123,7 +123,7 @@ class SentenceEmbeddingOptions(FinetuneOptions):
         FinetuneOptions,
         "batch_size",
         64,
-        help="Pairs a step; each is told apart from all others of its step and process.",
+        help="Pairs a step; each is contrasted with all others of its step and process.",
     )
     lr: float | None = changed(FinetuneOptions, "lr", None, otherwise="by the model's size: 8e-05 at base size")
     epochs: float = changed(FinetuneOptions, "epochs", 1.0)
