@@ -18,7 +18,7 @@ from modernbert.cli.inputs import (
     form_of,
     from_arguments,
     from_records,
-    parse_columns,
+    main_of,
     parse_options,
 )
 from modernbert.cli.messages import InterruptedCommandError, counted, errors_in_flags, flags_of, in_flags, say
@@ -45,7 +45,7 @@ _LISTED = 10  # inputs that could not be answered, at the end
 _LOADING = flags_of(
     ("model", "task", "tokenizer", "device", "dtype", "revision", "attn_implementation", "batch_tokens")
 )
-_FLAGS = _LOADING | flags_of(("overwrite",))
+_FLAGS = _LOADING | flags_of(("overwrite", "column"))
 
 
 def run(
@@ -106,7 +106,7 @@ def run(
             raise InputError(f"{own[name]} and --option {name} are given; give one of them")
     options |= given
     fixed = {name: value for name, value in (("question", question), ("query", query)) if value is not None}
-    foreign = [name for name in fixed if name not in form_of(serve.task).fields]
+    foreign = sorted(fixed.keys() - {field.name for field in form_of(serve.task)})
     if foreign:
         raise InputError(f"--{foreign[0]} is no option of {serve.task}")
     flags |= {name: f"--option {name}" for name in serve.options} | own
@@ -213,14 +213,16 @@ def _answer_all(
     flags: dict[str, str],
 ) -> None:
     """Answer every input, and print or write the answers as they come."""
-    from modernbert.io.tables import ResumableOutput, count_records, place_of, read_records
+    from modernbert.io.tables import ResumableOutput, count_records, parse_columns, place_of, read_in_place
     from modernbert.io.tables.writing import as_lists, to_json
 
     to_people = output is None and not as_json and sys.stdout.isatty()
     if serve.task == "text-generation" and to_people and serve.can_stream(**options):
         serve = Streamed(serve)
     form = form_of(serve.task)
-    columns = parse_columns(column or [], form)
+    is_list = main_of(form).many
+    with errors_in_flags(flags):
+        columns = parse_columns(column or [], form, main_of(form).name)
     file, part = (None, None) if source is None else place_of(source)
     name = source or "standard input"
     inputs: Iterable[tuple[Any, Any]]
@@ -228,12 +230,10 @@ def _answer_all(
         if columns:
             raise InputError("--column is for files and standard input; texts are given as arguments")
         inputs = ((item, None) for item in from_arguments(texts, form, fixed))
-        total: int | None = len(texts) if form.many is None else 1
+        total: int | None = 1 if is_list else len(texts)
     else:
-        inputs = from_records(
-            read_records(file, skip_errors, part=part, blank=True), form, fixed, columns, name, skip_errors
-        )
-        total = count_records(file, blank=True) if form.many is None or len(fixed) == 0 else 1
+        inputs = from_records(read_in_place(file, part), form, fixed, columns, name, skip_errors)
+        total = 1 if is_list and fixed else count_records(file)
 
     left_out: dict[int, InputError] = {}  # documents of one ranking, by the number of their argument or record
     documents = 0
@@ -384,9 +384,7 @@ def _check(
     vectors: bool = False,
 ) -> None:
     """Refuse what cannot be read or written before a model is loaded for it."""
-    from modernbert.io.tables import place_of
-    from modernbert.io.tables.reading import check_file
-    from modernbert.io.tables.writing import check_output
+    from modernbert.io.tables import check_file, check_output, place_of
 
     file = None if source is None else place_of(source)[0]
     if texts and file:

@@ -12,6 +12,7 @@ import torch
 
 from modernbert.errors import InputError
 from modernbert.io.files import write_text
+from modernbert.io.tables import parse_columns
 from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
 from modernbert.training.adapters import add_adapters, has_adapters, merged
@@ -21,7 +22,7 @@ from modernbert.training.run import Finished, started
 from modernbert.training.schedules import peak_rate
 from modernbert.training.tasks.base import Task
 from modernbert.training.tasks.catalog import TASKS
-from modernbert.training.tasks.data import Row, hold_out, parse_columns, read_tables, rows_of, with_parts
+from modernbert.training.tasks.data import Row, hold_out, read_tables, rows_of, with_parts
 from modernbert.training.tasks.options import OPTIONS, FinetuneOptions
 
 PREDICTIONS = "predictions.jsonl"
@@ -83,10 +84,10 @@ def finetune(
         train_rows, eval_rows, is_held_out = read_rows(worker, train, eval, run.options, run.say)
         name = run.options.model or small_model("decoder" if task == "causal-lm" else "encoder")
         # Rows that were held out here have known labels; a file to evaluate on may not have others.
-        worker.learn([*train_rows, *eval_rows] if is_held_out else train_rows)
+        worker.fit_labels([*train_rows, *eval_rows] if is_held_out else train_rows)
         torch.manual_seed(run.options.seed)  # of what the task needs and the checkpoint lacks
         loaded = worker.load(name, run.options)
-        worker.use(worker.load_tokenizer(name, run.options), loaded.config.max_position_embeddings)
+        worker.set_tokenizer(worker.load_tokenizer(name, run.options), loaded.config.max_position_embeddings)
         examples = worker.prepare(train_rows, True)
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
         for note in dict.fromkeys((*worker.notes, stored_in(loaded.config.dtype))):

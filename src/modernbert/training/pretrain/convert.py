@@ -28,7 +28,7 @@ from modernbert.models.decoder import ModernBertDecoderForCausalLM
 from modernbert.models.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.distributed import SHARDS, merged_weights
-from modernbert.training.pretrain.models import filled, to_decoder_weights
+from modernbert.training.pretrain.models import to_decoder_weights
 
 # What the original trainer calls the fields that it shares with ours.
 _FIELDS = {
@@ -103,27 +103,19 @@ def convert(
     if source.is_dir():
         if config is not None:
             raise InputError(f"config is given, and {source} has its own")
-        if not list(source.glob(SHARDS)):
-            raise CheckpointError(f"{source} holds no shard of a run; a folder with model.safetensors loads as it is")
-        weights, found = merged_weights(source), _own(Source(source).read_json("config.json"))
+        weights, found = _sharded(source)
         texts = {name: (source / name).read_text("utf-8") for name in ("tokenizer.json", "tokenizer_config.json")}
     else:
         state, settings, texts = _read(source, allow_pickle)
         weights = {_renamed(name): value for name, value in state.items()}
-        given = settings if config is None else Source(Path(config).parent).read_json(Path(config).name)
+        given = settings if config is None else _json(Path(config))
         if given is None:
             raise CheckpointError(f"{source} holds no configuration; give one with config=FILE")
         found = configuration(given, weights, str(source if config is None else config))
         if isinstance(found, ModernBertDecoderConfig):
             weights = to_decoder_weights(weights)
         found = found.replace(**_special_ids(texts, tokenizer))
-    kind: Any = ModernBertForMaskedLM
-    if isinstance(found, ModernBertDecoderConfig):
-        kind = ModernBertDecoderForCausalLM
-    elif "classifier.weight" in weights:
-        kind = ModernBertForSequenceClassification
-        found = found.replace(num_labels=len(weights["classifier.weight"]))
-    model = filled(kind, found, weights, str(source))
+    model = _model(found, weights, str(source))
     with making(output) as temporary:
         model.save_pretrained(temporary)
         for name, text in texts.items():
@@ -139,13 +131,14 @@ def configuration(given: Mapping[str, Any], weights: Mapping[str, Tensor], name:
     Args:
         given: fields by their names.
         weights: the model's, whose shapes tell the vocabulary's size.
-        name: for messages.
+        name: what to call it in messages.
 
     Raises:
-        CheckpointError: it describes another architecture than ModernBERT's.
+        CheckpointError: it says of another architecture than ModernBERT's.
     """
     if given.get("model_type") in (ModernBertConfig.model_type, ModernBertDecoderConfig.model_type):
-        return _own(given)
+        kind = ModernBertConfig if given["model_type"] == ModernBertConfig.model_type else ModernBertDecoderConfig
+        return kind.from_dict(dict(given))
     given = {field: value for field, value in given.items() if value is not None}  # what is null is not given
     for field, wanted, otherwise in _ONLY:
         if given.get(field, otherwise) != wanted:
@@ -190,13 +183,16 @@ def _special_ids(texts: Mapping[str, str], tokenizer: str | Path | None) -> dict
     return {name: i for name, i in ids.items() if i is not None}
 
 
-def _own(values: Mapping[str, Any]) -> Config:
-    is_encoder = values.get("model_type") == ModernBertConfig.model_type
-    return (ModernBertConfig if is_encoder else ModernBertDecoderConfig).from_dict(dict(values))
+def _sharded(folder: Path) -> tuple[dict[str, Tensor], Config]:
+    if not list(folder.glob(SHARDS)):
+        raise CheckpointError(f"{folder} holds no shard of a run; a folder with model.safetensors loads as it is")
+    values = Source(folder).read_json("config.json")
+    kind = ModernBertConfig if values.get("model_type") == ModernBertConfig.model_type else ModernBertDecoderConfig
+    return merged_weights(folder), kind.from_dict(values)
 
 
 def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, str]]:
-    """The state, the configuration and the tokenizer's files in a file; None or empty if it has none."""
+    """State, configuration and files of the tokenizer of a file; None or nothing where it has none."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     if path.suffix == ".safetensors":
@@ -253,3 +249,30 @@ def _renamed(name: str) -> str:
     if found and not body:
         return "model." + rest.removeprefix("encoder.")
     return name
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return Source(path.parent).read_json(path.name)
+
+
+def _model(config: Config, weights: dict[str, Tensor], name: str) -> Any:
+    kind: Any = ModernBertForMaskedLM
+    if isinstance(config, ModernBertDecoderConfig):
+        kind = ModernBertDecoderForCausalLM
+    elif "classifier.weight" in weights:
+        kind = ModernBertForSequenceClassification
+        config = config.replace(num_labels=len(weights["classifier.weight"]))
+    model = kind(config)
+    own = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        weights = {k: v for k, v in weights.items() if k != "decoder.weight"}
+        own.pop("decoder.weight", None)
+    missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    misshapen = [k for k in own if k in weights and own[k].shape != weights[k].shape]
+    if missing or unknown or misshapen:
+        said = [f"{what} {', '.join(names[:3])}" for what, names in (
+            ("lacks", missing), ("does not know", unknown), ("has another shape of", misshapen)) if names]  # fmt: skip
+        raise CheckpointError(f"the model of {name} {'; '.join(said)}; its configuration does not fit its weights")
+    model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
+    model.tie_weights()
+    return model
