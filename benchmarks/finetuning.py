@@ -151,7 +151,7 @@ def _theirs(task: str, options: dict, seed: int) -> dict:
     import transformers
 
     from modernbert.pipelines import small_model
-    from modernbert.training import finetune as ours
+    from modernbert.training import finetuning as ours
     from modernbert.training.schedules import make_schedule
     from modernbert.training.tasks.catalog import TASKS
     from modernbert.training.tasks.options import OPTIONS

@@ -20,7 +20,7 @@ from modernbert import AutoModelForCausalLM, AutoModelForMaskedLM, Tokenizer, fi
 from modernbert.auto import load_as_saved
 from modernbert.io.files import write_text
 from modernbert.pipelines import small_model
-from modernbert.training.finetune import read_rows, settings_of
+from modernbert.training.finetuning import read_rows, settings_of
 from modernbert.training.tasks.catalog import TASKS
 
 SCHEMES = ("float32", "int8", "int8-weight-only", "int4", "int4-weight-only")

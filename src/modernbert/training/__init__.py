@@ -12,7 +12,7 @@ _EXPORTS = {
     "FinetuneOptions": "training.tasks.options",
     "Muon": "training.optimizers",
     "Objective": "training.contract",
-    "PretrainOptions": "training.pretrain.options",
+    "PretrainOptions": "training.pretraining.options",
     "SentenceEmbedding": "training.tasks.sentence_embedding",
     "StableAdamW": "training.optimizers",
     "StepPlan": "training.examples",
@@ -22,14 +22,14 @@ _EXPORTS = {
     "by_tokens": "training.examples",
     "default_rate": "training.schedules",
     "denormals_flushed": "engines.cpu.library",
-    "finetune": "training.finetune",
+    "finetune": "training.finetuning",
     "fit": "training.engine",
     "make_schedule": "training.schedules",
     "pack_rows": "training.examples",
     "parameter_groups": "training.optimizers",
-    "prepare_data": "training.pretrain.prepare",
-    "pretrain": "training.pretrain.run",
-    "train_tokenizer": "training.pretrain.train_tokenizer",
+    "prepare_data": "training.pretraining.prepare",
+    "pretrain": "training.pretraining.run",
+    "train_tokenizer": "training.pretraining.train_tokenizer",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -609,7 +609,7 @@ def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path
     def struck(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modernbert.training.finetune.read_rows", struck)
+    monkeypatch.setattr("modernbert.training.finetuning.read_rows", struck)
     output = ["--output", str(tmp_path / "run")]
     command = [*COMMAND, "--model", str(base()), "--train", str(moods), *output, "--resume"]
 

@@ -11,8 +11,8 @@ from modernbert.io.tables.columns import Field
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
-from modernbert.training.pretrain.objectives import CausalLM, LanguageObjective, MaskedLM
-from modernbert.training.pretrain.texts import Cutter
+from modernbert.training.pretraining.objectives import CausalLM, LanguageObjective, MaskedLM
+from modernbert.training.pretraining.texts import Cutter
 from modernbert.training.tasks.base import Task
 from modernbert.training.tasks.data import Row, text_of
 

@@ -22,14 +22,14 @@ from modernbert.text.tokenizer import Tokenizer as LoadedTokenizer
 from modernbert.training.checkpoints import checkpoints, last_checkpoint
 from modernbert.training.contract import Batch, Evaluation, Pass, summed
 from modernbert.training.model import products, stored_in
-from modernbert.training.pretrain.feed import PretrainFeed
-from modernbert.training.pretrain.models import check_same, filled, make_model
-from modernbert.training.pretrain.objectives import LanguageModel, MaskedLM, Score, make_objective
-from modernbert.training.pretrain.options import PretrainOptions
-from modernbert.training.pretrain.shards import MANIFEST, Manifest, checksum, fingerprint, open_shard, verify_shard
-from modernbert.training.pretrain.stream import PassStream
-from modernbert.training.pretrain.texts import Corpus
-from modernbert.training.pretrain.train_tokenizer import save_tokenizer
+from modernbert.training.pretraining.feed import PretrainFeed
+from modernbert.training.pretraining.models import check_same, filled, make_model
+from modernbert.training.pretraining.objectives import LanguageModel, MaskedLM, Score, make_objective
+from modernbert.training.pretraining.options import PretrainOptions
+from modernbert.training.pretraining.shards import MANIFEST, Manifest, checksum, fingerprint, open_shard, verify_shard
+from modernbert.training.pretraining.stream import PassStream
+from modernbert.training.pretraining.texts import Corpus
+from modernbert.training.pretraining.train_tokenizer import save_tokenizer
 from modernbert.training.run import Finished, started
 
 

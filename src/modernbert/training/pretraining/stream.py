@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from modernbert.errors import InputError
-from modernbert.training.pretrain.texts import Corpus, Ids
+from modernbert.training.pretraining.texts import Corpus, Ids
 
 _WINDOW = 64  # passes that texts are chosen for together
 _FULL = 0.99  # of its budget: a pass that is filled less waits for more texts

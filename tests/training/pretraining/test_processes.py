@@ -15,8 +15,8 @@ from modernbert import AutoModelForMaskedLM
 from modernbert.cli import main
 from modernbert.errors import CheckpointError, InputError
 from modernbert.training.checkpoints import checkpoints
-from modernbert.training.pretrain.convert import convert
-from modernbert.training.pretrain.run import pretrain
+from modernbert.training.pretraining.convert import convert
+from modernbert.training.pretraining.run import pretrain
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "modernbert"]
 FLAGS = ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "2", "--heads", "2", "--batch-tokens", "512",

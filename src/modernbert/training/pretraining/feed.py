@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modernbert.training.contract import Step
-from modernbert.training.pretrain.options import PretrainOptions
-from modernbert.training.pretrain.stream import Cursor, PassStream, Text
-from modernbert.training.pretrain.texts import Ids
+from modernbert.training.pretraining.options import PretrainOptions
+from modernbert.training.pretraining.stream import Cursor, PassStream, Text
+from modernbert.training.pretraining.texts import Ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,9 @@ from modernbert.io.checkpoint import read_weights, weight_files
 from modernbert.io.hub import Source
 from modernbert.models.formats import refuse_to_train
 from modernbert.text.tokenizer import Tokenizer as LoadedTokenizer
-from modernbert.training.pretrain.objectives import LanguageModel, LanguageObjective
-from modernbert.training.pretrain.options import PretrainOptions
-from modernbert.training.pretrain.shards import fingerprint
+from modernbert.training.pretraining.objectives import LanguageModel, LanguageObjective
+from modernbert.training.pretraining.options import PretrainOptions
+from modernbert.training.pretraining.shards import fingerprint
 
 
 def make_model(

@@ -19,13 +19,13 @@ from modernbert import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from modernbert.cli import main
 from modernbert.errors import ConfigError, DivergedError, InputError, InterruptedRunError
 from modernbert.training.checkpoints import checkpoints
-from modernbert.training.pretrain.feed import PretrainFeed
-from modernbert.training.pretrain.models import to_decoder_weights, to_encoder_weights
-from modernbert.training.pretrain.options import PretrainOptions
-from modernbert.training.pretrain.prepare import prepare_data
-from modernbert.training.pretrain.run import Data, Pretraining, pretrain
-from modernbert.training.pretrain.stream import PassStream
-from tests.training.pretrain.conftest import SIZES
+from modernbert.training.pretraining.feed import PretrainFeed
+from modernbert.training.pretraining.models import to_decoder_weights, to_encoder_weights
+from modernbert.training.pretraining.options import PretrainOptions
+from modernbert.training.pretraining.prepare import prepare_data
+from modernbert.training.pretraining.run import Data, Pretraining, pretrain
+from modernbert.training.pretraining.stream import PassStream
+from tests.training.pretraining.conftest import SIZES
 
 RUN = {
     **SIZES, "batch_tokens": 512, "micro_tokens": 256, "lr": 5e-3, "weight_decay": 0.1, "eval_every": 10,

@@ -20,8 +20,8 @@ from modernbert.models.heads import ModernBertForMaskedLM
 from modernbert.nn.losses import IGNORED
 from modernbert.training.contract import Batch
 from modernbert.training.examples import moved, pack_rows
-from modernbert.training.pretrain.texts import Ids
-from modernbert.training.pretrain.train_tokenizer import SPECIALS
+from modernbert.training.pretraining.texts import Ids
+from modernbert.training.pretraining.train_tokenizer import SPECIALS
 
 LanguageModel = ModernBertForMaskedLM | ModernBertDecoderForCausalLM
 _LOGITS = 1 << 27  # numbers that the logits of a pass of an evaluation may have
