@@ -86,7 +86,7 @@ class TrainingOptions(Options):
             raise InputError(f"warmup {self.warmup} and decay {self.decay} are shares of the steps, at most 1 together")
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], source: str) -> Self:
+    def of(cls, values: Mapping[str, Any], source: str = "the options") -> Self:
         """Options of keyword arguments or of a YAML file's keys; numbers and paths may stand where texts are wanted."""
         kinds = kinds_of(cls)
         return super().of({k: _as_text(v) if "str" in str(kinds.get(k)) else v for k, v in values.items()}, source)

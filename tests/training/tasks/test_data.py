@@ -136,7 +136,7 @@ def test_labels_that_training_has_not_seen_and_empty_files(base, tmp_path):
         finetune("text-classification", tmp_path / "none.jsonl", **options)
     with pytest.raises(InputError, match="task is 'poetry'; choose one of text-classification"):
         finetune("poetry", mood_rows(), **options)
-    with pytest.raises(InputError, match="the task has no option colour"):
+    with pytest.raises(InputError, match="text-classification has no option colour"):
         finetune("text-classification", mood_rows(), colour=3, **options)
     assert not (tmp_path / "x").exists()
 
