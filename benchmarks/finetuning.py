@@ -142,7 +142,7 @@ def _ours(task: str, options: dict, seed: int) -> dict:
     folder = Path(tempfile.mkdtemp())
     run = finetune(task, **options, output=folder / "run", seed=seed, keep_best=False, progress=False)
     shutil.rmtree(folder)
-    return {"seconds": run.outcome.seconds, "tokens": run.outcome.tokens, "figures": run.figures}
+    return {"seconds": run.outcome.seconds, "tokens": run.outcome.tokens, "figures": run.metrics}
 
 
 def _theirs(task: str, options: dict, seed: int) -> dict:
@@ -151,7 +151,7 @@ def _theirs(task: str, options: dict, seed: int) -> dict:
     import transformers
 
     from modernbert.pipelines import small_model
-    from modernbert.training.finetune import read_rows
+    from modernbert.training.finetuning import read_rows
     from modernbert.training.schedules import make_schedule
     from modernbert.training.tasks.catalog import TASKS
     from modernbert.training.tasks.options import OPTIONS
@@ -200,7 +200,7 @@ def _theirs(task: str, options: dict, seed: int) -> dict:
     with torch.no_grad():
         evaluation = worker.evaluate_on(trained, worker.prepare(held, False))
     shutil.rmtree(folder)
-    return {"seconds": seconds, "tokens": counted["tokens"], "figures": evaluation.figures}
+    return {"seconds": seconds, "tokens": counted["tokens"], "figures": evaluation.metrics}
 
 
 def _counting(collate, counted: dict):

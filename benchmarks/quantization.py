@@ -20,7 +20,7 @@ from modernbert import AutoModelForCausalLM, AutoModelForMaskedLM, Tokenizer, fi
 from modernbert.auto import load_as_saved
 from modernbert.io.files import write_text
 from modernbert.pipelines import small_model
-from modernbert.training.finetune import read_rows
+from modernbert.training.finetuning import read_rows
 from modernbert.training.tasks.catalog import TASKS
 from modernbert.training.tasks.options import OPTIONS
 
@@ -113,7 +113,7 @@ def fine_tuned(data: Path, runs: Path) -> list[dict[str, object]]:
             if scheme != "float32":
                 quantize(model, scheme, tokenizer=Tokenizer.from_pretrained(folder))
             with torch.no_grad():
-                figures = worker.evaluate_on(model.optimize_for_inference(), examples).figures
+                figures = worker.evaluate_on(model.optimize_for_inference(), examples).metrics
             row: dict[str, object] = {"model": name, "scheme": scheme, "rows": len(examples), metric: figures[metric]}
             if model.quantization is not None:
                 row |= {k: model.quantization.measured[k] for k in ("cosine_min", "agreement")}

@@ -24,7 +24,7 @@ from modernbert.models.encoder import ModernBertModel
 from modernbert.models.sentence_encoder import Dense, Normalize
 from modernbert.models.sentence_layout import SETTINGS, EmbeddingSettings
 from modernbert.tools.info import checkpoint_info
-from modernbert.training.pretrain.train_tokenizer import save_tokenizer, train_tokenizer
+from modernbert.training.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
 from tests.conftest import SMALL
 
 COUNT = int(os.environ.get("MODERNBERT_FUZZ", "400"))

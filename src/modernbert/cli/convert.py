@@ -23,7 +23,7 @@ def convert(
     ] = False,
 ) -> None:
     """Write a training checkpoint in Hugging Face's format: a sharded one, or one of ModernBERT's original trainer."""
-    from modernbert.training.pretrain.convert import convert as act
+    from modernbert.training.pretraining.convert import convert as act
 
     act(source, output, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle)
     typer.echo(f"written to {output}", err=True)

@@ -239,7 +239,7 @@ def test_a_tag_of_minus_100_does_not_count(backend, form):
 
     tags = [tag for row in rows for tag in row["tags"][1:]]
     found = worker.evaluate_on(Fixed(lambda ids, starts: torch.tensor([[1, 0]]).expand(len(ids), -1)), examples)
-    assert found.figures["accuracy"] == pytest.approx(tags.count("O") / len(tags))
+    assert found.metrics["accuracy"] == pytest.approx(tags.count("O") / len(tags))
     assert sum(map(sum, found.confusion)) == len(tags)
     with pytest.raises(InputError, match="row 1 has no tag for a word"):
         worker_of("token-classification", backend, [{"tokens": ["a", "b"], "tags": ["O", None]}])
@@ -259,7 +259,7 @@ def test_nothing_becomes_the_word_none(backend):
     assert (len(train), len(held)) == (16, 4)
     options = OPTIONS["sentence-embedding"].of({"query_prompt": None, "train": None, "output": "x", "seed": None})
     assert (options.query_prompt, options.train, options.seed) == ("", [], 0)
-    with pytest.raises(InputError, match="train holds a null"):
+    with pytest.raises(InputError, match="train is None; it must be a string"):
         OPTIONS["sentence-embedding"].of({"train": [None]})
 
 
@@ -301,5 +301,5 @@ def test_a_model_that_knows_the_answers_is_perfect_by_its_metrics(backend):
         return torch.nn.functional.one_hot(flat.clamp(min=0), 2)
 
     found = worker.evaluate_on(Fixed(logits_of), examples)
-    assert found.figures["f1"] == found.figures["accuracy"] == 1.0
+    assert found.metrics["f1"] == found.metrics["accuracy"] == 1.0
     assert found.errors == []

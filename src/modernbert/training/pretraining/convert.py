@@ -30,7 +30,7 @@ from modernbert.models.decoder import ModernBertDecoderForCausalLM
 from modernbert.models.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.distributed import SHARDS, merged_weights
-from modernbert.training.pretrain.models import to_decoder_weights
+from modernbert.training.pretraining.models import to_decoder_weights
 
 # Fields that the original trainer shares with us, under the same name or another one.
 _SAME = (

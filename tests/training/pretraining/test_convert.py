@@ -13,7 +13,7 @@ import modernbert
 from modernbert import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.cli import main
 from modernbert.errors import CheckpointError
-from modernbert.training.pretrain.convert import configuration, convert
+from modernbert.training.pretraining.convert import configuration, convert
 from tests.conftest import SMALL
 
 # A configuration as the original trainer writes it, of a small model with ModernBERT's architecture.
