@@ -22,7 +22,7 @@ WORKLOADS = ("1x32+64", "8x32+64", "1x2048+32")
 
 
 def checkpoint(folder: Path) -> None:
-    """Make the decoder, where it is not there yet."""
+    """Make the decoder if it does not exist yet."""
     import torch
 
     from modernbert import ModernBertDecoderConfig, ModernBertDecoderForCausalLM

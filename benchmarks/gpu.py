@@ -35,7 +35,7 @@ from torch import Tensor
 import modernbert
 from modernbert import ModernBertConfig, ModernBertDecoderConfig
 from modernbert.engines.gpu import operations as gpu
-from modernbert.tools.bench.measure import lengths_of, useful_flops
+from modernbert.tools.bench import lengths_of, useful_flops
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
          "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2,

@@ -36,7 +36,7 @@ _EXPORTS = {
     "SentenceEncoder": "models.sentence_encoder",
     "TextStreamer": "decoding.text",
     "Tokenizer": "text.tokenizer",
-    "finetune": "training.finetune",
+    "finetune": "training.finetuning",
     "maxsim": "pipelines.sentence_embedding",
     "pipeline": "pipelines",
     "quantize": "quantization.gate",

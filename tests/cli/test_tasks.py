@@ -234,7 +234,7 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
         (["embed", "a"], "Missing option '--output'"),
         (["info", "./none"], "neither a folder on this disk"),
         (["info", str(small_model()), "--lengths", "many"], "--lengths is 'many'"),
-        (["attention", ""], "text is ''; give a string"),
+        (["attention", ""], "text is empty or only spaces"),
         (["attribution", "no mask"], "there is no [MASK] in the text"),
     ],
     ids=lambda v: " ".join(v)[:50] if isinstance(v, list) else "",
@@ -277,7 +277,7 @@ def test_the_memory_that_info_gives_is_about_what_a_forward_pass_takes():
 import torch
 from pathlib import Path
 from modernbert import ModernBertConfig, ModernBertModel
-from modernbert.cli.info import activation_bytes
+from modernbert.tools.info import activation_bytes
 
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -305,7 +305,7 @@ def test_pages_are_written(heads, tmp_path, capsys):
         *("--output", tmp_path / "b.html"),
     )
     assert code == 0
-    assert out.startswith("LABEL_1 0.")
+    assert out.startswith("LABEL_1: score 0.")
     assert all((tmp_path / name).read_text().startswith("<!doctype html>") for name in ("a.html", "b.html"))
 
 

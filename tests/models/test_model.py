@@ -132,6 +132,11 @@ def test_sparse_prediction_ignores_its_own_index(small_config):
     assert out.logits.shape == (2, SMALL["vocab_size"])
     dense = model(x).logits
     torch.testing.assert_close(out.logits, torch.stack([dense[0, 2], dense[1, 4]]))
+    assert model(x, labels=labels, sparse_prediction=False).logits.shape == dense.shape
+    model.config = small_config
+    asked = model(x, labels=labels.masked_fill(labels == -7, -100), sparse_prediction=True)
+    assert torch.equal(asked.logits, out.logits)
+    assert torch.equal(asked.loss, out.loss)
 
 
 def test_attention_weights_need_eager_or_auto(small_config, log):

@@ -34,6 +34,7 @@ class Arguments(Inputs):
     start_positions: Tensor | None = None
     end_positions: Tensor | None = None
     num_items_in_batch: Tensor | float | None = None
+    sparse_prediction: bool | None = None
     num_choices: int | Sequence[int] | None = None
     logits_to_keep: int | Tensor = 0
     output_attentions: bool | None = None
@@ -72,6 +73,7 @@ _MEANINGS = {
     "return_dict": "False returns a plain tuple.",
     "num_items_in_batch": "labels of the whole batch when this call sees a part of it; the loss is then the sum over "
     "the labels divided by this.",
+    "sparse_prediction": "whether logits are computed at labelled tokens only; the configuration's field if not given.",
     "num_choices": "choices of each question, for packed input, a number or one a question; one question if not given.",
     "kwargs": "`token_type_ids` is accepted and ignored.",
 }

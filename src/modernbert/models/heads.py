@@ -76,6 +76,11 @@ class ModernBertForMaskedLM(EncoderWithHead):
 
     tied_weights: ClassVar[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
 
+    forward = forward_of(
+        "Encode a batch and apply the head.",
+        (*ENCODER, "labels", *PACKED, "num_items_in_batch", "sparse_prediction"),
+    )
+
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
         self.decoder = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
@@ -92,7 +97,7 @@ class ModernBertForMaskedLM(EncoderWithHead):
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         if labels is None:
             return MaskedLMOutput(None, inputs.restore(self.score(x_TM)))
-        sparse = self.config.sparse_prediction
+        sparse = self.config.sparse_prediction if given.sparse_prediction is None else given.sparse_prediction
         if sparse:
             labelled = (labels != IGNORED).nonzero().squeeze(1)
             x_TM, labels = x_TM.index_select(0, labelled), labels.index_select(0, labelled)

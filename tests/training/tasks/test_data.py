@@ -137,7 +137,7 @@ def test_labels_that_training_has_not_seen_and_empty_files(base, tmp_path):
         finetune("text-classification", tmp_path / "none.jsonl", **options)
     with pytest.raises(InputError, match="task is 'poetry'; choose one of text-classification"):
         finetune("poetry", mood_rows(), **options)
-    with pytest.raises(InputError, match="the task has no option colour"):
+    with pytest.raises(InputError, match="text-classification has no option colour"):
         finetune("text-classification", mood_rows(), colour=3, **options)
     assert not (tmp_path / "x").exists()
 
@@ -146,9 +146,10 @@ def test_labels_that_training_has_not_seen_and_empty_files(base, tmp_path):
     ("options", "message"),
     [
         ({"lr": -1}, "lr is -1"), ({"lr": "fast"}, "lr is 'fast'; it must be a number"),
-        ({"batch_size": 0}, "batch_size is 0; it must be above 0"), ({"batch_size": 2.5}, "it must be a whole number"),
-        ({"optimizer": "sgd"}, "choose one of adamw, stableadamw, muon"), ({"warmup": 1.5}, "must lie in"),
-        ({"keep_best": "yes"}, "must be true or false"), ({"schedule": "wsd", "warmup": 0.9}, "at most 1 together"),
+        ({"batch_size": 0}, "batch_size is 0; it must be a whole number of at least 1"),
+        ({"batch_size": 2.5}, "it must be a whole number"),
+        ({"optimizer": "sgd"}, "choose one of adamw, stableadamw, muon"), ({"warmup": 1.5}, "and at most 1"),
+        ({"keep_best": "yes"}, "choose True or False"), ({"schedule": "wsd", "warmup": 0.9}, "at most 1 together"),
         ({"max_length": 100_000}, "the model's context holds 64"), ({"freeze_layers": 9}, "the model has 3 layers"),
     ],
 )  # fmt: skip

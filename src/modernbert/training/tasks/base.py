@@ -121,33 +121,38 @@ class Task(abc.ABC):
             self.notes.append(f"{cut_texts} and {verbs[1]} cut")
         return list(encodings)
 
-    # Training
-
-    @abc.abstractmethod
     def labels(self, examples: Sequence[Example]) -> Batch:
-        """Arguments of the model that hold the labels of a batch."""
+        """Arguments of the model that hold the labels of a batch; (B,) numbers."""
+        return {"labels": torch.tensor([example.label for example in examples])}
+
+    # The objective of a run
 
     def at_step(self, step: int, total: int) -> None:
-        """Nothing changes over a run."""
         return
 
     def collate(self, examples: Sequence[Example], seeds: Sequence[int]) -> Batch:
-        """A packed batch with its labels."""
         return {**pack_rows([row for example in examples for row in example.rows]), **self.labels(examples)}
 
     def count(self, batch: Batch) -> float:
-        """Labels of a batch."""
         return float((batch["labels"] != IGNORED).sum())
 
     def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
-        """The mean loss over the labels of a step."""
         return summed(model, batches, total, one_pass)
 
-    # Evaluation
-
     def evaluate(self, model: Any, at_the_end: bool) -> Evaluation | None:
-        """Evaluate on the held-out examples, if there are any."""
         return self.evaluate_on(model, self.held_out) if self.held_out else None
+
+    def save(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def load_weights(self, model: Any, folder: Path) -> None:
+        if has_adapters(model):
+            load_adapters(model, folder)
+        else:
+            model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
+
+    # Evaluation
 
     @abc.abstractmethod
     def evaluate_on(self, model: Any, examples: Sequence[Example]) -> Evaluation:
@@ -172,20 +177,6 @@ class Task(abc.ABC):
             sizes = [len(examples[i].rows) if by_row else examples[i].tokens for i in chosen]
             found.update(zip(chosen, answers.split(sizes), strict=True))
         return [found[i] for i in range(len(examples))]
-
-    # Folders
-
-    def save(self, model: Any, folder: Path) -> None:
-        """Write the model and its tokenizer."""
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def load_weights(self, model: Any, folder: Path) -> None:
-        """Read the weights that `save` wrote."""
-        if has_adapters(model):
-            load_adapters(model, folder)
-        else:
-            model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
 
 
 def worst(rows: Iterable[tuple[float, dict[str, Any]]]) -> list[dict[str, Any]]:

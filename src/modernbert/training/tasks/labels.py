@@ -60,7 +60,7 @@ class Labels:
             if not Path(given).is_file():
                 raise InputError(f"labels is {given!r}; give names, a,b,c, or a file with one a line")
             try:
-                names = Path(given).read_text(encoding="utf-8").splitlines()
+                names = Path(given).read_text(encoding="utf-8-sig").splitlines()
             except UnicodeDecodeError as error:
                 raise InputError(f"labels is {given}, which is not UTF-8: {error.reason}") from None
         return cls([name.strip() for name in names if name.strip()], given=True)
@@ -128,17 +128,14 @@ def multi_hot_width(rows: Sequence[tuple[str, list[Any]]], names: int | None) ->
     if not all(is_bit(value) for _, values in rows for value in values):
         return None
     where, first = rows[0]
-    repeats = any(len({number_of(value) for value in values}) < len(values) for _, values in rows)
-    other = next((row for row in rows if len(row[1]) != len(first)), None)
-    if other is None and len(first) == names:
-        return names
-    if repeats and other is not None:
-        raise InputError(
-            f"{other[0]} has {len(other[1])} numbers of 0 and 1 and {where} has {len(first)}; give one for each class"
-        )
-    if repeats and names is not None:
-        raise InputError(f"{where} has {len(first)} numbers of 0 and 1, and labels names {names} classes")
-    if other is not None or names is not None or not first:
-        return None
+    width, other = len(first), next((row for row in rows if len(row[1]) != len(first)), None)
+    if other is None and (width == names or (names is None and width > 1)):
+        return width
+    if any(len({number_of(value) for value in values}) < len(values) for _, values in rows):  # no list of classes
+        if other is None:
+            raise InputError(f"{where} has {width} numbers of 0 and 1, and labels names {names} classes")
+        counts = f"{other[0]} has {len(other[1])} numbers of 0 and 1 and {where} has {width}"
+        raise InputError(f"{counts}; give one for each class")
     # A list of one whole number is a class; one of a truth value or of 1.0 says whether a text has the only class.
-    return len(first) if len(first) > 1 or all(isinstance(v[0], bool | float) for _, v in rows) else None
+    is_alone = other is None and names is None and width == 1
+    return 1 if is_alone and all(isinstance(values[0], bool | float) for _, values in rows) else None

@@ -6,15 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
-
 from modernbert.auto import AutoModelForCausalLM, AutoModelForMaskedLM
 from modernbert.io.tables.columns import Field
 from modernbert.text.tokenizer import Tokenizer
-from modernbert.training.contract import Batch, Evaluation, Pass
+from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
-from modernbert.training.pretrain.objectives import CausalLM, LanguageObjective, MaskedLM
-from modernbert.training.pretrain.texts import Cutter
+from modernbert.training.pretraining.objectives import CausalLM, LanguageObjective, MaskedLM
+from modernbert.training.pretraining.texts import Cutter
 from modernbert.training.tasks.base import Task
 from modernbert.training.tasks.data import Row, text_of
 
@@ -35,16 +33,8 @@ class LanguageModelling(Task):
         self.notes.append(f"{len(documents)} texts make {len(pieces)} pieces, {sum(map(len, pieces))} tokens")
         return [Example([ids], None, {"text": self.tokenizer.decode(ids[:20])}) for ids in pieces]
 
-    def labels(self, examples: Sequence[Example]) -> Batch:
-        """None beside those that `collate` draws."""
-        return {}
-
     def collate(self, examples: Sequence[Example], seeds: Sequence[int]) -> Batch:
         return self.trained.batch([row for example in examples for row in example.rows], seeds)
-
-    def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
-        with self.trained.ready(model):
-            return super().losses(model, batches, total, one_pass)
 
     def evaluate_on(self, model: Any, examples: Sequence[Example]) -> Evaluation:
         """Loss in nats a token, perplexity, and the share of tokens that the model predicts first."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import math
 import re
 import string
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -88,9 +88,9 @@ def squad_metrics(answers: Sequence[Sequence[str]], predicted: Sequence[str]) ->
     exact, f1 = [], []
     for right, given in zip(answers, predicted, strict=True):
         words = _words(given)
-        bags = [_words(answer) for answer in right or [""]]
-        exact.append(max(float(words == bag) for bag in bags))
-        f1.append(max(_overlap(words, bag) for bag in bags))
+        others = [_words(answer) for answer in right or [""]]
+        exact.append(float(words in others))
+        f1.append(max(_overlap(Counter(words), Counter(other)) for other in others))
     return {"exact_match": 100 * math.fsum(exact) / len(exact), "f1": 100 * math.fsum(f1) / len(f1)}
 
 
@@ -100,12 +100,10 @@ def _words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def _overlap(given: list[str], right: list[str]) -> float:
+def _overlap(given: Counter[str], right: Counter[str]) -> float:
     """F1 of two bags of words; two empty ones agree."""
-    if not given or not right:
-        return float(given == right)
-    shared = sum((collections.Counter(given) & collections.Counter(right)).values())
-    return 2 * shared / (len(given) + len(right))
+    total = given.total() + right.total()
+    return 2 * (given & right).total() / total if total else 1.0
 
 
 def retrieval_metrics(ranks: Sequence[int]) -> Metrics:

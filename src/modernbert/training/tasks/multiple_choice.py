@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from modernbert.auto import AutoModelForMultipleChoice
@@ -53,8 +52,7 @@ class MultipleChoice(Task):
 
     def labels(self, examples: Sequence[Example]) -> Batch:
         """(B,) numbers of the right choices."""
-        counts = [len(example.rows) for example in examples]
-        return {"labels": torch.tensor([example.label for example in examples]), "num_choices": counts}
+        return {**super().labels(examples), "num_choices": [len(example.rows) for example in examples]}
 
     def answers(self, output: Any) -> Tensor:
         return super().answers(output).flatten()  # without num_choices all rows are choices of one question

@@ -77,11 +77,12 @@ class SentenceEmbedding(Task):
         for text in (text for texts in documents for text in texts):
             numbers.setdefault(text, len(numbers))
         anchor_encodings = self.encode([self.prompts.get("query", "") + text for text in anchors])
-        encodings = self.encode([self.prompts.get("document", "") + text for text in numbers])
+        document_encodings = self.encode([self.prompts.get("document", "") + text for text in numbers])
+        document_ids = [encoding.ids for encoding in document_encodings]
         examples = []
         for anchor, encoding, texts in zip(anchors, anchor_encodings, documents, strict=True):
             label = [numbers[text] for text in texts]
-            ids = [encoding.ids, *(encodings[number].ids for number in label)]
+            ids = [encoding.ids, *(document_ids[number] for number in label)]
             examples.append(Example(ids, label, {"anchor": anchor, "positive": texts[0]}))
         return examples
 

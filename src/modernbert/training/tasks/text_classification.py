@@ -85,7 +85,7 @@ class TextClassification(Task):
         if self.options.problem == "auto":
             classes = f"; {len(self.names.names)} classes: {listed(self.names.names, 3)}"
             classes = "" if problem == "regression" else classes
-            self.notes.append(f"labels look like {problem}, as {reason}{classes}; problem=KIND says otherwise")
+            self.notes.append(f"labels: {problem}, because {reason}{classes}; problem=KIND sets another kind")
 
     def align_labels(self, config: Config) -> None:
         aligned = self.names.aligned(config)
@@ -158,8 +158,7 @@ class TextClassification(Task):
     def labels(self, examples: Sequence[Example]) -> Batch:
         """(B,) classes or values, or (B, classes) zeros and ones."""
         if self.problem != "multi-label":
-            dtype = torch.float32 if self.problem == "regression" else torch.int64
-            return {"labels": torch.tensor([example.label for example in examples], dtype=dtype)}
+            return super().labels(examples)
         truth = torch.zeros(len(examples), len(self.names.names))
         for row, example in enumerate(examples):
             truth[row, example.label] = 1.0

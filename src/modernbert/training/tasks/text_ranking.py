@@ -87,19 +87,18 @@ class TextRanking(Task):
             right += (score > 0.5) == (example.label > 0.5)
         ranks, chances, wrong = [], [], []
         for query, rows in queries.items():
-            top = max(examples[i].label for i in rows)
-            best = max((i for i in rows if examples[i].label == top), key=scores.__getitem__)
-            others = [i for i in rows if examples[i].label < top]
+            right_one = max(rows, key=lambda i: (examples[i].label, scores[i]))
+            first = max(rows, key=lambda i: scores[i])
+            others = [i for i in rows if examples[i].label < examples[right_one].label]
             if not others:
                 continue  # all are as good
-            ranks.append(1 + sum(not scores[i] < scores[best] for i in others))
-            candidates = 1 + len(others)
-            chances.append(sum(1 / rank for rank in range(1, candidates + 1)) / candidates)
-            if ranks[-1] > 1:
-                first = max(rows, key=scores.__getitem__)
-                document, found = (examples[i].record["document"] for i in (best, first))
-                row = {"query": query, "document": document, "found": found, "rank": ranks[-1]}
-                wrong.append((scores[first] - scores[best], row))
+            rank = 1 + sum(not scores[i] < scores[right_one] for i in others)
+            ranks.append(rank)
+            chances.append(sum(1 / place for place in range(1, len(others) + 2)) / (1 + len(others)))
+            if rank > 1:
+                document, found = (examples[i].record["document"] for i in (right_one, first))
+                row = {"query": query, "document": document, "found": found, "rank": rank}
+                wrong.append((scores[first] - scores[right_one], row))
         metrics = {"accuracy": right / len(examples)}
         if ranks:
             metrics |= {**retrieval_metrics(ranks), "chance_mrr": sum(chances) / len(chances)}

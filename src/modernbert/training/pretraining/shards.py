@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from modernbert.errors import InputError
 from modernbert.io.files import parse_json, write_text
-from modernbert.training.pretrain.texts import Corpus, Ids
+from modernbert.training.pretraining.texts import Corpus, Ids
 
 MANIFEST, FORMAT = "manifest.json", "modernbert tokens, version 1"
 TRAIN, HELD_OUT = "train", "held_out"

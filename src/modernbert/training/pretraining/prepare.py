@@ -11,10 +11,10 @@ from pathlib import Path
 from modernbert.errors import InputError, shown
 from modernbert.io.files import making
 from modernbert.text.tokenizer import Tokenizer
-from modernbert.training.pretrain.documents import Collection
-from modernbert.training.pretrain.shards import HELD_OUT, TRAIN, Manifest, Shard, Source, fingerprint, write_shard
-from modernbert.training.pretrain.texts import Cutter, Ids
-from modernbert.training.pretrain.train_tokenizer import save_tokenizer
+from modernbert.training.pretraining.documents import Collection
+from modernbert.training.pretraining.shards import HELD_OUT, TRAIN, Manifest, Shard, Source, fingerprint, write_shard
+from modernbert.training.pretraining.texts import Cutter, Ids
+from modernbert.training.pretraining.train_tokenizer import save_tokenizer
 
 _SHARD_TOKENS = 1 << 26  # a file of 128 MiB
 

@@ -1,4 +1,4 @@
-"""Checkpoints of training runs to folders that `from_pretrained` loads: `convert`.
+"""`convert`: checkpoints of training runs become folders that `from_pretrained` loads.
 
 Two kinds are read: sharded checkpoints of this package's runs, and checkpoints of ModernBERT's original trainer
 (https://github.com/AnswerDotAI/ModernBERT), which the Composer library writes: one file of `torch.save` with the
@@ -20,22 +20,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from modernbert.auto import AutoConfig
+from modernbert.checks import described
 from modernbert.config import Config, ModernBertConfig, ModernBertDecoderConfig
-from modernbert.errors import CheckpointError, InputError
+from modernbert.errors import CheckpointError, InputError, listed
 from modernbert.io.files import making
 from modernbert.io.hub import Source
 from modernbert.models.decoder import ModernBertDecoderForCausalLM
 from modernbert.models.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.distributed import SHARDS, merged_weights
-from modernbert.training.pretrain.models import to_decoder_weights
+from modernbert.training.pretraining.models import to_decoder_weights
 
-# What the original trainer calls the fields that it shares with ours.
-_FIELDS = {
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_hidden_layers",
-    "num_attention_heads": "num_attention_heads",
+# Fields that the original trainer shares with us, under the same name or another one.
+_SAME = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
+    *("decoder_bias", "tie_word_embeddings", "pad_token_id"),
+)
+_RENAMED = {
     "hidden_act": "hidden_activation",
     "head_pred_act": "classifier_activation",
     "rotary_emb_base": "global_rope_theta",
@@ -46,14 +48,10 @@ _FIELDS = {
     "embed_dropout_prob": "embedding_dropout",
     "mlp_in_bias": "mlp_bias",
     "mlp_dropout_prob": "mlp_dropout",
-    "decoder_bias": "decoder_bias",
     "head_pred_bias": "classifier_bias",
     "pooling_type": "classifier_pooling",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "max_position_embeddings": "max_position_embeddings",
-    "pad_token_id": "pad_token_id",
 }
-# What the original trainer can build beside ModernBERT, and what ModernBERT is; (field, value, value if not given).
+# Fields by which the original trainer builds other models too: (field, ModernBERT's value, the value if not given).
 _ONLY = (
     ("bert_layer", "prenorm", "prenorm"),
     ("attention_layer", "rope", "base"),
@@ -72,6 +70,7 @@ _ONLY = (
     ("initial_bert_layer", None, None),
     ("initial_mlp_layer", None, None),
 )
+_KINDS: dict[Any, type[Config]] = {kind.model_type: kind for kind in (ModernBertConfig, ModernBertDecoderConfig)}
 _TOKENS = {"pad": "[PAD]", "cls": "[CLS]", "bos": "[CLS]", "sep": "[SEP]", "eos": "[SEP]"}
 
 
@@ -89,12 +88,12 @@ def convert(
         source: a sharded `checkpoint-STEP` folder of a run, or a file of the original trainer: .pt as Composer or
             `torch.save` wrote it, or .safetensors with its names.
         output: folder to make; it must not exist. Written under another name and renamed once it is whole.
-        config: JSON file with the configuration, the original trainer's or ours, where the file has none.
-        tokenizer: folder or Hub repository of the tokenizer, where the file has none.
-        allow_pickle: read a .pt file, which is a pickle: of plain data alone (`weights_only`), but a pickle.
+        config: JSON file with the configuration, the original trainer's or ours, if the file has none.
+        tokenizer: folder or Hub repository of the tokenizer, if the file has none.
+        allow_pickle: read a .pt file, which is a pickle, as plain data (`weights_only`).
 
     Raises:
-        CheckpointError: the file is no such checkpoint, lacks something, or is a pickle and that is not allowed.
+        CheckpointError: the file is no such checkpoint, lacks something, or is a pickle and `allow_pickle` is False.
         InputError: the output exists.
     """
     source, output = Path(source), Path(output)
@@ -103,12 +102,14 @@ def convert(
     if source.is_dir():
         if config is not None:
             raise InputError(f"config is given, and {source} has its own")
-        weights, found = _sharded(source)
+        if not list(source.glob(SHARDS)):
+            raise CheckpointError(f"{source} holds no shard of a run; a folder with model.safetensors loads as it is")
+        weights, found = merged_weights(source), AutoConfig.from_pretrained(source)
         texts = {name: (source / name).read_text("utf-8") for name in ("tokenizer.json", "tokenizer_config.json")}
     else:
         state, settings, texts = _read(source, allow_pickle)
         weights = {_renamed(name): value for name, value in state.items()}
-        given = settings if config is None else _json(Path(config))
+        given = settings if config is None else Source(Path(config).parent).read_json(Path(config).name)
         if given is None:
             raise CheckpointError(f"{source} holds no configuration; give one with config=FILE")
         found = configuration(given, weights, str(source if config is None else config))
@@ -126,36 +127,32 @@ def convert(
 
 
 def configuration(given: Mapping[str, Any], weights: Mapping[str, Tensor], name: str) -> Config:
-    """Our configuration of the original trainer's; one of ours is taken as it is.
+    """Our configuration for the original trainer's, or for one of ours.
 
     Args:
         given: fields by their names.
-        weights: the model's, whose shapes tell the vocabulary's size.
-        name: what to call it in messages.
+        weights: the model's; the shape of the embedding gives the size of the vocabulary.
+        name: of the file, for messages.
 
     Raises:
-        CheckpointError: it says of another architecture than ModernBERT's.
+        CheckpointError: the architecture is not ModernBERT's.
     """
-    if given.get("model_type") in (ModernBertConfig.model_type, ModernBertDecoderConfig.model_type):
-        kind = ModernBertConfig if given["model_type"] == ModernBertConfig.model_type else ModernBertDecoderConfig
-        return kind.from_dict(dict(given))
-    given = {field: value for field, value in given.items() if value is not None}  # what is null is not given
+    if given.get("model_type") in _KINDS:
+        return _KINDS[given["model_type"]].from_dict(dict(given))
+    given = {field: value for field, value in given.items() if value is not None}  # null means not given
     for field, wanted, otherwise in _ONLY:
         if given.get(field, otherwise) != wanted:
-            raise CheckpointError(
-                f"{name} has {field} {given.get(field, otherwise)!r}, and ModernBERT has {wanted!r}; it is another "
-                "model"
-            )
+            found = given.get(field, otherwise)
+            raise CheckpointError(f"{name} has {field} {found!r}, and ModernBERT has {wanted!r}; it is another model")
     for one, other in (("attn_qkv_bias", "attn_out_bias"), ("mlp_in_bias", "mlp_out_bias")):
         if bool(given.get(one)) != bool(given.get(other)):
             raise CheckpointError(f"{name} has {one} {given.get(one)} and {other} {given.get(other)}; they must agree")
-    values = {ours: given[theirs] for theirs, ours in _FIELDS.items() if given.get(theirs) is not None}
+    values = {field: given[field] for field in _SAME if field in given}
+    values |= {ours: given[theirs] for theirs, ours in _RENAMED.items() if theirs in given}
     values.setdefault("classifier_activation", "silu")
     embedding = weights.get("model.embeddings.tok_embeddings.weight")
     if embedding is None:
-        raise CheckpointError(
-            f"the weights are not under the original trainer's names: {', '.join(sorted(weights)[:3])}"
-        )
+        raise CheckpointError(f"the weights are not under the original trainer's names: {listed(sorted(weights), 3)}")
     values["vocab_size"] = len(embedding)
     norm = {field: value for field, value in given.get("norm_kwargs", {}).items() if value is not None}
     values["norm_eps"], values["norm_bias"] = norm.get("eps", 1e-5), norm.get("bias", True)
@@ -183,14 +180,6 @@ def _special_ids(texts: Mapping[str, str], tokenizer: str | Path | None) -> dict
     return {name: i for name, i in ids.items() if i is not None}
 
 
-def _sharded(folder: Path) -> tuple[dict[str, Tensor], Config]:
-    if not list(folder.glob(SHARDS)):
-        raise CheckpointError(f"{folder} holds no shard of a run; a folder with model.safetensors loads as it is")
-    values = Source(folder).read_json("config.json")
-    kind = ModernBertConfig if values.get("model_type") == ModernBertConfig.model_type else ModernBertDecoderConfig
-    return merged_weights(folder), kind.from_dict(values)
-
-
 def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, str]]:
     """State, configuration and files of the tokenizer of a file; None or nothing where it has none."""
     if not path.is_file():
@@ -206,8 +195,8 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
         raise CheckpointError(f"{path} is no checkpoint: neither a .safetensors file nor a .pt file of torch.save")
     if not allow_pickle:
         raise CheckpointError(
-            f"{path} is a pickle, which can run code when it is loaded; allow_pickle=True allows it, if you trust it: "
-            "it is then read with weights_only, which builds plain data alone"
+            f"{path} is a pickle, which can run code when it is loaded; if you trust it, allow_pickle=True reads it "
+            "with weights_only, which builds plain data alone"
         )
     whole = _unpickled(path)
     state = whole.get("state", whole)
@@ -229,7 +218,7 @@ def _read(path: Path, allow_pickle: bool) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
-    """A file of plain data; what numpy's random state and Composer's clock are made of is plain too."""
+    """A file of plain data, to which numpy's random state and Composer's clock belong."""
     array: Any = np.empty(0).__reduce__()  # the function that unpickling an array calls stands first
     plain = [array[0], np.ndarray, np.dtype, *(type(np.dtype(t)) for t in (np.uint32, np.int64)), datetime.timedelta]
     try:
@@ -238,7 +227,7 @@ def _unpickled(path: Path) -> dict[str, Any]:
     except Exception as error:  # what a pickle is missing shows as an error of many kinds
         raise CheckpointError(f"{path} cannot be read as plain data: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(whole, dict):
-        raise CheckpointError(f"{path} holds a {type(whole).__name__}; a dictionary of tensors is wanted")
+        raise CheckpointError(f"{path} holds {described(whole)}; it must be a dictionary of tensors")
     return whole
 
 
@@ -249,10 +238,6 @@ def _renamed(name: str) -> str:
     if found and not body:
         return "model." + rest.removeprefix("encoder.")
     return name
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return Source(path.parent).read_json(path.name)
 
 
 def _model(config: Config, weights: dict[str, Tensor], name: str) -> Any:
@@ -270,9 +255,9 @@ def _model(config: Config, weights: dict[str, Tensor], name: str) -> Any:
     missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     misshapen = [k for k in own if k in weights and own[k].shape != weights[k].shape]
     if missing or unknown or misshapen:
-        said = [f"{what} {', '.join(names[:3])}" for what, names in (
-            ("lacks", missing), ("does not know", unknown), ("has another shape of", misshapen)) if names]  # fmt: skip
-        raise CheckpointError(f"the model of {name} {'; '.join(said)}; its configuration does not fit its weights")
+        faults = {"lacks": missing, "does not know": unknown, "has another shape of": misshapen}
+        found = "; ".join(f"{fault} {listed(names, 3)}" for fault, names in faults.items() if names)
+        raise CheckpointError(f"the model of {name} {found}; its configuration does not fit its weights")
     model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
     model.tie_weights()
     return model

@@ -1,7 +1,7 @@
 """The order of training: texts of weighted sources, packed into passes of a token budget with next to no waste.
 
 Every pass follows from the seed and its number alone. A `Cursor` says where a window of passes begins, so that a run
-goes on at any pass without going through those before it.
+continues at any pass without going through those before it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import bisect
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from modernbert.errors import InputError
-from modernbert.training.pretrain.texts import Corpus, Ids
+from modernbert.training.pretraining.texts import Corpus, Ids
 
 _WINDOW = 64  # passes that texts are chosen for together
 _FULL = 0.99  # of its budget: a pass that is filled less waits for more texts
@@ -44,6 +44,12 @@ class Cursor:
     texts: tuple[int, ...]
     tokens: tuple[int, ...]
     waiting: tuple[Text, ...] = ()
+
+    @classmethod
+    def of(cls, place: Mapping[str, Any]) -> Cursor:
+        """A cursor that was written as JSON."""
+        waiting = tuple(Text(*text) for text in place["waiting"])
+        return cls(place["passes"], tuple(place["texts"]), tuple(place["tokens"]), waiting)
 
 
 class PassStream:
@@ -93,7 +99,6 @@ class PassStream:
 
     @property
     def start(self) -> Cursor:
-        """The first window's beginning."""
         nothing = (0,) * len(self.sources)
         return Cursor(0, nothing, nothing)
 
@@ -101,7 +106,6 @@ class PassStream:
         return self.sources[text.source][text.shard][text.number]
 
     def length(self, text: Text) -> int:
-        """Tokens of a text."""
         return int(self.lengths[text.source][text.shard][text.number])
 
     def window(self, cursor: Cursor) -> tuple[list[list[Text]], Cursor]:
@@ -136,7 +140,7 @@ class PassStream:
 
         Args:
             first: number of the first pass to give.
-            near: a cursor at or before it, from which to look; the start if not given.
+            near: a cursor at or before it; the start if not given.
         """
         cursor = near or self.start
         while True:

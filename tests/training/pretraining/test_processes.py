@@ -15,8 +15,8 @@ from modernbert import AutoModelForMaskedLM
 from modernbert.cli import main
 from modernbert.errors import CheckpointError, InputError
 from modernbert.training.checkpoints import checkpoints
-from modernbert.training.pretrain.convert import convert
-from modernbert.training.pretrain.run import pretrain
+from modernbert.training.pretraining.convert import convert
+from modernbert.training.pretraining.run import pretrain
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "modernbert"]
 FLAGS = ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "2", "--heads", "2", "--batch-tokens", "512",
@@ -66,10 +66,10 @@ def close(folder, other):
 
 @pytest.mark.parametrize("optimizer", ["stableadamw", "muon"])
 def test_two_processes_train_as_one(optimizer, prepared, tmp_path):
-    """Replicated and sharded; the sharded one stops half-way and goes on."""
+    """Replicated and sharded, with a tracker, whose end is not that of the processes' group."""
     alone(*command(prepared, tmp_path / "one", "--optimizer", optimizer))
     launched(*command(prepared, tmp_path / "two", "--optimizer", optimizer))
-    launched(*command(prepared, tmp_path / "parts", "--optimizer", optimizer, "--shard"))
+    launched(*command(prepared, tmp_path / "parts", "--optimizer", optimizer, "--shard", "--tracker", "tensorboard"))
     one = losses(tmp_path / "one")
     for name in ("two", "parts"):
         assert losses(tmp_path / name) == pytest.approx(one, rel=1e-4), name

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modernbert.training.contract import Step
-from modernbert.training.pretrain.options import PretrainOptions
-from modernbert.training.pretrain.stream import Cursor, PassStream, Text
-from modernbert.training.pretrain.texts import Ids
+from modernbert.training.pretraining.options import PretrainOptions
+from modernbert.training.pretraining.stream import Cursor, PassStream, Text
+from modernbert.training.pretraining.texts import Ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +24,14 @@ class StoredText:
 
     @property
     def rows(self) -> list[Ids]:
-        """Its ids."""
         return [self.stream[self.text]]
 
     @property
     def tokens(self) -> int:
-        """How many."""
         return self.stream.length(self.text)
 
     @property
     def record(self) -> str:
-        """Where it stands."""
         source, shard, number = self.text
         return f"{self.stream.names[source]}, shard {shard}, text {number}"
 
@@ -45,7 +42,7 @@ class PretrainFeed:
     Args:
         stream: of passes of `options.micro_tokens`.
         options: how many of them a step has, and how long the run is.
-        data: what tells the data from other data.
+        data: a digest of the data.
     """
 
     def __init__(self, stream: PassStream, options: PretrainOptions, data: str) -> None:
@@ -65,27 +62,21 @@ class PretrainFeed:
         self.fingerprint = hashlib.sha256(json.dumps(order).encode()).hexdigest()
 
     def _sizes(self) -> Iterator[int]:
-        """Passes of each step."""
+        """Passes of each step, without end."""
         options, seen = self.options, 0
         start, end = options.batch_start or options.batch_tokens, options.batch_tokens
-        for _ in itertools.count():
+        while True:
             done = min(1.0, seen / options.batch_warmup) if options.batch_warmup else 1.0
             passes = max(1, round((start + (end - start) * done) / options.micro_tokens))
             yield passes
             seen += passes * options.micro_tokens
 
     def steps(self, first: int, place: Mapping[str, Any] | None) -> Iterator[Step]:
-        """Steps from a number on; `place` saves going through the windows before it."""
-        passes = self.stream.passes(self.first[first], None if place is None else _cursor(place))
+        near = None if place is None else Cursor.of(place)  # which saves going through the windows before it
+        passes = self.stream.passes(self.first[first], near)
         for step in range(first, self.total):
             chosen = list(itertools.islice(passes, self.first[step + 1] - self.first[step]))
             cursor = chosen[-1][0]
             items = [[StoredText(self.stream, text) for text in texts] for _, texts in chosen]
             epoch = self.first[step + 1] * self.options.micro_tokens / sum(self.stream.sizes)
             yield Step(items, epoch, dataclasses.asdict(cursor))
-
-
-def _cursor(place: Mapping[str, Any]) -> Cursor:
-    """A cursor of what JSON made of it."""
-    waiting = tuple(Text(*text) for text in place["waiting"])
-    return Cursor(place["passes"], tuple(place["texts"]), tuple(place["tokens"]), waiting)

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from modernbert.training.pretrain.prepare import prepare_data
-from modernbert.training.pretrain.train_tokenizer import save_tokenizer, train_tokenizer
+from modernbert.training.pretraining.prepare import prepare_data
+from modernbert.training.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
 from tests.training.tasks.conftest import WORDS
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 2, "initializer_range": 0.1}

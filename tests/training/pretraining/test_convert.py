@@ -13,7 +13,7 @@ import modernbert
 from modernbert import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.cli import main
 from modernbert.errors import CheckpointError
-from modernbert.training.pretrain.convert import configuration, convert
+from modernbert.training.pretraining.convert import configuration, convert
 from tests.conftest import SMALL
 
 # A configuration as the original trainer writes it, of a small model with ModernBERT's architecture.
@@ -141,7 +141,7 @@ def test_what_is_no_such_checkpoint_is_refused(saved, tmp_path):
     with pytest.raises(CheckpointError, match="no name has tok_embeddings"):
         convert(tmp_path / "other.pt", tmp_path / "made", allow_pickle=True)
     torch.save(torch.zeros(2), tmp_path / "tensor.pt")
-    with pytest.raises(CheckpointError, match="holds a Tensor"):
+    with pytest.raises(CheckpointError, match="holds a Tensor; it must be a dictionary"):
         convert(tmp_path / "tensor.pt", tmp_path / "made", allow_pickle=True)
     with pytest.raises(CheckpointError, match="there is no file"):
         convert(tmp_path / "none.pt", tmp_path / "made")

@@ -8,9 +8,9 @@ import torch
 
 from modernbert import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM, ModernBertForMaskedLM
 from modernbert.errors import InputError
-from modernbert.training.pretrain.objectives import CausalLM, MaskedLM, Score
-from modernbert.training.pretrain.texts import Cutter
-from modernbert.training.pretrain.train_tokenizer import SPECIALS, train_tokenizer
+from modernbert.training.pretraining.objectives import CausalLM, MaskedLM, Score
+from modernbert.training.pretraining.texts import Cutter
+from modernbert.training.pretraining.train_tokenizer import SPECIALS, train_tokenizer
 from tests.conftest import SMALL
 
 

@@ -1,30 +1,31 @@
-"""The model that a run of pretraining begins with: a new one, or one with the weights of an encoder or a decoder."""
+"""The model at the start of pretraining: a new one, or one with the weights of an encoder or a decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from modernbert.auto import AutoConfig
-from modernbert.config import ModernBertConfig
-from modernbert.errors import ConfigError, InputError
+from modernbert.config import Config, ModernBertConfig
+from modernbert.errors import CheckpointError, ConfigError, InputError
 from modernbert.io.checkpoint import read_weights, weight_files
 from modernbert.io.hub import Source
 from modernbert.models.formats import refuse_to_train
 from modernbert.text.tokenizer import Tokenizer as LoadedTokenizer
-from modernbert.training.pretrain.objectives import LanguageModel, LanguageObjective
-from modernbert.training.pretrain.options import PretrainOptions
-from modernbert.training.pretrain.shards import fingerprint
+from modernbert.training.pretraining.objectives import LanguageModel, LanguageObjective
+from modernbert.training.pretraining.options import PretrainOptions
+from modernbert.training.pretraining.shards import fingerprint
 
 
 def make_model(
     objective: LanguageObjective, tokenizer: Tokenizer, options: PretrainOptions, max_length: int
 ) -> LanguageModel:
-    """The model to train, float32, on the CPU.
+    """The model to train, in float32 on the CPU.
 
     Args:
         objective: decides whether it is an encoder or a decoder.
@@ -67,14 +68,12 @@ def make_model(
     }
     config: Any = objective.model_class.config_class.from_dict(values)
     model: Any = objective.model_class
-    made: LanguageModel = model(config.replace(**_rope(options, config, config.max_position_embeddings)))
-    return made
+    return cast(LanguageModel, model(config.replace(**_rope(options, config, config.max_position_embeddings))))
 
 
 def _started(
     objective: LanguageObjective, tokenizer: Tokenizer, options: PretrainOptions, max_length: int
 ) -> LanguageModel:
-    """A model with the weights of another one, of either kind."""
     assert options.model is not None
     source = Source(options.model)
     own = LoadedTokenizer.from_pretrained(options.model).backend if source.find("tokenizer.json") else tokenizer
@@ -97,20 +96,32 @@ def _started(
     shared = found.replace(max_position_embeddings=longest)
     shared = shared.replace(**_rope(options, shared, found.max_position_embeddings))
     if type(found) is kind.config_class:
-        same: LanguageModel = kind.from_pretrained(options.model, config=shared, dtype=torch.float32)
-        return same
+        return cast(LanguageModel, kind.from_pretrained(options.model, config=shared, dtype=torch.float32))
     values = {k: v for k, v in shared.to_dict().items() if k not in ("model_type", "architectures", "use_cache")}
-    model: LanguageModel = kind(kind.config_class.from_dict(values))
     weights = dict(read_weights(weight_files(source), lambda name: True))
-    to_encoder = kind.config_class is ModernBertConfig
-    translated = to_encoder_weights(weights) if to_encoder else to_decoder_weights(weights)
-    wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(translated) - {"decoder.weight"})  # tied to the embedding
-    unknown = sorted(set(translated) - set(wanted))
-    if missing or unknown:
-        raise InputError(f"{options.model} lacks {missing or 'nothing'} and has {unknown or 'nothing'} beside; give a "
-                         "language model")  # fmt: skip
-    model.load_state_dict(translated, strict=False)
+    translate = to_encoder_weights if kind.config_class is ModernBertConfig else to_decoder_weights
+    config = kind.config_class.from_dict(values)
+    return cast(LanguageModel, filled(kind, config, translate(weights), options.model, "give a language model"))
+
+
+def filled(
+    kind: Any, config: Config, weights: Mapping[str, Tensor], name: str, hint: str = "check its configuration"
+) -> Any:
+    """A model of a class and a configuration with these weights, in float32.
+
+    Raises:
+        CheckpointError: weights and configuration do not fit; the message has the checkpoint's name and a hint.
+    """
+    model = kind(config)
+    tied = {"decoder.weight"} if config.tie_word_embeddings else set()
+    own, given = ({k: v for k, v in some.items() if k not in tied} for some in (model.state_dict(), weights))
+    misshapen = [k for k in own if k in given and own[k].shape != given[k].shape]
+    wrong = {"lacks": own.keys() - given.keys(), "does not know": given.keys() - own.keys(),
+             "has another shape of": misshapen}  # fmt: skip
+    found = [f"{what} {', '.join(sorted(names)[:3])}" for what, names in wrong.items() if names]
+    if found:
+        raise CheckpointError(f"the model of {name} {'; '.join(found)}; {hint}")
+    model.load_state_dict({k: v.float() for k, v in given.items()}, strict=False)
     model.tie_weights()
     return model
 
@@ -118,17 +129,13 @@ def _started(
 def _rope(options: PretrainOptions, config: Any, before: int) -> dict[str, Any]:
     """Changes of the rotary embedding of a model whose context was `before`."""
     parameters = {kind: dict(rope) for kind, rope in config.rope_parameters.items()}
-    for kind, theta in (
-        ("full_attention", options.global_rope_theta),
-        ("sliding_attention", options.local_rope_theta),
-    ):
+    thetas = {"full_attention": options.global_rope_theta, "sliding_attention": options.local_rope_theta}
+    for kind, theta in thetas.items():
         if theta is not None:
             parameters[kind]["rope_theta"] = theta
-    if options.scaling is not None:
-        scaled = dict(options.scaling)
-        if scaled["rope_type"] == "yarn":
-            scaled["original_max_position_embeddings"] = before
-        parameters["full_attention"].update(scaled)  # a window never reaches beyond the first context
+    parameters["full_attention"] |= options.scaling  # local layers never reach beyond the first context
+    if options.scaling.get("rope_type") == "yarn":
+        parameters["full_attention"]["original_max_position_embeddings"] = before
     return {"rope_parameters": parameters} if parameters != config.rope_parameters else {}
 
 
@@ -159,7 +166,7 @@ def to_decoder_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_same(model: LanguageModel, checkpoint: Path) -> None:
-    """Raise `ConfigError` where a checkpoint is of another architecture than a model."""
+    """Raise `ConfigError` if a checkpoint has another architecture than a model."""
     theirs = model.config_class.from_dict(Source(checkpoint).read_json("config.json")).to_dict()
     for name, mine in model.config.to_dict().items():
         if name not in ("dtype", "architectures", "transformers_version") and theirs.get(name) != mine:

@@ -1,6 +1,6 @@
 """Attention weights of one text, layer by layer and head by head.
 
-Shapes: N layers, H heads, L tokens of the text.
+Shapes: H heads, L tokens of the text.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from modernbert.models.base import PreTrainedModel
 from modernbert.text.tokenizer import Tokenizer
-from modernbert.tools.explain.page import encoded, filled
-
-_LONGEST = 256  # tokens of a page: a weight is a byte for every layer, head and pair of tokens
+from modernbert.tools.page import encoded, filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +22,10 @@ class AttentionMap:
     """Attention weights of a text.
 
     Attributes:
-        tokens: what each token reads.
+        tokens: the text of each token.
         kinds: of each layer "full_attention" or "sliding_attention".
-        weights: one (H, L, L) a layer: how much each token (row) takes from each (column); rows sum to 1. Layers whose
-            heads were pruned have fewer.
+        weights: (H, L, L) of each layer: how much each token (row) takes from each (column); rows sum to 1. Layers
+            whose heads were pruned have fewer.
     """
 
     tokens: list[str]
@@ -36,37 +34,36 @@ class AttentionMap:
 
 
 @torch.no_grad()
-def attention_of(model: Any, tokenizer: Tokenizer, text: str, longest: int = _LONGEST) -> AttentionMap:
-    """Attention weights of a text.
+def attention_of(model: Any, tokenizer: Tokenizer, text: str, longest: int = 256) -> AttentionMap:
+    """Compute the attention weights of a text.
 
     Args:
         model: any model of this library, loaded with `attn_implementation` "auto" or "eager".
         tokenizer: its tokenizer.
         text: the text.
-        longest: tokens that are allowed.
+        longest: how many tokens are allowed; a page has a byte for every layer, head and pair of tokens.
 
     Raises:
-        InputError: the text is empty or too long, or the model's backend makes no weights.
+        InputError: the text is empty or too long, or the backend of the model gives no weights.
     """
     encoder = model.base_model if isinstance(model, PreTrainedModel) else model.model
     encoding, tokens = encoded(tokenizer, text, longest)
     ids = torch.tensor([encoding.ids], device=encoder.device)
-    output = encoder.eval()(ids, output_attentions=True)
-    weights = [layer[0].float().cpu() for layer in output.attentions]
-    return AttentionMap(tokens, list(encoder.config.layer_types), weights)
+    weights = encoder.eval()(ids, output_attentions=True).attentions
+    return AttentionMap(tokens, list(encoder.config.layer_types), [layer[0].float().cpu() for layer in weights])
 
 
 def draw_attention(found: AttentionMap, title: str = "Attention") -> str:
-    """A page with a small picture of every head, and a large one with its tokens for the head that is chosen.
+    """Draw every head in small, and the chosen one large, with its tokens.
 
     Args:
-        found: what `attention_of` gave.
+        found: what `attention_of` returned.
         title: of the page.
 
     Returns:
         HTML that stands alone: no network, no other file.
     """
-    # Square roots keep small weights visible; the page squares them again for its figures.
+    # Square roots keep small weights visible; the page squares them again for its numbers.
     layers = [(w.sqrt() * 255).round().to(torch.uint8).contiguous().numpy().tobytes() for w in found.weights]
     data = {
         "tokens": found.tokens,

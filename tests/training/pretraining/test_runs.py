@@ -19,13 +19,13 @@ from modernbert import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from modernbert.cli import main
 from modernbert.errors import ConfigError, DivergedError, InputError, InterruptedRunError
 from modernbert.training.checkpoints import checkpoints
-from modernbert.training.pretrain.feed import PretrainFeed
-from modernbert.training.pretrain.models import to_decoder_weights, to_encoder_weights
-from modernbert.training.pretrain.options import PretrainOptions
-from modernbert.training.pretrain.prepare import prepare_data
-from modernbert.training.pretrain.run import Data, Pretraining, pretrain
-from modernbert.training.pretrain.stream import PassStream
-from tests.training.pretrain.conftest import SIZES
+from modernbert.training.pretraining.feed import PretrainFeed
+from modernbert.training.pretraining.models import to_decoder_weights, to_encoder_weights
+from modernbert.training.pretraining.options import PretrainOptions
+from modernbert.training.pretraining.prepare import prepare_data
+from modernbert.training.pretraining.run import Data, Pretraining, pretrain
+from modernbert.training.pretraining.stream import PassStream
+from tests.training.pretraining.conftest import SIZES
 
 RUN = {
     **SIZES, "batch_tokens": 512, "micro_tokens": 256, "lr": 5e-3, "weight_decay": 0.1, "eval_every": 10,
@@ -46,9 +46,9 @@ def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, objective,
     assert [row["step"] for row in rows] == list(range(1, 31))
     assert [row["step"] for row in rows if "eval_loss" in row] == [10, 20, 30]
     assert rows[-1]["eval_loss"] < rows[0]["loss"] - 0.5
-    assert whole.figures["loss"] == rows[-1]["eval_loss"]
-    assert {"loss/first", "loss/second", "accuracy/first"} < set(whole.figures)
-    assert ("bits_per_byte" in whole.figures) == (objective == "clm")
+    assert whole.metrics["loss"] == rows[-1]["eval_loss"]
+    assert {"loss/first", "loss/second", "accuracy/first"} < set(whole.metrics)
+    assert ("bits_per_byte" in whole.metrics) == (objective == "clm")
     for name in ("report.html", "results.json", "run.yaml", "config.json", "tokenizer.json"):
         assert (tmp_path / "whole" / name).is_file(), name
     assert not getattr(whole.model.config, "sparse_prediction", False)
@@ -136,7 +136,7 @@ def test_masks_and_batches_change_over_a_run(prepared, tmp_path):
     rates = []
     for step in range(20):
         run.at_step(step, 20)
-        rates.append(run.learnt.mask_rate)
+        rates.append(run.trained.mask_rate)
     assert rates == [0.3] * 10 + [0.15] * 8 + [0.05] * 2
     data = Data.open([prepared])
     options = PretrainOptions(micro_tokens=64, batch_tokens=512, batch_start=128, batch_warmup=4096, max_steps=30)
@@ -188,7 +188,7 @@ def test_a_model_changes_sides(prepared, tmp_path):
     )
     for name, value in decoder.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
-    assert pretrain(prepared, tmp_path / "on", model=str(tmp_path / "decoder"), **run).figures["loss"] < 10
+    assert pretrain(prepared, tmp_path / "on", model=str(tmp_path / "decoder"), **run).metrics["loss"] < 10
 
 
 def test_a_context_is_extended(raw, prepared, tmp_path):
@@ -205,7 +205,7 @@ def test_a_context_is_extended(raw, prepared, tmp_path):
     assert config.max_position_embeddings == 256
     assert config.rope_parameters["full_attention"]["rope_theta"] == 160_000.0
     assert config.rope_parameters["sliding_attention"] == short.model.config.rope_parameters["sliding_attention"]
-    assert longer.figures["loss"] < 10
+    assert longer.metrics["loss"] < 10
     scaled = pretrain(tmp_path / "long", tmp_path / "scaled", **run, context=128, rope_scaling="yarn:4")
     rope = scaled.model.config.rope_parameters
     assert rope["full_attention"]["rope_type"] == "yarn"

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from modernbert.errors import InputError
 from modernbert.text.tokenizer import Tokenizer
-from modernbert.training.pretrain.documents import Collection
-from modernbert.training.pretrain.texts import Corpus, Cutter, split
+from modernbert.training.pretraining.documents import Collection
+from modernbert.training.pretraining.texts import Corpus, Cutter, split
 
 
 def texts_of(collection, held_out=None):

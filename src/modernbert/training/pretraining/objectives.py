@@ -1,4 +1,4 @@
-"""What a language model is trained for: which ids it reads, which it should say, and how well it does.
+"""What a language model is trained for: its input, its labels, and how well it predicts them.
 
 Shapes: T tokens of a packed batch, V vocabulary.
 """
@@ -6,27 +6,26 @@ Shapes: T tokens of a packed batch, V vocabulary.
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from tokenizers import Tokenizer, processors
-from torch import Tensor, nn
+from torch import Tensor
 
 from modernbert.errors import InputError
 from modernbert.models.decoder import ModernBertDecoderForCausalLM
 from modernbert.models.heads import ModernBertForMaskedLM
 from modernbert.nn.losses import IGNORED
 from modernbert.training.contract import Batch
-from modernbert.training.examples import pack_rows
-from modernbert.training.pretrain.texts import Ids
-from modernbert.training.pretrain.train_tokenizer import SPECIALS
+from modernbert.training.examples import moved, pack_rows
+from modernbert.training.pretraining.texts import Ids
+from modernbert.training.pretraining.train_tokenizer import SPECIALS
 
 LanguageModel = ModernBertForMaskedLM | ModernBertDecoderForCausalLM
 _LOGITS = 1 << 27  # numbers that the logits of a pass of an evaluation may have
-_ROWS = 4096  # of logits that are looked at together
+_ROWS = 4096  # of logits that are compared with the labels together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +39,12 @@ class Score:
 
     @classmethod
     def mean(cls, scores: Sequence[Score]) -> Score:
-        """Of all tokens of several."""
+        """Every token weighs the same."""
         tokens = sum(score.tokens for score in scores)
-
-        def of(name: str) -> float:
-            return sum(getattr(score, name) * score.tokens for score in scores) / tokens
-
-        return cls(of("loss"), of("top1"), of("top5"), tokens)
+        loss, top1, top5 = (
+            sum(getattr(score, name) * score.tokens for score in scores) / tokens for name in ("loss", "top1", "top5")
+        )
+        return cls(loss, top1, top5, tokens)
 
 
 class LanguageObjective(abc.ABC):
@@ -60,6 +58,7 @@ class LanguageObjective(abc.ABC):
     """
 
     model_class: ClassVar[type[LanguageModel]]
+    logits: ClassVar[dict[str, Any]] = {}  # arguments of the model that name the logits it needs
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
@@ -69,34 +68,27 @@ class LanguageObjective(abc.ABC):
         self.special_ids = {token: i for token, i in ids.items() if i is not None}
 
     def batch(self, texts: Sequence[Ids], seeds: Sequence[int]) -> Batch:
-        """A packed batch with labels, (T,), -100 where there is nothing to say.
+        """A packed batch with labels, (T,), -100 where there is nothing to predict.
 
         Args:
             texts: ids of each.
             seeds: of each, for what is drawn at random.
         """
         packed = pack_rows(texts)
-        inputs, labels = zip(
-            *(self.label(part, seed) for part, seed in zip(_split(packed), seeds, strict=True)), strict=True
-        )
-        return {**packed, "input_ids": torch.cat(inputs), "labels": torch.cat(labels)}
+        parts = packed["input_ids"].split(packed["cu_seqlens"].diff().tolist())
+        inputs, labels = zip(*map(self.label, parts, seeds), strict=True)
+        return {**packed, "input_ids": torch.cat(inputs), "labels": torch.cat(labels), **self.logits}
 
     @abc.abstractmethod
     def label(self, ids_T: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Ids of one text, (T,), to what the model reads and what it should say, both (T,)."""
+        """Of the ids of one text, (T,): the model's input and its labels, both (T,)."""
 
     @abc.abstractmethod
     def targets(self, labels_T: Tensor) -> Tensor:
-        """What each row of the logits should say, (rows,)."""
+        """The right token of each row of the logits, (rows,)."""
 
     def count(self, batch: Batch) -> float:
-        """Labels of a batch."""
         return float((batch["labels"] != IGNORED).sum())
-
-    @contextlib.contextmanager
-    def ready(self, model: nn.Module) -> Iterator[None]:
-        """While a model computes no more logits than it must."""
-        yield
 
     @abc.abstractmethod
     def finish_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
@@ -121,7 +113,7 @@ class LanguageObjective(abc.ABC):
         """Predict tokens of texts.
 
         Args:
-            model: in any mode; it is evaluated in evaluation mode and left as it was.
+            model: in any mode, which it keeps.
             texts: ids of each.
             budget: tokens of a forward pass, at most; fewer where the vocabulary is large.
             seed: of the masks.
@@ -134,21 +126,20 @@ class LanguageObjective(abc.ABC):
         budget = min(budget, max(1, _LOGITS // model.config.vocab_size))
         model.eval()
         loss, top1, top5, count, read, first = 0.0, 0, 0, 0, 0, 0
-        with self.ready(model):
-            for some in _passes(texts, budget):
-                batch = self.batch(some, range(seed * 1_000_003 + first, seed * 1_000_003 + first + len(some)))
-                first, read = first + len(some), read + len(batch["input_ids"])
-                if self.count(batch):
-                    ids, labels = batch["input_ids"].to(device), batch["labels"].to(device)
-                    out = model(input_ids=ids, cu_seqlens=batch["cu_seqlens"], labels=labels, num_items_in_batch=1)
-                    loss += float(out.loss)
-                    targets = self.targets(labels)
-                    for rows, truth in zip(out.logits.split(_ROWS), targets.split(_ROWS), strict=True):
-                        right = rows.topk(5, dim=-1).indices == truth[:, None]
-                        top1, top5 = top1 + int(right[:, 0].sum()), top5 + int(right.sum())
-                        count += int((truth != IGNORED).sum())
-                if max_tokens is not None and read >= max_tokens:
-                    break
+        for some in _passes(texts, budget):
+            batch = self.batch(some, range(seed * 1_000_003 + first, seed * 1_000_003 + first + len(some)))
+            first, read = first + len(some), read + len(batch["input_ids"])
+            if self.count(batch):
+                batch = moved(batch, device)
+                out = model(**batch, num_items_in_batch=1)
+                loss += float(out.loss)
+                targets = self.targets(batch["labels"])
+                for rows, truth in zip(out.logits.split(_ROWS), targets.split(_ROWS), strict=True):
+                    right = rows.topk(5, dim=-1).indices == truth[:, None]
+                    top1, top5 = top1 + int(right[:, 0].sum()), top5 + int(right.sum())
+                    count += int((truth != IGNORED).sum())
+            if max_tokens is not None and read >= max_tokens:
+                break
         model.train(training)
         if not count:
             raise InputError("the held-out text is too short to predict anything in")
@@ -156,7 +147,7 @@ class LanguageObjective(abc.ABC):
 
 
 class MaskedLM(LanguageObjective):
-    """Find tokens behind the mask.
+    """Predict tokens behind the mask.
 
     All chosen tokens become the mask: BERT's leaving some as they are and replacing others at random does not help
     (arXiv:2202.08005).
@@ -167,6 +158,7 @@ class MaskedLM(LanguageObjective):
     """
 
     model_class = ModernBertForMaskedLM
+    logits: ClassVar[dict[str, Any]] = {"sparse_prediction": True}
 
     def __init__(self, tokenizer: Tokenizer, mask_rate: float) -> None:
         super().__init__(tokenizer)
@@ -174,58 +166,38 @@ class MaskedLM(LanguageObjective):
         self.special = torch.tensor(list(self.special_ids.values()))
 
     def label(self, ids_T: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Ids to masked ids and labels."""
         generator = torch.Generator().manual_seed(seed)
         chosen = (torch.rand(ids_T.shape, generator=generator) < self.mask_rate) & ~torch.isin(ids_T, self.special)
         return ids_T.masked_fill(chosen, self.special_ids["[MASK]"]), ids_T.masked_fill(~chosen, IGNORED)
 
     def targets(self, labels_T: Tensor) -> Tensor:
-        """The labels that there are, whose logits alone are computed."""
         return labels_T[labels_T != IGNORED]
 
     def finish_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
-        """Texts stand between `[CLS]` and `[SEP]`."""
         return self._framed(tokenizer, "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:0 [SEP]")
-
-    @contextlib.contextmanager
-    def ready(self, model: nn.Module) -> Iterator[None]:
-        """While logits are computed for labelled tokens alone."""
-        bare: Any = next(module for module in model.modules() if isinstance(module, ModernBertForMaskedLM))
-        own = bare.config
-        bare.config = own.replace(sparse_prediction=True, sparse_pred_ignore_index=IGNORED)
-        try:
-            yield
-        finally:
-            bare.config = own
 
 
 class CausalLM(LanguageObjective):
-    """Say the next token."""
+    """Predict the next token."""
 
     model_class = ModernBertDecoderForCausalLM
 
     def label(self, ids_T: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Ids as they are, and as labels all but the first, which nothing comes before."""
         labels_T = ids_T.clone()
-        labels_T[:1] = IGNORED
+        labels_T[:1] = IGNORED  # nothing comes before it
         return ids_T, labels_T
 
     def targets(self, labels_T: Tensor) -> Tensor:
-        """Each token's next one; the first of a text is no label, so that no text is asked for another's."""
         return torch.cat([labels_T[1:], labels_T.new_full((1,), IGNORED)])
 
     def finish_tokenizer(self, tokenizer: Tokenizer) -> Tokenizer:
-        """A prompt is to be gone on with: texts begin with `[CLS]` and have no `[SEP]` behind them."""
+        """A prompt is to be continued: texts begin with `[CLS]` and have no `[SEP]` at their end."""
         return self._framed(tokenizer, "[CLS] $A", "[CLS] $A [SEP] $B:0")
 
 
 def make_objective(name: str, tokenizer: Tokenizer, mask_rate: float) -> LanguageObjective:
     """The objective of this name: "mlm", which hides a share of the tokens, or "clm"."""
     return MaskedLM(tokenizer, mask_rate) if name == "mlm" else CausalLM(tokenizer)
-
-
-def _split(packed: Batch) -> list[Tensor]:
-    return list(packed["input_ids"].split(packed["cu_seqlens"].diff().tolist()))
 
 
 def _passes(texts: Iterable[Ids], budget: int) -> Iterator[list[Ids]]:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from modernbert.cli import main
 from modernbert.errors import InputError
-from modernbert.training.pretrain.prepare import prepare_data
-from modernbert.training.pretrain.run import Data
-from modernbert.training.pretrain.shards import Manifest, open_shard
-from modernbert.training.pretrain.stream import Cursor, PassStream, best_fit
-from modernbert.training.pretrain.texts import Corpus, Cutter
-from modernbert.training.pretrain.train_tokenizer import save_tokenizer, train_tokenizer
+from modernbert.training.pretraining.prepare import prepare_data
+from modernbert.training.pretraining.run import Data
+from modernbert.training.pretraining.shards import Manifest, open_shard
+from modernbert.training.pretraining.stream import Cursor, PassStream, best_fit
+from modernbert.training.pretraining.texts import Corpus, Cutter
+from modernbert.training.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
 
 
 def test_shards_hold_the_texts_and_the_manifest_says_so(raw, documents, tokenizer, tmp_path):
@@ -102,7 +102,7 @@ def test_preparing_leaves_all_or_nothing(raw, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("modernbert.training.pretrain.shards.np.save", full)
+    monkeypatch.setattr("modernbert.training.pretraining.shards.np.save", full)
     with pytest.raises(OSError, match="No space left"):
         prepare_data([raw / "first.jsonl"], raw / "tokenizer", tmp_path / "full", max_length=32)
     assert not list(tmp_path.iterdir())
