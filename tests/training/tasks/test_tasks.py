@@ -281,7 +281,7 @@ def test_nothing_becomes_the_word_none(backend):
     assert (len(train), len(held)) == (16, 4)
     options = OPTIONS["sentence-embedding"].of({"query_prompt": None, "train": None, "output": "x", "seed": None})
     assert (options.query_prompt, options.train, options.seed) == ("", [], 0)
-    with pytest.raises(InputError, match="train holds a null"):
+    with pytest.raises(InputError, match="train is None; it must be a string"):
         OPTIONS["sentence-embedding"].of({"train": [None]})
 
 
