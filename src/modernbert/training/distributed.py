@@ -54,8 +54,8 @@ _made_group = False  # whether `process` made the group of all processes, or fou
 def end_together(where: Any) -> None:
     """Wait for the other processes at the end of a run, and have this one leave their group when it exits.
 
-    The group has threads, which may still put down the last operation while Python shuts down; one that then needs
-    Python aborts the process. So they are ended first, but not before: the group serves the next run of this process.
+    A thread of the group may still be releasing the last operation while Python shuts down. If it needs Python's lock
+    then, the process is aborted, so the group is destroyed at exit, before that. Until then it serves the next run.
     """
     where.wait_for_everyone()
     if _made_group:
