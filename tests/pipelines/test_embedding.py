@@ -432,7 +432,7 @@ def test_encode_of_no_texts(body):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"device": "meta"}, "device is 'meta', and the model is on cpu"),
         ({"device": ["cpu", "cpu"]}, "and the model is on cpu"),
-        ({"precision": "int8"}, "precision is 'int8'; choose one of float32"),
+        ({"precision": "int8"}, "precision is 'int8'; choose float32"),
         ({"output_value": "token_embeddings"}, "multi_vector=True for tokens"),
         ({"convert_to_tensor": "yes"}, "convert_to_tensor is 'yes'"),
     ],

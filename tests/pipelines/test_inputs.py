@@ -145,9 +145,9 @@ def test_the_small_encoder_says_that_it_never_was_trained_to_compare(log):
             "text-scoring needs a causal language model, which is a decoder; .* is an encoder",
         ),
         ("text-generation", "Model", "text-generation needs a causal language model, .* is an encoder"),
-        ("sentence-embedding", "CausalLM", "sentence-embedding needs an encoder; .* is a decoder"),
+        ("sentence-embedding", "CausalLM", "sentence-embedding needs an encoder without a head, .*; .* is a decoder"),
         ("text-ranking", "CausalLM", "text-ranking needs a classifier with one label, .* or an encoder, .* a decoder"),
-        ("fill-mask", "CausalLM", "fill-mask needs an encoder; .* is a decoder"),
+        ("fill-mask", "CausalLM", "fill-mask needs an encoder for masked language modelling; .* is a decoder"),
         ("token-classification", "DecoderModel", "token-classification needs an encoder"),
     ],
 )

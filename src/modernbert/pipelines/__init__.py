@@ -6,10 +6,12 @@ import importlib
 import logging
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modernbert.errors import InputError
-from modernbert.pipelines.base import Pipeline
+
+if TYPE_CHECKING:
+    from modernbert.pipelines.base import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def pipeline(
     *,
     torch_dtype: Any = None,
     **kwargs: Any,
-) -> Pipeline:
+) -> Pipeline[Any, Any, Any]:
     """Make a pipeline: a model and its tokenizer, ready for texts.
 
     Args:
@@ -82,7 +84,7 @@ def pipeline(
         raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
     path, small = TASKS[task]
     module, _, name = path.rpartition(".")
-    cls: type[Pipeline] = getattr(importlib.import_module(f"modernbert.pipelines.{module}"), name)
+    cls: type[Pipeline[Any, Any, Any]] = getattr(importlib.import_module(f"modernbert.pipelines.{module}"), name)
     dtype = torch_dtype if dtype is None else dtype
     if model is None:
         if small is None:
@@ -123,6 +125,14 @@ def _task_of(model: Any, kwargs: dict[str, Any]) -> str:
             f"task is not given, and {model} does not say what it is for; choose one of {', '.join(TASKS)}"
         )
     return _USUAL[kind]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Pipeline":
+        from modernbert.pipelines.base import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 __all__ = ["TASKS", "Pipeline", "pipeline", "small_model"]
