@@ -160,7 +160,7 @@ def _theirs(task: str, options: dict, seed: int) -> dict:
     settings = OPTIONS[task].of(ours.settings_of(task, {**options, "seed": seed}, None, False).__dict__)
     worker = TASKS[task](settings)
     train, held, alone = ours.read_rows(worker, None, None, settings, lambda line: None)
-    worker.learn([*train, *held] if alone else train)
+    worker.fit_labels([*train, *held] if alone else train)
     small = small_model()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         small, **({"add_prefix_space": True} if task == "token-classification" else {})
@@ -195,10 +195,10 @@ def _theirs(task: str, options: dict, seed: int) -> dict:
     seconds = time.perf_counter() - began
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    worker.use(worker.load_tokenizer(small, settings), 512)
+    worker.set_tokenizer(worker.load_tokenizer(small, settings), 512)
     judged = worker.load(folder / "model", settings).optimize_for_inference()
     with torch.no_grad():
-        figures = worker.judge(judged, worker.prepare(held, False)).figures
+        figures = worker.evaluate_on(judged, worker.prepare(held, False)).figures
     shutil.rmtree(folder)
     return {"seconds": seconds, "tokens": counted["tokens"], "figures": figures}
 

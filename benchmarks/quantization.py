@@ -103,16 +103,16 @@ def fine_tuned(data: Path, runs: Path) -> list[dict[str, object]]:
         settings = settings_of(task, {**paths, "output": str(folder)}, None, False)
         worker = TASKS[task](settings)
         seen, unseen_rows, is_held_out = read_rows(worker, None, None, settings, lambda line: None)
-        worker.learn([*seen, *unseen_rows] if is_held_out else seen)
+        worker.fit_labels([*seen, *unseen_rows] if is_held_out else seen)
         model = load_as_saved(folder, dtype="float32")
-        worker.use(worker.load_tokenizer(folder, settings), model.config.max_position_embeddings)
+        worker.set_tokenizer(worker.load_tokenizer(folder, settings), model.config.max_position_embeddings)
         examples = worker.prepare(unseen_rows, False)
         for scheme in SCHEMES:
             model = load_as_saved(folder, dtype="float32")
             if scheme != "float32":
                 quantize(model, scheme, tokenizer=Tokenizer.from_pretrained(folder))
             with torch.no_grad():
-                figures = worker.judge(model.optimize_for_inference(), examples).figures
+                figures = worker.evaluate_on(model.optimize_for_inference(), examples).figures
             row: dict[str, object] = {"model": name, "scheme": scheme, "rows": len(examples), metric: figures[metric]}
             if model.quantization is not None:
                 row |= {k: model.quantization.measured[k] for k in ("cosine_min", "agreement")}

@@ -98,8 +98,8 @@ def test_columns(heads, tmp_path, capsys, suffix):
     assert code == 2
     where = path if suffix != ".jsonl" else f"{path}, record 1,"
     assert err == (
-        f"modernbert: {where} has the columns id, body, other and no 'text'; say which one is the text with "
-        "--column text=NAME\n"
+        f"modernbert: {where} has the columns id, body, other; none is known to hold the text. Say which one does: "
+        "--column text=COLUMN\n"
     )
 
 

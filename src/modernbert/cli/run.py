@@ -24,7 +24,7 @@ from modernbert.cli.inputs import (
     form_of,
     from_arguments,
     from_records,
-    parse_columns,
+    main_of,
     parse_options,
 )
 from modernbert.cli.messages import InterruptedCommandError, counted, in_flags, say
@@ -106,9 +106,7 @@ class Answering:
 
     def check(self) -> None:
         """Refuse what cannot be read or written before a model is loaded for it."""
-        from modernbert.io.tables import place_of
-        from modernbert.io.tables.reading import check_file
-        from modernbert.io.tables.writing import check_output
+        from modernbert.io.tables import check_file, check_output, place_of
 
         file, output = None if self.file is None else place_of(self.file)[0], self.output
         if self.texts and file:
@@ -145,7 +143,7 @@ class Answering:
                 raise InputError(f"{flags[name]} is no option of {serve.task}")
             if name in options:
                 raise InputError(f"{flags[name]} and --option {name} are given; give one of them")
-        if foreign := [name for name in self.fixed if name not in form_of(serve.task).fields]:
+        if foreign := [name for name in self.fixed if name not in {field.name for field in form_of(serve.task)}]:
             raise InputError(f"--{foreign[0]} is no option of {serve.task}")
         return options | named
 
@@ -202,22 +200,21 @@ class Answering:
 
     def inputs(self, task: str) -> tuple[Iterable[Pair], int | None, dict[str, Any]]:
         """The inputs, how many there are if that is known, and what tells them from those of another job."""
-        from modernbert.io.tables import count_records, place_of, read_records
+        from modernbert.io.tables import count_records, parse_columns, place_of, read_in_place
 
         form = form_of(task)
-        columns = parse_columns(self.column or [], form)
+        main = main_of(form)
+        columns = parse_columns(self.column or [], form, main.name)
         if self.texts:
             if columns:
                 raise InputError("--column is for files and standard input; texts are given as arguments")
             pairs: Iterable[Pair] = ((item, None) for item in from_arguments(self.texts, form, self.fixed))
-            total = len(self.texts) if form.many is None else 1
-            return pairs, total, {"the list of texts": self.texts, **self.fixed}
+            return pairs, 1 if main.many else len(self.texts), {"the list of texts": self.texts, **self.fixed}
         file, part = (None, None) if self.file is None else place_of(self.file)
-        records = read_records(file, self.skip_errors, part=part, blank=True)
-        pairs = from_records(records, form, self.fixed, columns, self.name, self.skip_errors)
-        count = count_records(file, blank=True) if form.many is None or not self.fixed else 1
+        pairs = from_records(read_in_place(file, part), form, self.fixed, columns, self.name, self.skip_errors)
+        total = 1 if main.many and self.fixed else count_records(file)
         named = {f"column of {field}": ", ".join(names) for field, names in columns.items()}
-        return pairs, count, {**fingerprint(file), "part": part, **named, **self.fixed}
+        return pairs, total, {**fingerprint(file), "part": part, **named, **self.fixed}
 
     def ranked(self, serve: Any, pair: Pair, options: dict[str, Any], refused: Tally) -> Pair:
         """An input whose documents each stand for themselves: errors instead of those that cannot be ranked."""

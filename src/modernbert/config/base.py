@@ -12,10 +12,12 @@ import copy
 import dataclasses
 import difflib
 import json
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeGuard
 
+from modernbert.checks import Limits, check_value, kinds_of, option
 from modernbert.errors import ConfigError, shown
 from modernbert.io.files import write_text
 from modernbert.io.hub import Source
@@ -27,6 +29,19 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 _OTHER_DTYPES = {"double": "float64", "float": "float32", "half": "float16"}  # as torch spells them too
 _SPECIAL_IDS = ("pad", "bos", "cls", "sep", "eos")
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish", "tanh", "sigmoid")
+# What a file may ask for: far beyond any model, and far below what fills a machine before an error is met.
+_MOST_LAYERS, _MOST_LABELS, _LARGEST = 4096, 2**20, 2**28
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+_DROPOUTS = ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
+_LIMITS = {
+    **dict.fromkeys(_SIZES, Limits(1, _LARGEST)),
+    **dict.fromkeys(_DROPOUTS, Limits(0, below=1)),
+    **dict.fromkeys(("norm_eps", "initializer_range", "initializer_cutoff_factor"), Limits(above=0)),
+    "num_hidden_layers": Limits(0, _MOST_LAYERS),
+    "local_attention": Limits(0, _LARGEST),
+    "global_attn_every_n_layers": Limits(1),
+    "num_labels": Limits(1, _MOST_LABELS),
+}
 # Fields that act on every call, whenever they are set.
 _ACT_LATER = {
     *(f"{name}_token_id" for name in _SPECIAL_IDS),
@@ -34,8 +49,6 @@ _ACT_LATER = {
     *("dtype", "extra", "initializer_range", "initializer_cutoff_factor", "use_cache", "classifier_pooling"),
     *("sparse_prediction", "sparse_pred_ignore_index", "repad_logits_with_grad"),
 }
-# What a file may ask for: far beyond any model, and far below what fills a machine before an error is met.
-_MOST_LAYERS, _MOST_LABELS, _LARGEST = 4096, 2**20, 2**28
 
 
 class Reach(NamedTuple):
@@ -102,7 +115,7 @@ class Config(abc.ABC):
     """
 
     model_type: ClassVar[str]
-    default_theta: ClassVar[dict[str, float]]  # base period of each layer type where a file is silent
+    default_theta: ClassVar[dict[str, float]]  # base period of each layer type if a file does not give it
 
     vocab_size: int = 50368
     hidden_size: int = 768
@@ -142,7 +155,7 @@ class Config(abc.ABC):
     num_labels: int | None = None
     id2label: dict[int, str] | None = None
     label2id: dict[str, int] | None = None
-    problem_type: str | None = None
+    problem_type: str | None = option(None, "What the labels are.", choices=PROBLEM_TYPES)
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
@@ -157,7 +170,6 @@ class Config(abc.ABC):
         self._derive_layer_types()
         self._derive_rope(rope_scaling)
         self._derive_labels()
-        self._check_choices()
         self._derive_pruned_heads()
         self.__dict__["_is_checked"] = True
 
@@ -229,12 +241,10 @@ class Config(abc.ABC):
         }
         values: dict[str, Any] = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
         layers = changes.get("num_hidden_layers", self.num_hidden_layers)
-        irregular = self.global_attn_every_n_layers is None
-        if (
-            layers != self.num_hidden_layers
-            and irregular
-            and not {"layer_types", "global_attn_every_n_layers"} & {*changes}
-        ):
+        irregular = self.global_attn_every_n_layers is None and not {*derived["layer_types"], "layer_types"} & {
+            *changes
+        }
+        if layers != self.num_hidden_layers and irregular:
             raise ConfigError(
                 f"num_hidden_layers is {layers}; this model's layer_types follow no rule, so give them too"
             )
@@ -270,8 +280,7 @@ class Config(abc.ABC):
             given.pop("num_labels", None)
         half = given.pop("sliding_window", None)  # as in the reference, it wins over `local_attention`
         if half is not None:
-            if not _is_whole(half) or not 0 <= half <= _LARGEST // 2:
-                raise ConfigError(f"sliding_window is {shown(half)}; it must be a whole number from 0")
+            half = check_value("sliding_window", half, int, {"limits": Limits(0, _LARGEST // 2)}, ConfigError)
             whole = given.get("local_attention")
             if not _is_whole(whole) or whole // 2 != half:
                 given["local_attention"] = 2 * half
@@ -334,31 +343,21 @@ class Config(abc.ABC):
     # Construction, step by step
 
     def _check_types(self) -> None:
+        kinds = kinds_of(type(self))
         for field in dataclasses.fields(self):
-            kind, nullable = str(field.type).removesuffix(" | None"), str(field.type).endswith(" | None")
-            value = getattr(self, field.name)
-            if kind not in _KINDS or (nullable and value is None):
-                continue
-            fits, what = _KINDS[kind]
-            if not fits(value):
-                raise ConfigError(f"{field.name} is {shown(value)}; it must be {what}{' or null' if nullable else ''}")
+            kind = kinds[field.name]
+            if field.name != "dtype" and set(typing.get_args(kind) or (kind,)) <= {bool, int, float, str, type(None)}:
+                rule = field.metadata or {"limits": _LIMITS.get(field.name, Limits())}
+                value = check_value(field.name, getattr(self, field.name), kind, rule, ConfigError)
+                setattr(self, field.name, value)
+        for name in ("hidden_activation", "classifier_activation"):
+            value = getattr(self, name)
+            if not callable(value) and value not in ACTIVATIONS:
+                raise ConfigError(
+                    f"{name} is {shown(value)}; choose one of {', '.join(ACTIVATIONS)} or give a function"
+                )
 
     def _check_sizes(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "max_position_embeddings",
-        )
-        for name in (*sizes, "num_hidden_layers", "local_attention"):
-            value = getattr(self, name)
-            least = 0 if name in ("num_hidden_layers", "local_attention") else 1
-            if value < least:
-                raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
-            most = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
-            if value > most:
-                raise ConfigError(f"{name} is {shown(value)}; it must be at most {most}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size is {self.hidden_size}, which is not a multiple of "
@@ -369,33 +368,15 @@ class Config(abc.ABC):
                 f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} gives "
                 f"heads of {self.head_dim}; rotary embeddings need an even size"
             )
-        for name in ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must lie in [0, 1)")
-        for name in ("norm_eps", "initializer_range", "initializer_cutoff_factor"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ConfigError(f"{name} is {value!r}; it must be a number above 0")
-            setattr(self, name, float(value))
-        for name in _SPECIAL_IDS:
-            ids = getattr(self, f"{name}_token_id")
-            for token_id in ids if name == "eos" and isinstance(ids, list) else [ids]:
-                # Only the padding id is used as an index; others may point past a cut vocabulary.
-                inside = token_id is None or (_is_whole(token_id) and 0 <= token_id < self.vocab_size)
-                if not inside and (name == "pad" or not _is_whole(token_id) or not 0 <= token_id < 2**31):
+        for name in (f"{special}_token_id" for special in _SPECIAL_IDS):
+            ids = getattr(self, name)
+            # Only the padding id is used as an index; others may point past a cut vocabulary.
+            most = self.vocab_size if name == "pad_token_id" else 2**31
+            for token_id in ids if name == "eos_token_id" and isinstance(ids, list) else [ids]:
+                if token_id is not None and (not _is_whole(token_id) or not 0 <= token_id < most):
                     raise ConfigError(
-                        f"{name}_token_id is {shown(token_id)}; the vocabulary has ids 0 to {self.vocab_size - 1}"
+                        f"{name} is {shown(token_id)}; the vocabulary has ids 0 to {self.vocab_size - 1} (vocab_size)"
                     )
-
-    def _check_choices(self) -> None:
-        for name in ("hidden_activation", "classifier_activation"):
-            value = getattr(self, name)
-            if not callable(value) and value not in ACTIVATIONS:
-                raise ConfigError(
-                    f"{name} is {shown(value)}; choose one of {', '.join(ACTIVATIONS)} or give a function"
-                )
-        if self.problem_type is not None and self.problem_type not in PROBLEM_TYPES:
-            raise ConfigError(f"problem_type is {shown(self.problem_type)}; choose one of {', '.join(PROBLEM_TYPES)}")
 
     def _derive_dtype(self) -> None:
         name = None if self.dtype in (None, "auto") else str(self.dtype).removeprefix("torch.")
@@ -405,6 +386,8 @@ class Config(abc.ABC):
         self.dtype = name
 
     def _derive_pruned_heads(self) -> None:
+        if not isinstance(self.pruned_heads, Mapping):
+            raise ConfigError(f"pruned_heads is {shown(self.pruned_heads)}; it must hold lists of heads by layer")
         pruned: dict[int, list[int]] = {}
         for layer, heads in self.pruned_heads.items():
             number = int(layer) if str(layer).isdecimal() and len(str(layer)) < 10 else -1
@@ -423,8 +406,6 @@ class Config(abc.ABC):
 
     def _derive_layer_types(self) -> None:
         every = self.global_attn_every_n_layers
-        if every is not None and every < 1:
-            raise ConfigError(f"global_attn_every_n_layers is {shown(every)}; it must be a whole number of at least 1")
         if self.layer_types is None:
             self.global_attn_every_n_layers = every or 3
             kinds = [LAYER_TYPES[bool(i % (every or 3))] for i in range(self.num_hidden_layers)]
@@ -481,23 +462,19 @@ class Config(abc.ABC):
             choices = ", ".join(ROPE_TYPES)
             raise ConfigError(f"{where} has rope_type {shown(rope['rope_type'])}; choose one of {choices}")
 
-        def number(name: str, least: float, above: bool = False) -> None:
-            value = rope.get(name)
-            if not _is_number(value) or not least <= value <= 1e15 or (above and value == least):
-                bound = f"above {least:g}" if above else f"of at least {least:g}"
-                raise ConfigError(f"{where} has {name} {shown(value)}; it must be a number {bound}, at most 1e15")
+        def check(name: str, value_kind: Any = float, **limits: float) -> None:
+            rule = {"limits": Limits(**limits, most=1e15)}
+            check_value(f"{where}[{name!r}]", rope.get(name), value_kind, rule, ConfigError)
 
         is_yarn = rope["rope_type"] == "yarn"
-        number("rope_theta", 1.0, above=is_yarn)
-        if rope["rope_type"] in ("linear", "dynamic", "yarn"):
-            number("factor", 1.0)
+        check("rope_theta", **{"above" if is_yarn else "least": 1})
+        if rope["rope_type"] != "default":
+            check("factor", least=1)
         if is_yarn:
-            number("original_max_position_embeddings", 1)
+            check("original_max_position_embeddings", least=1)
             for name in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-                if rope.get(name) is not None:
-                    number(name, 0.0)
-            if not isinstance(rope.get("truncate", True), bool):
-                raise ConfigError(f"{where} has truncate {shown(rope['truncate'])}; it must be true or false")
+                check(name, float | None, least=0)
+            check("truncate", bool | None)
         if rope["rope_type"] == "dynamic" and self.head_dim < 4:
             raise ConfigError(f"{where} has rope_type 'dynamic', which needs heads of at least 4, not {self.head_dim}")
 
@@ -521,8 +498,6 @@ class Config(abc.ABC):
             number = self.num_labels
             if number is None:
                 number = len(self.label2id) if self.label2id else 2
-            if not 1 <= number <= _MOST_LABELS:
-                raise ConfigError(f"num_labels is {shown(number)}; it must be a whole number from 1 to {_MOST_LABELS}")
             labels = {i: f"LABEL_{i}" for i in range(number)}
             if self.label2id:
                 ids = list(self.label2id.values())
@@ -548,17 +523,3 @@ def _label(number: int, name: Any) -> str:
 
 def _is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-
-# What a field may hold, by its annotation, in Python and in words.
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "bool": (lambda value: isinstance(value, bool), "true or false"),
-    "int": (_is_whole, "a whole number"),
-    "float": (_is_number, "a number"),
-    "dict[str, Any]": (lambda value: isinstance(value, dict), "values by name"),
-    "dict[int, list[int]]": (lambda value: isinstance(value, dict), "lists of heads by layer"),
-}

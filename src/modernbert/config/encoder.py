@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from modernbert.checks import option
 from modernbert.config.base import Config, Reach
-from modernbert.errors import ConfigError, shown
 
 POOLINGS = ("cls", "mean")
 
@@ -33,9 +33,9 @@ class ModernBertConfig(Config):
     model_type: ClassVar[str] = "modernbert"
     default_theta: ClassVar[dict[str, float]] = {"full_attention": 160_000.0, "sliding_attention": 10_000.0}
 
-    classifier_pooling: str = "cls"
+    classifier_pooling: str = option("cls", "How a text's states become one.", choices=POOLINGS)
     sparse_prediction: bool = False
-    sparse_pred_ignore_index: int = -100
+    sparse_pred_ignore_index: int = option(-100, "Marks tokens without a label.", above=-(2**31), below=2**31)
     repad_logits_with_grad: bool = False
 
     def reach(self, layer_type: str) -> Reach:
@@ -43,14 +43,3 @@ class ModernBertConfig(Config):
         if layer_type == "full_attention":
             return Reach(None, None)
         return Reach(self.sliding_window, self.sliding_window)
-
-    def _check_choices(self) -> None:
-        super()._check_choices()
-        if abs(self.sparse_pred_ignore_index) >= 2**31:
-            given = shown(self.sparse_pred_ignore_index)
-            raise ConfigError(
-                f"sparse_pred_ignore_index is {given}; it must be a whole number of 32 bits, such as -100"
-            )
-        if self.classifier_pooling not in POOLINGS:
-            given = shown(self.classifier_pooling)
-            raise ConfigError(f"classifier_pooling is {given}; choose one of {', '.join(POOLINGS)}")

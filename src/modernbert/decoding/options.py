@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from modernbert.checks import Options, option
 from modernbert.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
@@ -18,21 +18,17 @@ _DEFAULT_NEW_TOKENS = 20
 _MOST_FROM_FILE = 1024  # beams and sequences of a prompt that defaults may ask for
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _BEAMS = ("length_penalty", "early_stopping")
-_LEAST = {  # of whole numbers
-    "max_length": 1, "max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "min_new_tokens": 0, "top_k": 0,
-    "no_repeat_ngram_size": 0, "pad_token_id": 0,
-}  # fmt: skip
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
+class GenerationOptions(Options):
     """How to generate.
 
     Args:
         max_length: tokens of prompt and continuation together, padding columns of the prompt included; 1, which no
             prompt fits under, asks for one new token.
-        max_new_tokens: tokens of the continuation; 20 where neither is given.
+        max_new_tokens: tokens of the continuation; 20 if neither is given.
         min_new_tokens: an end of text is not taken before this many.
         do_sample: draw tokens by their probability instead of taking the likeliest.
         temperature: scores are divided by it before drawing; above 0.
@@ -49,25 +45,30 @@ class GenerationOptions:
         eos_token_id: ids that end a text; empty never ends one.
         pad_token_id: what fills up texts that are shorter than the longest one.
         stop_strings: strings that end a text once its continuation holds one; they stay in it.
+
+    Raises:
+        InputError: an option is impossible.
     """
 
-    max_length: int | None = None
-    max_new_tokens: int | None = None
-    min_new_tokens: int = 0
-    do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | str = False
-    num_return_sequences: int = 1
-    eos_token_id: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-    stop_strings: tuple[str, ...] = ()
+    max_length: int | None = option(None, "Most tokens of prompt and continuation together.", least=1)
+    max_new_tokens: int | None = option(None, "Most tokens of the continuation.", least=1)
+    min_new_tokens: int = option(0, "Fewest tokens of the continuation.", least=0)
+    do_sample: bool = option(False, "Draw tokens instead of taking the likeliest.")
+    temperature: float = option(1.0, "Scores are divided by it before drawing.", above=0)
+    top_k: int = option(50, "Draw among this many likeliest tokens; 0 among all.", least=0)
+    top_p: float = option(1.0, "Draw among the fewest tokens of at least this probability together.", above=0, most=1)
+    min_p: float = option(0.0, "Draw among tokens with this share of the likeliest one's probability.", least=0, most=1)
+    repetition_penalty: float = option(1.0, "Scores of tokens that occur already are divided by it.", above=0)
+    no_repeat_ngram_size: int = option(0, "No tokens in a row of this length occur twice; 0 allows all.", least=0)
+    num_beams: int = option(1, "Continuations that beam search follows.", least=1)
+    length_penalty: float = option(
+        1.0, "Exponent of the length that beams' scores are divided by.", least=-100, most=100
+    )
+    early_stopping: bool | str = option(False, "When a beam search ends.", choices=("never",))
+    num_return_sequences: int = option(1, "Continuations of each prompt.", least=1)
+    eos_token_id: tuple[int, ...] = option((), "Ids that end a text.", least=0)
+    pad_token_id: int | None = option(None, "Fills up texts that are shorter than the longest one.", least=0)
+    stop_strings: tuple[str, ...] = option((), "Strings that end a text.")
 
     @classmethod
     def make(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationOptions:
@@ -76,10 +77,7 @@ class GenerationOptions:
         Raises:
             InputError: an option is unknown or impossible, or two contradict each other.
         """
-        names = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(given) - set(names))
-        if unknown:
-            raise InputError(f"generate has no option {', '.join(unknown)}; there are {', '.join(names)}")
+        names = [field.name for field in dataclasses.fields(cls)]
         given = {name: value for name, value in given.items() if value is not None}
         none = (None, -1)  # -1 is a file's way to write that there is no such id
         base = {
@@ -94,19 +92,11 @@ class GenerationOptions:
                     f"{name} is {shown(value)} in the generation_config; it may ask for {_MOST_FROM_FILE} at most, so "
                     f"give {name} to generate"
                 )
-        if {"max_length", "max_new_tokens"} & set(given):
-            base = {name: value for name, value in base.items() if name not in ("max_length", "max_new_tokens")}
-        values = {**base, **given}
-        for name, kind in (("eos_token_id", int), ("stop_strings", str)):
-            value = values.get(name, ())
-            if isinstance(value, kind):
-                values[name] = (value,)
-            elif isinstance(value, list | tuple):
-                values[name] = tuple(value)
-            else:
-                raise InputError(f"{name} is {shown(value)}; give one or a list of them")
-        options = cls(**values)
-        options._check(set(given))
+        yields = ("max_length", "max_new_tokens") if {"max_length", "max_new_tokens"} & {*given} else ()
+        if not given.get("do_sample", base.get("do_sample")):
+            yields = (*yields, *_SAMPLING)  # what is off means nothing
+        options = cls.of({name: value for name, value in base.items() if name not in yields} | given, "generate")
+        options._check({*given})
         return options
 
     def _check(self, given: set[str]) -> None:
@@ -114,38 +104,23 @@ class GenerationOptions:
             raise InputError(
                 f"max_length is {self.max_length} and max_new_tokens is {self.max_new_tokens}; give one of them"
             )
-        for name, least in _LEAST.items():
-            _whole(name, getattr(self, name), least)
-        for i in self.eos_token_id:
-            _whole("eos_token_id", i, 0)
-        if not isinstance(self.do_sample, bool):
-            raise InputError(f"do_sample is {shown(self.do_sample)}; choose True or False")
-        _between("repetition_penalty", self.repetition_penalty, 0.0, open_below=True)
-        _between("length_penalty", self.length_penalty, -100.0, 100.0)
-        if self.do_sample:  # what is off means nothing
-            _between("temperature", self.temperature, 0.0, open_below=True)
-            _between("top_p", self.top_p, 0.0, 1.0, open_below=True)
-            _between("min_p", self.min_p, 0.0, 1.0)
         if not self.do_sample and (off := [name for name in _SAMPLING if name in given]):
             raise InputError(f"{', '.join(off)} is for sampling, which is off; give do_sample=True too")
-        if not isinstance(self.early_stopping, bool | str) or self.early_stopping not in (True, False, "never"):
-            raise InputError(f"early_stopping is {shown(self.early_stopping)}; choose True, False or 'never'")
         if self.num_beams == 1 and (off := [name for name in _BEAMS if name in given]):
             raise InputError(f"{', '.join(off)} is for beam search, which is off; give num_beams too")
-        if self.num_return_sequences > 1 and not self.do_sample and self.num_return_sequences > self.num_beams:
+        beams, sequences = self.num_beams, self.num_return_sequences
+        if sequences > beams and not self.do_sample:
             raise InputError(
-                f"num_return_sequences is {self.num_return_sequences}; without do_sample=True there are as many "
-                f"different ones as num_beams, {self.num_beams}"
+                f"num_return_sequences is {sequences}; without do_sample=True there are as many different ones as "
+                f"num_beams, {beams}"
             )
-        if self.num_beams > 1 and self.num_return_sequences > self.num_beams:
-            raise InputError(
-                f"num_return_sequences is {self.num_return_sequences}; a beam search keeps num_beams, {self.num_beams}"
-            )
+        if sequences > beams > 1:
+            raise InputError(f"num_return_sequences is {sequences}; a beam search keeps num_beams, {beams}")
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens is {self.min_new_tokens} and max_new_tokens is {self.max_new_tokens}, which is less"
             )
-        if not all(isinstance(s, str) and s for s in self.stop_strings):
+        if not all(self.stop_strings):
             raise InputError(f"stop_strings is {shown(list(self.stop_strings))}; give strings with something in them")
 
     def new_tokens(self, columns: int) -> int:
@@ -189,15 +164,3 @@ def _given(kind: str) -> str:
     """What a caller may give for a field of this type: one instead of several, and None for the default."""
     kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1 | Sequence[\1]", kind)
     return kind if kind.endswith("None") else f"{kind} | None"
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-        raise InputError(f"{name} is {shown(value)}; it must be a whole number of at least {least}")
-
-
-def _between(name: str, value: Any, low: float, high: float | None = None, open_below: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
-    if not number or not (value > low if open_below else value >= low) or (high is not None and value > high):
-        most = "" if high is None else f", at most {high:g}"
-        raise InputError(f"{name} is {shown(value)}; it must be {'above' if open_below else 'at least'} {low:g}{most}")

@@ -1,4 +1,4 @@
-"""Files and folders written whole or not at all; JSON that is read within bounds."""
+"""Files and folders written whole or not at all, by one process at a time; JSON that is read within bounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_DEEPEST = 64  # levels of lists and objects in a JSON file
+from modernbert.errors import InputError
+
+_DEEPEST = 64  # levels of lists and objects in JSON
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
@@ -35,8 +37,30 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Keep a path for this process alone, by a file `.NAME.lock` beside it.
+
+    Raises:
+        InputError: another process keeps it; `refusal` is the message.
+    """
+    from filelock import FileLock, Timeout
+
+    _make_folder(path.parent)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(refusal) from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # before it is released: later it could be another process's
+        lock.release()
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it takes the place of `path` once written whole."""
+    """Give a temporary path beside `path` to write to, which replaces `path` once it is written whole."""
     _make_folder(path.parent)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -80,15 +104,14 @@ def replace_folder(new: Path, folder: Path) -> None:
     """
     if not folder.exists():
         new.rename(folder)
-        return
-    if _exchanged(new, folder):
+    elif _exchanged(new, folder):
         shutil.rmtree(new, ignore_errors=True)
-        return
-    previous = folder.with_name(f".{folder.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    folder.rename(previous)
-    new.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    else:
+        previous = folder.with_name(f".{folder.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+        new.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
@@ -101,23 +124,18 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of a file.
+    """Parse JSON.
 
     Raises:
         ValueError: it is no JSON, is not UTF-8, or is nested deeper than anything that is read here.
     """
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"it is nested more than {_DEEPEST} levels deep") from None
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return value
+    with contextlib.suppress(RecursionError):
+        level = [value := json.loads(text)]
+        if isinstance(text, str) and text.count("[") + text.count("{") <= _DEEPEST:
+            return value  # almost all rows of tables, and sooner
+        for _ in range(_DEEPEST + 1):
+            level = [v for v in level if isinstance(v, dict | list)]
+            if not level:
+                return value
+            level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
     raise ValueError(f"it is nested more than {_DEEPEST} levels deep")

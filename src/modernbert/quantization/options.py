@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+from modernbert.checks import Options, option
 from modernbert.config import Config
 from modernbert.errors import CheckpointError, shown
 from modernbert.models.formats import KEY
@@ -26,7 +27,7 @@ _COSINES = {8: 0.999, 4: 0.9}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizationConfig:
+class QuantizationConfig(Options):
     """How to quantize a model, and how much it may cost.
 
     Args:
@@ -43,20 +44,12 @@ class QuantizationConfig:
         ValueError: a value is impossible.
     """
 
-    scheme: str = "int8"
-    min_cosine: float | None = None
-    most_kept: float = 0.25
-    tokens: int = 4096
+    error: ClassVar[type[ValueError]] = ValueError
 
-    def __post_init__(self) -> None:
-        if self.scheme not in SCHEMES:
-            raise ValueError(f"scheme is {self.scheme!r}; choose one of {', '.join(SCHEMES)}")
-        for name in ("min_cosine", "most_kept"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}; it must be from 0 to 1")
-        if not isinstance(self.tokens, int) or self.tokens < 64:
-            raise ValueError(f"tokens is {self.tokens!r}; it must be a whole number of at least 64")
+    scheme: str = option("int8", "Bits of weights, and whether inputs are rounded too.", choices=tuple(SCHEMES))
+    min_cosine: float | None = option(None, "Least cosine of the worst token's last hidden state.", least=0, most=1)
+    most_kept: float = option(0.25, "Share of the weights that may have more bits.", least=0, most=1)
+    tokens: int = option(4096, "Tokens that are read, half to choose by and half to measure on.", least=64)
 
     @property
     def limit(self) -> float:
@@ -96,7 +89,7 @@ def resolve(given: Any) -> QuantizationConfig:
     if isinstance(given, str):
         return QuantizationConfig(scheme=given)
     if isinstance(given, Mapping) and "scheme" in given:
-        return QuantizationConfig(**given)
+        return QuantizationConfig.of(given, "quantization_config")
     bits = {
         name: bool(given.get(name) if isinstance(given, Mapping) else getattr(given, name, False))
         for name in ("load_in_8bit", "load_in_4bit")

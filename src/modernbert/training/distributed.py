@@ -6,8 +6,10 @@ state. Any number of processes reads them again, each the rows that it needs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import gc
 import os
 import signal
 import threading
@@ -31,12 +33,39 @@ _LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken 
 
 def process(options: TrainingOptions) -> Any:
     """This process among those of the run: Accelerate's `PartialState`."""
+    global _made_group
     try:
         from accelerate import PartialState
     except ImportError as error:
         raise InputError("training needs accelerate: pip install 'modernbert[train]'") from error
+    import torch.distributed.nn.functional  # what it imports keeps a group that was made before, to the very end
+
+    atexit.unregister(_leave)  # a run before this one ended in order; this one may not
+    is_set_up = torch.distributed.is_initialized()
     # Evaluations are one process's work, which the others wait for.
-    return PartialState(cpu=_on_cpu(options), timeout=datetime.timedelta(hours=12))
+    state = PartialState(cpu=_on_cpu(options), timeout=datetime.timedelta(hours=12))
+    _made_group = _made_group or (torch.distributed.is_initialized() and not is_set_up)
+    return state
+
+
+_made_group = False  # whether `process` made the group of all processes, or found the caller's
+
+
+def end_together(where: Any) -> None:
+    """Wait for the other processes at the end of a run, and have this one leave their group when it exits.
+
+    The group has threads, which may still put down the last operation while Python shuts down; one that then needs
+    Python aborts the process. So they are ended first, but not before: the group serves the next run of this process.
+    """
+    where.wait_for_everyone()
+    if _made_group:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    gc.collect()  # models wrapped for the group keep it, and with it its threads
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _on_cpu(options: TrainingOptions) -> bool:

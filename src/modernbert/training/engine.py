@@ -205,8 +205,8 @@ class _Run:
             evaluated_at = -1
         if evaluated_at != self.step or objective.reads_more_at_the_end:
             evaluation = self._evaluate(at_the_end=True)
-        if trackers:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # Accelerate's `end_training` would end the processes' group too
+            tracker.finish()
         if self.frame is not None:
             weights = {name: whole(value.detach()).cpu() for name, value in self.bare.named_parameters()}
             model = self.frame.rebuild(weights)

@@ -12,12 +12,13 @@ from typing import Any
 
 from modernbert.errors import InputError
 from modernbert.io.files import write_text
+from modernbert.io.tables import parse_columns
 from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
 from modernbert.training.adapters import add_adapters, has_adapters, merged
 from modernbert.training.checkpoints import explained
 from modernbert.training.contract import Outcome
-from modernbert.training.distributed import process
+from modernbert.training.distributed import end_together, process
 from modernbert.training.engine import fit
 from modernbert.training.examples import ExampleFeed
 from modernbert.training.folder import (
@@ -36,7 +37,7 @@ from modernbert.training.report import write_results
 from modernbert.training.schedules import peak_rate
 from modernbert.training.tasks.base import Task
 from modernbert.training.tasks.catalog import TASKS
-from modernbert.training.tasks.data import Row, hold_out, parse_columns, read_tables, rows_of, with_parts
+from modernbert.training.tasks.data import Row, hold_out, read_tables, rows_of, with_parts
 from modernbert.training.tasks.options import OPTIONS, FinetuneOptions
 
 logger = logging.getLogger(__name__)
@@ -121,9 +122,9 @@ def finetune(
         train_rows, eval_rows, is_held_out = read_rows(worker, train, eval, settings, say)
         name = settings.model or small_model("decoder" if task == "causal-lm" else "encoder")
         # Of rows that were held out here the labels are known; a file of its own may not have others.
-        worker.learn([*train_rows, *eval_rows] if is_held_out else train_rows)
+        worker.fit_labels([*train_rows, *eval_rows] if is_held_out else train_rows)
         loaded = _loaded(worker, name, settings)
-        worker.use(worker.load_tokenizer(name, settings), loaded.config.max_position_embeddings)
+        worker.set_tokenizer(worker.load_tokenizer(name, settings), loaded.config.max_position_embeddings)
         examples = worker.prepare(train_rows, True)
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
         for note in dict.fromkeys((*worker.notes, stored_in(loaded.config.dtype))):
@@ -177,7 +178,7 @@ def finetune(
             }
             with explained(folder):
                 _finish(result, worker, settings, about, changes)
-        where.wait_for_everyone()
+        end_together(where)
         return result
 
 

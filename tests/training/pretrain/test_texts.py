@@ -68,7 +68,7 @@ def test_bad_paths_and_rows_are_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"a\.jsonl, row 2, has no column 'text'"):
         Collection([tmp_path / "a.jsonl"])
     (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
-    with pytest.raises(InputError, match=r"has a int in 'text'"):
+    with pytest.raises(InputError, match=r"has an int in 'text'"):
         Collection([tmp_path / "b.jsonl"])
     (tmp_path / "c.jsonl").write_text('{"text": "bad \\ud83d"}\n')
     with pytest.raises(InputError, match=r"c\.jsonl, row 1, is no Unicode text"):

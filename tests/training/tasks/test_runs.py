@@ -155,14 +155,14 @@ def test_other_ways_to_train(way, base, tmp_path, moods):
 def test_the_best_weights_are_kept_and_a_run_stops_early(base, tmp_path, moods, monkeypatch):
     """Evaluations get worse after the second."""
     values = iter([0.5, 0.9, 0.8, 0.7, 0.6, 0.5])
-    judge = TASKS["text-classification"].judge
+    evaluate_on = TASKS["text-classification"].evaluate_on
 
     def falling(self, model, examples):
-        found = judge(self, model, examples)
+        found = evaluate_on(self, model, examples)
         found.figures["accuracy"] = next(values)
         return found
 
-    monkeypatch.setattr(TASKS["text-classification"], "judge", falling)
+    monkeypatch.setattr(TASKS["text-classification"], "evaluate_on", falling)
     run = finetune(
         "text-classification", moods, output=tmp_path / "run", model=base(), max_steps=20, eval_every=2, patience=2,
         batch_size=8, lr=1e-2, progress=False,

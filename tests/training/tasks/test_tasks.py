@@ -1,4 +1,4 @@
-"""What tasks make of rows, and how they judge."""
+"""What tasks make of rows, and the metrics of their evaluations."""
 
 import itertools
 import json
@@ -15,11 +15,11 @@ from modernbert.nn.losses import IGNORED
 from modernbert.training.tasks.catalog import TASKS
 from modernbert.training.tasks.data import Row, hold_out, read_tables, rows_of
 from modernbert.training.tasks.metrics import (
-    classification_figures,
-    entity_figures,
-    multi_label_figures,
-    regression_figures,
-    squad_figures,
+    classification_metrics,
+    multi_label_metrics,
+    regression_metrics,
+    squad_metrics,
+    tag_metrics,
 )
 from modernbert.training.tasks.multiple_choice import choice_number
 from modernbert.training.tasks.options import OPTIONS
@@ -29,9 +29,9 @@ from tests.training.tasks.conftest import answer_rows, tag_rows
 def worker_of(task, backend, rows, **options):
     worker = TASKS[task](OPTIONS[task](**options))
     found = rows_of(read_tables(rows, None), TASKS[task].fields, {})[0]
-    worker.learn(found)
+    worker.fit_labels(found)
     prefixed = task == "token-classification"
-    worker.use(Tokenizer(type(backend).from_str(backend.to_str()), add_prefix_space=prefixed or None), 64)
+    worker.set_tokenizer(Tokenizer(type(backend).from_str(backend.to_str()), add_prefix_space=prefixed or None), 64)
     return worker, found
 
 
@@ -45,7 +45,7 @@ def words_of(text):
 
 
 @given(st.lists(texts, min_size=1, max_size=3), texts)
-def test_squads_figures_by_counting(answers, said):
+def test_squads_metrics_by_counting(answers, said):
     def f1(one):
         rest, shared = words_of(one), 0
         for word in words_of(said):
@@ -57,7 +57,7 @@ def test_squads_figures_by_counting(answers, said):
         precision, recall = shared / len(words_of(said)), shared / len(words_of(one))
         return 0.0 if not shared else 2 * precision * recall / (precision + recall)
 
-    found = squad_figures([answers], [said])
+    found = squad_metrics([answers], [said])
     assert found["exact_match"] == 100 * max(float(words_of(one) == words_of(said)) for one in answers)
     assert found["f1"] == pytest.approx(100 * max(map(f1, answers)))
 
@@ -70,21 +70,22 @@ def test_squads_figures_by_counting(answers, said):
         (["well-known"], "well known", 0, 0),
     ],
 )  # fmt: skip
-def test_squads_figures_of_known_answers(answers, said, exact, f1):
-    assert squad_figures([answers], [said]) == pytest.approx({"exact_match": exact, "f1": f1})
+def test_squads_metrics_of_known_answers(answers, said, exact, f1):
+    assert squad_metrics([answers], [said]) == pytest.approx({"exact_match": exact, "f1": f1})
 
 
-def test_figures_of_constants_and_of_nothing_are_numbers():
+def test_metrics_of_constants_and_of_nothing_are_numbers():
     ones = np.ones(4)
-    assert regression_figures(ones, np.arange(4.0))["pearson"] == 0.0
-    assert multi_label_figures(np.eye(3, dtype=int), np.zeros((3, 3), int), np.zeros((3, 3)))["f1_micro"] == 0.0
-    assert classification_figures([0, 0], [0, 0], 2) == (
+    assert regression_metrics(ones, np.arange(4.0))["pearson"] == 0.0
+    assert multi_label_metrics(np.eye(3, dtype=int), np.zeros((3, 3), int), np.zeros((3, 3)))["f1_micro"] == 0.0
+    assert classification_metrics([0, 0], [0, 0], 2) == (
         {"accuracy": 1.0, "f1_macro": 1.0, "matthews": 0.0},
         [[2, 0], [0, 0]],
     )
-    assert entity_figures([["O", "O"]], [["O", "B-x"]])["f1"] == 0.0
-    assert entity_figures([["B-x", "I-x", "O"]], [["B-x", "O", "O"]])["f1"] == 0.0  # a part is none
-    assert entity_figures([["B-x", "I-x", "O"]], [["B-x", "I-x", "O"]])["f1"] == 1.0
+    names = ["O", "B-x", "I-x"]
+    assert tag_metrics([["O", "O"]], [["O", "B-x"]], names, True)[0]["f1"] == 0.0
+    assert tag_metrics([["B-x", "I-x", "O"]], [["B-x", "O", "O"]], names, True)[0]["f1"] == 0.0  # a part is none
+    assert tag_metrics([["B-x", "I-x", "O"]], [["B-x", "I-x", "O"]], names, True)[0]["f1"] == 1.0
 
 
 def test_only_the_first_token_of_a_word_has_its_tag(backend):
@@ -223,7 +224,7 @@ def test_lists_of_labels_that_make_no_sense_are_refused(backend, labels, options
 def test_the_whole_column_says_what_labels_are(backend, labels, problem, names):
     _, worker = truth_of(backend, labels)
     assert worker.problem == problem
-    assert (worker.names and worker.names.names) == names
+    assert names is None or worker.names.names == names
     assert any(f"labels look like {problem}" in note and "problem=KIND says otherwise" in note for note in worker.notes)
 
 
@@ -259,9 +260,9 @@ def test_a_tag_of_minus_100_does_not_count(backend, form):
             return type("Out", (), {"logits": torch.tensor([self.answers]).float().expand(len(input_ids), -1)})
 
     tags = [tag for row in rows for tag in row["tags"][1:]]
-    judged = worker.judge(Always([1, 0]), examples)
-    assert judged.figures["accuracy"] == pytest.approx(tags.count("O") / len(tags))
-    assert sum(map(sum, judged.confusion)) == len(tags)
+    found = worker.evaluate_on(Always([1, 0]), examples)
+    assert found.figures["accuracy"] == pytest.approx(tags.count("O") / len(tags))
+    assert sum(map(sum, found.confusion)) == len(tags)
     with pytest.raises(InputError, match="row 1 has no tag for a word"):
         worker_of("token-classification", backend, [{"tokens": ["a", "b"], "tags": ["O", None]}])
 
@@ -269,7 +270,7 @@ def test_a_tag_of_minus_100_does_not_count(backend, form):
 def test_nothing_becomes_the_word_none(backend):
     row = {"question": "None", "context": "None here", "answers": {"text": [None], "answer_start": [0]}}
     worker, found = worker_of("question-answering", backend, [row])
-    with pytest.raises(InputError, match="a list of text and answer_start is wanted"):
+    with pytest.raises(InputError, match="give a list of text and answer_start"):
         worker.prepare(found, True)
     rows = [{"prompt": "x", "choices": {"text": ["a", "b"], "label": [None, "None"]}, "label": "None"}]
     found = rows_of(read_tables(rows, None), TASKS["multiple-choice"].fields, {})[0]
@@ -310,8 +311,7 @@ def test_random_negatives_are_never_the_right_document(backend):
     assert len(examples) >= 20 * 4
 
 
-def test_a_model_that_knows_the_answers_is_judged_perfect(backend):
-    """The judges count as they say, on outputs that are known."""
+def test_a_model_that_knows_the_answers_is_perfect_by_its_metrics(backend):
     rows = tag_rows(12)
     worker, found = worker_of("token-classification", backend, rows)
     examples = worker.prepare(found, False)
@@ -328,6 +328,6 @@ def test_a_model_that_knows_the_answers_is_judged_perfect(backend):
             flat = torch.tensor([tag for label in labels for tag in label]).clamp(min=0)
             return type("Out", (), {"logits": torch.nn.functional.one_hot(flat, 2).float()})
 
-    found = worker.judge(Oracle(), examples)
+    found = worker.evaluate_on(Oracle(), examples)
     assert found.figures["f1"] == found.figures["accuracy"] == 1.0
     assert found.errors == []

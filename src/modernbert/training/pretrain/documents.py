@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import shutil
 import sys
@@ -10,45 +9,34 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from modernbert.errors import InputError
-from modernbert.io.tables import parts_of, read_records
-from modernbert.io.tables.reading import sure
-from modernbert.io.tables.structured import is_dataset
+from modernbert.io.tables import parts_of, read_records, text_in
+from modernbert.io.tables.reading import is_dataset
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 STANDARD_INPUT = "-"
 
 
 class Document(NamedTuple):
-    """One document.
-
-    Attributes:
-        text: all of it.
-        source: name of the source that it belongs to.
-        held_out: whether it is kept out of training.
-    """
+    """A text, the name of the source that it belongs to, and whether it is kept out of training."""
 
     text: str
     source: str
     held_out: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where documents are.
+class _Place(NamedTuple):
+    """Where documents are: a file, or a folder of the `datasets` library.
 
-    Attributes:
-        source: name of the source.
-        path: a file, or a folder of the `datasets` library.
-        group: documents of one group are held out by one share: those of a file, or the .txt files of a folder.
+    Documents of one group are held out by one share: those of a file, or of all .txt files of a folder.
     """
 
     source: str
     path: Path
-    group: str
-    is_standard_input: bool = False
+    group: Path
+    column: str
 
 
 class Collection:
@@ -78,7 +66,7 @@ class Collection:
         unnamed: dict[str, str] = {}
         given: dict[Path, str] = {}
         for path in map(str, paths):
-            found = list(self._places(path))
+            found = self._places(path)
             source = found[0].source
             if not path.startswith(f"{source}=") and unnamed.setdefault(source, path) != path:
                 raise InputError(f"{unnamed[source]} and {path} would both be called {source}; write NAME=PATH")
@@ -94,8 +82,7 @@ class Collection:
             yield Document(text, place.source, number in self.held_out)
 
     def _lowest(self, share: float) -> set[int]:
-        """Numbers of the documents that are held out."""
-        groups: dict[str, list[tuple[bytes, int]]] = {}
+        groups: dict[Path, list[tuple[bytes, int]]] = {}
         self.documents = 0
         for number, (text, place) in enumerate(self._texts()):
             self.documents += 1
@@ -110,50 +97,24 @@ class Collection:
                 continue
             parts: list[str | None] = [*parts_of(place.path)]
             for part in parts or [None]:
-                for number, record in enumerate(read_records(place.path, part=part), 1):
-                    yield self._text_of(sure(record), place, number), place
+                for number, record in enumerate(read_records(place.path, part), 1):
+                    yield text_in(record, place.column, f"{place.path}, row {number},"), place
 
-    def _text_of(self, record: dict[str, Any], place: _Place, number: int) -> str:
-        column = "text" if place.is_standard_input else self.column
-        text = record.get(column)
-        if not isinstance(text, str):
-            found = "nothing" if text is None else f"a {type(text).__name__}"
-            has = f"{found} in" if column in record else "no column"
-            raise InputError(f"{place.path}, row {number}, has {has} {column!r}; name the column of the text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{place.path}, row {number}, is no Unicode text: {error}") from None
-        return text
-
-    def _places(self, given: str) -> Iterator[_Place]:
+    def _places(self, given: str) -> list[_Place]:
         name, named, rest = given.partition("=")
         if not named or Path(given).exists():
             name, rest = "", given
         if rest == STANDARD_INPUT:
             path = self._spooled()
-            yield _Place(name or "standard input", path, str(path), is_standard_input=True)
-            return
+            return [_Place(name or "standard input", path, path, "text")]
         path = Path(rest)
-        source = name or path.resolve().stem
         if not path.exists():
             raise InputError(f"there is no file or folder {path}")
-        if path.is_dir() and not is_dataset(path):
-            yield from self._inside(path, source)
-        elif path.is_file() and path.suffix not in SUFFIXES:
+        if path.is_file() and path.suffix not in SUFFIXES:
             raise InputError(f"{path} is none of {', '.join(SUFFIXES)}")
-        else:
-            yield _place(source, path)
-
-    def _inside(self, folder: Path, source: str) -> Iterator[_Place]:
-        datasets = {p.parent for p in folder.rglob("*.json") if is_dataset(p.parent)}
-        datasets = {p for p in datasets if not datasets & set(p.parents)}  # a dataset of parts has folders inside
-        files = [p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file()]
-        found = sorted([*datasets, *(p for p in files if not datasets & set(p.parents))])
-        if not found:
-            raise InputError(f"{folder} holds no {', '.join(SUFFIXES)} file and no dataset")
-        for path in found:
-            yield _place(source, path)
+        found = _inside(path) if path.is_dir() and not is_dataset(path) else [path]
+        source = name or path.resolve().stem
+        return [_Place(source, p, p.parent if p.suffix == ".txt" else p, self.column) for p in found]
 
     def _spooled(self) -> Path:
         """Standard input as a file: documents are read more than once."""
@@ -163,10 +124,14 @@ class Collection:
         weakref.finalize(self, shutil.rmtree, self._spool, ignore_errors=True)
         path = self._spool / "standard input"
         with path.open("wb") as file:
-            while block := sys.stdin.buffer.read(1 << 20):
-                file.write(block)
+            shutil.copyfileobj(sys.stdin.buffer, file)
         return path
 
 
-def _place(source: str, path: Path) -> _Place:
-    return _Place(source, path, str(path.parent if path.suffix == ".txt" else path))
+def _inside(folder: Path) -> list[Path]:
+    datasets = {p.parent for p in folder.rglob("*.json") if is_dataset(p.parent)}
+    files = {p for p in folder.rglob("*") if p.suffix in SUFFIXES and p.is_file()}
+    found = sorted(p for p in files | datasets if not datasets & set(p.parents))  # a dataset has files of its own
+    if not found:
+        raise InputError(f"{folder} holds no {', '.join(SUFFIXES)} file and no dataset")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from modernbert.errors import InputError, shown
 from modernbert.io.files import making
 from modernbert.text.tokenizer import Tokenizer
-from modernbert.training.pretrain.documents import Collection, Document
+from modernbert.training.pretrain.documents import Collection
 from modernbert.training.pretrain.shards import HELD_OUT, TRAIN, Manifest, Shard, Source, fingerprint, write_shard
 from modernbert.training.pretrain.texts import Cutter, Ids
 from modernbert.training.pretrain.train_tokenizer import save_tokenizer
@@ -42,11 +43,11 @@ def prepare_data(
         short: share of the texts that are cut shorter than they need be; see `texts.Cutter`.
         column: where rows hold their text.
         shard_tokens: tokens of a shard, about.
-        seed: of the lengths that texts are cut to.
-        report: called with documents done and documents in all.
+        seed: seed of the lengths that texts are cut to.
+        report: called with the number of documents that are done, and of all.
 
     Raises:
-        InputError: a path, the tokenizer or an argument is of no use, or the output exists.
+        InputError: a path, the tokenizer or an argument cannot be used, or the output exists.
         OSError: a file cannot be read or written.
     """
     output = Path(output)
@@ -59,62 +60,61 @@ def prepare_data(
     backend = Tokenizer.from_pretrained(tokenizer).backend
     backend.no_truncation()
     backend.no_padding()
+    vocab_size = backend.get_vocab_size()
     cutter = Cutter(backend, max_length, short, seed)
     collection = Collection(paths, held_out, column)
     with making(output) as temporary:
-        writers: dict[str, _Writer] = {}
+        parts: dict[str, list[_Part]] = {}  # of each source: what is trained on, and what is held out
         documents, copy = itertools.tee(collection)
         tokenized = cutter.texts(document.text for document in copy)
         for done, (document, texts) in enumerate(zip(documents, tokenized, strict=True), 1):
-            if document.source not in writers:
-                name = f"{len(writers):02}-{re.sub(r'[^A-Za-z0-9.-]', '_', document.source)}"
-                writers[document.source] = _Writer(temporary, name, shard_tokens, backend.get_vocab_size())
-            writers[document.source].add(document, texts)
+            if document.source not in parts:
+                name = f"{len(parts):02}-{re.sub(r'[^A-Za-z0-9.-]', '_', document.source)}"
+                parts[document.source] = [
+                    _Part(temporary, f"{name}.{part}", shard_tokens, vocab_size) for part in (TRAIN, HELD_OUT)
+                ]
+            parts[document.source][document.held_out].add(document.text, texts)
             report(done, collection.documents)
-        sources = {name: writer.finish() for name, writer in writers.items()}
+        sources = {name: _source(*both) for name, both in parts.items()}
         if not any(source.tokens for source in sources.values()):
             raise InputError(f"there is no text to train on in {', '.join(map(str, paths))}")
-        manifest = Manifest(fingerprint(backend), backend.get_vocab_size(), max_length, short, seed, sources)
+        manifest = Manifest(fingerprint(backend), vocab_size, max_length, short, seed, sources)
         save_tokenizer(backend, temporary, max_length)
         manifest.write(temporary)
     return manifest
 
 
-class _Writer:
-    """Shards of one source, written as they fill."""
+@dataclasses.dataclass
+class _Part:
+    """One part of a source: shards, written as they fill."""
 
-    def __init__(self, folder: Path, name: str, shard_tokens: int, vocab_size: int) -> None:
-        self.folder, self.name, self.shard_tokens, self.vocab_size = folder, name, shard_tokens, vocab_size
-        self.waiting: dict[str, list[Ids]] = {TRAIN: [], HELD_OUT: []}
-        self.size = {TRAIN: 0, HELD_OUT: 0}
-        self.documents = {TRAIN: 0, HELD_OUT: 0}
-        self.bytes = {TRAIN: 0, HELD_OUT: 0}
-        self.shards: dict[str, list[Shard]] = {TRAIN: [], HELD_OUT: []}
+    folder: Path
+    name: str
+    shard_tokens: int
+    vocab_size: int
+    documents: int = 0
+    bytes: int = 0
+    shards: list[Shard] = dataclasses.field(default_factory=list)
+    waiting: list[Ids] = dataclasses.field(default_factory=list)
+    tokens: int = 0  # of the texts that wait
 
-    def add(self, document: Document, texts: Sequence[Ids]) -> None:
-        part = HELD_OUT if document.held_out else TRAIN
-        self.documents[part] += 1
-        self.bytes[part] += len(document.text.encode("utf-8", "replace"))
+    def add(self, document: str, texts: Sequence[Ids]) -> None:
+        self.documents += 1
+        self.bytes += len(document.encode("utf-8", "replace"))
         for text in texts:
-            self.waiting[part].append(text)
-            self.size[part] += len(text)
-            if self.size[part] >= self.shard_tokens:
-                self._flush(part)
+            self.waiting.append(text)
+            self.tokens += len(text)
+            if self.tokens >= self.shard_tokens:
+                self.flush()
 
-    def _flush(self, part: str) -> None:
-        name = f"{self.name}.{part}.{len(self.shards[part]):05}"
-        self.shards[part].append(write_shard(self.folder, name, self.waiting[part], self.vocab_size))
-        self.waiting[part], self.size[part] = [], 0
+    def flush(self) -> None:
+        if self.waiting:
+            name = f"{self.name}.{len(self.shards):05}"
+            self.shards.append(write_shard(self.folder, name, self.waiting, self.vocab_size))
+            self.waiting, self.tokens = [], 0
 
-    def finish(self) -> Source:
-        for part, texts in self.waiting.items():
-            if texts:
-                self._flush(part)
-        return Source(
-            documents=self.documents[TRAIN],
-            bytes=self.bytes[TRAIN],
-            held_out_documents=self.documents[HELD_OUT],
-            held_out_bytes=self.bytes[HELD_OUT],
-            train=self.shards[TRAIN],
-            held_out=self.shards[HELD_OUT],
-        )
+
+def _source(train: _Part, held: _Part) -> Source:
+    train.flush()
+    held.flush()
+    return Source(train.documents, train.bytes, held.documents, held.bytes, train.shards, held.shards)

@@ -21,7 +21,7 @@ from modernbert.nn.losses import IGNORED
 from modernbert.text.tokenizer import Tokenizer as LoadedTokenizer
 from modernbert.training.checkpoints import checkpoints, explained, last_checkpoint
 from modernbert.training.contract import Batch, Evaluation, Outcome, Pass, summed
-from modernbert.training.distributed import process
+from modernbert.training.distributed import end_together, process
 from modernbert.training.engine import fit
 from modernbert.training.folder import (
     check_libraries,
@@ -319,7 +319,7 @@ def pretrain(
         if where.is_main_process:
             with explained(folder):
                 _finish(result, run, chosen, changes)
-        where.wait_for_everyone()
+        end_together(where)
         return result
 
 

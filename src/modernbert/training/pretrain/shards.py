@@ -31,13 +31,7 @@ TRAIN, HELD_OUT = "train", "held_out"
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One shard of a manifest.
-
-    Attributes:
-        name: of its files, without their ends.
-        texts, tokens: how many.
-        tokens_sha256, starts_sha256: checksums of the files.
-    """
+    """One shard of a manifest: the name of its files without their ends, what they hold, and their checksums."""
 
     name: str
     texts: int
@@ -45,16 +39,18 @@ class Shard:
     tokens_sha256: str
     starts_sha256: str
 
+    @property
+    def files(self) -> list[tuple[str, int, str]]:
+        """Of each file: its name, how many numbers it holds, and its checksum."""
+        return [
+            (f"{self.name}.tokens.npy", self.tokens, self.tokens_sha256),
+            (f"{self.name}.starts.npy", self.texts + 1, self.starts_sha256),
+        ]
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What one source gave.
-
-    Attributes:
-        documents, bytes: documents to train on, and bytes of their text in UTF-8.
-        held_out_documents, held_out_bytes: of those that are kept out.
-        train, held_out: shards.
-    """
+    """One source: documents, bytes of their text in UTF-8, and shards; what is trained on and what is held out."""
 
     documents: int
     bytes: int
@@ -75,10 +71,10 @@ class Manifest:
 
     Attributes:
         tokenizer: `fingerprint` of the tokenizer.
-        vocab_size: ids that it has.
+        vocab_size: number of its ids.
         max_length: longest text, in tokens.
         short: share of the texts that were cut sooner.
-        seed: of their lengths.
+        seed: seed of their lengths.
         sources: by name.
     """
 
@@ -90,7 +86,6 @@ class Manifest:
     sources: dict[str, Source]
 
     def write(self, folder: Path) -> None:
-        """Write it whole or not at all."""
         values = {"format": FORMAT, **dataclasses.asdict(self)}
         write_text(folder / MANIFEST, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
@@ -131,16 +126,16 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def write_shard(folder: Path, name: str, texts: Sequence[Ids], vocab_size: int) -> Shard:
-    """Write one shard's files."""
+    """Write the files of one shard."""
     corpus = Corpus.of(texts)
     kind: npt.DTypeLike = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    shard = Shard(name, len(corpus), len(corpus.tokens), "", "")
     sums = []
-    for end, values in (("tokens", corpus.tokens.astype(kind)), ("starts", corpus.starts)):
-        path = folder / f"{name}.{end}.npy"
-        with path.open("wb") as file:  # a path of any name, which numpy.save would end in .npy
-            np.save(file, values)
-        sums.append(checksum(path))
-    return Shard(name, len(corpus), len(corpus.tokens), *sums)
+    for (file, *_), values in zip(shard.files, (corpus.tokens.astype(kind), corpus.starts), strict=True):
+        with (folder / file).open("wb") as stream:
+            np.save(stream, values)
+        sums.append(checksum(folder / file))
+    return dataclasses.replace(shard, tokens_sha256=sums[0], starts_sha256=sums[1])
 
 
 def open_shard(folder: Path, shard: Shard) -> Corpus:
@@ -150,8 +145,8 @@ def open_shard(folder: Path, shard: Shard) -> Corpus:
         InputError: a file is missing, or not what the manifest says.
     """
     arrays: list[npt.NDArray[Any]] = []
-    for end, length in (("tokens", shard.tokens), ("starts", shard.texts + 1)):
-        path = folder / f"{shard.name}.{end}.npy"
+    for file, length, _ in shard.files:
+        path = folder / file
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
@@ -168,10 +163,9 @@ def open_shard(folder: Path, shard: Shard) -> Corpus:
 
 def verify_shard(folder: Path, shard: Shard) -> None:
     """Raise `InputError` unless the files are, byte for byte, those that were written."""
-    for end, expected in (("tokens", shard.tokens_sha256), ("starts", shard.starts_sha256)):
-        path = folder / f"{shard.name}.{end}.npy"
-        if path.is_file() and checksum(path) != expected:
-            raise InputError(f"{path} is corrupt: its checksum is not the manifest's; prepare the data again")
+    for file, _, expected in shard.files:
+        if (folder / file).is_file() and checksum(folder / file) != expected:
+            raise InputError(f"{folder / file} is corrupt: its checksum is not the manifest's; prepare the data again")
 
 
 def checksum(path: Path) -> str:

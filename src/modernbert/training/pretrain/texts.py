@@ -29,10 +29,7 @@ _CHARACTERS_TOGETHER = 1 << 19  # what a thread encodes at once
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Tokenized texts, end to end: text i is `tokens[starts[i]:starts[i + 1]]`, special tokens included.
-
-    The arrays may be mapped from files.
-    """
+    """Tokenized texts, end to end: text i is `tokens[starts[i]:starts[i + 1]]`, special tokens included."""
 
     tokens: Ids
     starts: npt.NDArray[np.int64]
@@ -45,12 +42,10 @@ class Corpus:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each text."""
         return np.diff(self.starts)
 
     @classmethod
     def of(cls, texts: Sequence[Ids]) -> Corpus:
-        """Texts put together."""
         starts = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum([len(text) for text in texts], out=starts[1:])
         return cls(np.concatenate(texts) if len(texts) else np.zeros(0, np.int32), starts)
@@ -68,7 +63,7 @@ class Cutter:
         tokenizer: gives ids without special tokens; `[CLS]` and `[SEP]` are put around each text here.
         max_length: longest text in tokens, the two special ones included.
         short: share of the texts that are cut sooner.
-        seed: of their lengths.
+        seed: seed of their lengths.
 
     Raises:
         InputError: the tokenizer lacks a token, or an argument is impossible.
@@ -91,12 +86,7 @@ class Cutter:
         return self.tokenizer.token_to_id("[CLS]"), self.tokenizer.token_to_id("[SEP]")
 
     def cut(self, documents: Sequence[str], first: int = 0) -> list[list[Ids]]:
-        """The texts of each document, (tokens,) int32 arrays.
-
-        Args:
-            documents: raw text.
-            first: number of the first of them.
-        """
+        """The texts of each document, (tokens,) int32 arrays; `first` is the number of the first document."""
         room = self.max_length - 2
         units = [split(document.strip(), self._unit()) for document in documents]
         counts = iter(self._encode([unit for some in units for unit in some]))
@@ -148,7 +138,6 @@ class Cutter:
                 yield from waiting.popleft().result()
 
     def corpus(self, documents: Iterable[str]) -> Corpus:
-        """All texts of documents, in memory."""
         return Corpus.of([text for texts in self.texts(documents) for text in texts])
 
     def _words(self, ids: Ids, room: int) -> int:
