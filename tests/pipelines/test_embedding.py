@@ -427,7 +427,7 @@ def test_encode_of_no_texts(body):
     [
         (
             {"pool_size": 3},
-            "encode has no option pool_size; there are prompt_name, .*convert_to_tensor, .*truncate_dim",
+            "encode has no option pool_size; there are .*prompt_name, .*convert_to_tensor, .*truncate_dim",
         ),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"device": "meta"}, "device is 'meta', and the model is on cpu"),

@@ -44,17 +44,28 @@ class Command(typer.core.TyperCommand):
             return super().invoke(ctx)
 
 
-def flag(field: OptionField, help: str | None = None, hidden: bool = False) -> inspect.Parameter:  # noqa: A002
+def flag(
+    field: OptionField,
+    help: str | None = None,  # noqa: A002
+    *,
+    hidden: bool = False,
+    both: bool = False,
+) -> inspect.Parameter:
     """A flag for an option, None where it is not given; its help says the default.
 
-    Default and "required" stand in round brackets: square ones are marks of style where help is drawn.
+    Args:
+        field: the option.
+        help: what stands for its description.
+        hidden: whether help leaves it out.
+        both: whether a switch that is off by default can be switched off, too, such as over a file that has it on.
     """
     kinds = [typing.get_args(kind)[0] if typing.get_origin(kind) else kind for kind in field.kinds]
     kind: Any = types.GenericAlias(list, (kinds[-1],)) if field.is_list else kinds[0]
     said = field.described if help is None else help
     said += " Repeat for several." if field.is_list and "repeat" not in said else ""
-    names = [f"--{field.flag}/--no-{field.flag}"] if kind is bool else [f"--{field.flag}"]
-    annotation = Annotated[kind | None, typer.Option(*names, help=said, show_default=False, hidden=hidden)]
+    pair = kind is bool and (both or field.default is not False)
+    name = f"--{field.flag}/--no-{field.flag}" if pair else f"--{field.flag}"
+    annotation = Annotated[kind | None, typer.Option(name, help=said, show_default=False, hidden=hidden)]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -105,7 +116,7 @@ def command(
     order = {name: i for i, name in enumerate(first)}
     fields = sorted(fields_of(options), key=lambda field: order.get(field.name, len(order)))
     flags = {field.name: f"--{field.flag}" for field in fields}
-    parameters = [flag(field, in_flags(field.described, flags)) for field in fields]
+    parameters = [flag(field, in_flags(field.described, flags), both=True) for field in fields]
     settings = Annotated[Path | None, typer.Option(help="YAML file of options; flags count more.")]
     again = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")]
     keyword = inspect.Parameter.KEYWORD_ONLY

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.checks import OptionField, fields_of
+from modernbert.checks import Options, fields_of, option
 from modernbert.cli.flags import Command, flag, with_signature
 from modernbert.cli.inputs import (
     check_arguments,
@@ -38,44 +38,39 @@ Pair = tuple[Any, Any]  # an input, and the row that it was read from if that ha
 
 @dataclasses.dataclass(kw_only=True)
 class Answering:
-    """One call of `run`, `embed` or `score`. The fields are the flags that do not depend on the task."""
+    """One call of `run`, `embed` or `score`: texts, and flags that do not depend on the task."""
 
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")] = None
-    task: Annotated[str | None, typer.Option(help="What to do with each text; one of those above.")] = None
-    model: Annotated[
-        str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")
-    ] = None
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub repository; the model's if not given.")] = None
-    file: Annotated[
-        str | None,
-        typer.Option(help="One file: .txt (a line a text), .csv, .tsv, .jsonl, .json or .parquet; FILE#PART."),
-    ] = None
-    column: Annotated[
-        list[str] | None, typer.Option(help="Column that holds the text, or FIELD=COLUMN for another field; repeat.")
-    ] = None
-    output: Annotated[Path | None, typer.Option(help="Write to .jsonl, .csv, .tsv or .parquet; resumes.")] = None
-    as_json: Annotated[bool, typer.Option("--json", help='One object a line: {"input": ..., "output": ...}.')] = False
-    question: Annotated[str | None, typer.Option(help="question-answering: of every text.")] = None
-    query: Annotated[str | None, typer.Option(help="text-ranking: the texts are its documents.")] = None
-    option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE: any option of the task, the value as JSON; repeat.")
-    ] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file --output, if it is there.")] = False
-    skip_errors: Annotated[
-        bool, typer.Option("--skip-errors", help="Report inputs that cannot be answered, and go on.")
-    ] = False
-    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")] = None
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None
-    attn_implementation: Annotated[str | None, typer.Option(help="auto, or the name of an attention backend.")] = None
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a forward pass (default: 4,096 on a CPU, 65,536 on a GPU).")
-    ] = None
+    texts: list[str] | None = None
+    vectors: bool = False  # whether files of vectors may be written
+    task: str | None = option(
+        None, "What to do with each text; one of those above.", otherwise="the model's own, or fill-mask"
+    )
+    model: str | None = option(None, "Folder or Hub repository.", otherwise="the package's small model")
+    tokenizer: str | None = option(None, "Folder or Hub repository.", otherwise="the model's")
+    file: str | None = option(
+        None,
+        "One file: .txt (a line a text), .csv, .tsv, .jsonl, .json or .parquet; FILE#PART.",
+        otherwise="standard input",
+    )
+    column: list[str] = option(
+        [], "Column that holds the text, or FIELD=COLUMN for another field; repeat.", otherwise="text"
+    )
+    output: Path | None = option(None, "Write to .jsonl, .csv, .tsv or .parquet; resumes.", otherwise="standard output")
+    as_json: bool = option(False, 'Print one object a line: {"input": ..., "output": ...}.', flag="json")
+    question: str | None = option(None, "question-answering: of every text.", otherwise="none")
+    query: str | None = option(None, "text-ranking: the texts are its documents.", otherwise="none")
+    options: list[str] = option(
+        [], "NAME=VALUE: any option of the task, the value as JSON; repeat.", otherwise="none", flag="option"
+    )
+    overwrite: bool = option(False, "Replace the file --output, if it is there.")
+    skip_errors: bool = option(False, "Report inputs that cannot be answered, and go on.")
+    device: str | None = option(None, "cpu, cuda:0, or a GPU's index.", otherwise="cpu")
+    dtype: str | None = option(None, "auto, float32, bfloat16 or float16.", otherwise="the checkpoint's")
+    revision: str | None = option(None, "Branch, tag or commit of the repository.", otherwise="the newest")
+    attn_implementation: str | None = option(None, "The attention backend, by name.", otherwise="auto")
+    batch_tokens: int | None = option(None, "Tokens of a forward pass.", otherwise="4,096 on a CPU, 65,536 on a GPU")
 
-    vectors: dataclasses.InitVar[bool] = False
-
-    def __post_init__(self, vectors: bool) -> None:
-        self.suffixes = () if vectors else (".npy",)  # of files that are not written
+    def __post_init__(self) -> None:
         self.name = self.file or "standard input"
         self.where = "argument" if self.texts else f"{self.name}, record"
         self.fixed = {n: v for n, v in (("question", self.question), ("query", self.query)) if v is not None}
@@ -93,7 +88,7 @@ class Answering:
         loading = {name: getattr(self, name) for name in ("revision", "attn_implementation", "batch_tokens")}
         loading = {name: value for name, value in loading.items() if value is not None}
         serve: Any = pipeline(task, self.model, self.tokenizer, self.device, self.dtype, **loading)
-        options = self.options(serve, given)
+        options = self.options_of(serve, given)
         if serve.task == "text-generation" and self.to_people and serve.can_stream(**options):
             self.answer(serve, options, Streamed(serve))
         else:
@@ -124,18 +119,18 @@ class Answering:
             return
         if self.as_json:
             raise InputError("--json prints and --output writes a file; give one of them")
-        if output.suffix.lower() in self.suffixes:
+        if output.suffix.lower() == ".npy" and not self.vectors:
             raise InputError(f"{output}: vectors are written by modernbert embed")
         if file is not None and output.exists() and output.samefile(file):
             raise InputError(f"--output and --file are both {output}; name another output")
         check_output(output, self.overwrite)
 
-    def options(self, serve: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def options_of(self, serve: Any, given: dict[str, Any]) -> dict[str, Any]:
         """The options of the task, from flags and `--option`."""
         flags = {field.name: f"--{field.flag}" for options in OPTIONS.values() for field in fields_of(options)}
         known = [field.name for field in fields_of(serve.options)]
         named = {name: value for name, value in given.items() if value not in (None, [])}
-        options = parse_options(self.option or [])
+        options = parse_options(self.options)
         if foreign := sorted(set(options) - set(known)):
             raise InputError(f"{serve.task} has no option {', '.join(foreign)}; there are {', '.join(known)}")
         for name in named:
@@ -149,6 +144,10 @@ class Answering:
 
     def answer(self, serve: Any, options: dict[str, Any], by: Any) -> None:
         """Answer every input with a loaded pipeline, or with what streams its texts."""
+        from modernbert.cli.show import show
+        from modernbert.io.tables import ResumableOutput
+        from modernbert.io.tables.writing import as_lists, to_json
+
         pairs, total, job = self.inputs(serve.task)
         job |= {"task": serve.task, "model": self.model, "dtype": self.dtype, "tokenizer": self.tokenizer}
         job |= {"the model's content": checkpoint_fingerprint(self.model, self.revision), "options": options}
@@ -156,7 +155,9 @@ class Answering:
         if serve.task == "text-ranking" and (self.texts or self.fixed):
             pairs = (self.ranked(serve, pair, options, refused) for pair in pairs)
         with contextlib.ExitStack() as stack:
-            sink = self.sink(stack, job)
+            sink = None
+            if self.output is not None:
+                sink = stack.enter_context(ResumableOutput(self.output, job, overwrite=self.overwrite))
             if sink is not None and sink.done:
                 tally.total, tally.failed, tally.reasons = sink.done, sink.failed, dict(sink.errors)
                 pairs = sink.rest(pairs, lambda pair: _without_errors(pair[0]))
@@ -175,8 +176,10 @@ class Answering:
                         record = {"input": record["input"], "error": in_flags(str(answer))}
                     if sink is not None:
                         sink.write(record if row is None else {**record, "row": row})
+                    elif self.as_json:
+                        sys.stdout.write(to_json(record, as_lists) + "\n")
                     elif by is serve:
-                        self.show(item, record, answer)
+                        show(item, answer)
                     advance()
             except InputError as error:
                 if not waiting or total == len(self.texts or ()) == 1:  # of the file, or the only input that there is
@@ -204,7 +207,7 @@ class Answering:
 
         form = form_of(task)
         main = main_of(form)
-        columns = parse_columns(self.column or [], form, main.name)
+        columns = parse_columns(self.column, form, main.name)
         if self.texts:
             if columns:
                 raise InputError("--column is for files and standard input; texts are given as arguments")
@@ -229,24 +232,6 @@ class Answering:
                     raise InputError(f"{self.where} {number}: {document}") from document
                 refused.fail(number, document)
         return {**item, "documents": documents}, row
-
-    def sink(self, stack: contextlib.ExitStack, job: dict[str, Any]) -> Any:
-        """The file that answers are written to, if there is one."""
-        from modernbert.io.tables import ResumableOutput
-
-        if self.output is None:
-            return None
-        return stack.enter_context(ResumableOutput(self.output, job, overwrite=self.overwrite))
-
-    def show(self, item: Any, record: dict[str, Any], answer: Any) -> None:
-        """Print an answer, for machines or for people."""
-        from modernbert.cli.show import show
-        from modernbert.io.tables.writing import as_lists, to_json
-
-        if self.as_json:
-            sys.stdout.write(to_json(record, as_lists) + "\n")
-        else:
-            show(item, answer)
 
     def progress(self, stack: contextlib.ExitStack, total: int | None, done: int) -> Callable[[], None]:
         """Advances a bar on standard error, if that is a terminal, answers go elsewhere, and there is much to do."""
@@ -336,11 +321,11 @@ class TaskCommand(Command):
     """`run`, whose help shows the options of the task that is named beside it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = [a for before, a in itertools.pairwise(["", *args]) if before == "--task"]
-        named += [a.removeprefix("--task=") for a in args if a.startswith("--task=")]
-        options = OPTIONS.get(ALIASES.get("".join(named), "".join(named)))
+        words = [word for argument in args for word in argument.split("=", 1)]
+        task = dict(itertools.pairwise(words)).get("--task", "")
+        options = OPTIONS.get(ALIASES.get(task, task))
         if options is not None:
-            own = {field.name: field.described for field in fields_of(options)}
+            own = _described(options)
             for parameter in typing.cast(list[Any], self.params):
                 if parameter.name in _TASKS_OPTIONS:
                     parameter.hidden = parameter.name not in own
@@ -348,24 +333,34 @@ class TaskCommand(Command):
         return super().parse_args(ctx, args)
 
 
-def _is_flag(field: OptionField) -> bool:
-    return not {dict, Any} & {typing.get_origin(kind) or kind for kind in field.kinds}
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_TEXTS = Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")]
+_VECTORS = Annotated[Path, typer.Option(help="Write to .npy (texts x dimensions), .parquet or .jsonl; resumes.")]
 
 
 def _command(doc: str, task: str | None, own: list[inspect.Parameter], without: tuple[str, ...]) -> Callable[..., None]:
     """A command on texts; its flags are the fields of `Answering` and options of its own."""
-    hints = typing.get_type_hints(Answering, include_extras=True)
-    shared = [field for field in dataclasses.fields(Answering) if field.name not in without]
+    shared = [field for field in fields_of(Answering) if field.name not in ("texts", "vectors", *without)]
 
     def run(**given: Any) -> None:
-        common = {name: given.pop(name) for name in hints if name in given}
+        names = [field.name for field in fields_of(Answering) if field.name in given]
+        common = {name: value for name in names if (value := given.pop(name)) is not None}
         Answering(**{"task": task, **common}, vectors=task == "sentence-embedding").run(given)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name]) for field in shared
-    ]
-    return with_signature(run, [*parameters, *own], doc)
+    texts = inspect.Parameter("texts", _KEYWORD, default=None, annotation=_TEXTS)
+    return with_signature(run, [texts, *map(flag, shared), *own], doc)
+
+
+def _described(options: type[Options]) -> dict[str, str]:
+    """What help says of a task's options; those that are no values of one kind have no flag."""
+    flags = {field.name: f"--{field.flag}" for field in fields_of(options)}
+    kinds = {dict[str, Any], Any}
+    return {f.name: in_flags(f.described, flags) for f in fields_of(options) if not kinds.intersection(f.kinds)}
+
+
+def _flags(task: str) -> list[inspect.Parameter]:
+    described = _described(OPTIONS[task])
+    return [flag(field, described[field.name]) for field in fields_of(OPTIONS[task]) if field.name in described]
 
 
 # The options that `run` shows if no task is named; every other one has a hidden flag.
@@ -377,7 +372,16 @@ _USUAL = {
     "temperature": "text-generation: below 1 is sharper.",
     "seed": "text-generation: makes sampling repeatable.",
 }
-_TASKS_OPTIONS = {f.name: f for options in OPTIONS.values() for f in fields_of(options) if _is_flag(f)}
+_TASKS_OPTIONS = {
+    f.name: f for options in OPTIONS.values() for f in fields_of(options) if f.name in _described(options)
+}
+
+_TASKS_OPTIONS = {
+    field.name: field
+    for options in OPTIONS.values()
+    for field in fields_of(options)
+    if field.name in _described(options)
+}
 
 run = _command(
     """Run a task on texts: arguments, a file or standard input.
@@ -402,10 +406,9 @@ score = _command(
     Example: modernbert score --file pages.jsonl --column text --stride 64
     """,
     "text-scoring",
-    [flag(field) for field in fields_of(OPTIONS["text-scoring"])],
-    ("task", "tokenizer", "question", "query", "option"),
+    _flags("text-scoring"),
+    ("task", "tokenizer", "question", "query", "options"),
 )
-_VECTORS = typer.Option(help="Write to .npy (texts x dimensions), .parquet or .jsonl; resumes.")
 embed = _command(
     """Write a vector for each text: arguments, a file or standard input.
 
@@ -415,8 +418,8 @@ embed = _command(
     """,
     "sentence-embedding",
     [
-        inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Path, _VECTORS]),
-        *(flag(field) for field in fields_of(OPTIONS["sentence-embedding"])),
+        inspect.Parameter("output", _KEYWORD, annotation=_VECTORS),
+        *_flags("sentence-embedding"),
     ],
-    ("task", "tokenizer", "question", "query", "option", "as_json", "output"),
+    ("task", "tokenizer", "question", "query", "options", "as_json", "output"),
 )

@@ -32,17 +32,25 @@ _AS_LAYOUT = "yes for folders of sentence-transformers, no for others"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FillMaskOptions(Options):
-    """Of fill-mask."""
+class CuttingOptions(Options):
+    truncation: bool | str | None = _truncation(None, "no, but yes with max_length")
+    max_length: int | None = option(None, "Longest text in tokens.", least=1, otherwise="the model's context")
+    padding: Any = option(None, "Has no effect, because nothing is padded.", otherwise="none")
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizeOptions(CuttingOptions):
+    add_special_tokens: bool = option(True, "Add the special tokens around a text.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FillMaskOptions(Options):
     top_k: int = option(5, "Answers for each mask.", least=1)
     targets: list[str] | None = option(None, "The only words to consider.", otherwise="all", flag="target")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextClassificationOptions(Options):
-    """Of text-classification."""
-
+class TextClassificationOptions(CuttingOptions):
     top_k: int | str | None = option(
         "best",
         "Labels of a text, as a list with the best one first; None gives all of them.",
@@ -57,15 +65,10 @@ class TextClassificationOptions(Options):
         otherwise="softmax for several labels, sigmoid for one or where they do not exclude one another, none for "
         "regression",
     )
-    truncation: bool | str | None = _truncation(None, "no, but yes with max_length")
-    max_length: int | None = option(None, "Longest text in tokens.", least=1, otherwise="the model's context")
-    padding: Any = option(None, "Has no effect, because nothing is padded.", otherwise="none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroShotClassificationOptions(Options):
-    """Of zero-shot-classification."""
-
     candidate_labels: str | list[str] | None = option(
         None, "The labels to choose from; one string may hold several with commas between.", required=True, flag="label"
     )
@@ -76,8 +79,6 @@ class ZeroShotClassificationOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenClassificationOptions(Options):
-    """Of token-classification."""
-
     aggregation_strategy: str = option(
         "none",
         "How tokens make entities. none: each token by itself; simple: neighbours with one label; first, average and "
@@ -99,8 +100,6 @@ class TokenClassificationOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionAnsweringOptions(Options):
-    """Of question-answering."""
-
     top_k: int = option(1, "Answers to a question; several come as a list.", least=1)
     max_seq_len: int | None = option(
         None,
@@ -124,25 +123,11 @@ class QuestionAnsweringOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultipleChoiceOptions(Options):
-    """Of multiple-choice."""
-
     truncation: bool | str = _truncation()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizeOptions(Options):
-    """What the tokenizer is told of a text."""
-
-    truncation: bool | str | None = _truncation(None, "no, but yes with max_length")
-    max_length: int | None = option(None, "Longest text in tokens.", least=1, otherwise="the model's context")
-    add_special_tokens: bool = option(True, "Add the special tokens around a text.")
-    padding: Any = option(None, "Has no effect, because nothing is padded.", otherwise="none")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureExtractionOptions(Options):
-    """Of feature-extraction."""
-
     return_tensors: bool | str = option(False, "Give a tensor instead of nested lists", choices=("pt",))
     truncation: bool | str | None = _truncation(None, "no, but yes with a max_length in tokenize_kwargs")
     tokenize_kwargs: dict[str, Any] = option(
@@ -152,8 +137,6 @@ class FeatureExtractionOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentenceEmbeddingOptions(Options):
-    """Of sentence-embedding."""
-
     prompt_name: str | None = option(
         None, "Which of the checkpoint's prompts stands before a text, such as query.", otherwise="the checkpoint's own"
     )
@@ -183,16 +166,12 @@ class SentenceEmbeddingOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankingOptions(Options):
-    """Of text-ranking."""
-
     top_k: int | None = option(None, "How many documents to give.", least=1, otherwise="all")
     truncation: bool | str | None = _truncation(None, _AS_LAYOUT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossEncoderOptions(RankingOptions):
-    """Of text-ranking by a cross-encoder."""
-
     activation: str = option(
         "sigmoid",
         "What makes scores of a cross-encoder's logits",
@@ -204,8 +183,6 @@ class CrossEncoderOptions(RankingOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextScoringOptions(Options):
-    """Of text-scoring."""
-
     max_length: int | None = option(
         None, "Tokens of a window; a longer text is read in several.", least=2, otherwise="the model's context"
     )
@@ -217,8 +194,6 @@ class TextScoringOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContinuationOptions(Options):
-    """Of text-generation, beside those of `GenerationOptions`."""
-
     return_full_text: bool | None = option(None, "Give the prompt too, before what continues it.", otherwise="yes")
     return_tensors: bool = option(False, "Give ids of tokens instead of text.")
     stop_sequence: str | list[str] | None = option(None, "The same as stop_strings.", otherwise="none")

@@ -199,17 +199,13 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline[ResolvedOptions]):
         Args:
             sentences: a text, or texts in a list, an array, a column of a data frame or any other iterable; all of them
                 are read before the first is answered. None at all are allowed.
-            prompt_name, prompt: as in a call.
-            batch_size: taken, and without effect: the pipeline's `batch_tokens` says how much is computed together, and
-                the numbers are the same whatever it is.
-            show_progress_bar: the argument `progress` of a call.
-            output_value: "sentence_embedding"; vectors of tokens are given by `multi_vector=True`.
-            precision: "float32".
+            batch_size: has no effect; the pipeline's `batch_tokens` says how much is computed together.
+            show_progress_bar, normalize_embeddings: `progress` and `normalize` of a call.
+            output_value, precision: "sentence_embedding" (see `multi_vector` for vectors of tokens) and "float32".
             convert_to_numpy: give arrays; False gives a tensor for a text, and a list of tensors for several.
             convert_to_tensor: give one tensor, on the model's device, whatever `convert_to_numpy` says.
             device: where the model is; it is not moved.
-            normalize_embeddings: the option `normalize` of a call.
-            options: everything else that a call takes, such as `truncate_dim`.
+            prompt_name, prompt, options: as in a call.
 
         Returns:
             For a text (dimensions,), for several (texts, dimensions), float32; with spans or tokens, as in a call.
@@ -217,12 +213,9 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline[ResolvedOptions]):
         Raises:
             InputError: a text or an option cannot be served.
         """
-        known = [*kinds_of(self.options), "progress", "on_error"]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            own = [name for name in inspect.signature(self.encode).parameters if name not in ("sentences", "options")]
-            there = ", ".join(dict.fromkeys([*own, *known]))
-            raise InputError(f"encode has no option {', '.join(unknown)}; there are {there}")
+        known = {**inspect.signature(self.encode).parameters, **kinds_of(self.options), "progress": 0, "on_error": 0}
+        if unknown := sorted(set(options) - set(known)):
+            raise InputError(f"encode has no option {', '.join(unknown)}; there are {', '.join(known)}")
         BatchOptions(batch_size=batch_size)
         if output_value not in (None, "sentence_embedding"):
             raise InputError(
