@@ -33,6 +33,7 @@ from modernbert.pipelines import ALIASES
 from modernbert.pipelines.options import OPTIONS
 
 _LISTED = 10  # inputs that could not be answered, at the end
+_FEW = 20  # inputs that need no progress bar
 Pair = tuple[Any, Any]  # an input, and the row that it was read from if that has more than a text
 
 
@@ -76,11 +77,7 @@ class Answering:
         self.fixed = {n: v for n, v in (("question", self.question), ("query", self.query)) if v is not None}
 
     def run(self, given: dict[str, Any]) -> None:
-        """Answer every input, and print or write the answers as they come.
-
-        Args:
-            given: options of tasks.
-        """
+        """Answer every input with these options of tasks, and print or write the answers as they come."""
         from modernbert.pipelines import pipeline
 
         self.check()
@@ -89,15 +86,9 @@ class Answering:
         loading = {name: value for name, value in loading.items() if value is not None}
         serve: Any = pipeline(task, self.model, self.tokenizer, self.device, self.dtype, **loading)
         options = self.options_of(serve, given)
-        if serve.task == "text-generation" and self.to_people and serve.can_stream(**options):
-            self.answer(serve, options, Streamed(serve))
-        else:
-            self.answer(serve, options, serve)
-
-    @property
-    def to_people(self) -> bool:
-        """Whether answers are read as they come."""
-        return self.output is None and not self.as_json and sys.stdout.isatty()
+        to_people = self.output is None and not self.as_json and sys.stdout.isatty()
+        streams = serve.task == "text-generation" and to_people and serve.can_stream(**options)
+        self.answer(serve, options, Streamed(serve) if streams else serve)
 
     def check(self) -> None:
         """Refuse what cannot be read or written before a model is loaded for it."""
@@ -147,6 +138,7 @@ class Answering:
         from modernbert.cli.show import show
         from modernbert.io.tables import ResumableOutput
         from modernbert.io.tables.writing import as_lists, to_json
+        from modernbert.pipelines.progress import bar
 
         pairs, total, job = self.inputs(serve.task)
         job |= {"task": serve.task, "model": self.model, "dtype": self.dtype, "tokenizer": self.tokenizer}
@@ -165,7 +157,11 @@ class Answering:
             waiting: collections.deque[Pair] = collections.deque()  # inputs whose answers are not there yet
             on_error = "return" if self.skip_errors else "raise"
             answers = by.stream(_remembered(pairs, waiting), on_error=on_error, first=tally.total, **options)
-            advance = self.progress(stack, total, tally.total)
+            progress = bar("texts")
+            elsewhere = self.output is not None or not sys.stdout.isatty()
+            progress.disable = not (sys.stderr.isatty() and elsewhere and (total is None or total > _FEW))
+            stack.enter_context(progress)
+            drawn = progress.add_task("texts", total=total, completed=tally.total)
             try:
                 for answer in answers:
                     item, row = waiting.popleft()
@@ -180,7 +176,7 @@ class Answering:
                         sys.stdout.write(to_json(record, as_lists) + "\n")
                     elif by is serve:
                         show(item, answer)
-                    advance()
+                    progress.advance(drawn)
             except InputError as error:
                 if not waiting or total == len(self.texts or ()) == 1:  # of the file, or the only input that there is
                     raise
@@ -233,30 +229,18 @@ class Answering:
                 refused.fail(number, document)
         return {**item, "documents": documents}, row
 
-    def progress(self, stack: contextlib.ExitStack, total: int | None, done: int) -> Callable[[], None]:
-        """Advances a bar on standard error, if that is a terminal, answers go elsewhere, and there is much to do."""
-        from modernbert.pipelines.progress import bar
-
-        elsewhere = self.output is not None or not sys.stdout.isatty()
-        if not (sys.stderr.isatty() and elsewhere and (total is None or total > 20)):
-            return lambda: None
-        drawn = stack.enter_context(bar("texts"))
-        task = drawn.add_task("texts", total=total, completed=done)
-        return lambda: drawn.advance(task)
-
 
 @dataclasses.dataclass
 class Tally:
     """How many inputs or documents there were, and the first of those that failed, by their number."""
 
     noun: str
-    done: str
+    participle: str
     total: int = 0
     failed: int = 0
     reasons: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def fail(self, number: int, error: InputError) -> None:
-        """Count one that failed."""
         self.failed += 1
         if len(self.reasons) < _LISTED:
             self.reasons[number] = in_flags(str(error))
@@ -268,7 +252,7 @@ class Tally:
         for number, reason in self.reasons.items():
             say(reason if reason.startswith(name) else f"{where} {number}: {reason}")
         more = f"; the first {_LISTED} are listed above" if self.failed > _LISTED else ""
-        say(f"{self.failed} of {counted(self.total, self.noun)} could not be {self.done}{more}")
+        say(f"{self.failed} of {counted(self.total, self.noun)} could not be {self.participle}{more}")
         raise typer.Exit(1)
 
 
