@@ -25,6 +25,7 @@ FLAGS |= {"max_length": "--max-length", "do_sample": "--do-sample", "stride": "-
             "--prompt and --prompt-name are given; give one of them",
         ),
         ("the job: stride was 2 and is 3", "the job: --stride was 2 and is 3"),
+        ("--top-k and --option top_k are given", "--top-k and --option top_k are given"),
         ("max_length is 3", "--max-length is 3"),
         ("the model's prompt is long: 'top_k is 0'", "the model's prompt is long: 'top_k is 0'"),
         ('a text: "it\'s top_k, truncation=True"', 'a text: "it\'s top_k, truncation=True"'),

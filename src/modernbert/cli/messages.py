@@ -21,7 +21,7 @@ _flags: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("flag
 _OPTION = re.compile(
     r"""
     (?<!\w) (?: '(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*" )
-    | (?<![\w./-])
+    | (?<![\w./-]) (?<!--option\ )
       (?P<name>
         [a-z]+_[a-z_]+ | [a-z]+(?==)
         | (?:^|(?<=[;:,(]\ )|(?<=give\ )|(?<=and\ )) [a-z]+ (?=\ (?:is|are|was|holds|and)\ |,\ such)
