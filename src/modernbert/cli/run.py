@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.checks import Options, fields_of, option
+from modernbert.checks import Options, fields_of, kinds_of, option
 from modernbert.cli.flags import Command, flag, with_signature
 from modernbert.cli.inputs import (
     check_arguments,
@@ -118,12 +118,14 @@ class Answering:
 
     def options_of(self, serve: Any, given: dict[str, Any]) -> dict[str, Any]:
         """The options of the task, from flags and `--option`."""
-        flags = {field.name: f"--{field.flag}" for options in OPTIONS.values() for field in fields_of(options)}
-        known = [field.name for field in fields_of(serve.options)]
+        flags = {name: f"--{field.flag}" for name, field in _TASKS_OPTIONS.items()}
+        flags |= {name: f"--option {name}" for name in kinds_of(serve.options) if name not in flags}
+        known = list(kinds_of(serve.options))
         named = {name: value for name, value in given.items() if value not in (None, [])}
         options = parse_options(self.options)
         if foreign := sorted(set(options) - set(known)):
-            raise InputError(f"{serve.task} has no option {', '.join(foreign)}; there are {', '.join(known)}")
+            there = ", ".join(flags[name] for name in known)
+            raise InputError(f"{serve.task} has no --option {', --option '.join(foreign)}; there are {there}")
         for name in named:
             if name not in known:
                 raise InputError(f"{flags[name]} is no option of {serve.task}")
