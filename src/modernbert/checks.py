@@ -100,14 +100,19 @@ class OptionField(NamedTuple):
         return any(typing.get_origin(kind) in (list, tuple) for kind in self.kinds)
 
     @property
+    def usual(self) -> str:
+        """What holds by default, in words."""
+        if isinstance(self.default, bool):
+            return self.otherwise or ("yes" if self.default else "no")
+        several = isinstance(self.default, list | tuple)
+        return self.otherwise or str(", ".join(map(str, self.default)) if several else self.default) or "none"
+
+    @property
     def described(self) -> str:
         """The sentence, with the allowed texts and the default."""
         listed = all(choice in self.help for choice in self.choices)
         said = self.help.rstrip(".") + ("" if listed else f": {', '.join(self.choices)}")
-        default = {True: "yes", False: "no"}[self.default] if isinstance(self.default, bool) else self.default
-        default = ", ".join(default) if isinstance(default, list) else default
-        default = self.otherwise or default
-        return f"{said}. ({'required' if self.required else f'default: {default}'})"
+        return f"{said}. ({'required' if self.required else f'default: {self.usual}'})"
 
 
 def fields_of(options: Any) -> list[OptionField]:

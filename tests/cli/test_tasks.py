@@ -35,7 +35,7 @@ def answers(text):
     [
         ("SequenceClassification", ["a dog", "a cat"], lambda p: [p("a dog")[0], p("a cat")[0]]),
         ("SequenceClassification", ["a dog", "--top-k", "2"], lambda p: [p("a dog", top_k=2)]),
-        ("TokenClassification", ["Anna ran", "--option", "aggregation_strategy=first"], None),
+        ("TokenClassification", ["Anna ran", "--aggregation-strategy", "first"], None),
         ("QuestionAnswering", ["--question", "Who?", "Anna ran."], None),
         ("MultipleChoice", ["The dog", "barks", "reads"], lambda p: [p(prompt="The dog", choices=["barks", "reads"])]),
         ("Model", ["a dog"], lambda p: [p("a dog")]),

@@ -1,10 +1,12 @@
 """What a pipeline takes for its inputs, and what it refuses because it would answer something else."""
 
 import copy
+import inspect
 import io
 import logging
 import multiprocessing
 import pickle
+import pydoc
 
 import numpy as np
 import pyarrow
@@ -95,6 +97,15 @@ def test_fields_by_their_order(heads):
             serve("alone")
         with pytest.raises(InputError):
             serve({field: "a dog"}, TEXTS)
+
+
+def test_help_and_signature_show_the_inputs_and_options_of_a_task(heads, embed):
+    answer = pipeline("question-answering", heads / "QuestionAnswering")
+    shown = inspect.signature(answer).parameters
+    assert list(shown)[:4] == ["inputs", "context", "question", "top_k"]
+    assert (shown["top_k"].default, shown["max_answer_len"].default) == (1, 15)
+    assert "max_answer_len: Longest answer in tokens. (default: 15)" in pydoc.render_doc(answer)
+    assert list(inspect.signature(type(embed)).parameters)[:2] == ["model", "tokenizer"]
 
 
 # Line ends

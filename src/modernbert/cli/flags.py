@@ -62,7 +62,6 @@ def flag(
     kinds = [typing.get_args(kind)[0] if typing.get_origin(kind) else kind for kind in field.kinds]
     kind: Any = types.GenericAlias(list, (kinds[-1],)) if field.is_list else kinds[0]
     said = field.described if help is None else help
-    said += " Repeat for several." if field.is_list and "repeat" not in said else ""
     pair = kind is bool and (both or field.default is not False)
     name = f"--{field.flag}/--no-{field.flag}" if pair else f"--{field.flag}"
     annotation = Annotated[kind | None, typer.Option(name, help=said, show_default=False, hidden=hidden)]

@@ -341,7 +341,9 @@ def _described(options: type[Options]) -> dict[str, str]:
     """What help says of a task's options; those that are no values of one kind have no flag."""
     flags = {field.name: f"--{field.flag}" for field in fields_of(options)}
     kinds = {dict[str, Any], Any}
-    return {f.name: in_flags(f.described, flags) for f in fields_of(options) if not kinds.intersection(f.kinds)}
+    fields = [field for field in fields_of(options) if not kinds.intersection(field.kinds)]
+    repeat = {field.name: " Repeat for several." if field.is_list else "" for field in fields}
+    return {field.name: in_flags(field.described, flags) + repeat[field.name] for field in fields}
 
 
 def _flags(task: str) -> list[inspect.Parameter]:

@@ -207,16 +207,21 @@ class ContinuationOptions(Options):
     add_special_tokens: bool | None = option(None, "Give the prompt to the model with special tokens.", otherwise="yes")
 
 
-_USUAL = {"max_new_tokens": "256, at most to the end of the context", "do_sample": "yes", "temperature": "0.7"}
+_USUAL = {
+    "max_length": "no limit of its own",
+    "max_new_tokens": "256, at most to the end of the context",
+    "do_sample": "yes",
+    "temperature": "0.7",
+    "eos_token_id": "the model's",
+    "pad_token_id": "the model's",
+}
 
 
 def _not_given() -> list[tuple[str, Any, Any]]:
     """The fields of `GenerationOptions`, None where the checkpoint's own values count."""
     fields = []
     for field in fields_of(GenerationOptions):
-        usual = (
-            _USUAL.get(field.name) or field.otherwise or ("none" if field.default in (None, ()) else f"{field.default}")
-        )
+        usual = _USUAL.get(field.name, field.usual)
         metadata = {"help": field.help, "choices": field.choices, "limits": field.limits, "otherwise": usual}
         fields.append((field.name, field.kind | None, dataclasses.field(default=None, metadata=metadata)))
     return fields
