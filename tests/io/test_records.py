@@ -1,6 +1,7 @@
 """Records: what goes in comes out, in every form; interrupted output goes on where it stopped."""
 
 import csv
+import datetime
 import errno
 import itertools
 import json
@@ -151,7 +152,7 @@ def test_text_is_read_by_lines(tmp_path, suffix):
     assert list(read_records(path)) == [{"text": "one"}, {"text": "two å"}]
 
 
-@pytest.mark.parametrize("suffix", [".pdf", ".log", ".gz", ".py"])
+@pytest.mark.parametrize("suffix", [".pdf", ".gz"])
 def test_files_of_an_unknown_suffix_are_refused_by_name(tmp_path, suffix):
     path = tmp_path / f"text{suffix}"
     path.write_text("one\n")
@@ -199,10 +200,8 @@ def test_blank_lines_keep_their_places_where_they_count_and_the_last_ones_never_
     for one, wanted in zip(shown, expected, strict=True):
         assert one == wanted or f"{tmp_path}/{wanted};" in one
     assert count_records(path) in (None, len(expected))
-    texts = [
-        record["text"] for record in found if isinstance(record, dict) and (record["text"] or path.suffix != ".txt")
-    ]
-    assert [record["text"] for record in read_records(path)] == texts
+    kept = [r for r in found if isinstance(r, dict) and (r["text"] or path.suffix != ".txt")]
+    assert list(read_records(path)) == kept
 
 
 @pytest.mark.parametrize(
@@ -213,12 +212,8 @@ def test_blank_lines_keep_their_places_where_they_count_and_the_last_ones_never_
             b'"fine"\n' + b"[" * 100_000,
             "a.jsonl, line 2, is not JSON: it is nested more than 64 levels deep",
         ),
-        (
-            "a.jsonl",
-            b'{"text":' * 150 + b"1" + b"}" * 150,
-            "a.jsonl, line 1, is not JSON: it is nested more than 64 levels deep",
-        ),
-        ("a.json", b"[" * 100_000, "a.json is not JSON: it is nested more than 64"),
+        ("a.jsonl", b'{"text":' * 65 + b"1" + b"}" * 65, "a.jsonl, line 1, is not JSON: it is nested more than 64"),
+        ("a.json", b"[" * 65 + b"]" * 65, "a.json is not JSON: it is nested more than 64"),
         ("a.txt", b"fine\n\xff\xfe\n", "a.txt, line 2, is not UTF-8"),
         ("a.jsonl", b'{"text": 1}\n{"text":', "a.jsonl, line 2, is not JSON"),
         ("a.jsonl", b"[1]", "line 1, holds a list; give objects or texts"),
@@ -234,10 +229,10 @@ def test_broken_files_are_one_clear_error(tmp_path, name, content, message):
         list(read_records(tmp_path / name))
 
 
-def test_one_huge_line_is_a_record(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 5_000_000, "n": list(range(50_000))}) + "\n")
-    (record,) = read_records(tmp_path / "a.jsonl")
-    assert (len(record["text"]), len(record["n"])) == (5_000_000, 50_000)
+def test_a_huge_line_and_a_deep_one_are_records(tmp_path):
+    huge, deep = {"text": "x" * 5_000_000, "n": list(range(50_000))}, '{"text":' * 64 + "1" + "}" * 64
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(huge)}\n{deep}\n")
+    assert list(read_records(tmp_path / "a.jsonl")) == [huge, json.loads(deep)]
 
 
 def test_torn_parquet_files_are_one_clear_error(tmp_path):
@@ -287,20 +282,22 @@ ANSWERS = [
     {"input": {"text": "two", "id": 7}, "error": "a text is empty"},
     {"input": "three", "output": [{"word": "x"}]},
 ]
+DATED = {"input": {"text": "four", "day": datetime.date(2026, 1, 2)}, "output": 1}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
 def test_every_form_is_written(tmp_path, suffix):
     path = tmp_path / "deep" / f"out{suffix}"
     with ResumableOutput(path, {}) as output:
-        for answer in ANSWERS:
+        for answer in (*ANSWERS, DATED):
             output.write(answer)
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # and no lock
-    rows = list(read_records(path)) if suffix != ".jsonl" else [json.loads(x) for x in path.read_text().splitlines()]
+    rows = list(read_records(path))
     if suffix == ".jsonl":
-        assert rows == ANSWERS
+        assert rows == [*ANSWERS, {**DATED, "input": {"text": "four", "day": "2026-01-02"}}]
         return
-    assert [row["text"] for row in rows] == ["one", "two", "three"]
+    assert [row["text"] for row in rows] == ["one", "two", "three", "four"]
+    assert rows[3]["day"] == "2026-01-02"
     assert rows[0]["label"] == "a"
     assert float(rows[0]["score"]) == 0.5
     assert rows[1]["error"] == "a text is empty"
@@ -360,13 +357,6 @@ def test_a_job_goes_on_only_with_the_inputs_that_it_began_with(tmp_path):
                 list(output.rest(inputs, lambda item: item))
 
 
-def test_columns_of_the_file_are_kept(tmp_path):
-    record = {"input": "a dog", "output": {"label": "x"}, "row": {"id": 3, "body": "a dog"}}
-    with ResumableOutput(tmp_path / "out.csv", {}) as output:
-        output.write(record)
-    assert (tmp_path / "out.csv").read_text() == "id,body,label\n3,a dog,x\n"
-
-
 def test_broken_lines_can_be_passed_over(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'"one"\n{bad\n\xff\n{"text": "two"}\n')
     found = list(read_in_place(tmp_path / "a.jsonl"))
@@ -377,14 +367,6 @@ def test_broken_lines_can_be_passed_over(tmp_path):
     (tmp_path / "b.csv").write_text("text,text\na,b\n")
     with pytest.raises(InputError, match="more than one column called text"):
         list(read_records(tmp_path / "b.csv"))
-
-
-def test_dates_and_bytes_are_written_as_text(tmp_path):
-    import datetime
-
-    with ResumableOutput(tmp_path / "out.jsonl", {}) as output:
-        output.write({"input": {"text": "a", "day": datetime.date(2026, 1, 2)}, "output": 1})
-    assert json.loads((tmp_path / "out.jsonl").read_text())["input"]["day"] == "2026-01-02"
 
 
 def test_an_interrupted_job_goes_on_where_it_stopped(tmp_path):
@@ -499,5 +481,6 @@ def test_an_answer_never_takes_the_place_of_a_column_of_the_file(tmp_path, suffi
         output.write({"input": "a dog", "output": {"label": "x", "score": 0.5}, "row": rows[0]})
         output.write({"input": "", "error": "a text is empty", "row": rows[1]})
     first, second = read_records(tmp_path / f"out{suffix}")
+    assert list(first) == ["text", "label", "error", "output_label", "score", "output_error"]
     assert (first["label"], first["output_label"], first["error"]) == ("gold", "x", "none")
     assert (second["label"], second["error"], second["output_error"]) == ("gold", "none", "a text is empty")

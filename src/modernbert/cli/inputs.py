@@ -36,13 +36,7 @@ def main_of(form: Form) -> Field:
 
 
 def from_arguments(texts: list[str], form: Form, fixed: Record) -> Iterator[Any]:
-    """Inputs of a command line's arguments.
-
-    Args:
-        texts: the arguments.
-        form: of the task.
-        fixed: fields that an option gave, such as a question; the arguments are then the rest.
-    """
+    """Inputs of a command line's arguments, with the fields that an option fixed, such as a question."""
     main = main_of(form)
     others = [field.name for field in form if field.required and field is not main and field.name not in fixed]
     if main.many and others:
@@ -58,11 +52,7 @@ def from_arguments(texts: list[str], form: Form, fixed: Record) -> Iterator[Any]
 
 
 def check_arguments(texts: list[str]) -> None:
-    """Refuse arguments that are meant as files: what would be answered is their name.
-
-    Raises:
-        InputError: an argument names a file or a folder, or has no space and ends like a file that is read.
-    """
+    """Raise `InputError` for arguments that are meant as files: what would be answered is their name."""
     for text in texts:
         stdin = "a text that reads so is given on standard input"
         with contextlib.suppress(OSError):  # too long for a name
@@ -77,16 +67,16 @@ def check_arguments(texts: list[str]) -> None:
 def from_records(
     records: Records, form: Form, fixed: Record, named: Mapping[str, list[str]], name: str, skip_errors: bool = False
 ) -> Iterator[tuple[Any, Record | None]]:
-    """Inputs of rows, or their errors; each with its row where that has more columns than one of text.
+    """Inputs of the rows of a file; each with its row where that has more columns than one of text.
 
     Args:
-        records: from a file or standard input.
+        records: of the file.
         form: of the task.
-        fixed: fields that an option gave. A list that is missing then takes all rows together, errors among them.
+        fixed: fields that an option gave. If only a list is missing, all rows together are that list.
         named: columns that the user named; see `modernbert.io.tables.parse_columns`.
         name: of the file, for messages.
-        skip_errors: give the error instead of an input that cannot be read. A column that a table lacks, all its rows
-            lack; that is raised all the same.
+        skip_errors: give the error instead of an input that cannot be read. The lack of a column in a table is raised
+            all the same, as all its rows lack it.
     """
     main = main_of(form)
     wanted = [field for field in form if field.name not in fixed]

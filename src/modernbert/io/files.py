@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ from typing import Any
 from modernbert.errors import InputError
 
 _DEEPEST = 64  # levels of lists and objects in JSON
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
 
 
 @contextlib.contextmanager
@@ -54,7 +52,8 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # before it is released: later it could be another process's
+        with contextlib.suppress(OSError):  # Windows refuses this, and removes the file on release
+            Path(lock.lock_file).unlink()  # before it is released: later it could be another process's
         lock.release()
 
 
@@ -97,30 +96,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Let a finished folder `new` take the name of `folder`, which may exist; at no time is there neither.
+    """Let a finished folder `new` take the name of `folder`, which may exist; one of them is whole at any time.
 
-    Where the system cannot exchange two names at once, the old folder is renamed to `.NAME.previous` first: a process
-    that is killed between the two steps leaves it there, whole.
+    A process that is killed between the two steps leaves the old folder as `.NAME.previous`.
     """
-    if not folder.exists():
-        new.rename(folder)
-    elif _exchanged(new, folder):
-        shutil.rmtree(new, ignore_errors=True)
-    else:
-        previous = folder.with_name(f".{folder.name}.previous")
+    previous = folder.with_name(f".{folder.name}.previous")
+    if folder.exists():
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
-        new.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
-
-
-def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, where the system can."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    return int(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)) == 0
+    new.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def parse_json(text: str | bytes) -> Any:

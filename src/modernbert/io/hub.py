@@ -16,9 +16,13 @@ _LONGEST_NAME = 255  # characters
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def could_be_a_name(path: str) -> bool:
-    """Whether a file or folder could have this name, given by a file that somebody else wrote."""
-    return len(path) <= _LONGEST_NAME and path.isprintable()
+def check_name(path: str, what: str, where: object) -> None:
+    """Raise `CheckpointError` for a name of a file or folder, given by a checkpoint, that none inside of it has."""
+    pure = PurePosixPath(path)
+    if ".." in pure.parts or pure.is_absolute() or "\\" in path:
+        raise CheckpointError(f"{where} names the {what} {shown(path)}, which lies outside of it")
+    if len(path) > _LONGEST_NAME or not path.isprintable():
+        raise CheckpointError(f"{where} names the {what} {shown(path)}, which can be no {what}'s name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +63,13 @@ class Source:
         return path / self.subfolder if path.is_dir() else None
 
     def find(self, filename: str) -> Path | None:
-        """A file's path on this disk, downloaded first where need be; None where the source has no such file.
+        """A file's path on this disk, downloaded first if need be; None if the source has no such file.
 
         Raises:
             NotFoundError: the source itself cannot be found or reached.
             CheckpointError: the file's name leads out of the source.
         """
-        path = PurePosixPath(filename)
-        if ".." in path.parts or path.is_absolute() or "\\" in filename:
-            raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which lies outside of it")
-        if not could_be_a_name(filename):
-            raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which can be no file's name")
+        check_name(filename, "file", "a checkpoint")
         if (folder := self.folder) is not None:
             return folder / filename if (folder / filename).is_file() else None
         name = str(self.name_or_folder)
@@ -90,7 +90,7 @@ class Source:
         try:
             cached_only = self.local_files_only
             if not cached_only and not self._in_cache(self._path(filename)):
-                answer = self._ask(filename)  # once: the client goes on for half a minute where nobody answers
+                answer = self._ask(filename)  # once: the client tries for half a minute if there is no answer
                 if answer is False and self._is_known():
                     return None
                 cached_only = answer is None
@@ -125,7 +125,7 @@ class Source:
             raise NotFoundError(next(text for kind, text in reasons.items() if isinstance(error, kind))) from error
 
     def exists(self, filename: str) -> bool:
-        """Whether the source has a file, without downloading it; False where that cannot be found out."""
+        """Whether the source has a file, without downloading it; False if that cannot be found out."""
         if self.folder is not None:
             return (self.folder / filename).is_file()
         from huggingface_hub import errors
@@ -135,7 +135,7 @@ class Source:
         return False
 
     def _ask(self, filename: str) -> bool | None:
-        """Whether the Hub has a file; None where nobody answers. Its refusals are raised."""
+        """Whether the Hub has a file; None if it does not answer. Its refusals are raised."""
         from huggingface_hub import HfApi, errors
 
         name, path = str(self.name_or_folder), self._path(filename)

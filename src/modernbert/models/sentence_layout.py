@@ -8,11 +8,10 @@ which it is, for everything that loads or describes a checkpoint.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import PurePosixPath
 from typing import Any
 
 from modernbert.errors import CheckpointError, ConfigError, listed, shown
-from modernbert.io.hub import Source, could_be_a_name
+from modernbert.io.hub import Source, check_name
 from modernbert.nn.pooling import POOLINGS
 
 MODULES = "modules.json"
@@ -191,11 +190,7 @@ def read_parts(source: Source) -> list[dict[str, Any]]:
     ):
         raise CheckpointError(f"{path} is no list of parts with a type and a path")
     for part in parts:
-        inner = PurePosixPath(part["path"])
-        if ".." in inner.parts or inner.is_absolute() or "\\" in str(inner):
-            raise CheckpointError(f"{path} names the folder {shown(str(inner))}, which lies outside of it")
-        if not could_be_a_name(str(inner)):
-            raise CheckpointError(f"{path} names the folder {shown(str(inner))}, which can be no folder's name")
+        check_name(part["path"], "folder", path)
     return parts
 
 

@@ -22,7 +22,7 @@ def texts_of(collection, held_out=None):
 def test_documents_of_folders_and_what_is_held_out(tmp_path, documents):
     (tmp_path / "sub").mkdir()
     for i in range(20):
-        (tmp_path / "sub" / f"{i:02}.txt").write_text(documents[i])
+        (tmp_path / "sub" / f"{i:02}.txt").write_text(documents[i], encoding="utf-8-sig" if i % 2 else "utf-8")
     lines = [json.dumps({"text": d, "other": 1}) for d in documents[20:70]]
     (tmp_path / "more.jsonl").write_text("\n".join(lines) + "\n\n")
     (tmp_path / "ignored.csv").write_text("a,b")
@@ -61,18 +61,15 @@ def test_bad_paths_and_rows_are_named(tmp_path, monkeypatch):
         Collection([tmp_path / "missing"])
     with pytest.raises(InputError, match=r"holds no \.txt, \.jsonl, \.parquet file and no dataset"):
         Collection([tmp_path])
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(InputError, match=r"none of \.txt, \.jsonl"):
-        Collection([tmp_path / "a.csv"])
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"txt": "not"}\n')
-    with pytest.raises(InputError, match=r"a\.jsonl, row 2, has no column 'text'"):
-        Collection([tmp_path / "a.jsonl"])
-    (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
-    with pytest.raises(InputError, match=r"has an int in 'text'"):
-        Collection([tmp_path / "b.jsonl"])
-    (tmp_path / "c.jsonl").write_text('{"text": "bad \\ud83d"}\n')
-    with pytest.raises(InputError, match=r"c\.jsonl, row 1, is no Unicode text"):
-        Collection([tmp_path / "c.jsonl"])
+    for name, content, message in [
+        ("a.csv", "x", r"none of \.txt, \.jsonl"),
+        ("a.jsonl", '{"text": "fine"}\n{"txt": "not"}\n', r"a\.jsonl, row 2, has no column 'text'"),
+        ("b.jsonl", '{"text": 3}\n', r"has an int in 'text'"),
+        ("c.jsonl", '{"text": "bad \\ud83d"}\n', r"c\.jsonl, row 1, is no Unicode text"),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match=message):
+            Collection([tmp_path / name])
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "a.jsonl").write_text('{"text": "fine"}\n')
     with pytest.raises(InputError, match=r"would both be called a; write NAME=PATH"):

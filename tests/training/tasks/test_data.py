@@ -19,17 +19,18 @@ ROWS = [{"text": "one", "label": "a"}, {"text": 'two, "2"', "label": "b"}, {"tex
 def test_parts_to_train_and_to_evaluate_on(tmp_path):
     path = str(tmp_path / "p.json")
     (tmp_path / "p.json").write_text(json.dumps({"train": ROWS, "val": ROWS[:1]}))
-    assert read_tables(f"{path}#val", None)[0].records == ROWS[:1]
+    assert read_tables(f"{path}#val", None) == {f"{path}#val": ROWS[:1]}
     train, held, chosen = with_parts(path, None)
     assert (train, held) == ([f"{path}#train"], [f"{path}#val"])
     assert "evaluating on its part 'val'" in chosen
     assert with_parts(path, "other.json")[1] == "other.json"
     named = datasets.Dataset.from_list(ROWS).class_encode_column("label")
     datasets.DatasetDict({"train": named, "test": named}).save_to_disk(tmp_path / "folder")
-    assert read_tables(named, None)[0].records == ROWS
+    assert read_tables(named, None) == {"the dataset": ROWS}
     assert with_parts(str(tmp_path / "folder"), None)[1] == [f"{tmp_path / 'folder'}#test"]
     (tmp_path / "h.tsv").write_text('one\ta\n"two\tb\n')
-    assert read_tables(str(tmp_path / "h.tsv"), ["text", "label"])[0].records[1] == {"text": '"two', "label": "b"}
+    (rows,) = read_tables(tmp_path / "h.tsv", ["text", "label"]).values()
+    assert rows[1] == {"text": '"two', "label": "b"}
 
 
 def test_lists_and_fields_that_some_rows_lack():
@@ -198,7 +199,7 @@ def test_a_file_that_is_given_twice_is_refused(again, tmp_path, monkeypatch):
         (tmp_path / name).write_text("\n".join(map(json.dumps, ROWS)))
     (tmp_path / "link.jsonl").symlink_to("a.jsonl")
     assert len(read_tables(["a.jsonl", "other.jsonl"], None)) == 2
-    with pytest.raises(InputError, match=r"\.jsonl is given twice.*; give each file once"):
+    with pytest.raises(InputError, match=r"\.jsonl is given twice, by a\.jsonl and by .*; give it once"):
         read_tables(["a.jsonl", "other.jsonl", again], None)
 
 
@@ -206,7 +207,7 @@ def test_parts_of_a_file_are_given_once_each(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"train": ROWS, "test": ROWS}))
     assert len(read_tables([f"{path}#train", f"{path}#test"], None)) == 2
-    with pytest.raises(InputError, match="#train is given twice; give each"):
+    with pytest.raises(InputError, match=r"data\.json is given twice, by .*#train and by .*#train; give it once"):
         read_tables([f"{path}#train", f"{path}#test", f"{path}#train"], None)
-    with pytest.raises(InputError, match=r"data\.json is given twice \(as .*#train too\)"):
+    with pytest.raises(InputError, match=r"data\.json is given twice, by .*#train and by .*data\.json; give it once"):
         read_tables([f"{path}#train", str(path)], None)

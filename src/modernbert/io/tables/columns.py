@@ -34,12 +34,9 @@ class Field:
 
 
 def parse_columns(given: Sequence[str], fields: Sequence[Field], main: str | None = None) -> dict[str, list[str]]:
-    """The columns that a user names for fields.
+    """The columns that a user names for fields: "FIELD=COLUMN" entries, or columns of the field `main` alone.
 
-    Args:
-        given: "FIELD=COLUMN" entries; several columns of a list have commas between.
-        fields: of the task.
-        main: the field that an entry without "=" names the column of.
+    Several columns of a list have commas between.
 
     Raises:
         InputError: an entry names no column, or a field that does not exist or has a column already.
@@ -63,16 +60,10 @@ def parse_columns(given: Sequence[str], fields: Sequence[Field], main: str | Non
 def choose_columns(
     columns: Sequence[str], fields: Sequence[Field], named: Mapping[str, list[str]], where: str
 ) -> dict[str, list[str]]:
-    """The columns of each field: those that were named, else those that are called like it, else by its usual names.
-
-    Args:
-        columns: that there are.
-        fields: of the task.
-        named: columns that a user named; see `parse_columns`.
-        where: what has the columns, for messages.
+    """The columns of each field: those in `named`, else one of the field's name, else one of its usual names.
 
     Raises:
-        InputError: a required field has no column, or a named column does not exist.
+        InputError: a required field has no column, or a named column does not exist; it begins with `where`.
     """
     lower = {column.lower(): column for column in columns}
     chosen: dict[str, list[str]] = {}

@@ -6,7 +6,7 @@ import csv
 import importlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -85,6 +85,17 @@ def place_of(source: str) -> tuple[Path, str | None]:
         name, _, part = source.rpartition("#")
         return Path(name), part
     return Path(source), None
+
+
+def check_once(places: Iterable[tuple[Path, str | None, str]]) -> None:
+    """Raise `InputError` if rows would be read twice; of each place the path, the part, and what the user wrote."""
+    given: dict[Path, dict[str | None, str]] = {}
+    for path, part, name in places:
+        parts = given.setdefault(path.resolve(), {})
+        if parts and (part is None or None in parts or part in parts):
+            before = parts.get(part) or next(iter(parts.values()))
+            raise InputError(f"{path} is given twice, by {before} and by {name}; give it once")
+        parts[part] = name
 
 
 def parts_of(path: Path) -> list[str]:

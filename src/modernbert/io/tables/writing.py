@@ -1,5 +1,5 @@
-"""Writing rows: gathered in a file beside the wanted one, a JSON object a line, from which an interrupted job goes on;
-the wanted file appears once it is whole.
+"""Writing rows: they are gathered in a partial file beside the output, from which an interrupted job continues; the
+output appears once it is whole.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ResumableOutput:
     """A file that is gathered record by record and appears when it is whole.
 
     Until then the records are in `<name>.partial`, a JSON object a line after a line that describes their job. A job
-    that finds its own partial file goes on after the last whole line of it.
+    that finds its own partial file continues after the last whole line of it.
 
     A record is {"input", "output"} or {"input", "error"}, and {"row"} with the columns of the file it came from.
 
@@ -41,13 +41,12 @@ class ResumableOutput:
         overwrite: whether a file of this name may be replaced, once the new one is whole.
 
     Attributes:
-        done: records in the file so far.
-        failed: those of them that are errors.
-        errors: number of the record, from 1, and error of the first ten of those.
+        done: number of records in the file so far.
+        failed: number of those that are errors.
+        errors: the first ten of these, by the number of the record, from 1.
 
     Raises:
-        InputError: the suffix is unknown, the file exists already, a partial file belongs to another job, or another
-            process is writing it.
+        InputError: the suffix is unknown, the file exists, the partial file is another job's, or is being written.
     """
 
     def __init__(self, path: Path, job: Record, *, overwrite: bool = False) -> None:
@@ -78,7 +77,7 @@ class ResumableOutput:
         return self
 
     def _take(self, number: int, line: bytes) -> None:
-        """Go on after one line of an earlier run."""
+        """Count a line of an earlier run, if it is of this job."""
         try:
             record = json.loads(line.decode("utf-8", "surrogatepass"))
             if not isinstance(record, dict) or ("input" if number else "job") not in record:
@@ -146,6 +145,7 @@ class ResumableOutput:
             if error is None:
                 with replacing(self.path) as temporary:
                     _WRITERS[self.path.suffix.lower()](temporary, self._records)
+            self._close()
             if error is None or not self.done:  # nothing in it to go on with
                 self.partial.unlink()
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from modernbert.errors import InputError
 from modernbert.io.tables import parts_of, read_records, text_in
-from modernbert.io.tables.reading import is_dataset
+from modernbert.io.tables.reading import check_once, is_dataset
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 STANDARD_INPUT = "-"
@@ -62,19 +62,14 @@ class Collection:
             raise InputError(f"the held-out share is {held_out}; it must lie in [0, 1]")
         self.column = column
         self._spool: Path | None = None
-        self.places: list[_Place] = []
+        given = [(path, place) for path in map(str, paths) for place in self._places(path)]
+        check_once((place.path, None, path) for path, place in given)
         unnamed: dict[str, str] = {}
-        given: dict[Path, str] = {}
-        for path in map(str, paths):
-            found = self._places(path)
-            source = found[0].source
+        for path, place in given:
+            source = place.source
             if not path.startswith(f"{source}=") and unnamed.setdefault(source, path) != path:
                 raise InputError(f"{unnamed[source]} and {path} would both be called {source}; write NAME=PATH")
-            for place in found:
-                if before := given.get(place.path.resolve()):
-                    raise InputError(f"{place.path} is given twice, by {before} and by {path}; give it once")
-            given |= {place.path.resolve(): path for place in found}
-            self.places += found
+        self.places = [place for _, place in given]
         self.held_out = self._lowest(held_out)
 
     def __iter__(self) -> Iterator[Document]:
@@ -93,7 +88,7 @@ class Collection:
     def _texts(self) -> Iterator[tuple[str, _Place]]:
         for place in self.places:
             if place.path.suffix == ".txt":
-                yield place.path.read_text(encoding="utf-8", errors="replace"), place
+                yield place.path.read_text(encoding="utf-8-sig", errors="replace"), place
                 continue
             parts: list[str | None] = [*parts_of(place.path)]
             for part in parts or [None]:

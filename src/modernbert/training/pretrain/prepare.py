@@ -35,7 +35,7 @@ def prepare_data(
     """Tokenize documents into shards that runs map into memory.
 
     Args:
-        paths: what to read; see `documents.Collection`. Each path is a source of its own, for mixtures by weight.
+        paths: what to read; see `documents.Collection`. Each path is a source, for mixtures by weight.
         tokenizer: folder or Hub repository.
         output: folder to make; it must not exist. Written under another name and renamed once it is whole.
         max_length: longest text in tokens, special ones included; longer documents become several texts.

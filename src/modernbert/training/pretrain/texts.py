@@ -88,7 +88,8 @@ class Cutter:
     def cut(self, documents: Sequence[str], first: int = 0) -> list[list[Ids]]:
         """The texts of each document, (tokens,) int32 arrays; `first` is the number of the first document."""
         room = self.max_length - 2
-        units = [split(document.strip(), self._unit()) for document in documents]
+        least = 1 if self.short else self.max_length * _CHARACTERS_A_TOKEN // 16  # sentences, or more in long texts
+        units = [split(document.strip(), least) for document in documents]
         counts = iter(self._encode([unit for some in units for unit in some]))
         planned: list[list[list[Ids]]] = []  # texts of each document, as lists of units
         heads: list[str] = []
@@ -153,10 +154,6 @@ class Cutter:
         tokens = (self.tokenizer.id_to_token(i) or "" for i in range(self.tokenizer.get_vocab_size()))
         return np.array([token.startswith(marks) for token in tokens])
 
-    def _unit(self) -> int:
-        """Least characters that are encoded together: sentences, or more where texts are long anyway."""
-        return 1 if self.short else self.max_length * _CHARACTERS_A_TOKEN // 16
-
     def _target(self, rng: random.Random, room: int) -> int:
         if not self.short or rng.random() >= self.short:
             return room
@@ -168,7 +165,7 @@ class Cutter:
 
 
 def split(document: str, least: int) -> list[str]:
-    """Cut a text where sentences or lines end, each piece of at least so many characters; joined, they are the text.
+    """Cut a text at the ends of sentences or lines, into pieces of at least `least` characters that join to the text.
 
     White space stays at the beginning of pieces, where tokenizers that split words from each other leave it, so that
     the tokens of the pieces are those of the whole.

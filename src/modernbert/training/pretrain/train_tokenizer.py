@@ -24,10 +24,10 @@ _UNUSED = 11  # spare ids for users' own tokens; they round the usual sizes up t
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int = 8192) -> Tokenizer:
-    """Learn a vocabulary of `vocab_size` ids: byte pairs first, then the special tokens, then spare ones.
+    """Train a tokenizer of `vocab_size` ids: byte pairs first, then the special tokens, then spare ones.
 
     Args:
-        documents: the text to learn from.
+        documents: raw text.
         vocab_size: number of ids in all; at least the 256 bytes, the special and the spare tokens.
 
     Returns:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from modernbert.checks import described
 from modernbert.errors import InputError, listed
 from modernbert.io.tables.columns import Field, choose_columns, value_in
-from modernbert.io.tables.reading import parts_of, place_of, read_records, rows_of_dataset
+from modernbert.io.tables.reading import Record, check_once, parts_of, place_of, read_records, rows_of_dataset
 
 _VALIDATION = ("validation", "val", "valid", "dev", "eval", "test")
 
@@ -22,13 +22,8 @@ class Row(NamedTuple):
     where: str
 
 
-class Table(NamedTuple):
-    records: list[dict[str, Any]]
-    name: str
-
-
-def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
-    """Read files, datasets in memory or lists of dicts whole.
+def read_tables(sources: Any, header: Sequence[str] | None) -> dict[str, list[Record]]:
+    """Read files, datasets in memory or lists of dicts whole; their rows by their names.
 
     Args:
         sources: a path, with "#PART" for a part; a list of paths; a list of rows; a dataset, or a table of pandas.
@@ -38,18 +33,17 @@ def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
         InputError: a file is empty, is given twice, or is not what its suffix promises.
         OSError: a file cannot be read.
     """
-    tables = []
+    tables: dict[str, list[Record]] = {}
     sources = [sources] if isinstance(sources, str | Path) else sources
     if isinstance(sources, Sequence) and sources and all(isinstance(s, str | Path) for s in sources):
-        names = [str(source) for source in sources]
-        _check_once(names)
-        for name in names:
-            path, part = place_of(name)
+        places = [(*place_of(str(source)), str(source)) for source in sources]
+        check_once(places)
+        for path, part, name in places:
             if not path.exists():
                 raise InputError(f"there is no file or folder {path}")
-            tables.append(Table(list(read_records(path, part, header)), name))
+            tables[name] = list(read_records(path, part, header))
     elif hasattr(sources, "features"):
-        tables.append(Table(list(rows_of_dataset(sources)), "the dataset"))
+        tables["the dataset"] = list(rows_of_dataset(sources))
     else:
         if hasattr(sources, "columns") and hasattr(sources, "to_dict"):  # a table of pandas
             sources = sources.to_dict("records")
@@ -59,24 +53,11 @@ def read_tables(sources: Any, header: Sequence[str] | None) -> list[Table]:
         wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
         if wrong is not None:
             raise InputError(f"a row is {described(wrong)}; give dicts")
-        tables.append(Table([dict(row) for row in rows], "the list of rows"))
-    for table in tables:
-        if not table.records:
-            raise InputError(f"{table.name} holds no rows")
+        tables["the list of rows"] = list(map(dict, rows))
+    for name, records in tables.items():
+        if not records:
+            raise InputError(f"{name} holds no rows")
     return tables
-
-
-def _check_once(sources: Sequence[str]) -> None:
-    """Raise `InputError` where rows would count twice: a file, or a part of one, that is given twice."""
-    given: dict[Path, dict[str | None, str]] = {}
-    for source in sources:
-        path, part = place_of(source)
-        parts = given.setdefault(path.resolve(), {})
-        if parts and (part is None or None in parts or part in parts):
-            before = parts.get(part) or next(iter(parts.values()))
-            again = "" if source == before else f" (as {before} too)"
-            raise InputError(f"{source} is given twice{again}; give each file once")
-        parts[part] = source
 
 
 def with_parts(train: Any, evaluation: Any) -> tuple[Any, Any, str]:
@@ -95,7 +76,7 @@ def with_parts(train: Any, evaluation: Any) -> tuple[Any, Any, str]:
 
 
 def rows_of(
-    tables: Sequence[Table], fields: Sequence[Field], named: Mapping[str, list[str]]
+    tables: Mapping[str, Sequence[Record]], fields: Sequence[Field], named: Mapping[str, list[str]]
 ) -> tuple[list[Row], dict[str, list[str]]]:
     """Rows under the names of the fields, and the columns that these are in.
 
@@ -104,12 +85,11 @@ def rows_of(
     """
     rows: list[Row] = []
     chosen: dict[str, list[str]] = {}
-    for table in tables:
-        columns = list(dict.fromkeys(str(column) for record in table.records for column in record))
-        chosen = choose_columns(columns, fields, named, table.name)
-        for number, record in enumerate(table.records, 1):
-            where = f"{table.name}, row {number}"
-            row = Row({"_record": record}, where)
+    for name, records in tables.items():
+        columns = list(dict.fromkeys(str(column) for record in records for column in record))
+        chosen = choose_columns(columns, fields, named, name)
+        for number, record in enumerate(records, 1):
+            row = Row({"_record": record}, f"{name}, row {number}")
             cells = {column: _plain(record.get(column)) for wanted in chosen.values() for column in wanted}
             for field in fields:
                 if field.name in chosen:
