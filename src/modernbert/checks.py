@@ -102,16 +102,17 @@ class OptionField(NamedTuple):
     @property
     def usual(self) -> str:
         """What holds by default, in words."""
+        if self.otherwise or self.default in (None, [], (), {}):
+            return self.otherwise or "none"
         if isinstance(self.default, bool):
-            return self.otherwise or ("yes" if self.default else "no")
-        several = isinstance(self.default, list | tuple)
-        return self.otherwise or str(", ".join(map(str, self.default)) if several else self.default) or "none"
+            return "yes" if self.default else "no"
+        return ", ".join(map(str, self.default)) if isinstance(self.default, list | tuple) else str(self.default)
 
     @property
     def described(self) -> str:
         """The sentence, with the allowed texts and the default."""
-        listed = all(choice in self.help for choice in self.choices)
-        said = self.help.rstrip(".") + ("" if listed else f": {', '.join(self.choices)}")
+        are_named = all(choice in self.help for choice in self.choices)
+        said = self.help.rstrip(".") + ("" if are_named else f": {', '.join(self.choices)}")
         return f"{said}. ({'required' if self.required else f'default: {self.usual}'})"
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.checks import Options, fields_of, kinds_of, option
+from modernbert.checks import OptionField, Options, fields_of, kinds_of, option
 from modernbert.cli.flags import Command, flag, with_signature
 from modernbert.cli.inputs import (
     check_arguments,
@@ -311,7 +311,7 @@ class TaskCommand(Command):
         task = dict(itertools.pairwise(words)).get("--task", "")
         options = OPTIONS.get(ALIASES.get(task, task))
         if options is not None:
-            own = _described(options)
+            own = {field.name: said for field, said in _flagged(options)}
             for parameter in typing.cast(list[Any], self.params):
                 if parameter.name in _TASKS_OPTIONS:
                     parameter.hidden = parameter.name not in own
@@ -337,18 +337,15 @@ def _command(doc: str, task: str | None, own: list[inspect.Parameter], without: 
     return with_signature(run, [texts, *map(flag, shared), *own], doc)
 
 
-def _described(options: type[Options]) -> dict[str, str]:
-    """What help says of a task's options; those that are no values of one kind have no flag."""
+def _flagged(options: type[Options]) -> list[tuple[OptionField, str]]:
+    """A task's options and their help; those that are no values of one kind have no flag."""
     flags = {field.name: f"--{field.flag}" for field in fields_of(options)}
-    kinds = {dict[str, Any], Any}
-    fields = [field for field in fields_of(options) if not kinds.intersection(field.kinds)]
-    repeat = {field.name: " Repeat for several." if field.is_list else "" for field in fields}
-    return {field.name: in_flags(field.described, flags) + repeat[field.name] for field in fields}
+    fields = [field for field in fields_of(options) if not {dict[str, Any], Any}.intersection(field.kinds)]
+    return [(f, in_flags(f.described, flags) + (" Repeat for several." if f.is_list else "")) for f in fields]
 
 
 def _flags(task: str) -> list[inspect.Parameter]:
-    described = _described(OPTIONS[task])
-    return [flag(field, described[field.name]) for field in fields_of(OPTIONS[task]) if field.name in described]
+    return [flag(field, said) for field, said in _flagged(OPTIONS[task])]
 
 
 # The options that `run` shows if no task is named; every other one has a hidden flag.
@@ -360,16 +357,7 @@ _USUAL = {
     "temperature": "text-generation: below 1 is sharper.",
     "seed": "text-generation: makes sampling repeatable.",
 }
-_TASKS_OPTIONS = {
-    f.name: f for options in OPTIONS.values() for f in fields_of(options) if f.name in _described(options)
-}
-
-_TASKS_OPTIONS = {
-    field.name: field
-    for options in OPTIONS.values()
-    for field in fields_of(options)
-    if field.name in _described(options)
-}
+_TASKS_OPTIONS = {field.name: field for options in OPTIONS.values() for field, _ in _flagged(options)}
 
 run = _command(
     """Run a task on texts: arguments, a file or standard input.
@@ -405,9 +393,6 @@ embed = _command(
     Example: modernbert embed --file texts.csv --column body --output vectors.npy
     """,
     "sentence-embedding",
-    [
-        inspect.Parameter("output", _KEYWORD, annotation=_VECTORS),
-        *_flags("sentence-embedding"),
-    ],
+    [inspect.Parameter("output", _KEYWORD, annotation=_VECTORS), *_flags("sentence-embedding")],
     ("task", "tokenizer", "question", "query", "options", "as_json", "output"),
 )
