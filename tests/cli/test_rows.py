@@ -227,7 +227,7 @@ def test_a_text_that_is_too_long_is_one_line_with_its_number_and_the_flag(heads,
     assert line.endswith("; --truncation cuts it")
     code, _, err = called(capsys, "run", "--model", heads / "SequenceClassification", "--file", path, "--json")
     (line,) = err.splitlines()
-    assert line.endswith("; --option truncation=true cuts it")
+    assert line.endswith("; --truncation cuts it")
     code, _, err = called(capsys, "run", "--model", heads / "SequenceClassification", "word " * 900)
     assert err.startswith("modernbert: a text has ")
     where = ["run", "--model", heads / "SequenceClassification", "--file", path, "--json"]
@@ -336,8 +336,8 @@ def test_a_job_with_other_options_names_what_differs(heads, tmp_path, capsys):
     code, _, err = called(capsys, *embed(heads, "--file", path, "--output", out, "--truncate-dim", "8", "--normalize"))
     assert code == 2
     assert err == (
-        f"modernbert: {out}.partial is of another job: --truncate-dim was not given and is 8, "
-        "--normalize was not given and is True; finish that one, remove the file, or name another output\n"
+        f"modernbert: {out}.partial is of another job: --normalize was not given and is True, "
+        "--truncate-dim was not given and is 8; finish that one, remove the file, or name another output\n"
     )
     path.write_text("one\n\nthree, another\n")
     code, _, err = called(capsys, *embed(heads, "--file", path, "--output", out))

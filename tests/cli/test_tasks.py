@@ -35,7 +35,7 @@ def answers(text):
     [
         ("SequenceClassification", ["a dog", "a cat"], lambda p: [p("a dog")[0], p("a cat")[0]]),
         ("SequenceClassification", ["a dog", "--top-k", "2"], lambda p: [p("a dog", top_k=2)]),
-        ("TokenClassification", ["Anna ran", "--option", "aggregation_strategy=first"], None),
+        ("TokenClassification", ["Anna ran", "--aggregation-strategy", "first"], None),
         ("QuestionAnswering", ["--question", "Who?", "Anna ran."], None),
         ("MultipleChoice", ["The dog", "barks", "reads"], lambda p: [p(prompt="The dog", choices=["barks", "reads"])]),
         ("Model", ["a dog"], lambda p: [p("a dog")]),
@@ -218,7 +218,10 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
     [
         (["run", "a", "--task", "text-classification"], "text-classification needs one that was trained for it"),
         (["run", "a", "--task", "feature-extraction", "--option", "top_k"], "--option 'top_k': write name=value"),
-        (["run", "a", "--task", "feature-extraction", "--option", "top_k=2"], "feature-extraction has no option top_k"),
+        (
+            ["run", "a", "--task", "feature-extraction", "--option", "top_k=2"],
+            "extraction has no --option top_k",
+        ),
         (["run", "a", "--task", "feature-extraction", "--output", "x.docx"], "x.docx ends with .docx; written are"),
         (["run", "a", "--task", "sentence-embedding", "--output", "x.npy"], "vectors are written by modernbert embed"),
         (["score", "a", "--output", "x.npy"], "vectors are written by modernbert embed"),
@@ -228,7 +231,7 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
         (["run", "--file", "none.txt"], "there is no file none.txt"),
         (["run", "a", "--task", "feature-extraction", "--output", "x.csv", "--json"], "give one of them"),
         (["run", "a", "--task", "feature-extraction", "--column", "x"], "--column is for files"),
-        (["run", "a", "--task", "feature-extraction", "--option", "on_error=return"], "has no option on_error"),
+        (["run", "a", "--task", "feature-extraction", "--option", "on_error=return"], "has no --option on_error"),
         (["run", "--task", "text-ranking", "only a query"], "give a query and then its documents"),
         (["embed", "a", "--output", "x.npy", "--pooling", "best"], "pooling is 'best'; choose one of cls"),
         (["embed", "a"], "Missing option '--output'"),

@@ -62,10 +62,14 @@ def prepare_data(
     seed: Annotated[int, typer.Option(help="Of the lengths that texts are cut to.")] = 0,
 ) -> None:
     """Tokenize raw text once, into shards that every run maps into memory."""
+    from modernbert.pipelines.progress import bar
     from modernbert.training.pretraining.prepare import prepare_data as prepare
 
     began = time.perf_counter()
-    with _Count() as count:
+    progress = bar("documents")
+    progress.disable = not sys.stderr.isatty()
+    with progress:
+        drawn = progress.add_task("documents", total=None)
         manifest = prepare(
             paths,
             tokenizer,
@@ -76,7 +80,7 @@ def prepare_data(
             column=column,
             shard_tokens=shard_tokens,
             seed=seed,
-            report=count,
+            report=lambda done, total: progress.update(drawn, completed=done, total=total),
         )
     for name, source in manifest.sources.items():
         texts, held = sum(shard.texts for shard in source.train), sum(shard.tokens for shard in source.held_out)
@@ -163,24 +167,6 @@ def evaluate(
             "perplexity_per_byte": round(math.exp(score.loss * score.tokens / size), 4),
         }
     typer.echo(json.dumps(result))
-
-
-class _Count:
-    """How many documents are done, on a terminal."""
-
-    def __enter__(self) -> _Count:
-        self.said = 0.0
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.said:
-            sys.stderr.write("\r\033[K")
-
-    def __call__(self, done: int, documents: int) -> None:
-        if sys.stderr.isatty() and time.monotonic() - self.said > 0.2:
-            self.said = time.monotonic()
-            sys.stderr.write(f"\r{done:,} of {documents:,} documents")
-            sys.stderr.flush()
 
 
 def _say(line: str) -> None:

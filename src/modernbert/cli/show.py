@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from modernbert.checks import short
 from modernbert.errors import printable
-from modernbert.pipelines.checks import short
 
 
 def show(item: Any, output: Any) -> None:
