@@ -1,4 +1,4 @@
-"""Generation beside transformers, quantized weights, and reading the weights once a token.
+"""Speed of generation, with float and quantized weights, compared with transformers and with reading the weights once.
 
     python benchmarks/decode.py --dtype float32 --rounds 2
     python benchmarks/decode.py --dtype bfloat16 --workloads 1x32+64 --contenders modernbert,modernbert-int8
@@ -22,7 +22,7 @@ WORKLOADS = ("1x32+64", "8x32+64", "1x2048+32")
 
 
 def checkpoint(folder: Path) -> None:
-    """Make the decoder, where it is not there yet."""
+    """Make the decoder if it does not exist yet."""
     import torch
 
     from modernbert import ModernBertDecoderConfig, ModernBertDecoderForCausalLM

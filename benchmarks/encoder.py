@@ -1,4 +1,4 @@
-"""The encoder beside transformers and OpenVINO, and beside what the arithmetic alone takes.
+"""Speed of the encoder, compared with transformers, OpenVINO and the time that the arithmetic alone takes.
 
     pip install openvino transformers && python benchmarks/encoder.py --dtype float32 --rounds 2
 
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).with_name("results.json")
 
 
 def checkpoint(folder):
-    """Make the encoder, where it is not there yet."""
+    """Make the encoder if it does not exist yet."""
     import torch
 
     from modernbert import ModernBertConfig, ModernBertModel
@@ -100,7 +100,7 @@ def run(contender, workload, dtype, folder, threads, repeats):
 
 
 def main():
-    """Run all, print the table, and save it where asked."""
+    """Run all, print the table, and save it with `--save`."""
     import torch
 
     from modernbert import ModernBertConfig
@@ -133,15 +133,8 @@ def main():
     for workload in workloads:
         for _ in range(options.rounds):
             for contender in contenders:
-                arguments = [
-                    "--dtype",
-                    options.dtype,
-                    "--threads",
-                    str(options.threads),
-                    "--folder",
-                    str(options.folder),
-                ]
-                command = [sys.executable, __file__, *arguments, "--repeats", str(options.repeats)]
+                command = [sys.executable, __file__, "--dtype", options.dtype, "--threads", str(options.threads)]
+                command += ["--folder", str(options.folder), "--repeats", str(options.repeats)]
                 environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
                 done = subprocess.run(
                     [*command, "--one", contender, workload], capture_output=True, text=True, env=environment

@@ -4,7 +4,7 @@
     python benchmarks/finetuning.py DATA --only wnut17 --seeds 1
 
 DATA is a folder with the files that CASES names. Each product trains in a process of its own, one after the other;
-both finished models are judged by one evaluation. transformers trains as its own examples do: batches padded to their
+both finished models are evaluated by the same code. transformers trains as its own examples do: batches padded to their
 longest text, and windows of question answering to 384 tokens. Needs transformers and sentence-transformers.
 """
 
@@ -142,25 +142,25 @@ def _ours(task: str, options: dict, seed: int) -> dict:
     folder = Path(tempfile.mkdtemp())
     run = finetune(task, **options, output=folder / "run", seed=seed, keep_best=False, progress=False)
     shutil.rmtree(folder)
-    return {"seconds": run.outcome.seconds, "tokens": run.outcome.tokens, "figures": run.figures}
+    return {"seconds": run.outcome.seconds, "tokens": run.outcome.tokens, "figures": run.metrics}
 
 
 def _theirs(task: str, options: dict, seed: int) -> dict:
-    """The peer's run on our rows, judged by our evaluation."""
+    """The peer's run on our rows, with our evaluation."""
     import torch
     import transformers
 
     from modernbert.pipelines import small_model
-    from modernbert.training import finetune as ours
+    from modernbert.training.finetuning import read_rows
     from modernbert.training.schedules import make_schedule
     from modernbert.training.tasks.catalog import TASKS
     from modernbert.training.tasks.options import OPTIONS
 
     transformers.logging.set_verbosity_error()
-    settings = OPTIONS[task].of(ours.settings_of(task, {**options, "seed": seed}, None, False).__dict__)
+    settings = OPTIONS[task].of({**options, "seed": seed}, task)
     worker = TASKS[task](settings)
-    train, held, alone = ours.read_rows(worker, None, None, settings, lambda line: None)
-    worker.learn([*train, *held] if alone else train)
+    train, held, alone = read_rows(worker, None, None, settings, lambda line: None)
+    worker.fit_labels([*train, *held] if alone else train)
     small = small_model()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         small, **({"add_prefix_space": True} if task == "token-classification" else {})
@@ -195,12 +195,12 @@ def _theirs(task: str, options: dict, seed: int) -> dict:
     seconds = time.perf_counter() - began
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    worker.use(worker.load_tokenizer(small, settings), 512)
-    judged = worker.load(folder / "model", settings).optimize_for_inference()
+    worker.set_tokenizer(worker.load_tokenizer(small, settings), 512)
+    trained = worker.load(folder / "model", settings).optimize_for_inference()
     with torch.no_grad():
-        figures = worker.judge(judged, worker.prepare(held, False)).figures
+        evaluation = worker.evaluate_on(trained, worker.prepare(held, False))
     shutil.rmtree(folder)
-    return {"seconds": seconds, "tokens": counted["tokens"], "figures": figures}
+    return {"seconds": seconds, "tokens": counted["tokens"], "figures": evaluation.metrics}
 
 
 def _counting(collate, counted: dict):

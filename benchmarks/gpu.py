@@ -1,15 +1,15 @@
-"""What a card does with the models, beside what it can do at most and beside transformers: one run, one table.
+"""Speed of the models on a GPU, compared with the limits of the GPU and with transformers: one run, one table.
 
-    python benchmarks/gpu.py --out gpu.json                 # on a card, at most eight minutes
-    python benchmarks/gpu.py --smoke --device cpu           # the same code on small models, to see that it works
+    python benchmarks/gpu.py --out gpu.json                 # on a GPU, at most eight minutes
+    python benchmarks/gpu.py --smoke --device cpu           # the same code on small models, to check that it works
 
-Random base-size weights in bfloat16. Only real tokens count, and only the pairs of tokens that see each other: padding
-and what a window hides earn nothing. A time is of the fastest of several passes, from ids on the host to the card's
-last result; products are timed by the card itself. Peers get texts sorted by length on the card, no mask where none is
-needed, and the best of several batch sizes. Memory is what a pass takes beside the weights.
+Random base-size weights in bfloat16. Only real tokens count, and only pairs of tokens that attend to each other. A time
+is that of the fastest of several forward passes, from ids on the host to the GPU's last result; matrix products are
+timed by the GPU itself. Peers get texts sorted by length on the GPU, no mask where none is needed, and the best of
+several batch sizes. Memory is what a pass takes in addition to the weights.
 
-Each group of parts runs in a process of its own, which is ended when its time is over; what it had found by then, and
-what the others find, is kept.
+Each group of parts runs in a process of its own, which is ended when its time is over; what was measured until then is
+kept.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor
 import modernbert
 from modernbert import ModernBertConfig, ModernBertDecoderConfig
 from modernbert.engines.gpu import operations as gpu
-from modernbert.tools.bench.measure import lengths_of, useful_flops
+from modernbert.tools.bench import lengths_of, useful_flops
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
          "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2,

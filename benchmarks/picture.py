@@ -26,9 +26,9 @@ text { font: 14px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1b
 """
 
 
-def text(x, y, said, name="", anchor="start"):
+def text(x, y, words, name="", anchor="start"):
     """A line of text."""
-    return f'<text x="{x:.0f}" y="{y:.0f}" class="{name}" text-anchor="{anchor}">{escape(said)}</text>'
+    return f'<text x="{x:.0f}" y="{y:.0f}" class="{name}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
 def main():

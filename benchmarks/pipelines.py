@@ -1,4 +1,4 @@
-"""Short texts from a generator through pipelines: tokens a second and memory, beside the bare model and the peers.
+"""Pipelines on a stream of short texts: tokens a second and memory, compared with the bare model and other libraries.
 
     pip install -c constraints.txt -e '.[dev]'
     python benchmarks/pipelines.py texts.csv --column text --texts 20000
@@ -48,7 +48,7 @@ def make_checkpoints(folder, size, tokenizer):
 
 
 def read_texts(file, column, count):
-    """So many texts of a file, from its beginning again where there are fewer."""
+    """This many texts of a file; where it has fewer, they repeat."""
     from modernbert.io.tables import read_records
 
     texts = [record[column] for record in read_records(Path(file))]
@@ -122,7 +122,7 @@ def main():
     options.add_argument("--tokenizer", default=None, help="folder; the package's small one if not given")
     options.add_argument("--batches", default="8,32,128", help="texts a batch of the peers")
     options.add_argument("--rounds", type=int, default=2)
-    options.add_argument("--json", help="file to write the figures to")
+    options.add_argument("--json", help="file to write the measurements to")
     options.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     given = options.parse_args()
     texts = read_texts(given.file, given.column, given.texts)
@@ -141,18 +141,18 @@ def main():
                     command = [sys.executable, __file__, given.file, "--column", given.column]
                     command += ["--texts", str(given.texts), "--worker", contender, task, str(Path(root) / task)]
                     done = subprocess.run(command, capture_output=True, text=True, check=True)
-                    figures = json.loads(done.stdout.splitlines()[-1])
+                    new = json.loads(done.stdout.splitlines()[-1])
                     best = found.setdefault(task, {}).get(contender)
-                    if best is None or figures["seconds"] < best["seconds"]:
-                        found[task][contender] = figures
-    for task, figures in found.items():
-        ours = figures["pipeline"]["seconds"]
-        print(f"\n{task}, {given.size} size, {given.texts} texts, {figures['pipeline']['tokens']} real tokens")
-        for contender, figure in figures.items():
-            rate = figure["tokens"] / figure["seconds"]
-            grown = (figure["late"] - figure["early"]) / 2**20
-            memory = f", {grown:+.0f} MiB from a fifth of the texts to the end" if figure["early"] else ""
-            print(f"  {contender:25} {rate:9,.0f} tokens/s  {figure['seconds'] / ours:5.2f} x pipeline's time{memory}")
+                    if best is None or new["seconds"] < best["seconds"]:
+                        found[task][contender] = new
+    for task, results in found.items():
+        ours = results["pipeline"]["seconds"]
+        print(f"\n{task}, {given.size} size, {given.texts} texts, {results['pipeline']['tokens']} real tokens")
+        for contender, result in results.items():
+            rate = result["tokens"] / result["seconds"]
+            grown = (result["late"] - result["early"]) / 2**20
+            memory = f", {grown:+.0f} MiB from a fifth of the texts to the end" if result["early"] else ""
+            print(f"  {contender:25} {rate:9,.0f} tokens/s  {result['seconds'] / ours:5.2f} x pipeline's time{memory}")
     if given.json:
         Path(given.json).write_text(json.dumps(found, indent=2) + "\n")
 

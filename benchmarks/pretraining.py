@@ -1,12 +1,12 @@
-"""Pretraining beside its peers: preparing text beside `datasets.map`, the loader beside the model, a step beside
-transformers' padded one.
+"""Speed of pretraining: preparing text compared with `datasets.map`, reading it compared with the model, and a step
+compared with transformers' padded one.
 
     python benchmarks/pretraining.py TEXT TOKENIZER            # writes benchmarks/pretraining.json
     python benchmarks/pretraining.py TEXT TOKENIZER --only step
 
 TEXT is a folder of .txt and .jsonl files, TOKENIZER a folder with tokenizer.json. Models are ModernBERT-base with
 random weights; a step is forward, backward, clipping and AdamW in float32, on 16 texts of log-normal lengths with 30 %
-of the tokens hidden; both products get the same texts and the same masks. Needs transformers and datasets.
+of the tokens hidden; both libraries get the same texts and the same masks. Needs transformers and datasets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).with_name("pretraining.json")
 
 
 def main() -> None:
-    """Run the comparisons and print what they found."""
+    """Run the comparisons and print their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("tokenizer", type=Path)
@@ -73,7 +73,7 @@ def _files(text: Path) -> list[Path]:
 
 def ours_prepare(arguments: argparse.Namespace) -> dict:
     """`modernbert prepare-data`, texts of 1,024 tokens on disk at the end."""
-    from modernbert.training.pretrain.prepare import prepare_data
+    from modernbert.training.pretraining.prepare import prepare_data
 
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
@@ -115,12 +115,12 @@ def datasets_map(arguments: argparse.Namespace) -> dict:
 
 def loader(arguments: argparse.Namespace) -> dict:
     """Packed passes of 8,192 tokens from mapped shards, hidden tokens drawn: all that a step needs of the data."""
-    from modernbert.training.pretrain.feed import PretrainFeed
-    from modernbert.training.pretrain.objectives import MaskedLM
-    from modernbert.training.pretrain.options import PretrainOptions
-    from modernbert.training.pretrain.prepare import prepare_data
-    from modernbert.training.pretrain.run import Data
-    from modernbert.training.pretrain.stream import PassStream
+    from modernbert.training.pretraining.feed import PretrainFeed
+    from modernbert.training.pretraining.objectives import MaskedLM
+    from modernbert.training.pretraining.options import PretrainOptions
+    from modernbert.training.pretraining.prepare import prepare_data
+    from modernbert.training.pretraining.run import Data
+    from modernbert.training.pretraining.stream import PassStream
 
     with tempfile.TemporaryDirectory() as folder:
         some = _files(arguments.text)[:6]

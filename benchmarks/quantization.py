@@ -1,4 +1,4 @@
-"""What quantizing costs on real data: hidden states, masked tokens, perplexity, and two fine-tuned models.
+"""What quantizing costs in accuracy on real data: hidden states, masked tokens, perplexity, and two fine-tuned models.
 
     python benchmarks/quantization.py ../shared/data --runs /tmp/runs --output benchmarks/quantization.json
 
@@ -20,8 +20,9 @@ from modernbert import AutoModelForCausalLM, AutoModelForMaskedLM, Tokenizer, fi
 from modernbert.auto import load_as_saved
 from modernbert.io.files import write_text
 from modernbert.pipelines import small_model
-from modernbert.training.finetune import read_rows, settings_of
+from modernbert.training.finetuning import read_rows
 from modernbert.training.tasks.catalog import TASKS
+from modernbert.training.tasks.options import OPTIONS
 
 SCHEMES = ("float32", "int8", "int8-weight-only", "int4", "int4-weight-only")
 _LONGEST = 400
@@ -100,19 +101,19 @@ def fine_tuned(data: Path, runs: Path) -> list[dict[str, object]]:
             paths["eval"] = str(data / held_out)
         if not (folder / "results.json").exists():
             finetune(task, **paths, output=folder, lr=1e-3, epochs=epochs, progress=False)
-        settings = settings_of(task, {**paths, "output": str(folder)}, None, False)
+        settings = OPTIONS[task].of(paths, task)
         worker = TASKS[task](settings)
         seen, unseen_rows, is_held_out = read_rows(worker, None, None, settings, lambda line: None)
-        worker.learn([*seen, *unseen_rows] if is_held_out else seen)
+        worker.fit_labels([*seen, *unseen_rows] if is_held_out else seen)
         model = load_as_saved(folder, dtype="float32")
-        worker.use(worker.load_tokenizer(folder, settings), model.config.max_position_embeddings)
+        worker.set_tokenizer(worker.load_tokenizer(folder, settings), model.config.max_position_embeddings)
         examples = worker.prepare(unseen_rows, False)
         for scheme in SCHEMES:
             model = load_as_saved(folder, dtype="float32")
             if scheme != "float32":
                 quantize(model, scheme, tokenizer=Tokenizer.from_pretrained(folder))
             with torch.no_grad():
-                figures = worker.judge(model.optimize_for_inference(), examples).figures
+                figures = worker.evaluate_on(model.optimize_for_inference(), examples).metrics
             row: dict[str, object] = {"model": name, "scheme": scheme, "rows": len(examples), metric: figures[metric]}
             if model.quantization is not None:
                 row |= {k: model.quantization.measured[k] for k in ("cosine_min", "agreement")}

@@ -1,6 +1,6 @@
-"""ModernBERT in PyTorch: padding stops at the door.
+"""ModernBERT in PyTorch: run, fine-tune, quantize and pretrain encoders and decoders, without computing padding.
 
-Names are imported when they are first used, so that `import modernbert` costs next to nothing.
+Names are imported when they are first used, so that `import modernbert` takes no time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _EXPORTS = {
     "SentenceEncoder": "models.sentence_encoder",
     "TextStreamer": "decoding.text",
     "Tokenizer": "text.tokenizer",
-    "finetune": "training.finetune",
+    "finetune": "training.finetuning",
     "maxsim": "pipelines.sentence_embedding",
     "pipeline": "pipelines",
     "quantize": "quantization.gate",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import modernbert
 from modernbert import quantization
 from modernbert.config import Config
 from modernbert.errors import ConfigError, shown
@@ -18,31 +18,23 @@ from modernbert.text.tokenizer import Tokenizer
 
 quantization.register()  # whatever is loaded here may be quantized
 
-# model_type -> where each kind of class is. A new architecture or head is one entry.
-_CONFIGS = {"modernbert": "config.ModernBertConfig", "modernbert-decoder": "config.ModernBertDecoderConfig"}
+# model_type -> exported class, for each kind of model. A new architecture or head is one entry.
+_CONFIGS = {"modernbert": "ModernBertConfig", "modernbert-decoder": "ModernBertDecoderConfig"}
 _MODELS: dict[str, dict[str, str]] = {
-    "base": {
-        "modernbert": "models.encoder.ModernBertModel",
-        "modernbert-decoder": "models.decoder.ModernBertDecoderModel",
-    },
-    "causal-lm": {"modernbert-decoder": "models.decoder.ModernBertDecoderForCausalLM"},
-    "masked-lm": {"modernbert": "models.heads.ModernBertForMaskedLM"},
+    "base": {"modernbert": "ModernBertModel", "modernbert-decoder": "ModernBertDecoderModel"},
+    "causal-lm": {"modernbert-decoder": "ModernBertDecoderForCausalLM"},
+    "masked-lm": {"modernbert": "ModernBertForMaskedLM"},
     "sequence-classification": {
-        "modernbert": "models.heads.ModernBertForSequenceClassification",
-        "modernbert-decoder": "models.decoder.ModernBertDecoderForSequenceClassification",
+        "modernbert": "ModernBertForSequenceClassification",
+        "modernbert-decoder": "ModernBertDecoderForSequenceClassification",
     },
-    "token-classification": {"modernbert": "models.heads.ModernBertForTokenClassification"},
-    "multiple-choice": {"modernbert": "models.heads.ModernBertForMultipleChoice"},
-    "question-answering": {"modernbert": "models.heads.ModernBertForQuestionAnswering"},
+    "token-classification": {"modernbert": "ModernBertForTokenClassification"},
+    "multiple-choice": {"modernbert": "ModernBertForMultipleChoice"},
+    "question-answering": {"modernbert": "ModernBertForQuestionAnswering"},
 }
+_CLASSES = {name: (kind, model_type) for kind, names in _MODELS.items() for model_type, name in names.items()}
 # Heads that were trained for one task; a base or language model may get a fresh head for any.
 TRAINED_HEADS = ("sequence-classification", "token-classification", "multiple-choice", "question-answering")
-
-
-def kind_of(values: Mapping[str, Any]) -> str | None:
-    """The kind of model that the content of a `config.json` names under `architectures`, such as "masked-lm"."""
-    kinds = {path.rpartition(".")[2]: kind for kind, paths in _MODELS.items() for path in paths.values()}
-    return next((kinds[name] for name in architectures_of(values) if name in kinds), None)
 
 
 def architectures_of(values: Mapping[str, Any]) -> list[str]:
@@ -51,17 +43,14 @@ def architectures_of(values: Mapping[str, Any]) -> list[str]:
     return [name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)]
 
 
-def _model_type_of(values: Mapping[str, Any]) -> Any:
-    """The `model_type` of a `config.json`; that of its `architectures` where there is none."""
-    if values.get("model_type") is not None:
-        return values["model_type"]
-    types = {path.rpartition(".")[2]: kind for paths in _MODELS.values() for kind, path in paths.items()}
-    return next((types[name] for name in architectures_of(values) if name in types), None)
+def _known_class(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Kind and `model_type` of the first class that the content of a `config.json` names and that is known here."""
+    return next((_CLASSES[name] for name in architectures_of(values) if name in _CLASSES), (None, None))
 
 
-def _load(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(f"modernbert.{module}"), name)
+def kind_of(values: Mapping[str, Any]) -> str | None:
+    """The kind of model that the content of a `config.json` names under `architectures`, such as "masked-lm"."""
+    return _known_class(values)[0]
 
 
 class AutoConfig:
@@ -77,10 +66,12 @@ class AutoConfig:
         """
         source = Source.pop_from(name_or_folder, kwargs)
         values = source.read_json("config.json")
-        model_type = _model_type_of(values)
+        model_type = values.get("model_type")
+        if model_type is None:
+            model_type = _known_class(values)[1]
         if not isinstance(model_type, str) or model_type not in _CONFIGS:
             raise ConfigError(f"{name_or_folder} has model_type {shown(model_type)}; known are {', '.join(_CONFIGS)}")
-        config: Config = _load(_CONFIGS[model_type]).from_dict(values, **kwargs)
+        config: Config = getattr(modernbert, _CONFIGS[model_type]).from_dict(values, **kwargs)
         return config
 
 
@@ -104,7 +95,7 @@ class _AutoModelBase:
     def from_pretrained(
         cls, name_or_folder: str | Path, *, config: Config | None = None, **kwargs: Any
     ) -> PreTrainedModel:
-        """Load a model of this kind; arguments as of `PreTrainedModel.from_pretrained`.
+        """Load a model of this kind; for arguments see `PreTrainedModel.from_pretrained`.
 
         Raises:
             NotFoundError: there is no such folder, repository or file.
@@ -128,17 +119,14 @@ class _AutoModelBase:
             raise ConfigError(
                 f"{cls.__name__} has no model for model_type {config.model_type!r}; known are {', '.join(models)}"
             )
-        return _load(models[config.model_type])
+        return getattr(modernbert, models[config.model_type])
 
 
 def load_as_saved(name_or_folder: str | Path, **kwargs: Any) -> Any:
     """Load a checkpoint as the class that its `config.json` names; one that names none as a bare model.
 
     A folder of sentence-transformers' encoders becomes a `SentenceEncoder`; one of its cross-encoders keeps its head.
-    Arguments as in `PreTrainedModel.from_pretrained`.
-
-    Raises:
-        NotFoundError, CheckpointError, ConfigError: it cannot be loaded.
+    For arguments and errors see `PreTrainedModel.from_pretrained`.
     """
     source = Source.pop_from(name_or_folder, dict(kwargs))
     contents = contents_of(source)
@@ -151,7 +139,7 @@ def load_as_saved(name_or_folder: str | Path, **kwargs: Any) -> Any:
     if config.model_type not in models:
         head = shown(config.extra.get("architectures"))
         raise ConfigError(f"{name_or_folder} has model_type {config.model_type!r}, which has no {head}")
-    return _load(models[config.model_type]).from_pretrained(name_or_folder, **kwargs)
+    return getattr(modernbert, models[config.model_type]).from_pretrained(name_or_folder, **kwargs)
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from modernbert.errors import InputError, listed, printable, shown
 
@@ -26,7 +27,7 @@ class Limits:
     below: float | None = None
 
     def allow(self, value: float) -> bool:
-        """Whether a number keeps all limits; NaN keeps none, and an infinite number only those that name no end."""
+        """Whether a number keeps all limits; NaN and infinite numbers keep none."""
         return (
             math.isfinite(value)
             and (self.least is None or value >= self.least)
@@ -36,11 +37,11 @@ class Limits:
         )
 
     def __str__(self) -> str:
-        low = None if self.least is None else f"at least {self.least:g}"
-        low = low if self.above is None else f"above {self.above:g}"
-        high = None if self.most is None else f"at most {self.most:g}"
-        high = high if self.below is None else f"below {self.below:g}"
-        return " and ".join(part for part in (low, high) if part)
+        named = (("at least", self.least), ("above", self.above), ("at most", self.most), ("below", self.below))
+        spelled = [
+            (name, str(bound) if isinstance(bound, int) else f"{bound:g}") for name, bound in named if bound is not None
+        ]
+        return " and ".join(map(" ".join, spelled))
 
 
 def option(
@@ -54,22 +55,79 @@ def option(
     below: float | None = None,
     otherwise: str = "",
     required: bool = False,
+    flag: str = "",
 ) -> Any:
     """A field of a dataclass of options.
 
     Args:
         default: its value if it is not given.
         help: one sentence that says what it is and in which unit.
-        choices: the allowed values, if they can be listed.
+        choices: the allowed texts, if they can be listed; beside them, values of the field's other types are allowed.
         least, most, above, below: limits of a number, or of each number of a list; see `Limits`.
         otherwise: what holds by default, in words, where the default value itself does not say it.
         required: whether it must be given.
+        flag: its name on the command line, if that is another one.
     """
     limits = Limits(least, most, above, below)
     metadata = {"help": help, "choices": tuple(choices), "limits": limits, "otherwise": otherwise, "required": required}
+    metadata["flag"] = flag
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class OptionField(NamedTuple):
+    """What is known of one option, for whoever shows it or reads it: help texts, flags, schemas of requests."""
+
+    name: str
+    kind: Any  # the type, such as `int | None`
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    limits: Limits
+    otherwise: str
+    required: bool
+    flag: str  # without dashes before it
+
+    @property
+    def kinds(self) -> tuple[Any, ...]:
+        """The types that a value may have, without None."""
+        return tuple(kind for kind in _members(self.kind) if kind is not type(None))
+
+    @property
+    def is_list(self) -> bool:
+        """Whether several values are taken."""
+        return any(typing.get_origin(kind) in (list, tuple) for kind in self.kinds)
+
+    @property
+    def usual(self) -> str:
+        """What holds by default, in words."""
+        if self.otherwise or self.default in (None, [], (), {}):
+            return self.otherwise or "none"
+        if isinstance(self.default, bool):
+            return "yes" if self.default else "no"
+        return ", ".join(map(str, self.default)) if isinstance(self.default, list | tuple) else str(self.default)
+
+    @property
+    def described(self) -> str:
+        """The sentence, with the allowed texts and the default."""
+        are_named = all(choice in self.help for choice in self.choices)
+        said = self.help.rstrip(".") + ("" if are_named else f": {', '.join(self.choices)}")
+        return f"{said}. ({'required' if self.required else f'default: {self.usual}'})"
+
+
+def fields_of(options: Any) -> list[OptionField]:
+    """The options of a dataclass, in their order."""
+    out = []
+    for field in dataclasses.fields(options):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        known = {**_PLAIN, **field.metadata}
+        known["flag"] = known["flag"] or field.name.replace("_", "-")
+        out.append(OptionField(field.name, kinds_of(options)[field.name], default, **known))
+    return out
+
+
+_PLAIN = dict(option(None, "").metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +161,7 @@ class Options:
         unknown = sorted(set(values) - set(kinds))
         if unknown:
             raise cls.error(f"{source} has no option {', '.join(unknown)}; there are {', '.join(kinds)}")
-        return cls(**{k: v for k, v in values.items() if v is not None or type(None) in typing.get_args(kinds[k])})
+        return cls(**{k: v for k, v in values.items() if v is not None or type(None) in _members(kinds[k])})
 
 
 _KINDS: dict[type, dict[str, Any]] = {}  # reading annotations takes long beside checking values
@@ -117,79 +175,94 @@ def kinds_of(options: Any) -> dict[str, Any]:
     return _KINDS[options]
 
 
+def _members(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+_OTHER = object()  # what a value of another type is converted to
+
+
 def check_value(
     name: str, value: Any, kind: Any, metadata: Mapping[str, Any], error: type[ValueError] = InputError
 ) -> Any:
     """A value as the type of its field, if it is allowed there.
 
-    Whole floats are taken for whole numbers and texts of numbers for numbers, as YAML reads 5e-5 as a text; a single
-    value is taken for a list of one.
+    Whole floats are taken for whole numbers and texts of numbers for numbers, as YAML reads 5e-5 as a text; 0 and 1
+    for False and True; a single value for a list of one.
     """
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and type(None) in kinds:
-        return None
-    kinds = tuple(k for k in kinds if k is not type(None))
+    kinds = _members(kind)
     limits, choices = metadata.get("limits", Limits()), metadata.get("choices", ())
-    if choices and isinstance(value, str) and value in choices:
-        return value
     for wanted in kinds:
-        if typing.get_origin(wanted) in (list, tuple):
-            origin, inner = typing.get_origin(wanted), typing.get_args(wanted)[0]
-            several = value if isinstance(value, list | tuple | set) else [value]
-            return origin(check_value(name, v, inner, metadata, error) for v in several)
-        converted = _as_kind(value, wanted)
-        if converted is not None:
-            if isinstance(converted, str) and choices:
-                break
-            if isinstance(converted, bool) or not isinstance(converted, int | float) or limits.allow(converted):
-                return converted
-            break
+        converted = _converted(value, wanted, limits, choices)
+        if converted is not _OTHER:
+            return converted
     raise error(f"{name} is {shown(value)}; {_allowed(kinds, limits, choices)}")
 
 
-def _as_kind(value: Any, wanted: Any) -> Any:
-    """The value as this type; None if it is of another one."""
-    if wanted is bool:
-        return value if isinstance(value, bool) else None
-    if wanted in (int, float):
-        if isinstance(value, bool):
-            return None
-        try:
-            number = float(value)
-            if wanted is float:
-                return number
-            return int(value) if isinstance(value, int) else int(number) if number == int(number) else None
-        except (TypeError, ValueError, OverflowError):
-            return None
-    if isinstance(wanted, type):
-        return value if isinstance(value, wanted) else None
-    return value
+def _converted(value: Any, wanted: Any, limits: Limits, choices: Sequence[str]) -> Any:
+    """The value as this type; `_OTHER` if it is of another type or not allowed."""
+    if wanted is Any:
+        return value
+    if wanted is type(None):
+        return None if value is None else _OTHER
+    origin = typing.get_origin(wanted) or wanted
+    if origin in (list, tuple):
+        inner = typing.get_args(wanted)[0]
+        several = value if isinstance(value, list | tuple | set) else [value]
+        items = [_converted(item, inner, limits, choices) for item in several]
+        return _OTHER if any(item is _OTHER for item in items) else origin(items)
+    if origin is bool:
+        return bool(value) if isinstance(value, bool | int) and value in (0, 1) else _OTHER
+    if origin in (int, float):
+        number = _number(value, origin)
+        return number if number is not None and limits.allow(number) else _OTHER
+    if origin is str and choices and isinstance(value, str):
+        return next((text for text in (value, value.lower()) if text in choices), _OTHER)
+    return value if isinstance(value, origin) else _OTHER
+
+
+def _number(value: Any, wanted: type) -> Any:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | str):
+        return None
+    try:
+        number = float(value)
+        if wanted is float:
+            return number
+        return int(value) if isinstance(value, numbers.Integral) else int(number) if number == int(number) else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def _allowed(kinds: Sequence[Any], limits: Limits, choices: Sequence[str]) -> str:
     """What a field takes, in words."""
-    if choices:
-        return f"choose one of {', '.join((*(('True', 'False') if bool in kinds else ()), *choices))}"
-    if bool in kinds:
-        return "choose True or False"
-    said = str(limits)
-    if int in kinds or float in kinds:
-        number = "a number" if float in kinds else "a whole number"
-        return f"it must be {number}{f' of {said}' if said.startswith('at least') else f' {said}' if said else ''}"
-    return f"it must be {'a string' if str in kinds else described_kinds(kinds)}"
+    several = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) in (list, tuple)]
+    single = [kind for kind in (*kinds, *several) if typing.get_origin(kind) not in (list, tuple)]
+    single = [kind for kind in single if kind is not type(None) and not (kind is str and choices)]
+    texts = [f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]] if choices else []
+    if bool in single:
+        return f"choose True, False or {texts[0]}" if texts else "choose True or False"
+    if not single:
+        return f"choose {texts[0]}"
+    words = dict.fromkeys(_noun(kind, str(limits)) for kind in single)
+    return f"it must be {' or '.join([*words, *texts, *(['a list of them'] if several else [])])}"
 
 
-def described_kinds(kinds: Sequence[Any]) -> str:
-    """Types by their names, for messages."""
-    return " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+def _noun(kind: Any, limits: str) -> str:
+    if kind in (int, float):
+        noun = "a number" if kind is float else "a whole number"
+        return f"{noun}{' of' if limits.startswith('at least') else ''} {limits}".rstrip()
+    name = getattr(kind, "__name__", str(kind))
+    return "a string" if kind is str else f"{_article(name)} {name}"
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiouAEIOU" else "a"
 
 
 def described(value: Any) -> str:
     """What kind of value it is, for messages: "a list", "None"."""
-    if value is None:
-        return "None"
     name = type(value).__name__
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+    return "None" if value is None else f"{_article(name)} {name}"
 
 
 def short(text: Any) -> str:

@@ -11,7 +11,7 @@ from modernbert.errors import printable, shown
 from tests.cli.test_tasks import called
 
 FLAGS = {"top_k": "--top-k", "truncation": "--truncation", "prompt": "--prompt", "prompt_name": "--prompt-name"}
-FLAGS |= {"max_length": "--option max_length", "do_sample": "--option do_sample", "stride": "--stride"}
+FLAGS |= {"max_length": "--max-length", "do_sample": "--do-sample", "stride": "--stride"}
 
 
 @pytest.mark.parametrize(
@@ -19,13 +19,14 @@ FLAGS |= {"max_length": "--option max_length", "do_sample": "--option do_sample"
     [
         ("top_k is 0; it must be a whole number", "--top-k is 0; it must be a whole number"),
         ("truncation=True cuts it", "--truncation cuts it"),
-        ("give do_sample=True too", "give --option do_sample=true too"),
+        ("give do_sample=True too", "give --do-sample too"),
         (
             "prompt and prompt_name are given; give one of them",
             "--prompt and --prompt-name are given; give one of them",
         ),
         ("the job: stride was 2 and is 3", "the job: --stride was 2 and is 3"),
-        ("max_length is 3", "--option max_length is 3"),
+        ("--top-k and --option top_k are given", "--top-k and --option top_k are given"),
+        ("max_length is 3", "--max-length is 3"),
         ("the model's prompt is long: 'top_k is 0'", "the model's prompt is long: 'top_k is 0'"),
         ('a text: "it\'s top_k, truncation=True"', 'a text: "it\'s top_k, truncation=True"'),
         ("a stride is a step", "a stride is a step"),

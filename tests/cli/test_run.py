@@ -122,6 +122,14 @@ def test_a_reader_that_leaves_is_no_error():
     assert not done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("task", [["--task", "ner"], ["--task=token-classification"]])
+def test_help_lists_the_options_of_the_task(task, capsys):
+    for arguments, listed in ((["run", *task, "--help"], True), (["run", "--help"], False)):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert ("--ignore-labels" in capsys.readouterr().out) is listed
+
+
 def test_help_and_version():
     assert b"train-tokenizer" in run("--help").stdout
     assert run("--version").stdout.startswith(b"modernbert 0.")

@@ -35,7 +35,7 @@ def answers(text):
     [
         ("SequenceClassification", ["a dog", "a cat"], lambda p: [p("a dog")[0], p("a cat")[0]]),
         ("SequenceClassification", ["a dog", "--top-k", "2"], lambda p: [p("a dog", top_k=2)]),
-        ("TokenClassification", ["Anna ran", "--option", "aggregation_strategy=first"], None),
+        ("TokenClassification", ["Anna ran", "--aggregation-strategy", "first"], None),
         ("QuestionAnswering", ["--question", "Who?", "Anna ran."], None),
         ("MultipleChoice", ["The dog", "barks", "reads"], lambda p: [p(prompt="The dog", choices=["barks", "reads"])]),
         ("Model", ["a dog"], lambda p: [p("a dog")]),
@@ -98,8 +98,8 @@ def test_columns(heads, tmp_path, capsys, suffix):
     assert code == 2
     where = path if suffix != ".jsonl" else f"{path}, record 1,"
     assert err == (
-        f"modernbert: {where} has the columns id, body, other and no 'text'; say which one is the text with "
-        "--column text=NAME\n"
+        f"modernbert: {where} has the columns id, body, other; none is known to hold the text. Say which one does: "
+        "--column text=COLUMN\n"
     )
 
 
@@ -218,7 +218,10 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
     [
         (["run", "a", "--task", "text-classification"], "text-classification needs one that was trained for it"),
         (["run", "a", "--task", "feature-extraction", "--option", "top_k"], "--option 'top_k': write name=value"),
-        (["run", "a", "--task", "feature-extraction", "--option", "top_k=2"], "feature-extraction has no option top_k"),
+        (
+            ["run", "a", "--task", "feature-extraction", "--option", "top_k=2"],
+            "extraction has no --option top_k",
+        ),
         (["run", "a", "--task", "feature-extraction", "--output", "x.docx"], "x.docx ends with .docx; written are"),
         (["run", "a", "--task", "sentence-embedding", "--output", "x.npy"], "vectors are written by modernbert embed"),
         (["score", "a", "--output", "x.npy"], "vectors are written by modernbert embed"),
@@ -228,13 +231,13 @@ def test_errors_are_skipped_when_asked_for(heads, tmp_path, capsys):
         (["run", "--file", "none.txt"], "there is no file none.txt"),
         (["run", "a", "--task", "feature-extraction", "--output", "x.csv", "--json"], "give one of them"),
         (["run", "a", "--task", "feature-extraction", "--column", "x"], "--column is for files"),
-        (["run", "a", "--task", "feature-extraction", "--option", "on_error=return"], "has no option on_error"),
+        (["run", "a", "--task", "feature-extraction", "--option", "on_error=return"], "has no --option on_error"),
         (["run", "--task", "text-ranking", "only a query"], "give a query and then its documents"),
         (["embed", "a", "--output", "x.npy", "--pooling", "best"], "pooling is 'best'; choose one of cls"),
         (["embed", "a"], "Missing option '--output'"),
         (["info", "./none"], "neither a folder on this disk"),
         (["info", str(small_model()), "--lengths", "many"], "--lengths is 'many'"),
-        (["attention", ""], "text is ''; give a string"),
+        (["attention", ""], "text is empty or only spaces"),
         (["attribution", "no mask"], "there is no [MASK] in the text"),
     ],
     ids=lambda v: " ".join(v)[:50] if isinstance(v, list) else "",
@@ -277,7 +280,7 @@ def test_the_memory_that_info_gives_is_about_what_a_forward_pass_takes():
 import torch
 from pathlib import Path
 from modernbert import ModernBertConfig, ModernBertModel
-from modernbert.cli.info import activation_bytes
+from modernbert.tools.info import activation_bytes
 
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -305,7 +308,7 @@ def test_pages_are_written(heads, tmp_path, capsys):
         *("--output", tmp_path / "b.html"),
     )
     assert code == 0
-    assert out.startswith("LABEL_1 0.")
+    assert out.startswith("LABEL_1: score 0.")
     assert all((tmp_path / name).read_text().startswith("<!doctype html>") for name in ("a.html", "b.html"))
 
 

@@ -12,13 +12,13 @@ import modernbert
 from modernbert import SentenceEncoder, pipeline
 from modernbert.auto import load_as_saved
 from modernbert.cli import main
-from modernbert.cli.info import describe
 from modernbert.errors import CheckpointError, InputError
 from modernbert.io.hub import Source
 from modernbert.models.sentence_encoder import Dense
 from modernbert.models.sentence_layout import SETTINGS, contents_of
 from modernbert.pipelines import small_model
 from modernbert.text.tokenizer import Tokenizer
+from modernbert.tools.info import checkpoint_info
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # sentence-transformers deprecates its own older names
 
@@ -85,7 +85,7 @@ def test_a_cross_encoder_of_sentence_transformers_6_keeps_its_head_everywhere(ma
     np.testing.assert_allclose([r["score"] for r in ranked], expected, rtol=0, atol=1e-5)
     assert type(pipeline(model=made / "cross")).__name__ == "CrossEncoderRanking"
     assert type(load_as_saved(made / "cross")).__name__ == "ModernBertForSequenceClassification"
-    about = describe(str(made / "cross"), [128])
+    about = checkpoint_info(str(made / "cross"), [128])
     assert about["model"]["kind"] == "cross-encoder"
     assert about["labels"] == {"0": "LABEL_0"}
     with pytest.raises(CheckpointError, match=r"is a cross-encoder, which scores pairs.*pipeline\('text-ranking'"):
@@ -111,7 +111,7 @@ def test_encoders_that_nothing_here_serves_are_refused_by_name(made, folder, mes
             pipeline(task, made / folder)
     with pytest.raises(CheckpointError, match=message):
         load_as_saved(made / folder)
-    assert describe(str(made / folder), [8])["model"]["kind"] == KINDS[folder]
+    assert checkpoint_info(str(made / folder), [8])["model"]["kind"] == KINDS[folder]
     assert modernbert.AutoModel.from_pretrained(made / folder).config.hidden_size == 48
 
 
@@ -162,7 +162,7 @@ def test_an_adapter_is_refused_by_name_beside_weights_and_alone(made, tmp_path):
         load_as_saved,
         lambda folder: pipeline("text-ranking", folder),
         lambda folder: pipeline(None, folder),
-        lambda folder: describe(str(folder), [8]),
+        lambda folder: checkpoint_info(str(folder), [8]),
     ]
     for folder in (beside, alone, layout):
         for load in loads:
@@ -293,6 +293,6 @@ def test_dense_parts_that_do_not_fit_are_named(made, tmp_path):
 )
 def test_settings_of_quantized_weights_that_make_no_sense_are_refused(made, tmp_path, said, message):
     folder = edit(shutil.copytree(made / "body", tmp_path / "x"), "config.json", quantization_config=said)
-    for load in (load_as_saved, lambda folder: describe(str(folder), [8])):
+    for load in (load_as_saved, lambda folder: checkpoint_info(str(folder), [8])):
         with pytest.raises(CheckpointError, match=message):
             load(folder)

@@ -5,7 +5,7 @@ import pytest
 from modernbert import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, ModernBertForMaskedLM
 from modernbert.errors import CheckpointError, NotFoundError
 from modernbert.io.hub import Source
-from modernbert.training.pretrain.train_tokenizer import save_tokenizer, train_tokenizer
+from modernbert.training.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
 from tests.hub_server import COMMIT, Hub, write_cache
 
 import torch  # isort: skip

@@ -19,12 +19,12 @@ import torch
 import modernbert
 from modernbert import SentenceEncoder, pipeline
 from modernbert.auto import load_as_saved
-from modernbert.cli.info import describe
 from modernbert.errors import CheckpointError, ConfigError, InputError
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.sentence_encoder import Dense, Normalize
 from modernbert.models.sentence_layout import SETTINGS, EmbeddingSettings
-from modernbert.training.pretrain.train_tokenizer import save_tokenizer, train_tokenizer
+from modernbert.tools.info import checkpoint_info
+from modernbert.training.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
 from tests.conftest import SMALL
 
 COUNT = int(os.environ.get("MODERNBERT_FUZZ", "400"))
@@ -182,7 +182,7 @@ def mutate(rng, folder):
 def use(name, folder):
     """Load a folder in all ways that fit it, and let it answer."""
     load_as_saved(folder)
-    describe(str(folder), [8])
+    checkpoint_info(str(folder), [8])
     if name == "decoder":
         pipe = pipeline("text-generation", folder)
         pipe("some words", max_new_tokens=2)

@@ -208,49 +208,48 @@ def test_an_unknown_architecture_is_named(tmp_path, small_config):
     assert AutoConfig.from_pretrained(tmp_path).model_type == "modernbert"  # its architectures say so
 
 
+def test_arguments_of_choices_have_a_dimension_of_choices(small_config):
+    model = made(ModernBertForMultipleChoice, small_config)
+    ids, mask = (x.view(2, 3, -1) for x in batch())
+    width = ids.shape[2]
+    wanted = model(ids, mask).logits
+    for window in (torch.ones(2, 3, width), torch.ones(2, 3, 1, width, width)):
+        assert torch.equal(model(ids, mask, sliding_window_mask=window).logits, wanted)
+    positions = torch.arange(width)
+    for given in (positions, positions[None], positions.expand(2, 3, -1)):
+        assert torch.equal(model(ids, mask, position_ids=given).logits, wanted)
+    with pytest.raises(InputError, match=r"position_ids has shape \(2, \d+\); with this input it must be \(2, 3, "):
+        model(ids, mask, position_ids=positions.expand(2, -1))
+
+
+SEQUENCE, TOKENS = ModernBertForSequenceClassification, ModernBertForTokenClassification
+ANSWERS, CHOICES = ModernBertForQuestionAnswering, ModernBertForMultipleChoice
+
+
 @pytest.mark.parametrize(
     ("cls", "changes", "given", "message"),
     [
+        (SEQUENCE, {}, {"labels": [0, 2]}, "labels holds 2; it must hold 0 to 1"),
+        (SEQUENCE, {}, {"labels": [0]}, r"\(1,\).*takes \(2,\) or \(2, 1\)"),
+        (SEQUENCE, {"problem_type": "multi_label_classification"}, {"labels": [0, 1]}, r"takes \(2, 2\)"),
+        (SEQUENCE, {"problem_type": "single_label_classification"}, {"labels": [0.0, 1.0]}, "dtype torch.float32"),
+        (TOKENS, {}, {"labels": [0, 1]}, r"labels has shape \(2,\)"),
+        (TOKENS, {}, {"labels": [[9] * 6] * 2}, "labels holds 9"),
+        (ANSWERS, {}, {"start_positions": [0, 1]}, "end_positions is missing"),
+        (ANSWERS, {}, {"start_positions": [0, 1], "end_positions": [0.5, 1]}, "end_positions has .*torch.float32"),
+        (CHOICES, {}, {}, r"input_ids has shape \(2, 6\); it must be \(batch, choices, sequence\)"),
+        (CHOICES, {}, {"cu_seqlens": [0, 6], "num_choices": 2}, "num_choices is 2"),
+        (CHOICES, {}, {"cu_seqlens": [0, 6], "num_choices": (3,)}, r"is \[3\]"),
         (
-            ModernBertForSequenceClassification,
+            CHOICES,
             {},
-            {"labels": torch.tensor([0, 2])},
-            "labels holds 2; it must hold 0 to 1",
-        ),
-        (ModernBertForSequenceClassification, {}, {"labels": torch.tensor([0])}, r"\(1,\).*takes \(2,\) or \(2, 1\)"),
-        (
-            ModernBertForSequenceClassification,
-            {"problem_type": "multi_label_classification"},
-            {"labels": torch.tensor([0, 1])},
-            r"takes \(2, 2\)",
-        ),
-        (
-            ModernBertForSequenceClassification,
-            {"problem_type": "single_label_classification"},
-            {"labels": torch.tensor([0.0, 1.0])},
-            "labels has dtype torch.float32",
-        ),
-        (ModernBertForTokenClassification, {}, {"labels": torch.tensor([0, 1])}, r"labels has shape \(2,\)"),
-        (ModernBertForTokenClassification, {}, {"labels": torch.full((2, 6), 9)}, "labels holds 9"),
-        (ModernBertForQuestionAnswering, {}, {"start_positions": torch.tensor([0, 1])}, "end_positions is missing"),
-        (
-            ModernBertForQuestionAnswering,
-            {},
-            {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([0.5, 1])},
-            "end_positions has shape .* and dtype torch.float32",
-        ),
-        (ModernBertForMultipleChoice, {}, {}, r"input_ids has shape \(2, 6\); it must be \(batch, choices, sequence\)"),
-        (ModernBertForMultipleChoice, {}, {"cu_seqlens": torch.tensor([0, 6]), "num_choices": 2}, "num_choices is 2"),
-        (ModernBertForMultipleChoice, {}, {"cu_seqlens": torch.tensor([0, 6]), "num_choices": [3]}, r"is \[3\]"),
-        (
-            ModernBertForMultipleChoice,
-            {},
-            {"cu_seqlens": torch.tensor([0, 2, 4, 6]), "num_choices": [1, 2], "labels": torch.tensor([1, 1])},
+            {"cu_seqlens": [0, 2, 4, 6], "num_choices": (1, 2), "labels": [1, 1]},
             "labels holds 1 for question 0, which has 1 choices",
         ),
     ],
 )
 def test_bad_labels_are_one_clear_error(small_config, cls, changes, given, message):
     ids = torch.randint(3, 96, (1 if "cu_seqlens" in given else 2, 6))
+    given = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in given.items()}
     with pytest.raises(InputError, match=message):
         cls(small_config.replace(**changes))(ids, **given)

@@ -11,6 +11,7 @@ import torch
 from modernbert import ModernBertForMaskedLM, ModernBertModel
 from modernbert.errors import BackendError, ConfigError, InputError
 from modernbert.models.placement import resolve_device, resolve_dtype
+from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.layers import Linear
 from tests.conftest import SMALL
 
@@ -19,106 +20,52 @@ def ids(*shape):
     return torch.randint(3, SMALL["vocab_size"], shape)
 
 
-REFUSED = {
-    "both": (
-        {"input_ids": ids(2, 5), "inputs_embeds": torch.randn(2, 5, 48)},
-        "both of input_ids and inputs_embeds",
-    ),
-    "neither": ({}, "neither of input_ids and inputs_embeds"),
-    "mask shape": (
-        {"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 6)},
-        r"attention_mask has shape \(2, 6\).*\(2, 5\)",
-    ),
-    "flat ids": ({"input_ids": ids(5)}, r"input_ids has leading shape \(5,\).*cu_seqlens"),
-    "id too large": (
-        {"input_ids": torch.full((1, 3), 96)},
-        "input_ids holds 96; the vocabulary has ids 0 to 95",
-    ),
-    "id negative": ({"input_ids": torch.full((1, 3), -1)}, "input_ids holds -1"),
-    "float ids": ({"input_ids": torch.ones(1, 3)}, "input_ids has dtype torch.float32"),
-    "embeds width": ({"inputs_embeds": torch.randn(1, 3, 47)}, "its last dimension must be 48"),
-    "cu_seqlens end": (
-        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 4])},
-        "end at the number of tokens given, 5",
-    ),
-    "cu_seqlens falls": ({"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 4, 3, 5])}, "never fall"),
-    "cu_seqlens on a grid": (
-        {"input_ids": ids(2, 5), "cu_seqlens": torch.tensor([0, 5])},
-        r"\(tokens,\) or \(1, tokens\)",
-    ),
-    "max_seqlen": (
-        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "max_seqlen": 4},
-        "max_seqlen is 4",
-    ),
-    "batch_size": (
-        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "batch_size": 2},
-        "batch_size is 2",
-    ),
-    "batch_size of a grid": ({"input_ids": ids(2, 5), "batch_size": 3}, "batch_size is 3"),
-    "seq_len of a grid": ({"input_ids": ids(2, 5), "seq_len": 3}, "seq_len is 3"),
-    "indices alone": ({"input_ids": ids(2, 5), "indices": torch.arange(5)}, "indices describes packed input"),
-    "indices without grid": (
-        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "indices": torch.arange(5)},
-        "needs batch_size and seq_len",
-    ),
-    "indices too far": (
-        {
-            "input_ids": ids(3),
-            "cu_seqlens": torch.tensor([0, 3]),
-            "indices": torch.tensor([0, 1, 9]),
-            "batch_size": 1,
-            "seq_len": 4,
-        },
-        "indices reach to 9",
-    ),
-    "mask against cu_seqlens": (
-        {
-            "input_ids": ids(5),
-            "cu_seqlens": torch.tensor([0, 5]),
-            "attention_mask": torch.tensor([[1, 1, 0]]),
-        },
-        "cu_seqlens says",
-    ),
-    "seq_len without indices": (
-        {"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 5]), "seq_len": 9},
-        "seq_len is 9",
-    ),
-    "indices twice": (
-        {
-            "input_ids": ids(2),
-            "cu_seqlens": torch.tensor([0, 2]),
-            "indices": torch.tensor([1, 1]),
-            "batch_size": 1,
-            "seq_len": 4,
-        },
-        "indices must rise",
-    ),
-    "indices in another row": (
-        {
-            "input_ids": ids(2),
-            "cu_seqlens": torch.tensor([0, 1, 2]),
-            "indices": torch.tensor([0, 1]),
-            "batch_size": 2,
-            "seq_len": 4,
-        },
-        "a row of its own",
-    ),
-    "window mask": (
-        {"input_ids": ids(2, 5), "sliding_window_mask": torch.ones(5)},
-        "sliding_window_mask has shape",
-    ),
-    "positions": (
-        {"input_ids": ids(2, 5), "position_ids": torch.zeros(2, 4).long()},
-        "position_ids has shape",
-    ),
-}
+SPAN = {"cu_seqlens": torch.tensor([0, 5])}  # one packed text of 5 tokens
+REFUSED = [
+    ({"input_ids": ids(2, 5), "inputs_embeds": torch.randn(2, 5, 48)}, "both of input_ids and inputs_embeds"),
+    ({}, "neither of input_ids and inputs_embeds"),
+    ({"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 6)}, r"attention_mask has shape \(2, 6\).*\(2, 5\)"),
+    ({"input_ids": ids(5)}, r"input_ids has leading shape \(5,\).*cu_seqlens"),
+    ({"input_ids": torch.full((1, 3), 96)}, "input_ids holds 96; the vocabulary has ids 0 to 95"),
+    ({"input_ids": torch.full((1, 3), -1)}, "input_ids holds -1"),
+    ({"input_ids": torch.ones(1, 3)}, "input_ids has dtype torch.float32"),
+    ({"inputs_embeds": torch.randn(1, 3, 47)}, "its last dimension must be 48"),
+    ({"input_ids": ids(6), **SPAN}, "end at the number of tokens given, 6"),
+    ({"input_ids": ids(5), "cu_seqlens": torch.tensor([0, 4, 3, 5])}, "never fall"),
+    ({"input_ids": ids(2, 5), **SPAN}, r"\(tokens,\) or \(1, tokens\)"),
+    ({"input_ids": ids(5), **SPAN, "max_seqlen": 4}, "max_seqlen is 4"),
+    ({"input_ids": ids(5), **SPAN, "batch_size": 2}, "batch_size is 2"),
+    ({"input_ids": ids(2, 5), "batch_size": 3}, "batch_size is 3"),
+    ({"input_ids": ids(2, 5), "seq_len": 3}, "seq_len is 3"),
+    ({"input_ids": ids(2, 5), "indices": torch.arange(5)}, "indices describes packed input"),
+    ({"input_ids": ids(5), **SPAN, "indices": torch.arange(5)}, "needs batch_size and seq_len"),
+    ({"input_ids": ids(5), **SPAN, "attention_mask": torch.tensor([[1, 1, 0]])}, "cu_seqlens says"),
+    ({"input_ids": ids(5), **SPAN, "seq_len": 9}, "seq_len is 9"),
+    ({"input_ids": ids(5), **SPAN, "cache_position": torch.arange(5)}, "packed input has none"),
+    ({"input_ids": ids(2, 5), "cache_position": torch.arange(1, 6)}, "cache_position is .* it must be 0 to 4"),
+    ({"input_ids": ids(2, 5), "sliding_window_mask": torch.ones(5)}, "sliding_window_mask has shape"),
+    ({"input_ids": ids(2, 5), "position_ids": torch.zeros(2, 4).long()}, "position_ids has shape"),
+]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_contradictory_input_is_refused_by_name(name, small_config):
-    given, message = REFUSED[name]
+@pytest.mark.parametrize(("given", "message"), REFUSED)
+def test_contradictory_input_is_refused_by_name(given, message, small_config):
     with pytest.raises(InputError, match=message):
-        ModernBertModel(small_config)(**given)
+        pack_inputs(Inputs(**given), small_config, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("starts", "indices", "size", "message"),
+    [
+        ([0, 3], [0, 1, 9], 1, "indices reach to 9"),
+        ([0, 2], [1, 1], 1, "indices must rise"),
+        ([0, 1, 2], [0, 1], 2, "a row of its own"),
+    ],
+)
+def test_places_in_a_grid_that_cannot_be_are_refused(starts, indices, size, message, small_config):
+    where = {"indices": torch.tensor(indices), "batch_size": size, "seq_len": 4}
+    with pytest.raises(InputError, match=message):
+        ModernBertModel(small_config)(ids(starts[-1]), cu_seqlens=torch.tensor(starts), **where)
 
 
 def test_labels_of_another_shape_and_unknown_arguments_are_refused(small_model):
@@ -165,24 +112,6 @@ def test_packed_input_and_the_way_back_to_a_grid(small_model):
         assert torch.equal(back.loss, padded.loss)
 
 
-def test_outputs_by_attribute_key_position_and_as_a_tuple(small_model):
-    x = ids(2, 5)
-    out = small_model(x, labels=x)
-    assert list(out.keys()) == list(out) == ["loss", "logits"]
-    assert out["logits"] is out.logits is out[1]
-    assert out[:1] == (out.loss,)
-    assert "attentions" not in out
-    assert out.attentions is None
-    assert len(out) == 2
-    assert [name for name, _ in out.items()] == ["loss", "logits"]
-    with pytest.raises(KeyError):
-        out["attentions"]
-    plain = small_model(x, labels=x, return_dict=False)
-    assert isinstance(plain, tuple)
-    assert torch.equal(plain[0], out.loss)
-    assert torch.equal(out.to_tuple()[1], out.logits)
-
-
 def test_logits_with_labels_carry_a_gradient_only_where_asked_for(small_config):
     x = ids(2, 5)
     for keep in (False, True):
@@ -203,6 +132,11 @@ def test_sparse_prediction_ignores_its_own_index(small_config):
     assert out.logits.shape == (2, SMALL["vocab_size"])
     dense = model(x).logits
     torch.testing.assert_close(out.logits, torch.stack([dense[0, 2], dense[1, 4]]))
+    assert model(x, labels=labels, sparse_prediction=False).logits.shape == dense.shape
+    model.config = small_config
+    asked = model(x, labels=labels.masked_fill(labels == -7, -100), sparse_prediction=True)
+    assert torch.equal(asked.logits, out.logits)
+    assert torch.equal(asked.loss, out.loss)
 
 
 def test_attention_weights_need_eager_or_auto(small_config, log):

@@ -197,7 +197,7 @@ def test_a_parameter_without_numbers_refuses_to_be_used():
     ):
         with (
             torch.no_grad(),
-            pytest.raises(FrozenError, match=r"its numbers lie in the kernels' layout; call model.unpack"),
+            pytest.raises(FrozenError, match=r"its numbers lie in the kernels' layout; call model.thaw"),
         ):
             use()
     assert repr(weight).startswith("FrozenWeight(shape=")
@@ -448,7 +448,7 @@ def test_a_model_that_somebody_changed_is_served_as_it_is(change):
     x = ids(2, 40)
     expected = model(x, use_cache=False)[0]
     torch.testing.assert_close(model.optimize_for_inference()(x, use_cache=False)[0], expected, rtol=1e-4, atol=1e-4)
-    model.unpack()
+    model.thaw()
     torch.testing.assert_close(model(x, use_cache=False)[0], expected)
 
 
@@ -565,7 +565,7 @@ def test_a_functional_call_uses_its_own_weights_and_leaves_the_model_as_it_was(n
     wanted = torch.func.functional_call(plain, new, (x,)).logits
     torch.testing.assert_close(torch.func.functional_call(fast, new, (x,)).logits, wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fast(x).logits, plain(x).logits, rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), fast.unpack() or fast.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), fast.thaw() or fast.parameters(), strict=True))
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ DECODER = "input_ids attention_mask position_ids past_key_values inputs_embeds"
 ITEMS = "num_items_in_batch"
 ARGUMENTS = {
     "ModernBertModel": f"{ENCODER} inputs_embeds {PACKED}",
-    "ModernBertForMaskedLM": f"{ENCODER} inputs_embeds labels {PACKED} {ITEMS}",
+    "ModernBertForMaskedLM": f"{ENCODER} inputs_embeds labels {PACKED} {ITEMS} sparse_prediction",
     "ModernBertForSequenceClassification": f"{ENCODER} inputs_embeds labels {PACKED} {ITEMS}",
     "ModernBertForTokenClassification": f"{ENCODER} inputs_embeds labels {PACKED} {ITEMS}",
     "ModernBertForQuestionAnswering": f"{ENCODER} start_positions end_positions {PACKED} inputs_embeds {ITEMS}",

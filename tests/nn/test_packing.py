@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modernbert.errors import InputError
+from modernbert.nn.inputs import lengths_of
 from modernbert.nn.packing import Packing
 
 masks = st.integers(1, 5).flatmap(
@@ -43,7 +44,7 @@ def test_cumulative_lengths_and_a_mask_pack_alike(lengths):
     mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None] if lengths else torch.zeros(0, 0).bool()
     a = Packing.from_mask(mask)
     cumulative = torch.tensor([0, *lengths]).cumsum(0)
-    b = Packing.from_cu_seqlens(cumulative, sum(lengths), torch.device("cpu"))
+    b = Packing.from_lengths(lengths_of(cumulative, sum(lengths)))
     assert a.lengths == b.lengths
     assert torch.equal(a.positions_T, b.positions_T)
     assert torch.equal(a.text_T, b.text_T)
@@ -57,4 +58,4 @@ def test_cumulative_lengths_and_a_mask_pack_alike(lengths):
 )
 def test_impossible_cumulative_lengths_are_refused(starts, tokens):
     with pytest.raises(InputError, match="cu_seqlens"):
-        Packing.from_cu_seqlens(torch.tensor(starts), tokens, torch.device("cpu"))
+        lengths_of(torch.tensor(starts), tokens)

@@ -5,6 +5,8 @@ import random
 import torch
 import transformers
 
+import modernbert
+
 LAYER_PATTERNS = ("every", "all_local", "all_global", "odd")
 
 
@@ -80,3 +82,23 @@ def random_batch(values: dict, seed: int, side: str = "right"):
     first_real = mask.argmax(1)
     labels[torch.arange(len(lengths)), first_real] = ids[torch.arange(len(lengths)), first_real]
     return ids, mask, labels
+
+
+def pair(cls, seed, tmp_path, implementation="sdpa", **changes):
+    """The values of a random configuration, and transformers' model and ours with the same weights."""
+    values = random_config(seed)
+    theirs = peer(cls, values, seed, **changes)
+    theirs.save_pretrained(tmp_path)
+    ours = getattr(modernbert, cls).from_pretrained(tmp_path, attn_implementation=implementation)
+    return values, theirs, ours
+
+
+def same_loss_and_gradients(a, b, theirs, ours):
+    torch.testing.assert_close(b.loss, a.loss.float(), rtol=1e-6, atol=1e-6)
+    a.loss.backward()
+    b.loss.backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        expected = gradients[name].grad
+        scale = max(1.0, expected.abs().max().item())
+        assert (parameter.grad - expected).abs().max().item() <= 1e-5 * scale, name

@@ -4,17 +4,7 @@ import pytest
 import torch
 
 import modernbert
-from tests.parity.configs import peer, random_batch, random_config
-
-SEEDS = range(36)
-
-
-def pair(seed, tmp_path, implementation, cls="ModernBertForMaskedLM", **changes):
-    values = random_config(seed)
-    theirs = peer(cls, values, seed, **changes)
-    theirs.save_pretrained(tmp_path)
-    ours = getattr(modernbert, cls).from_pretrained(tmp_path, attn_implementation=implementation)
-    return values, theirs, ours
+from tests.parity.configs import pair, peer, random_batch, random_config, same_loss_and_gradients
 
 
 def close(ours, theirs, real, limit=1e-5):
@@ -23,18 +13,12 @@ def close(ours, theirs, real, limit=1e-5):
     assert difference <= limit, difference
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_masked_lm(seed, implementation, tmp_path):
-    values, theirs, ours = pair(seed, tmp_path, implementation)
-    ids, mask, labels = random_batch(values, seed, "left" if seed % 2 else "right")
-    weights = implementation == "eager"
-    given = {
-        "attention_mask": mask,
-        "labels": labels,
-        "output_hidden_states": True,
-        "output_attentions": weights,
-    }
+@pytest.mark.parametrize("seed", range(36))
+def test_masked_lm(seed, tmp_path):
+    side, weights = ("left", "right")[seed % 2], seed // 2 % 2 == 0
+    values, theirs, ours = pair("ModernBertForMaskedLM", seed, tmp_path, "eager" if weights else "sdpa")
+    ids, mask, labels = random_batch(values, seed, side)
+    given = {"attention_mask": mask, "labels": labels, "output_hidden_states": True, "output_attentions": weights}
     a, b = theirs(ids, **given), ours(ids, **given)
     real = mask.bool()
     # Logits of these weights are in the tens, where float32 has steps of 4e-6.
@@ -48,20 +32,13 @@ def test_masked_lm(seed, implementation, tmp_path):
             both = (real[:, None, :, None] & real[:, None, None, :]).expand_as(y)
             close(x, y, both)
             assert not x[~both].any()
-    torch.testing.assert_close(b.loss, a.loss, rtol=1e-6, atol=1e-6)
-    a.loss.backward()
-    b.loss.backward()
-    gradients = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        expected = gradients[name].grad
-        scale = max(1.0, expected.abs().max().item())
-        assert (parameter.grad - expected).abs().max().item() <= 1e-5 * scale, name
+    same_loss_and_gradients(a, b, theirs, ours)
 
 
 @pytest.mark.parametrize("seed", [0, 3])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_bare_model_with_embeddings_in_the_place_of_ids(seed, side, tmp_path):
-    values, theirs, ours = pair(seed, tmp_path, "sdpa", "ModernBertModel")
+def test_bare_model_with_embeddings_instead_of_ids(seed, side, tmp_path):
+    values, theirs, ours = pair("ModernBertModel", seed, tmp_path, "sdpa")
     ids, mask, _ = random_batch(values, seed + 50, side)
     embeds = torch.randn(*ids.shape, values["hidden_size"])
     a = theirs(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
@@ -70,7 +47,7 @@ def test_bare_model_with_embeddings_in_the_place_of_ids(seed, side, tmp_path):
 
 
 def test_position_ids(tmp_path):
-    values, theirs, ours = pair(4, tmp_path, "sdpa", "ModernBertModel")
+    values, theirs, ours = pair("ModernBertModel", 4, tmp_path, "sdpa")
     ids, mask, _ = random_batch(values, 7)
     positions = torch.randint(0, 500, ids.shape)
     a = theirs(ids, attention_mask=mask, position_ids=positions).last_hidden_state
@@ -79,7 +56,7 @@ def test_position_ids(tmp_path):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_padding_between_real_tokens_keeps_their_distances(implementation, tmp_path):
-    values, theirs, ours = pair(8, tmp_path, implementation, "ModernBertModel")
+    values, theirs, ours = pair("ModernBertModel", 8, tmp_path, implementation)
     ids = torch.randint(3, values["vocab_size"], (3, 150))
     mask = (torch.rand(ids.shape) < 0.6).long()
     mask[:, 10] = 1
@@ -121,7 +98,7 @@ def test_scaled_rope(rope, tmp_path):
 
 
 def test_sparse_prediction(tmp_path):
-    values, theirs, ours = pair(0, tmp_path, "sdpa", sparse_prediction=True)
+    values, theirs, ours = pair("ModernBertForMaskedLM", 0, tmp_path, sparse_prediction=True)
     assert ours.config.sparse_prediction
     ids, mask, labels = random_batch(values, 11)
     a, b = theirs(ids, attention_mask=mask, labels=labels), ours(ids, attention_mask=mask, labels=labels)
@@ -132,7 +109,7 @@ def test_sparse_prediction(tmp_path):
 
 
 def test_loss_over_a_given_number_of_items(tmp_path):
-    values, theirs, ours = pair(1, tmp_path, "sdpa")
+    values, theirs, ours = pair("ModernBertForMaskedLM", 1, tmp_path)
     ids, mask, labels = random_batch(values, 12)
     given = {"attention_mask": mask, "labels": labels, "num_items_in_batch": torch.tensor(77)}
     torch.testing.assert_close(ours(ids, **given).loss, theirs(ids, **given).loss, rtol=1e-6, atol=1e-6)

@@ -69,9 +69,9 @@ def both(models, seed, ids, mask, **options):
     return out
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_fifty_prompts(seed, models):
-    """Mixed lengths with left padding; a window is 64 tokens."""
+    """About fifty texts of mixed lengths with left padding; a window is 64 tokens."""
     rng = random.Random(seed)
     lengths = [rng.choice([1, 2, 20, 60, 63, 64, 65, 100, 130]) for _ in range(rng.randint(1, 4))]
     ids, mask = prompts(seed, lengths)

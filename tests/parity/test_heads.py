@@ -4,29 +4,10 @@ import pytest
 import torch
 
 import modernbert
-from tests.parity.configs import peer, random_batch, random_config
+from tests.parity.configs import pair, peer, random_batch, random_config, same_loss_and_gradients
 
 POOLINGS = ("cls", "mean")
 PROBLEMS = (None, "single_label_classification", "multi_label_classification", "regression")
-
-
-def pair(cls, seed, tmp_path, implementation="sdpa", **changes):
-    values = random_config(seed)
-    theirs = peer(cls, values, seed, **changes)
-    theirs.save_pretrained(tmp_path)
-    ours = getattr(modernbert, cls).from_pretrained(tmp_path, attn_implementation=implementation)
-    return values, theirs, ours
-
-
-def same_loss_and_gradients(a, b, theirs, ours):
-    torch.testing.assert_close(b.loss, a.loss.float(), rtol=1e-6, atol=1e-6)
-    a.loss.backward()
-    b.loss.backward()
-    gradients = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        expected = gradients[name].grad
-        scale = max(1.0, expected.abs().max().item())
-        assert (parameter.grad - expected).abs().max().item() <= 1e-5 * scale, name
 
 
 def text_labels(problem, texts, labels, seed):
@@ -38,14 +19,12 @@ def text_labels(problem, texts, labels, seed):
     return torch.randint(0, labels, (texts,), generator=generator)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("seed", range(8))
-def test_sequence_classification(seed, pooling, implementation, tmp_path):
+def test_sequence_classification(seed, tmp_path):
     problem = PROBLEMS[seed % 4]
     labels = 1 if seed == 3 else 2 + seed % 3
-    changes = {"num_labels": labels, "classifier_pooling": pooling, "problem_type": problem}
-    values, theirs, ours = pair("ModernBertForSequenceClassification", seed, tmp_path, implementation, **changes)
+    changes = {"num_labels": labels, "classifier_pooling": POOLINGS[seed // 4], "problem_type": problem}
+    values, theirs, ours = pair("ModernBertForSequenceClassification", seed, tmp_path, **changes)
     ids, mask, _ = random_batch(values, seed)
     given = {"attention_mask": mask, "labels": text_labels(problem, len(ids), labels, seed)}
     a, b = theirs(ids, **given), ours(ids, **given)
@@ -89,7 +68,7 @@ def test_cls_is_the_first_real_token_under_left_padding(cls, tmp_path):
     assert (wrong > 1e-2) == (cls == "ModernBertForSequenceClassification")
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_token_classification(seed, tmp_path):
     values, theirs, ours = pair("ModernBertForTokenClassification", seed, tmp_path, num_labels=3 + seed)
     ids, mask, labels = random_batch(values, seed, "left" if seed % 2 else "right")
@@ -101,8 +80,8 @@ def test_token_classification(seed, tmp_path):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("seed", range(4))
-def test_multiple_choice(seed, pooling, tmp_path):
+def test_multiple_choice(pooling, tmp_path):
+    seed = POOLINGS.index(pooling)
     values, theirs, ours = pair("ModernBertForMultipleChoice", seed, tmp_path, classifier_pooling=pooling)
     rows = [random_batch(values, seed + 10 * i) for i in range(6)]
     texts = [ids[0][mask[0].bool()] for ids, mask, _ in rows]
@@ -117,7 +96,7 @@ def test_multiple_choice(seed, pooling, tmp_path):
     same_loss_and_gradients(a, b, theirs, ours)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_question_answering(seed, tmp_path):
     values, theirs, ours = pair("ModernBertForQuestionAnswering", seed, tmp_path)
     ids = torch.randint(3, values["vocab_size"], (3, 70))

@@ -427,12 +427,12 @@ def test_encode_of_no_texts(body):
     [
         (
             {"pool_size": 3},
-            "encode has no option pool_size; there are prompt_name, .*convert_to_tensor, .*truncate_dim",
+            "encode has no option pool_size; there are .*prompt_name, .*convert_to_tensor, .*truncate_dim",
         ),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"device": "meta"}, "device is 'meta', and the model is on cpu"),
         ({"device": ["cpu", "cpu"]}, "and the model is on cpu"),
-        ({"precision": "int8"}, "precision is 'int8'; choose one of float32"),
+        ({"precision": "int8"}, "precision is 'int8'; choose float32"),
         ({"output_value": "token_embeddings"}, "multi_vector=True for tokens"),
         ({"convert_to_tensor": "yes"}, "convert_to_tensor is 'yes'"),
     ],

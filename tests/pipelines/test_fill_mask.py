@@ -17,7 +17,7 @@ from modernbert import (
 )
 from modernbert.errors import InputError, NotFoundError
 from modernbert.pipelines import TASKS, small_model
-from modernbert.training.pretrain.train_tokenizer import save_tokenizer, train_tokenizer
+from modernbert.training.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
 
 TEXTS = [
     "The dog ran across the [MASK].",

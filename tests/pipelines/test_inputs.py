@@ -1,10 +1,12 @@
 """What a pipeline takes for its inputs, and what it refuses because it would answer something else."""
 
 import copy
+import inspect
 import io
 import logging
 import multiprocessing
 import pickle
+import pydoc
 
 import numpy as np
 import pyarrow
@@ -97,6 +99,15 @@ def test_fields_by_their_order(heads):
             serve({field: "a dog"}, TEXTS)
 
 
+def test_help_and_signature_show_the_inputs_and_options_of_a_task(heads, embed):
+    answer = pipeline("question-answering", heads / "QuestionAnswering")
+    shown = inspect.signature(answer).parameters
+    assert list(shown)[:4] == ["inputs", "context", "question", "top_k"]
+    assert (shown["top_k"].default, shown["max_answer_len"].default) == (1, 15)
+    assert "max_answer_len: Longest answer in tokens. (default: 15)" in pydoc.render_doc(answer)
+    assert list(inspect.signature(type(embed)).parameters)[:2] == ["model", "tokenizer"]
+
+
 # Line ends
 
 
@@ -145,9 +156,9 @@ def test_the_small_encoder_says_that_it_never_was_trained_to_compare(log):
             "text-scoring needs a causal language model, which is a decoder; .* is an encoder",
         ),
         ("text-generation", "Model", "text-generation needs a causal language model, .* is an encoder"),
-        ("sentence-embedding", "CausalLM", "sentence-embedding needs an encoder; .* is a decoder"),
+        ("sentence-embedding", "CausalLM", "sentence-embedding needs an encoder without a head, .*; .* is a decoder"),
         ("text-ranking", "CausalLM", "text-ranking needs a classifier with one label, .* or an encoder, .* a decoder"),
-        ("fill-mask", "CausalLM", "fill-mask needs an encoder; .* is a decoder"),
+        ("fill-mask", "CausalLM", "fill-mask needs an encoder for masked language modelling; .* is a decoder"),
         ("token-classification", "DecoderModel", "token-classification needs an encoder"),
     ],
 )

@@ -189,7 +189,12 @@ def test_a_progress_bar_counts(heads, capsys):
         ("text-classification", "a", {"truncation": "best"}, "truncation is 'best'; choose True, False or one of"),
         ("text-classification", "a", {"max_length": 0}, "max_length is 0"),
         ("text-classification", "a b c d", {"max_length": 4, "truncation": False}, "6 tokens and max_length is 4"),
-        ("feature-extraction", "a", {"tokenize_kwargs": {"stride": 3}}, "it may hold truncation, max_length"),
+        (
+            "feature-extraction",
+            "a",
+            {"tokenize_kwargs": {"stride": 3}},
+            "tokenize_kwargs has no option stride; there are trunc",
+        ),
         ("zero-shot-classification", "a", {"hypothesis_template": "no place"}, "it needs {} where"),
         ("zero-shot-classification", "a", {"hypothesis_template": "{a}"}, "it needs {} where"),
         ("token-classification", "a", {"aggregation_strategy": "best"}, "aggregation_strategy is 'best'"),

@@ -7,7 +7,7 @@ import torch
 
 from modernbert import AutoModelForMaskedLM, QuantizationConfig, finetune, quantize
 from modernbert.errors import InputError
-from modernbert.training.pretrain.prepare import prepare_data
+from modernbert.training.pretraining.prepare import prepare_data
 
 
 @pytest.mark.parametrize(

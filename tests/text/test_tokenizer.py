@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 
 from modernbert import AutoTokenizer, Tokenizer
 from modernbert.errors import InputError, NotFoundError
-from modernbert.training.pretrain.train_tokenizer import save_tokenizer, train_tokenizer
+from modernbert.training.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
 
 AWKWARD = [
     "",

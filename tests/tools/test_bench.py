@@ -12,7 +12,8 @@ import torch
 from modernbert import ModernBertConfig, ModernBertDecoderConfig, ModernBertModel
 from modernbert.cli import main
 from modernbert.errors import InputError
-from modernbert.tools.bench import Limits, Result, draw, lengths_of, measure, useful_flops
+from modernbert.tools.bench import Limits, Result, lengths_of, measure, useful_flops
+from modernbert.tools.picture import draw
 from tests.conftest import SMALL
 
 MACHINE = Limits(1e11, "PyTorch", 1e10, 1e10)
@@ -104,7 +105,7 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--dtype", "int8"], "--dtype is 'int8'"), (["--picture", "a.png"], "must end in .svg"),
-    (["--threads", "0"], "at least 1"), (["--lengths", "many"], "workload 'many'"),
+    (["--threads", "0"], "at least 1"), (["--lengths", "many"], "workload is 'many'"),
 ])  # fmt: skip
 def test_what_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as ended:

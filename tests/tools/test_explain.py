@@ -14,7 +14,7 @@ from modernbert import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClas
 from modernbert.cli import main
 from modernbert.errors import InputError
 from modernbert.pipelines import small_model
-from modernbert.tools.explain import attention_of, attribute, draw_attention, draw_attribution
+from modernbert.tools import attention_of, attribute, draw_attention, draw_attribution
 
 TEXT = "The dog ran across the <road> & looked at “it”."
 
@@ -137,9 +137,9 @@ def test_a_browser_shows_labels_on_the_large_map_and_words_in_reading_order(mask
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("", {}, "give a string that is not empty"),
+        ("", {}, "text is empty or only spaces"),
         (None, {}, "text is None"),
-        ("word " * 600 + "[MASK]", {}, "a page holds 512 at the most"),
+        ("word " * 600 + "[MASK]", {}, "a page holds at most 512"),
         ("no mask", {}, r"there is no \[MASK\] in the text"),
         ("[MASK]", {"target": "antidisestablishmentarianism"}, "tokens of this vocabulary"),
         ("[MASK]", {"steps": 0}, "steps is 0"),
@@ -157,7 +157,7 @@ def test_models_without_weights_or_answers_are_refused(tokenizer):
         attention_of(model, tokenizer, "text")
     with pytest.raises(InputError, match="needs a sequence classifier or a masked LM; this is a ModernBertModel"):
         attribute(model, tokenizer, "text")
-    with pytest.raises(InputError, match="a page holds 256"):
+    with pytest.raises(InputError, match="a page holds at most 256"):
         attention_of(model, tokenizer, "word " * 300)
 
 

@@ -1,9 +1,11 @@
 """The parts of a run, apart: options, steps, batches, schedules, groups, freezing, and loops of one's own."""
 
+import inspect
 import itertools
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modernbert
-from modernbert import ModernBertConfig, ModernBertForSequenceClassification
+from modernbert import ModernBertConfig, ModernBertForSequenceClassification, training
 from modernbert.engines.cpu.library import denormals_flushed
 from modernbert.errors import InputError
 from modernbert.training.adapters import add_adapters, merged
 from modernbert.training.examples import StepPlan, by_tokens, pack_rows
-from modernbert.training.memory import save_memory
-from modernbert.training.optimizers import freeze, make_optimizer, parameter_groups
+from modernbert.training.model import autocast, products, save_memory, train_in_float32
+from modernbert.training.optimizers import StableAdamW, freeze, make_optimizer, parameter_groups
 from modernbert.training.options import SCHEDULES, TrainingOptions
-from modernbert.training.precision import autocast, products, train_in_float32
+from modernbert.training.pretraining.options import PretrainOptions
 from modernbert.training.schedules import make_schedule
 from tests.conftest import SMALL
 from tests.heads import DECODER_HEADS, HEADS
@@ -109,16 +111,29 @@ def test_what_is_frozen_does_not_move():
 
 
 def test_options_of_a_file_take_their_types():
-    options = TrainingOptions.of({"lr": "3e-4", "epochs": 2, "max_steps": 7.0, "tracker": "tensorboard"})
+    options = TrainingOptions.of({"lr": "3e-4", "epochs": 2, "max_steps": 7.0, "tracker": "tensorboard"}, "run.yaml")
     assert (options.lr, options.epochs, options.max_steps, options.tracker) == (3e-4, 2.0, 7, ["tensorboard"])
     for values, said in [
         ({"learning_rate": 1}, "run.yaml has no option learning_rate"),
         ({"seed": "x"}, "seed is 'x'; it must be a whole number"),
         ({"epochs": True}, "epochs is True; it must be a number"),
         ({"lr": [1]}, r"lr is \[1\]"),
+        ({"layer_decay": 0}, "layer_decay is 0; it must be a number above 0 and at most 1"),
     ]:
         with pytest.raises(InputError, match=said):
             TrainingOptions.of(values, "run.yaml")
+
+
+def test_numbers_and_paths_stand_for_texts():
+    options = PretrainOptions.of({"mask_rate": 0.15, "data": Path("data"), "config": Path("small")}, "pretrain")
+    assert (options.mask_rates, options.data, options.config) == ([(0.0, 0.15)], ["data"], "small")
+
+
+def test_what_docs_import_is_exported():
+    assert not any(inspect.ismodule(getattr(training, name)) for name in training.__all__ * 2)
+    assert training.StableAdamW is StableAdamW
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = training.nothing
 
 
 def test_a_loop_of_ones_own_under_accelerate():
@@ -209,7 +224,7 @@ def test_weights_of_16_bits_are_converted_with_one_warning(caplog):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_auto_is_what_the_processor_multiplies_and_the_rest_is_what_was_asked_for(native, monkeypatch):
-    monkeypatch.setattr("modernbert.training.precision.multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr("modernbert.training.model.multiplies_bfloat16", lambda: native)
     cpu = torch.device("cpu")
     assert products("auto", cpu) == ("bfloat16" if native else "float32")
     assert (products("float32", cpu), products("bfloat16", cpu)) == ("float32", "bfloat16")

@@ -3,41 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import typer
-import typer.core
 
 from modernbert import __version__
 from modernbert.cli.bench import bench
 from modernbert.cli.convert import convert
 from modernbert.cli.explain import attention, attribution
 from modernbert.cli.finetune import finetune
+from modernbert.cli.flags import Command
 from modernbert.cli.info import info
-from modernbert.cli.messages import InterruptedCommandError, errors_in_flags, say, warnings_shown
+from modernbert.cli.messages import InterruptedCommandError, say, warnings_shown
 from modernbert.cli.pretrain import evaluate, prepare_data, pretrain, train_tokenizer
 from modernbert.cli.quantize import quantize
-from modernbert.cli.run import embed, run, score
-
-_KNOWING = ("run", "embed", "score")  # commands that name options of the library by themselves
-
-
-class _Command(typer.core.TyperCommand):
-    """A command whose errors name flags, and that refuses an option given twice, of which it would keep the last."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = self.make_parser(ctx).parse_args(args=list(args))[2] if args else []
-        for option in given:
-            once = option.param_type_name == "option" and not option.multiple and not getattr(option, "is_flag", False)
-            if once and (times := given.count(option)) > 1:
-                ctx.fail(f"{option.opts[0]} is given {times} times; give it once")
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: Any) -> Any:
-        options = self.params if self.name not in _KNOWING else ()
-        with errors_in_flags({str(p.name): p.opts[0] for p in options if p.param_type_name == "option"}):
-            return super().invoke(ctx)
-
+from modernbert.cli.run import TaskCommand, embed, run, score
 
 app = typer.Typer(
     name="modernbert",
@@ -46,9 +25,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(run)
-app.command()(embed)
-app.command()(score)
+app.command("run")(run)
+app.command("embed")(embed)
+app.command("score")(score)
 app.command()(info)
 app.command()(bench)
 app.command()(attention)
@@ -61,7 +40,7 @@ app.command()(evaluate)
 app.command()(convert)
 app.command()(quantize)
 for _registered in (*app.registered_commands, *finetune.registered_commands):
-    _registered.cls = _Command
+    _registered.cls = TaskCommand if _registered.name == "run" else Command
 
 
 _INTERRUPTED = 130  # exit code, as of a process that the signal ended

@@ -38,21 +38,17 @@ def bench(
 
     import torch
 
-    from modernbert.io.files import replacing
-    from modernbert.tools.bench import draw, lengths_of, limits, measure
+    from modernbert.io.files import write_text
+    from modernbert.tools.bench import lengths_of, limits, measure
+    from modernbert.tools.picture import draw
 
     for workload in workloads:
         lengths_of(workload)
     if threads is not None:
         torch.set_num_threads(threads)
-    named = (
-        "a model of base size, random weights"
-        if model is None
-        else Path(model).resolve().name
-        if Path(model).exists()
-        else model
-    )
-    title = f"{named}, {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+    name = "a model of base size, random weights" if model is None else model
+    name, count = Path(name).resolve().name if Path(name).exists() else name, torch.get_num_threads()
+    title = f"{name}, {count} thread{'s' if count > 1 else ''}"
     if not as_json:
         typer.echo(title)
     machines: dict[str, Limits] = {}
@@ -63,22 +59,19 @@ def bench(
         results[name] = [measure(served, workload, machines[name], seconds) for workload in workloads]
         if not as_json:
             _show(name, machines[name], results[name])
-    if not as_json:
-        typer.echo(
-            "\nMore tokens/s is better. The limit, 100%, is the time that the batch's arithmetic takes at the machine's"
-        )
-        typer.echo(
-            "fastest, or reading the weights once where that takes longer. Texts are random; padding is never computed."
-        )
-    else:
-        said = {
+    if as_json:
+        found = {
             name: {"limits": machines[name]._asdict(), "results": [dataclasses.asdict(r) for r in results[name]]}
             for name in dtypes
         }
-        typer.echo(json.dumps({"threads": torch.get_num_threads(), **said}))
+        typer.echo(json.dumps({"threads": count, **found}))
+    else:
+        typer.echo(
+            "\nMore tokens/s is better. The limit is the time that a batch's arithmetic takes at the machine's fastest,"
+            "\nor that of reading the weights once if it is longer. Texts are random; padding is never computed."
+        )
     if picture is not None:
-        with replacing(picture) as temporary:
-            temporary.write_text(draw(title, machines, results), encoding="utf-8")
+        write_text(picture, draw(title, machines, results))
 
 
 def _load(model: str | None, dtype: str) -> Any:
@@ -112,20 +105,15 @@ def _show(dtype: str, machine: Limits, results: list[Result]) -> None:
     for name in ("tokens", "ms a batch", "tokens/s", "of the limit"):
         table.add_column(name, justify="right")
     for r in results:
-        figures = (
-            f"{r.tokens:,}",
-            f"{r.seconds * 1e3:,.1f}",
-            f"{r.tokens / r.seconds:,.0f}",
-            f"{r.limit / r.seconds:.0%}",
-        )
-        table.add_row(r.workload, described(r.workload), *figures)
+        times = f"{r.seconds * 1e3:,.1f}", f"{r.tokens / r.seconds:,.0f}", f"{r.limit / r.seconds:.0%}"
+        table.add_row(r.workload, described(r.workload), f"{r.tokens:,}", *times)
     console.print(table)
     if any(r.parts for r in results):
         table = Table(box=None, pad_edge=False)
         table.add_column("where the time goes", no_wrap=True)
         for r in results:
             table.add_column(r.workload, justify="right")
-        for name, said in PARTS.items():
-            table.add_row(said, *(f"{r.parts[name] / sum(r.parts.values()):.0%}" if r.parts else "" for r in results))
+        for name, words in PARTS.items():
+            table.add_row(words, *(f"{r.parts[name] / sum(r.parts.values()):.0%}" if r.parts else "" for r in results))
         console.print()
         console.print(table)

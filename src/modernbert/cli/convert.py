@@ -16,14 +16,14 @@ def convert(
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to make.")],
-    config: Annotated[Path | None, typer.Option(help="JSON configuration, where the file has none.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub repository, where the file has none.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON configuration, if the file has none.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub repository, if the file has none.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read a .pt file, a pickle, as plain data (weights_only).")
     ] = False,
 ) -> None:
     """Write a training checkpoint in Hugging Face's format: a sharded one, or one of ModernBERT's original trainer."""
-    from modernbert.training.pretrain.convert import convert as act
+    from modernbert.training.pretraining.convert import convert as act
 
     act(source, output, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle)
     typer.echo(f"written to {output}", err=True)

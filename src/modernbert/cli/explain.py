@@ -1,4 +1,4 @@
-"""`modernbert attention` and `attribution`: pages to look at."""
+"""`modernbert attention` and `attribution`: pages that show what a model looks at."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def attention(
     """
     from modernbert.auto import AutoModel
     from modernbert.io.files import write_text
-    from modernbert.tools.explain import attention_of, draw_attention
+    from modernbert.tools import attention_of, draw_attention
 
     _check_page(output, overwrite)
-    loaded, tokenizer = _loaded(AutoModel, model, device, dtype)
+    loaded, tokenizer, name = _loaded(AutoModel, model, device, dtype)
     found = attention_of(loaded, tokenizer, text)
-    write_text(output, draw_attention(found, f"Attention of {Path(model).name if model else 'the small model'}"))
-    typer.echo(f"{len(found.weights)} layers, {len(found.tokens)} tokens: {output}")
+    write_text(output, draw_attention(found, f"Attention of {name}"))
+    typer.echo(f"{len(found.weights)} layers, {len(found.tokens)} tokens; written to {output}")
 
 
 def attribution(
@@ -50,39 +50,42 @@ def attribution(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Draw what a classifier's label, or a mask's word, rests on.
+    """Draw how much each token contributes to a label, or to the word at a mask.
 
     Example: modernbert attribution "The dog ran across the [MASK]." --output attribution.html
     """
     from modernbert.auto import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, kind_of
     from modernbert.io.files import write_text
     from modernbert.pipelines import small_model
-    from modernbert.tools.explain import attribute, draw_attribution
+    from modernbert.tools import attribute, draw_attribution
 
     _check_page(output, overwrite)
     kind = kind_of(AutoConfig.from_pretrained(model or small_model()).extra)
     autos = {"masked-lm": AutoModelForMaskedLM, "sequence-classification": AutoModelForSequenceClassification}
     if kind not in autos:
-        raise InputError(f"{model} is made for {kind or 'nothing that is known'}; choose one for {' or '.join(autos)}")
-    auto: Any = autos[kind]
-    loaded, tokenizer = _loaded(auto, model, device, dtype)
+        raise InputError(f"{model} is made for {kind or 'no known task'}; choose one for {' or '.join(autos)}")
+    loaded, tokenizer, name = _loaded(autos[kind], model, device, dtype)
     found = attribute(loaded, tokenizer, text, target, steps)
-    write_text(output, draw_attribution(found, f"Attribution of {Path(model).name if model else 'the small model'}"))
-    typer.echo(f"{found.target.strip()} {found.score:.3f}, the parts add up within {abs(found.error):.4f}: {output}")
+    write_text(output, draw_attribution(found, f"Attribution of {name}"))
+    parts = f"score {found.score:.3f}; attributions add up to within {abs(found.error):.4f}"
+    typer.echo(f"{found.target.strip()}: {parts}; written to {output}")
 
 
 def _check_page(output: Path, overwrite: bool) -> None:
-    """Refuse an output that is there, before the work and not after."""
+    """Refuse an output that exists before the work and not after."""
     if output.is_dir():
         raise InputError(f"{output} is a folder; name a file to write")
     if output.exists() and not overwrite:
         raise InputError(f"{output} is there already; name another --output, or replace it with --overwrite")
 
 
-def _loaded(auto: Any, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any]:
+def _loaded(auto: Any, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any, str]:
+    """The model, its tokenizer, and its name for a title."""
     from modernbert.pipelines import small_model
     from modernbert.text.tokenizer import Tokenizer
 
-    where = model or small_model()
-    dtype = "float32" if dtype is None and model is None else dtype
-    return auto.from_pretrained(where, device=device, dtype=dtype), Tokenizer.from_pretrained(where)
+    if model is None:
+        model, dtype, name = str(small_model()), dtype or "float32", "the small model"
+    else:
+        name = Path(model).name
+    return auto.from_pretrained(model, device=device, dtype=dtype), Tokenizer.from_pretrained(model), name

@@ -22,7 +22,7 @@ def _command(task: str, options: type[FinetuneOptions]) -> Callable[..., None]:
     """The command of a task."""
 
     def act(say: Say, config: Path | None, resume: bool, given: dict[str, Any]) -> None:
-        from modernbert.training.finetune import finetune as tune
+        from modernbert.training.finetuning import finetune as tune
 
         say(f"{task}: {options.__doc__ or ''}".strip())
         result = tune(task, config=config, resume=resume, say=say, **given)

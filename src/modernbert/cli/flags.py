@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import shlex
 import signal
+import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
-from modernbert.cli.messages import InterruptedCommandError, flags_of, in_flags
+from modernbert.checks import OptionField, fields_of
+from modernbert.cli.messages import InterruptedCommandError, errors_in_flags, in_flags
 from modernbert.errors import TerminatedRunError
 from modernbert.training.options import TrainingOptions
 from modernbert.training.threads import share_cores
@@ -24,6 +26,54 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 Act = Callable[[Say, Path | None, bool, dict[str, Any]], None]
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose errors name flags, and that refuses an option given twice, of which it would keep the last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = self.make_parser(ctx).parse_args(args=list(args))[2] if args else []
+        for option in given:
+            once = option.param_type_name == "option" and not option.multiple and not getattr(option, "is_flag", False)
+            if once and (times := given.count(option)) > 1:
+                ctx.fail(f"{option.opts[0]} is given {times} times; give it once")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_in_flags({str(p.name): p.opts[0] for p in self.params if p.param_type_name == "option"}):
+            return super().invoke(ctx)
+
+
+def flag(
+    field: OptionField,
+    help: str | None = None,  # noqa: A002
+    *,
+    hidden: bool = False,
+    both: bool = False,
+) -> inspect.Parameter:
+    """A flag for an option, None where it is not given; its help says the default.
+
+    Args:
+        field: the option.
+        help: what stands for its description.
+        hidden: whether help leaves it out.
+        both: whether a switch that is off by default can be switched off, too, such as over a file that has it on.
+    """
+    kinds = [typing.get_args(kind)[0] if typing.get_origin(kind) else kind for kind in field.kinds]
+    kind: Any = types.GenericAlias(list, (kinds[-1],)) if field.is_list else kinds[0]
+    said = field.described if help is None else help
+    pair = kind is bool and (both or field.default is not False)
+    name = f"--{field.flag}/--no-{field.flag}" if pair else f"--{field.flag}"
+    annotation = Annotated[kind | None, typer.Option(name, help=said, show_default=False, hidden=hidden)]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def with_signature(function: Callable[..., None], parameters: Iterable[inspect.Parameter], doc: str) -> Any:
+    """The function with what typer makes flags and help of."""
+    ordered = sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+    typing.cast(Any, function).__signature__ = inspect.Signature(ordered)
+    function.__doc__ = doc
+    return function
 
 
 def command(
@@ -39,10 +89,9 @@ def command(
         example: shown below the help: the command's options.
         first: names of options that stand first.
     """
-    flags = flags_of([*(field.name for field in dataclasses.fields(options)), file, "resume"])
 
     def say(line: str) -> None:
-        typer.echo(in_flags(line, flags), err=True)
+        typer.echo(in_flags(line), err=True)
 
     def run(resume: bool, **given: Any) -> None:
         share_cores()
@@ -60,25 +109,19 @@ def command(
 
     def go_on(said: str, chosen: Mapping[str, Any]) -> str:
         """What the run says of its end, with the command that goes on from there."""
-        message = in_flags(said, flags)
-        if "output" in chosen:
-            again = ["modernbert", *name.split(), "--output", chosen["output"], "--resume"]
-            message += f" ({shlex.join(again)})"
-        return message
+        again = shlex.join(["modernbert", *name.split(), "--output", str(chosen.get("output")), "--resume"])
+        return in_flags(said) + (f" ({again})" if "output" in chosen else "")
 
-    hints = typing.get_type_hints(options)
     order = {name: i for i, name in enumerate(first)}
-    fields = sorted(dataclasses.fields(options), key=lambda field: order.get(field.name, len(order)))
-    parameters = [_parameter(field, hints[field.name], flags) for field in fields]
+    fields = sorted(fields_of(options), key=lambda field: order.get(field.name, len(order)))
+    flags = {field.name: f"--{field.flag}" for field in fields}
+    parameters = [flag(field, in_flags(field.described, flags), both=True) for field in fields]
     settings = Annotated[Path | None, typer.Option(help="YAML file of options; flags count more.")]
     again = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")]
-    parameters += [
-        inspect.Parameter(file, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=settings),
-        inspect.Parameter("resume", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=again),
-    ]
-    typing.cast(Any, run).__signature__ = inspect.Signature(parameters)  # what typer makes flags of
-    run.__doc__ = f"{options.__doc__}\n\nExample: modernbert {name} {example}"
-    return run
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter(file, keyword, default=None, annotation=settings))
+    parameters.append(inspect.Parameter("resume", keyword, default=False, annotation=again))
+    return with_signature(run, parameters, f"{options.__doc__}\n\nExample: modernbert {name} {example}")
 
 
 def tell(outcome: Outcome, figures: Mapping[str, float], output: Path) -> None:
@@ -100,25 +143,3 @@ def _before_the_first_step(output: str | None) -> str:
         return "interrupted; the same command with --resume goes on from what is saved"
     again = "the same command with --resume" if Path(output).exists() else "the same command"
     return f"interrupted; nothing is saved yet: {again} starts from the beginning"
-
-
-def _parameter(field: dataclasses.Field[Any], hint: Any, flags: Mapping[str, str]) -> inspect.Parameter:
-    """A flag that is None where it is not given, so that a file's options count; its help says the default.
-
-    Default and "required" stand in round brackets: square ones are marks of style where help is drawn.
-    """
-    said = str(field.metadata["help"])
-    if field.metadata["choices"]:
-        said = f"{said.rstrip('.')}: {', '.join(field.metadata['choices'])}."
-    if field.metadata["required"]:
-        said += " (required)"
-    else:
-        default = field.metadata["otherwise"] or field.default
-        default = {True: "yes", False: "no"}[default] if isinstance(default, bool) else default
-        said += f" (default: {default})"
-    said = in_flags(said, flags)
-    is_list = typing.get_origin(hint) is list
-    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-    kind: Any = hint if is_list or not kinds else kinds[0]
-    annotation = Annotated[kind | None, typer.Option(help=said, show_default=False)]
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

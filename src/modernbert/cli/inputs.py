@@ -6,74 +6,53 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modernbert.errors import InputError, listed, shown
-from modernbert.io.tables.reading import SUFFIXES, Record, sure
+from modernbert.errors import CheckpointError, InputError
+from modernbert.io.hub import Source
+from modernbert.io.tables.columns import Field, choose_columns, value_in
+from modernbert.io.tables.reading import SUFFIXES, Record, Records
 
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """The fields of a task's inputs.
-
-    Attributes:
-        fields: those that an input must have; the first one is what arguments and lines of text stand for, unless
-            `main` names another.
-        optional: those that it may have.
-        many: a field that holds a list.
-        main: the field that a line of text stands for.
-    """
-
-    fields: tuple[str, ...] = ("text",)
-    optional: tuple[str, ...] = ()
-    many: str | None = None
-    main: str = "text"
-
-
-FORMS = {
-    "text-classification": Form(optional=("text_pair",)),
-    "question-answering": Form(("question", "context"), main="context"),
-    "multiple-choice": Form(("prompt", "choices"), many="choices", main="choices"),
-    "text-ranking": Form(("query", "documents"), many="documents", main="documents"),
+# The fields of a task's inputs. The one that may be called "text" is what an argument or a line of text stands for.
+Form = tuple[Field, ...]
+FORMS: dict[str, Form] = {
+    "text-classification": (Field("text"), Field("text_pair", required=False)),
+    "question-answering": (Field("question"), Field("context", ("text",))),
+    "multiple-choice": (Field("prompt"), Field("choices", ("text",), many=True)),
+    "text-ranking": (Field("query"), Field("documents", ("text",), many=True)),
 }
 
 
 def form_of(task: str) -> Form:
-    """The form of a task's inputs; a text, where nothing else is said."""
-    return FORMS.get(task, Form())
+    """The form of a task's inputs; a text, unless it is one of `FORMS`."""
+    return FORMS.get(task, (Field("text"),))
+
+
+def main_of(form: Form) -> Field:
+    """The field that an argument or a line of text stands for."""
+    return next(field for field in form if "text" in (field.name, *field.others))
 
 
 def from_arguments(texts: list[str], form: Form, fixed: Record) -> Iterator[Any]:
-    """Inputs of a command line's arguments.
-
-    Args:
-        texts: the arguments.
-        form: of the task.
-        fixed: fields that an option gave, such as a question; the arguments are then the rest.
-    """
-    missing = [name for name in form.fields if name not in fixed]
-    if form.many is not None:
-        if len(missing) == 2:
-            if len(texts) < 2:
-                raise InputError(f"give a {missing[0]} and then its {missing[1]}, each as an argument")
-            yield {missing[0]: texts[0], missing[1]: texts[1:]}
-        else:
-            yield {**fixed, form.many: texts}
-        return
-    if len(missing) > 1:
-        raise InputError(f"{', '.join(missing[:-1])} is not given; name it with --{missing[0]}")
-    for text in texts:
-        yield text if form.fields == ("text",) else {**fixed, missing[0]: text}
+    """Inputs of a command line's arguments, with the fields that an option fixed, such as a question."""
+    main = main_of(form)
+    others = [field.name for field in form if field.required and field is not main and field.name not in fixed]
+    if main.many and others:
+        if len(texts) < 2:
+            raise InputError(f"give a {others[0]} and then its {main.name}, each as an argument")
+        yield {others[0]: texts[0], main.name: texts[1:]}
+    elif main.many:
+        yield {**fixed, main.name: texts}
+    elif others:
+        raise InputError(f"{others[0]} is not given; name it with --{others[0]}")
+    else:
+        yield from (text if main.name == "text" else {**fixed, main.name: text} for text in texts)
 
 
 def check_arguments(texts: list[str]) -> None:
-    """Refuse arguments that are meant as files: what would be answered is their name.
-
-    Raises:
-        InputError: an argument names a file or a folder, or has no space and ends like a file that is read.
-    """
+    """Raise `InputError` for arguments that are meant as files: what would be answered is their name."""
     for text in texts:
         stdin = "a text that reads so is given on standard input"
         with contextlib.suppress(OSError):  # too long for a name
@@ -86,127 +65,63 @@ def check_arguments(texts: list[str]) -> None:
 
 
 def from_records(
-    records: Iterable[Record | InputError],
-    form: Form,
-    fixed: Record,
-    columns: dict[str, list[str]],
-    name: str,
-    go_on: bool = False,
+    records: Records, form: Form, fixed: Record, named: Mapping[str, list[str]], name: str, skip_errors: bool = False
 ) -> Iterator[tuple[Any, Record | None]]:
-    """Inputs of records, each with the record where that has more columns than one of text. Errors pass through.
+    """Inputs of the rows of a file; each with its row where that has more columns than one of text.
 
     Args:
-        records: from a file or standard input.
+        records: of the file.
         form: of the task.
-        fixed: fields that an option gave. A list that is missing then takes all records together, errors among them.
-        columns: the columns that each field is in, where they are not called like it.
+        fixed: fields that an option gave. If only a list is missing, all rows together are that list.
+        named: columns that the user named; see `modernbert.io.tables.parse_columns`.
         name: of the file, for messages.
-        go_on: give the error in the place of an input that a record lacks a field of. What a table lacks, all its rows
-            do; that is raised all the same.
+        skip_errors: give the error instead of an input that cannot be read. The lack of a column in a table is raised
+            all the same, as all its rows lack it.
     """
-    table = name.lower().endswith((".csv", ".tsv", ".parquet"))
-    if form.many is not None and set(form.fields) - set(fixed) == {form.many}:
-        column = columns.get(form.many) or columns.get("text")
-        items: list[Any] = []
-        for number, record in enumerate(records, 1):
-            where = f"{name}, record {number},"
-            try:
-                values = sure(record)
-                item = values[_columns(values, "text", column, name if table else where)[0]]
-            except InputError as error:
-                if not go_on or (table and error is not record):
-                    raise
-                item = error
-            if isinstance(item, str) and not item.strip():
-                item = InputError(f"{where} is empty or only spaces; there is nothing to answer")
-                if not go_on:
-                    raise item
-            items.append(item)
-        if items:
-            yield {**fixed, form.many: items}, None
+    main = main_of(form)
+    wanted = [field for field in form if field.name not in fixed]
+    if not main.many or wanted != [main]:
+        for values, row in _values(records, wanted, named, name, skip_errors):
+            if not isinstance(values, InputError):
+                values = fixed | values
+            yield values["text"] if isinstance(values, dict) and set(values) == {"text"} else values, row
         return
+    items: list[Any] = []
+    one = dataclasses.replace(main, many=False)
+    for number, (values, _) in enumerate(_values(records, [one], named, name, skip_errors), 1):
+        item = values if isinstance(values, InputError) else values[main.name]
+        if isinstance(item, str) and not item.strip():
+            item = InputError(f"{name}, record {number}, is empty or only spaces; there is nothing to answer")
+            if not skip_errors:
+                raise item
+        items.append(item)
+    if items:
+        yield {**fixed, main.name: items}, None
+
+
+def _values(
+    records: Records, fields: Sequence[Field], named: Mapping[str, list[str]], name: str, skip_errors: bool
+) -> Iterator[tuple[Record | InputError, Record | None]]:
+    """What each row has for the fields, or its error."""
+    is_table = name.lower().endswith((".csv", ".tsv", ".parquet"))
+    columns: list[str] | None = None
+    chosen: dict[str, list[str]] = {}
     for number, record in enumerate(records, 1):
-        if isinstance(record, InputError):
-            yield record, None
-            continue
-        where = name if table else f"{name}, record {number},"
-        row = None if set(record) == {"text"} else record
+        where, row = f"{name}, record {number},", None
+        values: Record | InputError
         try:
-            sources = _sources(record, form, fixed, columns, where)
+            if isinstance(record, InputError):
+                raise record
+            row = None if set(record) == {"text"} else record
+            if list(record) != columns:
+                chosen = choose_columns(list(record), fields, named, name if is_table else where)
+                columns = list(record)
+            values = {f.name: value_in(record, chosen[f.name], f, where) for f in fields if f.name in chosen}
         except InputError as error:
-            if table or not go_on:
+            if not skip_errors or (is_table and columns is None and error is not record):
                 raise
-            yield error, row
-            continue
-        try:
-            values = fixed | {field: _value(record, wanted, field == form.many) for field, wanted in sources.items()}
-        except InputError as error:
-            error = InputError(f"{name}, record {number}, {error}")
-            if not go_on:
-                raise error from None
-            yield error, row
-            continue
-        yield values["text"] if set(values) == {"text"} else values, row
-
-
-def _sources(
-    record: Record, form: Form, fixed: Record, columns: dict[str, list[str]], where: str
-) -> dict[str, list[str]]:
-    """The columns of a record that each field is read from."""
-    found = {}
-    for field in form.fields:
-        if field not in fixed:
-            plain = field == form.main and field not in record and field not in columns and set(record) == {"text"}
-            found[field] = _columns(record, field, ["text"] if plain else columns.get(field), where)
-    for field in form.optional:
-        if field in columns or field in record:
-            found[field] = _columns(record, field, columns.get(field), where)
-    return found
-
-
-def _columns(record: Record, field: str, columns: list[str] | None, where: str) -> list[str]:
-    wanted = columns or [field]
-    for column in wanted:
-        if column not in record:
-            raise InputError(
-                f"{where} has the columns {listed(record) or 'none'} and no {shown(column)}; say which one is the "
-                f"{field} with --column {field}=NAME"
-            )
-    return wanted
-
-
-def _value(record: Record, columns: list[str], many: bool) -> Any:
-    values = [record[column] for column in columns]
-    if not many:
-        return values[0]
-    if len(values) > 1:
-        while values and values[-1] in (None, ""):  # a row may have fewer than others; a gap would shift their numbers
-            values.pop()
-        return values
-    if isinstance(values[0], str):  # a table's cell
-        try:
-            return json.loads(values[0])
-        except (ValueError, RecursionError):
-            raise InputError(
-                f"holds no JSON list in the column {shown(columns[0])}; name several columns instead"
-            ) from None
-    return values[0]
-
-
-def parse_columns(given: list[str], form: Form) -> dict[str, list[str]]:
-    """`field=column` options; a bare column is the main field's."""
-    known = [*form.fields, *form.optional]
-    out: dict[str, list[str]] = {}
-    for entry in given:
-        field, equals, column = entry.partition("=")
-        if not equals:
-            field, column = form.main, entry
-        if field not in known:
-            raise InputError(f"--column {entry}: there is no {shown(field)}; this task has {', '.join(known)}")
-        if field in out and field != form.many:
-            raise InputError(f"--column {entry}: {field} has the column {out[field][0]} already; give one")
-        out.setdefault(field, []).extend(column.split(",") if field == form.many else [column])
-    return out
+            values = error
+        yield values, row
 
 
 def parse_options(given: list[str]) -> dict[str, Any]:
@@ -236,9 +151,6 @@ def fingerprint(path: Path | None) -> Any:
 
 def checkpoint_fingerprint(name_or_folder: str | None, revision: str | None) -> Any:
     """What tells one checkpoint from another: a folder's files, or the commit of what the Hub's cache holds."""
-    from modernbert.errors import CheckpointError
-    from modernbert.io.hub import Source
-
     if name_or_folder is None:
         return None
     source = Source(name_or_folder, revision)

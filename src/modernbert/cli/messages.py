@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
 import re
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import typer
 
 from modernbert.errors import printable
 
 _LONGEST = 600  # characters of a message
-# A quoted value, which stays as it is; or a word that may name an option, with what makes a keyword argument of it.
-_WORDS = re.compile(
-    r"""(?<!\w)'(?:[^'\\]|\\.)*'|(?<!\w)"(?:[^"\\]|\\.)*"|"""
-    r"""(?<![\w./-])([a-z][a-z_]*)(?![\w/-]|\.\w)(=True\b|="[^"]*"|=)?"""
+_flags: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("flags", default=MappingProxyType({}))
+# A quoted value, which stays as it is; or what may be an option's name: a word with an underscore, one before "=", or
+# one that begins a clause and of which something is said.
+_OPTION = re.compile(
+    r"""
+    (?<!\w) (?: '(?:[^'\\]|\\.)*' | "(?:[^"\\]|\\.)*" )
+    | (?<![\w./-]) (?<!--option\ )
+      (?P<name>
+        [a-z]+_[a-z_]+ | [a-z]+(?==)
+        | (?:^|(?<=[;:,(]\ )|(?<=give\ )|(?<=and\ )) [a-z]+ (?=\ (?:is|are|was|holds|and)\ |,\ such)
+      )
+      (?![\w/-]|\.\w)
+      (?P<value>=True\b|="[^"]*"|=)?
+    """,
+    re.VERBOSE,
 )
-# Where a word that is an ordinary one too stands for an option: what is before it, and what follows.
-_BEFORE = ("; ", ": ", ", ", "give ", "and ", "(")
-_AFTER = re.compile(r" (?:is|are|was|holds|and) |, such")
 
 
 class InterruptedCommandError(Exception):
@@ -46,44 +56,38 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def flags_of(names: Iterable[str]) -> dict[str, str]:
-    """The flag of each option that is called like it."""
-    return {name: f"--{name.replace('_', '-')}" for name in names}
-
-
-def in_flags(message: str, flags: Mapping[str, str]) -> str:
+def in_flags(message: str, flags: Mapping[str, str] | None = None) -> str:
     """A message of the library with its options as they are given on the command line.
 
     Args:
         message: such as "top_k is 0; it must be ...", "truncation=True cuts it", or "give held_out=0".
-        flags: how an option is given here, by its name in Python: "--top-k", or "--option NAME".
+        flags: the flag of each option; by default those of the command that runs.
     """
+    known = _flags.get() if flags is None else flags
 
     def spelled(found: re.Match[str]) -> str:
-        name, keyword = found[1], found[2]
-        before, after = message[: found.start()], message[found.end() :]
-        is_option = keyword or "_" in (name or "") or ((not before or before.endswith(_BEFORE)) and _AFTER.match(after))
-        if name not in flags or not is_option:
+        flag, value = known.get(found["name"] or ""), found["value"] or ""
+        if flag is None:
             return found[0]
-        flag = flags[name]
-        if keyword and keyword.startswith('="'):
-            return f"{flag} {keyword[2:-1]}"
-        if keyword == "=" and re.match(r"['\w]", after):
-            return f"{flag} "
-        return f"{flag}=true" if keyword == "=True" and flag.startswith("--option") else flag
+        if value.startswith('="'):
+            return f"{flag} {value[2:-1]}"
+        return f"{flag} " if value == "=" and re.match(r"['\w]", message[found.end() :]) else flag
 
-    return _WORDS.sub(spelled, message)
+    return _OPTION.sub(spelled, message)
 
 
 @contextlib.contextmanager
 def errors_in_flags(flags: Mapping[str, str]) -> Iterator[None]:
-    """Errors of the library that name options name flags instead; `flags` as in `in_flags`, and may still grow."""
+    """While a command with these flags runs, errors of the library that name options name flags instead."""
+    token = _flags.set(flags)
     try:
         yield
     except (ValueError, RuntimeError) as error:
         if len(error.args) == 1 and type(error).__module__ in ("builtins", "modernbert.errors"):
-            error.args = (in_flags(str(error), flags),)
+            error.args = (in_flags(str(error)),)
         raise
+    finally:
+        _flags.reset(token)
 
 
 @contextlib.contextmanager

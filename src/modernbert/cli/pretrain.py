@@ -13,7 +13,7 @@ import typer
 
 from modernbert.cli.flags import Say, command, tell
 from modernbert.errors import InputError
-from modernbert.training.pretrain.options import PretrainOptions
+from modernbert.training.pretraining.options import PretrainOptions
 
 Paths = Annotated[
     list[str],
@@ -35,9 +35,9 @@ def train_tokenizer(
     column: Column = "text",
 ) -> None:
     """Train a byte-level BPE tokenizer with ModernBERT's special tokens on raw text."""
-    from modernbert.training.pretrain.documents import Collection
-    from modernbert.training.pretrain.train_tokenizer import save_tokenizer
-    from modernbert.training.pretrain.train_tokenizer import train_tokenizer as train
+    from modernbert.training.pretraining.documents import Collection
+    from modernbert.training.pretraining.train_tokenizer import save_tokenizer
+    from modernbert.training.pretraining.train_tokenizer import train_tokenizer as train
 
     collection = Collection(paths, held_out, column)
     if len(collection.held_out) == collection.documents:
@@ -62,10 +62,14 @@ def prepare_data(
     seed: Annotated[int, typer.Option(help="Of the lengths that texts are cut to.")] = 0,
 ) -> None:
     """Tokenize raw text once, into shards that every run maps into memory."""
-    from modernbert.training.pretrain.prepare import prepare_data as prepare
+    from modernbert.pipelines.progress import bar
+    from modernbert.training.pretraining.prepare import prepare_data as prepare
 
     began = time.perf_counter()
-    with _Count() as count:
+    progress = bar("documents")
+    progress.disable = not sys.stderr.isatty()
+    with progress:
+        drawn = progress.add_task("documents", total=None)
         manifest = prepare(
             paths,
             tokenizer,
@@ -76,7 +80,7 @@ def prepare_data(
             column=column,
             shard_tokens=shard_tokens,
             seed=seed,
-            report=count,
+            report=lambda done, total: progress.update(drawn, completed=done, total=total),
         )
     for name, source in manifest.sources.items():
         texts, held = sum(shard.texts for shard in source.train), sum(shard.tokens for shard in source.held_out)
@@ -90,7 +94,7 @@ def prepare_data(
 
 
 def _pretrain(say: Say, settings: Path | None, resume: bool, given: dict[str, Any]) -> None:
-    from modernbert.training.pretrain.run import pretrain as train
+    from modernbert.training.pretraining.run import pretrain as train
 
     result = train(settings=settings, resume=resume, say=say, **given)
     tell(result.outcome, result.figures, result.output)
@@ -131,9 +135,9 @@ def evaluate(
     """
     from modernbert.auto import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
     from modernbert.text.tokenizer import Tokenizer
-    from modernbert.training.pretrain.documents import Collection
-    from modernbert.training.pretrain.objectives import make_objective
-    from modernbert.training.pretrain.texts import Cutter
+    from modernbert.training.pretraining.documents import Collection
+    from modernbert.training.pretraining.objectives import make_objective
+    from modernbert.training.pretraining.texts import Cutter
 
     if not 0 < mask_rate < 1:
         raise InputError(f"mask_rate is {mask_rate}; it must lie between 0 and 1")
@@ -163,24 +167,6 @@ def evaluate(
             "perplexity_per_byte": round(math.exp(score.loss * score.tokens / size), 4),
         }
     typer.echo(json.dumps(result))
-
-
-class _Count:
-    """How many documents are done, on a terminal."""
-
-    def __enter__(self) -> _Count:
-        self.said = 0.0
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.said:
-            sys.stderr.write("\r\033[K")
-
-    def __call__(self, done: int, documents: int) -> None:
-        if sys.stderr.isatty() and time.monotonic() - self.said > 0.2:
-            self.said = time.monotonic()
-            sys.stderr.write(f"\r{done:,} of {documents:,} documents")
-            sys.stderr.flush()
 
 
 def _say(line: str) -> None:

@@ -30,6 +30,7 @@ def quantize(
     from modernbert.auto import load_as_saved
     from modernbert.io.files import making, write_text
     from modernbert.io.hub import Source
+    from modernbert.io.tables import read_records, text_in
     from modernbert.models.sentence_layout import CROSS_ENCODER, SETTINGS, contents_of
     from modernbert.quantization.gate import quantize as act
     from modernbert.quantization.options import QuantizationConfig
@@ -38,9 +39,14 @@ def quantize(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output is {output}, which is there already; name another folder")
     config = QuantizationConfig(scheme=scheme, min_cosine=min_cosine, most_kept=most_kept, tokens=tokens)
-    given = None if texts is None else _read(texts, column)
     if column is not None and texts is None:
         raise InputError("--column is for --texts")
+    if texts is not None and not texts.exists():
+        raise InputError(f"there is no file {texts}")
+    given = None
+    if texts is not None:
+        rows = enumerate(read_records(texts), 1)
+        given = [text_in(row, column or "text", f"{texts}, row {number},") for number, row in rows]
     tokenizer = None
     if given is not None or Source(source, revision).find("tokenizer.json") is not None:
         tokenizer = Tokenizer.from_pretrained(source, revision=revision)
@@ -82,19 +88,3 @@ def described(record: dict[str, Any]) -> list[str]:
         names = [name.removeprefix("model.") for name, other in finer.items() if other == how]
         lines.append(f"{how}: {', '.join(names)}")
     return lines
-
-
-def _read(path: Path, column: str | None) -> list[str]:
-    """Texts of a file."""
-    from modernbert.io.tables import read_records
-    from modernbert.io.tables.reading import sure
-
-    if not path.exists():
-        raise InputError(f"there is no file {path}")
-    texts = []
-    for record in map(sure, read_records(path)):
-        value = record.get(column or "text")
-        if not isinstance(value, str):
-            raise InputError(f"{path} has no text in the column {column or 'text'!r}; name one with --column")
-        texts.append(value)
-    return texts

@@ -1,16 +1,22 @@
-"""`modernbert run` and `embed`: a pipeline on texts from arguments, a file or standard input."""
+"""`modernbert run`, `embed` and `score`: a pipeline on texts from arguments, a file or standard input."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
+import inspect
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from modernbert.checks import OptionField, Options, fields_of, kinds_of, option
+from modernbert.cli.flags import Command, flag, with_signature
 from modernbert.cli.inputs import (
     check_arguments,
     checkpoint_fingerprint,
@@ -18,335 +24,248 @@ from modernbert.cli.inputs import (
     form_of,
     from_arguments,
     from_records,
-    parse_columns,
+    main_of,
     parse_options,
 )
-from modernbert.cli.messages import InterruptedCommandError, counted, errors_in_flags, flags_of, in_flags, say
+from modernbert.cli.messages import InterruptedCommandError, counted, in_flags, say
 from modernbert.errors import InputError, printable
-
-Texts = Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")]
-Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")]
-InputFile = Annotated[
-    str | None, typer.Option(help="One file: .txt (a line a text), .csv, .tsv, .jsonl, .json or .parquet; FILE#PART.")
-]
-Column = Annotated[
-    list[str] | None, typer.Option(help="Column that holds the text, or FIELD=COLUMN for another field; repeat.")
-]
-SkipErrors = Annotated[bool, typer.Option("--skip-errors", help="Report inputs that cannot be answered, and go on.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file --output, if it is there.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")]
-Backend = Annotated[str | None, typer.Option("--attn-implementation", help="auto, eager or sdpa.")]
-BatchTokens = Annotated[int | None, typer.Option(help="Tokens of a forward pass.")]
+from modernbert.pipelines import ALIASES
+from modernbert.pipelines.options import OPTIONS
 
 _LISTED = 10  # inputs that could not be answered, at the end
-# Options in Python -> flags; an option of a task that has no flag of its own goes by --option.
-_LOADING = flags_of(
-    ("model", "task", "tokenizer", "device", "dtype", "revision", "attn_implementation", "batch_tokens")
-)
-_FLAGS = _LOADING | flags_of(("overwrite",))
+_FEW = 20  # inputs that need no progress bar
+Pair = tuple[Any, Any]  # an input, and the row that it was read from if that has more than a text
 
 
-def run(
-    texts: Texts = None,
-    task: Annotated[str | None, typer.Option(help="What to do with each text; one of those above.")] = None,
-    model: Model = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub repository; the model's if not given.")] = None,
-    file: InputFile = None,
-    column: Column = None,
-    output: Annotated[Path | None, typer.Option(help="Write to .jsonl, .csv, .tsv or .parquet; resumes.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help='One object a line: {"input": ..., "output": ...}.')] = False,
-    top_k: Annotated[int | None, typer.Option(help="How many answers.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="fill-mask: a word to consider; repeat.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="zero-shot-classification: a label; repeat.")] = None,
-    question: Annotated[str | None, typer.Option(help="question-answering: of every text.")] = None,
-    query: Annotated[str | None, typer.Option(help="text-ranking: the texts are its documents.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="text-generation: tokens to add at the most.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="text-generation: below 1 is sharper.")] = None,
-    seed: Annotated[int | None, typer.Option(help="text-generation: makes sampling repeatable.")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: any option of the task; repeat.")] = None,
-    overwrite: Overwrite = False,
-    skip_errors: SkipErrors = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    attn_implementation: Backend = None,
-    batch_tokens: BatchTokens = None,
-) -> None:
-    """Run a task on texts: arguments, a file or standard input.
+@dataclasses.dataclass(kw_only=True)
+class Answering:
+    """One call of `run`, `embed` or `score`: texts, and flags that do not depend on the task."""
 
-    Tasks: fill-mask (the default without a model), text-classification, zero-shot-classification,
-    token-classification (ner), question-answering, multiple-choice (a prompt, then choices), sentence-embedding,
-    text-ranking (a query, then documents), feature-extraction, text-generation (which streams to a terminal),
-    text-scoring. With a model and no task, the model's own.
+    texts: list[str] | None = None
+    vectors: bool = False  # whether files of vectors may be written
+    task: str | None = option(
+        None, "What to do with each text; one of those above.", otherwise="the model's own, or fill-mask"
+    )
+    model: str | None = option(None, "Folder or Hub repository.", otherwise="the package's small model")
+    tokenizer: str | None = option(None, "Folder or Hub repository.", otherwise="the model's")
+    file: str | None = option(
+        None,
+        "One file: .txt (a line a text), .csv, .tsv, .jsonl, .json or .parquet; FILE#PART.",
+        otherwise="standard input",
+    )
+    column: list[str] = option(
+        [], "Column that holds the text, or FIELD=COLUMN for another field; repeat.", otherwise="text"
+    )
+    output: Path | None = option(None, "Write to .jsonl, .csv, .tsv or .parquet; resumes.", otherwise="standard output")
+    as_json: bool = option(False, 'Print one object a line: {"input": ..., "output": ...}.', flag="json")
+    question: str | None = option(None, "question-answering: of every text.", otherwise="none")
+    query: str | None = option(None, "text-ranking: the texts are its documents.", otherwise="none")
+    options: list[str] = option(
+        [], "NAME=VALUE: any option of the task, the value as JSON; repeat.", otherwise="none", flag="option"
+    )
+    overwrite: bool = option(False, "Replace the file --output, if it is there.")
+    skip_errors: bool = option(False, "Report inputs that cannot be answered, and go on.")
+    device: str | None = option(None, "cpu, cuda:0, or a GPU's index.", otherwise="cpu")
+    dtype: str | None = option(None, "auto, float32, bfloat16 or float16.", otherwise="the checkpoint's")
+    revision: str | None = option(None, "Branch, tag or commit of the repository.", otherwise="the newest")
+    attn_implementation: str | None = option(None, "The attention backend, by name.", otherwise="auto")
+    batch_tokens: int | None = option(None, "Tokens of a forward pass.", otherwise="4,096 on a CPU, 65,536 on a GPU")
 
-    Example: modernbert run "The capital of France is [MASK]."
-    """
-    from modernbert.pipelines import pipeline
+    def __post_init__(self) -> None:
+        self.name = self.file or "standard input"
+        self.where = "argument" if self.texts else f"{self.name}, record"
+        self.fixed = {n: v for n, v in (("question", self.question), ("query", self.query)) if v is not None}
 
-    flags = dict(_FLAGS)
-    with errors_in_flags(flags):
-        _check(texts, file, output, overwrite, as_json)
-        task = "fill-mask" if task is None and model is None else task
-        loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
-        serve = pipeline(task, model, tokenizer, device, dtype, **loading)
-    options: dict[str, Any] = parse_options(option or [])
-    foreign = sorted(set(options) - set(serve.options))
-    if foreign:
-        raise InputError(f"{serve.task} has no option {', '.join(foreign)}; there are {', '.join(serve.options)}")
-    named: dict[str, Any] = {"top_k": top_k, "targets": target, "candidate_labels": label}
-    named |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    own = flags_of(named) | {"targets": "--target", "candidate_labels": "--label"}
-    given = {name: value for name, value in named.items() if value not in (None, [])}
-    for name in given:
-        if name not in serve.options:
-            raise InputError(f"{own[name]} is no option of {serve.task}")
-        if name in options:
-            raise InputError(f"{own[name]} and --option {name} are given; give one of them")
-    options |= given
-    fixed = {name: value for name, value in (("question", question), ("query", query)) if value is not None}
-    foreign = [name for name in fixed if name not in form_of(serve.task).fields]
-    if foreign:
-        raise InputError(f"--{foreign[0]} is no option of {serve.task}")
-    flags |= {name: f"--option {name}" for name in serve.options} | own
-    identity = _identity(model, revision, dtype) | {"tokenizer": tokenizer}
-    _answer_all(serve, texts, file, column, fixed, options, output, overwrite, as_json, skip_errors, identity, flags)
+    def run(self, given: dict[str, Any]) -> None:
+        """Answer every input with these options of tasks, and print or write the answers as they come."""
+        from modernbert.pipelines import pipeline
+
+        self.check()
+        task = "fill-mask" if self.task is None and self.model is None else self.task
+        loading = {name: getattr(self, name) for name in ("revision", "attn_implementation", "batch_tokens")}
+        loading = {name: value for name, value in loading.items() if value is not None}
+        serve: Any = pipeline(task, self.model, self.tokenizer, self.device, self.dtype, **loading)
+        options = self.options_of(serve, given)
+        to_people = self.output is None and not self.as_json and sys.stdout.isatty()
+        streams = serve.task == "text-generation" and to_people and serve.can_stream(**options)
+        self.answer(serve, options, Streamed(serve) if streams else serve)
+
+    def check(self) -> None:
+        """Refuse what cannot be read or written before a model is loaded for it."""
+        from modernbert.io.tables import check_file, check_output, place_of
+
+        file, output = None if self.file is None else place_of(self.file)[0], self.output
+        if self.texts and file:
+            raise InputError("texts are given both as arguments and by --file; give one of them")
+        if not self.texts and file is None and sys.stdin.isatty():
+            raise InputError("no text: give it as an argument, with --file, or on standard input")
+        check_arguments(self.texts or [])
+        if file is not None and not file.exists():
+            raise InputError(f"there is no file {file}")
+        if file is not None:
+            check_file(file)
+        if output is None:
+            if self.overwrite:
+                raise InputError("--overwrite is for --output, which is not given")
+            return
+        if self.as_json:
+            raise InputError("--json prints and --output writes a file; give one of them")
+        if output.suffix.lower() == ".npy" and not self.vectors:
+            raise InputError(f"{output}: vectors are written by modernbert embed")
+        if file is not None and output.exists() and output.samefile(file):
+            raise InputError(f"--output and --file are both {output}; name another output")
+        check_output(output, self.overwrite)
+
+    def options_of(self, serve: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The options of the task, from flags and `--option`."""
+        flags = {name: f"--{field.flag}" for name, field in _TASKS_OPTIONS.items()}
+        flags |= {name: f"--option {name}" for name in kinds_of(serve.options) if name not in flags}
+        known = list(kinds_of(serve.options))
+        named = {name: value for name, value in given.items() if value not in (None, [])}
+        options = parse_options(self.options)
+        if foreign := sorted(set(options) - set(known)):
+            there = ", ".join(flags[name] for name in known)
+            raise InputError(f"{serve.task} has no --option {', --option '.join(foreign)}; there are {there}")
+        for name in named:
+            if name not in known:
+                raise InputError(f"{flags[name]} is no option of {serve.task}")
+            if name in options:
+                raise InputError(f"{flags[name]} and --option {name} are given; give one of them")
+        if foreign := [name for name in self.fixed if name not in {field.name for field in form_of(serve.task)}]:
+            raise InputError(f"--{foreign[0]} is no option of {serve.task}")
+        return options | named
+
+    def answer(self, serve: Any, options: dict[str, Any], by: Any) -> None:
+        """Answer every input with a loaded pipeline, or with what streams its texts."""
+        from modernbert.cli.show import show
+        from modernbert.io.tables import ResumableOutput
+        from modernbert.io.tables.writing import as_lists, to_json
+        from modernbert.pipelines.progress import bar
+
+        pairs, total, job = self.inputs(serve.task)
+        job |= {"task": serve.task, "model": self.model, "dtype": self.dtype, "tokenizer": self.tokenizer}
+        job |= {"the model's content": checkpoint_fingerprint(self.model, self.revision), "options": options}
+        tally, refused = Tally("input", "answered"), Tally("document", "ranked")
+        if serve.task == "text-ranking" and (self.texts or self.fixed):
+            pairs = (self.ranked(serve, pair, options, refused) for pair in pairs)
+        with contextlib.ExitStack() as stack:
+            sink = None
+            if self.output is not None:
+                sink = stack.enter_context(ResumableOutput(self.output, job, overwrite=self.overwrite))
+            if sink is not None and sink.done:
+                tally.total, tally.failed, tally.reasons = sink.done, sink.failed, dict(sink.errors)
+                pairs = sink.rest(pairs, lambda pair: _without_errors(pair[0]))
+                say(f"{sink.partial} holds {counted(sink.done, 'answer')}; going on after them")
+            waiting: collections.deque[Pair] = collections.deque()  # inputs whose answers are not there yet
+            on_error = "return" if self.skip_errors else "raise"
+            answers = by.stream(_remembered(pairs, waiting), on_error=on_error, first=tally.total, **options)
+            progress = bar("texts")
+            elsewhere = self.output is not None or not sys.stdout.isatty()
+            progress.disable = not (sys.stderr.isatty() and elsewhere and (total is None or total > _FEW))
+            stack.enter_context(progress)
+            drawn = progress.add_task("texts", total=total, completed=tally.total)
+            try:
+                for answer in answers:
+                    item, row = waiting.popleft()
+                    tally.total += 1
+                    record = {"input": _without_errors(item), "output": answer}
+                    if isinstance(answer, InputError):
+                        tally.fail(tally.total, answer)
+                        record = {"input": record["input"], "error": in_flags(str(answer))}
+                    if sink is not None:
+                        sink.write(record if row is None else {**record, "row": row})
+                    elif self.as_json:
+                        sys.stdout.write(to_json(record, as_lists) + "\n")
+                    elif by is serve:
+                        show(item, answer)
+                    progress.advance(drawn)
+            except InputError as error:
+                if not waiting or total == len(self.texts or ()) == 1:  # of the file, or the only input that there is
+                    raise
+                raise InputError(f"{self.where} {tally.total + 1}: {error}") from error
+            except KeyboardInterrupt:
+                if sink is None or not sink.held():
+                    raise
+                kept = f"{sink.partial} holds {counted(sink.held(), 'answer')}"
+                raise InterruptedCommandError(f"interrupted; {kept}, and the same command goes on after them") from None
+            if not tally.total:
+                raise InputError(
+                    f"no text: {self.name} holds none"
+                    if self.file
+                    else "no text: nothing but blank lines, or nothing at all, was given on standard input; give texts "
+                    "as arguments, with --file, or there"
+                )
+        if self.output is not None:
+            say(f"{counted(tally.total - tally.failed, 'answer')} in {self.output}")
+        (tally if tally.failed else refused).report(self.where, self.name)
+
+    def inputs(self, task: str) -> tuple[Iterable[Pair], int | None, dict[str, Any]]:
+        """The inputs, how many there are if that is known, and what tells them from those of another job."""
+        from modernbert.io.tables import count_records, parse_columns, place_of, read_in_place
+
+        form = form_of(task)
+        main = main_of(form)
+        columns = parse_columns(self.column, form, main.name)
+        if self.texts:
+            if columns:
+                raise InputError("--column is for files and standard input; texts are given as arguments")
+            pairs: Iterable[Pair] = ((item, None) for item in from_arguments(self.texts, form, self.fixed))
+            return pairs, 1 if main.many else len(self.texts), {"the list of texts": self.texts, **self.fixed}
+        file, part = (None, None) if self.file is None else place_of(self.file)
+        pairs = from_records(read_in_place(file, part), form, self.fixed, columns, self.name, self.skip_errors)
+        total = 1 if main.many and self.fixed else count_records(file)
+        named = {f"column of {field}": ", ".join(names) for field, names in columns.items()}
+        return pairs, total, {**fingerprint(file), "part": part, **named, **self.fixed}
+
+    def ranked(self, serve: Any, pair: Pair, options: dict[str, Any], refused: Tally) -> Pair:
+        """An input whose documents each stand for themselves: errors instead of those that cannot be ranked."""
+        item, row = pair
+        if isinstance(item, InputError):
+            return pair
+        documents = serve.without_refused(item["query"], item["documents"], **options)
+        refused.total = len(documents)
+        for number, document in enumerate(documents, 1 if self.fixed else 2):
+            if isinstance(document, InputError):
+                if not self.skip_errors:
+                    raise InputError(f"{self.where} {number}: {document}") from document
+                refused.fail(number, document)
+        return {**item, "documents": documents}, row
 
 
-def score(
-    texts: Texts = None,
-    model: Model = None,
-    file: InputFile = None,
-    column: Column = None,
-    output: Annotated[Path | None, typer.Option(help="Write to .jsonl, .csv, .tsv or .parquet; resumes.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help='One object a line: {"input": ..., "output": ...}.')] = False,
-    stride: Annotated[int | None, typer.Option(help="Long texts: new tokens of each window; half a window.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of a window; the model's context.")] = None,
-    overwrite: Overwrite = False,
-    skip_errors: SkipErrors = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    attn_implementation: Backend = None,
-    batch_tokens: BatchTokens = None,
-) -> None:
-    """Say how likely a decoder finds texts, a line each: log-likelihood, perplexity, bits a byte.
+@dataclasses.dataclass
+class Tally:
+    """How many inputs or documents there were, and the first of those that failed, by their number."""
 
-    A text over the model's context is read in windows that overlap.
+    noun: str
+    participle: str
+    total: int = 0
+    failed: int = 0
+    reasons: dict[int, str] = dataclasses.field(default_factory=dict)
 
-    Example: modernbert score --file pages.jsonl --column text --stride 64
-    """
-    from modernbert.pipelines import pipeline
+    def fail(self, number: int, error: InputError) -> None:
+        self.failed += 1
+        if len(self.reasons) < _LISTED:
+            self.reasons[number] = in_flags(str(error))
 
-    flags = _FLAGS | flags_of(("stride", "max_length"))
-    with errors_in_flags(flags):
-        _check(texts, file, output, overwrite, as_json)
-        loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
-        serve = pipeline("text-scoring", model, None, device, dtype, **loading)
-    options = _given(stride=stride, max_length=max_length)
-    identity = _identity(model, revision, dtype)
-    _answer_all(serve, texts, file, column, {}, options, output, overwrite, as_json, skip_errors, identity, flags)
-
-
-def embed(
-    output: Annotated[Path, typer.Option(help="Write to .npy (texts x dimensions), .parquet or .jsonl; resumes.")],
-    texts: Texts = None,
-    model: Model = None,
-    file: InputFile = None,
-    column: Column = None,
-    prompt_name: Annotated[str | None, typer.Option(help="Such as query or document.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to put before each text.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="cls, mean, max, last, weighted_mean or mean_sqrt_len.")] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of length one.")] = False,
-    truncate_dim: Annotated[int | None, typer.Option(help="Keep this many first dimensions.")] = None,
-    truncation: Annotated[bool, typer.Option("--truncation", help="Cut texts that are too long.")] = False,
-    overwrite: Overwrite = False,
-    skip_errors: SkipErrors = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    revision: Revision = None,
-    attn_implementation: Backend = None,
-    batch_tokens: BatchTokens = None,
-) -> None:
-    """Write a vector for each text: arguments, a file or standard input.
-
-    With --skip-errors, a text that cannot be embedded has numbers that are NaN in .npy, and none elsewhere.
-
-    Example: modernbert embed --file texts.csv --column body --output vectors.npy
-    """
-    from modernbert.pipelines import pipeline
-
-    flags = _FLAGS | flags_of(("prompt_name", "prompt", "pooling", "normalize", "truncate_dim", "truncation"))
-    with errors_in_flags(flags):
-        _check(texts, file, output, overwrite, vectors=True)
-        loading = _given(revision=revision, attn_implementation=attn_implementation, batch_tokens=batch_tokens)
-        serve = pipeline("sentence-embedding", model, None, device, dtype, **loading)
-    options = _given(prompt_name=prompt_name, prompt=prompt, pooling=pooling, truncate_dim=truncate_dim)
-    options |= {name: True for name, on in (("normalize", normalize), ("truncation", truncation)) if on}
-    identity = _identity(model, revision, dtype)
-    _answer_all(serve, texts, file, column, {}, options, output, overwrite, False, skip_errors, identity, flags)
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    """Those that are not None."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _identity(model: str | None, revision: str | None, dtype: str | None) -> dict[str, Any]:
-    """What makes a model another one, for jobs that go on."""
-    return {"model": model, "the model's content": checkpoint_fingerprint(model, revision), "dtype": dtype}
-
-
-def _answer_all(
-    serve: Any,
-    texts: list[str] | None,
-    source: str | None,
-    column: list[str] | None,
-    fixed: dict[str, Any],
-    options: dict[str, Any],
-    output: Path | None,
-    overwrite: bool,
-    as_json: bool,
-    skip_errors: bool,
-    identity: dict[str, Any],
-    flags: dict[str, str],
-) -> None:
-    """Answer every input, and print or write the answers as they come."""
-    from modernbert.io.tables import ResumableOutput, count_records, place_of, read_records
-    from modernbert.io.tables.writing import as_lists, to_json
-
-    to_people = output is None and not as_json and sys.stdout.isatty()
-    if serve.task == "text-generation" and to_people and serve.can_stream(**options):
-        serve = Streamed(serve)
-    form = form_of(serve.task)
-    columns = parse_columns(column or [], form)
-    file, part = (None, None) if source is None else place_of(source)
-    name = source or "standard input"
-    inputs: Iterable[tuple[Any, Any]]
-    if texts:
-        if columns:
-            raise InputError("--column is for files and standard input; texts are given as arguments")
-        inputs = ((item, None) for item in from_arguments(texts, form, fixed))
-        total: int | None = len(texts) if form.many is None else 1
-    else:
-        inputs = from_records(
-            read_records(file, skip_errors, part=part, blank=True), form, fixed, columns, name, skip_errors
-        )
-        total = count_records(file, blank=True) if form.many is None or len(fixed) == 0 else 1
-
-    left_out: dict[int, InputError] = {}  # documents of one ranking, by the number of their argument or record
-    documents = 0
-    where = "argument" if texts else f"{name}, record"
-    if serve.task == "text-ranking" and (texts or fixed):
-
-        def ranked(pair: tuple[Any, Any]) -> tuple[Any, Any]:
-            nonlocal documents
-            item, row = pair
-            if isinstance(item, InputError):
-                return pair
-            found = serve.without_refused(item["query"], item["documents"], **options)
-            documents, first = len(found), 1 if fixed else 2
-            left_out.update((i, error) for i, error in enumerate(found, first) if isinstance(error, InputError))
-            for number, refusal in () if skip_errors else left_out.items():
-                raise InputError(f"{where} {number}: {refusal}") from refusal
-            return {**item, "documents": found}, row
-
-        inputs = map(ranked, inputs)
-
-    job = {"task": serve.task, **identity, "options": options, **fixed}
-    job |= {f"column of {field}": ", ".join(names) for field, names in columns.items()}
-    job |= {"the list of texts": texts} if texts else {**fingerprint(file), "part": part}
-    answered = failed = done = 0
-    failures: dict[int, str] = {}  # the first ones, by their number
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(errors_in_flags(flags))
-        sink = None if output is None else stack.enter_context(ResumableOutput(output, job, overwrite=overwrite))
-        if sink is not None and sink.done:
-            done, failed, failures = sink.done, sink.failed, dict(sink.errors)
-            inputs = sink.rest(inputs, lambda pair: _without_errors(pair[0]))
-            say(f"{sink.partial} holds {counted(done, 'answer')}; going on after them")
-        waiting: list[tuple[Any, Any]] = []  # inputs whose answers are not there yet
-        on_error = "return" if skip_errors else "raise"
-        answers = serve.stream(_remembered(inputs, waiting), on_error=on_error, first=done, **options)
-        advance = stack.enter_context(_ProgressBar(total, done, quiet=output is None))
-        try:
-            for answer in answers:
-                item, row = waiting.pop(0)
-                record: dict[str, Any] = {"input": _without_errors(item)}
-                if isinstance(answer, InputError):
-                    record["error"] = in_flags(str(answer), flags)
-                    failed += 1
-                    if len(failures) < _LISTED:
-                        failures[done + answered + 1] = record["error"]
-                else:
-                    record["output"] = answer
-                if sink is not None:
-                    sink.write(record if row is None else {**record, "row": row})
-                elif isinstance(serve, Streamed):
-                    pass  # printed as it came
-                elif as_json:
-                    sys.stdout.write(to_json(record, as_lists) + "\n")
-                else:
-                    from modernbert.cli.show import show
-
-                    show(item, record.get("output", answer))
-                answered += 1
-                advance()
-        except InputError as error:
-            if not waiting or total == len(texts or ()) == 1:  # of the file itself, or the only input that there is
-                raise
-            raise InputError(f"{where} {done + answered + 1}: {error}") from error
-        except KeyboardInterrupt:
-            if sink is None or not sink.held():
-                raise
-            kept = f"{sink.partial} holds {counted(sink.held(), 'answer')}"
-            raise InterruptedCommandError(f"interrupted; {kept}, and the same command goes on after them") from None
-        if not answered and not done:
-            raise InputError(
-                "no text: nothing but blank lines, or nothing at all, was given on standard input; give texts as "
-                "arguments, with --file, or there"
-                if file is None
-                else f"no text: {name} holds none"
-            )
-    if output is not None:
-        say(f"{counted(answered + done - failed, 'answer')} in {output}")
-    if left_out and not failed:
-        for number, refusal in itertools.islice(left_out.items(), _LISTED):
-            reason = in_flags(str(refusal), flags)
+    def report(self, where: str, name: str) -> None:
+        """Say what failed, and end the command with exit code 1, if anything did."""
+        if not self.failed:
+            return
+        for number, reason in self.reasons.items():
             say(reason if reason.startswith(name) else f"{where} {number}: {reason}")
-        more = f"; the first {_LISTED} are listed above" if len(left_out) > _LISTED else ""
-        say(f"{len(left_out)} of {counted(documents, 'document')} could not be ranked{more}")
+        more = f"; the first {_LISTED} are listed above" if self.failed > _LISTED else ""
+        say(f"{self.failed} of {counted(self.total, self.noun)} could not be {self.participle}{more}")
         raise typer.Exit(1)
-    if failed:
-        for number, reason in failures.items():
-            say(reason if reason.startswith(name) else f"{where} {number}: {reason}")
-        more = f"; the first {_LISTED} are listed above" if failed > _LISTED else ""
-        say(f"{failed} of {counted(answered + done, 'input')} could not be answered{more}")
-        raise typer.Exit(1)
-
-
-def _without_errors(item: Any) -> Any:
-    """An input as it is written: None instead of what could not be read."""
-    if isinstance(item, dict) and isinstance(item.get("documents"), list):
-        return {**item, "documents": [_without_errors(document) for document in item["documents"]]}
-    return None if isinstance(item, InputError) else item
 
 
 class Streamed:
-    """A text-generation pipeline that prints each text as it is generated.
-
-    Args:
-        serve: the pipeline.
-    """
-
-    task = "text-generation"
+    """A text-generation pipeline that prints each text as it is generated."""
 
     def __init__(self, serve: Any) -> None:
         self.serve = serve
 
     def stream(self, inputs: Iterable[Any], on_error: str, first: int, **options: Any) -> Iterator[Any]:
-        """Print inputs and what follows them; what was printed, or the `InputError` in its place, for each."""
+        """Print inputs and what continues them; what was printed, or the `InputError` instead, for each."""
         full = options.get("return_full_text", True) is not False
         for number, item in enumerate(inputs, first):
             try:
@@ -359,9 +278,8 @@ class Streamed:
                 sys.stdout.write(f"not answered: {printable(str(error))}\n\n")
                 yield error
                 continue
-            text = item if full else ""
-            sys.stdout.write(printable(text, keep="\n\t"))
-            for piece in pieces:
+            text = ""
+            for piece in itertools.chain([item] if full else [], pieces):
                 sys.stdout.write(printable(piece, keep="\n\t"))
                 sys.stdout.flush()
                 text += piece
@@ -369,66 +287,112 @@ class Streamed:
             yield text
 
 
-def _remembered(inputs: Iterable[tuple[Any, Any]], waiting: list[tuple[Any, Any]]) -> Iterator[Any]:
-    for pair in inputs:
+def _remembered(pairs: Iterable[Pair], waiting: collections.deque[Pair]) -> Iterator[Any]:
+    for pair in pairs:
         waiting.append(pair)
         yield pair[0]
 
 
-def _check(
-    texts: list[str] | None,
-    source: str | None,
-    output: Path | None,
-    overwrite: bool,
-    as_json: bool = False,
-    vectors: bool = False,
-) -> None:
-    """Refuse what cannot be read or written before a model is loaded for it."""
-    from modernbert.io.tables import place_of
-    from modernbert.io.tables.reading import check_file
-    from modernbert.io.tables.writing import check_output
-
-    file = None if source is None else place_of(source)[0]
-    if texts and file:
-        raise InputError("texts are given both as arguments and by --file; give one of them")
-    if not texts and file is None and sys.stdin.isatty():
-        raise InputError("no text: give it as an argument, with --file, or on standard input")
-    check_arguments(texts or [])
-    if file is not None and not file.exists():
-        raise InputError(f"there is no file {file}")
-    if file is not None:
-        check_file(file)
-    if output is None:
-        if overwrite:
-            raise InputError("--overwrite is for --output, which is not given")
-        return
-    if as_json:
-        raise InputError("--json prints and --output writes a file; give one of them")
-    if output.suffix.lower() == ".npy" and not vectors:
-        raise InputError(f"{output}: vectors are written by modernbert embed")
-    if file is not None and output.exists() and output.samefile(file):
-        raise InputError(f"--output and --file are both {output}; name another output")
-    check_output(output, overwrite)
+def _without_errors(item: Any) -> Any:
+    """An input as it is written: None instead of what could not be read."""
+    if isinstance(item, dict) and isinstance(item.get("documents"), list):
+        return {**item, "documents": [_without_errors(document) for document in item["documents"]]}
+    return None if isinstance(item, InputError) else item
 
 
-class _ProgressBar:
-    """A progress bar on standard error, where that is a terminal, answers go elsewhere, and there is much to do."""
+# The commands
 
-    def __init__(self, total: int | None, done: int, quiet: bool) -> None:
-        self.progress: Any = None
-        elsewhere = not quiet or not sys.stdout.isatty()
-        if sys.stderr.isatty() and elsewhere and (total is None or total > 20):
-            from modernbert.pipelines.progress import bar
 
-            self.progress = bar("texts")
-            self.task = self.progress.add_task("texts", total=total, completed=done)
+class TaskCommand(Command):
+    """`run`, whose help shows the options of the task that is named beside it."""
 
-    def __enter__(self) -> Any:
-        if self.progress is None:
-            return lambda: None
-        self.progress.start()
-        return lambda: self.progress.advance(self.task)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        words = [word for argument in args for word in argument.split("=", 1)]
+        task = dict(itertools.pairwise(words)).get("--task", "")
+        options = OPTIONS.get(ALIASES.get(task, task))
+        if options is not None:
+            own = {field.name: said for field, said in _flagged(options)}
+            for parameter in typing.cast(list[Any], self.params):
+                if parameter.name in _TASKS_OPTIONS:
+                    parameter.hidden = parameter.name not in own
+                    parameter.help = own.get(parameter.name)
+        return super().parse_args(ctx, args)
 
-    def __exit__(self, *error: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+_TEXTS = Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")]
+_VECTORS = Annotated[Path, typer.Option(help="Write to .npy (texts x dimensions), .parquet or .jsonl; resumes.")]
+
+
+def _command(doc: str, task: str | None, own: list[inspect.Parameter], without: tuple[str, ...]) -> Callable[..., None]:
+    """A command on texts; its flags are the fields of `Answering` and options of its own."""
+    shared = [field for field in fields_of(Answering) if field.name not in ("texts", "vectors", *without)]
+
+    def run(**given: Any) -> None:
+        names = [field.name for field in fields_of(Answering) if field.name in given]
+        common = {name: value for name in names if (value := given.pop(name)) is not None}
+        Answering(**{"task": task, **common}, vectors=task == "sentence-embedding").run(given)
+
+    texts = inspect.Parameter("texts", _KEYWORD, default=None, annotation=_TEXTS)
+    return with_signature(run, [texts, *map(flag, shared), *own], doc)
+
+
+def _flagged(options: type[Options]) -> list[tuple[OptionField, str]]:
+    """A task's options and their help; those that are no values of one kind have no flag."""
+    flags = {field.name: f"--{field.flag}" for field in fields_of(options)}
+    fields = [field for field in fields_of(options) if not {dict[str, Any], Any}.intersection(field.kinds)]
+    return [(f, in_flags(f.described, flags) + (" Repeat for several." if f.is_list else "")) for f in fields]
+
+
+def _flags(task: str) -> list[inspect.Parameter]:
+    return [flag(field, said) for field, said in _flagged(OPTIONS[task])]
+
+
+# The options that `run` shows if no task is named; every other one has a hidden flag.
+_USUAL = {
+    "top_k": "How many answers.",
+    "targets": "fill-mask: a word to consider; repeat.",
+    "candidate_labels": "zero-shot-classification: a label; repeat.",
+    "max_new_tokens": "text-generation: most tokens to add.",
+    "temperature": "text-generation: below 1 is sharper.",
+    "seed": "text-generation: makes sampling repeatable.",
+}
+_TASKS_OPTIONS = {field.name: field for options in OPTIONS.values() for field, _ in _flagged(options)}
+
+run = _command(
+    """Run a task on texts: arguments, a file or standard input.
+
+    Tasks: fill-mask (the default without a model), text-classification, zero-shot-classification,
+    token-classification (ner), question-answering, multiple-choice (a prompt, then choices), sentence-embedding,
+    text-ranking (a query, then documents), feature-extraction, text-generation (which streams to a terminal),
+    text-scoring. With a model and no task, the model's own. `modernbert run --task TASK --help` lists the task's
+    options.
+
+    Example: modernbert run "The capital of France is [MASK]."
+    """,
+    None,
+    [flag(field, _USUAL.get(name), hidden=name not in _USUAL) for name, field in _TASKS_OPTIONS.items()],
+    (),
+)
+score = _command(
+    """Say how likely a decoder finds texts, a line each: log-likelihood, perplexity, bits a byte.
+
+    A text over the model's context is read in windows that overlap.
+
+    Example: modernbert score --file pages.jsonl --column text --stride 64
+    """,
+    "text-scoring",
+    _flags("text-scoring"),
+    ("task", "tokenizer", "question", "query", "options"),
+)
+embed = _command(
+    """Write a vector for each text: arguments, a file or standard input.
+
+    With --skip-errors, a text that cannot be embedded has numbers that are NaN in .npy, and none elsewhere.
+
+    Example: modernbert embed --file texts.csv --column body --output vectors.npy
+    """,
+    "sentence-embedding",
+    [inspect.Parameter("output", _KEYWORD, annotation=_VECTORS), *_flags("sentence-embedding")],
+    ("task", "tokenizer", "question", "query", "options", "as_json", "output"),
+)

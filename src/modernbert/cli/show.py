@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from modernbert.checks import short
 from modernbert.errors import printable
-from modernbert.pipelines.checks import short
 
 
 def show(item: Any, output: Any) -> None:
@@ -56,7 +56,7 @@ def _rows(output: Any, item: Any) -> list[dict[str, Any]]:
     return [output] if isinstance(output, dict) else list(output)
 
 
-# How columns are called, and which of them say nothing to a reader.
+# Headings of columns, and columns that tell a reader nothing.
 _NAMES = {"token_str": "word", "sequence": "text", "entity_group": "entity"}
 _HIDDEN = {"token", "index"}
 
@@ -76,11 +76,11 @@ def _table(rows: list[dict[str, Any]], word: str = "word") -> Any:
         heading = word if name == "token_str" else _NAMES.get(name, name)
         table.add_column(printable(heading), justify="right" if isinstance(rows[0][name], int | float) else "left")
     for row in rows:
-        table.add_row(*(Text(_cell(name, row[name])) for name in names))
+        table.add_row(*(Text(_cell(row[name])) for name in names))
     return table
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     text = " ".join(str(value).split())

@@ -2,8 +2,8 @@
 
 New tokens attend in one of three ways: joined with what precedes them and handed to an attention backend, to keys in
 place, where they are stored, or, slowly, with every pair of tokens. Which it is follows from the text alone, so that
-its numbers do not depend on its batch. Storage may be of a wider dtype than the new tokens, whose results are then
-rounded to theirs.
+its numbers do not depend on its batch (docs/invariance.md). Storage may be of a wider dtype than the new tokens, whose
+results are then rounded to theirs.
 
 Shapes: R slots of storage, T new tokens of all texts together, P of them in a part, N texts of a part, J tokens that
 are joined, Q queries and K keys of a text, W slots of a window, H heads, D head size.
@@ -24,8 +24,8 @@ from torch import Tensor
 from modernbert.config import Reach
 from modernbert.errors import InputError
 from modernbert.nn.attention.contract import AttentionBackend
-from modernbert.nn.attention.dense import dense_attention
 from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.attention.sdpa import dense_attention
 from modernbert.nn.execution import AttentionWeights
 from modernbert.nn.linear import products_dtype
 from modernbert.nn.packing import Packing, on_device, send

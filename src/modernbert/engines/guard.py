@@ -109,7 +109,7 @@ class FrozenWeight(nn.Parameter):
         name = getattr(function, "__name__", str(function))
         raise FrozenError(
             f"a weight of an optimized model was used by {name!r}, and its numbers lie in the kernels' layout; call "
-            "model.unpack() first, or read it as an attribute of its layer"
+            "model.thaw() first, or read it as an attribute of its layer"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]  # as that of nn.Parameter

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -34,11 +36,11 @@ def write_weights(
         folder: made where missing. Weight files of an earlier save that this one does not use are removed last.
         tensors: by name; they are written in the order of their names, so that equal tensors give equal bytes.
         max_shard_size: bytes, or a text such as "500MB" or "5GB".
-        name: what stands in the place of "model" in the files' names.
+        name: what the files' names begin with.
     """
     limit = _bytes(max_shard_size)
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+    size = total = 0
     for key in sorted(tensors):
         tensor = tensors[key].detach().contiguous().cpu()
         if shards[-1] and size + tensor.nbytes > limit:
@@ -46,28 +48,29 @@ def write_weights(
             size = 0
         shards[-1][key] = tensor
         size += tensor.nbytes
+        total += tensor.nbytes
     numbers = range(1, len(shards) + 1)
     names = [_SHARD.format(name, i, len(shards)) for i in numbers] if len(shards) > 1 else [_WEIGHTS.format(name)]
     for file, shard in zip(names, shards, strict=True):
         with replacing(folder / file) as temporary:
             save_file(shard, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
-        total = sum(t.nbytes for shard in shards for t in shard.values())
         where = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         names.append(_INDEX.format(name))
+        index = {"metadata": {"total_size": total}, "weight_map": where}
         write_text(folder / names[-1], json.dumps(index, indent=2) + "\n")
     ours = re.compile(rf"({PLAIN}|{QUANTIZED})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-    for stale in [path for path in folder.iterdir() if ours.fullmatch(path.name) and path.name not in names]:
-        stale.unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        if ours.fullmatch(path.name) and path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def weight_files(source: Source) -> list[Path]:
     """The safetensors files of a checkpoint, downloaded where need be.
 
     Raises:
-        CheckpointError: there are none, or an index names files that are missing. A pickle is refused with the
-            way to convert it, and so is an adapter, which changes what the weights beside it give.
+        CheckpointError: there are none, or an index names files that are missing; or there is a pickle, or an adapter,
+            which changes what the weights beside it give.
     """
     source.refuse_adapter()
     for stem in (PLAIN, QUANTIZED):
@@ -77,9 +80,8 @@ def weight_files(source: Source) -> list[Path]:
         if source.find(_INDEX.format(stem)) is not None:
             where = source.read_json(_INDEX.format(stem)).get("weight_map")
             if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-                raise CheckpointError(
-                    f"{_INDEX.format(stem)} of {source.name_or_folder} has no weight_map of tensors' names and files"
-                )
+                place = f"{_INDEX.format(stem)} of {source.name_or_folder}"
+                raise CheckpointError(f"{place} has no weight_map of tensors' names and files")
             return [source.need(file) for file in sorted(set(where.values()))]
     for name in _PICKLES:
         if source.exists(name):
@@ -94,9 +96,12 @@ def weight_files(source: Source) -> list[Path]:
     raise CheckpointError(f"{source.folder or source.name_or_folder} holds neither {wanted}{offline}")
 
 
-def weight_names(files: list[Path]) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+Names = dict[str, tuple[Path, tuple[int, ...], str]]
+
+
+def weight_names(files: list[Path]) -> Names:
     """Of each tensor in these files: its file, its shape, and its dtype as safetensors spells it ("F32")."""
-    names: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+    names: Names = {}
     for path in files:
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
@@ -109,9 +114,7 @@ def read_weights(files: list[Path], wanted: Callable[[str], bool]) -> Iterator[t
     """Yield names and tensors one by one, so that no more than one of them exists beside what the caller keeps."""
     for path in files:
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if wanted(name):
-                    yield name, file.get_tensor(name)
+            yield from ((name, file.get_tensor(name)) for name in file.keys() if wanted(name))  # noqa: SIM118
 
 
 @contextlib.contextmanager
@@ -123,15 +126,14 @@ def _opened(path: Path) -> Iterator[safe_open]:
         raise CheckpointError(f"{path} is not a whole safetensors file: {printable(str(error), limit=200)}") from error
 
 
-def dtype_of(names: Mapping[str, tuple[Path, tuple[int, ...], str]]) -> torch.dtype | None:
+def dtype_of(names: Names) -> torch.dtype | None:
     """The floating dtype that most of a checkpoint's numbers have; None where there are none."""
     spelled = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    counts: dict[torch.dtype, int] = {}
+    counts: Counter[torch.dtype] = Counter()
     for _, shape, dtype in names.values():
         if dtype in spelled:
-            numbers = torch.Size(shape).numel()
-            counts[spelled[dtype]] = counts.get(spelled[dtype], 0) + numbers
-    return max(counts, key=lambda d: counts[d]) if counts else None
+            counts[spelled[dtype]] += math.prod(shape)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _bytes(size: int | str) -> int:

@@ -1,9 +1,8 @@
-"""Files and folders written whole or not at all; JSON that is read within bounds."""
+"""Files and folders written whole or not at all, by one process at a time; JSON that is read within bounds."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -12,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_DEEPEST = 64  # levels of lists and objects in a JSON file
-_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2
+from modernbert.errors import InputError
+
+_DEEPEST = 64  # levels of lists and objects in JSON
 
 
 @contextlib.contextmanager
@@ -35,8 +35,31 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Keep a path for this process alone, by a file `.NAME.lock` beside it.
+
+    Raises:
+        InputError: another process keeps it; `refusal` is the message.
+    """
+    from filelock import FileLock, Timeout
+
+    _make_folder(path.parent)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(refusal) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows refuses this, and removes the file on release
+            Path(lock.lock_file).unlink()  # before it is released: later it could be another process's
+        lock.release()
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; it takes the place of `path` once written whole."""
+    """Give a temporary path beside `path` to write to, which replaces `path` once it is written whole."""
     _make_folder(path.parent)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -73,51 +96,31 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Let a finished folder `new` take the name of `folder`, which may exist; at no time is there neither.
+    """Let a finished folder `new` take the name of `folder`, which may exist; one of them is whole at any time.
 
-    Where the system cannot exchange two names at once, the old folder is renamed to `.NAME.previous` first: a process
-    that is killed between the two steps leaves it there, whole.
+    A process that is killed between the two steps leaves the old folder as `.NAME.previous`.
     """
-    if not folder.exists():
-        new.rename(folder)
-        return
-    if _exchanged(new, folder):
-        shutil.rmtree(new, ignore_errors=True)
-        return
     previous = folder.with_name(f".{folder.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    folder.rename(previous)
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
     new.rename(folder)
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, where the system can."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    return int(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)) == 0
-
-
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of a file.
+    """Parse JSON.
 
     Raises:
         ValueError: it is no JSON, is not UTF-8, or is nested deeper than anything that is read here.
     """
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"it is nested more than {_DEEPEST} levels deep") from None
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
-            return value
+    with contextlib.suppress(RecursionError):
+        level = [value := json.loads(text)]
+        if isinstance(text, str) and text.count("[") + text.count("{") <= _DEEPEST:
+            return value  # almost all rows of tables, and sooner
+        for _ in range(_DEEPEST + 1):
+            level = [v for v in level if isinstance(v, dict | list)]
+            if not level:
+                return value
+            level = [inner for v in level for inner in (v.values() if isinstance(v, dict) else v)]
     raise ValueError(f"it is nested more than {_DEEPEST} levels deep")

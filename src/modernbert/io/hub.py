@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from pathlib import Path, PurePosixPath
@@ -15,9 +16,13 @@ _LONGEST_NAME = 255  # characters
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def could_be_a_name(path: str) -> bool:
-    """Whether a file or folder could have this name, given by a file that somebody else wrote."""
-    return len(path) <= _LONGEST_NAME and path.isprintable()
+def check_name(path: str, what: str, where: object) -> None:
+    """Raise `CheckpointError` for a name of a file or folder, given by a checkpoint, that none inside of it has."""
+    pure = PurePosixPath(path)
+    if ".." in pure.parts or pure.is_absolute() or "\\" in path:
+        raise CheckpointError(f"{where} names the {what} {shown(path)}, which lies outside of it")
+    if len(path) > _LONGEST_NAME or not path.isprintable():
+        raise CheckpointError(f"{where} names the {what} {shown(path)}, which can be no {what}'s name")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,26 +58,20 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """The local folder that this is, or None for a repository."""
+        """The local folder, or None for a repository."""
         path = Path(self.name_or_folder).expanduser()
         return path / self.subfolder if path.is_dir() else None
 
     def find(self, filename: str) -> Path | None:
-        """A file's path on this disk, downloaded first where need be; None where the source has no such file.
+        """A file's path on this disk, downloaded first if need be; None if the source has no such file.
 
         Raises:
             NotFoundError: the source itself cannot be found or reached.
             CheckpointError: the file's name leads out of the source.
         """
-        parts = PurePosixPath(filename).parts
-        if ".." in parts or PurePosixPath(filename).is_absolute() or "\\" in filename:
-            raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which lies outside of it")
-        if not could_be_a_name(filename):
-            raise CheckpointError(f"a checkpoint names the file {shown(filename)}, which can be no file's name")
-        folder = self.folder
-        if folder is not None:
-            path = folder / filename
-            return path if path.is_file() else None
+        check_name(filename, "file", "a checkpoint")
+        if (folder := self.folder) is not None:
+            return folder / filename if (folder / filename).is_file() else None
         name = str(self.name_or_folder)
         if Path(name).expanduser().is_file():
             raise NotFoundError(f"{shown(name)} is a file; give the folder that holds the checkpoint")
@@ -82,22 +81,23 @@ class Source:
             )
         return self._download(name, filename)
 
+    def _path(self, filename: str) -> str:
+        return f"{self.subfolder}/{filename}" if self.subfolder else filename
+
     def _download(self, repository: str, filename: str) -> Path | None:
-        from huggingface_hub import errors as hub_errors
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import errors, hf_hub_download
 
         try:
             cached_only = self.local_files_only
-            if not cached_only and not self._in_cache(repository, filename):
-                answer = self._ask(filename)  # once: the client goes on for half a minute where nobody answers
-                if answer is False and self._is_known(repository):
+            if not cached_only and not self._in_cache(self._path(filename)):
+                answer = self._ask(filename)  # once: the client tries for half a minute if there is no answer
+                if answer is False and self._is_known():
                     return None
                 cached_only = answer is None
             return Path(
                 hf_hub_download(
                     repository,
-                    filename,
-                    subfolder=self.subfolder or None,
+                    self._path(filename),
                     revision=self.revision,
                     cache_dir=self.cache_dir,
                     token=self.token,
@@ -105,82 +105,66 @@ class Source:
                     library_name="modernbert",
                 )
             )
-        except hub_errors.LocalEntryNotFoundError as error:
-            if self._is_known(repository):
-                return None  # offline, and what is cached of the repository lacks just this file
-            offline = "local_files_only is set or the Hub cannot be reached"
+        except errors.EntryNotFoundError as error:
+            if not isinstance(error, errors.LocalEntryNotFoundError) or self._is_known():
+                return None  # perhaps offline, and what is cached of the repository lacks just this file
             raise NotFoundError(
                 f"there is no folder {repository!r} on this disk, the model {repository} is not in the cache, and "
-                f"{offline}; give a folder, or download it once with a connection"
+                "local_files_only is set or the Hub cannot be reached; give a folder, or download it once with a "
+                "connection"
             ) from error
-        except hub_errors.EntryNotFoundError:
-            return None
-        except hub_errors.RevisionNotFoundError as error:
-            raise NotFoundError(f"{repository} has no revision {self.revision!r}") from error
-        except hub_errors.GatedRepoError as error:
-            raise NotFoundError(f"{repository} is gated: ask for access on its page and pass token=...") from error
-        except hub_errors.RepositoryNotFoundError as error:
-            raise NotFoundError(
-                f"there is no folder {repository!r} on this disk and no such repository on the Hub; a private one "
-                "needs token=..."
-            ) from error
-        except hub_errors.HFValidationError as error:
-            raise NotFoundError(f"{repository!r} is no folder and cannot be a repository's id: {error}") from error
-        except hub_errors.HfHubHTTPError as error:
-            raise NotFoundError(f"{repository}: the Hub answered {error}") from error
+        except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+            missing = f"there is no folder {repository!r} on this disk and no such repository on the Hub"
+            reasons = {
+                errors.RevisionNotFoundError: f"{repository} has no revision {self.revision!r}",
+                errors.GatedRepoError: f"{repository} is gated: ask for access on its page and pass token=...",
+                errors.RepositoryNotFoundError: f"{missing}; a private one needs token=...",
+                errors.HFValidationError: f"{repository!r} is no folder and cannot be a repository's id: {error}",
+                errors.HfHubHTTPError: f"{repository}: the Hub answered {error}",
+            }
+            raise NotFoundError(next(text for kind, text in reasons.items() if isinstance(error, kind))) from error
 
     def exists(self, filename: str) -> bool:
-        """Whether the source has a file, without downloading it; False where that cannot be found out."""
+        """Whether the source has a file, without downloading it; False if that cannot be found out."""
         if self.folder is not None:
             return (self.folder / filename).is_file()
-        from huggingface_hub import errors as hub_errors
+        from huggingface_hub import errors
 
-        cached = self._in_cache(str(self.name_or_folder), filename)
-        try:
-            return cached if cached or self.local_files_only else bool(self._ask(filename))
-        except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError):
-            return False
+        with contextlib.suppress(errors.HfHubHTTPError, errors.HFValidationError):
+            return self._in_cache(self._path(filename)) or (not self.local_files_only and bool(self._ask(filename)))
+        return False
 
     def _ask(self, filename: str) -> bool | None:
-        """Whether the Hub has a file; None where nobody answers. What it answers instead is raised."""
-        from huggingface_hub import HfApi
-        from huggingface_hub import errors as hub_errors
+        """Whether the Hub has a file; None if it does not answer. Its refusals are raised."""
+        from huggingface_hub import HfApi, errors
 
-        path = f"{self.subfolder}/{filename}" if self.subfolder else filename
+        name, path = str(self.name_or_folder), self._path(filename)
         try:
-            return HfApi().file_exists(str(self.name_or_folder), path, revision=self.revision, token=self.token)
-        except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError):
+            return HfApi().file_exists(name, path, revision=self.revision, token=self.token)
+        except (errors.HfHubHTTPError, errors.HFValidationError):
             raise
         except Exception:  # of whichever HTTP library the client has
             return None
 
-    def _is_known(self, repository: str) -> bool:
-        return any(self._in_cache(repository, name, "") for name in ("config.json", "modules.json"))
+    def _is_known(self) -> bool:
+        return self._in_cache("config.json") or self._in_cache("modules.json")
 
-    def _in_cache(self, repository: str, filename: str, subfolder: str | None = None) -> bool:
+    def _in_cache(self, path: str) -> bool:
         from huggingface_hub import try_to_load_from_cache
 
-        subfolder = self.subfolder if subfolder is None else subfolder
-        path = f"{subfolder}/{filename}" if subfolder else filename
-        found = try_to_load_from_cache(repository, path, cache_dir=self.cache_dir, revision=self.revision)
-        return isinstance(found, str)
+        name = str(self.name_or_folder)
+        return isinstance(try_to_load_from_cache(name, path, cache_dir=self.cache_dir, revision=self.revision), str)
 
     def need(self, filename: str) -> Path:
-        """Like `find`, but a missing file is an error.
-
-        Raises:
-            NotFoundError: the source has no such file.
-            CheckpointError: it holds an adapter instead of a model.
-        """
+        """Like `find`; raises `NotFoundError` for a missing file, `CheckpointError` if there is an adapter instead."""
         path = self.find(filename)
         if path is None:
             self.refuse_adapter()
-            where = self.folder or f"repository {self.name_or_folder}"
-            raise NotFoundError(f"{where} holds no {filename}")
+            raise NotFoundError(f"{self.folder or f'repository {self.name_or_folder}'} holds no {filename}")
         return path
 
     def refuse_adapter(self) -> None:
-        """Raise `CheckpointError` where there is an adapter, which would be left out in silence."""
+        """Raise `CheckpointError` if there is an adapter, which would be left out in silence."""
         if self.exists(ADAPTER):
             raise CheckpointError(
                 f"{self.folder or self.name_or_folder} holds an adapter ({ADAPTER}), which is not read here; merge it "
@@ -188,19 +172,14 @@ class Source:
             )
 
     def read_json(self, filename: str) -> dict[str, Any]:
-        """Parse a JSON file that holds one object.
-
-        Raises:
-            NotFoundError: the source has no such file.
-            CheckpointError: the file is not JSON, or not an object.
-        """
+        """Parse a JSON file that holds one object; raises `CheckpointError` if it does not, or there is none."""
         value = self.read_any_json(filename)
         if not isinstance(value, dict):
             raise CheckpointError(f"{self.need(filename)} holds a JSON {type(value).__name__}; it must be an object")
         return value
 
     def read_any_json(self, filename: str) -> Any:
-        """Parse a JSON file, whatever it holds; raises as `read_json` does."""
+        """Parse a JSON file, whatever it holds."""
         path = self.need(filename)
         try:
             return parse_json(path.read_bytes())

@@ -2,11 +2,10 @@
 
 What a model is, from the bottom:
 
-    Checkpointed (loading)        loads and saves itself
-      PreTrainedModel (base)      resizes, prunes, trains, is frozen for inference
-        Model (forward)           the one forward: a caller's batch in, named outputs out
-          EncoderWithHead (heads), Decoder (decoder)
-        BareModel (base)          a PreTrainedModel that is an `nn.backbone.Backbone` itself
+    PreTrainedModel (base)          loads and saves itself, resizes, prunes, trains, is frozen for inference
+      Model (forward)               the one forward: a caller's batch in, named outputs out
+        EncoderWithHead (heads), Decoder (decoder)
+      BareModel (base)              a PreTrainedModel that is an `nn.backbone.Backbone` itself
 
 Read `forward` first, then `heads` and `decoder`.
 """

@@ -1,11 +1,11 @@
-"""What every model can do beside loading and saving: resize, prune, checkpoint activations, freeze for inference."""
+"""What every model can do: load and save itself, resize, prune, checkpoint activations, freeze for inference."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,35 +14,57 @@ from modernbert.config import Config
 from modernbert.engines.freeze import freeze
 from modernbert.engines.guard import Frozen, is_frozen, thaw
 from modernbert.errors import ConfigError, InputError, shown
-from modernbert.models.formats import Quantization, weight_format
-from modernbert.models.initialization import around_mean, initial_std, initialize
-from modernbert.models.loading import Checkpointed
-from modernbert.models.placement import warn_once
+from modernbert.io.checkpoint import PLAIN, QUANTIZED, dtype_of, weight_files, weight_names, write_weights
+from modernbert.io.hub import Source
+from modernbert.models.formats import KEY, Quantization, weight_format
+from modernbert.models.initialization import around_mean, initialize, initialize_weight
+from modernbert.models.loading import check_layers, load_weights
+from modernbert.models.placement import resolve_device, resolve_dtype, warn_once
 from modernbert.nn.backbone import Backbone
 from modernbert.nn.layers import MLP, Attention
 from modernbert.nn.recompute import Recompute
 
 
-class PreTrainedModel(Checkpointed):
+class PreTrainedModel(nn.Module):
     """Base of all models.
 
-    A model with a head keeps its encoder in `model`; the encoder is its own `base_model`. Subclasses name the
-    tied weights that a checkpoint leaves out.
+    A model with a head keeps its encoder in `model`; the encoder is its own `base_model`.
 
     Args:
         config: the architecture.
         attn_implementation: "auto", "eager", "sdpa", "native", "flash_attention_2" or "flex_attention"; one that
             cannot run here raises `BackendError` with the reason, and "auto" takes what suits the device and dtype.
+
+    Attributes:
+        config_class: of the configuration.
+        base_model_prefix: what the names of the backbone's weights begin with in a model that has a head.
+        tied_weights: parameters that checkpoints leave out, and the one that each shares.
     """
 
+    config: Config
+    config_class: ClassVar[type[Config]]
+    base_model_prefix: ClassVar[str] = "model"
+    tied_weights: ClassVar[Mapping[str, str]] = {}
     _frozen: Frozen | None = None  # once optimized for inference
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
-        super().__init__(config, attn_implementation)
+        super().__init__()
+        self._check_config(config)
+        self.config = config
+        self.attn_implementation = attn_implementation or "auto"
         self.is_gradient_checkpointing = False
 
+    @classmethod
+    def _check_config(cls, config: Config) -> None:
+        if not isinstance(config, cls.config_class):
+            raise TypeError(f"config is a {type(config).__name__}; {cls.__name__} takes {cls.config_class.__name__}")
+        config.shapes_a_model()
+
     def _finish(self) -> None:
-        """Initialise and tie; the last line of every constructor. The encoder inside a model has done its part."""
+        """Initialize new parameters and tie weights; called at the end of every subclass's `__init__`.
+
+        Parameters of the backbone inside are skipped: its own constructor initialized them.
+        """
         prefix = f"{self.base_model_prefix}."
         own = {name for name, p in self.named_parameters() if not name.startswith(prefix) and not p.is_meta}
         initialize(self, self.config, only=own)
@@ -53,36 +75,147 @@ class PreTrainedModel(Checkpointed):
                     module.compile(dynamic=True)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
     def quantization(self) -> Quantization | None:
-        """How the model is quantized, and what was measured then; None where its weights are floats."""
+        """How the model is quantized, and what was measured then; None if its weights are floats."""
         return weight_format().of_model(self, self.config)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode; training mode ends `optimize_for_inference`.
-
-        Raises:
-            ValueError: training is asked for, and the model is quantized.
-        """
-        if mode and self.quantization is not None:
-            raise ValueError(
-                f"{type(self).__name__} is quantized ({self.quantization.scheme}): whole numbers have no gradient. "
-                "Train the float checkpoint, and quantize what comes out"
-            )
-        if mode and self.dtype in (torch.bfloat16, torch.float16):
-            warn_once(
-                f"training with weights in {str(self.dtype).removeprefix('torch.')}, which lose most small steps; load "
-                "them with dtype='float32'"
-            )
-        if mode:
-            self.unpack()
-        return super().train(mode)
-
-    # Embeddings
 
     @property
     def base_model(self) -> Any:
-        """The encoder without its head."""
+        """The backbone, without a head."""
         return getattr(self, self.base_model_prefix, self)
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Count parameters, tied ones once; quantized ones too."""
+        embedding = self.get_input_embeddings()._parameters.get("weight") if exclude_embeddings else None
+        counted = [p for p in self.parameters() if p is not embedding and (p.requires_grad or not only_trainable)]
+        quantized = 0 if only_trainable else weight_format().count(self, exclude_embeddings)
+        return sum(p.numel() for p in counted) + quantized
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        config: Config | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = "auto",
+        quantization_config: Any = None,
+        revision: str | None = None,
+        subfolder: str = "",
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **config_overrides: Any,
+    ) -> Self:
+        """Load a model from a folder or from the Hub, in evaluation mode.
+
+        Weights are read one tensor at a time straight into their dtype and device. Heads that the checkpoint
+        lacks, and a classifier for another number of labels than asked for, are freshly initialised, with one
+        warning that names them.
+
+        Args:
+            name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
+            config: a configuration to use instead of the checkpoint's own.
+            dtype: a torch dtype or its name; "auto" and None take the checkpoint's, which is right for inference.
+                float16 becomes float32 on a CPU, with a warning. For training give "float32": in bfloat16 and float16
+                most steps of an optimizer are smaller than what a weight can show, and are lost.
+            torch_dtype: older spelling of `dtype`.
+            device: where the weights go; an index means that GPU, or the CPU if there is none.
+            device_map: "auto" takes the GPU if there is one; else like `device`.
+            attn_implementation: see the class.
+            quantization_config: quantize after loading: "int8", "int4", "int8-weight-only", "int4-weight-only", a
+                `QuantizationConfig`, or a `BitsAndBytesConfig`. What it costs is measured, on the CPU; see
+                `modernbert.quantize`. On a GPU torchao's kernels serve, and nothing is measured.
+            revision, subfolder, cache_dir, token, local_files_only: where to look; see `modernbert.io.hub.Source`.
+            config_overrides: fields of the configuration to change, such as `num_labels=5`.
+
+        Raises:
+            NotFoundError: no such folder, repository or file.
+            CheckpointError: a tensor has no place in the model or the wrong shape, or the weights are a pickle or an
+                adapter. What has no place is refused: without it the model would be another one than was saved.
+            ConfigError, TypeError: an override is impossible or unknown.
+            QuantizationError: quantizing would cost more than allowed.
+        """
+        quantization = None if quantization_config is None else weight_format().resolve(quantization_config)
+        source = Source(name_or_folder, revision, subfolder or "", cache_dir, token, local_files_only)
+        stored = None
+        if config is None or source.find("config.json") is not None:
+            stored = cls.config_class.from_dict(source.read_json("config.json"))
+        config = config or stored
+        assert config is not None
+        for name, scheme in (("load_in_8bit", "int8"), ("load_in_4bit", "int4")):
+            if name in config_overrides:
+                raise TypeError(f"{name} is no argument here; give quantization_config={scheme!r}")
+        if config_overrides:
+            config = config.replace(**config_overrides)
+        record = weight_format().of_config(config)
+        if quantization is not None and record is not None:
+            raise ValueError(f"{name_or_folder} is quantized already, as {record.scheme}")
+        relabelled = stored is None or stored.num_labels != config.num_labels
+        files = weight_files(source)
+        names = weight_names(files)
+        check_layers(config.num_hidden_layers, names, str(name_or_folder))
+        place = resolve_device(device_map if device is None else device)
+        with torch.device("meta"):
+            model = cls(config, attn_implementation)
+        kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, place)
+        wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, place)
+        load_weights(model, str(name_or_folder), files, names, place, wanted, relabelled)
+        model.read_more(source)
+        model.eval()
+        return model if quantization is None else weight_format().quantize(model, quantization, source)
+
+    def read_more(self, source: Source) -> None:
+        """Read what a checkpoint holds for this class beside configuration and weights."""
+
+    def save_more(self, folder: Path) -> None:
+        """Write what `read_more` reads."""
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
+        """Write `config.json` and the weights into a folder, which transformers 4.48 and later read too.
+
+        Every file is written whole under a temporary name and then renamed.
+
+        Args:
+            folder: made if it is missing.
+            max_shard_size: bytes, or a text such as "500MB"; larger models are saved in shards with an index.
+        """
+        plain = copy.deepcopy(self) if is_frozen(self) else self
+        weights = nn.Module.state_dict(plain)
+        is_quantized = weight_format().state(self, weights)
+        if self.config.tie_word_embeddings:
+            for tied in self.tied_weights:
+                weights.pop(tied, None)
+        extra = {name: value for name, value in self.config.extra.items() if name != KEY or is_quantized}
+        config = self.config.replace(
+            extra={**extra, "architectures": [type(self).__name__]},
+            dtype=str(self.dtype).removeprefix("torch."),
+        )
+        config.to_json_string()  # a configuration that cannot be saved is refused before anything is written
+        self.save_more(Path(folder))
+        write_weights(Path(folder), weights, max_shard_size, QUANTIZED if is_quantized else PLAIN)
+        config.save_pretrained(folder)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.config.shapes_a_model()
+
+    # Embeddings
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding, of weight (vocabulary, hidden)."""
@@ -91,12 +224,12 @@ class PreTrainedModel(Checkpointed):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Put another token embedding in place; a tied output follows. Ends `optimize_for_inference`."""
         self._refuse_quantized("set_input_embeddings")
-        self.unpack()
+        self.thaw()
         self.base_model.embeddings.tok_embeddings = value
         self.tie_weights()
 
     def get_output_embeddings(self) -> nn.Linear | None:
-        """The layer that gives logits over the vocabulary, or None where the model has none."""
+        """The layer that gives logits over the vocabulary, or None if the model has none."""
         return getattr(self, "decoder", None)
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
@@ -104,25 +237,15 @@ class PreTrainedModel(Checkpointed):
         if self.get_output_embeddings() is None:
             raise TypeError(f"{type(self).__name__} has no output embeddings")
         self._refuse_quantized("set_output_embeddings")
-        self.unpack()
+        self.thaw()
         self.decoder = value
         embedding = self.get_input_embeddings()
         if self.config.tie_word_embeddings and value.weight is not embedding.weight:
             self.config = self.base_model.config = self.config.replace(tie_word_embeddings=False)
             self.base_model.embeddings.is_tied = False
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(value, "base_layer") and f"{name}.weight" in self.tied_weights and self.config.tie_word_embeddings:
-            raise InputError(
-                f"an adapter was put on {name!r}, whose weight is the token embedding's (tie_word_embeddings), which "
-                f"merging it would change too; leave it out, with PEFT by exclude_modules=[{name!r}]"
-            )
-        if self._frozen is not None and name not in ("_frozen", "runner") and (name != "training" or value):
-            self._frozen.thaw(f"{name!r} of a {type(self).__name__} was set")
-        super().__setattr__(name, value)
-
     def tie_weights(self) -> None:
-        """Let tied parameters share one tensor, where the configuration ties them."""
+        """Let tied parameters share one tensor, if the configuration ties them."""
         if not self.config.tie_word_embeddings or "weight" not in self.get_input_embeddings()._parameters:
             return  # what has no parameter shares what it was made of
         for name, source in self.tied_weights.items():
@@ -139,13 +262,13 @@ class PreTrainedModel(Checkpointed):
     ) -> nn.Embedding:
         """Give the vocabulary more or fewer ids, in the embedding and in the output.
 
-        Rows past the new end are dropped.
+        Ids past the new end are dropped.
 
         Args:
             new_num_tokens: the new size; None keeps the present one.
             pad_to_multiple_of: round the size up to a multiple of this.
-            mean_resizing: draw new rows closely around the mean of the old ones, so that at first a new token is as
-                likely as a usual one; False initializes them as a fresh model's.
+            mean_resizing: draw new embeddings closely around the mean of the old ones, so that at first a new token is
+                as likely as a usual one; False initializes them as a fresh model's.
 
         Returns:
             The token embedding.
@@ -154,17 +277,17 @@ class PreTrainedModel(Checkpointed):
             ValueError: the size is below 1, or leaves the padding id outside, or the model is quantized.
         """
         self._refuse_quantized("resize_token_embeddings")
-        self.unpack()
-        old = self.get_input_embeddings()
+        self.thaw()
+        embedding = self.get_input_embeddings()
         if new_num_tokens is not None and (not isinstance(new_num_tokens, int) or isinstance(new_num_tokens, bool)):
             raise ValueError(f"new_num_tokens is {shown(new_num_tokens)}; it must be a whole number, or None")
-        size = old.num_embeddings if new_num_tokens is None else new_num_tokens
+        size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
-            size = math.ceil(size / pad_to_multiple_of) * pad_to_multiple_of
+            size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size < 1:
             raise ValueError(f"new_num_tokens is {new_num_tokens}; a vocabulary has at least 1 id")
-        if size == old.num_embeddings:
-            return old
+        if size == embedding.num_embeddings:
+            return embedding
         if self.config.pad_token_id is not None and self.config.pad_token_id >= size:
             raise ConfigError(
                 f"new_num_tokens is {size}, which leaves pad_token_id {self.config.pad_token_id} outside; choose a "
@@ -172,32 +295,28 @@ class PreTrainedModel(Checkpointed):
             )
         config = self.config.replace(vocab_size=size)
 
-        def resized(weight: Tensor, name: str) -> nn.Parameter:
-            new = weight.new_zeros((size, *weight.shape[1:]))
-            rows = min(size, weight.shape[0])
+        def resized(old: Tensor, name: str) -> nn.Parameter:
+            new = old.new_zeros((size, *old.shape[1:]))
             if mean_resizing:
-                around_mean(new, weight)
-            elif weight.dim() == 2:
-                std = initial_std(name, config)
-                cutoff = config.initializer_cutoff_factor * std
-                nn.init.trunc_normal_(new, std=std, a=-cutoff, b=cutoff)
-            new[:rows] = weight[:rows]
-            return nn.Parameter(new, requires_grad=weight.requires_grad)
+                around_mean(new, old)
+            elif old.dim() == 2:
+                initialize_weight(new, name, config)
+            new[: len(old)] = old[:size]
+            return nn.Parameter(new, requires_grad=old.requires_grad)
 
-        old.weight = resized(old.weight, "tok_embeddings")
-        old.num_embeddings = size
+        embedding.weight = resized(embedding.weight, "tok_embeddings")
+        embedding.num_embeddings = size
         output = self.get_output_embeddings()
         if output is not None:
             output.weight = resized(output.weight, "decoder")
             output.out_features = size
             if output.bias is not None:
                 output.bias = resized(output.bias, "decoder")
-        self.config = config
-        self.base_model.config = config
+        self.config = self.base_model.config = config
         self.tie_weights()
-        return old
+        return embedding
 
-    # Surgery, training, inference
+    # Surgery and training
 
     def prune_heads(self, heads_to_prune: Mapping[int, Iterable[int]]) -> None:
         """Remove attention heads for good.
@@ -217,15 +336,14 @@ class PreTrainedModel(Checkpointed):
             if len(pruned[layer]) >= self.config.num_attention_heads:
                 raise ValueError(f"prune_heads would remove all {len(pruned[layer])} heads of layer {layer}")
         config = self.config.replace(pruned_heads=pruned)  # refuses layers and heads that do not exist
-        self.unpack()
+        self.thaw()
         layers: Any = self.base_model.layers
         for layer in heads_to_prune:
             attention: Attention = layers[layer].attn
             before = self.config.pruned_heads.get(layer, [])
             present = [h for h in range(config.num_attention_heads) if h not in before]
             attention.prune([i for i, head in enumerate(present) if head in pruned[layer]])
-        self.config = config
-        self.base_model.config = config
+        self.config = self.base_model.config = config
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, keep_bytes: int | None = None
@@ -234,7 +352,7 @@ class PreTrainedModel(Checkpointed):
 
         Args:
             gradient_checkpointing_kwargs: accepted for compatibility; only `use_reentrant=False` is served.
-            keep_bytes: recompute no more layers than it takes for the others' activations to fit into so many bytes.
+            keep_bytes: recompute only as many layers as it takes for the others' activations to fit into these bytes.
 
         Raises:
             ValueError: an argument cannot be served.
@@ -243,13 +361,38 @@ class PreTrainedModel(Checkpointed):
             raise ValueError(f"keep_bytes is {keep_bytes}; it must be a number of bytes, at least 0")
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("gradient_checkpointing_kwargs has use_reentrant=True; only False is served")
-        for model in (self, self.base_model):
-            model.is_gradient_checkpointing = True
+        self.is_gradient_checkpointing = self.base_model.is_gradient_checkpointing = True
         self.base_model.recompute = Recompute(keep_bytes)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations for the backward pass again."""
         self.is_gradient_checkpointing = self.base_model.is_gradient_checkpointing = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; training mode ends `optimize_for_inference`.
+
+        Raises:
+            ValueError: training is asked for, and the model is quantized.
+        """
+        if mode and self.quantization is not None:
+            raise ValueError(
+                f"{type(self).__name__} is quantized ({self.quantization.scheme}): whole numbers have no gradient. "
+                "Train the float checkpoint, and quantize what comes out"
+            )
+        if mode and self.dtype in (torch.bfloat16, torch.float16):
+            warn_once(
+                f"training with weights in {str(self.dtype).removeprefix('torch.')}, which lose most small steps; load "
+                "them with dtype='float32'"
+            )
+        if mode:
+            self.thaw()
+        return super().train(mode)
+
+    def _refuse_quantized(self, what: str) -> None:
+        if self.quantization is not None:
+            raise ValueError(f"{what} needs float weights; the model is quantized ({self.quantization.scheme})")
+
+    # Freezing, and what thaws
 
     def optimize_for_inference(self) -> Self:
         """Freeze the model to serve: evaluation mode, no gradients, weights laid out once for kernels of our own.
@@ -258,8 +401,8 @@ class PreTrainedModel(Checkpointed):
         on its batch. Saving and copying give plain weights. Whatever would change the weights, or needs the modules
         themselves, thaws the model first, which is then what it was before: training mode, `requires_grad_`, moving,
         loading, resizing, pruning, hooks, gradients by the inputs, autocast, and reading or assigning a layer's weights
-        or attributes; `unpack()` thaws it by hand. A parameter that was taken from `parameters()` has no numbers
-        meanwhile, and raises `FrozenError` where it is used. What shares memory with a weight from before, such as a
+        or attributes; `thaw()` does it by hand. A parameter that was taken from `parameters()` has no values
+        meanwhile, and raises `FrozenError` if it is used. What shares memory with a weight from before, such as a
         state dict, is no longer followed. `torch.compile` wants a plain model.
         """
         self.eval()
@@ -267,28 +410,28 @@ class PreTrainedModel(Checkpointed):
             freeze(self, self.base_model)
         return self
 
-    def unpack(self) -> None:
-        """Undo `optimize_for_inference`, but for the mode: which parameters have gradients is as it was before.
+    def thaw(self) -> None:
+        """Undo `optimize_for_inference`, except for the mode: which parameters have gradients is as it was before.
 
-        A parameter whose gradient somebody switched off meanwhile stays without.
+        A parameter whose gradient was switched off meanwhile stays without.
         """
         thaw(self)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Let all parameters have gradients, or none; ends `optimize_for_inference` where they shall have some."""
+        """Let all parameters have gradients, or none; ends `optimize_for_inference` if they are to have some."""
         if requires_grad:
-            self.unpack()
+            self.thaw()
         elif self._frozen is not None:
             self._frozen.leave_off(self.parameters())
         return super().requires_grad_(requires_grad)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:  # what moves and casts a model
-        self.unpack()
+        self.thaw()
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load weights by their names; see `torch.nn.Module.load_state_dict`. Ends `optimize_for_inference`."""
-        self.unpack()
+        self.thaw()
         return super().load_state_dict(*args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -296,8 +439,18 @@ class PreTrainedModel(Checkpointed):
 
         Whoever holds them may write to them, so this ends `optimize_for_inference`; `save_pretrained` does not.
         """
-        self.unpack()
+        self.thaw()
         return super().state_dict(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(value, "base_layer") and f"{name}.weight" in self.tied_weights and self.config.tie_word_embeddings:
+            raise InputError(
+                f"an adapter was put on {name!r}, whose weight is the token embedding's (tie_word_embeddings), which "
+                f"merging it would change too; leave it out, with PEFT by exclude_modules=[{name!r}]"
+            )
+        if self._frozen is not None and name not in ("_frozen", "runner") and (name != "training" or value):
+            self._frozen.thaw(f"{name!r} of a {type(self).__name__} was set")
+        super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self)] = new = type(self).__new__(type(self))
@@ -308,33 +461,11 @@ class PreTrainedModel(Checkpointed):
         whole = copy.deepcopy(self) if is_frozen(self) else self  # a copy is not frozen
         return super(PreTrainedModel, whole).__reduce_ex__(protocol)
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Count parameters, tied ones once; quantized ones too."""
-        embedding = self.get_input_embeddings()._parameters.get("weight") if exclude_embeddings else None
-        counted = [p for p in self.parameters() if p is not embedding and (p.requires_grad or not only_trainable)]
-        quantized = 0 if only_trainable else weight_format().count(self, exclude_embeddings)
-        return sum(p.numel() for p in counted) + quantized
-
-    def _refuse_quantized(self, what: str) -> None:
-        if self.quantization is not None:
-            raise ValueError(f"{what} needs float weights; the model is quantized ({self.quantization.scheme})")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
 
 class BareModel(PreTrainedModel, Backbone):
-    """A backbone that loads and saves itself.
-
-    Args:
-        config: the architecture.
-        attn_implementation: see `PreTrainedModel`.
-    """
+    """A backbone that loads and saves itself; arguments are those of `PreTrainedModel`."""
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         self._check_config(config)
-        config.shapes_a_model()
         Backbone.__init__(self, config, attn_implementation)
         self._finish()

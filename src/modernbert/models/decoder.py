@@ -17,15 +17,13 @@ from modernbert.decoding.generate import GenerationMixin
 from modernbert.errors import InputError
 from modernbert.models.base import BareModel
 from modernbert.models.forward import DECODER, PACKED, Arguments, Model, forward_of
-from modernbert.models.labels import pack_text_labels, pack_token_labels, text_loss
 from modernbert.models.outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from modernbert.nn.inputs import pack_inputs
 from modernbert.nn.layers import DecoderAttention, Linear, PredictionHead
-from modernbert.nn.losses import IGNORED, cross_entropy
+from modernbert.nn.losses import IGNORED, cross_entropy, pack_text_labels, pack_token_labels, text_loss
 from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.packing import PackedInputs
 from modernbert.nn.pooling import pool
@@ -38,7 +36,7 @@ class Decoder(Model):
     config_class = ModernBertDecoderConfig
 
     def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
-        """Packed inputs that go on where a cache ends, and the cache to fill, if any."""
+        """Packed inputs that continue a cache, and the cache to fill, if any."""
         cache, use_cache, body = given.past_key_values, given.use_cache, self.base_model
         if cache is not None and not isinstance(cache, DecoderCache):
             raise InputError(
@@ -54,10 +52,7 @@ class Decoder(Model):
         if cache is None and (body.config.use_cache and not body.training if use_cache is None else use_cache):
             cache = DecoderCache(body.config)
         columns, ends = (0, ()) if cache is None else (cache.columns, cache.ends)
-        inputs = pack_inputs(
-            given, body.config, body.dtype, body.device, gaps_separate=True, columns=columns, ends=ends
-        )
-        return inputs, cache
+        return body.pack_inputs(given, gaps_separate=True, columns=columns, ends=ends), cache
 
 
 class ModernBertDecoderModel(Decoder, BareModel):
@@ -78,7 +73,6 @@ class ModernBertDecoderModel(Decoder, BareModel):
     )
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: None, given: Arguments) -> ModelOutput:
-        """The hidden states themselves."""
         return BaseModelOutputWithPast(inputs.restore(x_TM))
 
 
@@ -95,7 +89,7 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
 
     Labels are the ids themselves, or -100, in the shape of the input, and are shifted inside: the score at a token is
     for the next one of its text. -100 does not count, nor does padding. Logits are (B, S, V), zeros at padding, or
-    (T, V) for packed input; as many columns or rows as `logits_to_keep` asks for.
+    (T, V) for packed input; as many columns or tokens as `logits_to_keep` asks for.
 
     Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412.
     """
@@ -115,27 +109,31 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     )
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
-        """What each token should predict, (T,)."""
+        """What each token should predict, (T,): the next one's label; -100 at each text's last token."""
         if given.labels is not None and not _keeps_all(given.logits_to_keep):
             raise InputError("labels need the logits of every token; leave logits_to_keep out")
         labels_T = pack_token_labels(given.labels, inputs, self.config.vocab_size)
-        return None if labels_T is None else next_tokens(inputs, labels_T)
+        if labels_T is None:
+            return None
+        following_T = labels_T.roll(-1)
+        ends = [end - 1 for start, end in inputs.packing.spans if end > start]
+        following_T[torch.tensor(ends, dtype=torch.int64, device=labels_T.device)] = IGNORED
+        return following_T
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
-        """Scores of the whole vocabulary at every token, or at those to keep."""
         if _keeps_all(given.logits_to_keep):
             logits = self.score(x_TM)
             loss = None if labels is None else cross_entropy(logits, labels, num_items=given.num_items_in_batch)
             return CausalLMOutputWithPast(loss, inputs.restore(logits))
-        rows, shape, places = _kept(inputs, given.logits_to_keep)
-        logits = self.score(x_TM.index_select(0, rows))
-        if shape is not None:
-            grid = logits.new_zeros((shape[0] * shape[1], logits.shape[1]))
-            logits = grid.index_copy(0, places, logits).unflatten(0, shape)
+        tokens, kept_BK = _kept(inputs, given.logits_to_keep)
+        logits = self.score(x_TM.index_select(0, tokens))
+        if kept_BK is not None:
+            grid = logits.new_zeros((*kept_BK.shape, logits.shape[1]))
+            logits = grid.masked_scatter(kept_BK[:, :, None], logits)
         return CausalLMOutputWithPast(None, logits)
 
     def score(self, x: Tensor) -> Tensor:
-        """Scores of the whole vocabulary for what follows rows: (N, M) to (N, V)."""
+        """Scores of the whole vocabulary for the next token: (N, M) to (N, V)."""
         return self.decoder(self.lm_head(x))
 
 
@@ -143,9 +141,9 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
     """The decoder with a classifier of whole texts, by one of their last tokens.
 
     That is the last token of the text that is not `pad_token_id`, padded or packed, with a mask or without. A text that
-    ends with the padding id, as texts do where the same id ends them, is therefore read at the token before. Where the
+    ends with the padding id, as texts do where the same id ends them, is therefore read at the token before. If the
     configuration has no padding id, or `inputs_embeds` are given instead of ids, it is the last real token. Labels and
-    loss are those of `ModernBertForSequenceClassification`. The classifier has a bias where `classifier_bias` says so.
+    loss are those of `ModernBertForSequenceClassification`. The classifier has a bias if `classifier_bias` says so.
 
     Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412, and the reference's head.
     """
@@ -163,45 +161,32 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
     )
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
-        """Labels (B,) or (B, labels), checked."""
         return pack_text_labels(given.labels, inputs, self.config)
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
-        """Scores of each text."""
         logits = self.classify(pool(x_TM, self._spans(inputs), "last"))
-        return SequenceClassifierOutputWithPast(
-            text_loss(logits, labels, self.config, given.num_items_in_batch), logits
-        )
+        loss = text_loss(logits, labels, self.config, given.num_items_in_batch)
+        return SequenceClassifierOutputWithPast(loss, logits)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of rows (N, M): (N, labels)."""
+        """Scores of pooled texts: (N, M) to (N, labels)."""
         return self.classifier(self.drop(self.head(x)))
 
     def _spans(self, inputs: PackedInputs) -> list[tuple[int, int]]:
-        """The rows of each text up to its last token that is not the padding id."""
-        pad, ids_T = self.config.pad_token_id, inputs.ids_T
-        spans = inputs.packing.spans
+        """The tokens of each text up to its last one that is not the padding id."""
+        pad, ids_T, spans = self.config.pad_token_id, inputs.ids_T, inputs.packing.spans
         if pad is None or ids_T is None or not bool((ids_T == pad).any()):
             return spans
         is_pad = (ids_T == pad).tolist()
-
-        def end_of(start: int, end: int) -> int:
-            kept = next((row for row in range(end - 1, start - 1, -1) if not is_pad[row]), start)
-            return min(kept + 1, end)  # a text of padding ids alone keeps its first token, an empty one has none
-
-        return [(start, end_of(start, end)) for start, end in spans]
-
-
-def next_tokens(inputs: PackedInputs, labels_T: Tensor) -> Tensor:
-    """What each token should predict, (T,): the label of the next token of its text; -100 at each text's last one."""
-    following_T = labels_T.roll(-1)
-    ends = [end - 1 for start, end in inputs.packing.spans if end > start]
-    following_T[torch.tensor(ends, dtype=torch.int64, device=labels_T.device)] = IGNORED
-    return following_T
+        found = []
+        for start, end in spans:
+            last = next((i for i in range(end - 1, start - 1, -1) if not is_pad[i]), start)
+            found.append((start, min(last + 1, end)))  # padding ids alone: the first token; an empty text: none
+        return found
 
 
-def _kept(inputs: PackedInputs, wanted: int | Tensor) -> tuple[Tensor, tuple[int, int] | None, Tensor]:
-    """Rows to score, the grid that their scores go into (None leaves them packed), and their places in it."""
+def _kept(inputs: PackedInputs, wanted: int | Tensor) -> tuple[Tensor, Tensor | None]:
+    """Tokens to score, and which places of the kept columns (B, K) hold them; None for packed input."""
     packing = inputs.packing
     if isinstance(wanted, Tensor):
         size = packing.tokens if packing.grid is None else packing.grid[1]
@@ -210,21 +195,14 @@ def _kept(inputs: PackedInputs, wanted: int | Tensor) -> tuple[Tensor, tuple[int
             raise InputError(f"logits_to_keep is {wanted.tolist()}; it must be (K,) whole numbers below {size}")
     elif not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 0:
         raise InputError(f"logits_to_keep is {wanted!r}; it must be a whole number of at least 0, or a tensor of them")
-    device = packing.positions_T.device
-    none = torch.empty(0, dtype=torch.int64, device=device)
-    if packing.grid is None or packing.indices_T is None:
-        if isinstance(wanted, int):
-            parts = [torch.arange(max(start, end - wanted), end, device=device) for start, end in packing.spans]
-            return torch.cat([none, *parts]), None, none
-        return torch.arange(packing.tokens, device=device)[wanted], None, none
-    batch, columns = packing.grid
-    every = torch.arange(columns, device=device)
-    column_K = every[-wanted:] if isinstance(wanted, int) else every[wanted.to(device)]
-    row_BS = torch.full((batch * columns,), -1, device=device)
-    row_BS[packing.indices_T] = torch.arange(packing.tokens, device=device)
-    row_N = row_BS.unflatten(0, packing.grid)[:, column_K].flatten()
-    places = (row_N >= 0).nonzero().squeeze(1)
-    return row_N[places], (batch, len(column_K)), places
+    every = torch.arange(packing.tokens, device=packing.positions_T.device)
+    if packing.grid is not None:
+        token_BS = packing.repad(every, -1)
+        token_BK = token_BS[:, -wanted:] if isinstance(wanted, int) else token_BS[:, wanted.to(every.device)]
+        return token_BK[token_BK >= 0], token_BK >= 0
+    if isinstance(wanted, int):
+        return torch.cat([every[:0], *(every[max(start, end - wanted) : end] for start, end in packing.spans)]), None
+    return every[wanted.to(every.device)], None
 
 
 def _keeps_all(wanted: int | Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The ModernBERT encoder: packed rows in, packed rows out, the caller's shape at the door.
+"""The ModernBERT encoder: packed texts in, packed states out, the caller's shape at the door.
 
 Shapes: B texts, S columns of a padded grid, T real tokens of all texts together, M hidden size.
 """
@@ -35,5 +35,4 @@ class ModernBertModel(Model, BareModel):
     )
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: None, given: Arguments) -> ModelOutput:
-        """The hidden states themselves."""
         return BaseModelOutput(inputs.restore(x_TM))

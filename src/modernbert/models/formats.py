@@ -22,7 +22,7 @@ Names = Mapping[str, tuple[Any, tuple[int, ...], str]]
 
 
 def refuse_to_train(config: Config, what: str) -> None:
-    """Refuse a quantized checkpoint where one is to be trained, before anything is prepared; raises `InputError`."""
+    """Refuse a quantized checkpoint that is to be trained, before anything is prepared; raises `InputError`."""
     if config.extra.get(KEY) is not None:
         raise InputError(
             f"{what} is quantized: whole numbers have no gradient. Train the float checkpoint, and quantize what comes "
@@ -31,112 +31,69 @@ def refuse_to_train(config: Config, what: str) -> None:
 
 
 class Quantization(Protocol):
-    """How a model is quantized."""
+    """How a model is quantized.
+
+    Attributes:
+        scheme: the scheme's name.
+        finer: weights that are cut finer than the scheme says, and how, by their modules' names.
+        measured: what quantizing cost, by name.
+    """
 
     @property
-    def scheme(self) -> str:
-        """The scheme's name."""
-        ...
+    def scheme(self) -> str: ...
 
     @property
-    def finer(self) -> dict[str, str]:
-        """Weights that are cut finer than the scheme says, and how, by their modules' names."""
-        ...
+    def finer(self) -> dict[str, str]: ...
 
     @property
-    def measured(self) -> dict[str, Any]:
-        """What quantizing cost, by name."""
-        ...
+    def measured(self) -> dict[str, Any]: ...
 
 
-class WeightFormat(Protocol):
-    """How quantized models load, are saved, and are told from others."""
+class WeightFormat:
+    """How weights load, are saved and are counted. The methods here are for floats; a subclass says it for others."""
 
     def of_config(self, config: Config) -> Quantization | None:
-        """What a configuration says; None where the weights are floats."""
-        ...
-
-    def of_model(self, model: nn.Module, config: Config) -> Quantization | None:
-        """How a model is quantized; None where its weights are floats."""
-        ...
-
-    def resolve(self, given: Any) -> Any:
-        """What a caller asked for as `quantization_config`; raises ValueError where it means nothing."""
-        ...
-
-    def quantize(self, model: Any, how: Any, source: Source) -> Any:
-        """Quantize a model that was just loaded from there, as `resolve` said."""
-        ...
-
-    def claims(self, model: Any, names: Names, target: Callable[[str], str]) -> dict[str, str]:
-        """The tensors of a checkpoint that are parts of quantized weights, and their names in the model.
-
-        Args:
-            model: as built from its configuration.
-            names: what the checkpoint holds.
-            target: from a name in the checkpoint to one in the model.
-        """
-        ...
-
-    def put(self, model: Any, origin: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """Put modules with quantized weights where their parts were read."""
-        ...
-
-    def state(self, model: Any, weights: dict[str, Tensor]) -> bool:
-        """Bring a state dict into the form that is saved, in place; whether it is quantized."""
-        ...
-
-    def count(self, model: Any, exclude_embeddings: bool) -> int:
-        """How many numbers the quantized weights stand for, tied ones once."""
-        ...
-
-
-class Floats:
-    """The format of models whose weights are floats, which is all there is until another one is registered."""
-
-    def of_config(self, config: Config) -> None:
-        """Refuse what only another format reads."""
+        """What a configuration says; None if the weights are floats."""
         if config.extra.get(KEY) is not None:
             raise CheckpointError("the checkpoint is quantized; import modernbert.quantization, which reads it")
+        return None
 
-    def of_model(self, model: nn.Module, config: Config) -> None:
-        """It is not quantized."""
+    def of_model(self, model: nn.Module, config: Config) -> Quantization | None:
+        """How a model is quantized; None if its weights are floats."""
+        return None
 
     def resolve(self, given: Any) -> Any:
-        """Nothing can be asked for."""
+        """What a caller asked for as `quantization_config`; raises ValueError if it means nothing."""
         raise ValueError(f"quantization_config is {given!r}; import modernbert.quantization, which reads it")
 
     def quantize(self, model: Any, how: Any, source: Source) -> Any:
-        """Nothing is done."""
+        """Quantize a model that was just loaded from `source`, as `resolve` said."""
         return model
 
     def claims(self, model: Any, names: Names, target: Callable[[str], str]) -> dict[str, str]:
-        """No tensor is claimed."""
+        """The tensors of a checkpoint that are parts of quantized weights, by the names that `target` gives them."""
         return {}
 
     def put(self, model: Any, origin: str, parts: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        """There is nothing to put."""
+        """Put modules with quantized weights where their parts were read."""
 
     def state(self, model: Any, weights: dict[str, Tensor]) -> bool:
-        """It is saved as it is."""
+        """Bring a state dict into the form that is saved, in place; whether it is quantized."""
         return False
 
     def count(self, model: Any, exclude_embeddings: bool) -> int:
-        """There are none."""
+        """How many values the quantized weights stand for, tied ones once."""
         return 0
 
 
-class _Slot:
-    """Where the format stands that models ask."""
-
-    format: WeightFormat = Floats()
+_FORMATS = [WeightFormat()]
 
 
 def register_format(weight_format: WeightFormat) -> None:
     """Have models ask this format."""
-    _Slot.format = weight_format
+    _FORMATS.append(weight_format)
 
 
 def weight_format() -> WeightFormat:
-    """The format that models ask."""
-    return _Slot.format
+    """The format that models ask: the last one registered."""
+    return _FORMATS[-1]

@@ -19,7 +19,7 @@ from torch import Tensor
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import InputError
 from modernbert.models.base import PreTrainedModel
-from modernbert.nn.inputs import Inputs, pack_inputs
+from modernbert.nn.inputs import Inputs
 from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.packing import PackedInputs
 
@@ -34,6 +34,7 @@ class Arguments(Inputs):
     start_positions: Tensor | None = None
     end_positions: Tensor | None = None
     num_items_in_batch: Tensor | float | None = None
+    sparse_prediction: bool | None = None
     num_choices: int | Sequence[int] | None = None
     logits_to_keep: int | Tensor = 0
     output_attentions: bool | None = None
@@ -48,20 +49,20 @@ _MEANINGS = {
     "shape and changes nothing.",
     "position_ids": "positions for the rotary embedding, of the shape of the input or (1, S); None counts each text's "
     "real tokens, those in a cache included. Without a mask, and without tokens in a cache, positions that begin anew "
-    "(for a decoder: that do not go on by one) begin another text in the same row, as collators that pack texts hand "
+    "(for a decoder: that do not rise by one) begin another text in the same row, as collators that pack texts hand "
     "them over; outputs keep the input's shape.",
     "past_key_values": "a `DecoderCache`, which is changed in place and returned.",
     "inputs_embeds": "(B, S, M), (T, M) or (1, T, M), instead of `input_ids`.",
-    "use_cache": "whether to return a cache; None takes the configuration's word in evaluation mode, and no cache in "
-    "training mode. Gradients do not reach what is in a cache.",
+    "use_cache": "whether to return a cache; None does what the configuration says in evaluation mode, and returns "
+    "none in training mode. Gradients do not reach what is in a cache.",
     "cache_position": "(S,) columns of the input counted from the first text's beginning; checked, and otherwise "
     "known from the cache.",
-    "labels": "what the head should have said, in the form that the class describes; the output then has a loss.",
+    "labels": "what the head should predict, in the form that the class describes; the output then has a loss.",
     "start_positions": "(B,) columns of the padded input, or places in the texts of packed input, of each answer's "
     "first token. A place outside of the text's real tokens is not counted.",
     "end_positions": "likewise, of each answer's last token.",
     "logits_to_keep": "score this number of last columns only, or the columns of this tensor; 0 scores all. Of packed "
-    "input, that many last tokens of each text, or the tokens of these numbers.",
+    "input, that number of last tokens of each text, or the tokens at these places.",
     "indices": "(T,) the place of each packed token in the flattened grid.",
     "cu_seqlens": "(B + 1,) cumulative lengths of packed texts, from 0 to T.",
     "max_seqlen": "longest text of a packed batch, checked against `cu_seqlens`.",
@@ -72,14 +73,12 @@ _MEANINGS = {
     "return_dict": "False returns a plain tuple.",
     "num_items_in_batch": "labels of the whole batch when this call sees a part of it; the loss is then the sum over "
     "the labels divided by this.",
+    "sparse_prediction": "whether logits are computed at labelled tokens only; the configuration's field if not given.",
     "num_choices": "choices of each question, for packed input, a number or one a question; one question if not given.",
     "kwargs": "`token_type_ids` is accepted and ignored.",
 }
 
-# What callers hand over out of habit, and what means nothing to this architecture.
-_IGNORED = {"token_type_ids"}
-
-# What more there is to say where a model has a cache.
+# What more there is to say of models with a cache.
 _WITH_CACHE = {
     "input_ids": " With `past_key_values` the new ones alone.",
     "attention_mask": " With a cache it may also be (B, columns before + S), of which the last S count.",
@@ -99,8 +98,7 @@ class Model(PreTrainedModel, abc.ABC):
 
     def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
         """Check what the caller gave, and pack it; a decoder opens its cache as well."""
-        body = self.base_model
-        return pack_inputs(given, body.config, body.dtype, body.device), None
+        return self.base_model.pack_inputs(given), None
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Any:
         """Check the labels and bring them into the form that `apply_head` takes, before anything is computed."""
@@ -108,13 +106,7 @@ class Model(PreTrainedModel, abc.ABC):
     def run_packed(
         self, inputs: PackedInputs, given: Arguments | None = None, cache: DecoderCache | None = None
     ) -> ModelOutput:
-        """The output of a packed batch: what `forward` does once the caller's batch is packed.
-
-        Args:
-            inputs: such as `PackedInputs.of_rows` makes them, on the model's device.
-            given: labels and options.
-            cache: of a decoder.
-        """
+        """The output of a packed batch on the model's device; `given` has labels and options."""
         given = given or Arguments()
         labels = self.pack_labels(inputs, given)
         hidden = self.base_model.encode(inputs, given.output_attentions, given.output_hidden_states, cache)
@@ -134,10 +126,7 @@ def forward_of(
 ) -> Callable[..., Any]:
     """The forward of a class, which shows its own arguments in `help` and `inspect.signature`.
 
-    Args:
-        summary: what it does.
-        names: its arguments, in their order.
-        instead: arguments that it refuses, each with what it takes instead.
+    `names` are its arguments, in order; `instead` are some that it refuses, each with what it takes instead.
     """
     types, kind = typing.get_type_hints(Arguments), inspect.Parameter.POSITIONAL_OR_KEYWORD
     own = [inspect.Parameter(n, kind, default=getattr(Arguments, n), annotation=types[n]) for n in names]
@@ -146,31 +135,22 @@ def forward_of(
 
     def forward(self: Model, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
         named = signature.bind(*args, **kwargs).arguments
-        unknown = named.pop("kwargs", {})
-        for name in unknown.keys() & instead.keys():
+        unknown = named.pop("kwargs", {}).keys() - {"token_type_ids"}  # which callers hand over out of habit
+        for name in unknown & instead.keys():
             raise InputError(f"{name} is given; {instead[name]}")
-        _check_unknown(unknown)
+        if unknown:
+            raise TypeError(f"forward got unknown arguments: {', '.join(sorted(unknown))}")
         given = Arguments(**named)
         inputs, cache = self.open(given)
         output = self.run_packed(inputs, given, cache)
         named_output = self.config.return_dict if given.return_dict is None else given.return_dict
         return output if named_output else output.to_tuple()
 
-    more = _WITH_CACHE if "past_key_values" in names else {}
-    described = [
-        textwrap.fill(
-            f"{name}: {_MEANINGS[name]}{more.get(name, '')}", 110, initial_indent=" " * 4, subsequent_indent=" " * 8
-        )
-        for name in (*names, "kwargs")
-    ]
+    described = []
+    for name in (*names, "kwargs"):
+        meaning = f"{name}: {_MEANINGS[name]}{_WITH_CACHE.get(name, '') if 'past_key_values' in names else ''}"
+        described.append(textwrap.fill(meaning, 110, initial_indent=" " * 4, subsequent_indent=" " * 8))
     raises = "Raises:\n    InputError: arguments contradict each other or have the wrong shape."
     forward.__doc__ = "\n".join([inspect.cleandoc(summary), "", "Args:", *described, "", raises])
     vars(forward)["__signature__"] = signature.replace(parameters=[inspect.Parameter("self", kind), *own, rest])
     return forward
-
-
-def _check_unknown(kwargs: dict[str, Any]) -> None:
-    """Refuse forward arguments that are neither served nor known to mean nothing here."""
-    unknown = sorted(set(kwargs) - _IGNORED)
-    if unknown:
-        raise TypeError(f"forward got unknown arguments: {', '.join(unknown)}")

@@ -2,8 +2,8 @@
 
 To add one: a class over `EncoderWithHead` or `EncoderClassifier` with `forward`, `pack_labels` and `apply_head`, whose
 constructor ends with `_finish()`; an output class in `outputs`; arguments that no other head has, in `forward`. Its
-layers are called "head", "decoder" or "classifier": other names need a line in `initialization.initial_std`, and one in
-`loading`, which must know what a checkpoint of another head may lack.
+layers are called "head", "decoder" or "classifier": other names need a line in `initialization.initialize_weight`, and
+one in `loading`, which must know what a checkpoint of another head may lack.
 
 Shapes: B texts (of multiple choice: questions), C choices of each question, S columns of a padded grid, T real tokens
 of all texts together, M hidden size, V vocabulary.
@@ -23,7 +23,6 @@ from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import ConfigError, InputError
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.forward import ENCODER, PACKED, Arguments, Model, forward_of
-from modernbert.models.labels import check_classes, pack_text_labels, pack_token_labels, text_loss
 from modernbert.models.outputs import (
     MaskedLMOutput,
     MultipleChoiceModelOutput,
@@ -32,16 +31,24 @@ from modernbert.models.outputs import (
     TokenClassifierOutput,
 )
 from modernbert.nn.layers import Linear, PredictionHead
-from modernbert.nn.losses import IGNORED, cross_entropy, position_cross_entropy
+from modernbert.nn.losses import (
+    IGNORED,
+    check_classes,
+    cross_entropy,
+    pack_text_labels,
+    pack_token_labels,
+    position_cross_entropy,
+    text_loss,
+)
 from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.packing import PackedInputs, wrong_shape
 from modernbert.nn.pooling import pool
 
-Rows = list[int | None]
+Places = list[int | None]  # a packed token of each text, or None
 
 
 class EncoderWithHead(Model):
-    """The encoder with a prediction head on top."""
+    """Base of the models with an encoder in `model` and a prediction head on top."""
 
     config: ModernBertConfig
     config_class = ModernBertConfig
@@ -69,13 +76,17 @@ class ModernBertForMaskedLM(EncoderWithHead):
 
     tied_weights: ClassVar[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
 
+    forward = forward_of(
+        "Encode a batch and apply the head.",
+        (*ENCODER, "labels", *PACKED, "num_items_in_batch", "sparse_prediction"),
+    )
+
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
         self.decoder = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         self._finish()
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
-        """One label a real token, (T,)."""
         ignored = self.config.sparse_pred_ignore_index if self.config.sparse_prediction else IGNORED
         return pack_token_labels(given.labels, inputs, self.config.vocab_size, ignored)
 
@@ -84,10 +95,9 @@ class ModernBertForMaskedLM(EncoderWithHead):
         return self.decoder(self.head(x))
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
-        """Scores of the whole vocabulary at every token, or at labelled ones."""
         if labels is None:
             return MaskedLMOutput(None, inputs.restore(self.score(x_TM)))
-        sparse = self.config.sparse_prediction
+        sparse = self.config.sparse_prediction if given.sparse_prediction is None else given.sparse_prediction
         if sparse:
             labelled = (labels != IGNORED).nonzero().squeeze(1)
             x_TM, labels = x_TM.index_select(0, labelled), labels.index_select(0, labelled)
@@ -95,9 +105,9 @@ class ModernBertForMaskedLM(EncoderWithHead):
         loss = cross_entropy(logits, labels, num_items=given.num_items_in_batch)
         if sparse:
             return MaskedLMOutput(loss, logits)
-        repadded = inputs.packing.grid is not None
-        kept = logits.detach() if repadded and not self.config.repad_logits_with_grad else logits
-        return MaskedLMOutput(loss, inputs.restore(kept))
+        if inputs.packing.grid is not None and not self.config.repad_logits_with_grad:
+            logits = logits.detach()
+        return MaskedLMOutput(loss, inputs.restore(logits))
 
 
 class EncoderClassifier(EncoderWithHead):
@@ -106,7 +116,7 @@ class EncoderClassifier(EncoderWithHead):
     `classifier_bias` is the head's; the classifier itself always has a bias, as checkpoints hold it.
     """
 
-    scores: ClassVar[int | None] = None  # that the classifier gives; None takes the configuration's number of labels
+    scores: ClassVar[int | None] = None  # how many the classifier gives; None takes the configuration's `num_labels`
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
@@ -116,7 +126,7 @@ class EncoderClassifier(EncoderWithHead):
         self._finish()
 
     def classify(self, x: Tensor) -> Tensor:
-        """Scores of rows (N, M): (N, labels)."""
+        """Scores of tokens or pooled texts: (N, M) to (N, labels)."""
         return self.classifier(self.drop(self.head(x)))
 
     def classify_texts(self, x_TM: Tensor, inputs: PackedInputs) -> Tensor:
@@ -128,7 +138,7 @@ class ModernBertForSequenceClassification(EncoderClassifier):
     """The encoder with a classifier of whole texts.
 
     A text is pooled as `classifier_pooling` says, its first real token or the mean of its real tokens, and logits are
-    (B, `num_labels`). The loss follows `problem_type`, or where that is not given the labels: one label is regression
+    (B, `num_labels`). The loss follows `problem_type`, or if that is not given the labels: one label is regression
     (squared error), whole numbers are one class a text (cross-entropy, -100 ignored), anything else is several classes
     a text (binary cross-entropy). Labels are (B,) class numbers or values, or (B, `num_labels`).
 
@@ -136,11 +146,9 @@ class ModernBertForSequenceClassification(EncoderClassifier):
     """
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
-        """Labels (B,) or (B, labels), checked."""
         return pack_text_labels(given.labels, inputs, self.config)
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
-        """Scores of each text."""
         logits = self.classify_texts(x_TM, inputs)
         return SequenceClassifierOutput(text_loss(logits, labels, self.config, given.num_items_in_batch), logits)
 
@@ -155,12 +163,10 @@ class ModernBertForTokenClassification(EncoderClassifier):
     """
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
-        """One class a real token, (T,)."""
         assert self.config.num_labels is not None
         return pack_token_labels(given.labels, inputs, self.config.num_labels)
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
-        """Scores of each token."""
         logits = self.classify(x_TM)
         loss = None if labels is None else cross_entropy(logits, labels, num_items=given.num_items_in_batch)
         return TokenClassifierOutput(loss, inputs.restore(logits))
@@ -187,28 +193,25 @@ class ModernBertForQuestionAnswering(EncoderClassifier):
         instead={"labels": "question answering takes start_positions and end_positions instead"},
     )
 
-    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> tuple[Rows, Rows] | None:
-        """For each text the packed rows of the answer's first and last token, None where not counted."""
+    def pack_labels(self, inputs: PackedInputs, given: Arguments) -> tuple[Places, Places] | None:
+        """For each text the packed tokens where the answer begins and ends, None where not counted."""
         start, end = given.start_positions, given.end_positions
         if start is None and end is None:
             return None
         if start is None or end is None:
             which = "end_positions" if start is not None else "start_positions"
             raise InputError(f"{which} is missing; give both start_positions and end_positions, or neither")
-        return _rows("start_positions", start, inputs), _rows("end_positions", end, inputs)
+        return _places("start_positions", start, inputs), _places("end_positions", end, inputs)
 
     def apply_head(
-        self, x_TM: Tensor, inputs: PackedInputs, labels: tuple[Rows, Rows] | None, given: Arguments
+        self, x_TM: Tensor, inputs: PackedInputs, labels: tuple[Places, Places] | None, given: Arguments
     ) -> ModelOutput:
-        """Two scores of each token."""
         start_T, end_T = self.classify(x_TM).unbind(-1)
         loss = None
         if labels is not None:
             spans, items = inputs.packing.spans, given.num_items_in_batch
-            start, end = (
-                position_cross_entropy(scores_T, spans, rows, num_items=items)
-                for scores_T, rows in zip((start_T, end_T), labels, strict=True)
-            )
+            start = position_cross_entropy(start_T, spans, labels[0], num_items=items)
+            end = position_cross_entropy(end_T, spans, labels[1], num_items=items)
             loss = (start + end) / 2
         lowest = torch.finfo(start_T.dtype).min
         return QuestionAnsweringModelOutput(loss, inputs.restore(start_T, lowest), inputs.restore(end_T, lowest))
@@ -239,28 +242,34 @@ class ModernBertForMultipleChoice(EncoderClassifier):
 
     def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
         """The choices of all questions as texts one after another."""
-        ids, embeds, choices = given.input_ids, given.inputs_embeds, given.num_choices
-        x = ids if ids is not None else embeds
+        choices, dims = given.num_choices, ["batch", "choices", "sequence"]
+        name, x = "input_ids", given.input_ids
+        if x is None:
+            name, x, dims = "inputs_embeds", given.inputs_embeds, [*dims, "hidden"]
         if given.cu_seqlens is not None:
             given.num_choices = given.cu_seqlens.numel() - 1 if choices is None else choices
         elif x is not None:
-            shape, dims = tuple(x.shape), 3 if ids is not None else 4
-            if len(shape) != dims:
-                name = "input_ids" if ids is not None else "inputs_embeds"
+            shape = tuple(x.shape)
+            if len(shape) != len(dims):
                 raise InputError(
-                    f"{name} has shape {shape}; it must be (batch, choices, sequence"
-                    f"{', hidden)' if dims == 4 else ')'}, or packed together with cu_seqlens"
+                    f"{name} has shape {shape}; it must be ({', '.join(dims)}), or packed together with cu_seqlens"
                 )
             if choices is not None and choices != shape[1]:
                 raise InputError(f"num_choices is {choices}; the input's shape says {shape[1]}")
             given.num_choices = shape[1] if shape[0] else ()
-            given.attention_mask = _flat("attention_mask", given.attention_mask, shape[:3])
-            given.position_ids = _flat("position_ids", given.position_ids, shape[:3])
-            if given.position_ids is not None and given.attention_mask is None:
-                # A row is one choice, whatever its positions.
-                given.attention_mask = torch.ones_like(given.position_ids)
-            given.input_ids = None if ids is None else ids.flatten(0, 1)
-            given.inputs_embeds = None if embeds is None else embeds.flatten(0, 1)
+            grid, square = shape[:3], (*shape[:2], 1, shape[2], shape[2])
+            if (positions := given.position_ids) is not None:
+                if tuple(positions.shape) in (shape[2:3], (1, shape[2])):
+                    given.position_ids = positions.expand(grid)
+                if given.attention_mask is None:  # each choice is one text, whatever its positions
+                    given.attention_mask = torch.ones(grid)
+            allowed = {"attention_mask": (grid,), "position_ids": (grid,), "sliding_window_mask": (grid, square)}
+            for argument in (*allowed, "input_ids", "inputs_embeds"):
+                if (values := getattr(given, argument)) is None:
+                    continue
+                if tuple(values.shape) not in allowed.get(argument, (tuple(values.shape),)):
+                    raise wrong_shape(argument, values, *allowed[argument])
+                setattr(given, argument, values.flatten(0, 1))
         return super().open(given)
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
@@ -277,42 +286,33 @@ class ModernBertForMultipleChoice(EncoderClassifier):
         return right
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
-        """One score a choice, those of a question together."""
         counts = _counts(given.num_choices, len(inputs.packing.lengths))
         logits = _by_question(self.classify_texts(x_TM, inputs).squeeze(1), counts)
         loss = None if labels is None else cross_entropy(logits, labels, num_items=given.num_items_in_batch)
         return MultipleChoiceModelOutput(loss, logits)
 
 
-def _rows(name: str, places: Tensor, inputs: PackedInputs) -> Rows:
-    """Packed rows of one place a text, None for a place where its text has no real token."""
+def _places(name: str, columns: Tensor, inputs: PackedInputs) -> Places:
+    """The packed token at one column of each text, None if its text has no real token there."""
     packing = inputs.packing
     texts = len(packing.lengths)
-    if tuple(places.shape) not in ((texts,), (texts, 1)) or places.is_floating_point():
+    if tuple(columns.shape) not in ((texts,), (texts, 1)) or columns.is_floating_point():
         raise InputError(
-            f"{name} has shape {tuple(places.shape)} and dtype {places.dtype}; with this input it must be whole "
+            f"{name} has shape {tuple(columns.shape)} and dtype {columns.dtype}; with this input it must be whole "
             f"numbers of shape ({texts},)"
         )
-    wanted = places.flatten().tolist()
+    wanted = columns.flatten().tolist()
     if inputs.came_packed:
-        ranks = zip(wanted, packing.spans, strict=True)
-        return [start + place if 0 <= place < end - start else None for place, (start, end) in ranks]
+        found = zip(wanted, packing.spans, strict=True)
+        return [start + place if 0 <= place < end - start else None for place, (start, end) in found]
     assert packing.indices_T is not None
-    row_of = {place: row for row, place in enumerate(packing.indices_T.tolist())}
-    columns = inputs.outer_shape[1]
-    return [row_of.get(text * columns + c) if 0 <= c < columns else None for text, c in enumerate(wanted)]
-
-
-def _flat(name: str, values: Tensor | None, grid: tuple[int, ...]) -> Tensor | None:
-    if values is None:
-        return None
-    if tuple(values.shape) != grid:
-        raise wrong_shape(name, values, grid)
-    return values.flatten(0, 1)
+    token_at = {place: token for token, place in enumerate(packing.indices_T.tolist())}
+    width = inputs.outer_shape[1]
+    return [token_at.get(text * width + c) if 0 <= c < width else None for text, c in enumerate(wanted)]
 
 
 def _counts(num_choices: int | Sequence[int] | None, texts: int) -> list[int]:
-    """How many choices each question has; all are of one where nothing is said."""
+    """How many choices each question has; all are of one question if `num_choices` is not given."""
     if isinstance(num_choices, int):
         if num_choices < 1 or texts % num_choices:
             raise InputError(f"num_choices is {num_choices}; the input holds {texts} choices, which must be a multiple")

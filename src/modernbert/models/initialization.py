@@ -9,53 +9,46 @@ from torch import Tensor, nn
 
 from modernbert.config import Config
 
-_SPREAD = 1e-9  # of new rows, as a share of the old ones' covariance
+_SPREAD = 1e-9  # of new embeddings, as a share of the old ones' covariance
 
 
-def initial_std(module_name: str, config: Config) -> float:
-    """Standard deviation of a module's initial weight, by the last part of its name.
+def initialize_weight(weight: Tensor, module_name: str, config: Config) -> None:
+    """Fill a matrix with fresh values, by the last part of its module's name.
 
     Projections back into the residual stream are smaller by sqrt(2 x layers), so that the stream's size does not
     grow with depth.
     """
-    inward = config.initializer_range
-    outward = inward / math.sqrt(2.0 * max(config.num_hidden_layers, 1))
-    stds = {
-        "tok_embeddings": inward,
-        "Wqkv": inward,
-        "q_proj": inward,
-        "k_proj": inward,
-        "v_proj": inward,
-        "Wi": inward,
-        "Wo": outward,
-        "dense": outward,
-        "decoder": outward,
-        "classifier": config.hidden_size**-0.5,
-    }
-    return stds[module_name.rpartition(".")[2]]
+    name = module_name.rpartition(".")[2]
+    if name in ("tok_embeddings", "Wqkv", "q_proj", "k_proj", "v_proj", "Wi"):
+        std = config.initializer_range
+    elif name in ("Wo", "dense", "decoder"):
+        std = config.initializer_range / math.sqrt(2.0 * max(config.num_hidden_layers, 1))
+    elif name == "classifier":
+        std = config.hidden_size**-0.5
+    else:
+        raise KeyError(f"nothing says how to initialize {module_name!r}")
+    cutoff = config.initializer_cutoff_factor * std
+    nn.init.trunc_normal_(weight, std=std, a=-cutoff, b=cutoff)
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: Config, only: set[str]) -> None:
     """Fill the parameters of these names with fresh values, in place."""
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{module_name}.{name}" if module_name else name
-            if full_name not in only:
-                continue
-            if name == "bias":
-                parameter.zero_()
-            elif isinstance(module, nn.LayerNorm):
-                parameter.fill_(1.0)
-            else:
-                std = initial_std(module_name, config)
-                cutoff = config.initializer_cutoff_factor * std
-                nn.init.trunc_normal_(parameter, std=std, a=-cutoff, b=cutoff)
+    for name, parameter in model.named_parameters():
+        if name not in only:
+            continue
+        module_name, _, leaf = name.rpartition(".")
+        if leaf == "bias":
+            nn.init.zeros_(parameter)
+        elif isinstance(model.get_submodule(module_name), nn.LayerNorm):
+            nn.init.ones_(parameter)
+        else:
+            initialize_weight(parameter, module_name, config)
 
 
 @torch.no_grad()
 def around_mean(new: Tensor, old: Tensor) -> None:
-    """Fill rows, or single numbers, with draws from a normal distribution of the old ones' mean.
+    """Fill embeddings, or single values, with draws from a normal distribution of the old ones' mean.
 
     Their covariance is a thousand-millionth of the old ones': tokens that nothing was learnt of are alike, and not the
     same.
@@ -66,11 +59,11 @@ def around_mean(new: Tensor, old: Tensor) -> None:
     """
     if not len(new) or not len(old):
         return
-    rows = old.double().reshape(len(old), -1)
-    rows = rows[rows.isfinite().all(1)]
-    if not len(rows):
+    values = old.double().reshape(len(old), -1)
+    values = values[values.isfinite().all(1)]
+    if not len(values):
         return
-    mean = rows.mean(0)
-    values, vectors = torch.linalg.eigh((rows - mean).mT @ (rows - mean) / len(rows))
-    noise = torch.randn(len(new), rows.shape[1], device=old.device) * (_SPREAD * values.clamp(min=0)).sqrt()
-    new.copy_((mean + noise @ vectors.mT).reshape(new.shape))
+    mean = values.mean(0)
+    sizes, directions = torch.linalg.eigh((values - mean).mT @ (values - mean) / len(values))
+    noise = torch.randn(len(new), values.shape[1], device=old.device) * (_SPREAD * sizes.clamp(min=0)).sqrt()
+    new.copy_((mean + noise @ directions.mT).reshape(new.shape))

@@ -30,19 +30,17 @@ class StatesWithPast(States):
 
 
 class BaseModelOutput(States):
-    """Output of the bare encoder: the last hidden state, of the shape of the others."""
+    """Output of a bare model: the last hidden state, of the shape of the others."""
 
     last_hidden_state: Tensor | None
 
 
-class BaseModelOutputWithPast(StatesWithPast):
-    """Output of the bare decoder: the last hidden state, of the shape of the others."""
-
-    last_hidden_state: Tensor | None
+class BaseModelOutputWithPast(BaseModelOutput, StatesWithPast):
+    """Output of the bare decoder."""
 
 
 class HeadOutput(States):
-    """Output of encoders with a head: the loss, a scalar, where labels were given, and logits."""
+    """Output of models with a head: the loss, a scalar, if labels were given, and logits."""
 
     loss: Tensor | None
     logits: Tensor | None
@@ -50,11 +48,19 @@ class HeadOutput(States):
 
 class MaskedLMOutput(HeadOutput):
     """Logits (batch, sequence, vocabulary), zeros at padding; (tokens, vocabulary) for packed input; (labelled tokens,
-    vocabulary) with `sparse_prediction` and labels.
-    """
+    vocabulary) with `sparse_prediction` and labels."""
+
+
+class CausalLMOutputWithPast(HeadOutput, StatesWithPast):
+    """Logits (batch, sequence, vocabulary), zeros at padding; (tokens, vocabulary) for packed input; fewer columns or
+    tokens with `logits_to_keep`."""
 
 
 class SequenceClassifierOutput(HeadOutput):
+    """Logits (batch, labels)."""
+
+
+class SequenceClassifierOutputWithPast(SequenceClassifierOutput, StatesWithPast):
     """Logits (batch, labels)."""
 
 
@@ -63,34 +69,14 @@ class TokenClassifierOutput(HeadOutput):
 
 
 class MultipleChoiceModelOutput(HeadOutput):
-    """Logits (batch, choices); the lowest finite number where a question has fewer choices than others.
-
-    Hidden states and attentions have the choices one after another.
-    """
+    """Logits (batch, choices); the lowest finite number for choices that a question lacks. Hidden states and attentions
+    have the choices one after another."""
 
 
 class QuestionAnsweringModelOutput(States):
     """Logits (batch, sequence), the lowest finite number at padding, so that padding is never the best place; (tokens,)
-    for packed input. The loss is a scalar, where positions were given.
-    """
+    for packed input. The loss is a scalar, if positions were given."""
 
     loss: Tensor | None
     start_logits: Tensor | None
     end_logits: Tensor | None
-
-
-class HeadOutputWithPast(StatesWithPast):
-    """Output of decoders with a head: the loss, a scalar, where labels were given, and logits."""
-
-    loss: Tensor | None
-    logits: Tensor | None
-
-
-class CausalLMOutputWithPast(HeadOutputWithPast):
-    """Logits (batch, sequence, vocabulary), zeros at padding; (tokens, vocabulary) for packed input; fewer columns or
-    tokens with `logits_to_keep`.
-    """
-
-
-class SequenceClassifierOutputWithPast(HeadOutputWithPast):
-    """Logits (batch, labels)."""

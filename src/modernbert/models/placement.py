@@ -1,4 +1,4 @@
-"""Where a model computes and in which dtype: what callers may name, made definite."""
+"""Where a model computes and in which dtype: from what callers name to a device and a dtype."""
 
 from __future__ import annotations
 
@@ -14,18 +14,13 @@ from modernbert.errors import shown
 
 logger = logging.getLogger(__name__)
 
-
-def _compute_alone() -> None:
-    """Have a forked process compute with one thread: the others stayed behind, and OpenMP would wait for them."""
-    torch.set_num_threads(1)
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_compute_alone)
+    # A forked process computes with one thread: the others stayed behind, and OpenMP would wait for them.
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def resolve_device(device: Any) -> torch.device:
-    """The device that a caller names; an index or "auto" falls back to the CPU where there is no GPU.
+    """The device that a caller names; an index or "auto" falls back to the CPU if there is no GPU.
 
     Raises:
         ValueError: the name means nothing, or names a GPU that is not there.
@@ -39,13 +34,13 @@ def resolve_device(device: Any) -> torch.device:
         device = device[""]
     if device is None or device in (-1, "cpu"):
         return torch.device("cpu")
-    if isinstance(device, str) and device.isdigit():
-        device = int(device)
     if device == "auto":
         device = 0 if gpus else "cpu"
-    if isinstance(device, int) and device < 0:
-        raise ValueError(f"device is {device}; give a GPU's index, or -1 for the CPU")
+    elif isinstance(device, str) and device.isdigit():
+        device = int(device)
     if isinstance(device, int):
+        if device < 0:
+            raise ValueError(f"device is {device}; give a GPU's index, or -1 for the CPU")
         if device < gpus:
             return torch.device("cuda", device)
         if gpus:
@@ -64,30 +59,26 @@ def resolve_device(device: Any) -> torch.device:
 def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype to compute in: what the caller names, or what the checkpoint is stored in.
 
-    float16 becomes float32 on a CPU, with a warning: it is slow there and overflows, and float32 holds its numbers
+    float16 becomes float32 on a CPU, with a warning: it is slow there and overflows, and float32 holds its values
     exactly, on every processor.
 
     Raises:
         ValueError: the name is no floating dtype.
     """
-    if dtype in (None, "auto"):
-        dtype = stored or torch.float32
-    if isinstance(dtype, str):
-        named = getattr(torch, dtype.removeprefix("torch."), None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f"dtype is {shown(dtype)}; give auto, float32, bfloat16 or float16")
-        dtype = named
-    if not isinstance(dtype, torch.dtype):
+    named: Any = (stored or torch.float32) if dtype in (None, "auto") else dtype
+    if isinstance(named, str):
+        named = getattr(torch, named.removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype):
         raise ValueError(f"dtype is {shown(dtype)}; give auto, float32, bfloat16 or float16")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; weights are float32, bfloat16 or float16")
-    if dtype == torch.float16 and device.type == "cpu":
+    if not named.is_floating_point:
+        raise ValueError(f"dtype is {named}; weights are float32, bfloat16 or float16")
+    if named == torch.float16 and device.type == "cpu":
         warn_once(
             "float16 is for GPUs: on this CPU the weights are float32. dtype='bfloat16' takes half the memory, for "
             "inference"
         )
         return torch.float32
-    return dtype
+    return named
 
 
 @functools.cache

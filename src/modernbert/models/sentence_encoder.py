@@ -36,6 +36,7 @@ from modernbert.models.sentence_layout import (
     settings_of,
 )
 from modernbert.nn.activations import activation
+from modernbert.nn.inputs import Inputs
 from modernbert.nn.layers import Linear
 from modernbert.nn.packing import PackedInputs
 from modernbert.nn.pooling import pool
@@ -120,7 +121,7 @@ class SentenceEncoder(nn.Module):
 
     @property
     def quantization(self) -> Quantization | None:
-        """How the encoder is quantized; None where its weights are floats."""
+        """How the encoder is quantized; None if its weights are floats."""
         return self.model.quantization
 
     @property
@@ -146,12 +147,12 @@ class SentenceEncoder(nn.Module):
         self.model.optimize_for_inference()
         return self
 
-    def unpack(self) -> None:
-        """Undo `optimize_for_inference`, but for the mode."""
-        self.model.unpack()
+    def thaw(self) -> None:
+        """Undo `optimize_for_inference`, except for the mode."""
+        self.model.thaw()
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Let all parameters have gradients, or none; ends `optimize_for_inference` where they shall have some."""
+        """Let all parameters have gradients, or none; ends `optimize_for_inference` if they are to have some."""
         self.model.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
@@ -184,7 +185,7 @@ class SentenceEncoder(nn.Module):
         Returns:
             (B, D).
         """
-        inputs = self.model.pack_inputs(input_ids, None, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        inputs = self.model.pack_inputs(Inputs(input_ids, attention_mask, cu_seqlens=cu_seqlens))
         states_TM = self.token_vectors(inputs)
         spans = [(min(start + skip, end), end) for start, end in inputs.packing.spans]
         return self.pool(states_TM, spans, inputs.packing.positions_T)[:, : self.dimensions]
@@ -207,9 +208,9 @@ class SentenceEncoder(nn.Module):
 
         Args:
             states_TM: what `token_vectors` gave.
-            spans: first row and the row after the last one of each.
-            positions_T: places of the tokens in their texts.
-            poolings: modes in the place of the checkpoint's.
+            spans: first token and the token after the last one of each.
+            positions_T: positions of the tokens in their texts.
+            poolings: modes instead of the checkpoint's.
         """
         modes = poolings or self.settings.poolings
         vectors = torch.cat([pool(states_TM, spans, mode, positions_T) for mode in modes], dim=-1)
@@ -225,7 +226,7 @@ class SentenceEncoder(nn.Module):
 
         Args:
             name_or_folder: in sentence-transformers' layout, or a bare encoder's, which is pooled by the mean.
-            kwargs: as of `PreTrainedModel.from_pretrained`.
+            kwargs: see `PreTrainedModel.from_pretrained`.
 
         Raises:
             NotFoundError: there is no such folder, repository or file.
@@ -235,7 +236,7 @@ class SentenceEncoder(nn.Module):
         if quantization is not None:  # with the tokenizer of the whole folder
             encoder = cls.from_pretrained(name_or_folder, **kwargs)
             source = Source.pop_from(name_or_folder, dict(kwargs))
-            weight_format().quantize(encoder.model, weight_format().resolve(quantization), source)
+            encoder.model = weight_format().quantize(encoder.model, weight_format().resolve(quantization), source)
             return encoder
         source = Source.pop_from(name_or_folder, dict(kwargs))
         contents = contents_of(source)
@@ -334,7 +335,7 @@ class SentenceEncoder(nn.Module):
 
 
 def _refuse_decoder(source: Source) -> None:
-    """Raise `CheckpointError` where the model is a decoder, which has no vectors of texts here."""
+    """Raise `CheckpointError` if the model is a decoder, which has no vectors of texts here."""
     model_type = source.read_json("config.json").get("model_type")
     if model_type == ModernBertDecoderConfig.model_type:
         where = source.folder or source.name_or_folder

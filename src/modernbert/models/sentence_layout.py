@@ -8,11 +8,10 @@ which it is, for everything that loads or describes a checkpoint.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import PurePosixPath
 from typing import Any
 
 from modernbert.errors import CheckpointError, ConfigError, listed, shown
-from modernbert.io.hub import Source, could_be_a_name
+from modernbert.io.hub import Source, check_name
 from modernbert.nn.pooling import POOLINGS
 
 MODULES = "modules.json"
@@ -64,13 +63,13 @@ class EmbeddingSettings:
     """What a folder says about vectors besides weights.
 
     Attributes:
-        poolings: modes of `nn.pooling`; several are put one after another. Empty where a text keeps a vector for every
+        poolings: modes of `nn.pooling`; several are put one after another. Empty if a text keeps a vector for every
             token.
         include_prompt: whether the prompt's tokens are pooled too.
         prompts: texts to put before a text, by name.
-        default_prompt_name: the one to take where nobody names one.
+        default_prompt_name: the one to take if none is named.
         similarity: "cosine", "dot", "euclidean" or "manhattan": how the vectors want to be compared.
-        max_length: tokens that a text is cut to; None where the folder does not say.
+        max_length: tokens that a text is cut to; None if the folder does not say.
         truncate_dim: how many of a vector's first dimensions are kept; None keeps all.
     """
 
@@ -102,9 +101,9 @@ class Contents:
         name: what it is called in messages.
         kind: "model" (one model, with or without a head), "sentence encoder", "cross-encoder", "late-interaction
             encoder" or "sparse encoder".
-        parts: what `modules.json` lists; empty where there is none.
+        parts: what `modules.json` lists; empty if there is none.
         inner: the folder inside of it that holds the model's configuration and weights; "" is the folder itself.
-        about: content of `config_sentence_transformers.json`; empty where there is none.
+        about: content of `config_sentence_transformers.json`; empty if there is none.
         unserved: settings or parts that nothing here acts on, by name.
     """
 
@@ -116,7 +115,7 @@ class Contents:
     unserved: list[str]
 
     def refuse_unserved(self) -> None:
-        """Raise `CheckpointError` where the folder asks for what nothing here acts on."""
+        """Raise `CheckpointError` if the folder asks for what nothing here acts on."""
         if self.kind in (LATE_INTERACTION, SPARSE_ENCODER) or self.unserved:
             what = f", with {listed(self.unserved)}" if self.unserved else ""
             raise CheckpointError(
@@ -124,7 +123,7 @@ class Contents:
             )
 
     def refuse_cross_encoder(self) -> None:
-        """Raise `CheckpointError` where the folder scores pairs of texts and has no vectors."""
+        """Raise `CheckpointError` if the folder scores pairs of texts and has no vectors."""
         if self.kind == CROSS_ENCODER:
             raise CheckpointError(
                 f"{self.name} is a cross-encoder, which scores pairs of texts and has no vectors of single ones; use "
@@ -176,7 +175,7 @@ def kind_of_part(part: dict[str, Any]) -> str:
 
 
 def read_parts(source: Source) -> list[dict[str, Any]]:
-    """What `modules.json` lists, in order; nothing where the folder is no layout.
+    """What `modules.json` lists, in order; nothing if the folder is no layout.
 
     Raises:
         CheckpointError: it is no list of parts.
@@ -191,11 +190,7 @@ def read_parts(source: Source) -> list[dict[str, Any]]:
     ):
         raise CheckpointError(f"{path} is no list of parts with a type and a path")
     for part in parts:
-        inner = PurePosixPath(part["path"])
-        if ".." in inner.parts or inner.is_absolute() or "\\" in str(inner):
-            raise CheckpointError(f"{path} names the folder {shown(str(inner))}, which lies outside of it")
-        if not could_be_a_name(str(inner)):
-            raise CheckpointError(f"{path} names the folder {shown(str(inner))}, which can be no folder's name")
+        check_name(part["path"], "folder", path)
     return parts
 
 

@@ -1,9 +1,8 @@
 """Activations by the names that configurations use.
 
-PyTorch's own sigmoid, SiLU and tanh-GELU compute the last few numbers of each thread's share by another formula than
+PyTorch's own sigmoid, SiLU and tanh-GELU compute the last few values of each thread's share by another formula than
 the rest, so that a row's bits depend on how many rows there are. Its tanh does not, nor does its exact GELU by oneDNN;
-the others are written by way of tanh, and the exact GELU without oneDNN goes piece by piece
-(docs/invariance.md).
+the others are written by way of tanh, and the exact GELU without oneDNN goes piece by piece (docs/invariance.md).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from modernbert.nn.linear import multiplies_bfloat16, onednn_serves, planned_rows
 
-_PIECE = 1 << 13  # numbers, fewer than PyTorch shares out to threads
+_PIECE = 1 << 13  # values, fewer than PyTorch shares out to threads
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -26,16 +25,12 @@ def _gelu(x: Tensor) -> Tensor:
         return F.gelu(x)
     if x.dtype == torch.bfloat16 and not multiplies_bfloat16():  # nor does oneDNN have its GELU then
         return _gelu(x.float()).to(x.dtype)
-    if not onednn_serves(x) and not x.requires_grad:
-        return _gelu_in_pieces(x)
+    if not onednn_serves(x) and not x.requires_grad and x.numel():
+        # Pieces that one thread computes each, and that end with a whole vector: no value is at an end.
+        flat = F.pad(x.flatten(), (0, -x.numel() % _PIECE))
+        return torch.cat([F.gelu(piece) for piece in flat.split(_PIECE)])[: x.numel()].view(x.shape)
     extra = planned_rows(len(x)) - len(x) if x.dim() == 2 else 0
     return F.gelu(F.pad(x, (0, 0, 0, extra)))[: len(x)] if extra else F.gelu(x)
-
-
-def _gelu_in_pieces(x: Tensor) -> Tensor:
-    """Pieces that one thread computes each, and that end with a whole vector: no number is at an end."""
-    flat = F.pad(x.flatten(), (0, -x.numel() % _PIECE))
-    return torch.cat([F.gelu(piece) for piece in flat.split(_PIECE)])[: x.numel()].view(x.shape) if len(flat) else x
 
 
 def _sigmoid(x: Tensor) -> Tensor:

@@ -35,15 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Backbone(nn.Module):
-    """A bare model: embeddings, layers, final norm.
-
-    Args:
-        config: the architecture.
-        attn_implementation: the name of an attention backend, or "auto".
-
-    Attributes:
-        runner: runs the layers while the model is frozen; None lets the modules run themselves.
-    """
+    """A bare model: embeddings, layers, final norm. While it is frozen, a runner runs the layers."""
 
     config: Config
     attention_class: ClassVar[type[Attention]]
@@ -62,11 +54,10 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList([Layer(config, i, self.attention_class) for i in range(config.num_hidden_layers)])
         self.final_norm = layer_norm(config)
 
-    def pack_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, **given: Any) -> PackedInputs:
-        """`nn.inputs.pack_inputs` for this model."""
-        inputs = Inputs(input_ids, inputs_embeds=inputs_embeds, **given)
-        embedding = next(self.embeddings.parameters())
-        return pack_inputs(inputs, self.config, embedding.dtype, embedding.device)
+    def pack_inputs(self, given: Inputs, **continued: Any) -> PackedInputs:
+        """`nn.inputs.pack_inputs` for this model; `continued` is what a cache holds."""
+        weight = next(self.embeddings.parameters())
+        return pack_inputs(given, self.config, weight.dtype, weight.device, **continued)
 
     def encode(
         self,
@@ -75,16 +66,16 @@ class Backbone(nn.Module):
         output_hidden_states: bool | None = None,
         cache: Cache | None = None,
     ) -> Hidden:
-        """Packed inputs to packed hidden states; with a cache they go on where its texts ended, and are added to it."""
+        """Packed inputs to packed hidden states; a cache is continued and added to."""
         config = self.config
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        backend = None if not want_weights else self._backend_with_weights()
+        backend = self._backend_with_weights() if want_weights else None
         runner, hidden = self.runner, None  # another thread may thaw the model meanwhile
         if runner is not None:
             hidden = runner.run(inputs, want_states, backend, cache)
         if hidden is None:
-            # Keys in a cache are numbers without a history. Only what new vectors were made of can have a gradient.
+            # Keys in a cache are values without a history. Only what new vectors were made of can have a gradient.
             live = inputs.embeds_TM is not None and inputs.embeds_TM.requires_grad
             with torch.set_grad_enabled(torch.is_grad_enabled() and (live or cache is None or not any(cache.lengths))):
                 hidden = self._run(inputs, want_states, backend, cache)
@@ -95,7 +86,7 @@ class Backbone(nn.Module):
     def _run(
         self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Cache | None
     ) -> Hidden:
-        """The plain way: module by module. A backend is given where attention weights are wanted."""
+        """The plain way, module by module. A backend is given if attention weights are wanted."""
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
         weights: AttentionWeights | None = None if backend is None else {}
         shared = self.share(inputs, x_TM, backend, cache, weights)
@@ -119,18 +110,14 @@ class Backbone(nn.Module):
     ) -> dict[str, Shared]:
         """What the layers of each kind share in a pass. It follows from where the texts lie, not from their tokens.
 
-        Args:
-            inputs: the texts.
-            x_TM: their embeddings, for the dtype, the device, and whether gradients are wanted.
-            backend: attends instead of the model's own.
-            cache: holds what was before the texts, and is added to.
-            weights: where attention weights go, if they are wanted.
+        The embeddings say the dtype, the device, and whether gradients are wanted. A backend attends instead of the
+        model's own; for the rest see `Cache.begin`.
         """
         autocast = torch.is_autocast_enabled(x_TM.device.type)
         dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
         backend = backend or self.backend_on(x_TM.device, dtype)
         attends = attend_by_kind(self.config, inputs.packing, backend, dtype, cache, weights, x_TM.requires_grad)
-        tables = rope_tables_by_kind(self.config, inputs.positions_T, inputs.packing.text_T)
+        tables = rope_tables_by_kind(self.config, inputs.rope_positions_T, inputs.packing.text_T)
         return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def run_layers(
@@ -139,11 +126,7 @@ class Backbone(nn.Module):
         """Embeddings through all layers and the last norm, (T, M).
 
         Nothing here depends on values of tensors: once `share` has seen the texts, `torch.export` can trace this.
-
-        Args:
-            x_TM: embeddings.
-            shared: of `share`.
-            show: called with each hidden state, the last one normed; gives the state to go on with.
+        `show` is called with each hidden state, the last one normed, and gives the state to continue with.
         """
         recomputes = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
         kept = self.recompute.plan(self.config.layer_types or (), x_TM) if recomputes else []

@@ -1,4 +1,4 @@
-"""Who runs a backbone's layers, and what the layers of one kind share in a forward pass.
+"""Who runs a backbone's layers, and what the layers of one kind share in a pass.
 
 Shapes: T real tokens of all texts together, M hidden size, H heads, D head size.
 """
@@ -24,21 +24,38 @@ AttentionWeights = dict[int, list[Tensor]]
 
 
 class Attend(Protocol):
-    """How the layers of one kind ("full_attention" or "sliding_attention") attend in one forward pass."""
+    """How the layers of one kind ("full_attention" or "sliding_attention") attend in one pass."""
 
     def __call__(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, dropout: float = 0.0) -> Tensor:
         """Outputs (T, H, D) of one layer, by its number, from rotated queries and keys."""
         ...
 
 
-class Cache(Protocol):
-    """What a cache is to the layers.
+class Shared(NamedTuple):
+    """What all layers of one kind share in one pass."""
+
+    attend: Attend
+    cos_T1D: Tensor
+    sin_T1D: Tensor
+
+
+class Hidden(NamedTuple):
+    """What a backbone computes: the last hidden state, packed, and what else was wanted.
 
     Attributes:
-        lengths: how many tokens of each text it holds; empty before the first pass.
+        states: the embeddings and every layer's output, the last one normed, in the caller's shape.
+        weights: each layer's attention weights, padded.
     """
 
-    lengths: list[int]
+    last_TM: Tensor
+    states: tuple[Tensor, ...] = ()
+    weights: tuple[Tensor, ...] = ()
+
+
+class Cache(Protocol):
+    """What a cache is to the layers."""
+
+    lengths: list[int]  # tokens of each text that it holds; empty before the first pass
 
     def begin(
         self,
@@ -48,14 +65,13 @@ class Cache(Protocol):
         gather: bool,
         weights: AttentionWeights | None,
     ) -> Mapping[str, Attend]:
-        """Make room for new tokens, and decide how each kind of layer attends (`Attend`) to them and to what it holds.
+        """Make room for new tokens, and decide how each kind of layer attends to them and to what it holds.
 
         Args:
             packing: the new tokens.
             backend: attends where new tokens see each other alone.
             dtype: of queries, keys and values.
-            gather: put past and new keys together and look at every pair: slow, but it gives attention weights and lets
-                gradients pass.
+            gather: compute every pair of keys, past and new: slow, but with attention weights and gradients.
             weights: where each layer's attention weights go, if they are wanted.
         """
         ...
@@ -65,105 +81,31 @@ class Cache(Protocol):
         ...
 
 
-class Shared(NamedTuple):
-    """What all layers of one kind share in one forward pass."""
-
-    attend: Attend
-    cos_T1D: Tensor
-    sin_T1D: Tensor
-
-
-class Hidden(NamedTuple):
-    """What a backbone computes.
-
-    Attributes:
-        last_TM: the last hidden state, packed.
-        states: where wanted, the embeddings and every layer's output, the last one normed, in the caller's shape.
-        weights: where wanted, each layer's attention weights, padded.
-    """
-
-    last_TM: Tensor
-    states: tuple[Tensor, ...] = ()
-    weights: tuple[Tensor, ...] = ()
-
-
 class Runner(Protocol):
     """Runs the layers of a frozen backbone instead of its modules."""
 
     def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden | None:
-        """The hidden states of packed inputs; None where the modules must run themselves.
+        """The hidden states of packed inputs; None if the modules must run themselves.
 
-        Args:
-            inputs: the texts.
-            want_states: whether all hidden states are wanted.
-            backend: makes the attention weights, if they are wanted.
-            cache: holds what was before the texts, and is added to.
+        A backend is given if attention weights are wanted, which it makes; a cache is continued and added to.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """Attention within the texts of a pass, by a backend's plan.
-
-    Attributes:
-        backend: attends.
-        plan: the backend's own.
-        weights: where attention weights go, if they are wanted; the backend is then the eager one.
-    """
+    """Attention within the texts of a pass, by a backend's plan. Attention weights need the eager backend."""
 
     backend: AttentionBackend
     plan: Any
     weights: AttentionWeights | None = None
 
     def __call__(self, layer: int, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, dropout: float = 0.0) -> Tensor:
-        """(T, H, D)."""
         if self.weights is None:
             return self.backend.attend(q_THD, k_THD, v_THD, self.plan, dropout)
         assert isinstance(self.backend, EagerAttention)
         out_THD, self.weights[layer] = self.backend.attend_with_weights(q_THD, k_THD, v_THD, self.plan, dropout)
         return out_THD
-
-
-def kinds_of(config: Config) -> list[str]:
-    """The kinds of layers that there are, each once."""
-    return list(dict.fromkeys(config.layer_types or ()))
-
-
-def frequencies(config: Config, device: torch.device) -> dict[str, tuple[Tensor, float]]:
-    """The rotary frequencies of each kind of layer; none where one's follow from the texts ("dynamic")."""
-    ropes = {kind: (config.rope_parameters or {})[kind] for kind in kinds_of(config)}
-    if any(rope["rope_type"] == "dynamic" for rope in ropes.values()):
-        return {}
-    return {kind: rope_frequencies(rope, config.head_dim, device) for kind, rope in ropes.items()}
-
-
-def rope_tables_by_kind(
-    config: Config,
-    positions_T: Tensor,
-    text_T: Tensor | None = None,
-    known: Mapping[str, tuple[Tensor, float]] = MappingProxyType({}),
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rotary tables of each kind of layer; see `rotary.rope_tables`.
-
-    Args:
-        config: the architecture.
-        positions_T: (T,) whole numbers.
-        text_T: (T,) the text of each token.
-        known: `frequencies` of the configuration, for callers who keep them.
-    """
-    tables: dict[str, tuple[Tensor, Tensor]] = {}
-    ropes = config.rope_parameters or {}
-    for kind in kinds_of(config):
-        like = next((other for other in tables if ropes[other] == ropes[kind]), None)
-        if like is not None:
-            tables[kind] = tables[like]
-        elif kind in known:
-            tables[kind] = angle_tables(*known[kind], positions_T)
-        else:
-            context = config.max_position_embeddings
-            tables[kind] = rope_tables(ropes[kind], config.head_dim, positions_T, max_positions=context, text_T=text_T)
-    return tables
 
 
 def attend_by_kind(
@@ -175,26 +117,48 @@ def attend_by_kind(
     weights: AttentionWeights | None = None,
     gradients: bool = False,
 ) -> Mapping[str, Attend]:
-    """How each kind of layer attends (`Attend`): within the texts, or with a cache as well.
+    """How each kind of layer attends: within the texts, or with a cache as well.
 
-    Args:
-        config: the architecture.
-        packing: where the texts lie.
-        backend: attends.
-        dtype: of queries, keys and values.
-        cache: holds what was before the texts, and is added to.
-        weights: where attention weights go, if they are wanted.
-        gradients: whether any shall reach the inputs.
+    Args are those of `Cache.begin`; with `gradients` any are to reach the inputs.
     """
-    if cache is None:
-        return {
-            kind: Planned(backend, backend.plan(packing, config.reach(kind), dtype), weights)
-            for kind in kinds_of(config)
-        }
-    gather = isinstance(backend, EagerAttention) or (any(cache.lengths) and gradients)
-    return cache.begin(packing, backend, dtype, gather, weights)
+    if cache is not None:
+        gather = isinstance(backend, EagerAttention) or (any(cache.lengths) and gradients)
+        return cache.begin(packing, backend, dtype, gather, weights)
+    attends = {}
+    for kind in dict.fromkeys(config.layer_types or ()):
+        attends[kind] = Planned(backend, backend.plan(packing, config.reach(kind), dtype), weights)
+    return attends
+
+
+def rope_tables_by_kind(
+    config: Config,
+    positions_T: Tensor,
+    text_T: Tensor | None = None,
+    known: Mapping[str, tuple[Tensor, float]] = MappingProxyType({}),
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Rotary tables of each kind of layer, see `rotary.rope_tables`; callers may keep `frequencies`, then `known`."""
+    tables: dict[str, tuple[Tensor, Tensor]] = {}
+    ropes = config.rope_parameters or {}
+    for kind in dict.fromkeys(config.layer_types or ()):
+        like = next((other for other in tables if ropes[other] == ropes[kind]), None)
+        if like is not None:
+            tables[kind] = tables[like]
+        elif kind in known:
+            tables[kind] = angle_tables(*known[kind], positions_T)
+        else:
+            context = config.max_position_embeddings
+            tables[kind] = rope_tables(ropes[kind], config.head_dim, positions_T, max_positions=context, text_T=text_T)
+    return tables
+
+
+def frequencies(config: Config, device: torch.device) -> dict[str, tuple[Tensor, float]]:
+    """The rotary frequencies of each kind of layer; none if one's follow from the texts ("dynamic")."""
+    ropes = {kind: (config.rope_parameters or {})[kind] for kind in dict.fromkeys(config.layer_types or ())}
+    if any(rope["rope_type"] == "dynamic" for rope in ropes.values()):
+        return {}
+    return {kind: rope_frequencies(rope, config.head_dim, device) for kind, rope in ropes.items()}
 
 
 def pad_attention_weights(weights: AttentionWeights | None, inputs: PackedInputs) -> tuple[Tensor, ...]:
-    """Each layer's attention weights as one padded tensor; nothing where they are not wanted."""
+    """Each layer's attention weights as one padded tensor; nothing if they are not wanted."""
     return tuple(EagerAttention.pad_weights(weights[i], inputs.packing) for i in sorted(weights)) if weights else ()

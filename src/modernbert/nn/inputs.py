@@ -35,7 +35,24 @@ class Inputs:
     seq_len: int | None = None
 
     def __post_init__(self) -> None:
-        check_tensors(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "Tensor | None"})
+        for name, value in vars(self).items():
+            if value is None or isinstance(value, Tensor):
+                continue
+            if self.__dataclass_fields__[name].type == "Tensor | None":
+                check_tensors(**{name: value})
+
+
+def check_tensors(**given: Any) -> None:
+    """Refuse what is no tensor; raises `InputError` with what to give instead."""
+    for name, value in given.items():
+        if value is None or isinstance(value, Tensor):
+            continue
+        what = (
+            "it must be a tensor: tokenizers make them with return_tensors='pt', torch.as_tensor from lists and arrays"
+        )
+        if isinstance(value, Mapping):
+            what = "give what it holds by name: model(**encoding), made with return_tensors='pt'"
+        raise InputError(f"{name} is a {type(value).__name__}; {what}")
 
 
 def pack_inputs(
@@ -55,74 +72,63 @@ def pack_inputs(
 
     Args:
         given: what the caller gave.
-        config: the model's, for its vocabulary and width.
-        dtype: the model's, which `inputs_embeds` are cast to, but not under autocast.
-        device: the model's.
+        config, dtype, device: the model's; `inputs_embeds` are cast to its dtype, except under autocast.
         gaps_separate: whether positions that leave some out begin another text as well.
         columns: how many columns there are in a cache that the input continues.
-        ends: the position of the next token of each text in that cache; empty where it holds none.
+        ends: the position of the next token of each text in that cache; empty if it holds none.
 
     Raises:
-        InputError: arguments contradict each other or have the wrong shape; the message says what was given and
-            what is allowed.
+        InputError: arguments contradict each other or have the wrong shape.
     """
     name, x, shape = _tokens(given, config, dtype)
-    mask, new = given.attention_mask, shape[1] if len(shape) > 1 else 0
+    packed, mask, new = given.cu_seqlens is not None, given.attention_mask, shape[1] if len(shape) > 1 else 0
     if mask is not None and mask.dim() == 2 and mask.shape[1] == columns + new:
         mask = mask[:, columns:]
     if given.cache_position is not None:
-        _check_cache_position(given.cache_position, columns, new, given.cu_seqlens is not None)
-    if given.cu_seqlens is None:
+        if packed:
+            raise InputError("cache_position counts the columns of padded input; packed input has none")
+        if (got := given.cache_position.tolist()) != list(range(columns, columns + new)):
+            raise InputError(
+                f"cache_position is {got}; with {columns} columns in the cache and {new} new ones it must be {columns} "
+                f"to {columns + new - 1}"
+            )
+    if packed:
+        if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):
+            raise InputError(f"{name} has leading shape {shape}; with cu_seqlens it must be (tokens,) or (1, tokens)")
+        packing = _packing_of_packed(given, mask, shape[-1], x.device)
+    else:
         if len(shape) != 2:
             raise InputError(
                 f"{name} has leading shape {shape}; it must be (batch, sequence), or (tokens,) together with cu_seqlens"
             )
         packing = _packing_of_padded(given, mask, shape, x.device, gaps_separate, bool(ends))
-    else:
-        if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != 1):
-            raise InputError(f"{name} has leading shape {shape}; with cu_seqlens it must be (tokens,) or (1, tokens)")
-        packing = _packing_of_packed(given, given.cu_seqlens, mask, shape[-1], x.device)
     if (window := given.sliding_window_mask) is not None:
         grid = packing.grid or shape
         if tuple(window.shape) not in (grid, square := (grid[0], 1, grid[-1], grid[-1])):
             raise InputError(f"sliding_window_mask has shape {tuple(window.shape)}; it must be {grid} or {square}")
+    if ends and len(ends) != len(packing.lengths):
+        raise InputError(f"the input has {len(packing.lengths)} texts; past_key_values holds {len(ends)}")
 
-    came_packed = given.cu_seqlens is not None or packing.grid is None
-    x = x.reshape(packing.tokens, *x.shape[len(shape) :]) if came_packed else packing.unpad(x)
+    packed = packed or packing.grid is None
+    x = x.flatten(0, len(shape) - 1) if packed else packing.unpad(x)
     ids_T, embeds_TM = (x, None) if given.input_ids is not None else (None, x)
     if ids_T is not None and ids_T.numel():
-        low, high = (int(i) for i in ids_T.aminmax())
+        low, high = map(int, ids_T.aminmax())
         if low < 0 or high >= config.vocab_size:
             bad = low if low < 0 else high
             raise InputError(f"input_ids holds {bad}; the vocabulary has ids 0 to {config.vocab_size - 1}")
-    inputs = PackedInputs(ids_T, embeds_TM, packing, packing.positions_T, shape, came_packed)
+    inputs = PackedInputs(ids_T, embeds_TM, packing, packing.positions_T, shape, packed)
     if (positions := given.position_ids) is not None:
         positions = positions if given.cu_seqlens is not None else positions.long().expand(shape)
-        inputs = dataclasses.replace(inputs, positions_T=inputs.pack("position_ids", positions))
+        inputs = dataclasses.replace(inputs, rope_positions_T=inputs.pack("position_ids", positions))
     elif ends:
-        if len(ends) != len(packing.lengths):
-            raise InputError(f"the input has {len(packing.lengths)} texts; past_key_values holds {len(ends)}")
-        ends_B = torch.tensor(ends, device=x.device)
-        inputs = dataclasses.replace(inputs, positions_T=packing.positions_T + ends_B[packing.text_T])
+        positions = packing.positions_T + torch.tensor(ends, device=x.device)[packing.text_T]
+        inputs = dataclasses.replace(inputs, rope_positions_T=positions)
     return inputs.to(device)
 
 
-def check_tensors(**given: Any) -> None:
-    """Refuse what is no tensor; raises `InputError` with what to give instead."""
-    for name, value in given.items():
-        if value is None or isinstance(value, Tensor):
-            continue
-        what = "give what it holds by name: model(**encoding), made with return_tensors='pt'"
-        if not isinstance(value, Mapping):
-            what = (
-                "it must be a tensor: a tokenizer makes tensors with return_tensors='pt', and torch.as_tensor makes "
-                "them of lists and arrays"
-            )
-        raise InputError(f"{name} is a {type(value).__name__}; {what}")
-
-
 def _is_whole(values: Tensor) -> bool:
-    return not values.is_floating_point() and not values.is_complex() and values.dtype != torch.bool
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
 
 
 def _tokens(given: Inputs, config: Config, dtype: torch.dtype) -> tuple[str, Tensor, tuple[int, ...]]:
@@ -144,16 +150,6 @@ def _tokens(given: Inputs, config: Config, dtype: torch.dtype) -> tuple[str, Ten
     return "inputs_embeds", embeds if autocast else embeds.to(dtype), shape[:-1]
 
 
-def _check_cache_position(cache_position: Tensor, columns: int, new: int, packed: bool) -> None:
-    if packed:
-        raise InputError("cache_position counts the columns of padded input; packed input has none")
-    if (got := cache_position.tolist()) != list(range(columns, columns + new)):
-        raise InputError(
-            f"cache_position is {got}; with {columns} columns in the cache and {new} new ones it must be {columns} to "
-            f"{columns + new - 1}"
-        )
-
-
 def _packing_of_padded(
     given: Inputs,
     mask: Tensor | None,
@@ -162,7 +158,7 @@ def _packing_of_padded(
     gaps_separate: bool,
     continues: bool,
 ) -> Packing:
-    """Where the texts of a padded grid lie: in a row each, or where nothing but positions tells them apart, in one."""
+    """Where the texts of a padded grid lie: one in each row, or several that only positions tell apart."""
     for name, value, expected in (("batch_size", given.batch_size, shape[0]), ("seq_len", given.seq_len, shape[1])):
         if value is not None and value != expected:
             raise InputError(f"{name} is {value}; the input's shape {shape} says {expected}")
@@ -176,31 +172,22 @@ def _packing_of_padded(
             raise InputError(f"position_ids has dtype {positions.dtype}; it must be whole numbers")
         if tuple(positions.shape) not in (shape, (1, shape[1]), (shape[1],)):  # the last two are every row's
             raise wrong_shape("position_ids", positions, shape, (1, shape[1]))
-        if mask is None and not continues:  # a row that continues a text is one text, whatever its positions
-            lengths = _lengths_by(positions.long().expand(shape), gaps_separate)
-            if lengths is not None:
+        if mask is None and not continues and positions.numel():
+            # A row that continues a text is one text, whatever its positions.
+            step = positions.long().expand(shape).diff(dim=1)
+            begins_BS = torch.ones(shape, dtype=torch.bool, device=step.device)
+            begins_BS[:, 1:] = step != 1 if gaps_separate else step <= 0
+            starts = begins_BS.flatten().nonzero().squeeze(1).tolist()
+            if len(starts) > shape[0]:
+                lengths = [b - a for a, b in itertools.pairwise([*starts, begins_BS.numel()])]
                 return Packing.from_lengths(lengths, device)
     return Packing.from_mask(torch.ones(shape, device=device).bool() if mask is None else mask.to(device) != 0)
 
 
-def _lengths_by(position_BS: Tensor, gaps_separate: bool) -> list[int] | None:
-    """Lengths of the texts that lie in the rows of a grid, where some row holds more than one; else None."""
-    if not position_BS.numel():
-        return None
-    step = position_BS.diff(dim=1)
-    begins_BS = torch.ones(position_BS.shape, dtype=torch.bool, device=position_BS.device)
-    begins_BS[:, 1:] = step != 1 if gaps_separate else step <= 0
-    starts = begins_BS.flatten().nonzero().squeeze(1).tolist()
-    if len(starts) == len(position_BS):
-        return None
-    return [b - a for a, b in itertools.pairwise([*starts, position_BS.numel()])]
-
-
-def _packing_of_packed(
-    given: Inputs, cu_seqlens: Tensor, mask: Tensor | None, tokens: int, device: torch.device
-) -> Packing:
+def _packing_of_packed(given: Inputs, mask: Tensor | None, tokens: int, device: torch.device) -> Packing:
     """Where the texts of packed input lie, and where they stand in the padded grid that the caller described."""
     indices, batch_size, grid = given.indices, given.batch_size, None
+    assert given.cu_seqlens is not None
     if indices is not None:
         if batch_size is None or given.seq_len is None:
             raise InputError("indices say where tokens stand in a padded grid, which needs batch_size and seq_len too")
@@ -211,8 +198,8 @@ def _packing_of_packed(
             raise InputError(f"indices reach to {int(indices.max())}; the grid {grid} has {grid[0] * grid[1]} places")
     elif given.seq_len is not None:
         raise InputError(f"seq_len is {given.seq_len}; to pad packed outputs, indices must say where each token goes")
-    packing = Packing.from_cu_seqlens(cu_seqlens, tokens, device, indices, grid)
-    lengths = list(packing.lengths)
+    lengths = lengths_of(given.cu_seqlens, tokens)
+    packing = Packing.from_lengths(lengths, device, indices, grid)
     if batch_size is not None and batch_size != len(lengths):
         raise InputError(f"batch_size is {batch_size}; cu_seqlens holds {len(lengths)} texts")
     if indices is not None and grid is not None:
@@ -233,3 +220,20 @@ def _packing_of_packed(
                 "Packed input needs no mask"
             )
     return packing
+
+
+def lengths_of(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """Lengths of texts by their cumulative lengths, which must rise from 0 to `tokens`."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+        raise InputError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be whole "
+            "numbers of shape (batch + 1,)"
+        )
+    starts = cu_seqlens.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(starts)]
+    if starts[0] != 0 or starts[-1] != tokens or min(lengths, default=0) < 0:
+        raise InputError(
+            f"cu_seqlens is {starts if len(starts) < 12 else [*starts[:5], '...', *starts[-5:]]}; it must begin "
+            f"at 0, never fall, and end at the number of tokens given, {tokens}"
+        )
+    return lengths

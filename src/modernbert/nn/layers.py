@@ -1,4 +1,4 @@
-"""The parts of a layer, from the embedding to the MLP. All of them see packed texts only.
+"""The parts of a layer, from the embedding to the MLP, and the head that classifiers share. All see packed texts only.
 
 Shapes: T tokens of all texts together, H heads, D head size, M hidden size, I intermediate size.
 """
@@ -24,12 +24,10 @@ class Linear(nn.Linear):
     """A linear layer whose rows do not depend on each other, bit for bit; see `nn.linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
         return linear(x, self.weight, self.bias)
 
 
 def layer_norm(config: Config) -> nn.LayerNorm:
-    """LayerNorm over the hidden size, as the configuration wants it."""
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
@@ -77,12 +75,7 @@ class Attention(nn.Module, abc.ABC):
     def project(self, x_TM: Tensor) -> Tensor:
         """Queries, keys and values: (T, M) to (T, 3, H, D)."""
 
-    @abc.abstractmethod
-    def select_heads(self, outputs: Tensor) -> None:
-        """Keep these outputs of each projection."""
-
     def forward(self, x_TM: Tensor, shared: Shared) -> Tensor:
-        """(T, M) to (T, M)."""
         q_THD, k_THD, v_THD = split_rotated(self.project(x_TM), shared.cos_T1D, shared.sin_T1D)
         out_THD = shared.attend(self.layer, q_THD, k_THD, v_THD, self.dropout if self.training else 0.0)
         return self.out_drop(self.Wo(out_THD.flatten(1)))
@@ -91,7 +84,11 @@ class Attention(nn.Module, abc.ABC):
         """Remove these heads, numbered as they are now."""
         kept = torch.tensor([h for h in range(self.heads) if h not in heads], dtype=torch.int64)
         outputs = (kept[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
-        self.select_heads(outputs)
+        width = self.heads * self.head_dim
+        for name, module in list(self.named_children()):
+            if name != "Wo" and isinstance(module, Linear):  # one projection, or three in one
+                parts = range(0, module.out_features, width)
+                setattr(self, name, select(module, torch.cat([outputs + first for first in parts]), dim=0))
         self.Wo = select(self.Wo, outputs, dim=1)
         self.heads = len(kept)
 
@@ -104,13 +101,7 @@ class EncoderAttention(Attention):
         self.Wqkv = Linear(config.hidden_size, 3 * self.heads * self.head_dim, bias=config.attention_bias)
 
     def project(self, x_TM: Tensor) -> Tensor:
-        """(T, M) to (T, 3, H, D)."""
         return self.Wqkv(x_TM).unflatten(-1, (3, self.heads, self.head_dim))
-
-    def select_heads(self, outputs: Tensor) -> None:
-        """Keep these outputs of each of the three."""
-        width = self.heads * self.head_dim
-        self.Wqkv = select(self.Wqkv, torch.cat([outputs + part * width for part in range(3)]), dim=0)
 
 
 class DecoderAttention(Attention):
@@ -124,25 +115,19 @@ class DecoderAttention(Attention):
         self.v_proj = Linear(config.hidden_size, width, bias=config.attention_bias)
 
     def project(self, x_TM: Tensor) -> Tensor:
-        """(T, M) to (T, 3, H, D)."""
         parts = [part(x_TM) for part in (self.q_proj, self.k_proj, self.v_proj)]
         return torch.cat(parts, dim=-1).unflatten(-1, (3, self.heads, self.head_dim))
-
-    def select_heads(self, outputs: Tensor) -> None:
-        """Keep these outputs of each of the three."""
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, select(getattr(self, name), outputs, dim=0))
 
 
 def select(module: Linear, index: Tensor, dim: int) -> Linear:
     """A linear layer with only these outputs (dim 0) or inputs (dim 1)."""
-    weight = module.weight.detach().index_select(dim, index.to(module.weight.device))
-    out = Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, device="meta")
-    out.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+    index = index.to(module.weight.device)
+    out = Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    out.weight = nn.Parameter(module.weight.detach().index_select(dim, index), module.weight.requires_grad)
+    out.out_features, out.in_features = out.weight.shape
     if module.bias is not None:
-        bias = module.bias.detach()
-        bias = bias.index_select(0, index.to(bias.device)) if dim == 0 else bias
-        out.bias = nn.Parameter(bias, requires_grad=module.bias.requires_grad)
+        bias = module.bias.detach().index_select(0, index) if dim == 0 else module.bias.detach()
+        out.bias = nn.Parameter(bias, module.bias.requires_grad)
     return out
 
 
@@ -158,7 +143,6 @@ class MLP(nn.Module):
         self.Wo = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_TM: Tensor) -> Tensor:
-        """(T, M) to (T, M)."""
         both_T2I = self.Wi(x_TM)
         geglu = kernel_for("geglu", both_T2I) if self.activation == "gelu" else None
         if geglu is not None:
@@ -169,13 +153,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); the first layer's attention takes x as it is.
-
-    Args:
-        config: the architecture.
-        layer: its number.
-        attention: the class of its attention.
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x)); the first layer's attention takes x as it is."""
 
     def __init__(self, config: Config, layer: int, attention: type[Attention]) -> None:
         super().__init__()
@@ -187,7 +165,6 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x_TM: Tensor, shared: Shared) -> Tensor:
-        """(T, M) to (T, M)."""
         x_TM = x_TM + self.attn(self.attn_norm(x_TM), shared)
         return x_TM + self.mlp(self.mlp_norm(x_TM))
 
@@ -202,5 +179,4 @@ class PredictionHead(nn.Module):
         self.norm = layer_norm(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., M) to (..., M)."""
         return self.norm(self.act(self.dense(x)))

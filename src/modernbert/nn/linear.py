@@ -2,10 +2,9 @@
 
 A matrix product of general libraries picks its kernel, and so the order of its sums, by the number of rows: one
 text alone and the same text in a batch then differ in the last bits. oneDNN's inner product keeps one order for
-every number of rows but one, on any number of threads, so it serves here wherever PyTorch carries it; a single
-row is computed as two, and many rows as a round number of them. Elsewhere fixed-size blocks of rows give the same
-guarantee. On a card products are left to PyTorch, which picks by the number of rows. docs/invariance.md has
-the whole list of what equal bits take.
+every number of rows but one, on any number of threads, so it serves wherever PyTorch carries it; a single row is
+computed as two, and many rows as a round number of them. Elsewhere blocks of a fixed size give the same guarantee. On a
+card products are left to PyTorch, which picks by the number of rows (docs/invariance.md).
 
 Shapes: T rows, I inputs, O outputs.
 """
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_BLOCK = 64  # rows a call where oneDNN is missing; a fixed shape is a fixed order of sums
-_LINE = 16  # inputs are padded to a multiple of this where oneDNN is missing: a row begins a cache line
+# Where oneDNN is missing:
+_BLOCK = 64  # rows a call; a fixed shape is a fixed order of sums
+_LINE = 16  # inputs are padded to a multiple of this, so that a row begins a cache line
 
 
 def onednn_serves(x: Tensor) -> bool:
@@ -32,9 +32,9 @@ def onednn_serves(x: Tensor) -> bool:
 
 @functools.cache
 def onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
-    """What oneDNN's inner product computes rows of a dtype in on this CPU; None where this build lacks it.
+    """What oneDNN's inner product computes rows of a dtype in on this CPU; None if this build lacks it.
 
-    A CPU without bfloat16 products takes bfloat16 numbers as float32, which is faster there than imitating them.
+    A CPU without bfloat16 products takes bfloat16 values as float32, which is faster there than imitating them.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return None
@@ -45,7 +45,7 @@ def onednn_computes(dtype: torch.dtype) -> torch.dtype | None:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether PyTorch multiplies bfloat16 numbers on this CPU by instructions made for them; oneDNN also imitates them.
+    """Whether PyTorch multiplies bfloat16 values on this CPU by instructions made for them; oneDNN also imitates them.
 
     `ONEDNN_MAX_CPU_ISA` can forbid oneDNN instructions that the CPU has, so one product is tried.
     """
@@ -64,7 +64,7 @@ def multiplies_bfloat16() -> bool:
 
 
 def products_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that products of numbers of a dtype are best computed in: float32 for what a CPU would imitate."""
+    """The dtype that products of values of a dtype are best computed in: float32 for what a CPU would imitate."""
     imitated = dtype == torch.bfloat16 and device.type == "cpu" and not multiplies_bfloat16()
     return torch.float32 if imitated else dtype
 
@@ -82,7 +82,7 @@ def planned_rows(rows: int) -> int:
 
 
 def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, reordered: Tensor | None = None) -> Tensor:
-    """`linear` of (T, I) without gradients; `reordered` is the weight in oneDNN's layout, where it was laid out."""
+    """`linear` of (T, I) without gradients; `reordered` is the weight in oneDNN's layout, if it has one."""
     rows = x_TI.shape[0]
     if rows == 0:
         return x_TI.new_zeros((0, weight_OI.shape[0]))
@@ -132,16 +132,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, each row independent, bit for bit, of the others on a CPU.
-
-    Args:
-        x_TI: (T, I) rows; any leading dimensions are taken as rows.
-        weight_OI: (O, I).
-        bias_O: (O,) or None.
-
-    Returns:
-        (T, O), or the leading dimensions of x and O.
-    """
+    """x @ weight.T + bias, each row independent, bit for bit, of the others on a CPU; x may have any dimensions."""
     if type(weight_OI) not in _PLAIN:  # a class of its own brings its own product, as torchao's do
         return F.linear(x_TI, weight_OI, bias_O)
     if torch.is_autocast_enabled(x_TI.device.type):

@@ -1,28 +1,96 @@
-"""Losses over packed rows, in float32. Each is a mean, or a sum over `num_items` where given.
+"""Labels, checked and packed, and losses in float32: a mean over labels, or their sum over `num_items` if given.
 
 `num_items` counts the labels of a whole batch when a call sees a part of it, so that every label weighs the same.
 Sums over positions are of one text alone (docs/invariance.md).
 
-Shapes: T rows, V classes, B texts.
+Shapes: B texts, T real tokens of all texts together, V classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modernbert.config import Config
+from modernbert.errors import InputError
 from modernbert.nn.dispatch import kernel_for
+from modernbert.nn.packing import PackedInputs
 
 IGNORED = -100  # the label of what is not labelled
+
+
+def check_classes(labels: Tensor, classes: int) -> Tensor:
+    """Labels that are class numbers, or -100, as int64; raises `InputError` if one is neither."""
+    if labels.is_floating_point() or labels.dtype.is_complex:
+        raise InputError(f"labels has dtype {labels.dtype}; the numbers of classes are whole numbers")
+    labels = labels.long()
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= classes))]
+    if wrong.numel():
+        raise InputError(f"labels holds {int(wrong[0])}; it must hold 0 to {classes - 1}, or {IGNORED}")
+    return labels
+
+
+def pack_token_labels(
+    labels: Tensor | None, inputs: PackedInputs, classes: int, ignored: int = IGNORED
+) -> Tensor | None:
+    """One class number a real token, (T,), -100 where the caller's is `ignored`."""
+    if labels is None:
+        return None
+    labels_T = inputs.pack("labels", labels)
+    if ignored != IGNORED:
+        labels_T = labels_T.masked_fill(labels_T == ignored, IGNORED)
+    return check_classes(labels_T, classes)
+
+
+def pack_text_labels(labels: Tensor | None, inputs: PackedInputs, config: Config) -> Tensor | None:
+    """Class numbers (B,) or values (B, V), as `text_loss` takes them; raises `InputError` if they do not fit."""
+    if labels is None:
+        return None
+    assert config.num_labels is not None
+    texts, classes, problem = len(inputs.packing.lengths), config.num_labels, problem_of(config, labels)
+    one_each = problem == "single_label_classification" or (problem == "regression" and classes == 1)
+    allowed: list[tuple[int, ...]] = [(texts,), (texts, 1)] if one_each else [(texts, classes)]
+    if tuple(labels.shape) not in allowed:
+        raise InputError(
+            f"labels has shape {tuple(labels.shape)}; {problem} of {texts} texts with {classes} labels takes "
+            f"{' or '.join(map(str, allowed))}"
+        )
+    if problem == "single_label_classification":
+        return check_classes(labels.flatten(), classes)
+    return labels.reshape(texts, classes)
+
+
+def problem_of(config: Config, labels: Tensor) -> str:
+    """The kind of problem that labels of texts pose: what the configuration says, or what they look like."""
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    return "single_label_classification" if whole else "multi_label_classification"
+
+
+def text_loss(
+    logits_BV: Tensor, labels: Tensor | None, config: Config, num_items: Tensor | float | None
+) -> Tensor | None:
+    """The loss of the problem that labels of texts pose, a scalar."""
+    if labels is None:
+        return None
+    losses: dict[str, Callable[..., Tensor]] = {
+        "regression": mean_squared_error,
+        "single_label_classification": cross_entropy,
+        "multi_label_classification": binary_cross_entropy,
+    }
+    return losses[problem_of(config, labels)](logits_BV, labels, num_items=num_items)
 
 
 def cross_entropy(
     logits_TV: Tensor, labels_T: Tensor, *, ignore_index: int = IGNORED, num_items: Tensor | float | None = None
 ) -> Tensor:
-    """Cross-entropy of the labelled rows. None at all gives NaN as a mean, as in PyTorch."""
+    """Cross-entropy of what is labelled. No label at all gives NaN as a mean, as in PyTorch."""
     if (kernel := kernel_for("cross_entropy", logits_TV)) is not None:
         losses_T = kernel(logits_TV, labels_T.long(), ignore_index)
     else:
@@ -31,7 +99,6 @@ def cross_entropy(
 
 
 def mean_squared_error(predicted: Tensor, labels: Tensor, *, num_items: Tensor | float | None = None) -> Tensor:
-    """Squared differences of two tensors of one shape."""
     return _reduced((predicted.float() - labels.float()).square(), predicted.numel(), num_items)
 
 
@@ -44,22 +111,16 @@ def binary_cross_entropy(logits_BV: Tensor, labels_BV: Tensor, *, num_items: Ten
 def position_cross_entropy(
     logits_T: Tensor,
     spans: Sequence[tuple[int, int]],
-    rows_B: Sequence[int | None],
+    right_B: Sequence[int | None],
     *,
     num_items: Tensor | float | None = None,
 ) -> Tensor:
-    """Cross-entropy of one row out of each span: which token of its text is the right one.
-
-    Args:
-        logits_T: one score a token.
-        spans: first row and the row after the last one of each text.
-        rows_B: the right row of each text, counted over all texts; None is not counted.
-    """
+    """Cross-entropy of the right token of each span, counted over all texts; spans without one do not count."""
     scores_T = logits_T.float()
     losses = [
-        scores_T[start:end].logsumexp(0) - scores_T[row]
-        for (start, end), row in zip(spans, rows_B, strict=True)
-        if row is not None
+        scores_T[start:end].logsumexp(0) - scores_T[right]
+        for (start, end), right in zip(spans, right_B, strict=True)
+        if right is not None
     ]
     total = torch.stack(losses) if losses else scores_T[:0]
     return _reduced(total, len(losses), num_items)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -14,9 +13,8 @@ from torch.utils import _pytree as pytree
 class ModelOutput(OrderedDict[str, Any]):
     """Base of the outputs: an ordered dict of the fields that are set, which are attributes as well.
 
-    A class annotates its fields in their order, which stand before those of its base. Attributes and keys are one and
-    the same; setting None takes a field out. PyTorch takes outputs apart and makes them anew, as export and wrappers
-    for several processes need it.
+    A class annotates its fields in their order, which stand before those of its bases. Setting None takes a field out.
+    PyTorch takes outputs apart and makes them anew, as export and wrappers for several processes need it.
 
     Args:
         values: the fields in their order, or one mapping or iterator of pairs.
@@ -29,13 +27,17 @@ class ModelOutput(OrderedDict[str, Any]):
     _fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        cls._fields = (*inspect.get_annotations(cls), *cls._fields)
+        annotated = [name for base in cls.__mro__ if base is not ModelOutput for name in inspect.get_annotations(base)]
+        cls._fields = tuple(dict.fromkeys(annotated))
         pytree.register_pytree_node(
             cls,
-            _flatten,
-            functools.partial(_unflatten, cls),
+            lambda output: (list(output.values()), list(output.keys())),
+            lambda values, names: cls(zip(names, values, strict=True)),
             serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-            flatten_with_keys_fn=_flatten_with_keys,
+            flatten_with_keys_fn=lambda output: (
+                [(pytree.MappingKey(name), value) for name, value in output.items()],
+                list(output.keys()),
+            ),
         )
 
     def __init__(self, *values: Any, **named: Any) -> None:
@@ -79,15 +81,3 @@ class ModelOutput(OrderedDict[str, Any]):
     def to_tuple(self) -> tuple[Any, ...]:
         """The fields that are set, in order."""
         return tuple(self.values())
-
-
-def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
-    return list(output.values()), list(output.keys())
-
-
-def _flatten_with_keys(output: ModelOutput) -> tuple[list[tuple[pytree.KeyEntry, Any]], list[str]]:
-    return [(pytree.MappingKey(name), value) for name, value in output.items()], list(output.keys())
-
-
-def _unflatten(cls: type[ModelOutput], values: Any, names: list[str]) -> ModelOutput:
-    return cls(zip(names, values, strict=True))

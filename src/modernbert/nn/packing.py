@@ -1,6 +1,6 @@
-"""Packing: B texts lie end to end in one row of T real tokens, and a `Packing` says where each begins.
+"""Packing: B texts lie end to end, T real tokens in all, and a `Packing` says where each text begins.
 
-`PackedInputs` are that row, what all layers take, with the way back to the shape that the caller uses.
+`PackedInputs` are those tokens, which all layers take, with the way back to the shape that the caller uses.
 
 Shapes: B texts, S columns of a padded grid, T real tokens of all texts together, M hidden size.
 """
@@ -36,11 +36,11 @@ class Packing:
 
     Attributes:
         lengths: real tokens of each text; a text of padding alone has length 0.
-        positions_T: (T,) int64, the place of each token in its text, the first real one at 0. Padding between
-            two real tokens leaves a gap in the positions, so that distances stay what they were.
+        positions_T: (T,) int64, the position of each token in its text, the first real one at 0. Padding between two
+            real tokens leaves a gap in the positions, so that distances stay what they were.
         text_T: (T,) int64, the number of the text that each token belongs to.
-        indices_T: (T,) int64, the place of each token in the flattened grid of B x S, or None where the batch
-            came packed and nothing says how to pad it.
+        indices_T: (T,) int64, the place of each token in the flattened grid; None for a batch that came packed and
+            that nothing says how to pad.
         grid: (B, S) of the padded grid, or None likewise.
         gaps: whether any text has padding between two real tokens.
     """
@@ -57,14 +57,14 @@ class Packing:
         """T, the number of real tokens."""
         return self.positions_T.shape[0]
 
-    @property
+    @functools.cached_property
     def starts(self) -> tuple[int, ...]:
-        """Where each text begins in the packed row; one more entry than texts, the last one T."""
+        """The first token of each text; one more entry than texts, the last one T."""
         return (0, *itertools.accumulate(self.lengths))
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """For each text its first row and the row after its last one."""
+        """For each text its first token and the token after its last one."""
         return list(itertools.pairwise(self.starts))
 
     @functools.cached_property
@@ -77,19 +77,16 @@ class Packing:
         """Pack the grid positions where `mask_BS` (boolean) is true."""
         batch, columns = mask_BS.shape
         indices_T = mask_BS.flatten().nonzero().squeeze(1)
-        lengths = tuple(mask_BS.sum(1).tolist())
         text_T = torch.div(indices_T, columns, rounding_mode="floor") if columns else indices_T
-        column_T = indices_T - text_T * columns
         first_B = mask_BS.int().argmax(1) if columns else torch.zeros(batch, dtype=torch.int64, device=mask_BS.device)
-        positions_T = column_T - first_B[text_T]
-        # Without gaps a text's positions are 0, 1, 2, ...
-        gaps = not torch.equal(positions_T, cls.from_lengths(lengths, mask_BS.device).positions_T)
-        return cls(lengths, positions_T, text_T, indices_T, (batch, columns), gaps)
+        positions_T = indices_T - (text_T * columns + first_B[text_T])
+        gaps = bool(((positions_T.diff() != 1) & (text_T.diff() == 0)).any())
+        return cls(tuple(mask_BS.sum(1).tolist()), positions_T, text_T, indices_T, (batch, columns), gaps)
 
     @classmethod
     def from_lengths(
         cls,
-        lengths: tuple[int, ...] | list[int],
+        lengths: Sequence[int],
         device: torch.device | str = "cpu",
         indices_T: Tensor | None = None,
         grid: tuple[int, int] | None = None,
@@ -100,41 +97,17 @@ class Packing:
         positions_T = torch.arange(len(text_T)) - (lengths_B.cumsum(0) - lengths_B)[text_T]
         return cls(tuple(lengths), positions_T.to(device), text_T.to(device), indices_T, grid)
 
-    @classmethod
-    def from_cu_seqlens(
-        cls,
-        cu_seqlens: Tensor,
-        tokens: int,
-        device: torch.device,
-        indices_T: Tensor | None = None,
-        grid: tuple[int, int] | None = None,
-    ) -> Packing:
-        """Pack by cumulative lengths; they must rise from 0 to `tokens`."""
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
-            raise InputError(
-                f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be whole "
-                "numbers of shape (batch + 1,)"
-            )
-        starts = cu_seqlens.tolist()
-        if starts[0] != 0 or starts[-1] != tokens or any(a > b for a, b in itertools.pairwise(starts)):
-            raise InputError(
-                f"cu_seqlens is {starts if len(starts) < 12 else [*starts[:5], '...', *starts[-5:]]}; it must begin "
-                f"at 0, never fall, and end at the number of tokens given, {tokens}"
-            )
-        lengths = tuple(b - a for a, b in itertools.pairwise(starts))
-        return cls.from_lengths(lengths, device, indices_T, grid)
-
     def unpad(self, grid_BS: Tensor) -> Tensor:
         """Take the real tokens out of a padded grid: (B, S, ...) to (T, ...)."""
         assert self.indices_T is not None
         return grid_BS.flatten(0, 1).index_select(0, self.indices_T)
 
     def repad(self, packed_T: Tensor, fill: float = 0.0) -> Tensor:
-        """Put packed rows back into the padded grid, `fill` elsewhere: (T, ...) to (B, S, ...)."""
+        """Put packed tokens back into the padded grid, `fill` elsewhere: (T, ...) to (B, S, ...)."""
         assert self.indices_T is not None
         assert self.grid is not None
         batch, columns = self.grid
-        if self.tokens == batch * columns:  # nothing was padding: the rows are the grid
+        if len(packed_T) == batch * columns:  # nothing was padding
             return packed_T.unflatten(0, self.grid)
         out = packed_T.new_full((batch * columns, *packed_T.shape[1:]), fill)
         return out.index_copy(0, self.indices_T, packed_T).unflatten(0, self.grid)
@@ -142,23 +115,22 @@ class Packing:
 
 @dataclasses.dataclass(frozen=True)
 class PackedInputs:
-    """One packed row, and the way back to the shape that the caller uses.
+    """Packed tokens, and the way back to the shape that the caller uses.
 
     Attributes:
-        ids_T: (T,) token ids, or None where `embeds_TM` stands in their place.
-        embeds_TM: (T, M) vectors in the place of token embeddings.
+        ids_T: (T,) token ids, or None if `embeds_TM` is given instead.
+        embeds_TM: (T, M) vectors instead of token embeddings.
         packing: where the texts lie.
-        positions_T: (T,) positions for the rotary embedding, which a caller may choose. How far tokens see each other
-            follows from the packing's own.
+        rope_positions_T: (T,) positions for the rotary embedding, which a caller may choose; how far tokens see each
+            other follows from the packing's own.
         outer_shape: leading shape of the caller's input: (B, S), (T,) or (1, T).
-        came_packed: whether the caller packed it. Outputs then stay packed, unless the caller said where the
-            tokens stand in a padded grid.
+        came_packed: whether the caller packed it. Outputs then stay packed, unless a padded grid was described.
     """
 
     ids_T: Tensor | None
     embeds_TM: Tensor | None
     packing: Packing
-    positions_T: Tensor
+    rope_positions_T: Tensor
     outer_shape: tuple[int, ...]
     came_packed: bool
 
@@ -166,13 +138,7 @@ class PackedInputs:
     def of_rows(
         cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu", offsets: Sequence[int] = ()
     ) -> PackedInputs:
-        """Pack texts that are lists of ids, for callers who have them and need no check.
-
-        Args:
-            rows: ids of each text.
-            device: where the tensors go.
-            offsets: the position of each text's first token; none begins every text at 0.
-        """
+        """Pack texts that are lists of ids and need no check; `offsets` are the positions of their first tokens."""
         packing = Packing.from_lengths([len(row) for row in rows])
         ids_T = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
         positions_T = packing.positions_T
@@ -183,15 +149,24 @@ class PackedInputs:
 
     def restore(self, packed_T: Tensor, fill: float = 0.0) -> Tensor:
         """(T, ...) to the caller's leading shape; padding comes back as `fill`."""
-        return (
-            packed_T.unflatten(0, self.outer_shape) if self.packing.grid is None else self.packing.repad(packed_T, fill)
-        )
+        if self.packing.grid is None:
+            return packed_T.unflatten(0, self.outer_shape)
+        return self.packing.repad(packed_T, fill)
 
     def take(self, padded: Tensor) -> Tensor:
         """Undo `restore`: the real tokens of a tensor in the caller's leading shape, (T, ...)."""
         if self.packing.grid is not None:
             return self.packing.unpad(padded)
         return padded.flatten(0, len(self.outer_shape) - 1)
+
+    def pack(self, name: str, values: Tensor) -> Tensor:
+        """Pack one value a token, such as labels, given in the shape of the input or of its padded grid."""
+        values, shape, grid = values.to(self.packing.positions_T.device), tuple(values.shape), self.packing.grid
+        if self.came_packed and shape == self.outer_shape:
+            return values.flatten()
+        if shape == grid:
+            return self.packing.unpad(values)
+        raise wrong_shape(name, values, *dict.fromkeys(s for s in (self.outer_shape, grid) if s is not None))
 
     def to(self, device: torch.device) -> PackedInputs:
         """The same on a device; from the host to a GPU by one asynchronous copy from pinned memory."""
@@ -211,13 +186,13 @@ class PackedInputs:
     def copied(self, copy_all: Callable[[list[Tensor]], Tensor], device: torch.device) -> PackedInputs:
         """The same where `copy_all` puts a list of int64 tensors, end to end."""
         packing = self.packing
-        own = None if self.positions_T is packing.positions_T else self.positions_T
+        own = None if self.rope_positions_T is packing.positions_T else self.rope_positions_T
         named = {
             "positions": packing.positions_T, "text": packing.text_T, "starts": torch.tensor(packing.starts),
             "ids": self.ids_T, "indices": packing.indices_T, "own": own,
         }  # fmt: skip
-        rows = {name: x.long() for name, x in named.items() if x is not None}
-        there = dict(zip(rows, copy_all(list(rows.values())).split([len(x) for x in rows.values()]), strict=True))
+        parts = {name: x.long() for name, x in named.items() if x is not None}
+        there = dict(zip(parts, copy_all(list(parts.values())).split([len(x) for x in parts.values()]), strict=True))
         packing = dataclasses.replace(
             packing, positions_T=there["positions"], text_T=there["text"], indices_T=there.get("indices")
         )
@@ -226,18 +201,9 @@ class PackedInputs:
         positions_T = there.get("own", packing.positions_T)
         return PackedInputs(there.get("ids"), embeds_TM, packing, positions_T, self.outer_shape, self.came_packed)
 
-    def pack(self, name: str, values: Tensor) -> Tensor:
-        """Pack one value a token, such as labels, given in the shape of the input or of its padded grid."""
-        values, shape, grid = values.to(self.packing.positions_T.device), tuple(values.shape), self.packing.grid
-        if self.came_packed and shape == self.outer_shape:
-            return values.flatten()
-        if shape == grid:
-            return self.packing.unpad(values)
-        raise wrong_shape(name, values, *dict.fromkeys(s for s in (self.outer_shape, grid) if s is not None))
-
 
 def wrong_shape(name: str, values: Tensor, *allowed: tuple[int, ...]) -> InputError:
-    """What to raise where a tensor has none of the shapes allowed."""
+    """What to raise for a tensor that has none of the allowed shapes."""
     return InputError(
         f"{name} has shape {tuple(values.shape)}; with this input it must be {' or '.join(map(str, allowed))}"
     )

@@ -23,16 +23,14 @@ POOLINGS = ("cls", "mean", "max", "last", "weighted_mean", "mean_sqrt_len")
 def pool(
     x_TM: Tensor, spans: Sequence[tuple[int, int]], mode: str = "mean", positions_T: Tensor | None = None
 ) -> Tensor:
-    """Pool the rows of each span into one: (T, M) to (B, M).
-
-    Sums are taken in float32 and over one span alone, so that a vector does not depend on the others.
+    """Pool the tokens of each span into one vector: (T, M) to (B, M), with sums in float32.
 
     Args:
-        x_TM: packed rows.
-        spans: for each vector its first row and the row after its last one; an empty span gives zeros.
-        mode: "cls" (first row), "last" (last row), "mean", "max" (of each dimension), "weighted_mean" (weights
-            1, 2, 3, ... by the token's place in its text), "mean_sqrt_len" (sum over the root of the count).
-        positions_T: (T,) places of the tokens in their texts from 0; "weighted_mean" needs them.
+        x_TM: packed states.
+        spans: for each vector its first token and the token after its last one; an empty span gives zeros.
+        mode: "cls" (first token), "last" (last token), "mean", "max" (of each dimension), "weighted_mean" (weights
+            1, 2, 3, ... by the token's position in its text), "mean_sqrt_len" (sum over the root of the count).
+        positions_T: (T,) positions of the tokens in their texts from 0; "weighted_mean" needs them.
 
     Raises:
         InputError: there is no such mode.
@@ -41,36 +39,32 @@ def pool(
         raise InputError(f"pooling is {mode!r}; choose one of {', '.join(POOLINGS)}")
     lengths = [end - start for start, end in spans]
     filled = [i for i, length in enumerate(lengths) if length > 0]
-    if len(filled) < len(spans):
+    if len(filled) < len(spans) or not spans:
         out = x_TM.new_zeros((len(spans), x_TM.shape[1]))
         if not filled:
             return out
         index = on_device(filled, x_TM.device)
         return out.index_copy(0, index, pool(x_TM, [spans[i] for i in filled], mode, positions_T))
     if mode in ("cls", "last"):
-        rows = [start if mode == "cls" else end - 1 for start, end in spans]
-        return x_TM.index_select(0, on_device(rows, x_TM.device))
-    if not spans:
-        return x_TM.new_zeros((0, x_TM.shape[1]))
-    rows_TM, weight_T = _gather(x_TM, spans), None
-    lengths_B = on_device(lengths, x_TM.device)
+        chosen = [start if mode == "cls" else end - 1 for start, end in spans]
+        return x_TM.index_select(0, on_device(chosen, x_TM.device))
+    states, lengths_B = _gather(x_TM, spans).float(), on_device(lengths, x_TM.device)
     if mode == "max":
-        return torch.segment_reduce(rows_TM.float(), "max", lengths=lengths_B, axis=0).to(x_TM.dtype)
+        return torch.segment_reduce(states, "max", lengths=lengths_B, axis=0).to(x_TM.dtype)
+    count_B = lengths_B.float()
     if mode == "weighted_mean":
         assert positions_T is not None
-        weight_T = _gather(positions_T, spans).float() + 1.0
-        rows_TM = rows_TM.float() * weight_T[:, None]
-    sum_BM = torch.segment_reduce(rows_TM.float(), "sum", lengths=lengths_B, axis=0)
-    count_B = lengths_B.float()
-    if weight_T is not None:
-        count_B = torch.segment_reduce(weight_T, "sum", lengths=lengths_B, axis=0)
+        weights = _gather(positions_T, spans).float() + 1.0
+        states = states * weights[:, None]
+        count_B = torch.segment_reduce(weights, "sum", lengths=lengths_B, axis=0)
     elif mode == "mean_sqrt_len":
         count_B = count_B.sqrt()
+    sum_BM = torch.segment_reduce(states, "sum", lengths=lengths_B, axis=0)
     return (sum_BM / count_B[:, None]).to(x_TM.dtype)
 
 
 def _gather(values_T: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
-    """The rows of the spans one after another."""
+    """The tokens of the spans one after another."""
     if all(a[1] == b[0] for a, b in itertools.pairwise(spans)):
         return values_T[spans[0][0] : spans[-1][1]]
     return torch.cat([values_T[start:end] for start, end in spans])

@@ -14,13 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Recompute:
-    """Runs layers, and keeps the activations of as many as a budget allows: the last ones.
+    """Runs layers, and keeps the activations of as many as a budget of bytes allows, the last ones; None keeps none.
 
     A layer that is computed again needs memory for one layer. The first ones need it when the others' is free again.
-    What a layer keeps is not estimated: one layer of each kind is measured once.
-
-    Args:
-        budget: bytes of activations to keep; None keeps those of no layer.
+    What a layer keeps is not estimated: the last layer of each kind is measured once.
     """
 
     def __init__(self, budget: int | None = None) -> None:
@@ -33,11 +30,10 @@ class Recompute:
         if self.budget is None:
             return kept
         keys = [_key(kind, x_TM) for kind in kinds]
-        unknown = {key for key in keys if key not in self._bytes_a_token}
-        for key in unknown:  # to be measured; the rest of this pass takes no memory that is not known
-            first, *others = (i for i, other in enumerate(keys) if other == key)
-            kept[others[0] if first == 0 and others else first] = True  # the first layer of all has no norm
-        if unknown:
+        last = {key: i for i, key in enumerate(keys) if key not in self._bytes_a_token}
+        for i in last.values():  # to be measured; the rest of this pass takes no memory that is not known
+            kept[i] = True
+        if last:
             return kept
         left = float(self.budget)
         for i in reversed(range(len(kinds))):

@@ -17,13 +17,6 @@ from torch import Tensor
 from modernbert.nn.dispatch import kernel_for
 
 
-def _powers(theta: float | Tensor, head_dim: int, device: torch.device) -> Tensor:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    if not isinstance(theta, Tensor):
-        theta = torch.full((), theta, dtype=torch.float32, device=device)  # made there: a copy would be waited for
-    return theta[..., None] ** exponents
-
-
 def _yarn(rope: Mapping[str, Any], powers: Tensor, head_dim: int) -> tuple[Tensor, float]:
     """YaRN, arXiv:2309.00071: fast dimensions keep their frequency, slow ones are interpolated."""
     factor, theta = rope["factor"], rope["rope_theta"]
@@ -52,19 +45,24 @@ def _yarn(rope: Mapping[str, Any], powers: Tensor, head_dim: int) -> tuple[Tenso
     return frequencies, float(attention)
 
 
-def rope_frequencies(rope: Mapping[str, Any], head_dim: int, device: torch.device) -> tuple[Tensor, float]:
+def rope_frequencies(
+    rope: Mapping[str, Any], head_dim: int, device: torch.device, theta_B: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Angle a position of each pair of dimensions, (D / 2,) float32, and what cosines and sines are multiplied by.
 
-    Of every type but "dynamic", whose frequencies follow from the texts.
+    Type "dynamic" has a base for each text, `theta_B`, instead of `rope_theta`; frequencies are then (B, D / 2).
     """
-    powers = _powers(rope["rope_theta"], head_dim, device)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    # A scalar is made on the device: a copy would be waited for.
+    theta = torch.full((), rope["rope_theta"], dtype=torch.float32, device=device) if theta_B is None else theta_B
+    powers = theta[..., None] ** exponents
     if rope["rope_type"] == "yarn":
         return _yarn(rope, powers, head_dim)
     return 1.0 / powers / (rope["factor"] if rope["rope_type"] == "linear" else 1.0), 1.0
 
 
 def angle_tables(frequencies: Tensor, scale: float, positions_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines as of `rope_tables`, by frequencies (D / 2,) or (T, D / 2)."""
+    """Cosines and sines, see `rope_tables`, by frequencies (D / 2,) or (T, D / 2)."""
     angles = positions_T.float()[:, None] * frequencies
     cos, sin = angles.cos() * scale, angles.sin() * scale
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
@@ -78,30 +76,26 @@ def rope_tables(
     max_positions: int,
     text_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every token's angles.
+    """Cosines and sines of every token's angles, for one entry of a configuration's `rope_parameters`.
 
-    Args:
-        rope: one entry of a configuration's `rope_parameters`.
-        head_dim: D, even.
-        positions_T: (T,) whole numbers.
-        max_positions: the context that the model was trained for.
-        text_T: (T,) the text of each token. The "dynamic" type stretches each text by its own length, so that
-            a text's result does not depend on what it is batched with. None takes all tokens as one text.
+    The "dynamic" type stretches each text by its own length, beyond the `max_positions` that the model was trained for;
+    `text_T` is the text of each token, None takes all as one.
 
     Returns:
         Two float32 tensors of shape (T, 1, D), already multiplied by the type's attention factor: the cosines, and
         the sines with the sign that `apply_rope` adds them with.
     """
     device = positions_T.device
-    if rope["rope_type"] == "dynamic":
-        texts = torch.zeros_like(positions_T) if text_T is None else text_T
-        number = int(texts.max()) + 1 if texts.numel() else 1
-        length_B = torch.full((number,), max_positions, device=device, dtype=torch.float32)
-        length_B = length_B.scatter_reduce(0, texts, positions_T.float() + 1, "amax")
-        stretch_B = rope["factor"] * length_B / max_positions - (rope["factor"] - 1)
-        theta_B = rope["rope_theta"] * stretch_B ** (head_dim / (head_dim - 2))
-        return angle_tables((1.0 / _powers(theta_B, head_dim, device))[texts], 1.0, positions_T)
-    return angle_tables(*rope_frequencies(rope, head_dim, device), positions_T)
+    if rope["rope_type"] != "dynamic":
+        return angle_tables(*rope_frequencies(rope, head_dim, device), positions_T)
+    texts = torch.zeros_like(positions_T) if text_T is None else text_T
+    number = int(texts.max()) + 1 if texts.numel() else 1
+    length_B = torch.full((number,), max_positions, device=device, dtype=torch.float32)
+    length_B = length_B.scatter_reduce(0, texts, positions_T.float() + 1, "amax")
+    stretch_B = rope["factor"] * length_B / max_positions - (rope["factor"] - 1)
+    theta_B = rope["rope_theta"] * stretch_B ** (head_dim / (head_dim - 2))
+    frequencies_BD, scale = rope_frequencies(rope, head_dim, device, theta_B)
+    return angle_tables(frequencies_BD[texts], scale, positions_T)
 
 
 def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
@@ -112,18 +106,9 @@ def apply_rope(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:
 
 
 def split_rotated(qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys rotated by their tokens' angles, and values, (T, H, D) each.
-
-    Args:
-        qkv_T3HD: queries, keys and values.
-        cos_T1D, sin_T1D: of `rope_tables`.
-    """
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and qkv_T3HD.requires_grad):
-        return _split(qkv_T3HD, cos_T1D, sin_T1D)
-    return _SplitRotated.apply(qkv_T3HD, cos_T1D, sin_T1D)
-
-
-def _split(qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys rotated by their tokens' angles, and values, (T, H, D) each; tables of `rope_tables`."""
+    if torch.is_grad_enabled() and qkv_T3HD.requires_grad and not torch.compiler.is_compiling():
+        return _SplitRotated.apply(qkv_T3HD, cos_T1D, sin_T1D)
     if (rotate := kernel_for("rotate", qkv_T3HD)) is not None:
         q_THD, k_THD, v_THD = rotate(*qkv_T3HD.unbind(1), cos_T1D, sin_T1D).unbind(1)
         return q_THD, k_THD, v_THD
@@ -137,14 +122,14 @@ class _SplitRotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_T3HD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos_T1D, sin_T1D)
-        return _split(qkv_T3HD, cos_T1D, sin_T1D)
+        return split_rotated(qkv_T3HD, cos_T1D, sin_T1D)  # autograd is off here
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos_T1D, sin_T1D = ctx.saved_tensors
         q_THD, k_THD, v_THD = grads
         rotate = kernel_for("rotate", v_THD)
-        if rotate is not None and not torch.is_grad_enabled():  # of these gradients there may be gradients
+        if rotate is not None and not torch.is_grad_enabled():  # with it on, gradients of gradients may be wanted
             return rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D, back=True), None, None
         out_T3HD = torch.empty((v_THD.shape[0], 3, *v_THD.shape[1:]), dtype=v_THD.dtype, device=v_THD.device)
         half = v_THD.shape[-1] // 2

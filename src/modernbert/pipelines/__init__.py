@@ -6,10 +6,12 @@ import importlib
 import logging
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modernbert.errors import InputError
-from modernbert.pipelines.base import Pipeline
+
+if TYPE_CHECKING:
+    from modernbert.pipelines.base import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -55,25 +57,36 @@ def pipeline(
     *,
     torch_dtype: Any = None,
     **kwargs: Any,
-) -> Pipeline:
-    """Make a pipeline: a model and its tokenizer, ready for texts.
+) -> Pipeline[Any, Any, Any]:
+    """Create a pipeline: a model with its tokenizer, which takes texts and gives answers.
+
+    Example:
+        fill = pipeline("fill-mask", "answerdotai/ModernBERT-base")
+        fill("The capital of France is [MASK].")
 
     Args:
-        task: one of the tasks, such as "fill-mask"; None takes the one that the model's head is made for.
-        model: a model (which is put in evaluation mode, and moved or cast where `device` or `dtype` say so), a folder,
-            or a repository on the Hub; None takes the small model that comes with the
-            package, offline, for the tasks that it serves.
-        tokenizer: a tokenizer or where to find one; None takes the model's.
-        device: such as "cpu", "cuda:0" or 0; None takes the CPU.
-        dtype: dtype of the weights, "auto" for the checkpoint's.
-        torch_dtype: older spelling of `dtype`.
+        task: "fill-mask", "text-classification" (or "sentiment-analysis"), "zero-shot-classification",
+            "token-classification" (or "ner"), "question-answering", "multiple-choice", "feature-extraction",
+            "sentence-embedding", "text-ranking", "text-generation" or "text-scoring". If it is not given, the task is
+            the one that the model's head was made for.
+        model: a folder, a repository on the Hub, or a model, which is put in evaluation mode and needs `tokenizer`. If
+            it is not given, a small model that comes with the package is used: an encoder for fill-mask,
+            feature-extraction, sentence-embedding and text-ranking, a decoder for text-generation and text-scoring.
+        tokenizer: a tokenizer, or a folder or repository that holds one; the model's if it is not given.
+        device: such as "cpu", "cuda:0", or 0 for the first GPU. If it is not given, the CPU; a model that was handed
+            over stays where it is.
+        dtype: dtype of the weights, such as "bfloat16". If it is not given, or "auto", the checkpoint's.
+        torch_dtype: older name of `dtype`.
         kwargs: `attn_implementation`, `device_map`, `quantization_config`, `revision`, `subfolder`, `cache_dir`,
-            `token`, `local_files_only`, `batch_tokens`, `batch_size`, and the task's own options, which become defaults
-            of its calls.
+            `token` and `local_files_only`, as for `from_pretrained`; `batch_tokens` (tokens of a forward pass) or
+            `batch_size`; and options of the task, which become the defaults of its calls.
+
+    Returns:
+        The pipeline. Its class describes the inputs, options and answers of the task: `help(pipeline("fill-mask"))`.
 
     Raises:
-        InputError: the task is unknown or not given.
-        NotFoundError, CheckpointError: the model cannot be loaded.
+        InputError: the task is unknown, or an argument is of no use to it.
+        NotFoundError, CheckpointError: the model cannot be found or loaded.
     """
     task = ALIASES.get(str(task), task)
     if task is None and model is not None:
@@ -82,7 +95,7 @@ def pipeline(
         raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
     path, small = TASKS[task]
     module, _, name = path.rpartition(".")
-    cls: type[Pipeline] = getattr(importlib.import_module(f"modernbert.pipelines.{module}"), name)
+    cls: type[Pipeline[Any, Any, Any]] = getattr(importlib.import_module(f"modernbert.pipelines.{module}"), name)
     dtype = torch_dtype if dtype is None else dtype
     if model is None:
         if small is None:
@@ -123,6 +136,14 @@ def _task_of(model: Any, kwargs: dict[str, Any]) -> str:
             f"task is not given, and {model} does not say what it is for; choose one of {', '.join(TASKS)}"
         )
     return _USUAL[kind]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Pipeline":
+        from modernbert.pipelines.base import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 __all__ = ["TASKS", "Pipeline", "pipeline", "small_model"]

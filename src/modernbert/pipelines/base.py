@@ -1,7 +1,7 @@
 """What every pipeline does: load, tokenize, pack to a token budget, run, and give answers in order.
 
-An input becomes a `Job` of one or more rows of ids. Rows of many jobs are sorted by length in a look-ahead window and
-packed together up to a token budget; when a job's rows have their results, the task makes its answer of them.
+An input becomes one or more rows of ids. Rows of many inputs are sorted by length in a look-ahead window and packed
+together up to a token budget; when an input's rows have their results, the task makes its answer of them.
 """
 
 from __future__ import annotations
@@ -9,25 +9,30 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
+import functools
+import inspect
 import itertools
 import math
 import pickle
+import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from tokenizers import Encoding
 
 from modernbert.auto import TRAINED_HEADS, architectures_of, kind_of
+from modernbert.checks import Options, check_text, fields_of, short
 from modernbert.engines.guard import is_frozen
 from modernbert.errors import InputError, listed, shown
 from modernbert.io.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.nn.packing import PackedInputs
-from modernbert.pipelines.checks import check_count, check_iterable, check_text, short, watched
+from modernbert.pipelines.inputs import check_iterable, watched
+from modernbert.pipelines.options import BatchOptions, TokenizeOptions
 from modernbert.pipelines.progress import progress_bar
-from modernbert.text.encoding import TRUNCATIONS, UNLIMITED
+from modernbert.text.encoding import UNLIMITED
 from modernbert.text.tokenizer import Tokenizer
 
 _LOADING = ("attn_implementation", "device_map", "quantization_config")
@@ -39,52 +44,90 @@ _PINNED = 2**26  # bytes of pinned memory that a batch's results may stay in
 _CPU_BUDGET, _GPU_BUDGET = 4096, 65536  # tokens of a forward pass
 
 
-Results = Sequence[Any] | Callable[[], Sequence[Any]]  # one a row
+@dataclasses.dataclass
+class Row:
+    """One sequence of ids for the model; tasks add what its result needs to know about it.
 
-
-class Row(NamedTuple):
-    """One row of ids, and what its result needs to know about it."""
+    Attributes:
+        ids: its tokens.
+        number: of its input in the stream, those that cannot be answered counted too.
+    """
 
     ids: Sequence[int]
-    extra: Any = None
-    number: int = 0  # of its input in the stream
+    number: int = dataclasses.field(default=0, kw_only=True)
+
+
+OptionsT = TypeVar("OptionsT")  # options of a call, resolved
+RowT = TypeVar("RowT", bound=Row)
+ResultT = TypeVar("ResultT")  # what the model says of a row
+Results = Sequence[ResultT] | Callable[[], Sequence[ResultT]]  # one a row, or what gives them later
 
 
 @dataclasses.dataclass
-class Job:
+class Job(Generic[RowT, ResultT]):
     """One input on its way through the model.
 
     Attributes:
+        item: the input.
         rows: what the model sees of it.
-        context: what its answer needs besides.
-        number: of the input in its stream, those that cannot be answered counted too.
         results: one a row, filled in as batches are run.
-        error: why it cannot be answered, where it cannot.
+        error: why it cannot be answered, if it cannot.
     """
 
-    rows: list[Row]
-    context: Any = None
-    number: int = 0
-    results: list[Any] = dataclasses.field(default_factory=list)
+    item: Any
+    rows: list[RowT] = dataclasses.field(default_factory=list)
+    results: list[ResultT] = dataclasses.field(default_factory=list)
     error: InputError | None = None
 
 
-class Pipeline(abc.ABC):
+class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
     """A model and its tokenizer, ready for texts.
+
+    A task names its `options`, a dataclass whose fields are the keyword arguments of its calls; what depends on the
+    model is filled in by `resolve`. `prepare` makes rows of inputs, `run` results of rows, `finish` answers of results.
 
     Args:
         model: a loaded model; it is put in evaluation mode.
         tokenizer: its tokenizer.
-        batch_tokens: tokens of a forward pass, all its texts together; None leaves it to the device.
-        batch_size: rows of a forward pass at the most; None leaves it to `batch_tokens`.
+        batch_tokens: tokens of a forward pass, all its texts together; by default 4,096 on a CPU, 65,536 on a GPU.
+        batch_size: most rows of a forward pass; by default as many as `batch_tokens` allow.
         defaults: options of the task's calls.
     """
 
     task: ClassVar[str]
+    options: ClassVar[type[Options]]
     auto_model: ClassVar[Any]  # the class that loads its models
-    options: ClassVar[tuple[str, ...]] = ()
+    models: ClassVar[tuple[type, ...]]  # the classes that it takes
+    needs: ClassVar[str]  # these, in words
     architecture: ClassVar[str | None] = "encoder"  # what its models are; None where either kind serves
-    needs: ClassVar[str] = "an encoder"  # the same for messages
+    fields: ClassVar[tuple[str, ...]] = ()  # of an input that is a dict, which calls also take as arguments
+    second: ClassVar[str | None] = None  # the argument of a call that may follow the inputs without its name
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let `help` and `inspect.signature` show the inputs and options of each task."""
+        super().__init_subclass__(**kwargs)
+        if "options" not in vars(cls):
+            return
+        fields = fields_of(cls.options)
+        described = [f"    {field.name}: {field.described}" for field in fields]
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Options of a call:", *described])
+        call = cls.__call__
+
+        @functools.wraps(call)
+        def shown(self: Any, *args: Any, **options: Any) -> Any:
+            return call(self, *args, **options)
+
+        keyword, both = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        own = list(inspect.signature(Pipeline.__call__).parameters.values())
+        own = [own[0], own[1], *(p for p in own if p.kind is keyword)]
+        inputs = [name for name in cls.fields if name != cls.second]
+        known = [inspect.Parameter(name, keyword, default=None, annotation=Any) for name in inputs]
+        known += [inspect.Parameter(f.name, keyword, default=f.default, annotation=f.kind) for f in fields]
+        parameters = [p for p in (*own[:2], *known, *own[2:]) if p.name != cls.second]
+        if cls.second is not None:
+            parameters.insert(2, inspect.Parameter(cls.second, both, default=None, annotation=Any))
+        vars(shown)["__signature__"] = inspect.Signature(parameters)
+        setattr(cls, "__call__", shown)  # noqa: B010 (a method that mypy would not have assigned to)
 
     def __init__(
         self,
@@ -94,14 +137,15 @@ class Pipeline(abc.ABC):
         batch_size: int | None = None,
         **defaults: Any,
     ) -> None:
-        self.model = model.eval()
+        if not any(isinstance(model, taken) for taken in self.models):
+            raise InputError(f"{self.task} needs {self.needs}; this is a {type(model).__name__}")
+        self.model: Any = model.eval()
         self.tokenizer = tokenizer
-        for name, value in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
-            if value is not None:
-                check_count(name, value)
-        self.batch_tokens = batch_tokens or (_CPU_BUDGET if model.device.type == "cpu" else _GPU_BUDGET)
-        self.batch_size = batch_size
-        self.defaults = self._checked(defaults)
+        sizes = BatchOptions(batch_tokens=batch_tokens, batch_size=batch_size)
+        self.batch_tokens = sizes.batch_tokens or (_CPU_BUDGET if model.device.type == "cpu" else _GPU_BUDGET)
+        self.batch_size = sizes.batch_size
+        self.defaults = defaults
+        self.given({})
 
     @classmethod
     def load(cls, model: Any, tokenizer: Any = None, *, device: Any = None, dtype: Any = None, **kwargs: Any) -> Self:
@@ -158,23 +202,30 @@ class Pipeline(abc.ABC):
 
     # Inputs in, answers out
 
-    def __call__(self, inputs: Any, *, on_error: str = "raise", progress: bool = False, **options: Any) -> Any:
+    def __call__(
+        self, inputs: Any = None, *more: Any, on_error: str = "raise", progress: bool = False, **options: Any
+    ) -> Any:
         """Answer one input, or a list of inputs by a list, or any other iterable by an iterator.
 
         A text is taken as it is: the line end of a file's line is a part of it, unless the caller takes it off.
 
         Args:
-            inputs: what the task takes.
+            inputs: what the task takes; the fields of one input can be given as arguments instead.
             on_error: "raise" stops at the first input that cannot be answered, after the answers before it; "return"
-                gives the `InputError` in the place of its answer and goes on.
+                gives the `InputError` instead of its answer and goes on.
             progress: draw a progress bar on standard error.
             options: the task's own.
 
         Raises:
             InputError: an input or an option cannot be served.
         """
+        if len(more) > (self.second is not None):
+            raise TypeError(f"{self.task} takes {1 + (self.second is not None)} arguments without a name at the most")
+        if more and more[0] is not None:
+            options[str(self.second)] = more[0]
+        inputs = self._joined(inputs, {name: options.pop(name, None) for name in self.fields})
         settings = {"on_error": on_error, "progress": progress, **options}
-        if self.is_one(inputs, options):
+        if isinstance(inputs, str | dict):
             return next(self.stream([inputs], **settings))
         if isinstance(inputs, list | tuple):
             if not inputs:
@@ -182,9 +233,21 @@ class Pipeline(abc.ABC):
             return self.gather(list(self.stream(inputs, **settings)))
         return self.stream(watched(check_iterable("inputs", inputs)), **settings)
 
-    def is_one(self, inputs: Any, options: dict[str, Any]) -> bool:
-        """Whether this is one input, not several."""
-        return isinstance(inputs, str | dict)
+    def _joined(self, inputs: Any, given: dict[str, Any]) -> Any:
+        """The inputs, or what their fields make that were given as arguments; the first field may stand first."""
+        if any(value is not None for value in given.values()):
+            first = next(iter(given))
+            if given[first] is None:
+                given[first], inputs = inputs, None
+            if inputs is None:
+                return self.join(given)
+        elif inputs is not None or not given:
+            return inputs
+        raise InputError(f"give {' and '.join(self.fields)}, or dicts that hold them, and not both")
+
+    def join(self, fields: dict[str, Any]) -> Any:
+        """The input that these fields make; a task may take several values of each."""
+        return fields
 
     def gather(self, answers: list[Any]) -> Any:
         """What a list of inputs is answered by."""
@@ -195,30 +258,35 @@ class Pipeline(abc.ABC):
     ) -> Iterator[Any]:
         """Answers of inputs, in their order, as they come; memory does not grow with their number.
 
-        Arguments as those of a call, and `first`, the number of the first input where these go on with others.
+        Arguments as those of a call, and `first`, the number of the first input if these continue others.
         """
         if on_error not in ("raise", "return"):
             raise InputError(f"on_error is {shown(on_error)}; choose raise or return")
-        settings = self.settle({**self.defaults, **self._checked(options)})
+        resolved = self.resolve(self.given(options))
         inputs = inputs if isinstance(inputs, list | tuple) else check_iterable("inputs", inputs)
-        answers = self._stream(inputs, settings, on_error == "return", itertools.count(first))
+        answers = self._stream(inputs, resolved, on_error == "return", itertools.count(first))
         total = len(inputs) if isinstance(inputs, list | tuple) else None
         return progress_bar(answers, total, self.task) if progress else answers
 
-    def _stream(
-        self, inputs: Iterable[Any], settings: dict[str, Any], go_on: bool, numbers: Iterator[int]
-    ) -> Iterator[Any]:
+    def given(self, options: dict[str, Any]) -> Any:
+        """The options of a call, over those that were given when the pipeline was made; raises `InputError`."""
+        values = {**self.defaults, **options}
+        if sizes := [name for name in values if name in ("batch_size", "batch_tokens")]:
+            raise InputError(f"{self.task} has no option {sizes[0]}; give it to pipeline() when it is made")
+        return self.options.of(values, self.task)
+
+    def _stream(self, inputs: Iterable[Any], options: OptionsT, go_on: bool, numbers: Iterator[int]) -> Iterator[Any]:
         iterator = iter(inputs)
         broken: Exception | None = None
         while broken is None:
-            window, broken = self._window(iterator, settings, go_on, numbers)
+            window, broken = self._window(iterator, options, go_on, numbers)
             if not window and broken is None:
                 return
-            self._run(window, settings)
+            self._run(window, options)
             while window:
                 job = window.popleft()
                 if job.error is None:
-                    yield self.finish(job, settings)
+                    yield self.finish(job, options)
                 elif go_on:
                     yield job.error
                 else:
@@ -226,13 +294,13 @@ class Pipeline(abc.ABC):
         raise broken
 
     def _window(
-        self, iterator: Iterator[Any], settings: dict[str, Any], go_on: bool, numbers: Iterator[int]
-    ) -> tuple[collections.deque[Job], Exception | None]:
+        self, iterator: Iterator[Any], options: OptionsT, go_on: bool, numbers: Iterator[int]
+    ) -> tuple[collections.deque[Job[RowT, ResultT]], Exception | None]:
         """The next jobs, enough for several forward passes; up to an error where it ends the stream.
 
         The second value is what the inputs' own iterator raised; what it gave before is answered first.
         """
-        window: collections.deque[Job] = collections.deque()
+        window: collections.deque[Job[RowT, ResultT]] = collections.deque()
         tokens = 0
         while len(window) < _LOOK_AHEAD and tokens < _BUDGETS * self.batch_tokens:
             items: list[Any] = []
@@ -242,36 +310,39 @@ class Pipeline(abc.ABC):
                     items.append(item)
             except Exception as error:
                 broken = error
-            for job in self._prepared(items, settings) if items else ():
-                job.number = next(numbers)
+            for job in self._prepared(items, options) if items else ():
+                number = next(numbers)
+                for row in job.rows:
+                    row.number = number
+                    tokens += self.weight(row)
                 window.append(job)
-                tokens += sum(self.weight(row) for row in job.rows)
                 if job.error is not None and not go_on:
                     return window, None
             if broken is not None or not items:
                 return window, broken
         return window, None
 
-    def _prepared(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
-        if len(items) == 1 and isinstance(items[0], InputError):  # of whoever made the inputs
-            return [Job([], error=items[0])]
+    def _prepared(self, items: list[Any], options: OptionsT) -> list[Job[RowT, ResultT]]:
+        """The rows of each input, tokenized together; one by one if one of them is wrong."""
         try:
-            if not any(isinstance(item, InputError) for item in items):
-                return self.prepare(items, settings)
+            wrong = next((item for item in items if isinstance(item, InputError)), None)  # of whoever made the inputs
+            if wrong is not None:
+                raise wrong
+            return [Job(item, rows) for item, rows in zip(items, self.prepare(items, options), strict=True)]
         except InputError as error:
             if len(items) == 1:
-                return [Job([], error=error)]
-        return [job for item in items for job in self._prepared([item], settings)]
+                return [Job(items[0], error=error)]
+        return [job for item in items for job in self._prepared([item], options)]
 
-    def _run(self, window: collections.deque[Job], settings: dict[str, Any]) -> None:
+    def _run(self, window: collections.deque[Job[RowT, ResultT]], options: OptionsT) -> None:
         rows = [(job, i) for job in window for i in range(len(job.rows))]
         for job in window:
-            job.results = [None] * len(job.rows)
-        begun: list[tuple[list[tuple[Job, int]], Results]] = []
+            job.results = typing.cast(list[ResultT], [None] * len(job.rows))
+        begun: list[tuple[list[tuple[Job[RowT, ResultT], int]], Results[ResultT]]] = []
         for batch in self._batches([self.weight(job.rows[i]) for job, i in rows]):
             chosen = [rows[k] for k in batch]
             with torch.inference_mode():
-                results = self.run([job.rows[i]._replace(number=job.number) for job, i in chosen], settings)
+                results = self.run([job.rows[i] for job, i in chosen], options)
             begun.append((chosen, results))
             if len(begun) > 1:  # a card computes this batch while the one before is read, and the next one is packed
                 _keep(*begun.pop(0))
@@ -294,40 +365,32 @@ class Pipeline(abc.ABC):
         if batch:
             yield batch
 
-    def _checked(self, options: dict[str, Any]) -> dict[str, Any]:
-        unknown = sorted(set(options) - set(self.options))
-        if unknown:
-            sizes = [name for name in unknown if name in ("batch_size", "batch_tokens")]
-            hint = f"; {' and '.join(sizes)} can be given to pipeline() when it is made" if sizes else ""
-            there = ", ".join(self.options)
-            raise InputError(f"{self.task} has no option {', '.join(unknown)}; there are {there}{hint}")
-        return options
+    # What a task defines
 
-    # What a task says
-
-    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Check the options of a call and fill in the others; raises `InputError`."""
-        return settings
+    def resolve(self, options: Any) -> OptionsT:
+        """The options of a call with what depends on the model filled in; raises `InputError`."""
+        resolved: OptionsT = options
+        return resolved
 
     def check_defaults(self) -> None:
         """Check the options that were given when the pipeline was made; raises `InputError`."""
-        self.settle(self.defaults)
+        self.resolve(self.given({}))
 
-    def weight(self, row: Row) -> int:
+    def weight(self, row: RowT) -> int:
         """What a row counts for in the token budget."""
         return len(row.ids)
 
     @abc.abstractmethod
-    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
-        """One job an input; raises `InputError` where one of them cannot be answered."""
+    def prepare(self, items: list[Any], options: OptionsT) -> list[list[RowT]]:
+        """The rows of each input; raises `InputError` where one of them cannot be answered."""
 
     @abc.abstractmethod
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
+    def run(self, rows: list[RowT], options: OptionsT) -> Results[ResultT]:
         """One forward pass: a result a row, or what gives them later."""
 
     @abc.abstractmethod
-    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
-        """The answer, from the results of all rows."""
+    def finish(self, job: Job[RowT, ResultT], options: OptionsT) -> Any:
+        """The answer of an input, from the results of all its rows."""
 
     # What tasks share
 
@@ -342,21 +405,20 @@ class Pipeline(abc.ABC):
         Args:
             texts: strings.
             pairs: second texts.
-            options: of the tokenizer's call. `truncation` (True, or one of the tokenizer's ways to cut) cuts instead of
-                refusing; so does `max_length` by itself.
+            options: those of `TokenizeOptions`. `truncation` (True, or one of the tokenizer's ways to cut) cuts instead
+                of refusing; so does `max_length` by itself.
 
         Raises:
             InputError: a text is no string, or empty, or not Unicode, or too long.
         """
         for text in (*texts, *(pairs or ())):
             check_text(text)
-        given, length = options.pop("truncation", None), options.pop("max_length", None)
-        if not (given is None or isinstance(given, bool) or (isinstance(given, str) and given in TRUNCATIONS)):
-            raise InputError(f"truncation is {shown(given)}; choose True, False or one of {', '.join(TRUNCATIONS)}")
-        longest = self.context if length is None else min(check_count("max_length", length), self.context)
-        cut = length is not None if given is None else given not in (False, "do_not_truncate")
-        limits: dict[str, Any] = {"truncation": given or True, "max_length": longest} if cut else {}
-        encodings = self.tokenizer(texts, pairs, **{"truncation": False, **limits}, **options).encodings
+        how = TokenizeOptions(**options)
+        longest = min(how.max_length or self.context, self.context)
+        cut = how.max_length is not None if how.truncation is None else how.truncation not in (False, "do_not_truncate")
+        limits: dict[str, Any] = {"truncation": how.truncation or True, "max_length": longest} if cut else {}
+        limits = {"truncation": False, **limits, "add_special_tokens": how.add_special_tokens}
+        encodings = self.tokenizer(texts, pairs, **limits).encodings
         assert encodings is not None
         for i, encoding in enumerate(encodings):
             ids = encoding.ids  # which the library makes anew whenever it is asked
@@ -371,16 +433,16 @@ class Pipeline(abc.ABC):
             if len(ids) > longest:
                 both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
                 limit = "the model's context holds" if longest == self.context else "max_length is"
-                hint = "; truncation=True cuts it" if "truncation" in self.options else ""
+                hint = "; truncation=True cuts it" if hasattr(self.options, "truncation") else ""
                 raise InputError(f"a text has {len(ids)} tokens and {limit} {longest}: {short(both)!r}{hint}")
         return list(encodings)
 
-    def pack(self, rows: Sequence[Row]) -> PackedInputs:
+    def pack(self, rows: Sequence[RowT]) -> PackedInputs:
         """Texts packed on the model's device."""
         return PackedInputs.of_rows([row.ids for row in rows], self.model.device)
 
 
-def _unpickled(cls: type[Pipeline], state: bytes, optimized: bool) -> Pipeline:
+def _unpickled(cls: type[Pipeline[Any, Any, Any]], state: bytes, optimized: bool) -> Pipeline[Any, Any, Any]:
     pipeline = cls.__new__(cls)
     pipeline.__dict__.update(pickle.loads(state))
     if optimized:
@@ -388,7 +450,7 @@ def _unpickled(cls: type[Pipeline], state: bytes, optimized: bool) -> Pipeline:
     return pipeline
 
 
-def read(values: torch.Tensor, finish: Callable[[torch.Tensor], Sequence[Any]]) -> Results:
+def read(values: torch.Tensor, finish: Callable[[torch.Tensor], Sequence[ResultT]]) -> Results[ResultT]:
     """`finish` of values on the CPU: at once where they are there, else later, when a card has computed them."""
     if values.device.type != "cuda":
         return finish(values.cpu())
@@ -396,14 +458,14 @@ def read(values: torch.Tensor, finish: Callable[[torch.Tensor], Sequence[Any]]) 
     here.copy_(values, non_blocking=True)
     done = torch.cuda.current_stream(values.device).record_event()
 
-    def later() -> Sequence[Any]:
+    def later() -> Sequence[ResultT]:
         done.synchronize()
         return finish(here.clone() if here.nbytes > _PINNED else here)  # pinned memory is not for keeping
 
     return later
 
 
-def _keep(chosen: list[tuple[Job, int]], results: Results) -> None:
+def _keep(chosen: list[tuple[Job[RowT, ResultT], int]], results: Results[ResultT]) -> None:
     with torch.inference_mode():
         got = results() if callable(results) else results
     for (job, i), result in zip(chosen, got, strict=True):

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from modernbert.auto import AutoModelForMaskedLM
+from modernbert.checks import check_text, short
 from modernbert.errors import InputError, shown
 from modernbert.models.heads import ModernBertForMaskedLM
 from modernbert.pipelines.base import Job, Pipeline, Row
-from modernbert.pipelines.checks import check_count, check_text, short
+from modernbert.pipelines.options import FillMaskOptions
 
 logger = logging.getLogger(__name__)
 
 _MASKS_TOGETHER = 256  # whose scores over the whole vocabulary are alive at once
 
+Best = tuple[list[float], list[int]]  # scores of a mask and their tokens, best first
 
-class FillMaskPipeline(Pipeline):
+
+@dataclasses.dataclass
+class MaskedRow(Row):
+    """A text, the places of its masks, and for each mask the ids of the targets, if there are any."""
+
+    places: list[int]
+    targets: list[list[int]]
+
+
+class FillMaskPipeline(Pipeline[FillMaskOptions, MaskedRow, list[Best]]):
     """Fills the masks of texts.
 
-    A call takes a text, a list of texts or an iterable of them, and the options `top_k` (answers a mask, 5) and
-    `targets` (the only words to consider). A target means what the vocabulary has one token for: the word as it stands,
-    or with a space before it, which is how words within a text are spelled. Where there are both, the mask decides: one
-    after a space means the word with the space.
+    A call takes a text, a list of texts or an iterable of them. A target means what the vocabulary has one token for:
+    the word as it stands, or with a space before it, which is how words within a text are spelled. If there are both,
+    the mask decides: one after a space means the word with the space.
 
     For each text it gives a list of {"score", "token", "token_str", "sequence"}, best first; with several masks in
     the text, one such list a mask, in order. "sequence" is the text with this mask filled; with several masks it
@@ -34,34 +44,25 @@ class FillMaskPipeline(Pipeline):
     """
 
     task = "fill-mask"
+    options = FillMaskOptions
     auto_model = AutoModelForMaskedLM
-    options = ("top_k", "targets")
+    models = (ModernBertForMaskedLM,)
+    needs = "an encoder for masked language modelling"
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
-        if not isinstance(model, ModernBertForMaskedLM):
-            raise InputError(f"fill-mask needs a masked language model; this is a {type(model).__name__}")
         super().__init__(model, tokenizer, **options)
         if tokenizer.mask_token_id is None:
             raise InputError("fill-mask needs a tokenizer with a mask token; this one has none")
 
-    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Defaults, and `targets` as a list of words or None."""
-        targets = settings.get("targets")
-        words = [targets] if isinstance(targets, str) else targets
-        if words is not None:
-            if (
-                not isinstance(words, list | tuple)
-                or not all(isinstance(w, str) and w.strip() for w in words)
-                or not words
-            ):
-                raise InputError(f"targets is {shown(targets)}; give a word or a list of words")
-            for word in words:
-                check_text(word, "a target")
-        return {"top_k": check_count("top_k", settings.get("top_k", 5)), "targets": words}
+    def resolve(self, options: FillMaskOptions) -> FillMaskOptions:
+        if options.targets == []:
+            raise InputError("targets is []; give a word or a list of words")
+        for word in options.targets or ():
+            check_text(word, "a target")
+        return options
 
-    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
-        """Ids of the texts, and for each mask the ids of the targets, if there are any."""
-        jobs = []
+    def prepare(self, items: list[Any], options: FillMaskOptions) -> list[list[MaskedRow]]:
+        rows = []
         for text, encoding in zip(items, self.tokenize(items), strict=True):
             places = [i for i, token in enumerate(encoding.ids) if token == self.tokenizer.mask_token_id]
             if not places:
@@ -69,11 +70,11 @@ class FillMaskPipeline(Pipeline):
                     f"there is no {self.tokenizer.mask_token} in {short(text)!r}; write it where a word is missing"
                 )
             targets: list[list[int]] = [[]] * len(places)
-            if settings["targets"] is not None:
+            if options.targets is not None:
                 before = text.split(self.tokenizer.mask_token)[: len(places)]
-                targets = [[self._target(word, left[-1:].isspace()) for word in settings["targets"]] for left in before]
-            jobs.append(Job([Row(encoding.ids, (places, targets))]))
-        return jobs
+                targets = [[self._target(word, left[-1:].isspace()) for word in options.targets] for left in before]
+            rows.append([MaskedRow(encoding.ids, places, targets)])
+        return rows
 
     def _target(self, word: str, after_space: bool) -> int:
         """Id of the token that a target means; the first one's where the vocabulary has no single token for it."""
@@ -96,43 +97,41 @@ class FillMaskPipeline(Pipeline):
         )
         return int(ids[0])
 
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
+    def run(self, rows: list[MaskedRow], options: FillMaskOptions) -> list[list[Best]]:
         """For each mask the best scores and their tokens. No logits are made elsewhere, nor kept."""
         hidden = self.model.model.encode(self.pack(rows)).last_TM
         ids_T = torch.tensor([i for row in rows for i in row.ids])
         masked = (ids_T == self.tokenizer.mask_token_id).nonzero().squeeze(1)
         states = self.model.head(hidden[masked.to(hidden.device)])
-        targets = [of_mask for row in rows for of_mask in row.extra[1]]
-        best: list[tuple[list[float], list[int]]] = []
+        targets = [of_mask for row in rows for of_mask in row.targets]
+        best: list[Best] = []
         for first in range(0, len(targets), _MASKS_TOGETHER):
             some = slice(first, first + _MASKS_TOGETHER)
             scores = self.model.decoder(states[some]).float().softmax(-1)
-            if settings["targets"] is None:
-                found = scores.topk(min(settings["top_k"], scores.shape[1]))
+            if options.targets is None:
+                found = scores.topk(min(options.top_k, scores.shape[1]))
                 best += zip(found.values.tolist(), found.indices.tolist(), strict=True)
                 continue
             for scores_V, wanted in zip(scores, targets[some], strict=True):
-                best.append(_best(scores_V, wanted, settings["top_k"]))
+                best.append(_best(scores_V, wanted, options.top_k))
         rest = iter(best)
-        return [[next(rest) for _ in row.extra[0]] for row in rows]
+        return [[next(rest) for _ in row.places] for row in rows]
 
-    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
-        """The best tokens of each mask."""
+    def finish(self, job: Job[MaskedRow, list[Best]], options: FillMaskOptions) -> Any:
         (row,), (best,) = job.rows, job.results
-        places = row.extra[0]
         answers = []
-        for place, (scores, tokens) in zip(places, best, strict=True):
+        for place, (scores, tokens) in zip(row.places, best, strict=True):
             of_mask = []
             for score, token in zip(scores, tokens, strict=True):
                 filled = [*row.ids[:place], token, *row.ids[place + 1 :]]
-                sequence = self.tokenizer.decode(filled, skip_special_tokens=len(places) == 1)
+                sequence = self.tokenizer.decode(filled, skip_special_tokens=len(row.places) == 1)
                 word = self.tokenizer.decode([token])
                 of_mask.append({"score": score, "token": token, "token_str": word, "sequence": sequence})
             answers.append(of_mask)
         return answers[0] if len(answers) == 1 else answers
 
 
-def _best(scores_V: torch.Tensor, targets: list[int], top_k: int) -> tuple[list[float], list[int]]:
+def _best(scores_V: torch.Tensor, targets: list[int], top_k: int) -> Best:
     """The best scores of the targets, and their tokens."""
     candidates = torch.tensor(list(dict.fromkeys(targets)), device=scores_V.device)
     best = scores_V[candidates].topk(min(top_k, len(candidates)))

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from modernbert.auto import TRAINED_HEADS, AutoConfig, kind_of
+from modernbert.checks import check_text, check_value, kinds_of
 from modernbert.config import ModernBertConfig
 from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.io.hub import Source
@@ -23,16 +24,9 @@ from modernbert.models.placement import resolve_device
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import MODEL, EmbeddingSettings, contents_of
 from modernbert.nn.packing import Packing
-from modernbert.nn.pooling import POOLINGS
-from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
-from modernbert.pipelines.checks import (
-    check_choice,
-    check_count,
-    check_fields,
-    check_iterable,
-    check_switch,
-    check_text,
-)
+from modernbert.pipelines.base import Job, OptionsT, Pipeline, Results, Row, read
+from modernbert.pipelines.inputs import check_fields, check_iterable
+from modernbert.pipelines.options import BatchOptions, SentenceEmbeddingOptions
 from modernbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,26 +34,38 @@ logger = logging.getLogger(__name__)
 Vectors = NDArray[np.float32]
 
 
-class Spans(NamedTuple):
-    """What a row's vectors are of: spans of its tokens, and whether they are parts that the caller chose."""
+@dataclasses.dataclass
+class SpannedRow(Row):
+    """A text and the spans of its tokens that have a vector each; parts are spans that the caller chose."""
 
-    tokens: list[tuple[int, int]]
-    parts: bool = False
+    spans: list[tuple[int, int]]
+    are_parts: bool = False
 
 
-class EmbeddingPipeline(Pipeline):
+@dataclasses.dataclass(frozen=True)
+class VectorKind:
+    """Which vectors are wanted.
+
+    Attributes:
+        poolings: modes of `nn.pooling`; several are put one after another. Empty for a vector of every token.
+        normalize: whether they have length one.
+        truncate_dim: how many of the first dimensions are kept; None keeps all.
+    """
+
+    poolings: tuple[str, ...]
+    normalize: bool
+    truncate_dim: int | None = None
+
+
+class EmbeddingPipeline(Pipeline[OptionsT, SpannedRow, torch.Tensor]):
     """Base of the tasks that compare vectors: texts with prompts in, vectors out."""
 
     auto_model = SentenceEncoder
+    models = (SentenceEncoder,)
+    needs = "an encoder without a head, or a SentenceEncoder"
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
-        if isinstance(model, ModernBertModel):
-            model = SentenceEncoder(model)
-        if not isinstance(model, SentenceEncoder):
-            raise InputError(
-                f"{self.task} needs an encoder without a head, or a SentenceEncoder; this is a {type(model).__name__}"
-            )
-        super().__init__(model, tokenizer, **options)
+        super().__init__(SentenceEncoder(model) if isinstance(model, ModernBertModel) else model, tokenizer, **options)
 
     @classmethod
     def load(cls, model: Any, tokenizer: Any = None, **kwargs: Any) -> Self:
@@ -103,28 +109,16 @@ class EmbeddingPipeline(Pipeline):
         return min(super().context, self.embedding.max_length or super().context)
 
     def prompt(self, name: str | None, given: str | None = None) -> str:
-        """The text that goes before a text.
-
-        Args:
-            name: one of the checkpoint's prompts; None takes its default, if there is one.
-            given: a prompt itself.
-
-        Raises:
-            InputError: there is no prompt of this name, or both are given.
-        """
-        prompts = self.embedding.prompts
+        """The text that goes before a text: one of the checkpoint's prompts (by default its own), or what is given."""
         if given is not None:
             if name is not None:
                 raise InputError("prompt and prompt_name are given; give one of them")
-            if not isinstance(given, str):
-                raise InputError(f"prompt is a {type(given).__name__}; it must be a string")
             return given
+        prompts = self.embedding.prompts
         name = self.embedding.default_prompt_name if name is None else name
-        if name is None:
-            return ""
-        if not isinstance(name, str) or name not in prompts:
+        if name is not None and name not in prompts:
             raise InputError(f"prompt_name is {shown(name)}; the checkpoint has {listed(prompts) or 'no prompts'}")
-        return prompts[name]
+        return "" if name is None else prompts[name]
 
     def skipped(self, prompt: str) -> int:
         """Tokens at the beginning of a text that are not pooled."""
@@ -133,64 +127,57 @@ class EmbeddingPipeline(Pipeline):
         ids = self.tokenizer(prompt).input_ids
         return len(ids) - bool(ids and ids[-1] in (self.tokenizer.sep_token_id, self.tokenizer.eos_token_id))
 
-    def usual_truncation(self, given: Any) -> Any:
-        """Whether and how texts over the context are cut: as asked, or as the checkpoint's layout has it."""
-        return self.model.is_layout if given is None else given
-
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
-        """Vectors of each row, float32 on the CPU: of its tokens, or of its `Spans`."""
+    def vectors(self, rows: list[SpannedRow], kind: VectorKind) -> Results[torch.Tensor]:
+        """Vectors of each row, float32 on the CPU: of its tokens, or of its spans."""
         inputs = self.pack(rows)
         vectors = self.model.token_vectors(inputs)
-        if settings["tokens"]:
-            counts = [len(row.ids) for row in rows]
-        else:
-            counts = [len(row.extra.tokens) for row in rows]
-            vectors = self._pooled(vectors, rows, inputs.packing, settings["poolings"])
+        counts = [len(row.spans if kind.poolings else row.ids) for row in rows]
+        if kind.poolings:
+            vectors = self._pooled(vectors, rows, inputs.packing, kind.poolings)
         vectors = vectors.float()
-        width = settings.get("truncate_dim") or self.embedding.truncate_dim
+        width = kind.truncate_dim or self.embedding.truncate_dim
         if width is not None:
             vectors = vectors[:, :width]
-        vectors = F.normalize(vectors, dim=-1) if settings["normalize"] else vectors
+        vectors = F.normalize(vectors, dim=-1) if kind.normalize else vectors
         return read(vectors, lambda vectors: vectors.split(counts))
 
     def _pooled(
-        self, states_TM: torch.Tensor, rows: list[Row], packing: Packing, poolings: tuple[str, ...]
+        self, states_TM: torch.Tensor, rows: list[SpannedRow], packing: Packing, poolings: tuple[str, ...]
     ) -> torch.Tensor:
         """A vector of each span. Parts of a text have no token that stands for them, so they are pooled by the mean."""
         firsts = packing.starts[:-1]
-        spans = [(first + a, first + b) for first, row in zip(firsts, rows, strict=True) for a, b in row.extra.tokens]
+        spans = [(first + a, first + b) for first, row in zip(firsts, rows, strict=True) for a, b in row.spans]
         vectors = self.model.pool(states_TM, spans, packing.positions_T, poolings)
         of_parts = tuple("mean" if mode in ("cls", "last") else mode for mode in poolings)
-        if of_parts == poolings or not any(row.extra.parts for row in rows):
+        if of_parts == poolings or not any(row.are_parts for row in rows):
             return vectors
-        parts = torch.tensor([row.extra.parts for row in rows for _ in row.extra.tokens], device=vectors.device)
+        parts = torch.tensor([row.are_parts for row in rows for _ in row.spans], device=vectors.device)
         return torch.where(parts[:, None], self.model.pool(states_TM, spans, packing.positions_T, of_parts), vectors)
 
 
-class SentenceEmbeddingPipeline(EmbeddingPipeline):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedOptions(SentenceEmbeddingOptions):
+    """Options with what the checkpoint says of prompts and vectors."""
+
+    prompt: str
+    kind: VectorKind
+
+
+class SentenceEmbeddingPipeline(EmbeddingPipeline[ResolvedOptions]):
     """Vectors of texts.
 
     Checkpoints in sentence-transformers' layout give that library's numbers; a bare encoder is pooled by the mean.
 
     A call takes a text, a dict {"text", "spans"}, a list of these or an iterable of them. With `spans`, pairs of
     characters [start, end) of the text, the whole text is read in one pass and each span gets a vector of its own
-    tokens (late chunking), by the mean where the checkpoint takes a single token. Options:
-
-    - `prompt_name` ("query", "document", or what else the checkpoint has) or `prompt`: what to put before a text;
-    - `pooling`: "cls", "mean", "max", "last", "weighted_mean" or "mean_sqrt_len" in the place of the checkpoint's;
-    - `normalize`: vectors of length one, also where the checkpoint does not make them so;
-    - `truncate_dim`: keep this many first dimensions, for checkpoints trained so (Matryoshka); if not given, as many
-      as the checkpoint says;
-    - `multi_vector`: a vector for every token (late interaction), each of length one; see `maxsim`;
-    - `truncation`: cut texts over the context; if not given, they are cut if the checkpoint is a folder of
-      sentence-transformers, as that library does, and refused otherwise.
+    tokens (late chunking), by the mean where the checkpoint takes a single token.
 
     For each text it gives a float32 array (dimensions,), or (spans, dimensions), or (tokens, dimensions). A list of
     texts gives one array (texts, dimensions); with spans or tokens, a list of arrays.
     """
 
     task = "sentence-embedding"
-    options = ("prompt_name", "prompt", "pooling", "normalize", "truncate_dim", "multi_vector", "truncation")
+    options = SentenceEmbeddingOptions
 
     def encode(
         self,
@@ -212,17 +199,13 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
         Args:
             sentences: a text, or texts in a list, an array, a column of a data frame or any other iterable; all of them
                 are read before the first is answered. None at all are allowed.
-            prompt_name, prompt: as in a call.
-            batch_size: taken, and without effect: the pipeline's `batch_tokens` says how much is computed together, and
-                the numbers are the same whatever it is.
-            show_progress_bar: the argument `progress` of a call.
-            output_value: "sentence_embedding"; vectors of tokens are given by `multi_vector=True`.
-            precision: "float32".
+            batch_size: has no effect; the pipeline's `batch_tokens` says how much is computed together.
+            show_progress_bar, normalize_embeddings: `progress` and `normalize` of a call.
+            output_value, precision: "sentence_embedding" (see `multi_vector` for vectors of tokens) and "float32".
             convert_to_numpy: give arrays; False gives a tensor for a text, and a list of tensors for several.
             convert_to_tensor: give one tensor, on the model's device, whatever `convert_to_numpy` says.
             device: where the model is; it is not moved.
-            normalize_embeddings: the option `normalize` of a call.
-            options: everything else that a call takes, such as `truncate_dim`.
+            prompt_name, prompt, options: as in a call.
 
         Returns:
             For a text (dimensions,), for several (texts, dimensions), float32; with spans or tokens, as in a call.
@@ -230,35 +213,34 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
         Raises:
             InputError: a text or an option cannot be served.
         """
-        given = {"prompt_name": prompt_name, "prompt": prompt, "normalize": normalize_embeddings}
-        given |= {"progress": show_progress_bar}
-        unknown = sorted(set(options) - {*self.options, "progress", "on_error"})
-        if unknown:
-            own = [name for name in inspect.signature(self.encode).parameters if name not in ("sentences", "options")]
-            there = ", ".join(dict.fromkeys([*own, *self.options, "progress", "on_error"]))
-            raise InputError(f"encode has no option {', '.join(unknown)}; there are {there}")
-        if batch_size is not None:
-            check_count("batch_size", batch_size)
+        known = {**inspect.signature(self.encode).parameters, **kinds_of(self.options), "progress": 0, "on_error": 0}
+        if unknown := sorted(set(options) - set(known)):
+            raise InputError(f"encode has no option {', '.join(unknown)}; there are {', '.join(known)}")
+        BatchOptions(batch_size=batch_size)
         if output_value not in (None, "sentence_embedding"):
             raise InputError(
                 f"output_value is {shown(output_value)}; choose 'sentence_embedding', or multi_vector=True for tokens"
             )
-        check_choice("precision", "float32" if precision is None else precision, ("float32",))
+        if precision not in (None, "float32"):
+            raise InputError(f"precision is {shown(precision)}; choose float32")
         self._check_device(device)
-        as_one = check_switch("convert_to_tensor", convert_to_tensor)
-        as_arrays = check_switch("convert_to_numpy", convert_to_numpy) and not as_one
+        as_one = check_value("convert_to_tensor", convert_to_tensor or False, bool, {})
+        as_arrays = check_value("convert_to_numpy", True if convert_to_numpy is None else convert_to_numpy, bool, {})
+        given = {"prompt_name": prompt_name, "prompt": prompt, "normalize": normalize_embeddings}
+        given |= {"progress": show_progress_bar}
         options |= {name: value for name, value in given.items() if value is not None}
-        if not isinstance(sentences, str | dict):
-            sentences = sentences.tolist() if isinstance(sentences, np.ndarray) else sentences
-        if not isinstance(sentences, str | dict):
+        if isinstance(sentences, np.ndarray):
+            sentences = sentences.tolist()
+        alone = isinstance(sentences, str | dict)
+        if not alone:
             sentences = list(check_iterable("sentences", sentences))
         # No texts: one of nothing in particular checks the options and tells the dimensions.
         answers = self(sentences, **options) if sentences else self(["a"], **{**options, "progress": False})[:0]
-        if as_arrays:
+        if as_arrays and not as_one:
             return answers
         if isinstance(answers, np.ndarray):
             tensor = torch.from_numpy(answers).to(self.model.device)
-            return tensor if as_one or tensor.ndim == 1 or isinstance(sentences, str | dict) else list(tensor)
+            return tensor if as_one or tensor.ndim == 1 or alone else list(tensor)
         return [torch.from_numpy(a).to(self.model.device) if isinstance(a, np.ndarray) else a for a in answers]
 
     def _check_device(self, device: Any) -> None:
@@ -276,53 +258,47 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline):
             return np.stack(answers)
         return answers
 
-    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Defaults, checked."""
-        pooling = settings.get("pooling")
-        if pooling is not None:
-            check_choice("pooling", pooling, POOLINGS)
-        width = settings.get("truncate_dim")
-        if width is not None and check_count("truncate_dim", width) > self.model.full_dimensions:
+    def resolve(self, options: SentenceEmbeddingOptions) -> ResolvedOptions:
+        """The prompt, and which vectors are wanted."""
+        width, pooling = options.truncate_dim, options.pooling
+        if width is not None and width > self.model.full_dimensions:
             raise InputError(f"truncate_dim is {width}; vectors have {self.model.full_dimensions} dimensions")
-        tokens = settings.get("multi_vector")
-        tokens = check_switch("multi_vector", tokens, usual=not self.embedding.poolings and pooling is None)
-        if not tokens and pooling is None and not self.embedding.poolings:
+        poolings = self.embedding.poolings if pooling is None else (pooling,)
+        tokens = not poolings if options.multi_vector is None else options.multi_vector
+        if not tokens and not poolings:
             raise InputError("the checkpoint has a vector for every token and pools none; give pooling, such as 'mean'")
-        prompt = self.prompt(settings.get("prompt_name"), settings.get("prompt"))
-        return {
-            "prompt": prompt,
-            "skip": self.skipped(prompt),
-            "poolings": self.embedding.poolings if pooling is None else (pooling,),
-            "normalize": check_switch("normalize", settings.get("normalize"), usual=tokens),
-            "truncate_dim": width,
-            "tokens": tokens,
-            "truncation": self.usual_truncation(settings.get("truncation")),
-        }
+        normalize = tokens if options.normalize is None else options.normalize
+        return ResolvedOptions(
+            prompt=self.prompt(options.prompt_name, options.prompt),
+            truncation=self.model.is_layout if options.truncation is None else options.truncation,
+            kind=VectorKind(() if tokens else poolings, normalize, width),
+        )
 
-    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
-        """One row a text, with the tokens of its spans."""
+    def prepare(self, items: list[Any], options: ResolvedOptions) -> list[list[SpannedRow]]:
         texts = [check_fields(item, ["text"], self.task)["text"] if isinstance(item, dict) else item for item in items]
         for text in texts:
             check_text(text)
-        prompt = settings["prompt"]
-        encodings = self.tokenize([prompt + text for text in texts], truncation=settings["truncation"])
-        jobs = []
+        prompt, skip = options.prompt, self.skipped(options.prompt)
+        encodings = self.tokenize([prompt + text for text in texts], truncation=options.truncation)
+        rows = []
         for item, text, encoding in zip(items, texts, encodings, strict=True):
             spans = item.get("spans") if isinstance(item, dict) else None
-            if spans is None:
-                length = len(encoding.ids)
-                wanted = Spans([(min(settings["skip"], length), length)])
-            else:
-                if settings["tokens"]:
-                    raise InputError("spans and multi_vector are given; a text has vectors of spans or of tokens")
-                wanted = Spans(_token_spans(encoding, spans, text, len(prompt)), parts=True)
-            jobs.append(Job([Row(encoding.ids, wanted)], spans is None and not settings["tokens"]))
-        return jobs
+            length = len(encoding.ids)
+            if spans is not None and not options.kind.poolings:
+                raise InputError("spans and multi_vector are given; a text has vectors of spans or of tokens")
+            wanted = [(min(skip, length), length)]
+            if spans is not None:
+                wanted = _token_spans(encoding, spans, text, len(prompt))
+            rows.append([SpannedRow(encoding.ids, wanted, are_parts=spans is not None)])
+        return rows
 
-    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
-        """An array."""
+    def run(self, rows: list[SpannedRow], options: ResolvedOptions) -> Results[torch.Tensor]:
+        """Vectors (spans or tokens, dimensions) of each row."""
+        return self.vectors(rows, options.kind)
+
+    def finish(self, job: Job[SpannedRow, torch.Tensor], options: ResolvedOptions) -> Vectors:
         vectors: Vectors = job.results[0].numpy()
-        return vectors[0].copy() if job.context else vectors.copy()
+        return vectors[0].copy() if options.kind.poolings and not job.rows[0].are_parts else vectors.copy()
 
 
 def _check_head(model: str | Path, source: Source) -> None:

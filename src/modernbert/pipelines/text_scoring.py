@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from modernbert.auto import AutoModelForCausalLM
+from modernbert.checks import check_text, short
 from modernbert.errors import InputError
 from modernbert.models.decoder import ModernBertDecoderForCausalLM
 from modernbert.pipelines.base import Job, Pipeline, Row
-from modernbert.pipelines.checks import check_count, check_switch, check_text, short
+from modernbert.pipelines.options import TextScoringOptions
 from modernbert.text.encoding import UNLIMITED
 
 _ROWS_TOGETHER = 512  # whose scores over the whole vocabulary are alive at once
 
 
-class TextScoringPipeline(Pipeline):
+@dataclasses.dataclass
+class ScoredRow(Row):
+    """A window of a text, and the places of the tokens that it scores."""
+
+    scored: list[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedOptions(TextScoringOptions):
+    """Options with sizes that fit the model."""
+
+    max_length: int
+    stride: int
+
+
+class TextScoringPipeline(Pipeline[ResolvedOptions, ScoredRow, float]):
     """Scores texts by a causal language model.
 
-    A call takes a text, a list of texts or an iterable of them, and the options `max_length` (tokens of a window; the
-    model's context) and `stride` (new tokens of each window after the first; half a window). A text longer than a
-    window is read in several, each of which scores what the one before did not; the larger the overlap, the more the
-    scores are what the whole text would give.
+    A call takes a text, a list of texts or an iterable of them. A text longer than a window is read in several, each of
+    which scores what the one before did not; the larger the overlap, the more the scores are what the whole text would
+    give.
 
     For each text it gives {"log_likelihood" (natural logarithm), "tokens" (scored ones: all but special tokens and a
     first one that nothing stands before), "perplexity" (a token), "bits_per_byte" (of UTF-8, NaN where the first
@@ -32,47 +47,35 @@ class TextScoringPipeline(Pipeline):
     """
 
     task = "text-scoring"
+    options = TextScoringOptions
     auto_model = AutoModelForCausalLM
-    architecture = "decoder"
+    models = (ModernBertDecoderForCausalLM,)
     needs = "a causal language model, which is a decoder"
-    options = ("max_length", "stride", "add_special_tokens")
+    architecture = "decoder"
 
-    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
-        if not isinstance(model, ModernBertDecoderForCausalLM):
-            raise InputError(f"text-scoring needs a causal language model; this is a {type(model).__name__}")
-        super().__init__(model, tokenizer, **options)
-
-    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Defaults, and a stride that fits the window."""
-        given = {name: value for name, value in settings.items() if value is not None}
-        window = min(check_count("max_length", given.get("max_length", self.context), 2), self.context)
-        stride = check_count("stride", given.get("stride", max(1, window // 2)))
+    def resolve(self, options: TextScoringOptions) -> ResolvedOptions:
+        window = min(options.max_length or self.context, self.context)
+        stride = options.stride or max(1, window // 2)
         if stride >= window:
             raise InputError(f"stride is {stride}; a window of {window} tokens leaves room for 1 to {window - 1}")
-        return {
-            "window": window,
-            "stride": stride,
-            "special": check_switch("add_special_tokens", given.get("add_special_tokens"), True),
-        }
+        return ResolvedOptions(**{**vars(options), "max_length": window, "stride": stride})
 
-    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
-        """A row a window, and the tokens that it scores."""
-        window, stride = settings["window"], settings["stride"]
+    def prepare(self, items: list[Any], options: ResolvedOptions) -> list[list[ScoredRow]]:
         special = set(self.tokenizer.all_special_ids)
-        jobs = []
-        for text, ids in zip(items, self.encode_all(items, settings["special"]), strict=True):
-            rows: list[Row] = []
+        all_rows = []
+        for ids in self._encode(items, options.add_special_tokens):
+            rows: list[ScoredRow] = []
             done = 1  # the first token has nothing before it
             while not rows or done < len(ids):
-                end = min(done + stride if rows else window, len(ids))
-                start = max(0, end - window)
-                rows.append(Row(ids[start:end], [i - start for i in range(done, end) if ids[i] not in special]))
+                end = min(done + options.stride if rows else options.max_length, len(ids))
+                start = max(0, end - options.max_length)
+                scored = [i - start for i in range(done, end) if ids[i] not in special]
+                rows.append(ScoredRow(ids[start:end], scored))
                 done = end
-            whole = ids[0] in special
-            jobs.append(Job(rows, (len(text.encode()), whole)))
-        return jobs
+            all_rows.append(rows)
+        return all_rows
 
-    def encode_all(self, texts: list[Any], special: bool) -> list[list[int]]:
+    def _encode(self, texts: list[Any], special: bool) -> list[list[int]]:
         """Ids of texts of any length."""
         for text in texts:
             check_text(text)
@@ -83,28 +86,26 @@ class TextScoringPipeline(Pipeline):
                 raise InputError(f"a text makes no token with this tokenizer: {short(text)!r}")
         return [list(encoding.ids) for encoding in encodings]
 
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Sequence[Any]:
-        """Sum of the log-probabilities, and how many, of each row."""
+    def run(self, rows: list[ScoredRow], options: ResolvedOptions) -> list[float]:
         inputs = self.pack(rows)
         hidden = self.model.model.encode(inputs).last_TM
         ids_T = torch.tensor([i for row in rows for i in row.ids])
         starts = inputs.packing.starts
-        wanted = torch.tensor([start + i for start, row in zip(starts, rows, strict=False) for i in row.extra])
+        wanted = torch.tensor([start + i for start, row in zip(starts, rows, strict=False) for i in row.scored])
         found: list[float] = []
         for some in wanted.to(torch.int64).split(_ROWS_TOGETHER):
             scores = self.model.score(hidden[(some - 1).to(hidden.device)]).float().log_softmax(-1)
             found += scores.gather(1, ids_T[some, None].to(hidden.device)).squeeze(1).double().tolist()
         rest = iter(found)
-        return [math.fsum(next(rest) for _ in row.extra) for row in rows]
+        return [math.fsum(next(rest) for _ in row.scored) for row in rows]
 
-    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
-        """The text's figures."""
+    def finish(self, job: Job[ScoredRow, float], options: ResolvedOptions) -> dict[str, float]:
         total = math.fsum(job.results)
-        tokens = sum(len(row.extra) for row in job.rows)
-        size, whole = job.context
+        tokens = sum(len(row.scored) for row in job.rows)
+        whole = job.rows[0].ids[0] in self.tokenizer.all_special_ids
         return {
             "log_likelihood": total,
             "tokens": tokens,
             "perplexity": math.exp(-total / tokens) if tokens else math.nan,
-            "bits_per_byte": -total / math.log(2) / size if whole and tokens else math.nan,
+            "bits_per_byte": -total / math.log(2) / len(job.item.encode()) if whole and tokens else math.nan,
         }

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from tokenizers import Encoding
 
 from modernbert.auto import AutoModelForTokenClassification
+from modernbert.checks import check_text, short
 from modernbert.errors import InputError, shown
 from modernbert.models.heads import ModernBertForTokenClassification
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
-from modernbert.pipelines.checks import check_choice, check_count, check_switch, check_text, short
+from modernbert.pipelines.options import TokenClassificationOptions
 
-STRATEGIES = ("none", "simple", "first", "average", "max")
 Scores = NDArray[np.float32]  # one a label
-_STRIDE = 128  # tokens that windows of a long text share, where nobody says
+_STRIDE = 128  # tokens that windows of a long text share by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Token:
         index: its place among the text's tokens, special ones included.
         piece: how the vocabulary spells it.
         start, end: its characters in the text.
-        continues: whether it goes on with the word of the token before.
+        continues: whether it continues the word of the token before.
     """
 
     index: int
@@ -39,100 +39,73 @@ class Token:
     continues: bool
 
 
-class TokenClassificationPipeline(Pipeline):
+@dataclasses.dataclass
+class Window(Row):
+    """Tokens of a text with special ones around them, `before` of them at the beginning."""
+
+    tokens: list[Token]
+    before: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResolvedOptions(TokenClassificationOptions):
+    """Options with a stride that fits the model."""
+
+    stride: int
+
+
+class TokenClassificationPipeline(Pipeline[ResolvedOptions, Window, Scores]):
     """Labels of tokens, or entities.
 
-    A call takes a text, a list of texts or an iterable of them, and the options `aggregation_strategy`:
-
-    - "none" (the default): each token by itself;
-    - "simple": neighbours with one label make an entity;
-    - "first", "average", "max": a word first gets one label, of its first token, of its tokens' mean, or of the token
-      that is surest; then as "simple". "B-" begins an entity, "I-" goes on.
-
-    Other options: `ignore_labels` (["O"]), `is_split_into_words` (a text is a list of words; offsets are those of the
-    words joined by `delimiter`, a space), `stride` (tokens that windows share, where a text is longer than the
-    context; 128).
+    A call takes a text, a list of texts or an iterable of them. "B-" begins an entity, "I-" continues it.
 
     For each text it gives a list of {"entity", "score", "index", "word", "start", "end"}, or of {"entity_group",
     "score", "word", "start", "end"}; "start" and "end" are characters of the text. One list of words gives a list of
-    one answer, as in transformers. Of entities that overlap between two
-    windows the longer one stays, then the surer one; of single tokens the one farther from its window's edge.
+    one answer, as in transformers. Of entities that overlap between two windows the longer one stays, then the surer
+    one; of single tokens the one farther from its window's edge.
     """
 
     task = "token-classification"
+    options = TokenClassificationOptions
     auto_model = AutoModelForTokenClassification
-    options = ("aggregation_strategy", "ignore_labels", "is_split_into_words", "delimiter", "stride")
+    models = (ModernBertForTokenClassification,)
+    needs = "an encoder for token classification"
 
-    def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
-        if not isinstance(model, ModernBertForTokenClassification):
-            raise InputError(f"{self.task} needs a token classification model; this is a {type(model).__name__}")
-        super().__init__(model, tokenizer, **options)
-
-    def __call__(self, inputs: Any, **options: Any) -> Any:
-        """Answer inputs; see the class and `Pipeline.__call__`."""
-        split = check_switch("is_split_into_words", {**self.defaults, **options}.get("is_split_into_words"))
-        if split and isinstance(inputs, list | tuple) and inputs and all(isinstance(word, str) for word in inputs):
+    def __call__(self, inputs: Any = None, *more: Any, **options: Any) -> Any:
+        """A list of words is one input; see `Pipeline.__call__`."""
+        own = {name: value for name, value in options.items() if name == "is_split_into_words"}
+        words = inputs if isinstance(inputs, list | tuple) and self.given(own).is_split_into_words else ()
+        if words and all(isinstance(word, str) for word in words):
             inputs = [inputs]
-        return super().__call__(inputs, **options)
+        return super().__call__(inputs, *more, **options)
 
-    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Defaults, checked."""
-        strategy = settings.get("aggregation_strategy")
-        strategy = "none" if strategy is None else strategy.lower() if isinstance(strategy, str) else strategy
+    def resolve(self, options: TokenClassificationOptions) -> ResolvedOptions:
+        """A stride that leaves room for new tokens in each window."""
         limit = self.context - self.tokenizer.num_special_tokens_to_add()
-        stride = settings.get("stride")
-        if stride is None:
-            stride = min(_STRIDE, max(limit // 4, 0))
-        if check_count("stride", stride, 0) >= limit:
+        stride = min(_STRIDE, max(limit // 4, 0)) if options.stride is None else options.stride
+        if stride >= limit:
             raise InputError(f"stride is {stride}; windows hold {limit} tokens of text and must share fewer")
-        ignore = settings.get("ignore_labels")
-        ignore = ["O"] if ignore is None else [ignore] if isinstance(ignore, str) else ignore
-        if not isinstance(ignore, list | tuple | set) or not all(isinstance(label, str) for label in ignore):
-            raise InputError(f"ignore_labels is {shown(ignore)}; give a list of labels")
-        delimiter = settings.get("delimiter")
-        if delimiter is not None and not isinstance(delimiter, str):
-            raise InputError(f"delimiter is {shown(delimiter)}; it must be a string")
-        return {
-            "strategy": check_choice("aggregation_strategy", strategy, STRATEGIES),
-            "ignore": set(ignore),
-            "words": check_switch("is_split_into_words", settings.get("is_split_into_words")),
-            "delimiter": " " if delimiter is None else delimiter,
-            "stride": stride,
-        }
+        return ResolvedOptions(**{**vars(options), "stride": stride})
 
-    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
-        """One row a window."""
-        if settings["words"]:
-            for words in items:
-                if not isinstance(words, list | tuple) or not words:
-                    raise InputError(
-                        f"an input is {shown(words)}; with is_split_into_words it is a list of words, not empty"
-                    )
-                check_text(settings["delimiter"].join(check_text(word, "a word") for word in words))
-        else:
-            for item in items:
-                check_text(item)
-        texts = [list(item) for item in items] if settings["words"] else items
-        encodings = self.tokenizer(texts, truncation=False, is_split_into_words=settings["words"]).encodings
+    def prepare(self, items: list[Any], options: ResolvedOptions) -> list[list[Window]]:
+        split, delimiter = options.is_split_into_words, options.delimiter
+        texts = [delimiter.join(_words(item)) if split else item for item in items]
+        for text in texts:
+            check_text(text)
+        given = [list(item) for item in items] if split else items
+        encodings = self.tokenizer(given, truncation=False, is_split_into_words=split).encodings
         assert encodings is not None
-        jobs = []
-        for item, encoding in zip(items, encodings, strict=True):
-            text, starts = item, None
-            if settings["words"]:
-                text = settings["delimiter"].join(item)
-                lengths = [len(word) + len(settings["delimiter"]) for word in item]
-                starts = [0, *itertools.accumulate(lengths)]
+        rows = []
+        for item, text, encoding in zip(items, texts, encodings, strict=True):
+            starts = [0, *itertools.accumulate(len(word) + len(delimiter) for word in item)] if split else None
             tokens = self._tokens(text, starts, encoding)
             if not tokens:
                 raise InputError(f"a text makes no token with this tokenizer: {short(text)!r}")
-            jobs.append(Job(self._windows(encoding, tokens, settings["stride"]), tokens))
-        return jobs
+            rows.append(self._windows(encoding, tokens, options.stride))
+        return rows
 
-    def _windows(self, encoding: Encoding, tokens: list[Token], stride: int) -> list[Row]:
-        """Rows of as many tokens of the text as the context holds, special ones around each.
-
-        A row's `extra` says which of the tokens it has.
-        """
+    def _windows(self, encoding: Encoding, tokens: list[Token], stride: int) -> list[Window]:
+        """Rows of as many tokens of the text as the context holds, special ones around each."""
         first, last = tokens[0].index, tokens[-1].index + 1
         all_ids = encoding.ids
         before, after = all_ids[:first], all_ids[last:]
@@ -140,46 +113,37 @@ class TokenClassificationPipeline(Pipeline):
         rows = []
         for start in range(0, len(tokens), limit - stride):
             ids = all_ids[first + start : min(first + start + limit, last)]
-            rows.append(Row([*before, *ids, *after], slice(start, start + len(ids))))
+            rows.append(Window([*before, *ids, *after], tokens[start : start + len(ids)], first))
             if start + limit >= len(tokens):
                 break
         return rows
 
-    def run(self, rows: list[Row], settings: dict[str, Any]) -> Results:
+    def run(self, rows: list[Window], options: ResolvedOptions) -> Results[Scores]:
         """Probabilities (tokens, labels) of each row."""
         logits = self.model.run_packed(self.pack(rows)).logits.float()
-        return read(logits.softmax(-1), lambda scores: scores.split([len(row.ids) for row in rows]))
+        lengths = [len(row.ids) for row in rows]
+        return read(logits.softmax(-1), lambda scores: [part.numpy() for part in scores.split(lengths)])
 
-    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
-        """Tokens or entities."""
-        seen = []
-        for row, result in zip(job.rows, job.results, strict=True):
-            before = job.context[0].index  # special tokens at the row's beginning
-            some = job.context[row.extra]
-            scores = result.numpy()[before : before + len(some)]
-            seen.append(list(zip(some, scores, strict=True)))
-        if settings["strategy"] == "none":
+    def finish(self, job: Job[Window, Scores], options: ResolvedOptions) -> list[dict[str, Any]]:
+        seen = [
+            list(zip(row.tokens, scores[row.before : row.before + len(row.tokens)], strict=True))
+            for row, scores in zip(job.rows, job.results, strict=True)
+        ]
+        if options.aggregation_strategy == "none":
             entities = [self._alone(token, scores) for token, scores in _merged_tokens(seen)]
-            return [e for e in entities if e["entity"] not in settings["ignore"]]
+            return [e for e in entities if e["entity"] not in options.ignore_labels]
         found = []
         for tokens in seen:
-            labelled = self._labelled(tokens, settings["strategy"])
-            found += [e for e in self._entities(labelled) if e["entity_group"] not in settings["ignore"]]
+            labelled = self._labelled(tokens, options.aggregation_strategy)
+            found += [e for e in self._entities(labelled) if e["entity_group"] not in options.ignore_labels]
         return found if len(seen) == 1 else _merged_entities(found)
 
     def _tokens(self, text: str, word_starts: list[int] | None, encoding: Encoding) -> list[Token]:
         tokens = []
         unknown = self.tokenizer.unk_token_id
         # The library makes each of these lists anew whenever it is asked.
-        parts = zip(
-            encoding.ids,
-            encoding.tokens,
-            encoding.offsets,
-            encoding.word_ids,
-            encoding.special_tokens_mask,
-            strict=True,
-        )
-        for i, (token_id, piece, (start, end), word, special) in enumerate(parts):
+        lists = encoding.ids, encoding.tokens, encoding.offsets, encoding.word_ids, encoding.special_tokens_mask
+        for i, (token_id, piece, (start, end), word, special) in enumerate(zip(*lists, strict=True)):
             if special:
                 continue
             if word_starts is not None and word is not None:
@@ -220,16 +184,9 @@ class TokenClassificationPipeline(Pipeline):
                 scores = max((scores for _, scores in word), key=lambda scores: scores.max())
             else:
                 scores = np.stack([scores for _, scores in word]).mean(0)
-            label = int(scores.argmax())
-            out.append(
-                {
-                    "entity": self.model.config.id2label[label],
-                    "score": float(scores[label]),
-                    "word": self.tokenizer.convert_tokens_to_string([token.piece for token, _ in word]),
-                    "start": word[0][0].start,
-                    "end": word[-1][0].end,
-                }
-            )
+            piece = self.tokenizer.convert_tokens_to_string([token.piece for token, _ in word])
+            (first, _), (last, _) = word[0], word[-1]
+            out.append(self._alone(dataclasses.replace(first, piece=piece, end=last.end), scores))
         return out
 
     def _entities(self, labelled: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -253,6 +210,12 @@ class TokenClassificationPipeline(Pipeline):
             }
             for group in groups
         ]
+
+
+def _words(item: Any) -> list[str]:
+    if not isinstance(item, list | tuple) or not item:
+        raise InputError(f"an input is {shown(item)}; with is_split_into_words it is a list of words, not empty")
+    return [check_text(word, "a word") for word in item]
 
 
 def _parts(label: str) -> tuple[bool, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -9,25 +10,24 @@ import torch
 
 from modernbert.errors import InputError, listed, shown
 from modernbert.pipelines.base import Job, Row
-from modernbert.pipelines.checks import check_switch
+from modernbert.pipelines.options import ZeroShotClassificationOptions
 from modernbert.pipelines.text_classification import ClassifierPipeline
 
 logger = logging.getLogger(__name__)
 
 
-class ZeroShotClassificationPipeline(ClassifierPipeline):
+class ZeroShotClassificationPipeline(ClassifierPipeline[ZeroShotClassificationOptions]):
     """Scores labels that the model was not trained for.
 
     The model must be trained on entailment, with a label whose name begins with "entail". A call takes a text, a list
-    of texts or an iterable of them, then `candidate_labels` (a list, or one string with commas between), and the
-    options `hypothesis_template` ("This example is {}."), `multi_label` (each label for itself; otherwise they share
-    one probability), `truncation` (cut texts over the context instead of refusing them).
+    of texts or an iterable of them, and `candidate_labels`.
 
     For each text it gives {"sequence", "labels", "scores"}, best first.
     """
 
     task = "zero-shot-classification"
-    options = ("candidate_labels", "hypothesis_template", "multi_label", "truncation")
+    options = ZeroShotClassificationOptions
+    second = "candidate_labels"
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
         super().__init__(model, tokenizer, **options)
@@ -38,12 +38,6 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
                 listed(self.model.config.label2id),
             )
 
-    def __call__(self, inputs: Any, candidate_labels: Any = None, **options: Any) -> Any:
-        """Answer inputs; see the class and `Pipeline.__call__`."""
-        if candidate_labels is not None:
-            options["candidate_labels"] = candidate_labels
-        return super().__call__(inputs, **options)
-
     @property
     def _entailing(self) -> list[int]:
         return [i for label, i in self.model.config.label2id.items() if label.lower().startswith("entail")]
@@ -53,52 +47,46 @@ class ZeroShotClassificationPipeline(ClassifierPipeline):
         """Number of the label that says that the hypothesis follows; the last one where none is named so."""
         return next(iter(self._entailing), self.model.config.num_labels - 1)
 
-    def settle(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """`candidate_labels` as a list of labels, and the other defaults."""
-        given = settings.get("candidate_labels")
-        labels = [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
-        if not isinstance(labels, list | tuple) or not all(isinstance(x, str) for x in labels):
-            raise InputError(f"candidate_labels is {shown(given)}; give a list of labels")
+    def resolve(self, options: ZeroShotClassificationOptions) -> ZeroShotClassificationOptions:
+        """`candidate_labels` as a list of labels."""
+        labels = given = options.candidate_labels
+        if isinstance(given, str):
+            labels = [part.strip() for part in given.split(",") if part.strip()]
         if not labels or not all(label.strip() for label in labels):
             raise InputError(f"candidate_labels is {shown(given)}; give at least one label, and none that is empty")
-        template = settings.get("hypothesis_template", "This example is {}.")
+        template = options.hypothesis_template
         try:
-            filled = isinstance(template, str) and template.format(labels[0]) != template
+            filled = template.format(labels[0]) != template
         except (IndexError, KeyError, ValueError, AttributeError, TypeError):
             filled = False
         if not filled:
             raise InputError(f"hypothesis_template is {shown(template)}; it needs {{}} where the label goes")
         if self.model.config.num_labels < 2:
             raise InputError("the model has one label; entailment needs at least two, and a name that says which")
-        several = check_switch("multi_label", settings.get("multi_label"))
-        settings = {**settings, "multi_label": several}
-        return {**settings, "candidate_labels": labels, "hypothesis_template": template, "entail": self.entailment_id}
+        return dataclasses.replace(options, candidate_labels=labels)
 
     def check_defaults(self) -> None:
         """The options given so far; the labels may come with a call."""
-        self.settle({"candidate_labels": ["a"], **self.defaults})
+        self.resolve(self.given({} if "candidate_labels" in self.defaults else {"candidate_labels": ["a"]}))
 
-    def prepare(self, items: list[Any], settings: dict[str, Any]) -> list[Job]:
-        """One row a text and label."""
-        labels = settings["candidate_labels"]
-        hypotheses = [settings["hypothesis_template"].format(label) for label in labels]
-        cut = {"truncation": settings.get("truncation", False)}
-        rows = self.tokenize([text for text in items for _ in labels], hypotheses * len(items), **cut)
-        n = len(labels)
-        return [Job([Row(e.ids) for e in rows[i * n : (i + 1) * n]], text) for i, text in enumerate(items)]
+    def prepare(self, items: list[Any], options: ZeroShotClassificationOptions) -> list[list[Row]]:
+        hypotheses = [options.hypothesis_template.format(label) for label in options.candidate_labels or ()]
+        n = len(hypotheses)
+        texts = [text for text in items for _ in hypotheses]
+        rows = [Row(e.ids) for e in self.tokenize(texts, hypotheses * len(items), truncation=options.truncation)]
+        return [rows[i : i + n] for i in range(0, len(rows), n)]
 
-    def finish(self, job: Job, settings: dict[str, Any]) -> Any:
-        """Labels and scores, best first."""
-        labels, entail = settings["candidate_labels"], settings["entail"]
+    def finish(self, job: Job[Row, torch.Tensor], options: ZeroShotClassificationOptions) -> dict[str, Any]:
+        labels, entail = list(options.candidate_labels or ()), self.entailment_id
         logits = torch.stack(job.results)
-        if settings["multi_label"] or len(labels) == 1:
+        if options.multi_label or len(labels) == 1:
             against = self.model.config.num_labels - 1 if entail == 0 else 0
             scores = logits[:, [against, entail]].softmax(-1)[:, 1]
         else:
             scores = logits[:, entail].softmax(0)
         order = scores.argsort(descending=True, stable=True).tolist()
         return {
-            "sequence": job.context,
+            "sequence": job.item,
             "labels": [labels[i] for i in order],
             "scores": [scores[i].item() for i in order],
         }

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from modernbert.config import Config
 from modernbert.errors import CheckpointError
 from modernbert.io.hub import Source
-from modernbert.models.formats import Names
+from modernbert.models.formats import Names, WeightFormat
 from modernbert.quantization.modules import PARTS, QuantizedEmbedding, from_parts, put, quantized_modules
 from modernbert.quantization.options import BFLOAT16, QuantizationConfig, Record, resolve
 
 _PARTS = tuple(f".{name}" for name in PARTS.values() if name != "weight")
 
 
-class Quantized:
+class Quantized(WeightFormat):
     """The format of this room's weights; see `models.formats.WeightFormat`."""
 
     def of_config(self, config: Config) -> Record | None:

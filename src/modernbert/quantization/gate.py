@@ -128,7 +128,7 @@ def quantize(
     if texts is not None and (tokenizer is None or not any(text.strip() for text in texts)):
         raise ValueError("texts need a tokenizer, and at least one of them must hold something")
     dtype, training = model.dtype, model.training
-    model.unpack()
+    model.thaw()
     model.eval().float()
     weights = _weights(model, SCHEMES[config.scheme])
     originals = {name: model.get_submodule(name) for weight in weights for name in weight.names}

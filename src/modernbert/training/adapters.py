@@ -44,12 +44,10 @@ def add_adapters(model: nn.Module, rank: int, alpha: float | None) -> Any:
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether `add_adapters` made the model."""
     return hasattr(model, "peft_config")
 
 
 def load_adapters(model: Any, folder: Path) -> None:
-    """Read saved adapters into a model that has such."""
     from safetensors.torch import load_file
 
     _peft().set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))

@@ -66,10 +66,10 @@ def draw_lines(x: Sequence[float], lines: Sequence[Line], x_label: str) -> str:
         body.append(f'<path class="{line.style}" d="{_path(_thinned(points))}"/>')
         for at, value, point in zip(x, line.values, points, strict=True) if line.marked else ():
             if point is not None:
-                said = escape(f"{line.name}, {x_label} {at:g}: {value:.4g}")
+                text = escape(f"{line.name}, {x_label} {at:g}: {value:.4g}")
                 body.append(
                     f'<circle class="{line.style}" cx="{point[0]:.1f}" cy="{point[1]:.1f}" r="3">'
-                    f"<title>{said}</title></circle>"
+                    f"<title>{text}</title></circle>"
                 )
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(body)}</svg>'
 
@@ -105,7 +105,6 @@ def _ticks(low: float, high: float, about: int, whole: bool = False) -> list[flo
 
 
 def _written(tick: float, ticks: Sequence[float]) -> str:
-    """A tick with as many decimals as its neighbours need."""
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 0.0
     if step and (step < 1e-4 or abs(ticks[-1]) >= 1e7):
         return f"{tick:.3g}"
@@ -132,9 +131,9 @@ def _thinned(points: list[Point]) -> list[Point]:
 
 def _path(points: Sequence[Point]) -> str:
     """Straight lines from point to point; a missing one is a gap."""
-    said, pen = [], "M"
+    parts, pen = [], "M"
     for point in points:
         if point is not None:
-            said.append(f"{pen}{point[0]:.1f} {point[1]:.1f}")
+            parts.append(f"{pen}{point[0]:.1f} {point[1]:.1f}")
         pen = "M" if point is None else "L"
-    return "".join(said)
+    return "".join(parts)

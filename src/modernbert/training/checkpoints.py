@@ -1,7 +1,7 @@
 """Checkpoints of a run: a folder a step, written whole or not at all, in safetensors and JSON.
 
-A checkpoint holds the model in its ordinary form, the optimizer's state by the parameters' names, and what the run
-has to remember.
+A checkpoint holds the model in its ordinary form, the optimizer's state by the parameters' names, and the state of
+the run.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def go_on_from(output: Path) -> str:
-    """What an interrupted run can go on from, in words."""
+def resumable(output: Path) -> str:
+    """What an interrupted run can continue from, in words."""
     found = checkpoints(output)
     if not found:
         return "nothing is saved yet: resume=True starts it from its beginning"
@@ -42,7 +42,6 @@ def go_on_from(output: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was made after."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
@@ -60,8 +59,8 @@ def write_checkpoint(
         output: folder of the run.
         step: the step that was done last.
         save_model: writes the model into a folder.
-        state: tensors to go on with, such as `optimizer_state`; None where every process called `write_part`.
-        about: what else to remember, for JSON.
+        state: of the optimizer; None if every process called `write_part`.
+        about: the state of the run, for JSON.
         keep: steps whose checkpoints stay.
 
     Raises:
@@ -91,7 +90,7 @@ def write_part(output: Path, step: int, state: dict[str, Tensor], number: int, p
 
 
 def discard(output: Path, step: int) -> None:
-    """Remove the parts of a checkpoint that was not finished."""
+    """Remove the parts of an unfinished checkpoint."""
     shutil.rmtree(_temporary(output, step), ignore_errors=True)
 
 
@@ -123,7 +122,7 @@ def _whole_or_not(output: Path, step: int) -> Iterator[None]:
 
 
 def last_checkpoint(output: Path) -> tuple[Path, dict[str, Any]]:
-    """The last whole checkpoint of a run and what it remembers; those after it that are damaged are passed over.
+    """The last whole checkpoint of a run and the run's state; damaged ones after it are passed over.
 
     Raises:
         InputError: there is none.
@@ -141,11 +140,9 @@ def last_checkpoint(output: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def best_before(output: Path) -> Any:
-    """The step and the value of the best evaluation that the last whole checkpoint knows of; None without one."""
-    for checkpoint in reversed(checkpoints(output)):
-        about, _ = _read(checkpoint)
-        if about is not None:
-            return about["best"]
+    """The step and the value of the best evaluation known to the last whole checkpoint; None without one."""
+    with contextlib.suppress(InputError):
+        return last_checkpoint(output)[1]["best"]
     return None
 
 
@@ -161,7 +158,7 @@ def set_damaged_aside(output: Path, last: Path) -> None:
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
-    """What a checkpoint remembers; or None, and what is damaged."""
+    """The state of the run in a checkpoint; or None, and what is damaged."""
     path = checkpoint / ABOUT
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -187,8 +184,12 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return state
 
 
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
-    """Put back what `optimizer_state` gave."""
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
+    """Put back the `optimizer_state` of a checkpoint."""
+    try:
+        state = load_file(checkpoint / STATE)
+    except SafetensorError as error:
+        raise CheckpointError(f"{checkpoint / STATE} is not a whole safetensors file: {error}") from error
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         name, _, part = key.rpartition("/")
@@ -200,17 +201,9 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state:
             }
 
 
-def read_state(checkpoint: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint to go on with."""
-    try:
-        return load_file(checkpoint / STATE)
-    except SafetensorError as error:
-        raise CheckpointError(f"{checkpoint / STATE} is not a whole safetensors file: {error}") from error
-
-
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """What the safetensors library says of a full disk or a missing permission, as the `OSError` that it is."""
+    """Raise the safetensors library's error about a full disk or a missing permission as `OSError`."""
     try:
         yield
     except SafetensorError as error:

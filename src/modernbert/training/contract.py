@@ -1,4 +1,4 @@
-"""What a run takes and what it gives: the objective, its evaluations, the progress, the outcome."""
+"""What a run takes and what it gives: a feed of steps and an objective; progress, evaluations, an outcome."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Evaluation:
     """How a model does on examples that it was not trained on.
 
     Attributes:
-        figures: metrics by name, as the field names them.
+        metrics: by their usual names.
         classes, confusion: counts of [true class][predicted class], where there are classes.
         errors: examples that it got wrong, the worst first; rows of a table.
         predictions: a record for each example.
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     classes: list[str] = dataclasses.field(default_factory=list)
     confusion: list[list[int]] = dataclasses.field(default_factory=list)
     errors: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -40,7 +40,7 @@ class Step(NamedTuple):
     Attributes:
         passes: the items of each forward pass; an item has `tokens`, how many it is of, and a `record` for messages.
         epoch: passes over the data that are done after it.
-        place: what the feed must be told to go on from here, for JSON.
+        place: what the feed needs to continue from here, for JSON.
     """
 
     passes: list[list[Any]]
@@ -53,7 +53,7 @@ class Feed(Protocol):
 
     Attributes:
         total: steps of the run.
-        between: steps between evaluations where nothing else is said.
+        between: steps between evaluations by default.
         fingerprint: equal for equal data.
     """
 
@@ -135,15 +135,15 @@ def summed(model: nn.Module, batches: Sequence[Batch], total: float, one_pass: P
     return loss
 
 
-class Frame(Protocol):
-    """A model without its weights, for runs in which every process has a part of these."""
+class ShardedObjective(Objective, Protocol):
+    """An objective for runs in which every process holds a part of the weights."""
 
-    def save(self, model: Any, folder: Path) -> None:
-        """Write all but the weights."""
+    def save_frame(self, folder: Path) -> None:
+        """Write all of the model but its weights."""
         ...
 
     def without_labels(self, batch: Batch) -> Batch:
-        """A batch that nothing is learnt from."""
+        """The batch with nothing to predict, for a process that only takes part."""
         ...
 
     def rebuild(self, weights: Mapping[str, Tensor]) -> Any:
@@ -153,7 +153,7 @@ class Frame(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a run says of itself after a step; `figures` are those of an evaluation, where there was one."""
+    """The state of a run after a step; `metrics` are those of an evaluation, if there was one."""
 
     step: int
     steps: int
@@ -165,12 +165,12 @@ class Progress:
     tokens_per_second: float
     seconds: float
     seconds_left: float
-    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         model: the trained model, in evaluation mode.
@@ -180,7 +180,7 @@ class Outcome:
         seconds: of training, evaluations not counted.
         tokens: real tokens that were trained on.
         stopped: why it ended before its last step, if it did.
-        wall_seconds: of the loop with its evaluations and checkpoints, and of the run that it went on from.
+        wall_seconds: of the loop with its evaluations and checkpoints, and of the run that it continued.
     """
 
     model: Any

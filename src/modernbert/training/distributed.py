@@ -6,17 +6,20 @@ state. Any number of processes reads them again, each the rows that it needs.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import gc
 import os
 import signal
 import threading
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group, which it would keep
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,21 +34,46 @@ _LOST = ("Connection closed", "Connection reset", "Connection refused", "Broken 
 
 def process(options: TrainingOptions) -> Any:
     """This process among those of the run: Accelerate's `PartialState`."""
+    global _made_group
     try:
         from accelerate import PartialState
     except ImportError as error:
         raise InputError("training needs accelerate: pip install 'modernbert[train]'") from error
+
+    atexit.unregister(_leave)  # a run before this one ended in order; this one may not
+    is_set_up = dist.is_initialized()
     # Evaluations are one process's work, which the others wait for.
-    return PartialState(cpu=_on_cpu(options), timeout=datetime.timedelta(hours=12))
+    state = PartialState(cpu=_on_cpu(options), timeout=datetime.timedelta(hours=12))
+    _made_group = _made_group or (dist.is_initialized() and not is_set_up)
+    return state
+
+
+_made_group = False  # whether `process` made the group of all processes, or found the caller's
+
+
+def end_together(where: Any) -> None:
+    """Wait for the other processes at the end of a run, and have this one leave their group when it exits.
+
+    A thread of the group may still be releasing the last operation while Python shuts down. If it needs Python's lock
+    then, the process is aborted, so the group is destroyed at exit, before that. Until then it serves the next run.
+    """
+    where.wait_for_everyone()
+    if _made_group:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    gc.collect()  # models wrapped for the group keep it, and with it its threads
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _on_cpu(options: TrainingOptions) -> bool:
-    """Whether the run stays on the CPU: Accelerate connects its processes only where it is told so."""
+    """Whether the run stays on the CPU, which Accelerate must know to connect its processes."""
     return options.device == "cpu" or not torch.accelerator.is_available()
 
 
 def accelerator(options: TrainingOptions, output: Path) -> Any:
-    """Accelerate's `Accelerator` for a run."""
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
 
@@ -68,7 +96,7 @@ def accelerator(options: TrainingOptions, output: Path) -> Any:
 
 
 def start_trackers(accelerator: Any, options: TrainingOptions) -> bool:
-    """Begin to tell the trackers of the options; whether there are any."""
+    """Start the trackers of the options; whether there are any."""
     if options.tracker:
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in vars(options).items()}
         accelerator.init_trackers("modernbert", config=settings)
@@ -77,8 +105,6 @@ def start_trackers(accelerator: Any, options: TrainingOptions) -> bool:
 
 def is_lost(error: Exception) -> bool:
     """Whether an error says that another process of the run is gone."""
-    import torch.distributed as dist
-
     if not isinstance(error, RuntimeError) or not dist.is_initialized() or dist.get_world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
@@ -86,30 +112,26 @@ def is_lost(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def listening() -> Iterator[threading.Event]:
-    """An event that is set when the process is told to end (SIGTERM), which then is left to whoever waits for it."""
-    told = threading.Event()
+    """An event that SIGTERM sets instead of ending the process."""
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield asked
         return
-
-    def note(number: int, frame: types.FrameType | None) -> None:
-        told.set()
-
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
     try:
-        yield told
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def shard(model: Any, device: torch.device) -> None:
+def shard_model(model: Any, device: torch.device) -> None:
     """Share weights, gradients and, later, the optimizer's state over the processes: FSDP2, a unit a layer."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if not torch.distributed.is_initialized():
+    if not dist.is_initialized():
         raise InputError("shard needs several processes; start the command with torchrun or accelerate launch")
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -121,7 +143,6 @@ def whole(value: Tensor) -> Tensor:
 
 
 def own(value: Tensor) -> Tensor:
-    """This process's rows of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
@@ -143,18 +164,9 @@ def own_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 
 def restore_own_state(model: nn.Module, optimizer: torch.optim.Optimizer | None, checkpoint: Path) -> None:
-    """Read this process's rows of what `own_state` gave each of any number of processes.
-
-    Args:
-        model: sharded, of the form of the one that was saved.
-        optimizer: of it; None reads the weights alone.
-        checkpoint: folder with the shards.
-    """
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-
+    """Read this process's rows of a checkpoint that any number of processes wrote; without optimizer weights alone."""
     rank, processes = dist.get_rank(), dist.get_world_size()
-    with Rows(sorted(checkpoint.glob(SHARDS))) as rows, torch.no_grad():
+    with Rows(checkpoint) as rows, torch.no_grad():
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)
             size = parameter.shape[0]
@@ -166,7 +178,7 @@ def restore_own_state(model: nn.Module, optimizer: torch.optim.Optimizer | None,
             state: dict[str, Tensor] = {}
             for key in rows.keys_below(f"{_OPTIMIZER}{name}/"):
                 full = f"{_OPTIMIZER}{name}/{key}"
-                if not rows.shape(full):  # a count of steps, of which every process has its own
+                if rows.is_scalar(full):  # a count of steps, of which every process has its own
                     state[key] = rows.read_scalar(full)
                     continue
                 part = rows.read(full, start, stop).to(parameter.device)
@@ -179,50 +191,40 @@ def restore_own_state(model: nn.Module, optimizer: torch.optim.Optimizer | None,
 
 def merged_weights(checkpoint: Path) -> dict[str, Tensor]:
     """All weights of a sharded checkpoint, whole, by their names."""
-    with Rows(sorted(checkpoint.glob(SHARDS))) as rows:
+    with Rows(checkpoint) as rows:
         return {name: rows.read(_MODEL + name) for name in rows.keys_below(_MODEL)}
 
 
-class Rows:
-    """Tensors whose rows are spread over files.
-
-    Args:
-        files: in the order of the rows.
+class Rows(contextlib.ExitStack):
+    """Tensors whose rows are spread over the shards of a checkpoint, in their order.
 
     Raises:
-        CheckpointError: a file is missing.
+        CheckpointError: a shard is missing or damaged.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        files = sorted(checkpoint.glob(SHARDS))
         if not files:
             raise CheckpointError("there is no shard")
         wanted = int(files[0].stem.rpartition("-")[2])
         if len(files) != wanted:
-            raise CheckpointError(f"{files[0].parent} holds {len(files)} of {wanted} shards; copy the others back")
-        self.files = files
-
-    def __enter__(self) -> Rows:
-        self._stack = contextlib.ExitStack()
+            raise CheckpointError(f"{checkpoint} holds {len(files)} of {wanted} shards; copy the others back")
         self.opened = []
-        for file in self.files:
+        for file in files:
             try:
-                self.opened.append(self._stack.enter_context(safe_open(file, framework="pt")))
+                self.opened.append(self.enter_context(safe_open(file, framework="pt")))
             except SafetensorError as error:
-                self._stack.close()
+                self.close()
                 raise CheckpointError(f"{file} is not a whole safetensors file: {error}") from error
         self.keys = set(self.opened[0].keys())
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
     def keys_below(self, prefix: str) -> list[str]:
-        """Names of tensors that begin with something, without it."""
+        """Names that begin with the prefix, without it."""
         return sorted(key.removeprefix(prefix) for key in self.keys if key.startswith(prefix))
 
-    def shape(self, key: str) -> list[int]:
-        """Shape of the first file's part of a tensor."""
-        return list(self.opened[0].get_slice(key).get_shape())
+    def is_scalar(self, key: str) -> bool:
+        return not self.opened[0].get_slice(key).get_shape()
 
     def read_scalar(self, key: str) -> Tensor:
         """A number that every file has."""

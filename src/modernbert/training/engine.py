@@ -1,19 +1,20 @@
 """The loop of a run: steps of packed batches under Accelerate, evaluations, checkpoints, the best one at the end.
 
-Every random number comes from the seed and the number of the step, so that a run that was killed goes on as if it had
-not been. Every label of a step weighs the same, however many forward passes and processes share it.
+Every random number comes from the seed and the number of the step, so that a killed run that is resumed ends in the
+same bits. Every label of a step weighs the same, however many forward passes and processes share it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -25,17 +26,16 @@ from modernbert.training.checkpoints import (
     best_before,
     checkpoints,
     discard,
-    go_on_from,
     last_checkpoint,
     optimizer_state,
-    read_state,
     restore_optimizer,
+    resumable,
     set_damaged_aside,
     step_of,
     write_checkpoint,
     write_part,
 )
-from modernbert.training.contract import Evaluation, Feed, Frame, Objective, Outcome, Progress, Step
+from modernbert.training.contract import Evaluation, Feed, Objective, Outcome, Progress, ShardedObjective, Step
 from modernbert.training.distributed import (
     accelerator,
     is_lost,
@@ -43,17 +43,15 @@ from modernbert.training.distributed import (
     own,
     own_state,
     restore_own_state,
-    shard,
+    shard_model,
     start_trackers,
     whole,
 )
-from modernbert.training.evaluating import evaluating
 from modernbert.training.examples import moved, shared_out, shortened
 from modernbert.training.folder import append_metrics, trim_metrics
-from modernbert.training.memory import save_memory
+from modernbert.training.model import autocast, evaluating, save_memory, train_in_float32
 from modernbert.training.optimizers import freeze, make_optimizer
 from modernbert.training.options import TrainingOptions
-from modernbert.training.precision import autocast, train_in_float32
 from modernbert.training.schedules import make_schedule, peak_rate
 
 
@@ -67,7 +65,7 @@ def fit(
     resume: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     begin: Callable[[], None] = lambda: None,
-    frame: Frame | None = None,
+    shard: bool = False,
 ) -> Outcome:
     """Train a model, with checkpoints and `metrics.jsonl` under `output`.
 
@@ -78,61 +76,65 @@ def fit(
         objective: what to train for.
         options: how to train.
         output: folder of the run; it exists.
-        resume: go on from the last checkpoint under `output`.
+        resume: continue from the last checkpoint under `output`.
         report: called after every step.
         begin: called once everything is set up, before the first step.
-        frame: given where weights, gradients and optimizer are shared over the processes while they train.
+        shard: share weights, gradients and optimizer over the processes; the objective is a `ShardedObjective`.
 
     Raises:
         InputError: there is nothing to train, or a tracker is not known.
         DivergedError: the loss is no number; the last checkpoint stays.
-        InterruptedRunError: the process was told to end (`TerminatedRunError`), or another one of the run is lost;
+        InterruptedRunError: the process was asked to end (`TerminatedRunError`), or another one of the run is lost;
             what was done is kept.
     """
-    with denormals_flushed(), listening() as told_to_end:
-        run = _Run(model, feed, objective, options, output, resume, report, frame)
-        run.told_to_end = told_to_end
+    with denormals_flushed(), listening() as asked_to_end:
+        run = _Run(model, feed, objective, options, output, resume, report, shard, asked_to_end)
         begin()
         return run.run()
 
 
+@dataclasses.dataclass(eq=False)
 class _Run:
-    def __init__(
-        self,
-        model: Any,
-        feed: Feed,
-        objective: Objective,
-        options: TrainingOptions,
-        output: Path,
-        resume: bool,
-        report: Callable[[Progress], None],
-        frame: Frame | None,
-    ) -> None:
-        self.accelerator = accelerator(options, output)
-        self.objective, self.options, self.output, self.report = objective, options, output, report
-        self.feed, self.total, self.frame = feed, feed.total, frame
+    model: Any
+    feed: Feed
+    objective: Objective
+    options: TrainingOptions
+    output: Path
+    resume: dataclasses.InitVar[bool]
+    report: Callable[[Progress], None]
+    is_sharded: bool
+    asked_to_end: threading.Event
+
+    def __post_init__(self, resume: bool) -> None:
+        options = self.options
+        self.accelerator = accelerator(options, self.output)
+        self.total = self.feed.total
         self.place: dict[str, Any] | None = None
-        self.told_to_end = threading.Event()
         self.schedule = make_schedule(options.schedule, self.total, options.warmup, options.decay)
-        self.lr = peak_rate(options, model)
-        train_in_float32(model)
-        freeze(model, options.freeze_embeddings, options.freeze_layers)
-        save_memory(model, options)
-        self.bare = model.to(self.accelerator.device)
-        if frame is not None:
-            shard(self.bare, self.accelerator.device)
+        self.lr = peak_rate(options, self.model)
+        train_in_float32(self.model)
+        freeze(self.model, options.freeze_embeddings, options.freeze_layers)
+        save_memory(self.model, options)
+        self.bare = self.model.to(self.accelerator.device)
+        if self.is_sharded:
+            shard_model(self.bare, self.accelerator.device)
         optimizer = make_optimizer(self.bare, options)
         self.step, self.since_best, self.stopped, self.ended = 0, 0, "", False
         self.is_whole = True  # weights and optimizer are those after `step`, not in the middle of another one
         self.seconds, self.tokens = 0.0, 0
-        self.started, self.wall = time.perf_counter(), 0.0  # the latter is of the run that this one goes on from
+        self.started, self.wall = time.perf_counter(), 0.0  # the latter is of the run that this one continues
         self.best: tuple[int, float] | None = None
-        if resume and checkpoints(output):
+        if resume and checkpoints(self.output):
             self._restore(optimizer)
         # A sharded model is one already; Accelerate would replicate it.
-        self.model = self.bare if frame is not None else self.accelerator.prepare(self.bare)
+        self.model = self.bare if self.is_sharded else self.accelerator.prepare(self.bare)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.begun = self.step
+
+    @property
+    def sharded(self) -> ShardedObjective:
+        """The objective of a run whose weights are shared over the processes."""
+        return cast(ShardedObjective, self.objective)
 
     @property
     def is_main(self) -> bool:
@@ -142,9 +144,8 @@ class _Run:
         try:
             return self._run()
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted after step {self.step} of {self.total}; {go_on_from(self.output)}"
-            ) from None
+            done = f"interrupted after step {self.step} of {self.total}"
+            raise KeyboardInterrupt(f"{done}; {resumable(self.output)}") from None
         except RuntimeError as error:
             if not is_lost(error):
                 raise
@@ -168,14 +169,14 @@ class _Run:
             took = time.perf_counter() - started
             self.seconds, self.tokens = self.seconds + took, self.tokens + count
             speed = count / took if not speed else 0.95 * speed + 0.05 * count / took
-            figures: dict[str, float] = {}
+            metrics: dict[str, float] = {}
             last = self.step == self.total
             if last or self.step % (options.eval_every or self.feed.between) == 0:
                 evaluation = self._evaluate()
                 evaluated_at = self.step
                 if evaluation is not None:
-                    figures = evaluation.figures
-                    self._compare(figures)
+                    metrics = evaluation.metrics
+                    self._compare(metrics)
             progress = Progress(
                 step=self.step,
                 steps=self.total,
@@ -187,41 +188,42 @@ class _Run:
                 tokens_per_second=speed,
                 seconds=self.seconds,
                 seconds_left=(self.seconds - began) / (self.step - self.begun) * (self.total - self.step),
-                figures=figures,
+                metrics=metrics,
             )
             self._record(progress, trackers)
             wanted = self.step % options.save_every == 0 if options.save_every else evaluated_at == self.step
-            is_best = options.keep_best and self.best == (self.step, figures.get(objective.metric))
+            is_best = options.keep_best and self.best == (self.step, metrics.get(objective.metric))
             if wanted or last or self.stopped or self.ended or is_best:
                 self._save()
             if self.ended:
-                self._end()
+                raise TerminatedRunError(
+                    f"ended by SIGTERM after step {self.step} of {self.total}; {resumable(self.output)}"
+                )
         if self.best is not None and options.keep_best and self.best[0] != self.step:
             best = self.output / f"checkpoint-{self.best[0]}"
-            if self.frame is not None:
+            if self.is_sharded:
                 restore_own_state(self.bare, None, best)
             else:
                 self.objective.load_weights(self.bare, best)
             evaluated_at = -1
         if evaluated_at != self.step or objective.reads_more_at_the_end:
             evaluation = self._evaluate(at_the_end=True)
-        if trackers:
-            self.accelerator.end_training()
-        if self.frame is not None:
+        for tracker in self.accelerator.trackers:  # Accelerate's `end_training` would end the processes' group too
+            tracker.finish()
+        if self.is_sharded:
             weights = {name: whole(value.detach()).cpu() for name, value in self.bare.named_parameters()}
-            model = self.frame.rebuild(weights)
+            model = self.sharded.rebuild(weights)
         else:
             model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        best_step = None if self.best is None else self.best[0]
         return Outcome(
             model.eval(),
             evaluation,
-            self.step,
-            best_step,
-            self.seconds,
-            self.tokens,
-            self.stopped,
-            self._wall_seconds(),
+            steps=self.step,
+            best_step=None if self.best is None else self.best[0],
+            seconds=self.seconds,
+            tokens=self.tokens,
+            stopped=self.stopped,
+            wall_seconds=self._wall_seconds(),
         )
 
     def _wall_seconds(self) -> float:
@@ -237,22 +239,24 @@ class _Run:
         processes = accelerator.num_processes
         shares = shared_out(step.passes, processes)
         seeds = iter(self._random(1, sum(map(len, shares))))
-        drawn = [[next(seeds) for _ in share] for share in shares]  # an item's own, whoever computes it
+        drawn = [
+            [next(seeds) for _ in share] for share in shares
+        ]  # by item, so that they are the same on any number of processes
         mine = range(accelerator.process_index, len(shares), processes)
         weight = processes if mine else 0  # gradients are averaged over processes; one without a share adds nothing
         batches = [self.objective.collate(shares[i], drawn[i]) for i in mine or [len(shares) - 1]]
-        if self.frame is not None:  # every process has to take part in every pass
+        if self.is_sharded:  # every process has to take part in every pass
             weight = processes
             batches = batches[: len(mine)]
             while len(batches) < -(-len(shares) // processes):
-                batches.append(self.frame.without_labels(self.objective.collate(shares[-1], drawn[-1])))
+                batches.append(self.sharded.without_labels(self.objective.collate(shares[-1], drawn[-1])))
         counted = torch.tensor(
-            [bool(weight) * sum(self.objective.count(batch) for batch in batches), float(self.told_to_end.is_set())],
+            [bool(weight) * sum(self.objective.count(batch) for batch in batches), float(self.asked_to_end.is_set())],
             dtype=torch.float64 if accelerator.device.type != "mps" else torch.float32,
             device=accelerator.device,
         )
-        labels, told = accelerator.reduce(counted, "sum").tolist()
-        self.ended = bool(told)
+        labels, asked = accelerator.reduce(counted, "sum").tolist()
+        self.ended = bool(asked)
         batches = [moved(batch, accelerator.device) for batch in batches]
         torch.manual_seed(self._random(2 + accelerator.process_index)[0])  # of dropout
 
@@ -262,10 +266,10 @@ class _Run:
 
         @contextlib.contextmanager
         def one_pass(is_last: bool) -> Iterator[Callable[[Tensor], None]]:
-            # Gradients meet those of other processes once a step; whether they will is settled in the forward.
-            if self.frame is not None:
+            # Gradients meet those of other processes once a step; whether they will is decided in the forward.
+            if self.is_sharded:
                 self.bare.set_requires_gradient_sync(is_last)
-            if is_last or self.frame is not None:
+            if is_last or self.is_sharded:
                 yield backward
                 return
             with accelerator.no_sync(self.model):
@@ -305,23 +309,18 @@ class _Run:
         )
 
     def _lost(self, error: Exception) -> NoReturn:
-        if self.is_main and self.frame is None and self.step > self.begun and self.is_whole:
+        if self.is_main and not self.is_sharded and self.step > self.begun and self.is_whole:
             with contextlib.suppress(OSError):
                 self._save(alone=True)
-        said = f"a process of the run was lost after step {self.step} ({' '.join(str(error).split())[:120]})"
-        raise InterruptedRunError(f"{said}; {go_on_from(self.output)}") from error
-
-    def _end(self) -> NoReturn:
-        raise TerminatedRunError(
-            f"told to end (SIGTERM) after step {self.step} of {self.total}; {go_on_from(self.output)}"
-        )
+        lost = f"a process of the run was lost after step {self.step} ({' '.join(str(error).split())[:120]})"
+        raise InterruptedRunError(f"{lost}; {resumable(self.output)}") from error
 
     def _evaluate(self, at_the_end: bool = False) -> Evaluation | None:
-        """Evaluate the model as it is; every process gets the figures."""
+        """Evaluate the model as it is; every process gets the result."""
         evaluation = None
-        if self.is_main or self.frame is not None:
+        if self.is_main or self.is_sharded:
             options, device = self.options, self.accelerator.device
-            with evaluating(self.bare, options.precision, device, self.frame is not None) as model:
+            with evaluating(self.bare, options.precision, device, self.is_sharded) as model:
                 evaluation = self.objective.evaluate(model, at_the_end)
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
@@ -329,23 +328,23 @@ class _Run:
             evaluation = broadcast_object_list([evaluation])[0]
         return evaluation
 
-    def _compare(self, figures: dict[str, float]) -> None:
+    def _compare(self, metrics: dict[str, float]) -> None:
         """Remember the best evaluation, and stop after too many that are not."""
-        value, sign = figures[self.objective.metric], 1 if self.objective.greater_is_better else -1
+        value, sign = metrics[self.objective.metric], 1 if self.objective.greater_is_better else -1
         better = math.isfinite(value) and (self.best is None or sign * value > sign * self.best[1])
-        if better or (self.best is not None and value == self.best[1]):  # of equal ones the one that learnt longer
+        if better or (self.best is not None and value == self.best[1]):  # of equal ones the later
             self.best = (self.step, value)
         self.since_best = 0 if better else self.since_best + 1
-        self._stop_if_patience_ends()
+        self._check_patience()
 
-    def _stop_if_patience_ends(self) -> None:
+    def _check_patience(self) -> None:
         if self.options.patience is not None and self.since_best >= self.options.patience and self.step < self.total:
             times = f"{self.since_best} evaluation{'s' * (self.since_best > 1)}"
             self.stopped = f"no better {self.objective.metric} in {times}"
 
     def _record(self, progress: Progress, trackers: bool) -> None:
         values = dataclasses.asdict(progress)
-        values |= {f"eval_{name}": value for name, value in values.pop("figures").items()}
+        values |= {f"eval_{name}": value for name, value in values.pop("metrics").items()}
         if self.is_main:
             append_metrics(self.output, values)
             self.report(progress)
@@ -364,7 +363,7 @@ class _Run:
                 f"{name} is no number any more after step {self.step}, which is not saved; lower the learning rate "
                 f"({self.lr:g})"
             )
-        if self.frame is not None:
+        if self.is_sharded:
             if self.is_main:
                 discard(self.output, self.step)
             self.accelerator.wait_for_everyone()
@@ -390,9 +389,12 @@ class _Run:
         keep = [step_of(path) for path in checkpoints(self.output)[-1:]]
         known = [self.best, best_before(self.output)]
         keep += [best[0] for best in known if best is not None and self.options.keep_best]
-        state = None if self.frame is not None else optimizer_state(self.bare, self.optimizer.optimizer)
-        save = self.objective.save if self.frame is None else self.frame.save
-        write_checkpoint(self.output, self.step, lambda folder: save(self.bare, folder), state, about, keep)
+        if self.is_sharded:
+            write_checkpoint(self.output, self.step, self.sharded.save_frame, None, about, keep)
+        else:
+            state = optimizer_state(self.bare, self.optimizer.optimizer)
+            save = functools.partial(self.objective.save, self.bare)
+            write_checkpoint(self.output, self.step, save, state, about, keep)
 
     def _restore(self, optimizer: torch.optim.Optimizer) -> None:
         checkpoint, about = last_checkpoint(self.output)
@@ -407,11 +409,11 @@ class _Run:
             set_damaged_aside(self.output, checkpoint)
         if about["data"] != self.feed.fingerprint:
             raise InputError(f"the run in {self.output} was trained on other data; resume it with the same")
-        if self.frame is not None:
+        if self.is_sharded:
             restore_own_state(self.bare, optimizer, checkpoint)
         else:
             self.objective.load_weights(self.bare, checkpoint)
-            restore_optimizer(self.bare, optimizer, read_state(checkpoint))
+            restore_optimizer(self.bare, optimizer, checkpoint)
         self.step, self.place = step_of(checkpoint), about.get("place")
         self.seconds, self.tokens = about["seconds"], about["tokens"]
         self.wall = about.get("wall_seconds", self.seconds)
@@ -419,4 +421,4 @@ class _Run:
         if best is not None and (not self.options.keep_best or (self.output / f"checkpoint-{best[0]}").is_dir()):
             self.best = (int(best[0]), float(best[1]))
         self.since_best = about["since_best"]
-        self._stop_if_patience_ends()
+        self._check_patience()

@@ -15,17 +15,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from modernbert.checks import short
 from modernbert.training.contract import Step
+from modernbert.training.tasks.options import FinetuneOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One thing to learn from.
+    """What a task trains on.
 
     Attributes:
-        rows: ids of what the model reads of it: one text, or several, such as choices; lists or arrays.
-        label: what it should say; its form is the task's.
-        record: what it came from, for evaluation and reports.
+        rows: ids of its texts, one or several, such as choices; lists or arrays.
+        label: in the task's form.
+        record: its source, for evaluation and reports.
     """
 
     rows: Sequence[Any]
@@ -34,7 +36,6 @@ class Example:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all its rows."""
         return sum(len(row) for row in self.rows)
 
 
@@ -83,7 +84,7 @@ class StepPlan:
     Args:
         lengths: tokens of each example.
         batch_size: examples a step.
-        batch_tokens: tokens a step, in its place.
+        batch_tokens: tokens a step, instead of examples.
         seed: of the order.
     """
 
@@ -101,7 +102,6 @@ class StepPlan:
         return [order[i : i + size].tolist() for i in range(0, len(order), size)]
 
     def steps(self, epochs: float) -> int:
-        """Steps of so many epochs."""
         whole, rest = int(epochs), epochs - int(epochs)
         if self.batch_tokens is None:
             return round(epochs * -(-len(self.lengths) // self.batch_size))
@@ -113,32 +113,18 @@ class ExampleFeed:
 
     Args:
         examples: what to train on.
-        batch_size, batch_tokens: examples, or tokens, a step.
-        micro_tokens: tokens of a forward pass.
-        epochs, max_steps: how long; `max_steps` counts where it is given.
-        seed: of the order.
+        options: examples or tokens a step, tokens of a pass, how long, and the seed of the order.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        batch_size: int,
-        batch_tokens: int | None,
-        micro_tokens: int,
-        epochs: float,
-        max_steps: int | None,
-        seed: int,
-    ) -> None:
+    def __init__(self, examples: Sequence[Example], options: FinetuneOptions) -> None:
         lengths = np.array([example.tokens for example in examples], dtype=np.int64)
-        self.examples, self.micro_tokens = examples, micro_tokens
-        self.plan = StepPlan(lengths, batch_size, batch_tokens, seed)
-        self.total = max_steps or max(1, self.plan.steps(epochs))
+        self.examples, self.micro_tokens = examples, options.micro_tokens
+        self.plan = StepPlan(lengths, options.batch_size, options.batch_tokens, options.seed)
+        self.total = options.max_steps or max(1, self.plan.steps(options.epochs))
         self.between = len(self.plan.epoch(0))
         self.fingerprint = hashlib.sha256(lengths.tobytes()).hexdigest()
 
     def steps(self, first: int, place: Mapping[str, Any] | None) -> Iterator[Step]:
-        """Steps from a number on."""
         number, epoch = 0, 0
         while True:
             groups = self.plan.epoch(epoch)
@@ -152,10 +138,7 @@ class ExampleFeed:
 
 
 def shortened(record: Any) -> str:
-    """What an example came from, in a few words."""
-    value = record
+    """The source of an example, in a few words."""
     if isinstance(record, dict):
-        texts = [v for v in record.values() if isinstance(v, str) and v]
-        value = texts[0] if texts else record
-    said = " ".join(str(value).split())
-    return said if len(said) <= 60 else said[:57] + "..."
+        record = next((v for v in record.values() if isinstance(v, str) and v), record)
+    return short(" ".join(str(record).split()))

@@ -1,10 +1,9 @@
-"""The folder of a run: kept for one run at a time, and the settings that it was started with."""
+"""The folder of a run: kept for one run at a time, its settings, and the history of its steps."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +19,10 @@ from modernbert.training.checkpoints import checkpoints, last_checkpoint, recove
 from modernbert.training.options import TrainingOptions
 
 SETTINGS, RESULTS, METRICS = "run.yaml", "results.json", "metrics.jsonl"
-# What a run that goes on may change without becoming another one, and what it may change if it says so.
-_HARMLESS = {"tracker", "save_every"}
-_TOLD = {"epochs", "max_steps", "lr", "patience", "eval_every", "keep_best", "device"}
-_CHANGE = "# from step "  # how a line of the settings begins that says what was changed on the way
+# What a resumed run may change in silence, and what it may change with a line about it.
+_SILENT = {"tracker", "save_every"}
+_REPORTED = {"epochs", "max_steps", "lr", "patience", "eval_every", "keep_best", "device"}
+_CHANGE = "# from step "  # how a line of the settings begins that reports a change
 
 
 def read_settings(path: Path, task: str) -> dict[str, Any]:
@@ -41,51 +40,58 @@ def read_settings(path: Path, task: str) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in values.items()}
 
 
-def settings_before(folder: str | Path | None, task: str) -> dict[str, Any]:
-    """The settings of the run in a folder; none where there is no run."""
-    path = None if folder is None else Path(folder) / SETTINGS
-    return read_settings(path, task) if path is not None and path.is_file() else {}
-
-
-def resumed(given: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a run that goes on: those of a file count more than those before, but not where they are null."""
-    return {**before, **{name: value for name, value in given.items() if value is not None or name not in before}}
+def settings_before(folder: Path, task: str) -> dict[str, Any]:
+    """The settings of the run in a folder; none if there is no run."""
+    path = folder / SETTINGS
+    return read_settings(path, task) if path.is_file() else {}
 
 
 def write_settings(folder: Path, task: str, options: TrainingOptions, changes: Sequence[str] = ()) -> None:
-    """Write the settings of a run into its folder, below comments that say what was changed on the way."""
+    """Write the settings of a run into its folder, below comments about what was changed on the way."""
     values = {"task": task, "modernbert": __version__, **dataclasses.asdict(options)}
     folder.mkdir(parents=True, exist_ok=True)
     comments = "".join(f"# {change}\n" for change in changes)
     write_text(folder / SETTINGS, comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def going_on(folder: Path, task: str, options: TrainingOptions, say: Callable[[str], None]) -> list[str]:
-    """What a resumed run changed on its way, a line each; what is new about it is said.
+def check_unchanged(folder: Path, before: Mapping[str, Any], options: TrainingOptions, free: Collection[str]) -> None:
+    """Raise `InputError` if a run that has checkpoints would continue with other options than it began with.
 
     Args:
-        folder: of the run, with the settings that it had until now.
-        task: its name.
-        options: those from here on; `check_unchanged` let them pass.
-        say: takes a line.
+        folder: of the run.
+        before: its options until now; empty for a new run.
+        options: those from here on.
+        free: names of more options that may change.
     """
-    path = folder / SETTINGS
-    if not path.is_file():
+    may_change = {*_REPORTED, *_SILENT, *free}
+    changed = _changed({name: value for name, value in before.items() if name not in may_change}, options)
+    if changed and checkpoints(folder):
+        raise InputError(f"{'; '.join(changed)} in the run in {folder}; resume it with the same options")
+
+
+def changes_of(folder: Path, task: str, options: TrainingOptions, say: Callable[[str], None]) -> list[str]:
+    """What a resumed run changed on its way, a line each; a new line is passed to `say` too."""
+    if not (folder / SETTINGS).is_file():
         say(f"there is no run in {folder} yet; starting one")
         return []
     if not checkpoints(folder):
         say(f"the run in {folder} has saved nothing yet; starting it from its beginning")
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = (folder / SETTINGS).read_text(encoding="utf-8").splitlines()
     changes = [line.removeprefix("# ") for line in lines if line.startswith(_CHANGE)]
-    before = settings_before(folder, task)
-    changed = _changed({name: value for name, value in before.items() if name in _TOLD}, options)
-    if changed:
+    before = {name: value for name, value in settings_before(folder, task).items() if name in _REPORTED}
+    if changed := _changed(before, options):
         step = step_of(last_checkpoint(folder)[0])
-        line = f"from step {step} on: {'; '.join(changed)}; the weights may not be those of a run that began so"
-        say(line)
-        changes.append(line)
+        changes.append(
+            f"from step {step} on: {'; '.join(changed)}; the weights may not be those of a run that began so"
+        )
+        say(changes[-1])
     return changes
+
+
+def _changed(before: Mapping[str, Any], options: TrainingOptions) -> list[str]:
+    now = dataclasses.asdict(options)
+    return [f"{name} is {now[name]!r} and was {was!r}" for name, was in before.items() if now[name] != was]
 
 
 @contextlib.contextmanager
@@ -97,7 +103,6 @@ def opened(folder: Path, resume: bool) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output is {folder}, which is a file; name a folder")
-    is_new = not folder.exists()
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(f".{folder.name}.lock"))
@@ -106,7 +111,8 @@ def opened(folder: Path, resume: bool) -> Iterator[None]:
     except Timeout:
         raise InputError(f"output is {folder}, which another process is writing; name another folder") from None
     try:
-        files = [] if is_new else sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        files = [name for name in found if not name.startswith(".")]
         if files and not resume:
             raise InputError(
                 f"output is {folder}, which holds {files[0]}; name another folder, or go on with its run: resume=True"
@@ -123,43 +129,15 @@ def opened(folder: Path, resume: bool) -> Iterator[None]:
                 place.rmdir()
 
 
-def check_unchanged(folder: Path, before: Mapping[str, Any], options: TrainingOptions, free: Collection[str]) -> None:
-    """Raise `InputError` where a run that has checkpoints would go on with other options than it began with.
-
-    Args:
-        folder: of the run.
-        before: its options until now; empty for a new run.
-        options: those from here on.
-        free: names of options that may change, beside those that `going_on` tells of.
-    """
-    if not checkpoints(folder):
-        return
-    may_change = {*_TOLD, *_HARMLESS, *free}
-    if changed := _changed({name: value for name, value in before.items() if name not in may_change}, options):
-        raise InputError(f"{'; '.join(changed)} in the run in {folder}; resume it with the same options")
-
-
-def _changed(before: Mapping[str, Any], options: TrainingOptions) -> list[str]:
-    now = dataclasses.asdict(options)
-    return [f"{name} is {now[name]!r} and was {was!r}" for name, was in before.items() if now[name] != was]
-
-
-def check_libraries(*names: str) -> None:
-    """Raise `InputError` before the work where a library is missing that is wanted after it."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"training needs {name}: pip install 'modernbert[train]'")
-
-
 def append_metrics(folder: Path, values: Mapping[str, Any]) -> None:
-    """Add a step's figures to the run's history."""
+    """Add a step's values to the run's history."""
     path = folder / METRICS
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 
 
 def trim_metrics(folder: Path, step: int) -> None:
-    """Forget the steps after the checkpoint that a run goes on from, and a line that was not written whole."""
+    """Drop the steps after the checkpoint that a run resumes from, and a line that was not written whole."""
     path = folder / METRICS
     if not path.is_file():
         return

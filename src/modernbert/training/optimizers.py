@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -19,8 +19,8 @@ from modernbert.training.schedules import peak_rate
 class StableAdamW(torch.optim.Optimizer):
     """AdamW with decoupled weight decay whose step shrinks when gradients outgrow their running variance.
 
-    The step of each tensor is divided by max(1, rms(gradient / sqrt(variance))), which takes the place of
-    gradient clipping. Source: arXiv:2304.13013; the optimizer that ModernBERT was trained with.
+    The step of each tensor is divided by max(1, rms(gradient / sqrt(variance))), instead of clipping gradients.
+    Source: arXiv:2304.13013; the optimizer that ModernBERT was trained with.
 
     Args:
         params: parameters or groups of them.
@@ -44,7 +44,6 @@ class StableAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step by the gradients that the parameters hold."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -95,7 +94,7 @@ class Muon(StableAdamW):
         self._waiting: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step by the gradients that the parameters hold; processes share the work of the matrices."""
+        """One step; processes share the work of the matrices."""
         loss = super().step(closure)
         with torch.no_grad():
             for (parameter, _, group), update in zip(
@@ -192,26 +191,22 @@ def parameter_groups(
 
 
 def _layer_of(name: str) -> int | None:
-    """The number of the layer that a parameter is in."""
     _, found, rest = f".{name}".partition(".layers.")
     return int(rest.partition(".")[0]) if found else None
 
 
 def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """The optimizer of the options, over the model's trainable parameters."""
     lr = peak_rate(options, model)
     groups = parameter_groups(model, options.weight_decay, lr, options.layer_decay)
     if not groups:
         raise InputError("every parameter is frozen, as optimize_for_inference leaves them; there is nothing to train")
     fused = {"fused": True} if options.optimizer == "adamw" else {}
-    made: torch.optim.Optimizer = OPTIMIZERS[options.optimizer](
-        groups, lr=lr, betas=(options.beta1, options.beta2), eps=options.eps, **fused
-    )
-    return made
+    settings = {"lr": lr, "betas": (options.beta1, options.beta2), "eps": options.eps, **fused}
+    return cast(torch.optim.Optimizer, OPTIMIZERS[options.optimizer](groups, **settings))
 
 
 def freeze(model: nn.Module, embeddings: bool, layers: int) -> None:
-    """Leave the token embeddings, or the first so many layers and the embeddings, out of training."""
+    """Leave the token embeddings, or this many first layers and the embeddings, out of training."""
     body: Any = next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embeddings"))
     if layers > len(body.layers):
         raise InputError(f"freeze_layers is {layers}; the model has {len(body.layers)} layers")

@@ -16,7 +16,7 @@ class Reporter:
     """Takes the progress of every step.
 
     Args:
-        metric: the figure of evaluations to show.
+        metric: the metric of evaluations to show.
         shown: whether to show anything.
     """
 
@@ -24,8 +24,8 @@ class Reporter:
         self.metric, self.shown = metric, shown
         self.live: Any = None
         self.task: Any = None
-        self.judged, self.loss = "", math.nan
-        self.said = time.monotonic()
+        self.evaluated, self.loss = "", math.nan
+        self.written = time.monotonic()
 
     def __enter__(self) -> Reporter:
         if self.shown and sys.stderr.isatty():
@@ -44,34 +44,31 @@ class Reporter:
             self.live.stop()
 
     def __call__(self, progress: Progress) -> None:
-        """Show it, or wait for the next."""
         if not self.shown:
             return
-        # A batch's loss jumps; people want to see where it goes.
+        # The loss of single batches jumps; its running mean shows the trend.
         self.loss = progress.loss if math.isnan(self.loss) else 0.9 * self.loss + 0.1 * progress.loss
-        if self.metric in progress.figures:
-            self.judged = f" · held out: {self.metric} {progress.figures[self.metric]:.4g}"
+        if self.metric in progress.metrics:
+            self.evaluated = f" · held out: {self.metric} {progress.metrics[self.metric]:.4g}"
         line = (
             f"epoch {progress.epoch:.2f} · loss {self.loss:.4f} · {progress.tokens_per_second:,.0f} tokens/s · "
-            f"{duration(progress.seconds_left)} left{self.judged}"
+            f"{duration(progress.seconds_left)} left{self.evaluated}"
         )
         if self.live is not None:
             self.live.update(self.task, completed=progress.step, total=progress.steps, description=line)
             return
         last = progress.step == progress.steps
-        if last or progress.figures or time.monotonic() - self.said > _SECONDS_BETWEEN:
-            self.said = time.monotonic()
+        if last or progress.metrics or time.monotonic() - self.written > _SECONDS_BETWEEN:
+            self.written = time.monotonic()
             sys.stderr.write(f"step {progress.step}/{progress.steps} · {line}\n")
             sys.stderr.flush()
 
 
 def to_stderr(line: str) -> None:
-    """A line on standard error."""
     sys.stderr.write(f"{line}\n")
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

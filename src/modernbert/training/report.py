@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from modernbert.training.progress import duration
 
 _CONFUSIONS = 25  # pairs of classes that are listed
 _MATRIX = 20  # classes that a whole matrix has room for
-# What metrics are, in words, for those who did not choose them.
+# Metrics in words, for readers who did not choose them.
 _MEANINGS = {
     "accuracy": "share that is right",
     "f1_macro": "F1 of each class, their mean",
@@ -82,7 +82,7 @@ def write_results(
         "threads": torch.get_num_threads(),
         **about,
         "metric": metric,
-        "figures": {} if evaluation is None else evaluation.figures,
+        "figures": {} if evaluation is None else evaluation.metrics,
         "chance": {} if evaluation is None else chance_of(evaluation),
         "steps": outcome.steps,
         "best_step": outcome.best_step,
@@ -94,36 +94,27 @@ def write_results(
         "notes": list(notes),
     }
     write_text(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-    write_report(folder, task, results, options, evaluation)
+    write_text(folder / "report.html", _page(folder, task, results, options, evaluation))
 
 
 def chance_of(evaluation: Evaluation) -> dict[str, float]:
-    """What needs no model: metrics of answering the most frequent class, of guessing, or of a random order."""
-    figures, found = evaluation.figures, {}
+    """Metrics without a model: of always giving the most frequent class, of guessing, or of a random order."""
+    metrics, found = evaluation.metrics, {}
     total = sum(map(sum, evaluation.confusion))
-    if "accuracy" in figures and total:
+    if "accuracy" in metrics and total:
         found["accuracy"] = max(map(sum, evaluation.confusion)) / total
     for name, of in (("chance", "accuracy"), ("chance_mrr", "mrr")):
-        if name in figures:
-            found[of] = figures[name]
-    if number := round(figures.get("documents", 0)):
+        if name in metrics:
+            found[of] = metrics[name]
+    if number := round(metrics.get("documents", 0)):
         found |= {"recall_at_1": 1 / number, "recall_at_10": min(1.0, 10 / number)}
         found["mrr"] = sum(1 / rank for rank in range(1, number + 1)) / number
-    return found | {name: 0.0 for name in ("matthews", "pearson", "spearman") if name in figures}
+    return found | {name: 0.0 for name in ("matthews", "pearson", "spearman") if name in metrics}
 
 
-def write_report(
+def _page(
     folder: Path, task: str, results: dict[str, Any], options: TrainingOptions, evaluation: Evaluation | None
-) -> Path:
-    """Write `report.html` of a run.
-
-    Args:
-        folder: of the run, with its `metrics.jsonl`.
-        task: its name.
-        results: what `results.json` holds.
-        options: all of the run's.
-        evaluation: the last one.
-    """
+) -> str:
     import jinja2
 
     template = (files("modernbert.training") / "report.html").read_text(encoding="utf-8")
@@ -134,13 +125,13 @@ def write_report(
     evaluations = [row for row in history if any(name.startswith("eval_") for name in row)]
     first = evaluations[0] if evaluations else {}
     chosen, left = _options(options)
-    page = environment.from_string(template).render(
+    return environment.from_string(template).render(
         title=f"{task}: {folder.name}",
         results=results,
         about=_about(results, history, options),
         meaning=_meaning,
         parts=_by_part(results["figures"]),
-        charts=_charts(history),
+        charts=_charts(history, evaluations),
         evaluations=evaluations,
         evaluated=[name for name in first if name.startswith("eval_") and "/" not in name],
         chosen=chosen,
@@ -148,13 +139,10 @@ def write_report(
         errors=[] if evaluation is None else evaluation.errors,
         **_confusion(evaluation),
     )
-    path = folder / "report.html"
-    write_text(path, page)
-    return path
 
 
 def _about(results: dict[str, Any], history: list[dict[str, Any]], options: TrainingOptions) -> dict[str, str]:
-    """The lines of the header: what was trained, on what, for how long, and when."""
+    """The lines of the header: model, data, steps, time and machine."""
     lines: dict[str, str] = {}
     if "model" in results:
         lines["Model"] = f"{results['model']}, {results['parameters'] / 1e6:.2f} M parameters"
@@ -191,19 +179,18 @@ def _counted(number: float, what: str) -> str:
 
 
 def _number(value: float) -> str:
-    """As many digits as tell it from its neighbours."""
     if value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4f}" if 1e-3 <= abs(value) < 10 else f"{value:.4g}"
 
 
 def _spelled(note: str) -> str:
-    """A note whose options are as they are given from Python, and on the command line too."""
+    """A note with its options in both forms, `name=VALUE` of Python and `--name VALUE` of the command line."""
     return re.sub(r"\b([a-z_]+)=([A-Z]+)\b", lambda n: f"{n[0]} (--{n[1].replace('_', '-')} {n[2]})", note)
 
 
 def _meaning(name: str) -> str:
-    """What a metric is; those of vectors that were cut say so."""
+    """The meaning of a metric, "_64" at its end included: of vectors that were cut to 64 dimensions."""
     cut = None if name in _MEANINGS else re.fullmatch(r"(.+)_(\d+)", name)
     return f"{_MEANINGS.get(cut[1], '')}; first {cut[2]} dimensions" if cut else _MEANINGS.get(name, "")
 
@@ -215,68 +202,65 @@ def _options(options: TrainingOptions) -> tuple[dict[str, str], dict[str, str]]:
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         default = field.default_factory() if callable(field.default_factory) else field.default
-        said = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        (left if value == default else chosen)[field.name] = "not set" if value is None or not said else said
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        (left if value == default else chosen)[field.name] = "not set" if value is None or not text else text
     return chosen, left
 
 
-def _by_part(figures: dict[str, float]) -> dict[str, dict[str, float]]:
+def _by_part(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     """Metrics of parts of the data, "metric/part", by part."""
     parts: dict[str, dict[str, float]] = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         metric, found, part = name.partition("/")
         if found:
             parts.setdefault(part, {})[metric] = value
     return parts
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chart:
+class _Chart(NamedTuple):
     title: str
     lines: list[Line]
     svg: str
 
 
-def _charts(history: list[dict[str, Any]]) -> list[_Chart]:
+def _charts(history: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[_Chart]:
     """Loss, learning rate, speed, and the evaluations' metrics over the steps."""
     if not history:
         return []
-    steps = [float(row["step"]) for row in history]
     width = max(1, len(history) // 20) | 1
     ended, done = [0.0, *_column(history, "seconds")], [0.0, *_column(history, "tokens")]
     speeds = [(done[i + 1] - done[i]) / max(ended[i + 1] - ended[i], 1e-9) for i in range(len(history))]
-    charts = [
-        _chart("Training loss", steps, _with_mean(_column(history, "loss"), width)),
-        _chart("Training speed, tokens a second", steps, _with_mean(speeds, width)),
-        _chart("Norm of the gradients", steps, _with_mean(_column(history, "grad_norm"), width)),
-        _chart("Learning rate", steps, [Line("", _column(history, "lr"))]),
-    ]
-    judged = [row for row in history if any(name.startswith("eval_") for name in row)]
-    names = [name for name in (judged[0] if judged else {}) if name.startswith("eval_")]
-    whole = [name for name in names if "/" not in name]
-    shares = [name for name in whole if all(0 <= row.get(name, 2) <= 1 for row in judged)]
-    groups = [("Held out", shares)]
-    for name in whole:  # with what it is of each part of the data
-        parts = [part for part in names if part.startswith(f"{name}/")]
-        if parts or name not in shares:
-            groups.append((f"Held out: {name.removeprefix('eval_')}", [name, *parts]))
-    evaluated = [float(row["step"]) for row in judged]
-    for title, group in groups:
-        if group and len(judged) > 1:
-            lines = [
-                Line(name.removeprefix("eval_").rpartition("/")[2], _column(judged, name), f"line{i % 8}", True)
+    of_steps = {
+        "Training loss": _with_mean(_column(history, "loss"), width),
+        "Training speed, tokens a second": _with_mean(speeds, width),
+        "Norm of the gradients": _with_mean(_column(history, "grad_norm"), width),
+        "Learning rate": [Line("", _column(history, "lr"))],
+    }
+    of_evaluations: dict[str, list[Line]] = {}
+    if len(evaluations) > 1:
+        names = [name for name in evaluations[0] if name.startswith("eval_")]
+        whole = [name for name in names if "/" not in name]
+        shares = [name for name in whole if all(0 <= row.get(name, 2) <= 1 for row in evaluations)]
+        groups = {"Held out": shares} if shares else {}
+        for name in whole:  # with its values for each part of the data
+            parts = [part for part in names if part.startswith(f"{name}/")]
+            if parts or name not in shares:
+                groups[f"Held out: {name.removeprefix('eval_')}"] = [name, *parts]
+        for title, group in groups.items():
+            of_evaluations[title] = [
+                Line(name.removeprefix("eval_").rpartition("/")[2], _column(evaluations, name), f"line{i % 8}", True)
                 for i, name in enumerate(group)
             ]
-            charts.append(_chart(title, evaluated, lines))
+    charts = [
+        _Chart(title, lines, draw_lines(_column(rows, "step"), lines, "step"))
+        for rows, titled in ((history, of_steps), (evaluations, of_evaluations))
+        for title, lines in titled.items()
+    ]
     return [chart for chart in charts if chart.svg]
 
 
-def _chart(title: str, steps: list[float], lines: list[Line]) -> _Chart:
-    return _Chart(title, lines, draw_lines(steps, lines, "step"))
-
-
 def _with_mean(values: list[float], width: int) -> list[Line]:
-    """What each step gave, and where that goes, without a lag: the mean of the steps before and after."""
+    """Each step's value and, without a lag, the mean of the steps before and after."""
     if width == 1:
         return [Line("", values)]
     return [Line("each step", values, "faint"), Line(f"mean of {width} steps", centred_mean(values, width))]

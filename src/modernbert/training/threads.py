@@ -32,7 +32,6 @@ def share_cores(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -270,7 +270,7 @@ def test_nothing_holds_the_card_once_it_has_ended(place):
     gc.collect()
     gc.disable()
     try:
-        fast.unpack()
+        fast.thaw()
         assert ended() is None
     finally:
         gc.enable()
@@ -291,8 +291,8 @@ def test_inputs_go_to_a_card_in_one_piece():
         there = inputs.copied(send, torch.device("cpu"))
         assert len(sizes) == 1
         assert torch.equal(there.ids_T, inputs.ids_T)
-        assert torch.equal(there.positions_T, inputs.positions_T)
-        assert (there.positions_T is there.packing.positions_T) == (not given)
+        assert torch.equal(there.rope_positions_T, inputs.rope_positions_T)
+        assert (there.rope_positions_T is there.packing.positions_T) == (not given)
         for name in ("positions_T", "text_T", "indices_T", "cu_seqlens"):
             assert torch.equal(getattr(there.packing, name), getattr(inputs.packing, name)), name
         assert there.packing.cu_seqlens.dtype == torch.int32

@@ -7,30 +7,12 @@ import torch
 
 import modernbert
 from modernbert import ModernBertConfig, ModernBertDecoderConfig, Tokenizer
-from modernbert.training.pretrain.train_tokenizer import train_tokenizer
+from modernbert.training.pretraining.train_tokenizer import train_tokenizer
 
 WORDS = (
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sat",
-    "ran",
-    "flew",
-    "on",
-    "over",
-    "under",
-    "mat",
-    "hill",
-    "tree",
-    "and",
-    "then",
-    "it",
-    "was",
-    "happy",
-    "sad",
-)
+    "the", "a", "cat", "dog", "bird", "sat", "ran", "flew", "on", "over", "under", "mat", "hill", "tree", "and", "then",
+    "it", "was", "happy", "sad",
+)  # fmt: skip
 MOODS = ("happy", "sad", "calm")
 
 

@@ -111,8 +111,8 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
     settings = OPTIONS[task](**{k: v for k, v in OPTIONS_OF_RUN.items() if k != "progress"}, micro_tokens=micro)
     worker = TASKS[task](settings)
     given = [Row({**row, "_record": row}, f"row {i}") for i, row in enumerate(renamed(task, data))]
-    worker.learn(given)
-    worker.use(worker.load_tokenizer(folder, settings), 64)
+    worker.fit_labels(given)
+    worker.set_tokenizer(worker.load_tokenizer(folder, settings), 64)
     examples = worker.prepare(given, True)
     peer = getattr(transformers, PEERS[task]).from_pretrained(folder, attn_implementation="eager").train()
     step = Stepper(peer)
@@ -200,7 +200,7 @@ def test_contrastive_training_equals_a_padded_loop(base, tmp_path, micro, matryo
     )  # fmt: skip
     settings = OPTIONS["sentence-embedding"](batch_size=8, seed=7)
     worker = TASKS["sentence-embedding"](settings)
-    worker.use(worker.load_tokenizer(folder, settings), 64)
+    worker.set_tokenizer(worker.load_tokenizer(folder, settings), 64)
     examples = worker.prepare([Row({**row, "_record": row}, "row") for row in rows], True)
     peer = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").train()
     step = Stepper(peer)

@@ -53,8 +53,8 @@ def test_each_task_runs_learns_and_is_served(task, base, tmp_path):
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in history]
     assert sum(losses[-4:]) < sum(losses[:4])
-    assert run.figures
-    assert json.loads((folder / "results.json").read_text())["figures"] == run.figures
+    assert run.metrics
+    assert json.loads((folder / "results.json").read_text())["figures"] == run.metrics == run.figures
     predicted = folder / "predictions.jsonl"
     if task not in ("masked-lm", "causal-lm"):
         assert len(predicted.read_text().splitlines()) >= 12
@@ -76,7 +76,7 @@ def test_a_learnable_task_is_learnt_and_labels_are_saved(base, tmp_path, moods):
         "text-classification", moods, output=tmp_path / "run", model=base(), epochs=24, lr=5e-3, batch_size=8,
         progress=False, held_out=0.25,
     )  # fmt: skip
-    assert run.figures["accuracy"] >= 0.9
+    assert run.metrics["accuracy"] >= 0.9
     answer = pipeline("text-classification", str(tmp_path / "run"))("the bird flew sad")
     assert answer[0]["label"] == "sad"
     assert run.model.config.id2label == {0: "calm", 1: "happy", 2: "sad"}
@@ -155,14 +155,14 @@ def test_other_ways_to_train(way, base, tmp_path, moods):
 def test_the_best_weights_are_kept_and_a_run_stops_early(base, tmp_path, moods, monkeypatch):
     """Evaluations get worse after the second."""
     values = iter([0.5, 0.9, 0.8, 0.7, 0.6, 0.5])
-    judge = TASKS["text-classification"].judge
+    evaluate_on = TASKS["text-classification"].evaluate_on
 
     def falling(self, model, examples):
-        found = judge(self, model, examples)
-        found.figures["accuracy"] = next(values)
+        found = evaluate_on(self, model, examples)
+        found.metrics["accuracy"] = next(values)
         return found
 
-    monkeypatch.setattr(TASKS["text-classification"], "judge", falling)
+    monkeypatch.setattr(TASKS["text-classification"], "evaluate_on", falling)
     run = finetune(
         "text-classification", moods, output=tmp_path / "run", model=base(), max_steps=20, eval_every=2, patience=2,
         batch_size=8, lr=1e-2, progress=False,
@@ -251,7 +251,7 @@ def test_adapters_serve_every_task(task, base, tmp_path):
         task, named_for(task, rows(20)), output=tmp_path / "run", model=base(kind, **changes), optimizer="muon",
         freeze_layers=1, **options,
     )  # fmt: skip
-    assert run.figures
+    assert run.metrics
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert not any("lora" in name for name in run.model.state_dict())
 
@@ -419,7 +419,7 @@ def test_errors_name_flags_on_the_command_line(base, tmp_path, moods, capsys):
     given = [
         (command, "modernbert: --output is not given; name a folder for the run"),
         ([*command, "--output", tmp_path / "x"], "modernbert: --train is not given; name a file to train on"),
-        ([*whole, "--batch-size", "0"], "modernbert: --batch-size is 0; it must be above 0"),
+        ([*whole, "--batch-size", "0"], "modernbert: --batch-size is 0; it must be a whole number of at least 1"),
         ([*whole, "--max-length", "900"], "modernbert: --max-length is 900; the model's context holds 64 tokens"),
         ([*command, "--output", tmp_path / "x", "--train", one],
          "give more rows, rows to evaluate on (--eval FILE), or --held-out 0"),
@@ -446,7 +446,7 @@ def test_the_default_learning_rate_follows_the_model_and_says_so(base, tmp_path,
     said = []
     options = {"model": base(hidden_size=192, intermediate_size=64), "max_steps": 2, "progress": False, "warmup": 0.0}
     run = finetune("text-classification", moods, output=tmp_path / "run", say=said.append, **options)
-    assert run.figures
+    assert run.metrics
     assert any(
         "learning rate 0.001, for 3 layers of width 192 (5e-05 at base size, 22 of 768)" in line for line in said
     )
@@ -505,7 +505,6 @@ def test_a_checkpoint_is_never_lost_while_another_takes_its_place(tmp_path, monk
         renamed.append(self)
         return rename(self, target)
 
-    monkeypatch.setattr("modernbert.io.files._exchanged", lambda one, other: False)  # as on systems that cannot
     monkeypatch.setattr(Path, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, 4, written_with("second"), {}, {})
@@ -609,7 +608,7 @@ def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path
     def struck(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modernbert.training.finetune.read_rows", struck)
+    monkeypatch.setattr("modernbert.training.finetuning.read_rows", struck)
     output = ["--output", str(tmp_path / "run")]
     command = [*COMMAND, "--model", str(base()), "--train", str(moods), *output, "--resume"]
 
@@ -626,7 +625,7 @@ def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path
     (tmp_path / "run" / "run.yaml").write_text("task: text-classification\n")
     assert last_line() == f"{nothing} with --resume starts from the beginning"
     (tmp_path / "run" / "checkpoint-3").mkdir()
-    monkeypatch.setattr("modernbert.training.finetune.going_on", struck)
+    monkeypatch.setattr("modernbert.training.run.changes_of", struck)
     assert last_line() == "modernbert: interrupted; the same command with --resume goes on from what is saved"
 
 

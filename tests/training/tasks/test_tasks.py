@@ -1,13 +1,12 @@
-"""What tasks make of rows, and how they judge."""
+"""What tasks make of rows, and the metrics of their evaluations."""
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from modernbert import Tokenizer
 from modernbert.errors import InputError
@@ -15,11 +14,11 @@ from modernbert.nn.losses import IGNORED
 from modernbert.training.tasks.catalog import TASKS
 from modernbert.training.tasks.data import Row, hold_out, read_tables, rows_of
 from modernbert.training.tasks.metrics import (
-    classification_figures,
-    entity_figures,
-    multi_label_figures,
-    regression_figures,
-    squad_figures,
+    classification_metrics,
+    multi_label_metrics,
+    regression_metrics,
+    squad_metrics,
+    tag_metrics,
 )
 from modernbert.training.tasks.multiple_choice import choice_number
 from modernbert.training.tasks.options import OPTIONS
@@ -29,37 +28,21 @@ from tests.training.tasks.conftest import answer_rows, tag_rows
 def worker_of(task, backend, rows, **options):
     worker = TASKS[task](OPTIONS[task](**options))
     found = rows_of(read_tables(rows, None), TASKS[task].fields, {})[0]
-    worker.learn(found)
+    worker.fit_labels(found)
     prefixed = task == "token-classification"
-    worker.use(Tokenizer(type(backend).from_str(backend.to_str()), add_prefix_space=prefixed or None), 64)
+    worker.set_tokenizer(Tokenizer(type(backend).from_str(backend.to_str()), add_prefix_space=prefixed or None), 64)
     return worker, found
 
 
-texts = st.text(alphabet="ab thean.,'! ", max_size=20)
+class Fixed(torch.nn.Module):
+    """A model whose logits are a function of the packed ids and where texts begin."""
 
+    def __init__(self, logits_of):
+        super().__init__()
+        self.weight, self.logits_of = torch.nn.Parameter(torch.zeros(1)), logits_of
 
-def words_of(text):
-    """What SQuAD compares: lower case, no punctuation, no articles."""
-    kept = "".join(c for c in text.lower() if c not in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-    return [word for word in kept.split() if word not in ("a", "an", "the")]
-
-
-@given(st.lists(texts, min_size=1, max_size=3), texts)
-def test_squads_figures_by_counting(answers, said):
-    def f1(one):
-        rest, shared = words_of(one), 0
-        for word in words_of(said):
-            if word in rest:
-                rest.remove(word)
-                shared += 1
-        if not words_of(one) or not words_of(said):
-            return float(words_of(one) == words_of(said))
-        precision, recall = shared / len(words_of(said)), shared / len(words_of(one))
-        return 0.0 if not shared else 2 * precision * recall / (precision + recall)
-
-    found = squad_figures([answers], [said])
-    assert found["exact_match"] == 100 * max(float(words_of(one) == words_of(said)) for one in answers)
-    assert found["f1"] == pytest.approx(100 * max(map(f1, answers)))
+    def forward(self, input_ids, cu_seqlens):
+        return SimpleNamespace(logits=self.logits_of(input_ids, cu_seqlens.tolist()).float())
 
 
 @pytest.mark.parametrize(
@@ -67,24 +50,26 @@ def test_squads_figures_by_counting(answers, said):
     [
         (["The Eiffel Tower"], "eiffel tower.", 100, 100), (["in 1889", "1889"], "1889", 100, 100),
         (["a red fox"], "red", 0, 200 / 3), (["cat"], "dog", 0, 0), ([], "", 100, 100), ([], "cat", 0, 0),
-        (["well-known"], "well known", 0, 0),
+        (["well-known"], "well known", 0, 0), (["the"], "", 100, 100), (["cat", "the dog"], "A dog!", 100, 100),
+        (["the cat cat"], "cat", 0, 200 / 3), (["a cat and a dog"], "dog cat cat", 0, 200 / 3), (["cat"], "", 0, 0),
     ],
 )  # fmt: skip
-def test_squads_figures_of_known_answers(answers, said, exact, f1):
-    assert squad_figures([answers], [said]) == pytest.approx({"exact_match": exact, "f1": f1})
+def test_squads_metrics_of_known_answers(answers, said, exact, f1):
+    assert squad_metrics([answers], [said]) == pytest.approx({"exact_match": exact, "f1": f1})
 
 
-def test_figures_of_constants_and_of_nothing_are_numbers():
+def test_metrics_of_constants_and_of_nothing_are_numbers():
     ones = np.ones(4)
-    assert regression_figures(ones, np.arange(4.0))["pearson"] == 0.0
-    assert multi_label_figures(np.eye(3, dtype=int), np.zeros((3, 3), int), np.zeros((3, 3)))["f1_micro"] == 0.0
-    assert classification_figures([0, 0], [0, 0], 2) == (
+    assert regression_metrics(ones, np.arange(4.0))["pearson"] == 0.0
+    assert multi_label_metrics(np.eye(3, dtype=int), np.zeros((3, 3), int), np.zeros((3, 3)))["f1_micro"] == 0.0
+    assert classification_metrics([0, 0], [0, 0], 2) == (
         {"accuracy": 1.0, "f1_macro": 1.0, "matthews": 0.0},
         [[2, 0], [0, 0]],
     )
-    assert entity_figures([["O", "O"]], [["O", "B-x"]])["f1"] == 0.0
-    assert entity_figures([["B-x", "I-x", "O"]], [["B-x", "O", "O"]])["f1"] == 0.0  # a part is none
-    assert entity_figures([["B-x", "I-x", "O"]], [["B-x", "I-x", "O"]])["f1"] == 1.0
+    names = ["O", "B-x", "I-x"]
+    assert tag_metrics([["O", "O"]], [["O", "B-x"]], names, True)[0]["f1"] == 0.0
+    assert tag_metrics([["B-x", "I-x", "O"]], [["B-x", "O", "O"]], names, True)[0]["f1"] == 0.0  # a part is none
+    assert tag_metrics([["B-x", "I-x", "O"]], [["B-x", "I-x", "O"]], names, True)[0]["f1"] == 1.0
 
 
 def test_only_the_first_token_of_a_word_has_its_tag(backend):
@@ -223,8 +208,10 @@ def test_lists_of_labels_that_make_no_sense_are_refused(backend, labels, options
 def test_the_whole_column_says_what_labels_are(backend, labels, problem, names):
     _, worker = truth_of(backend, labels)
     assert worker.problem == problem
-    assert (worker.names and worker.names.names) == names
-    assert any(f"labels look like {problem}" in note and "problem=KIND says otherwise" in note for note in worker.notes)
+    assert names is None or worker.names.names == names
+    assert any(
+        f"labels: {problem}, because" in note and "problem=KIND sets another kind" in note for note in worker.notes
+    )
 
 
 def test_a_label_of_minus_100_does_not_count(backend):
@@ -250,18 +237,10 @@ def test_a_tag_of_minus_100_does_not_count(backend, form):
         counted = [worker.names.names[tag] for tag in example.label if tag != IGNORED]
         assert counted == row["tags"][1:]
 
-    class Always(torch.nn.Module):
-        def __init__(self, answers):
-            super().__init__()
-            self.weight, self.answers = torch.nn.Parameter(torch.zeros(1)), answers
-
-        def forward(self, input_ids, cu_seqlens):
-            return type("Out", (), {"logits": torch.tensor([self.answers]).float().expand(len(input_ids), -1)})
-
     tags = [tag for row in rows for tag in row["tags"][1:]]
-    judged = worker.judge(Always([1, 0]), examples)
-    assert judged.figures["accuracy"] == pytest.approx(tags.count("O") / len(tags))
-    assert sum(map(sum, judged.confusion)) == len(tags)
+    found = worker.evaluate_on(Fixed(lambda ids, starts: torch.tensor([[1, 0]]).expand(len(ids), -1)), examples)
+    assert found.metrics["accuracy"] == pytest.approx(tags.count("O") / len(tags))
+    assert sum(map(sum, found.confusion)) == len(tags)
     with pytest.raises(InputError, match="row 1 has no tag for a word"):
         worker_of("token-classification", backend, [{"tokens": ["a", "b"], "tags": ["O", None]}])
 
@@ -269,7 +248,7 @@ def test_a_tag_of_minus_100_does_not_count(backend, form):
 def test_nothing_becomes_the_word_none(backend):
     row = {"question": "None", "context": "None here", "answers": {"text": [None], "answer_start": [0]}}
     worker, found = worker_of("question-answering", backend, [row])
-    with pytest.raises(InputError, match="a list of text and answer_start is wanted"):
+    with pytest.raises(InputError, match="give a list of text and answer_start"):
         worker.prepare(found, True)
     rows = [{"prompt": "x", "choices": {"text": ["a", "b"], "label": [None, "None"]}, "label": "None"}]
     found = rows_of(read_tables(rows, None), TASKS["multiple-choice"].fields, {})[0]
@@ -280,7 +259,7 @@ def test_nothing_becomes_the_word_none(backend):
     assert (len(train), len(held)) == (16, 4)
     options = OPTIONS["sentence-embedding"].of({"query_prompt": None, "train": None, "output": "x", "seed": None})
     assert (options.query_prompt, options.train, options.seed) == ("", [], 0)
-    with pytest.raises(InputError, match="train holds a null"):
+    with pytest.raises(InputError, match="train is None; it must be a string"):
         OPTIONS["sentence-embedding"].of({"train": [None]})
 
 
@@ -310,24 +289,17 @@ def test_random_negatives_are_never_the_right_document(backend):
     assert len(examples) >= 20 * 4
 
 
-def test_a_model_that_knows_the_answers_is_judged_perfect(backend):
-    """The judges count as they say, on outputs that are known."""
+def test_a_model_that_knows_the_answers_is_perfect_by_its_metrics(backend):
     rows = tag_rows(12)
     worker, found = worker_of("token-classification", backend, rows)
     examples = worker.prepare(found, False)
     by_ids = {tuple(example.rows[0]): example.label for example in examples}
 
-    class Oracle(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
+    def logits_of(ids, starts):
+        labels = [by_ids[tuple(ids[a:b].tolist())] for a, b in itertools.pairwise(starts)]
+        flat = torch.tensor([tag for label in labels for tag in label])
+        return torch.nn.functional.one_hot(flat.clamp(min=0), 2)
 
-        def forward(self, input_ids, cu_seqlens):
-            starts = cu_seqlens.tolist()
-            labels = [by_ids[tuple(input_ids[a:b].tolist())] for a, b in itertools.pairwise(starts)]
-            flat = torch.tensor([tag for label in labels for tag in label]).clamp(min=0)
-            return type("Out", (), {"logits": torch.nn.functional.one_hot(flat, 2).float()})
-
-    found = worker.judge(Oracle(), examples)
-    assert found.figures["f1"] == found.figures["accuracy"] == 1.0
+    found = worker.evaluate_on(Fixed(logits_of), examples)
+    assert found.metrics["f1"] == found.metrics["accuracy"] == 1.0
     assert found.errors == []

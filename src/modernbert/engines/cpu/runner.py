@@ -32,7 +32,6 @@ from modernbert.nn.execution import (
     Shared,
     attend_by_kind,
     frequencies,
-    kinds_of,
     pad_attention_weights,
     rope_tables_by_kind,
 )
@@ -68,7 +67,7 @@ class CpuLayers:
         self.heads = [layer.heads for layer in weights.layers]
         # Of each kind of layer the numbers, the operations that attend, and the bytes of a row of queries.
         self.of_kind: dict[str, tuple[list[int], list[int], Any]] = {}
-        for kind in kinds_of(config):
+        for kind in dict.fromkeys(self.kinds):
             numbers = [i for i, of in enumerate(self.kinds) if of == kind]
             own = np.array([self.heads[i] for i in numbers]) * config.head_dim * self.dtype.itemsize
             self.of_kind[kind] = numbers, [2 + i * _LAYER for i in numbers], own
@@ -165,7 +164,7 @@ class CpuLayers:
         self, inputs: PackedInputs, backend: AttentionBackend, cache: Any, weights: AttentionWeights | None
     ) -> dict[str, Shared]:
         attends = attend_by_kind(self.config, inputs.packing, backend, self.dtype, cache, weights)
-        tables = rope_tables_by_kind(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
+        tables = rope_tables_by_kind(self.config, inputs.rope_positions_T, inputs.packing.text_T, self.frequencies)
         return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def _begin(self, inputs: PackedInputs, program: Program) -> _Pass:

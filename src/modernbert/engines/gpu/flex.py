@@ -24,8 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from modernbert.errors import BackendError
 from modernbert.nn.attention.contract import AttentionBackend, Reach
-from modernbert.nn.attention.layout import Layout, from_rows, lay_out, to_rows, way
-from modernbert.nn.attention.sdpa import SdpaAttention, SdpaPlan
+from modernbert.nn.attention.sdpa import Layout, SdpaAttention, SdpaPlan, lay_out, reorder, way
 from modernbert.nn.packing import Packing
 
 logger = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class FlexPlan:
 
     masks: list[BlockMask]  # one a piece
     rows: list[int]  # how many rows each piece takes, those without a token included
-    gather: Tensor | None  # this and the next are of `layout.way`
+    gather: Tensor | None  # this and the next are of `nn.attention.sdpa.way`
     order_T: Tensor | None
     packing: Packing
     reach: Reach
@@ -103,11 +102,11 @@ class FlexAttention(AttentionBackend):
         if dropout or without or not plan.masks:
             return SdpaAttention(self.deterministic).attend(q_THD, k_THD, v_THD, plan.sdpa, dropout)
         if plan.gather is not None and plan.order_T is not None:
-            q_THD, k_THD, v_THD = (to_rows(x, plan.gather, plan.order_T) for x in (q_THD, k_THD, v_THD))
+            q_THD, k_THD, v_THD = (reorder(x, plan.gather, plan.order_T) for x in (q_THD, k_THD, v_THD))
         pieces = zip(plan.masks, *(x.split(plan.rows) for x in (q_THD, k_THD, v_THD)), strict=True)
         outs = [_attend(q, k, v, mask) for mask, q, k, v in pieces]
         out_THD = torch.cat(outs) if len(outs) > 1 else outs[0]
-        return out_THD if plan.order_T is None else from_rows(out_THD, plan.order_T)
+        return out_THD if plan.order_T is None else reorder(out_THD, plan.order_T)
 
 
 def why_not() -> str:

@@ -1,5 +1,6 @@
 """The kernels themselves. Each row of a result depends on its own inputs alone, bit for bit, whatever else there is:
 sums run in one order, and a tile's size never follows the number of rows. Nor is any kernel built anew for it.
+docs/invariance.md says why.
 
 Shapes: T rows, I inputs, O outputs, M width, H heads, D head size, P pairs of columns, N texts.
 """

@@ -78,7 +78,7 @@ class GpuLayers:
         else:
             x_TM = gpu.normalize(inputs.embeds_TM.contiguous(), self.first)
         states: list[Tensor] | None = [] if want_states else None
-        tables = rope_tables_by_kind(self.config, inputs.positions_T, inputs.packing.text_T, self.frequencies)
+        tables = rope_tables_by_kind(self.config, inputs.rope_positions_T, inputs.packing.text_T, self.frequencies)
 
         def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
             q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
@@ -153,7 +153,7 @@ class _Short:
         tokens = packing.tokens
         assert inputs.ids_T is not None
         self.ids_T[:tokens].copy_(inputs.ids_T)
-        self.positions_T[:tokens].copy_(inputs.positions_T)
+        self.positions_T[:tokens].copy_(inputs.rope_positions_T)
         unused = [tokens] * (size.texts - len(packing.lengths))
         filled = [min(tokens + size.longest * (i + 1), size.tokens) for i in range(size.fillers)]
         _send([*packing.starts, *unused, *filled], self.cu_seqlens)
@@ -205,7 +205,7 @@ class _Step:
         texts = inputs.packing.tokens
         assert inputs.ids_T is not None
         self.ids_N[:texts].copy_(inputs.ids_T)
-        self.positions_N[:texts].copy_(inputs.positions_T)
+        self.positions_N[:texts].copy_(inputs.rope_positions_T)
         sent: list[int] = []
         for kind, look in self.looks.items():
             rest = [0] * (self.size - texts)

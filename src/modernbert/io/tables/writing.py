@@ -1,5 +1,5 @@
-"""Writing records: gathered in a file beside the wanted one, a JSON object a line, which an interrupted job goes on
-with; the wanted file appears when it is whole.
+"""Writing rows: they are gathered in a partial file beside the output, from which an interrupted job continues; the
+output appears once it is whole.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from typing import Any, Self
 import numpy as np
 
 from modernbert.errors import InputError, shown
-from modernbert.io.files import naming, replacing
-from modernbert.io.tables.reading import Record, parquet
+from modernbert.io.files import locked, naming, replacing
+from modernbert.io.tables.reading import Record, library
 
-_ROWS_TOGETHER = 1024
-_EXACT, _LARGE = 2**53, "large"  # integers that a float holds exactly, and those that 64 bits hold beyond them
 _LISTED = 10  # errors that are kept for a summary
 # What JSON lets stand in a string, but a file of UTF-8 cannot hold or a terminal acts on.
 _UNSAFE = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -31,25 +29,24 @@ _UNSAFE = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 class ResumableOutput:
     """A file that is gathered record by record and appears when it is whole.
 
-    Until then the records are in `<name>.partial`, one JSON object a line after a line that says what job they are of.
-    A job that finds its own partial file goes on after the last whole line of it.
+    Until then the records are in `<name>.partial`, a JSON object a line after a line that describes their job. A job
+    that finds its own partial file continues after the last whole line of it.
 
     A record is {"input", "output"} or {"input", "error"}, and {"row"} with the columns of the file it came from.
 
     Args:
-        path: where the file goes; its suffix says its form. .jsonl keeps records as they are; .csv, .tsv and .parquet
-            have a row a record; .npy has the record's "output", a vector, alone.
+        path: the file; its suffix is its form. .jsonl keeps records as they are; .csv, .tsv and .parquet have a row a
+            record; .npy has the record's "output", a vector, alone.
         job: what makes this job this one: task, model, options, input. Another job's partial file is refused.
         overwrite: whether a file of this name may be replaced, once the new one is whole.
 
     Attributes:
-        done: records in the file so far.
-        failed: those of them that are errors.
-        errors: number of the record, from 1, and error of the first ten of those.
+        done: number of records in the file so far.
+        failed: number of those that are errors.
+        errors: the first ten of these, by the number of the record, from 1.
 
     Raises:
-        InputError: the suffix is unknown, the file is there already, a partial file belongs to another job, or another
-            process is writing it.
+        InputError: the suffix is unknown, the file exists, the partial file is another job's, or is being written.
     """
 
     def __init__(self, path: Path, job: Record, *, overwrite: bool = False) -> None:
@@ -61,10 +58,11 @@ class ResumableOutput:
         self.errors: dict[int, str] = {}
 
     def __enter__(self) -> Self:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.partial.open("ab+")
-        self._lock()
-        try:
+        refusal = f"{self.partial} is being written by another process; name another output"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.partial, refusal))
+            self.file = self.partial.open("ab+")
+            stack.callback(self._close)
             self.file.seek(0)
             whole = 0
             for number, line in enumerate(self.file):
@@ -75,17 +73,14 @@ class ResumableOutput:
             self.file.truncate(whole)
             if not whole:
                 self._line(self.head)
-        except BaseException:
-            self._close()
-            raise
+            self._held = stack.pop_all()
         return self
 
     def _take(self, number: int, line: bytes) -> None:
-        """Go on after one line of an earlier run."""
+        """Count a line of an earlier run, if it is of this job."""
         try:
             record = json.loads(line.decode("utf-8", "surrogatepass"))
-            wanted = {"job"} if number == 0 else {"input"}
-            if not isinstance(record, dict) or not wanted <= set(record):
+            if not isinstance(record, dict) or ("input" if number else "job") not in record:
                 raise ValueError
         except (ValueError, RecursionError):
             raise InputError(
@@ -107,31 +102,14 @@ class ResumableOutput:
             if len(self.errors) < _LISTED:
                 self.errors[number] = str(record["error"])
 
-    def _lock(self) -> None:
-        """Let no other process write the same file; systems without such locks go without."""
-        try:
-            import fcntl
-        except ImportError:
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.close()
-            raise InputError(f"{self.partial} is being written by another process; name another output") from None
-
     def rest(self, inputs: Iterable[Any], input_of: Callable[[Any], Any]) -> Iterator[Any]:
-        """The inputs that have no answer yet.
-
-        Args:
-            inputs: all of them, from the beginning.
-            input_of: what a record of one has under "input".
+        """Those of all inputs that have no answer yet; `input_of` gives what a record of one has under "input".
 
         Raises:
             InputError: the inputs are others than those that were answered before.
         """
         iterator = iter(inputs)
-        records = itertools.islice(self._records(), self.done) if self.done else iter(())
-        for number, record in enumerate(records, 1):
+        for number, record in enumerate(itertools.islice(self._records(), self.done), 1):
             item = next(iterator, iterator)
             if item is iterator or to_json(record["input"], _plain) != to_json(input_of(item), _plain):
                 raise InputError(
@@ -141,7 +119,6 @@ class ResumableOutput:
         yield from iterator
 
     def write(self, record: Record) -> None:
-        """Add a record."""
         output = record.get("output")
         if self.path.suffix.lower() == ".npy" and output is not None and np.ndim(output) != 1:
             raise InputError("a .npy file holds one vector a text; give texts, and neither spans nor vectors of tokens")
@@ -160,20 +137,17 @@ class ResumableOutput:
             self.file.flush()
 
     def _close(self) -> None:
-        with contextlib.suppress(OSError):  # what a full disk did not take was said before
+        with contextlib.suppress(OSError):  # a full disk was reported when the line was written
             self.file.close()
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if error is not None:
-                if not self.done:
-                    self.partial.unlink()  # nothing in it to go on with
-                return
-            with replacing(self.path) as temporary:
-                _WRITERS[self.path.suffix.lower()](temporary, self._records)
-            self.partial.unlink()
-        finally:
+        with self._held:
+            if error is None:
+                with replacing(self.path) as temporary:
+                    _WRITERS[self.path.suffix.lower()](temporary, self._records)
             self._close()
+            if error is None or not self.done:  # nothing in it to go on with
+                self.partial.unlink()
 
     def _records(self) -> Iterator[Record]:
         with self.partial.open("rb") as lines:
@@ -183,11 +157,7 @@ class ResumableOutput:
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:
-    """Refuse an output that cannot be written, before the work and not after.
-
-    Raises:
-        InputError: its suffix is unknown, it is there already, or a library for it is missing.
-    """
+    """Raise `InputError` if an output cannot be written, before the work and not after."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file to write")
     if path.suffix.lower() not in _WRITERS:
@@ -195,7 +165,7 @@ def check_output(path: Path, overwrite: bool = False) -> None:
     if path.exists() and not overwrite:
         raise InputError(f"{path} is there already; name another output, or replace it with overwrite=True")
     if path.suffix.lower() == ".parquet":
-        parquet()
+        library("pyarrow.parquet", path, "parquet")
 
 
 def differences(before: Any, now: Any) -> str:
@@ -217,12 +187,7 @@ def _changed(name: str, before: Any, now: Any) -> Iterator[str]:
 def to_json(value: Any, plain: Callable[[Any], Any]) -> str:
     """A value as one line of JSON that every file holds and no terminal acts on.
 
-    Args:
-        value: what is written.
-        plain: what stands for a value that JSON has no form for.
-
-    Raises:
-        InputError: it is nested too deeply.
+    `plain` gives what stands for a value that JSON has no form for. `InputError` is raised for one nested too deeply.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, default=plain)
@@ -231,8 +196,13 @@ def to_json(value: Any, plain: Callable[[Any], Any]) -> str:
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def as_lists(value: Any) -> Any:
+    """What stands in JSON for an array, or for a value that has no form there."""
+    return value.tolist() if isinstance(value, np.ndarray) else str(value)
+
+
 def _plain(value: Any) -> Any:
-    """What JSON has no form for: arrays as the text of their bytes, dates and the like as people read them."""
+    """What stands in a partial file for an array, the text of its bytes, or for a value that has no form in JSON."""
     if not isinstance(value, np.ndarray):
         return str(value)
     array = np.ascontiguousarray(value, dtype="<f4")
@@ -245,94 +215,86 @@ def _unplain(value: Record) -> Any:
     return np.frombuffer(base64.b64decode(value["float32"]), dtype="<f4").reshape(value["shape"])
 
 
-# Each takes the records as a function, so that it can go over them twice.
-Again = Callable[[], Iterator[Record]]
+Again = Callable[[], Iterator[Record]]  # gives the records from the first, as writers go over them twice
 
 
 def _write_jsonl(path: Path, records: Again) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for record in records():
-            file.write(to_json(record, as_lists) + "\n")
+        file.writelines(to_json(record, as_lists) + "\n" for record in records())
 
 
-def _write_table(delimiter: str) -> Callable[[Path, Again], None]:
-    def write(path: Path, records: Again) -> None:
-        names = list(dict.fromkeys(name for record in records() for name in flattened(record)))
-        with path.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
-            table = csv.DictWriter(file, names, delimiter=delimiter)
-            table.writeheader()
-            for record in records():
-                table.writerow({name: _cell(value) for name, value in flattened(record).items()})
-
-    return write
+def _write_table(path: Path, records: Again, delimiter: str = ",") -> None:
+    names = list(dict.fromkeys(name for record in records() for name in flattened(record)))
+    with path.open("w", encoding="utf-8", newline="", errors="backslashreplace") as file:
+        table = csv.DictWriter(file, names, delimiter=delimiter)
+        table.writeheader()
+        table.writerows({name: _cell(value) for name, value in flattened(record).items()} for record in records())
 
 
 def _write_parquet(path: Path, records: Again) -> None:
     import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
 
-    kinds: dict[str, set[Any]] = {}
+    possible: dict[str, set[Any]] = {}  # types that hold all values of a column
     filled: collections.Counter[str] = collections.Counter()
     rows = 0
-    for record in records():
+    for row in map(flattened, records()):
         rows += 1
-        for name, value in flattened(record).items():
-            kinds.setdefault(name, set()).add(_kind(value))
+        for name, value in row.items():
             filled[name] += value is not None
-    types = {name: _arrow_type(pa, found - {type(None)}, filled[name] == rows) for name, found in kinds.items()}
+            if value is not None:
+                found = _types_of(value)
+                possible[name] = possible.get(name, found) & found
+    types = {name: _arrow_type(pa, possible.get(name, set()), filled[name] == rows) for name in filled}
     schema = pa.schema(list(types.items()))
-    with parquet().ParquetWriter(path, schema) as writer:
-        flat = (flattened(record) for record in records())
-        while some := list(itertools.islice(flat, _ROWS_TOGETHER)):
-            columns = [
-                pa.array([_arrow_value(row.get(name), kind == pa.string()) for row in some], kind)
-                for name, kind in types.items()
-            ]
-            writer.write_table(pa.table(columns, schema=schema))
+    with ParquetWriter(path, schema) as writer:
+        flat = map(flattened, records())
+        while some := list(itertools.islice(flat, 1024)):
+            columns = [[_arrow_value(row.get(name), kind) for row in some] for name, kind in types.items()]
+            writer.write_table(pa.table(list(map(pa.array, columns, types.values())), schema=schema))
 
 
-def _kind(value: Any) -> Any:
-    """What a value is for a column: its type, or the length of a vector; large integers do not fit every column."""
+def _types_of(value: Any) -> set[Any]:
+    """Types of columns that hold a value exactly, but for text in JSON, which holds all; a vector's is its length."""
     if isinstance(value, np.ndarray) and value.ndim == 1:
-        return "vector", len(value)
-    if type(value) is int and abs(value) > _EXACT:
-        return _LARGE if -(2**63) <= value < 2**63 else str
-    return type(value)
+        return {len(value)}
+    if type(value) is int:
+        fits = {"int64": -(2**63) <= value < 2**63, "double": abs(value) <= 2**53}
+        return {name for name, is_exact in fits.items() if is_exact}
+    return {bool: {"bool"}, float: {"double"}}.get(type(value), set())
 
 
-def _arrow_type(pa: Any, found: set[Any], is_full: bool) -> Any:
-    """The narrowest type that holds all values; text in JSON where nothing else does."""
-    if len(found) == 1 and isinstance(one := next(iter(found)), tuple):
+def _arrow_type(pa: Any, possible: set[Any], is_full: bool) -> Any:
+    if "int64" in possible:
+        return pa.int64()
+    kind = next(iter(possible), "string")
+    if isinstance(kind, int):
         # Before 26, pyarrow writes no row without a vector among vectors of a fixed length.
         is_fixed = is_full or int(pa.__version__.split(".")[0]) >= 26
-        return pa.list_(pa.float32(), one[1] if is_fixed else -1)
-    if found == {bool}:
-        return pa.bool_()
-    if found and found <= {int, _LARGE}:
-        return pa.int64()
-    return pa.float64() if found and found <= {int, float} else pa.string()
+        return pa.list_(pa.float32(), kind if is_fixed else -1)
+    return pa.type_for_alias(kind)
 
 
-def _arrow_value(value: Any, as_text: bool) -> Any:
-    if as_text and value is not None:
-        return str(_cell(value)).encode("utf-8", "backslashreplace").decode()
-    return value
+def _arrow_value(value: Any, kind: Any) -> Any:
+    if value is None or str(kind) != "string":
+        return value
+    return str(_cell(value)).encode("utf-8", "backslashreplace").decode()
 
 
 def _write_npy(path: Path, records: Again) -> None:
     shapes = [np.shape(record["output"]) if "output" in record else None for record in records()]
     width = next((shape[0] for shape in shapes if shape is not None), 0)
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f4", "fortran_order": False, "shape": (len(shapes), width)}
-        )
-        for record in records():  # what could not be answered has no numbers
+        head = {"descr": "<f4", "fortran_order": False, "shape": (len(shapes), width)}
+        np.lib.format.write_array_header_1_0(file, head)
+        for record in records():  # a text that could not be answered has NaN
             file.write(np.asarray(record.get("output", np.full(width, np.nan)), "<f4").tobytes())
 
 
 _WRITERS: dict[str, Callable[[Path, Again], None]] = {
     ".jsonl": _write_jsonl,
-    ".csv": _write_table(","),
-    ".tsv": _write_table("\t"),
+    ".csv": _write_table,
+    ".tsv": lambda path, records: _write_table(path, records, "\t"),
     ".parquet": _write_parquet,
     ".npy": _write_npy,
 }
@@ -343,9 +305,8 @@ def flattened(record: Record) -> Record:
 
     A column of the file keeps its name; the output's of the same name gets "output_" before it.
     """
-    given = record["input"]
+    given = record.get("row", record["input"])
     row: Record = dict(given) if isinstance(given, dict) else {"text": given}
-    row = dict(record["row"]) if "row" in record else row
     if "error" in record:
         answer = {"error": record["error"]}
     else:
@@ -366,8 +327,3 @@ def _is_scalar(value: Any) -> bool:
 def _cell(value: Any) -> Any:
     """A value as one cell: itself, or JSON."""
     return value if _is_scalar(value) else to_json(value, as_lists)
-
-
-def as_lists(value: Any) -> Any:
-    """What stands in JSON for an array, or for a value that has no form there."""
-    return value.tolist() if isinstance(value, np.ndarray) else str(value)

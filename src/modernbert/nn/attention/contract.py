@@ -23,11 +23,9 @@ Reach = tuple[int | None, int | None]
 class AttentionBackend(abc.ABC):
     """Softmax attention of every token over its own text, or over a window of it.
 
-    A backend is made once for a model. For each forward pass and each kind of layer it first makes a plan (masks,
-    gathers: whatever the layers of a kind share), then serves each layer by that plan.
-
-    Args:
-        deterministic: take only kernels whose gradients are the same at every run.
+    A backend is made once for a model. For each pass and each kind of layer it makes a plan (masks, gathers: whatever
+    the layers of a kind share), then serves each layer by that plan. A deterministic one takes only kernels whose
+    gradients are the same at every run.
     """
 
     name: str
@@ -37,32 +35,23 @@ class AttentionBackend(abc.ABC):
 
     @abc.abstractmethod
     def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> Any:
-        """What the layers of one reach share in one forward pass.
-
-        Args:
-            packing: where the texts lie.
-            reach: inclusive (left, right) in positions; None on a side is to the text's end.
-            dtype: of the q, k, v to come.
-        """
+        """What the layers of one reach share in one pass; (left, right) is inclusive, None is the text's end."""
 
     @abc.abstractmethod
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: Any, dropout: float = 0.0) -> Tensor:
         """Attention outputs of shape (T, H, D); scores are scaled by D**-0.5, `dropout` falls on the weights."""
 
 
-Make = Callable[[bool], AttentionBackend]
-Choose = Callable[[torch.dtype], tuple[str, str]]
-
-IMPLEMENTATIONS: dict[str, Make] = {}  # how the backend of each name is made; engines add theirs
-_CHOSEN_ON: dict[str, Choose] = {}
+IMPLEMENTATIONS: dict[str, Callable[[bool], AttentionBackend]] = {}  # how the backend of each name is made
+_CHOSEN_ON: dict[str, Callable[[torch.dtype], tuple[str, str]]] = {}
 
 
-def register_backend(name: str, make: Make) -> None:
+def register_backend(name: str, make: Callable[[bool], AttentionBackend]) -> None:
     """Add a backend by the name that `attn_implementation` takes; `make` is called with `deterministic`."""
     IMPLEMENTATIONS[name] = make
 
 
-def register_choice(device_type: str, choose: Choose) -> None:
+def register_choice(device_type: str, choose: Callable[[torch.dtype], tuple[str, str]]) -> None:
     """Say what "auto" takes on devices of a type: `choose` gives a dtype's backend by its name, and the reason."""
     _CHOSEN_ON[device_type] = choose
 

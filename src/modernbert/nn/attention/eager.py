@@ -32,21 +32,21 @@ class EagerAttention(AttentionBackend):
 
     def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype, keys: Packing | None = None) -> EagerPlan:
         """One mask a text. The keys may be others than the queries: some of the text's tokens before them too."""
-        keys = keys or packing
-        texts = zip(packing.positions_T.split(packing.lengths), keys.positions_T.split(keys.lengths), strict=True)
+        keys, (left, right) = keys or packing, reach
         seen = []
-        for position_L, position_K in texts:
+        for position_L, position_K in zip(
+            packing.positions_T.split(packing.lengths), keys.positions_T.split(keys.lengths), strict=True
+        ):
             ahead_LK = position_K[None, :] - position_L[:, None]
             seen_LK = torch.ones_like(ahead_LK, dtype=torch.bool)
-            if reach[0] is not None:
-                seen_LK &= ahead_LK >= -reach[0]
-            if reach[1] is not None:
-                seen_LK &= ahead_LK <= reach[1]
+            if left is not None:
+                seen_LK &= ahead_LK >= -left
+            if right is not None:
+                seen_LK &= ahead_LK <= right
             seen.append(seen_LK)
         return EagerPlan(packing, keys, seen)
 
     def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: EagerPlan, dropout: float = 0.0) -> Tensor:
-        """Attention outputs, text by text."""
         return self.attend_with_weights(q_THD, k_THD, v_THD, plan, dropout)[0]
 
     def attend_with_weights(
@@ -57,7 +57,7 @@ class EagerAttention(AttentionBackend):
         lengths, keys = plan.packing.lengths, plan.keys.lengths
         texts = zip(q_THD.split(lengths), k_THD.split(keys), v_THD.split(keys), plan.seen, strict=True)
         for q_LHD, k_KHD, v_KHD, seen_LK in texts:
-            # Copies, because the sums of a product depend on where in memory its numbers begin.
+            # Copies, because the sums of a product depend on where in memory its operands begin.
             fresh = torch.contiguous_format
             q_HLD, k_HKD, v_HKD = (x.transpose(0, 1).clone(memory_format=fresh) for x in (q_LHD, k_KHD, v_KHD))
             scores_HLK = (q_HLD @ k_HKD.mT).float() * q_HLD.shape[-1] ** -0.5
@@ -74,12 +74,8 @@ class EagerAttention(AttentionBackend):
         A batch that came packed is padded to its longest text. Where there were tokens before the packed ones, the
         last dimension counts each text's tokens from its first.
         """
-        if packing.grid is not None and packing.indices_T is not None:
-            batch, columns = packing.grid
-            column_T = packing.indices_T - packing.text_T * columns
-        else:
-            batch, columns = len(packing.lengths), max(packing.lengths, default=0)
-            column_T = packing.positions_T
+        batch, columns = packing.grid or (len(packing.lengths), max(packing.lengths, default=0))
+        column_T = packing.positions_T if packing.indices_T is None else packing.indices_T - packing.text_T * columns
         alone = all(w.shape[-1] == w.shape[-2] for w in weights)
         width = columns if alone else max(w.shape[-1] for w in weights)
         heads = weights[0].shape[0] if weights else 0

@@ -1,67 +1,74 @@
-"""What the tasks of fine-tuning share: rows in, examples out, packed batches, losses, an evaluation.
+"""What the tasks of fine-tuning share.
 
-A task is a class in a file of its own, and a line in the table of `modernbert.training.tasks`.
+A task is a class in a file of its own, and a line in the table of `modernbert.training.tasks.catalog`. It makes
+examples of rows (`prepare`), labels of examples (`labels`), and metrics of the model's outputs (`evaluate_on`).
 """
 
 from __future__ import annotations
 
 import abc
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from tokenizers import Encoding
 from torch import Tensor, nn
 
 from modernbert.auto import AutoConfig
 from modernbert.config import Config
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.models.formats import refuse_to_train
+from modernbert.nn.losses import IGNORED
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.adapters import has_adapters, load_adapters
 from modernbert.training.contract import Batch, Evaluation, Pass, summed
 from modernbert.training.examples import Example, by_tokens, pack_rows
-from modernbert.training.tasks.data import Field, Row
+from modernbert.training.tasks.data import Row
 from modernbert.training.tasks.options import FinetuneOptions
 
-_SHOWN = 50  # wrong examples that a report has room for
+_BUDGET = 8192  # tokens of a forward pass of an evaluation
+_SHOWN = 50  # wrong examples that a report lists
 
 
 class Task(abc.ABC):
-    """One kind of training.
+    """One task of fine-tuning, which is the objective of its runs; see `modernbert.training.contract.Objective`.
 
     Args:
         options: of the task's own kind.
 
     Attributes:
-        notes: what is worth telling the user, such as texts that were cut.
-        tokenizer: set by `use`.
+        notes: what users should know of their data, such as texts that were cut.
+        tokenizer, max_length: see `set_tokenizer`.
+        held_out: examples to evaluate on.
     """
 
     name: ClassVar[str]
     fields: ClassVar[tuple[Field, ...]]
     auto_model: ClassVar[Any]
     group_field: ClassVar[str | None] = None  # rows with equal values of it are held out together
+    usual_length: ClassVar[int] = 512  # `max_length` if it is not given and the context is not shorter
     metric: str
     greater_is_better: bool = True
     reads_more_at_the_end: bool = False
+    tokenizer: Tokenizer
+    max_length: int
 
     def __init__(self, options: Any) -> None:
         self.options = options
         self.notes: list[str] = []
-        self.tokenizer: Tokenizer
-        self.max_length = 0
         self.held_out: list[Example] = []
 
-    # Data
+    # The model and its tokenizer
 
-    def learn(self, rows: Sequence[Row]) -> None:
-        """Find out what only the training rows can tell, such as the names of labels."""
+    def fit_labels(self, rows: Sequence[Row]) -> None:
+        """Find what only the training rows can say, such as the names of labels."""
         return
 
-    def adopt(self, config: Config) -> None:
-        """Take over what the checkpoint knows already, such as the order of labels."""
+    def align_labels(self, config: Config) -> None:
+        """Take the order of labels from a checkpoint that has them."""
         return
 
     def config_changes(self) -> dict[str, Any]:
@@ -72,7 +79,7 @@ class Task(abc.ABC):
         """The model to train, float32."""
         config = AutoConfig.from_pretrained(name, revision=options.revision)
         refuse_to_train(config, str(name))
-        self.adopt(config)
+        self.align_labels(config)
         return self.auto_model.from_pretrained(
             name,
             dtype=torch.float32,
@@ -82,103 +89,112 @@ class Task(abc.ABC):
         )
 
     def load_tokenizer(self, name: str | Path, options: FinetuneOptions) -> Tokenizer:
-        """The model's tokenizer."""
+        """The tokenizer of the model."""
         return Tokenizer.from_pretrained(name, revision=options.revision)
 
-    def use(self, tokenizer: Tokenizer, context: int) -> None:
-        """Take a tokenizer, and a context that texts must fit in."""
+    def set_tokenizer(self, tokenizer: Tokenizer, context: int) -> None:
+        """Set the tokenizer and `max_length`, which a context of so many tokens must hold."""
         self.tokenizer = tokenizer
-        wanted = self.options.max_length
-        if wanted is not None and wanted > context:
-            raise InputError(f"max_length is {wanted}; the model's context holds {context} tokens")
-        self.max_length = min(context, 512) if wanted is None else wanted
+        given = self.options.max_length
+        if given is not None and given > context:
+            raise InputError(f"max_length is {given}; the model's context holds {context} tokens")
+        self.max_length = min(context, self.usual_length) if given is None else given
+
+    # Examples
 
     @abc.abstractmethod
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
         """Examples of rows.
 
         Raises:
-            InputError: a row cannot be learnt from; the message says which one and why.
+            InputError: nothing can be learned from a row; the message names the row and the reason.
         """
 
-    def encode(self, firsts: Sequence[Any], seconds: Sequence[Any] | None = None, **options: Any) -> list[list[int]]:
-        """Ids of texts or pairs, cut to `max_length`; how many were cut is noted."""
+    def encode(self, firsts: list[Any], seconds: list[str] | None = None, **options: Any) -> list[Encoding]:
+        """Encode texts, pairs of texts, or lists of words, cut to `max_length`; a note says how many were cut."""
         cut = {"truncation": True, "max_length": self.max_length, **options}
-        encoded = self.tokenizer(list(firsts), None if seconds is None else list(seconds), **cut)
-        assert encoded.encodings is not None
-        self.note_cut(sum(bool(e.overflowing) for e in encoded.encodings), len(encoded.encodings))
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        encodings = self.tokenizer(firsts, seconds, **cut).encodings
+        assert encodings is not None
+        if count := sum(bool(encoding.overflowing) for encoding in encodings):
+            verbs = ("is", "was") if count == 1 else ("are", "were")
+            cut_texts = f"{count} of {len(encodings)} texts {verbs[0]} longer than {self.max_length} tokens"
+            self.notes.append(f"{cut_texts} and {verbs[1]} cut")
+        return list(encodings)
 
-    def note_cut(self, cut: int, texts: int) -> None:
-        """Tell that texts were cut."""
-        if cut:
-            verbs = ("is", "was") if cut == 1 else ("are", "were")
-            self.notes.append(
-                f"{cut} of {texts} texts {verbs[0]} longer than {self.max_length} tokens and {verbs[1]} cut"
-            )
-
-    # Training
-
-    @abc.abstractmethod
     def labels(self, examples: Sequence[Example]) -> Batch:
-        """What the model is told of the right answers of a batch."""
+        """Arguments of the model that hold the labels of a batch; (B,) numbers."""
+        return {"labels": torch.tensor([example.label for example in examples])}
+
+    # The objective of a run
 
     def at_step(self, step: int, total: int) -> None:
-        """Change what changes over a run."""
         return
 
     def collate(self, examples: Sequence[Example], seeds: Sequence[int]) -> Batch:
-        """A packed batch."""
         return {**pack_rows([row for example in examples for row in example.rows]), **self.labels(examples)}
 
     def count(self, batch: Batch) -> float:
-        """Labels of a batch."""
-        return float((batch["labels"] != -100).sum())
+        return float((batch["labels"] != IGNORED).sum())
 
     def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
-        """The mean loss over a step's labels; see `modernbert.training.contract.Objective`."""
         return summed(model, batches, total, one_pass)
 
-    # Evaluation
-
     def evaluate(self, model: Any, at_the_end: bool) -> Evaluation | None:
-        """Figures on the held-out examples."""
-        return self.judge(model, self.held_out) if self.held_out else None
-
-    @abc.abstractmethod
-    def judge(self, model: Any, examples: Sequence[Example]) -> Evaluation:
-        """Figures on examples."""
-
-    def outputs(self, model: Any, examples: Sequence[Example], budget: int = 8192) -> Iterator[tuple[list[int], Any]]:
-        """Outputs of packed passes over examples, with the numbers of the examples in each."""
-        order = sorted(range(len(examples)), key=lambda i: examples[i].tokens)
-        device = next(model.parameters()).device
-        for group in by_tokens([examples[i].tokens for i in order], budget):
-            chosen = [order[i] for i in group]
-            batch = pack_rows([row for i in chosen for row in examples[i].rows])
-            yield chosen, model(input_ids=batch["input_ids"].to(device), cu_seqlens=batch["cu_seqlens"])
-
-    # Folders
+        return self.evaluate_on(model, self.held_out) if self.held_out else None
 
     def save(self, model: Any, folder: Path) -> None:
-        """Write the model and its tokenizer."""
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def load_weights(self, model: Any, folder: Path) -> None:
-        """Read what `save` wrote into a model of the same form."""
         if has_adapters(model):
             load_adapters(model, folder)
         else:
             model.load_state_dict(type(model).from_pretrained(folder, dtype=torch.float32).state_dict())
 
+    # Evaluation
 
-def worst(rows: Sequence[tuple[float, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The rows that a report shows: those of the highest number."""
-    return [row for _, row in sorted(rows, key=lambda pair: -pair[0])[:_SHOWN]]
+    @abc.abstractmethod
+    def evaluate_on(self, model: Any, examples: Sequence[Example]) -> Evaluation:
+        """Metrics, predictions and errors of a model on examples."""
+
+    def answers(self, output: Any) -> Tensor:
+        """What an evaluation keeps of a model's output: one item for each row of the examples, or for each token."""
+        logits: Tensor = output.logits
+        return logits.float()
+
+    def outputs(self, model: Any, examples: Sequence[Example]) -> list[Tensor]:
+        """The `answers` for each example, on the CPU; examples of similar lengths share a forward pass."""
+        found: dict[int, Tensor] = {}
+        order = sorted(range(len(examples)), key=lambda i: examples[i].tokens)
+        device = next(model.parameters()).device
+        for group in by_tokens([examples[i].tokens for i in order], _BUDGET):
+            chosen = [order[i] for i in group]
+            rows = [row for i in chosen for row in examples[i].rows]
+            batch = pack_rows(rows)
+            answers = self.answers(model(input_ids=batch["input_ids"].to(device), cu_seqlens=batch["cu_seqlens"])).cpu()
+            by_row = len(answers) == len(rows)
+            sizes = [len(examples[i].rows) if by_row else examples[i].tokens for i in chosen]
+            found.update(zip(chosen, answers.split(sizes), strict=True))
+        return [found[i] for i in range(len(examples))]
 
 
-def shown(text: str) -> str:
-    """A text as a report's cell."""
-    return textwrap.shorten(text, 200, placeholder=" ...")
+def worst(rows: Iterable[tuple[float, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The errors that a report lists: rows by falling numbers, with cells that fit a table."""
+    first = sorted(rows, key=lambda pair: -pair[0])[:_SHOWN]
+    return [{name: _cell(value) for name, value in row.items()} for _, row in first]
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    value = ", ".join(value) if isinstance(value, list) else value
+    return textwrap.shorten(value, 200, placeholder=" ...") if isinstance(value, str) else value
+
+
+def texts_in(row: Row, name: str) -> list[str]:
+    """A field that is a list of texts that are not blank; none if the row has no such field."""
+    texts = row.values.get(name) or []
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise InputError(f"{row.where} has the {name} {texts!r}; each must be a text that is not blank")
+    return list(texts)

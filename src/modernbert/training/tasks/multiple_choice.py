@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from modernbert.auto import AutoModelForMultipleChoice
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
-from modernbert.training.tasks.base import Task, shown, worst
-from modernbert.training.tasks.data import Field, Row, text_of
+from modernbert.training.tasks.base import Task, texts_in, worst
+from modernbert.training.tasks.data import Row, text_of
 from modernbert.training.tasks.labels import name_of
 
 
 class MultipleChoice(Task):
-    """One score a choice, read behind its prompt; questions may have different numbers of choices.
+    """One score for each choice, read after its prompt; questions may have different numbers of choices.
 
     Rows hold a prompt, choices (a list, or several columns) and the right one: its number from 0, its letter, or its
     text.
@@ -32,52 +33,44 @@ class MultipleChoice(Task):
     )
     metric = "accuracy"
 
-    def learn(self, rows: Sequence[Row]) -> None:
-        """Whether labels are places: numbers throughout."""
+    def fit_labels(self, rows: Sequence[Row]) -> None:
+        """Labels are places if all of them are numbers that can be."""
         self.by_place = all(_is_place(row) for row in rows if not row.values.get("choices_keys"))
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
-        """A row of ids for each choice."""
         prompts, choices = [], []
         for row in rows:
-            given = row.values["choices"]
-            if len(given) < 2 or not all(isinstance(c, str) and c.strip() for c in given):
-                raise InputError(f"{row.where} has the choices {given!r}; two texts or more are wanted")
-            prompts += [text_of(row, "prompt")] * len(given)
-            choices += given
+            texts = texts_in(row, "choices")
+            if len(texts) < 2:
+                raise InputError(f"{row.where} has the choices {texts!r}; give at least two")
+            prompts += [text_of(row, "prompt")] * len(texts)
+            choices += texts
         labels = [choice_number(row, self.by_place) for row in rows]
-        ids = iter(self.encode(prompts, choices))
-        examples = []
-        for row, label in zip(rows, labels, strict=True):
-            taken = [next(ids) for _ in row.values["choices"]]
-            examples.append(Example(taken, label, row.values))
-        return examples
+        encodings = iter(self.encode(prompts, choices))
+        ids = [[next(encodings).ids for _ in row.values["choices"]] for row in rows]
+        return [Example(rows_, label, row.values) for rows_, label, row in zip(ids, labels, rows, strict=True)]
 
     def labels(self, examples: Sequence[Example]) -> Batch:
         """(B,) numbers of the right choices."""
-        counts = [len(example.rows) for example in examples]
-        return {"labels": torch.tensor([example.label for example in examples]), "num_choices": counts}
+        return {**super().labels(examples), "num_choices": [len(example.rows) for example in examples]}
 
-    def judge(self, model: Any, examples: Sequence[Example]) -> Evaluation:
-        """Accuracy, beside that of guessing."""
-        scores: list[list[float]] = [[] for _ in examples]
-        for chosen, out in self.outputs(model, examples):
-            rows = iter(out.logits.flatten().tolist())  # without num_choices all are those of one question
-            for i in chosen:
-                scores[i] = [next(rows) for _ in examples[i].rows]
+    def answers(self, output: Any) -> Tensor:
+        return super().answers(output).flatten()  # without num_choices all rows are choices of one question
+
+    def evaluate_on(self, model: Any, examples: Sequence[Example]) -> Evaluation:
+        """Accuracy, and that of guessing."""
         wrong, predictions, right = [], [], 0
-        for example, score in zip(examples, scores, strict=True):
-            record, best = example.record, max(range(len(score)), key=score.__getitem__)
+        for example, output in zip(examples, self.outputs(model, examples), strict=True):
+            scores, choices = output.tolist(), example.record["choices"]
+            best = scores.index(max(scores))
             right += best == example.label
-            texts = record["choices"]
-            row = {"prompt": str(record["prompt"]), "choice": texts[example.label], "predicted": texts[best]}
-            predictions.append({**row, "scores": score})
+            row = {"prompt": example.record["prompt"], "choice": choices[example.label], "predicted": choices[best]}
+            predictions.append({**row, "scores": scores})
             if best != example.label:
-                surprise = score[best] - score[example.label]
-                wrong.append((surprise, {name: shown(text) for name, text in row.items()}))
+                wrong.append((scores[best] - scores[example.label], row))
         chance = sum(1 / len(example.rows) for example in examples) / len(examples)
-        figures = {"accuracy": right / len(examples), "chance": chance}
-        return Evaluation(figures, errors=worst(wrong), predictions=predictions)
+        found = {"accuracy": right / len(examples), "chance": chance}
+        return Evaluation(found, errors=worst(wrong), predictions=predictions)
 
 
 def choice_number(row: Row, by_place: bool = True) -> int:
@@ -85,18 +78,17 @@ def choice_number(row: Row, by_place: bool = True) -> int:
 
     Args:
         row: with the choices, the label, and perhaps the choices' own keys.
-        by_place: whether a number is a place rather than a choice's text, where it could be both.
+        by_place: whether a number is a place and not the text of a choice, if it could be both.
     """
     given, choices = row.values["label"], row.values["choices"]
-    value = name_of(given)
+    value, text, texts = name_of(given), str(given).strip(), [str(choice).strip() for choice in choices]
     keys = row.values.get("choices_keys") or []
-    texts = [str(choice).strip() for choice in choices]
     if value in keys:
         return int(keys.index(value))
     if by_place and _is_place(row):
         return int(value)
-    if str(given).strip() in texts:
-        return texts.index(str(given).strip())
+    if text in texts:
+        return texts.index(text)
     if len(value) == 1 and value.isalpha():
         value = str(ord(value.upper()) - ord("A"))
     if value.isdecimal() and int(value) < len(choices):

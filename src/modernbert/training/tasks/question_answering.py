@@ -10,21 +10,23 @@ from tokenizers import Encoding
 
 from modernbert.auto import AutoModelForQuestionAnswering
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.pipelines.question_answering import QuestionAnsweringPipeline
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
-from modernbert.training.tasks.base import Task, shown, worst
-from modernbert.training.tasks.data import Field, Row, text_of
-from modernbert.training.tasks.metrics import squad_figures
+from modernbert.training.tasks.base import Task, worst
+from modernbert.training.tasks.data import Row, text_of
+from modernbert.training.tasks.labels import Labels
+from modernbert.training.tasks.metrics import squad_metrics
 
 
 class QuestionAnswering(Task):
-    """Two scores a token, of the answer's beginning and end.
+    """Two scores for each token: of the answer's first and of its last one.
 
     Rows hold a question, a context and answers: a list of {"text", "answer_start"}, or a dict of two lists; without an
     answer the right span is the first token. A context longer than a window is read in windows that overlap, and a
-    window that does not hold the whole answer has none. Evaluation is the pipeline's.
+    window that does not hold the whole answer has none. Evaluation is by the pipeline.
     """
 
     name = "question-answering"
@@ -36,26 +38,24 @@ class QuestionAnswering(Task):
         Field("id", ("qid",), required=False),
     )
     metric = "f1"
+    usual_length = 384
 
     def config_changes(self) -> dict[str, Any]:
-        """A start and an end."""
-        return {"num_labels": 2, "id2label": {0: "LABEL_0", 1: "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+        return Labels.unnamed(2).config_changes()
 
-    def use(self, tokenizer: Tokenizer, context: int) -> None:
-        """A window that the context holds; the default shrinks to it."""
-        super().use(tokenizer, context)
-        if self.options.max_length is None:
-            self.max_length = min(context, 384)
+    def set_tokenizer(self, tokenizer: Tokenizer, context: int) -> None:
+        super().set_tokenizer(tokenizer, context)
         self.stride = min(self.max_length // 2, 128) if self.options.stride is None else self.options.stride
         if self.stride >= self.max_length:
             raise InputError(f"stride is {self.stride}; windows hold {self.max_length} tokens and must share fewer")
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
-        """In training an example a window, in evaluation an example a question."""
+        """In training an example for each window, in evaluation one for each question."""
         records = [self.record_of(row) for row in rows]
-        asked = self.tokenizer([record["question"] for record in records], add_special_tokens=False).input_ids
+        questions = [record["question"] for record in records]
         # A window has room for the question and more of the context than it shares with the next one.
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True) - self.stride
+        asked = self.tokenizer(questions, add_special_tokens=False).input_ids
         for row, ids in zip(rows, asked, strict=True):
             if not 0 < len(ids) < room:
                 raise InputError(
@@ -64,22 +64,22 @@ class QuestionAnswering(Task):
                 )
         if not training:
             return [Example([[0]], None, record) for record in records]
-        examples = []
-        encoded = self.tokenizer(
-            [record["question"] for record in records],
+        encodings = self.tokenizer(
+            questions,
             [record["context"] for record in records],
             truncation="only_second",
             max_length=self.max_length,
             stride=self.stride,
-        )
-        assert encoded.encodings is not None
-        for record, first in zip(records, encoded.encodings, strict=True):
-            for window in [first, *first.overflowing]:
-                examples.append(Example([window.ids], _span(window, record["answers"]), record))
-        return examples
+        ).encodings
+        assert encodings is not None
+        return [
+            Example([window.ids], _span(window, record["answers"]), record)
+            for record, first in zip(records, encodings, strict=True)
+            for window in (first, *first.overflowing)
+        ]
 
     def record_of(self, row: Row) -> dict[str, Any]:
-        """A row's id, question, context, and (text, start) of its answers, which stand where they say."""
+        """A row's id, question, context, and (text, start) of its answers, which stand where they should."""
         question, context = text_of(row, "question"), text_of(row, "context")
         given = row.values["answers"]
         try:
@@ -91,25 +91,20 @@ class QuestionAnswering(Task):
                 pairs = [(answer["text"], answer["answer_start"]) for answer in given]
             if any(text is None for text, _ in pairs):
                 raise TypeError
-            pairs = [(str(text), int(start)) for text, start in pairs]
+            answers = [(str(text), int(start)) for text, start in pairs]
         except (KeyError, TypeError, ValueError):
             raise InputError(
-                f"{row.where} has the answers {given!r}; a list of text and answer_start is wanted, or a dict of two"
+                f"{row.where} has the answers {given!r}; give a list of text and answer_start, or a dict of two lists"
             ) from None
-        answers = []
-        for text, start in pairs:
+        for text, start in answers:
             if start < 0 or context[start : start + len(text)] != text:
+                there = context[max(start, 0) : max(start, 0) + len(text)]
                 raise InputError(
                     f"{row.where}: the answer {text!r} does not stand at character {start} of its context, which has "
-                    f"{context[max(start, 0) : max(start, 0) + len(text)]!r} there"
+                    f"{there!r} there"
                 )
-            answers.append((text, start))
-        return {
-            "id": str(row.values.get("id", row.where)),
-            "question": question,
-            "context": context,
-            "answers": answers,
-        }
+        name = str(row.values.get("id", row.where))
+        return {"id": name, "question": question, "context": context, "answers": answers}
 
     def labels(self, examples: Sequence[Example]) -> Batch:
         """(B,) places of the first and the last token."""
@@ -117,37 +112,33 @@ class QuestionAnswering(Task):
         return {"start_positions": torch.tensor(starts), "end_positions": torch.tensor(ends)}
 
     def count(self, batch: Batch) -> float:
-        """Windows of a batch."""
         return float(len(batch["start_positions"]))
 
-    def judge(self, model: Any, examples: Sequence[Example]) -> Evaluation:
+    def evaluate_on(self, model: Any, examples: Sequence[Example]) -> Evaluation:
         """Exact match and F1 as SQuAD computes them."""
-        answerer = QuestionAnsweringPipeline(model, self.tokenizer, batch_tokens=8192)
-        nothing = any(not example.record["answers"] for example in examples)
-        found = answerer(
-            [{"question": e.record["question"], "context": e.record["context"]} for e in examples],
+        records = [example.record for example in examples]
+        found = QuestionAnsweringPipeline(model, self.tokenizer, batch_tokens=8192)(
+            [{"question": record["question"], "context": record["context"]} for record in records],
             top_k=self.options.n_best,
             max_seq_len=self.max_length,
             doc_stride=self.stride,
             max_answer_len=self.options.max_answer_len,
-            handle_impossible_answer=nothing,
+            handle_impossible_answer=any(not record["answers"] for record in records),
             align_to_words=False,
         )
-        best = [answers if isinstance(answers, list) else [answers] for answers in found]
-        said = [answers[0]["answer"] if answers else "" for answers in best]
-        right = [[text for text, _ in example.record["answers"]] for example in examples]
-        wrong, predictions = [], []
-        for example, truth, one, several in zip(examples, right, said, best, strict=True):
-            record = example.record
-            predictions.append(
-                {"id": record["id"], "question": record["question"], "answers": truth, "n_best": several}
-            )
-            f1 = squad_figures([truth], [one])["f1"]
+        wrong, predictions, truth, predicted = [], [], [], []
+        for record, answers in zip(records, found, strict=True):
+            best = answers if isinstance(answers, list) else [answers]
+            truth.append([text for text, _ in record["answers"]])
+            predicted.append(best[0]["answer"] if best else "")
+            row = {"question": record["question"], "answers": truth[-1], "n_best": best}
+            predictions.append({"id": record["id"], **row})
+            f1 = squad_metrics(truth[-1:], predicted[-1:])["f1"]
             if f1 < 100:
-                expected = " | ".join(dict.fromkeys(truth)) or "(no answer)"
-                row = {"question": shown(record["question"]), "answer": shown(expected), "predicted": shown(one)}
-                wrong.append((100 - f1 + (several[0]["score"] if several else 0), {**row, "f1": round(f1, 1)}))
-        return Evaluation(squad_figures(right, said), errors=worst(wrong), predictions=predictions)
+                expected = " | ".join(dict.fromkeys(truth[-1])) or "(no answer)"
+                row = {"question": record["question"], "answer": expected, "predicted": predicted[-1], "f1": f1}
+                wrong.append((100 - f1 + (best[0]["score"] if best else 0), row))
+        return Evaluation(squad_metrics(truth, predicted), errors=worst(wrong), predictions=predictions)
 
 
 def _span(window: Encoding, answers: list[tuple[str, int]]) -> tuple[int, int]:

@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.models.formats import refuse_to_train
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.nn.losses import cross_entropy
 from modernbert.training.contract import Batch, Evaluation, Pass
 from modernbert.training.examples import Example
-from modernbert.training.tasks.base import Task, shown, worst
-from modernbert.training.tasks.data import Field, Row, text_of
-from modernbert.training.tasks.metrics import retrieval_figures
+from modernbert.training.tasks.base import Task, texts_in, worst
+from modernbert.training.tasks.data import Row, text_of
+from modernbert.training.tasks.metrics import retrieval_metrics
 from modernbert.training.tasks.options import FinetuneOptions
 
 
@@ -31,8 +32,8 @@ class SentenceEmbedding(Task):
 
     The loss is the cross-entropy of cosine similarities over a temperature; candidates that read the same as the right
     one do not count as wrong. A step that is larger than a forward pass is computed twice: once for the vectors, and
-    once more, part by part, with the gradients of the loss by them, so that the number of candidates is no matter of
-    memory.
+    once more, part by part, with the gradients of the loss by them, so that memory does not limit the number of
+    candidates.
 
     Rows hold an anchor, a positive and perhaps negatives.
 
@@ -55,50 +56,41 @@ class SentenceEmbedding(Task):
         self.prompts = {name: prompt for name, prompt in given.items() if prompt}
 
     def load(self, name: str | Path, options: FinetuneOptions) -> SentenceEncoder:
-        """An encoder of sentences; a bare encoder gets a pooling."""
+        """A sentence encoder; a bare encoder gets a pooling."""
         model = SentenceEncoder.from_pretrained(
             name, dtype=torch.float32, revision=options.revision, attn_implementation=options.attn_implementation
         )
         refuse_to_train(model.config, str(name))
-        settings = model.settings
-        self.prompts = {**settings.prompts, **self.prompts}
-        if not model.is_layout:
-            settings = dataclasses.replace(settings, poolings=(self.options.pooling,))
-        model.settings = dataclasses.replace(settings, prompts=self.prompts)
+        self.prompts = {**model.settings.prompts, **self.prompts}
+        poolings = model.settings.poolings if model.is_layout else (self.options.pooling,)
+        model.settings = dataclasses.replace(model.settings, prompts=self.prompts, poolings=poolings)
         wide = [d for d in self.options.matryoshka if not 0 < d < model.dimensions]
         if wide:
             raise InputError(f"matryoshka is {wide[0]}; vectors have {model.dimensions} dimensions, take fewer")
         return model
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
-        """Each with the rows of its anchor, its positive and its negatives; the label is what these read."""
-        before, behind = self.prompts.get("query", ""), self.prompts.get("document", "")
+        """Each of an anchor, its positive and its negatives; labels are numbers of these among all documents."""
         anchors = [text_of(row, "anchor") for row in rows]
-        documents = []
-        for row in rows:
-            negatives = row.values.get("negatives") or []
-            if not all(isinstance(text, str) and text.strip() for text in negatives):
-                raise InputError(f"{row.where} has the negatives {negatives!r}; texts are wanted")
-            documents.append([text_of(row, "positive"), *negatives])
-        unique = list(dict.fromkeys(text for texts in documents for text in texts))
-        numbers = {text: i for i, text in enumerate(unique)}
-        anchor_ids = self.encode([before + text for text in anchors])
-        document_ids = self.encode([behind + text for text in unique])
-        return [
-            Example(
-                [ids, *(document_ids[numbers[text]] for text in texts)],
-                [numbers[text] for text in texts],
-                {"anchor": anchor, "positive": texts[0]},
-            )
-            for anchor, ids, texts in zip(anchors, anchor_ids, documents, strict=True)
-        ]
+        documents = [[text_of(row, "positive"), *texts_in(row, "negatives")] for row in rows]
+        numbers: dict[str, int] = {}
+        for text in (text for texts in documents for text in texts):
+            numbers.setdefault(text, len(numbers))
+        anchor_encodings = self.encode([self.prompts.get("query", "") + text for text in anchors])
+        document_encodings = self.encode([self.prompts.get("document", "") + text for text in numbers])
+        document_ids = [encoding.ids for encoding in document_encodings]
+        examples = []
+        for anchor, encoding, texts in zip(anchors, anchor_encodings, documents, strict=True):
+            label = [numbers[text] for text in texts]
+            ids = [encoding.ids, *(document_ids[number] for number in label)]
+            examples.append(Example(ids, label, {"anchor": anchor, "positive": texts[0]}))
+        return examples
 
     def labels(self, examples: Sequence[Example]) -> Batch:
-        """Which documents the rows are, -1 for anchors."""
+        """(R,) numbers of the documents that the rows are, -1 for anchors."""
         return {"documents": torch.tensor([n for example in examples for n in (-1, *example.label)])}
 
     def count(self, batch: Batch) -> float:
-        """Pairs of a batch."""
         return float((batch["documents"] < 0).sum())
 
     def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
@@ -142,48 +134,41 @@ class SentenceEmbedding(Task):
                 loss = loss + cross_entropy(scores_BN, right_B, num_items=total)
         return loss
 
-    def judge(self, model: Any, examples: Sequence[Example]) -> Evaluation:
+    def answers(self, output: Any) -> Tensor:
+        vectors: Tensor = output
+        return vectors.float()
+
+    def evaluate_on(self, model: Any, examples: Sequence[Example]) -> Evaluation:
         """Recall of each anchor's positive among all documents of the evaluation."""
-        rows = {n: row for example in examples for n, row in zip(example.label, example.rows[1:], strict=True)}
-        texts = {example.label[0]: example.record["positive"] for example in examples}
-        order = list(rows)
-        place = {n: i for i, n in enumerate(order)}
-        anchors_BD = self._encode(model, [example.rows[0] for example in examples])
-        documents_ND = self._encode(model, [rows[n] for n in order])
-        right = torch.tensor([place[example.label[0]] for example in examples])
-        figures: dict[str, float] = {}
+        ids = {n: row for example in examples for n, row in zip(example.label, example.rows[1:], strict=True)}
+        places = {number: place for place, number in enumerate(ids)}
+        right_B = torch.tensor([places[example.label[0]] for example in examples])
+        positives = {places[example.label[0]]: example.record["positive"] for example in examples}
+        anchors_BD, documents_ND = (
+            torch.cat(self.outputs(model, [Example([row]) for row in rows]))
+            for rows in ([example.rows[0] for example in examples], ids.values())
+        )
+        metrics: dict[str, float] = {}
         for width in (*self.options.matryoshka, anchors_BD.shape[1]):
-            left_BD, unit_ND = (F.normalize(x[:, :width], dim=-1) for x in (anchors_BD, documents_ND))
+            unit_BD, unit_ND = (F.normalize(x[:, :width], dim=-1) for x in (anchors_BD, documents_ND))
             ranks, best, margins = [], [], []
-            for part_BD, part_right in zip(left_BD.split(1024), right.split(1024), strict=True):
+            for part_BD, part_B in zip(unit_BD.split(1024), right_B.split(1024), strict=True):
                 scores_BN = part_BD @ unit_ND.mT
-                own_B = scores_BN.gather(1, part_right[:, None])
+                own_B = scores_BN.gather(1, part_B[:, None])
                 ranks += (~(scores_BN < own_B)).sum(1).tolist()  # itself, what ties with it, what is no number
                 top_B, first_B = scores_BN.max(1)
                 best += first_B.tolist()
                 margins += (top_B - own_B[:, 0]).tolist()
-            figures |= {
-                name if width == anchors_BD.shape[1] else f"{name}_{width}": value
-                for name, value in retrieval_figures(ranks).items()
-            }
+            suffix = "" if width == anchors_BD.shape[1] else f"_{width}"
+            metrics |= {f"{name}{suffix}": value for name, value in retrieval_metrics(ranks).items()}
         wrong, predictions = [], []
         for example, rank, first, margin in zip(examples, ranks, best, margins, strict=True):
-            record = example.record
-            predictions.append({**record, "rank": rank})
+            predictions.append({**example.record, "rank": rank})
             if rank > 1:
-                found = texts.get(order[first], "(a negative)")
-                row = {"anchor": shown(record["anchor"]), "positive": shown(record["positive"])}
-                wrong.append((margin, {**row, "found": shown(found), "rank": rank}))
-        figures["documents"] = float(len(order))
-        return Evaluation(figures, errors=worst(wrong), predictions=predictions)
-
-    def _encode(self, model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-        out: Tensor | None = None
-        for chosen, vectors in self.outputs(model, [Example([row]) for row in rows]):
-            out = vectors.new_empty((len(rows), vectors.shape[1]), dtype=torch.float32) if out is None else out
-            out[chosen] = vectors.float()
-        assert out is not None
-        return out.cpu()
+                found = positives.get(first, "(a negative)")
+                wrong.append((margin, {**example.record, "found": found, "rank": rank}))
+        metrics["documents"] = float(len(ids))
+        return Evaluation(metrics, errors=worst(wrong), predictions=predictions)
 
 
 def _vectors(model: nn.Module, batch: Batch) -> Tensor:

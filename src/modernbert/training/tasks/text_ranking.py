@@ -7,21 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.errors import InputError
+from modernbert.io.tables.columns import Field
 from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
-from modernbert.training.tasks.base import Task, shown, worst
-from modernbert.training.tasks.data import Field, Row, text_of
-from modernbert.training.tasks.metrics import retrieval_figures
+from modernbert.training.tasks.base import Task, texts_in, worst
+from modernbert.training.tasks.data import Row, text_of
+from modernbert.training.tasks.labels import Labels, number_of
+from modernbert.training.tasks.metrics import retrieval_metrics
 
 
 class TextRanking(Task):
-    """One score a pair, trained as the probability that the document answers the query.
+    """One score for each pair, trained as the probability that the document answers the query.
 
-    Rows hold a query, a document and a label from 0 to 1; or a query, the right document and perhaps wrong ones, beside
-    which the documents of some other rows are taken as wrong.
+    Rows hold a query, a document and a label from 0 to 1; or a query, the right document and perhaps wrong ones; if
+    a row has none, the documents of some other rows are taken as wrong.
 
     Source: cross-encoders, arXiv:1901.04085.
     """
@@ -37,95 +40,78 @@ class TextRanking(Task):
     metric = "mrr"
     group_field = "query"
 
-    def learn(self, rows: Sequence[Row]) -> None:
-        """Whether rows are pairs with labels."""
+    def fit_labels(self, rows: Sequence[Row]) -> None:
+        """Rows are pairs with labels if one of them has a label."""
         self.labelled = any("label" in row.values for row in rows)
 
     def config_changes(self) -> dict[str, Any]:
-        """One score, as a probability's logit."""
-        return {
-            "num_labels": 1,
-            "problem_type": "multi_label_classification",
-            "id2label": {0: "LABEL_0"},
-            "label2id": {"LABEL_0": 0},
-        }
+        """One score, the logit of a probability."""
+        return {**Labels.unnamed(1).config_changes(), "problem_type": "multi_label_classification"}
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
-        """An example a pair; the record says which query it is of."""
+        """An example for each pair."""
         pairs: list[tuple[str, str, float]] = []
         draw = random.Random(0)
         pool = sorted({text_of(row, "document") for row in rows})
         for row in rows:
             query, document = text_of(row, "query"), text_of(row, "document")
             if self.labelled:
-                pairs.append((query, document, _share(row)))
+                pairs.append((query, document, _probability(row)))
                 continue
-            wrong = list(row.values.get("negatives") or [])
+            wrong = texts_in(row, "negatives")
             if not wrong:
                 drawn = draw.sample(pool, min(len(pool), self.options.negatives + 1))
                 wrong = [text for text in drawn if text != document][: self.options.negatives]
-            if not all(isinstance(text, str) and text.strip() for text in wrong):
-                raise InputError(f"{row.where} has the negatives {wrong!r}; texts are wanted")
             pairs += [(query, document, 1.0), *((query, text, 0.0) for text in wrong)]
-        ids = self.encode([query for query, _, _ in pairs], [document for _, document, _ in pairs])
+        encodings = self.encode([query for query, _, _ in pairs], [document for _, document, _ in pairs])
         return [
-            Example([row], label, {"query": query, "document": document})
-            for row, (query, document, label) in zip(ids, pairs, strict=True)
+            Example([encoding.ids], label, {"query": query, "document": document})
+            for encoding, (query, document, label) in zip(encodings, pairs, strict=True)
         ]
 
     def labels(self, examples: Sequence[Example]) -> Batch:
         """(B, 1) probabilities."""
         return {"labels": torch.tensor([[example.label] for example in examples], dtype=torch.float32)}
 
-    def count(self, batch: Batch) -> float:
-        """Pairs of a batch."""
-        return float(len(batch["labels"]))
+    def answers(self, output: Any) -> Tensor:
+        return super().answers(output)[:, 0].sigmoid()
 
-    def judge(self, model: Any, examples: Sequence[Example]) -> Evaluation:
+    def evaluate_on(self, model: Any, examples: Sequence[Example]) -> Evaluation:
         """The rank of each query's best document among its candidates."""
-        scores = [0.0] * len(examples)
-        for chosen, out in self.outputs(model, examples):
-            for i, score in zip(chosen, out.logits[:, 0].sigmoid().tolist(), strict=True):
-                scores[i] = score
+        scores = torch.cat(self.outputs(model, examples)).tolist()
         queries: dict[str, list[int]] = {}
-        for i, example in enumerate(examples):
+        predictions, right = [], 0
+        for i, (example, score) in enumerate(zip(examples, scores, strict=True)):
             queries.setdefault(example.record["query"], []).append(i)
-        ranks, wrong, sizes = [], [], []
+            predictions.append({**example.record, "label": example.label, "score": score})
+            right += (score > 0.5) == (example.label > 0.5)
+        ranks, chances, wrong = [], [], []
         for query, rows in queries.items():
-            top = max(examples[i].label for i in rows)
-            best = max((i for i in rows if examples[i].label == top), key=scores.__getitem__)
-            others = [i for i in rows if examples[i].label < top]
+            right_one = max(rows, key=lambda i: (examples[i].label, scores[i]))
+            first = max(rows, key=lambda i: scores[i])
+            others = [i for i in rows if examples[i].label < examples[right_one].label]
             if not others:
                 continue  # all are as good
-            ranks.append(1 + sum(not scores[i] < scores[best] for i in others))
-            sizes.append(1 + len(others))
-            first = max(rows, key=scores.__getitem__)
-            if ranks[-1] > 1:
-                row = {"query": shown(query), "document": shown(examples[best].record["document"])}
-                found = {"found": shown(examples[first].record["document"]), "rank": ranks[-1]}
-                wrong.append((scores[first] - scores[best], {**row, **found}))
-        right = [(score > 0.5) == (example.label > 0.5) for score, example in zip(scores, examples, strict=True)]
-        figures = {"accuracy": sum(right) / len(right)}
+            rank = 1 + sum(not scores[i] < scores[right_one] for i in others)
+            ranks.append(rank)
+            chances.append(sum(1 / place for place in range(1, len(others) + 2)) / (1 + len(others)))
+            if rank > 1:
+                document, found = (examples[i].record["document"] for i in (right_one, first))
+                row = {"query": query, "document": document, "found": found, "rank": rank}
+                wrong.append((scores[first] - scores[right_one], row))
+        metrics = {"accuracy": right / len(examples)}
         if ranks:
-            chance = sum(sum(1 / r for r in range(1, n + 1)) / n for n in sizes) / len(sizes)
-            figures |= {**retrieval_figures(ranks), "chance_mrr": chance}
+            metrics |= {**retrieval_metrics(ranks), "chance_mrr": sum(chances) / len(chances)}
         else:  # pairs without rivals are classified, not ranked
             self.metric = "accuracy"
-        predictions = [
-            {**example.record, "label": example.label, "score": score}
-            for example, score in zip(examples, scores, strict=True)
-        ]
-        return Evaluation(figures, errors=worst(wrong), predictions=predictions)
+        return Evaluation(metrics, errors=worst(wrong), predictions=predictions)
 
 
-def _share(row: Row) -> float:
+def _probability(row: Row) -> float:
     given = row.values.get("label")
     if given is None:
-        raise InputError(f"{row.where} has no label, and other rows have; give all of them one, or none")
-    try:
-        label = float(given)
-    except (TypeError, ValueError):
-        label = -1.0
-    if not 0 <= label <= 1:
+        raise InputError(f"{row.where} has no label, and other rows have one; give every row a label, or none")
+    label = number_of(given)
+    if label is None or not 0 <= label <= 1:
         raise InputError(f"{row.where} has the label {given!r}; it must lie in [0, 1]")
     return label
