@@ -30,7 +30,7 @@ from modernbert.models.decoder import ModernBertDecoderForCausalLM
 from modernbert.models.heads import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.distributed import SHARDS, merged_weights
-from modernbert.training.pretraining.models import to_decoder_weights
+from modernbert.training.pretraining.models import filled, to_decoder_weights
 
 # Fields that the original trainer shares with us, under the same name or another one.
 _SAME = (
@@ -247,17 +247,4 @@ def _model(config: Config, weights: dict[str, Tensor], name: str) -> Any:
     elif "classifier.weight" in weights:
         kind = ModernBertForSequenceClassification
         config = config.replace(num_labels=len(weights["classifier.weight"]))
-    model = kind(config)
-    own = dict(model.state_dict())
-    if config.tie_word_embeddings:
-        weights = {k: v for k, v in weights.items() if k != "decoder.weight"}
-        own.pop("decoder.weight", None)
-    missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    misshapen = [k for k in own if k in weights and own[k].shape != weights[k].shape]
-    if missing or unknown or misshapen:
-        faults = {"lacks": missing, "does not know": unknown, "has another shape of": misshapen}
-        found = "; ".join(f"{fault} {listed(names, 3)}" for fault, names in faults.items() if names)
-        raise CheckpointError(f"the model of {name} {found}; its configuration does not fit its weights")
-    model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)
-    model.tie_weights()
-    return model
+    return filled(kind, config, weights, name, "its configuration does not fit its weights")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modernbert.auto import AutoConfig
 from modernbert.config import Config, ModernBertConfig
-from modernbert.errors import CheckpointError, ConfigError, InputError
+from modernbert.errors import CheckpointError, ConfigError, InputError, listed
 from modernbert.io.checkpoint import read_weights, weight_files
 from modernbert.io.hub import Source
 from modernbert.models.formats import refuse_to_train
@@ -118,7 +118,7 @@ def filled(
     misshapen = [k for k in own if k in given and own[k].shape != given[k].shape]
     wrong = {"lacks": own.keys() - given.keys(), "does not know": given.keys() - own.keys(),
              "has another shape of": misshapen}  # fmt: skip
-    found = [f"{what} {', '.join(sorted(names)[:3])}" for what, names in wrong.items() if names]
+    found = [f"{what} {listed(sorted(names), 3)}" for what, names in wrong.items() if names]
     if found:
         raise CheckpointError(f"the model of {name} {'; '.join(found)}; {hint}")
     model.load_state_dict({k: v.float() for k, v in given.items()}, strict=False)
