@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from modernbert import ModernBertForMaskedLM, ModernBertModel
+from modernbert import ModernBertForMaskedLM, ModernBertModel, SentenceEncoder
 from modernbert.errors import BackendError, ConfigError, InputError
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.nn.inputs import Inputs, pack_inputs
@@ -377,3 +377,10 @@ def test_pruning_leaves_what_has_no_gradient_without(small_config):
 def test_one_vector_passes_a_linear_layer():
     layer, x = Linear(12, 5), torch.randn(3, 12)
     assert torch.equal(layer(x[1]), layer(x)[1])
+
+
+def test_a_sentence_encoder_takes_what_quantizing_gives(small_config, tmp_path, monkeypatch):
+    ModernBertModel(small_config).save_pretrained(tmp_path)
+    other = ModernBertModel(small_config)
+    monkeypatch.setattr("modernbert.quantization.format.Quantized.quantize", lambda self, model, how, source: other)
+    assert SentenceEncoder.from_pretrained(tmp_path, quantization_config="int8").model is other
