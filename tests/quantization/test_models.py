@@ -186,7 +186,7 @@ def test_the_gate_gives_more_bits_where_they_are_needed(tmp_path):
     assert model.quantization.measured["cosine_min"] >= 0.99965
     finer = model.quantization.finer
     assert set(finer.values()) == {"int8 in groups of 32", "bfloat16"}
-    assert any("cut finer" in line for line in said)
+    assert any("rounded more finely" in line for line in said)
     kept = [name for name, how in finer.items() if how == "bfloat16"]
     assert kept
     assert not any(isinstance(model.get_submodule(name), QuantizedLinear) for name in kept)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.errors import InputError
+from modernbert.errors import InputError, listed
 
 
 def quantize(
@@ -86,5 +86,5 @@ def described(record: dict[str, Any]) -> list[str]:
         lines.append(f"{measured['agreement']:.1%} of the answers are the same")
     for how in sorted(set(finer.values())):
         names = [name.removeprefix("model.") for name, other in finer.items() if other == how]
-        lines.append(f"{how}: {', '.join(names)}")
+        lines.append(f"{how}: {listed(names)}")
     return lines

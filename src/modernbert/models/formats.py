@@ -35,7 +35,7 @@ class Quantization(Protocol):
 
     Attributes:
         scheme: the scheme's name.
-        finer: weights that are cut finer than the scheme says, and how, by their modules' names.
+        finer: weights that are rounded more finely than the scheme says, and how, by their modules' names.
         measured: what quantizing cost, by name.
     """
 

@@ -1,7 +1,7 @@
 """Quantizing a model, and measuring what it costs before it is let in.
 
 Every weight is rounded; then the quantized model reads texts beside the float one. Where its states stray too far, the
-weights whose errors weigh most are cut finer, and it reads again. Where that does not suffice, nothing is changed.
+weights whose errors weigh most are rounded more finely, and it reads again. Where that does not suffice, nothing is changed.
 
 Shapes: T tokens, M hidden size.
 """
@@ -185,10 +185,10 @@ def _let_in(
     batches: tuple[list[Batch], list[Batch]],
     report: Callable[[str], None],
 ) -> Record:
-    """Round, measure, cut finer, until the limit is reached."""
+    """Round and measure, and round more finely until the limit is reached."""
     chosen_by, measured_on = batches
     products = [w.names[-1] for w in weights if isinstance(model.get_submodule(w.names[-1]), Linear)]
-    report(f"reading {sum(len(b.asked_T) for b in chosen_by):,} tokens to see what the weights are multiplied by")
+    report(f"calibrating on {sum(len(b.asked_T) for b in chosen_by):,} tokens")
     inputs = observe(model, chosen_by, products, moments=weights[0].steps[0].bits == 4)
     originals = {name: model.get_submodule(name) for w in weights for name in w.names}
     rounded = {weight.names[0]: _round(originals, weight, inputs) for weight in weights}
@@ -211,13 +211,13 @@ def _let_in(
             )
         for weight in finer:
             _install(model, weight, originals, _round(originals, weight, inputs))
-            report(f"cut finer: {', '.join(weight.names)}: {weight.scheme or BFLOAT16}")
+            report(f"rounded more finely: {', '.join(weight.names)}: {weight.scheme or BFLOAT16}")
     finer_by_name = {name: str(w.scheme or BFLOAT16) for w in weights if w.step for name in w.names}
     return Record(config.scheme, finer_by_name, dataclasses.asdict(measured))
 
 
 def _finer(weights: Sequence[_Weight], reached: float, config: QuantizationConfig) -> list[_Weight]:
-    """The weights to cut finer next; none where it is enough.
+    """The weights to round more finely next; none if the limit is reached.
 
     More scales cost little: they are given until the model is twice as near as it must be. More bits are given only to
     reach what is wanted; to the embedding, the largest, last.

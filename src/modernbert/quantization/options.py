@@ -107,7 +107,7 @@ class Record:
     """What `config.json` says of a quantized checkpoint, under `quantization_config`."""
 
     scheme: str  # of `SCHEMES`
-    finer: dict[str, str]  # weights that are cut finer than the scheme says, and how, by their modules' names
+    finer: dict[str, str]  # weights that are rounded more finely than the scheme says, and how, by their modules' names
     measured: dict[str, Any]  # what quantizing cost; see `gate.Measured`
 
     @property
