@@ -1,7 +1,8 @@
 """Quantizing a model, and measuring what it costs before it is let in.
 
 Every weight is rounded; then the quantized model reads texts beside the float one. Where its states stray too far, the
-weights whose errors weigh most are rounded more finely, and it reads again. Where that does not suffice, nothing is changed.
+weights whose errors weigh most are rounded more finely, and it reads again. Where that does not suffice, nothing is
+changed.
 
 Shapes: T tokens, M hidden size.
 """
