@@ -68,7 +68,7 @@ def small_decoder():
     return random_decoder()
 
 
-def random_decoder(implementation="auto", **changes):
+def random_decoder(implementation="auto", dtype=torch.float32, optimized=False, **changes):
     """The model of `small_decoder`, with changes to its configuration."""
     torch.manual_seed(0)
     config = modernbert.ModernBertDecoderConfig(**{**SMALL, "initializer_range": 0.1, **changes})
@@ -77,7 +77,8 @@ def random_decoder(implementation="auto", **changes):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
-    return model
+    model.to(dtype)
+    return model.optimize_for_inference() if optimized else model
 
 
 @pytest.fixture

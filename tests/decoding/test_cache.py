@@ -88,9 +88,7 @@ def test_any_parts_with_any_padding_equal_the_whole(sizes, texts, seed, window, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimized", [False, True])
 def test_a_text_s_scores_do_not_depend_on_its_batch_bit_for_bit(dtype, optimized):
-    model = random_decoder("sdpa").to(dtype)
-    if optimized:
-        model.optimize_for_inference()
+    model = random_decoder("sdpa", dtype, optimized)
     lengths = [1, 2, 7, 8, 9, 30, 30, 3]
     ids = random_ids(len(lengths), 40, 1)
     more = [

@@ -33,9 +33,7 @@ def ragged(lengths, side, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimized", [False, True])
 def test_padded_packed_and_alone_are_equal_bit_for_bit(dtype, optimized):
-    model = random_decoder("sdpa").to(dtype)
-    if optimized:
-        model.optimize_for_inference()
+    model = random_decoder("sdpa", dtype, optimized)
     lengths = [1, 9, 40, 8, 70]
     with torch.no_grad():
         outs = {}

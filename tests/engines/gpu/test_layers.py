@@ -181,6 +181,14 @@ def test_gradients_pass_where_they_are_wanted(place):
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
+def by_kernels_and_by_pytorch(monkeypatch, model):
+    """Go through two rounds, in the first of which the kernels rotate and gate."""
+    for serving in (operations.serving, lambda dtype, device: False):
+        monkeypatch.setattr(operations, "serving", serving)
+        model.zero_grad()
+        yield
+
+
 @pytest.mark.parametrize("changes", [{}, BIASED], ids=["plain", "biases"])
 def test_training_is_what_it_was(place, changes, monkeypatch):
     """Rotation and gate by the kernels, forward and backward, against PyTorch's own."""
@@ -189,9 +197,7 @@ def test_training_is_what_it_was(place, changes, monkeypatch):
     ids, mask = batch(place)
     labels = ids.masked_fill(mask == 0, -100)
     found = []
-    for serving in (operations.serving, lambda dtype, device: False):
-        monkeypatch.setattr(operations, "serving", serving)
-        model.zero_grad()
+    for _ in by_kernels_and_by_pytorch(monkeypatch, model):
         loss = model(ids, mask, labels=labels).loss
         loss.backward()
         found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
@@ -204,9 +210,7 @@ def test_gradients_of_gradients_are_what_they_were(place, monkeypatch):
     ids, mask = batch(place)
     labels = ids.masked_fill(mask == 0, -100)
     found = []
-    for serving in (operations.serving, lambda dtype, device: False):
-        monkeypatch.setattr(operations, "serving", serving)
-        model.zero_grad()
+    for _ in by_kernels_and_by_pytorch(monkeypatch, model):
         vectors = model.model.embeddings.tok_embeddings(ids).detach().requires_grad_()
         loss = model(inputs_embeds=vectors, attention_mask=mask, labels=labels).loss
         (slope,) = torch.autograd.grad(loss, vectors, create_graph=True)
