@@ -66,7 +66,7 @@ def test_errors_in_a_stream(heads):
     assert done.stdout.decode().count("\n\n") == 3
     done = run("run", *options, "--temperature", "0", TEXTS[0])
     assert done.returncode == 2
-    assert done.stderr.decode().splitlines()[-1] == "modernbert: --temperature is 0.0; it must be above 0"
+    assert done.stderr.decode().splitlines()[-1] == "modernbert: --temperature is 0.0; it must be a number above 0"
 
 
 def test_generated_texts_go_to_a_file(heads, tmp_path):
