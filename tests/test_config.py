@@ -133,6 +133,8 @@ def test_rope_scaling_of_older_files_means_both_layer_types():
         "factor": 2.0,
         "rope_theta": 5e4,
     }
+    texts = ModernBertConfig(rope_parameters={"rope_type": "linear", "factor": "2", "rope_theta": "5e4"})
+    assert texts.rope_parameters["full_attention"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}
 
 
 IMPOSSIBLE = {
@@ -165,6 +167,7 @@ IMPOSSIBLE = {
     r"label2id has the ids \[0, 5\]": {"label2id": {"a": 0, "b": 5}},
     "pruned_heads names layer 30": {"pruned_heads": {30: [0]}},
     "pruned_heads names heads": {"pruned_heads": {0: [12]}},
+    "extra is 'a'; it must hold values by name": {"extra": "a"},
 }
 
 
@@ -340,6 +343,7 @@ REFUSED = {
     "label2id has the ids": {"label2id": {"a": "zero", "b": 1}},
     "pruned_heads names layer 'x'": {"pruned_heads": {"x": [0]}},
     "pruned_heads names heads 3 of layer 0": {"pruned_heads": {"0": 3}},
+    "pruned_heads is 3; it must hold lists of heads": {"pruned_heads": 3},
     "sliding_window is -4; it must be a whole number of at least 0": {"sliding_window": -4},
 }
 

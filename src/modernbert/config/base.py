@@ -350,6 +350,9 @@ class Config(abc.ABC):
                 rule = field.metadata or {"limits": _LIMITS.get(field.name, Limits())}
                 value = check_value(field.name, getattr(self, field.name), kind, rule, ConfigError)
                 setattr(self, field.name, value)
+        for name, held in (("pruned_heads", "lists of heads by layer"), ("extra", "values by name")):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}; it must hold {held}")
         for name in ("hidden_activation", "classifier_activation"):
             value = getattr(self, name)
             if not callable(value) and value not in ACTIVATIONS:
@@ -386,8 +389,6 @@ class Config(abc.ABC):
         self.dtype = name
 
     def _derive_pruned_heads(self) -> None:
-        if not isinstance(self.pruned_heads, Mapping):
-            raise ConfigError(f"pruned_heads is {shown(self.pruned_heads)}; it must hold lists of heads by layer")
         pruned: dict[int, list[int]] = {}
         for layer, heads in self.pruned_heads.items():
             number = int(layer) if str(layer).isdecimal() and len(str(layer)) < 10 else -1
@@ -464,7 +465,9 @@ class Config(abc.ABC):
 
         def check(name: str, value_kind: Any = float, **limits: float) -> None:
             rule = {"limits": Limits(**limits, most=1e15)}
-            check_value(f"{where}[{name!r}]", rope.get(name), value_kind, rule, ConfigError)
+            value = check_value(f"{where}[{name!r}]", rope.get(name), value_kind, rule, ConfigError)
+            if isinstance(rope.get(name), str):  # other numbers stay as they are written
+                rope[name] = value
 
         is_yarn = rope["rope_type"] == "yarn"
         check("rope_theta", **{"above" if is_yarn else "least": 1})
