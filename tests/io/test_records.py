@@ -111,6 +111,7 @@ FIELDS = (Field("text", ("sentence",)), Field("label", ("intent",)), Field("text
 def test_columns_are_found_named_and_missed():
     assert choose_columns(["Sentence", "intent"], FIELDS, {}, "t") == {"text": ["Sentence"], "label": ["intent"]}
     assert choose_columns(["0", "1"], FIELDS, {}, "t") == {"text": ["0"], "label": ["1"]}
+    assert choose_columns(["text", "label", "TEXT"], FIELDS, {}, "t")["text"] == ["text"]
     named = parse_columns(["label=b"], FIELDS)
     assert choose_columns(["text", "b", "label"], FIELDS, named, "t")["label"] == ["b"]
     assert parse_columns(["a"], FIELDS, "text") == {"text": ["a"]}
@@ -143,6 +144,8 @@ def test_a_list_is_in_one_column_or_several(cells, required, value):
     assert value_in(record, list(record), field, "row 1") == value
     with pytest.raises(InputError, match="row 1 has an int in '0'; give a list"):
         value_in({"0": 3}, ["0"], field, "row 1")
+    with pytest.raises(InputError, match="row 1 has a str in '0'; give a list"):
+        value_in({"0": "a or b"}, ["0"], Field("choices", many=True, alone=False), "row 1")
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".TXT", ".text", ".md", ""])

@@ -20,7 +20,7 @@ Form = tuple[Field, ...]
 FORMS: dict[str, Form] = {
     "text-classification": (Field("text"), Field("text_pair", required=False)),
     "question-answering": (Field("question"), Field("context", ("text",))),
-    "multiple-choice": (Field("prompt"), Field("choices", ("text",), many=True)),
+    "multiple-choice": (Field("prompt"), Field("choices", ("text",), many=True, alone=False)),
     "text-ranking": (Field("query"), Field("documents", ("text",), many=True)),
 }
 

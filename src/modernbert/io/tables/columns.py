@@ -22,8 +22,9 @@ class Field:
         name: what it is called.
         others: what columns that hold it are often called.
         required: whether every row must have it.
-        many: whether it is a list; then several columns may make it, and a text alone is a list of one.
+        many: whether it is a list; then several columns may make it.
         words: whether a text stands for the list of its words.
+        alone: whether a text that is no list stands for a list of one.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Field:
     required: bool = True
     many: bool = False
     words: bool = False
+    alone: bool = True
 
 
 def parse_columns(given: Sequence[str], fields: Sequence[Field], main: str | None = None) -> dict[str, list[str]]:
@@ -65,7 +67,7 @@ def choose_columns(
     Raises:
         InputError: a required field has no column, or a named column does not exist; it begins with `where`.
     """
-    lower = {column.lower(): column for column in columns}
+    lower = {column.lower(): column for column in columns} | {column: column for column in columns}
     chosen: dict[str, list[str]] = {}
     for field in fields:
         if field.name in named:
@@ -107,9 +109,9 @@ def value_in(record: Mapping[str, Any], columns: Sequence[str], field: Field, wh
         return value
     if isinstance(value, str):  # of a table
         found = list_in(value)
-        return found if found is not None else value.split() if field.words else [value]
+        value = found if found is not None else value.split() if field.words else [value] if field.alone else value
     if not isinstance(value, list):
-        raise InputError(f"{where} has {described(value)} in {columns[0]!r}; give a list")
+        raise InputError(f'{where} has {described(value)} in {columns[0]!r}; give a list, such as ["one", "two"]')
     return list(value)
 
 
