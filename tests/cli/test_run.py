@@ -128,6 +128,9 @@ def test_help_lists_the_options_of_the_task(task, capsys):
         with pytest.raises(SystemExit):
             main(arguments)
         assert ("--ignore-labels" in capsys.readouterr().out) is listed
+    with pytest.raises(SystemExit):
+        main(["run", "--task", "feature-extraction", "--help"])
+    assert "--tokenize-kwargs" not in capsys.readouterr().out  # it has no flag
 
 
 def test_help_and_version():
