@@ -213,7 +213,7 @@ def test_arguments_of_choices_have_a_dimension_of_choices(small_config):
     ids, mask = (x.view(2, 3, -1) for x in batch())
     width = ids.shape[2]
     wanted = model(ids, mask).logits
-    for window in (torch.ones(2, 3, width), torch.ones(2, 3, 1, width, width)):
+    for window in (torch.ones(2, 3, width), torch.ones(2, 3, 1, width, width), torch.ones(6, 1, width, width)):
         assert torch.equal(model(ids, mask, sliding_window_mask=window).logits, wanted)
     positions = torch.arange(width)
     for given in (positions, positions[None], positions.expand(2, 3, -1)):

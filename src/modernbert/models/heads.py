@@ -258,18 +258,20 @@ class ModernBertForMultipleChoice(EncoderClassifier):
                 raise InputError(f"num_choices is {choices}; the input's shape says {shape[1]}")
             given.num_choices = shape[1] if shape[0] else ()
             grid, square = shape[:3], (*shape[:2], 1, shape[2], shape[2])
+            flat = (shape[0] * shape[1], *square[2:])  # as transformers takes it
             if (positions := given.position_ids) is not None:
                 if tuple(positions.shape) in (shape[2:3], (1, shape[2])):
                     given.position_ids = positions.expand(grid)
                 if given.attention_mask is None:  # each choice is one text, whatever its positions
                     given.attention_mask = torch.ones(grid)
-            allowed = {"attention_mask": (grid,), "position_ids": (grid,), "sliding_window_mask": (grid, square)}
+            allowed = {"attention_mask": (grid,), "position_ids": (grid,), "sliding_window_mask": (grid, square, flat)}
             for argument in (*allowed, "input_ids", "inputs_embeds"):
                 if (values := getattr(given, argument)) is None:
                     continue
                 if tuple(values.shape) not in allowed.get(argument, (tuple(values.shape),)):
                     raise wrong_shape(argument, values, *allowed[argument])
-                setattr(given, argument, values.flatten(0, 1))
+                is_flat = argument == "sliding_window_mask" and tuple(values.shape) == flat
+                setattr(given, argument, values if is_flat else values.flatten(0, 1))
         return super().open(given)
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
