@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-enum { LAYOUT = 3 }; /* counts changes of what is below; library.py knows it */
+enum { LAYOUT = 4 }; /* counts changes of what is below; library.py knows it */
 enum { F32 = 0, BF16 = 1, S8 = 2, S4 = 3 }; /* the last two: weights of 8 and 4 bits */
 enum { WRITE = 0, ADD = 1, GATE = 2 };
 enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
@@ -68,10 +68,8 @@ typedef struct {
 /* Softmax attention of each query over the keys of its own text within reach. `out` may be `q`. */
 typedef struct {
   int64_t texts, heads, head_dim;
-  const int64_t *starts;     /* (texts + 1,) first query of each text, and the end */
-  const int64_t *key_first;  /* (texts,) first row of each text's keys; 0: the keys lie as the queries do */
-  const int64_t *key_length; /* (texts,) */
-  const int64_t *positions;  /* of the queries, rising within a text; 0: every query sees all keys of its text */
+  const int64_t *starts;    /* (texts + 1,) first token of each text, and the end */
+  const int64_t *positions; /* of the queries, rising within a text; 0: every query sees all keys of its text */
   const int64_t *key_positions;
   int64_t left, right;         /* inclusive, in positions; -1 is endless */
   const float *cos, *sin;      /* (queries, head_dim), the sines with their sign; 0: rotated already */

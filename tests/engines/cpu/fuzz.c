@@ -252,38 +252,31 @@ static void fuzz_attention(const Kernels *k) {
   static const int64_t lengths[] = {0, 1, 2, 17, 63, 64, 65, 129, 200};
   Operation op = {.kind = ATTENTION};
   Attention *a = &op.attention;
-  int64_t starts[6] = {0}, dtype = below(2), elsewhere = below(3) == 0;
+  int64_t starts[6] = {0}, dtype = below(2);
   a->texts = 1 + below(4), a->heads = 1 + below(3), a->head_dim = 2 * (1 + below(40)), a->scale = 0.3f;
-  int64_t first[5], length[5], keys = 0, width = a->heads * a->head_dim, dim = a->head_dim;
-  for (int64_t i = 0; i < a->texts; i++) {
-    starts[i + 1] = starts[i] + lengths[below(9)];
-    first[i] = keys + below(3), length[i] = 1 + below(150), keys = first[i] + length[i];
-  }
-  int64_t tokens = starts[a->texts], *positions = malloc((size_t)tokens * 8), stored = elsewhere ? keys : tokens;
+  int64_t width = a->heads * a->head_dim, dim = a->head_dim;
+  for (int64_t i = 0; i < a->texts; i++) starts[i + 1] = starts[i] + lengths[below(9)];
+  int64_t tokens = starts[a->texts], *positions = malloc((size_t)tokens * 8);
   for (int64_t i = 0; i < a->texts; i++)
     for (int64_t r = starts[i]; r < starts[i + 1]; r++)
       positions[r] = r == starts[i] ? below(3) : positions[r - 1] + 1 + (below(9) == 0);
   a->starts = starts, a->left = a->right = -1;
-  if (elsewhere) a->key_first = first, a->key_length = length;
-  else if (below(3)) {
+  if (below(3)) {
     a->positions = a->key_positions = positions;
     a->left = below(3) ? below(80) : -1, a->right = below(3) ? below(80) : -1;
   }
-  if (below(2)) {
-    a->cos = floats(tokens * dim), a->sin = floats(tokens * dim);
-    if (!elsewhere) a->key_cos = a->cos, a->key_sin = a->sin;
-  }
+  if (below(2)) a->key_cos = a->cos = floats(tokens * dim), a->key_sin = a->sin = floats(tokens * dim);
   a->q = rows_of(tokens, width, below(3), dtype);
-  a->k = rows_of(stored, width, below(3), dtype), a->v = rows_of(stored, width, below(3), dtype);
+  a->k = rows_of(tokens, width, below(3), dtype), a->v = rows_of(tokens, width, below(3), dtype);
   Rows before = copy_of(&a->q, tokens, width);
   a->out = below(2) ? a->q : rows_of(tokens, width, 0, dtype);
   run(k, &op);
-  double *weights = malloc((size_t)(stored + 1) * 8);
+  double *weights = malloc((size_t)(tokens + 1) * 8);
   int rounded = dtype == BF16 && k->multiplies;
   for (int64_t t = 0; t < a->texts; t++)
     for (int64_t r = starts[t]; r < starts[t + 1]; r++)
       for (int64_t h = 0; h < a->heads; h++) {
-        int64_t from = elsewhere ? first[t] : starts[t], to = elsewhere ? from + length[t] : starts[t + 1];
+        int64_t from = starts[t], to = starts[t + 1];
         double of_score = 0;
         for (int64_t j = from; j < to; j++) {
           double score = 0, size = 0;

@@ -29,7 +29,7 @@ FILE = Path(__file__).parents[2] / "native" / "_kernels.so"
 _NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WRITE, ADD, GATE = 0, 1, 2
-_LAYOUT = 3  # of kernels.h
+_LAYOUT = 4  # of kernels.h
 PRODUCT, NORMALIZE, ATTENTION, STEP = 0, 1, 2, 3
 # The activations that the kernels know, by configurations' names.
 ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
@@ -75,7 +75,7 @@ class Normalize(ctypes.Structure):
 
 class Attention(ctypes.Structure):
     _fields_: ClassVar = _fields(
-        "texts heads head_dim starts key_first key_length positions key_positions left right cos sin key_cos key_sin "
+        "texts heads head_dim starts positions key_positions left right cos sin key_cos key_sin "
         f"scale {_rows('q', 'k', 'v', 'out')}"
     )
 
