@@ -1,5 +1,6 @@
 """Shared by all tests: no network, small models and the real data where it is there."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -69,6 +70,46 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def model_of(name, implementation="auto", **changes):
+    """A random small model of a class, with changes to its configuration."""
+    torch.manual_seed(0)
+    cls = getattr(modernbert, name)
+    return cls(cls.config_class(**{**SMALL, **changes}), implementation).eval()
+
+
+@torch.no_grad()
+def with_biases(model, std=0.1):
+    """The model, with biases that are not zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(std=std)
+    return model
+
+
+def padded_batch(lengths, side="right", more=0, seed=0):
+    """Random ids, and the mask (B, S) of texts of these lengths; `more` columns are padding in every row."""
+    width = max(lengths) + more
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.zeros_like(mask)
+    generator = torch.Generator().manual_seed(seed)
+    ids[mask == 1] = torch.randint(3, SMALL["vocab_size"], (sum(lengths),), generator=generator)
+    if side == "left":
+        for grid in (ids, mask):
+            grid.copy_(torch.stack([row.roll(width - n) for row, n in zip(grid, lengths, strict=True)]))
+    return ids, mask
+
+
+@contextlib.contextmanager
+def threads(number):
+    """PyTorch computes with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small_decoder():
     """A causal language model large enough in its weights that its outputs differ clearly; windows of 8 tokens."""
@@ -77,14 +118,8 @@ def small_decoder():
 
 def random_decoder(implementation="auto", dtype=torch.float32, optimized=False, **changes):
     """The model of `small_decoder`, with changes to its configuration."""
-    torch.manual_seed(0)
-    config = modernbert.ModernBertDecoderConfig(**{**SMALL, "initializer_range": 0.1, **changes})
-    model = modernbert.ModernBertDecoderForCausalLM(config, implementation).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    model.to(dtype)
+    changes = {"initializer_range": 0.1, **changes}
+    model = with_biases(model_of("ModernBertDecoderForCausalLM", implementation, **changes)).to(dtype)
     return model.optimize_for_inference() if optimized else model
 
 
@@ -96,12 +131,7 @@ def small_config():
 @pytest.fixture
 def small_model(small_config):
     """A masked language model large enough in its weights that its outputs differ clearly."""
-    model = ModernBertForMaskedLM(small_config.replace(initializer_range=0.3)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    return model
+    return with_biases(ModernBertForMaskedLM(small_config.replace(initializer_range=0.3)).eval())
 
 
 @pytest.fixture(scope="session")

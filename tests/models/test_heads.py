@@ -19,28 +19,17 @@ from modernbert import (
 )
 from modernbert.auto import kind_of
 from modernbert.errors import CheckpointError, ConfigError, InputError
+from tests.conftest import padded_batch, with_biases
 
 LENGTHS = [3, 1, 40, 17, 0, 29]
 
 
 def made(cls, config, **changes):
-    model = cls(config.replace(initializer_range=0.3, **changes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    return model
+    return with_biases(cls(config.replace(initializer_range=0.3, **changes)).eval())
 
 
 def batch(side="right"):
-    """Ids and mask (B, S) of texts of LENGTHS."""
-    width = max(LENGTHS) + 2
-    ids, mask = torch.zeros(len(LENGTHS), width, dtype=torch.int64), torch.zeros(len(LENGTHS), width)
-    generator = torch.Generator().manual_seed(3)
-    for i, n in enumerate(LENGTHS):
-        where = slice(0, n) if side == "right" else slice(width - n, width)
-        ids[i, where], mask[i, where] = torch.randint(3, 96, (n,), generator=generator), 1
-    return ids, mask
+    return padded_batch(LENGTHS, side, more=2, seed=3)
 
 
 def packed(ids, mask):
