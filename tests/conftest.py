@@ -111,6 +111,14 @@ def threads(number):
 
 
 @pytest.fixture
+def one_thread(monkeypatch):
+    """This process computes with one thread, and so do those that it starts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with threads(1):
+        yield
+
+
+@pytest.fixture
 def small_decoder():
     """A causal language model large enough in its weights that its outputs differ clearly; windows of 8 tokens."""
     return random_decoder()

@@ -8,7 +8,7 @@ import pytest
 
 from modernbert.cli.messages import in_flags, say, warnings_shown
 from modernbert.errors import printable, shown
-from tests.cli.test_tasks import called
+from tests.commands import called, rows_of
 
 FLAGS = {"top_k": "--top-k", "truncation": "--truncation", "prompt": "--prompt", "prompt_name": "--prompt-name"}
 FLAGS |= {"max_length": "--max-length", "do_sample": "--do-sample", "stride": "--stride"}
@@ -133,7 +133,7 @@ def test_a_lone_surrogate_is_reported_and_ends_nothing(capsys, tmp_path):
     (tmp_path / "in.jsonl").write_text('"one [MASK]"\n"two \\ud800 [MASK]"\n"three [MASK]"\n')
     code, out, _ = called(capsys, "run", "--file", tmp_path / "in.jsonl", "--json", "--skip-errors")
     assert code == 1
-    rows = [json.loads(line) for line in out.splitlines()]
+    rows = rows_of(out)
     assert [set(row) for row in rows] == [{"input", "output"}, {"input", "error"}, {"input", "output"}]
     assert rows[1]["input"] == "two \ud800 [MASK]"
     output = tmp_path / "out.jsonl"

@@ -11,7 +11,6 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 import modernbert
 from modernbert import SentenceEncoder, pipeline
 from modernbert.auto import load_as_saved
-from modernbert.cli import main
 from modernbert.errors import CheckpointError, InputError
 from modernbert.io.hub import Source
 from modernbert.models.sentence_encoder import Dense
@@ -19,6 +18,7 @@ from modernbert.models.sentence_layout import SETTINGS, contents_of
 from modernbert.pipelines import small_model
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.tools.info import checkpoint_info
+from tests.commands import called
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # sentence-transformers deprecates its own older names
 
@@ -90,8 +90,7 @@ def test_a_cross_encoder_of_sentence_transformers_6_keeps_its_head_everywhere(ma
     assert about["labels"] == {"0": "LABEL_0"}
     with pytest.raises(CheckpointError, match=r"is a cross-encoder, which scores pairs.*pipeline\('text-ranking'"):
         pipeline("sentence-embedding", made / "cross")
-    with pytest.raises(SystemExit, match="0"):
-        main(["quantize", str(made / "cross"), "--output", str(tmp_path / "int8"), "--min-cosine", "0"])
+    assert called(capsys, "quantize", made / "cross", "--output", tmp_path / "int8", "--min-cosine", "0")[0] == 0
     ranked = pipeline("text-ranking", tmp_path / "int8")(query=PAIR[0], documents=[PAIR[1]])
     # the activation that the folder names, which is not the usual sigmoid, goes along
     np.testing.assert_allclose([r["score"] for r in ranked], expected, rtol=0, atol=0.1)
@@ -252,9 +251,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_one_error(made, ki
 def test_info_shows_no_control_characters(made, tmp_path, capsys):
     folder = shutil.copytree(made / "classifier", tmp_path / "x")
     edit(folder, "config.json", id2label={"0": "\x1b[31mred\x07"}, label2id=None, architectures=["\x1b[1mX", None, 5])
-    with pytest.raises(SystemExit, match="0"):
-        main(["info", str(folder)])
-    shown = capsys.readouterr().out
+    shown = called(capsys, "info", folder)[1]
     assert r"\x1b[31mred\x07" in shown
     assert r"\x1b[1mX" in shown
     assert "\x1b" not in shown

@@ -5,7 +5,6 @@ Products in bfloat16 have a test and a tolerance of their own.
 """
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from modernbert.training.schedules import make_schedule
 from modernbert.training.tasks.catalog import TASKS
 from modernbert.training.tasks.data import Row
 from modernbert.training.tasks.options import OPTIONS
+from tests.training.runs import history
 from tests.training.tasks.conftest import TASK_ROWS
 
 PEERS = {
@@ -106,11 +106,9 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
     folder, data = base(kind, **changes), rows()
     micro = {1: 100_000, 4: 40}[parts]
     run = finetune(task, data, output=tmp_path / "run", model=folder, micro_tokens=micro, **OPTIONS_OF_RUN)
-    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-
     settings = OPTIONS[task](**{k: v for k, v in OPTIONS_OF_RUN.items() if k != "progress"}, micro_tokens=micro)
     worker = TASKS[task](settings)
-    given = [Row({**row, "_record": row}, f"row {i}") for i, row in enumerate(renamed(task, data))]
+    given = [Row({**row, "_record": row}, f"row {i}") for i, row in enumerate(data)]
     worker.fit_labels(given)
     worker.set_tokenizer(worker.load_tokenizer(folder, settings), 64)
     examples = worker.prepare(given, True)
@@ -133,7 +131,7 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
             part.backward()
             loss += float(part.detach())
         if number == 0:
-            assert history[0]["loss"] == pytest.approx(loss, abs=1e-5)
+            assert history(tmp_path / "run")[0]["loss"] == pytest.approx(loss, abs=1e-5)
         step(number)
     ours, theirs = run.model.state_dict(), peer.state_dict()
     assert len(steps) == 10
@@ -143,13 +141,6 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
         del theirs["classifier.bias"]
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
-
-
-def renamed(task, rows):
-    """Rows under the task's own names."""
-    if task != "text-ranking":
-        return rows
-    return [{"query": row["anchor"], "document": row["positive"]} for row in rows]
 
 
 def test_masked_language_modelling_equals_a_padded_loop(base, tmp_path):
@@ -235,8 +226,8 @@ def test_products_in_bfloat16_give_the_losses_of_float32_but_for_their_rounding(
     for precision in ("float32", "bfloat16"):
         options = {**OPTIONS_OF_RUN, "precision": precision, "max_steps": 3, "lr": 1e-3}
         output = tmp_path / precision
-        run = finetune(task, renamed(task, rows(16)), output=output, model=folder, **options)
-        losses[precision] = [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+        run = finetune(task, rows(16), output=output, model=folder, **options)
+        losses[precision] = [row["loss"] for row in history(output)]
         assert {value.dtype for value in load_file(output / "model.safetensors").values()} == {torch.float32}
         assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
