@@ -36,6 +36,7 @@ hypothesis.settings.load_profile("here")
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -43,12 +44,11 @@ SMALL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 3,
     "local_attention": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "cls_token_id": 1,
-    "eos_token_id": 2,
-    "sep_token_id": 2,
+    **IDS,
 }
+
+
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "mask", "unk")}
 
 
 def pytest_addoption(parser):
@@ -100,14 +100,16 @@ def padded_batch(lengths, side="right", more=0, seed=0):
 
 
 @contextlib.contextmanager
-def threads(number):
-    """PyTorch computes with so many threads."""
+def threads(number, onednn=True):
+    """PyTorch computes with so many threads, and with oneDNN or without it."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
+    torch._C._set_mkldnn_enabled(onednn)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        torch._C._set_mkldnn_enabled(True)
 
 
 @pytest.fixture

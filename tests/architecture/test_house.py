@@ -113,40 +113,17 @@ def test_only_hub_talks_to_the_hub():
 
 
 def test_exported_names():
-    assert modernbert.__all__ == [
-        "AutoConfig",
-        "AutoModel",
-        "AutoModelForCausalLM",
-        "AutoModelForMaskedLM",
-        "AutoModelForMultipleChoice",
-        "AutoModelForQuestionAnswering",
-        "AutoModelForSequenceClassification",
-        "AutoModelForTokenClassification",
-        "AutoTokenizer",
-        "BitsAndBytesConfig",
-        "DecoderCache",
-        "GenerateOutput",
-        "ModernBertConfig",
-        "ModernBertDecoderConfig",
-        "ModernBertDecoderForCausalLM",
-        "ModernBertDecoderForSequenceClassification",
-        "ModernBertDecoderModel",
-        "ModernBertForMaskedLM",
-        "ModernBertForMultipleChoice",
-        "ModernBertForQuestionAnswering",
-        "ModernBertForSequenceClassification",
-        "ModernBertForTokenClassification",
-        "ModernBertModel",
-        "QuantizationConfig",
-        "SentenceEncoder",
-        "TextStreamer",
-        "Tokenizer",
-        "__version__",
-        "finetune",
-        "maxsim",
-        "pipeline",
-        "quantize",
-    ]
+    heads = ["MaskedLM", "MultipleChoice", "QuestionAnswering", "SequenceClassification", "TokenClassification"]
+    assert modernbert.__all__ == sorted(
+        [
+            *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer", "BitsAndBytesConfig", "DecoderCache"),
+            *("GenerateOutput", "ModernBertConfig", "ModernBertModel", "ModernBertDecoderConfig"),
+            *("ModernBertDecoderModel", "ModernBertDecoderForCausalLM", "ModernBertDecoderForSequenceClassification"),
+            *("QuantizationConfig", "SentenceEncoder", "TextStreamer", "Tokenizer", "__version__", "finetune"),
+            *("maxsim", "pipeline", "quantize"),
+            *(f"{owner}For{head}" for owner in ("AutoModel", "ModernBert") for head in heads),
+        ]
+    )
     for name in modernbert.__all__:
         exported = getattr(modernbert, name)
         assert exported.__doc__, f"{name} has no docstring"

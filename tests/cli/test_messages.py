@@ -20,10 +20,7 @@ FLAGS |= {"max_length": "--max-length", "do_sample": "--do-sample", "stride": "-
         ("top_k is 0; it must be a whole number", "--top-k is 0; it must be a whole number"),
         ("truncation=True cuts it", "--truncation cuts it"),
         ("give do_sample=True too", "give --do-sample too"),
-        (
-            "prompt and prompt_name are given; give one of them",
-            "--prompt and --prompt-name are given; give one of them",
-        ),
+        ("prompt and prompt_name are given", "--prompt and --prompt-name are given"),
         ("the job: stride was 2 and is 3", "the job: --stride was 2 and is 3"),
         ("--top-k and --option top_k are given", "--top-k and --option top_k are given"),
         ("max_length is 3", "--max-length is 3"),

@@ -5,12 +5,11 @@ import json
 import os
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 
 from modernbert import pipeline
 from tests.commands import answers, called, files_of_at_most, rows_of
+from tests.io.test_records import written
 
 
 @pytest.fixture
@@ -174,14 +173,6 @@ def test_of_two_values_none_is_dropped_in_silence(capsys, tmp_path, monkeypatch,
     assert len(err.splitlines()) == 1
 
 
-def test_a_column_is_named_once(heads, tmp_path, capsys):
-    (tmp_path / "in.csv").write_text("a,b\none,two\n")
-    where = ["run", "--model", heads / "SequenceClassification", "--file", tmp_path / "in.csv"]
-    code, _, err = called(capsys, *where, "--column", "a", "--column", "text=b")
-    assert code == 2
-    assert "--column is 'text=b' and text has the column 'a' already; give one" in err
-
-
 def test_repeated_options_that_add_up_still_do(capsys):
     code, out, _ = called(capsys, "run", "--json", "The [MASK] ran.", "--target", "dog", "--target", "cat", "--json")
     assert code == 0
@@ -250,16 +241,6 @@ def test_a_record_without_the_field_is_skipped_and_named(heads, tmp_path, capsys
     assert rows[1] == {"input": None, "error": message, "row": {"body": "b", "id": 7}}
 
 
-def test_a_column_that_a_table_lacks_stops_it_at_once(heads, tmp_path, capsys):
-    path = tmp_path / "in.csv"
-    path.write_text("body\na\nb\n")
-    code, _, err = called(
-        capsys, "run", "--model", heads / "SequenceClassification", "--file", path, "--skip-errors", "--json"
-    )
-    assert code == 2
-    assert err.startswith(f"modernbert: {path} has the columns body; none is known to hold the text")
-
-
 def test_failures_are_listed_to_ten_and_counted_over_an_interruption(heads, tmp_path, capsys):
     path = tmp_path / "in.txt"
     path.write_text("\n".join(["fine", *[" "] * 14, "fine"]))
@@ -304,11 +285,9 @@ def test_a_part_of_a_file_is_read_as_its_message_says(heads, tmp_path, capsys):
 
 def test_nulls_are_refused_and_never_the_word_none(heads, tmp_path, capsys):
     rows = [{"text": "a", "text_pair": None}, {"text": None, "text_pair": "b"}, {"text": "None", "text_pair": None}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     serve = pipeline("text-classification", heads / "SequenceClassification")
     for name in ("in.parquet", "in.jsonl"):
-        where = ["run", "--model", heads / "SequenceClassification", "--file", tmp_path / name, "--json"]
+        where = ["run", "--model", heads / "SequenceClassification", "--file", written(tmp_path / name, rows), "--json"]
         _, out, _ = called(capsys, *where, "--skip-errors")
         first, second, third = map(json.loads, out.splitlines())
         assert [first["output"]] == serve("a")

@@ -60,17 +60,9 @@ def made(tmp_path_factory):
     return root
 
 
-KINDS = {
-    "body": "model",
-    "classifier": "model",
-    "causal": "model",
-    "sentence": "sentence encoder",
-    "cross": "cross-encoder",
-    "causal-cross": "cross-encoder",
-    "late": "late-interaction encoder",
-    "pylate": "late-interaction encoder",
-    "sparse": "sparse encoder",
-}
+KINDS = dict.fromkeys(("body", "classifier", "causal"), "model") | {"sentence": "sentence encoder"}
+KINDS |= dict.fromkeys(("cross", "causal-cross"), "cross-encoder")
+KINDS |= dict.fromkeys(("late", "pylate"), "late-interaction encoder") | {"sparse": "sparse encoder"}
 
 
 @pytest.mark.parametrize("folder", KINDS)
@@ -114,21 +106,15 @@ def test_encoders_that_nothing_here_serves_are_refused_by_name(made, folder, mes
     assert modernbert.AutoModel.from_pretrained(made / folder).config.hidden_size == 48
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"attend_to_expansion_tokens": False},
-        {"do_query_expansion": True},
-        {"skiplist_words": ["."]},
-        {"query_expansion": {"type": "pad"}},
-        {"document_length": 180},
-        {"similarity_fn_name": "MaxSim"},
-        {"model_type": "ColBERT"},
-    ],
-    ids=lambda setting: next(iter(setting)),
-)
-def test_each_setting_of_late_interaction_is_refused(made, tmp_path, setting):
-    folder = edit(shutil.copytree(made / "sentence", tmp_path / "x"), SETTINGS, **setting)
+LATE = {
+    "attend_to_expansion_tokens": False, "do_query_expansion": True, "skiplist_words": ["."], "document_length": 180,
+    "query_expansion": {"type": "pad"}, "similarity_fn_name": "MaxSim", "model_type": "ColBERT",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_each_setting_of_late_interaction_is_refused(made, tmp_path, name):
+    folder = edit(shutil.copytree(made / "sentence", tmp_path / "x"), SETTINGS, **{name: LATE[name]})
     with pytest.raises(CheckpointError, match="is a late-interaction encoder"):
         pipeline("text-ranking", folder)
 
@@ -273,18 +259,18 @@ def test_dense_parts_that_do_not_fit_are_named(made, tmp_path):
             SentenceEncoder.from_pretrained(tmp_path)
 
 
+OURS = {"quant_method": "modernbert", "format": 1, "scheme": "int8"}
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
         (5, "has quantization_config 5"),
         ({"quant_method": "gptq"}, "was quantized by 'gptq'"),
         ({"quant_method": ["modernbert"]}, r"was quantized by \['modernbert'\]"),
-        ({"quant_method": "modernbert", "format": 1, "scheme": ["int8"]}, r"scheme \['int8'\]"),
-        ({"quant_method": "modernbert", "format": 1, "scheme": "int8", "finer": ["a"]}, "has finer"),
-        (
-            {"quant_method": "modernbert", "format": 1, "scheme": "int8", "measured": {"cosine_min": "x"}},
-            "has measured",
-        ),
+        ({**OURS, "scheme": ["int8"]}, r"scheme \['int8'\]"),
+        ({**OURS, "finer": ["a"]}, "has finer"),
+        ({**OURS, "measured": {"cosine_min": "x"}}, "has measured"),
     ],
     ids=str,
 )

@@ -37,14 +37,6 @@ def test_padded_packed_and_alone_are_equal_bit_for_bit(dtype, optimized):
             assert torch.equal(model(text[None]).logits[0], logits)
 
 
-def test_a_later_token_changes_nothing_before_it(small_decoder):
-    ids, _ = padded_batch([50])
-    with torch.no_grad():
-        before = small_decoder(ids).logits[0, :30]
-        ids[0, 30:] = torch.randint(3, 96, (20,))
-        assert torch.equal(small_decoder(ids).logits[0, :30], before)
-
-
 def test_a_local_layer_sees_itself_and_the_window_before():
     model = random_decoder("eager", layer_types=["sliding_attention"] * 4, local_attention=16)
     ids, _ = padded_batch([20])

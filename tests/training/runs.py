@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import torch
+
 PROGRAM = [sys.executable, "-m", "modernbert"]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 
@@ -17,6 +19,12 @@ def history(folder):
 
 def weights_of(folder):
     return (folder / "model.safetensors").read_bytes()
+
+
+def assert_close_by_name(ours, theirs, limit):
+    """Weights agree, as far as theirs go."""
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=limit, msg=lambda said, at=name: f"{at}: {said}")
 
 
 def wait_for_steps(process, folder, steps):

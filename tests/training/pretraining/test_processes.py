@@ -14,7 +14,15 @@ from modernbert.training.checkpoints import checkpoints
 from modernbert.training.pretraining.convert import convert
 from modernbert.training.pretraining.run import pretrain
 from tests.commands import called
-from tests.training.runs import PROGRAM, TWO_PROCESSES, finish, history, wait_for_steps, weights_of
+from tests.training.runs import (
+    PROGRAM,
+    TWO_PROCESSES,
+    assert_close_by_name,
+    finish,
+    history,
+    wait_for_steps,
+    weights_of,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "2", "--heads", "2", "--batch-tokens", "512",
@@ -44,8 +52,7 @@ def losses(folder, name="loss"):
 def close(folder, other):
     one, two = (load_file(place / "model.safetensors") for place in (folder, other))
     assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], rtol=0, atol=2e-4, msg=lambda said, name=name: f"{name}: {said}")
+    assert_close_by_name(two, one, 2e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["stableadamw", "muon"])

@@ -110,14 +110,14 @@ def test_preparing_leaves_all_or_nothing(raw, tmp_path, monkeypatch):
 
 def test_the_command_tells_what_it_made(raw, tmp_path, capsys):
     command = ["prepare-data", "--tokenizer", raw / "tokenizer", "--output", tmp_path / "data", "--max-length", "40"]
+    code, _, err = called(capsys, *command, raw / "none")
+    assert code == 2
+    assert "no file or folder" in err
     code, out, err = called(capsys, *command, f"tales={raw / 'first.jsonl'}", "--held-out", "0.1")
     assert code == 0
     for part in ("tales", "45 documents", "held out: 5 documents"):
         assert part in out
     assert "a second; written to" in err
-    code, _, err = called(capsys, *command, raw / "none")
-    assert code == 2
-    assert "no file or folder" in err
 
 
 @given(st.lists(st.integers(1, 130), max_size=60), st.integers(1, 120))

@@ -6,6 +6,7 @@ Products in bfloat16 have a test and a tolerance of their own.
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from modernbert.training.schedules import make_schedule
 from modernbert.training.tasks.catalog import TASKS
 from modernbert.training.tasks.data import Row
 from modernbert.training.tasks.options import OPTIONS
-from tests.training.runs import history
+from tests.training.runs import assert_close_by_name, history
 from tests.training.tasks.conftest import TASK_ROWS
 
 PEERS = {
@@ -54,6 +55,12 @@ class Stepper:
             group["lr"] = 3e-3 * self.schedule(number)
         self.adamw.step()
         self.adamw.zero_grad()
+
+
+def planned(examples):
+    """The examples of each of ten steps, by their numbers."""
+    plan = StepPlan(np.array([example.tokens for example in examples]), 8, None, 7)
+    return [step for epoch in range(10) for step in plan.epoch(epoch)][:10]
 
 
 def padded(examples, pad):
@@ -114,9 +121,7 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
     examples = worker.prepare(given, True)
     peer = getattr(transformers, PEERS[task]).from_pretrained(folder, attn_implementation="eager").train()
     step = Stepper(peer)
-    lengths = torch.tensor([example.tokens for example in examples]).numpy()
-    plan = StepPlan(lengths, 8, None, 7)
-    steps = [step for epoch in range(10) for step in plan.epoch(epoch)][:10]
+    steps = planned(examples)
     passes = []
     for number, chosen in enumerate(steps):
         picked = [examples[i] for i in chosen]
@@ -139,8 +144,7 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
     if task in ("question-answering", "multiple-choice"):
         # Scores that a softmax compares have no gradient by what is added to all; Adam makes steps of its rounding.
         del theirs["classifier.bias"]
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
+    assert_close_by_name(ours, theirs, 1e-5)
 
 
 def test_masked_language_modelling_equals_a_padded_loop(base, tmp_path):
@@ -172,11 +176,7 @@ def test_masked_language_modelling_equals_a_padded_loop(base, tmp_path):
         logits = peer(input_ids=grid, attention_mask=mask).logits
         F.cross_entropy(logits.transpose(1, 2), labels).backward()
         step(number)
-    theirs = peer.state_dict()
-    for name, value in run.model.state_dict().items():
-        torch.testing.assert_close(
-            value, theirs[name], rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
-        )
+    assert_close_by_name(run.model.state_dict(), peer.state_dict(), 1e-5)
 
 
 @pytest.mark.parametrize("matryoshka", [[], [8, 16]])
@@ -195,9 +195,7 @@ def test_contrastive_training_equals_a_padded_loop(base, tmp_path, micro, matryo
     examples = worker.prepare([Row({**row, "_record": row}, "row") for row in rows], True)
     peer = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").train()
     step = Stepper(peer)
-    lengths = torch.tensor([example.tokens for example in examples]).numpy()
-    plan = StepPlan(lengths, 8, None, 7)
-    steps = [step for epoch in range(10) for step in plan.epoch(epoch)][:10]
+    steps = planned(examples)
     for number, chosen in enumerate(steps):
         picked = [examples[i] for i in chosen]
         ids, mask = padded(picked, peer.config.pad_token_id)
@@ -212,9 +210,7 @@ def test_contrastive_training_equals_a_padded_loop(base, tmp_path, micro, matryo
                 loss = loss + F.cross_entropy(scores, torch.tensor(rivals.index(i))) / len(picked)
         loss.backward()
         step(number)
-    saved = load_file(tmp_path / "run" / "model.safetensors")
-    for name, value in peer.state_dict().items():
-        torch.testing.assert_close(saved[name], value, rtol=0, atol=2e-5, msg=lambda said, name=name: f"{name}: {said}")
+    assert_close_by_name(load_file(tmp_path / "run" / "model.safetensors"), peer.state_dict(), 2e-5)
     assert isinstance(run.model, SentenceEncoder)
 
 
