@@ -7,7 +7,7 @@ import pytest
 from modernbert import AutoModelForMaskedLM
 from modernbert.pipelines import small_model
 from modernbert.quantization.calibration import own_texts
-from tests.cli.test_tasks import called
+from tests.commands import called
 
 
 def test_the_command_writes_a_checkpoint_that_info_describes(tmp_path, capsys):
