@@ -63,15 +63,15 @@ def test_targets():
     ("arguments", "stdin", "message"),
     [
         (("run", "no mask"), "", "there is no [MASK] in 'no mask'"),
-        (("run",), "", "no text: nothing but blank lines, or nothing at all, was given on standard input"),
-        (("run",), "\n \n", "no text: nothing but blank lines, or nothing at all, was given on standard input"),
+        (("run",), "", "no text: standard input is empty or blank"),
+        (("run",), "\n \n", "no text: standard input is empty or blank"),
         (("run",), b"fine [MASK]\n\xff\xfe [MASK]\n", "standard input, line 2, is not UTF-8"),
         (("run", "[MASK]", "--task", "sing"), "", "task is 'sing'; choose one of fill-mask"),
         (("run", "[MASK]", "--model", "./no/such/folder"), "", "neither a folder on this disk"),
         (
             ("run", "[MASK]", "--model", "no-one/nothing"),
             "",
-            "the model no-one/nothing is not in the cache",
+            "no such model in the cache",
         ),
         (("run", "[MASK]", "--top-k", "many"), "", "'--top-k'"),
         (("run", "[MASK]", "--top-k", "0"), "", "--top-k is 0"),
@@ -111,7 +111,7 @@ def test_bad_input_ends_a_process_the_same_way():
 def test_a_gpu_that_is_not_there_is_said_and_the_cpu_serves():
     done = run("run", "--device", "0", "The dog ran across the [MASK].", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    assert "no GPU; the CPU serves" in done.stderr.decode()
+    assert "no GPU; the CPU is used" in done.stderr.decode()
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -137,7 +137,7 @@ def test_the_small_encoder_says_that_it_never_was_trained_to_compare(log):
         log.clear()
         pipeline(task)
         (warning,) = warnings_of_pipelines(log)
-        assert f"the package's small encoder serves {task}; it was trained to fill masks" in warning
+        assert f"{task} uses the package's small encoder, which was trained to fill masks" in warning
         log.clear()
         pipeline(task, small_model())  # chosen by the caller
         assert [record.levelname for record in log.records if "means of its states" in record.getMessage()] == ["INFO"]

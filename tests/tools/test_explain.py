@@ -170,7 +170,7 @@ def test_a_page_that_is_there_is_replaced_only_when_asked_for(tmp_path, capsys, 
         main(given)
     assert stopped.value.code == 2
     assert page.read_text() == "mine"
-    assert f"{page} is there already; name another --output" in capsys.readouterr().err
+    assert f"{page} exists already; name another --output" in capsys.readouterr().err
     if command == "attention":
         with pytest.raises(SystemExit) as stopped:
             main([*given, "--overwrite"])

@@ -37,8 +37,8 @@ def resumable(output: Path) -> str:
     """What an interrupted run can continue from, in words."""
     found = checkpoints(output)
     if not found:
-        return "nothing is saved yet: resume=True starts it from its beginning"
-    return f"{found[-1]} is saved: go on from it with resume=True"
+        return "nothing is saved yet; resume=True starts from the beginning"
+    return f"{found[-1]} is saved; resume=True continues from it"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -154,7 +154,7 @@ def set_damaged_aside(output: Path, last: Path) -> None:
             aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            logger.warning("%s; it is renamed to %s, and the run goes on from %s", damage, aside.name, last)
+            logger.warning("%s; it is renamed to %s, and the run continues from %s", damage, aside.name, last)
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:

@@ -72,7 +72,7 @@ def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, objective,
     model = AUTO[objective].from_pretrained(tmp_path / "cut" / "checkpoint-20")
     assert not getattr(model.config, "sparse_prediction", False)
     assert AutoTokenizer.from_pretrained(tmp_path / "cut" / "checkpoint-20").mask_token == "[MASK]"
-    with pytest.raises(InputError, match="another folder, or go on with its run: resume=True"):
+    with pytest.raises(InputError, match="another folder, or continue its run with resume=True"):
         pretrain(prepared, tmp_path / "cut", **options)
     with pytest.raises(InputError, match=r"batch_tokens is 1024 and was 512 in the run in"):
         pretrain(prepared, tmp_path / "cut", **{**options, "batch_tokens": 1024}, resume=True)
@@ -122,7 +122,7 @@ def test_a_run_that_is_told_to_end_keeps_its_last_step(prepared, tmp_path, monke
     monkeypatch.setattr(Pretraining, "collate", tell)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(
-        InterruptedRunError, match=r"after step 5 of 30; .*checkpoint-5 is saved: go on from it with resume"
+        InterruptedRunError, match=r"after step 5 of 30; .*checkpoint-5 is saved; resume=True continues from it"
     ):
         pretrain(prepared, tmp_path / "run", **RUN)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -354,7 +354,7 @@ def test_folders_that_are_in_use_or_hold_something_else(base, tmp_path, moods, c
     (tmp_path / ".busy.lock").unlink()
     assert not (tmp_path / "busy").exists()
     finetune("text-classification", moods, output=tmp_path / "run", **options)
-    with pytest.raises(InputError, match="name another folder, or go on with its run: resume=True"):
+    with pytest.raises(InputError, match="name another folder, or continue its run with resume=True"):
         finetune("text-classification", moods, output=tmp_path / "run", **options)
     changed = {"batch_size": 3, "held_out": 0.2, "max_steps": 3}  # the steps of a run may change
     with pytest.raises(
@@ -435,7 +435,7 @@ def test_errors_name_flags_on_the_command_line(base, tmp_path, moods, capsys):
     assert not (tmp_path / "x").exists()
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "run.yaml").write_text("task: text-classification\n")
-    assert failing(capsys, *whole)[0].endswith("name another folder, or go on with its run: --resume")
+    assert failing(capsys, *whole)[0].endswith("name another folder, or continue its run with --resume")
 
 
 def test_the_default_learning_rate_follows_the_model_and_says_so(base, tmp_path, moods):
@@ -448,7 +448,7 @@ def test_the_default_learning_rate_follows_the_model_and_says_so(base, tmp_path,
     run = finetune("text-classification", moods, output=tmp_path / "run", say=said.append, **options)
     assert run.metrics
     assert any(
-        "learning rate 0.001, for 3 layers of width 192 (5e-05 at base size, 22 of 768)" in line for line in said
+        "learning rate 0.001, for 3 layers of width 192 (5e-05 at base size, 22 layers of 768)" in line for line in said
     )
     history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert history[0]["lr"] == 1e-3
@@ -481,7 +481,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(base, tmp_path, moods, capl
     again = finetune("text-classification", moods, output=tmp_path / "run", max_steps=6, resume=True, **options)
     (warned,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert "checkpoint-4/trainer.json is damaged" in warned
-    assert warned.endswith(f"renamed to checkpoint-4.damaged, and the run goes on from {tmp_path / 'run/checkpoint-2'}")
+    assert warned.endswith(
+        f"renamed to checkpoint-4.damaged, and the run continues from {tmp_path / 'run/checkpoint-2'}"
+    )
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
     for path in checkpoints(tmp_path / "run"):
@@ -530,7 +532,7 @@ def test_an_interrupted_run_says_what_is_saved_and_how_to_go_on(base, tmp_path, 
     assert process.returncode == 130, said
     last = checkpoints(tmp_path / "run")[-1]
     again = f"modernbert finetune text-classification --output {tmp_path / 'run'} --resume"
-    assert f"of 4000; {last} is saved: go on from it with --resume ({again})" in said[-1]
+    assert f"of 4000; {last} is saved; --resume continues from it ({again})" in said[-1]
     assert said[-1].startswith("modernbert: interrupted after step ")
     assert not any("Traceback" in line for line in said)
     step = int(last.name.removeprefix("checkpoint-"))
@@ -597,7 +599,7 @@ def test_a_signal_ends_a_command_with_its_code_and_what_is_saved(number, base, t
     if number == signal.SIGINT:  # at once, and a checkpoint is due after the ninth step only
         said = "interrupted after step 1 of 9; nothing is saved yet: --resume starts it from its beginning"
     else:
-        said = f"after step 2 of 9; {tmp_path / 'run' / 'checkpoint-2'} is saved: go on from it with --resume"
+        said = f"after step 2 of 9; {tmp_path / 'run' / 'checkpoint-2'} is saved; --resume continues from it"
     assert last.endswith(f"{said} (modernbert {' '.join(again)})")
     with pytest.raises(SystemExit) as done:
         main(again)
@@ -626,7 +628,7 @@ def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path
     assert last_line() == f"{nothing} with --resume starts from the beginning"
     (tmp_path / "run" / "checkpoint-3").mkdir()
     monkeypatch.setattr("modernbert.training.run.changes_of", struck)
-    assert last_line() == "modernbert: interrupted; the same command with --resume goes on from what is saved"
+    assert last_line() == "modernbert: interrupted; the same command with --resume continues from what is saved"
 
 
 def test_a_resumed_run_refuses_another_seed_and_fewer_steps_and_tells_of_other_changes(base, tmp_path, moods):
@@ -677,4 +679,4 @@ def test_resuming_what_has_not_begun_starts_it_and_says_so(base, tmp_path, moods
         shutil.rmtree(checkpoint)
     said.clear()
     finetune("text-classification", output=folder, resume=True, **options)
-    assert said[0] == f"the run in {folder} has saved nothing yet; starting it from its beginning"
+    assert said[0] == f"the run in {folder} has saved nothing yet; starting it from the beginning"
