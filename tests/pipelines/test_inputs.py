@@ -270,7 +270,7 @@ def test_classifiers_make_vectors_with_a_warning_and_cross_encoders_none(heads, 
         assert len(pipeline("text-ranking", folder)("a dog", ["a cat", "a dog"])) == 2
     else:
         pipeline("sentence-embedding", folder)
-        assert [r.getMessage() for r in log.records if "its head is left out" in r.getMessage()]
+        assert [r.getMessage() for r in log.records if "its head is not used" in r.getMessage()]
 
 
 def test_options_given_when_a_pipeline_is_made_are_checked_then(heads):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from modernbert.checks import Options, option
+from modernbert.checks import Options, fields_of, option
 from modernbert.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,11 @@ class GenerationOptions(Options):
 
     max_length: int | None = option(
         None,
-        "Most tokens of prompt and continuation together, the prompt's padding included; 1, which no prompt fits "
-        "under, asks for one new token.",
+        "Most tokens of prompt and continuation together, the prompt's padding included; 1 asks for one new token.",
         least=1,
     )
     max_new_tokens: int | None = option(
-        None, "Most tokens of the continuation; 20 if max_length is not given either.", least=1
+        None, "Most tokens of the continuation.", least=1, otherwise="20, unless max_length is given"
     )
     min_new_tokens: int = option(0, "Do not end a text before this many new tokens.", least=0)
     do_sample: bool = option(False, "Draw tokens by their probability, instead of always taking the likeliest.")
@@ -48,14 +47,14 @@ class GenerationOptions(Options):
         1.0, "Divide the scores of tokens that occurred already by this; multiply negative ones.", above=0
     )
     no_repeat_ngram_size: int = option(0, "Never repeat a sequence of this many tokens; 0 allows it.", least=0)
-    num_beams: int = option(1, "Number of beams of a beam search; 1 means none.", least=1)
+    num_beams: int = option(1, "Number of beams; 1 means no beam search.", least=1)
     length_penalty: float = option(
         1.0, "Divide a beam's log-probability by its length to this power.", least=-100, most=100
     )
     early_stopping: bool | str = option(
         False,
-        'End a beam search once num_beams beams are finished, even if an unfinished one scores better; "never" goes on '
-        "until none can.",
+        'End a beam search once num_beams beams are finished, even if an unfinished one scores better; "never" '
+        "continues until none can.",
         choices=("never",),
     )
     num_return_sequences: int = option(1, "Number of continuations of each prompt.", least=1)
@@ -145,7 +144,7 @@ class GenerationOptions(Options):
 GenerationOptions.__doc__ = "\n".join(
     [
         "How to generate.\n\nArgs:",
-        *(f"    {field.name}: {field.metadata['help']}" for field in dataclasses.fields(GenerationOptions)),
+        *(f"    {field.name}: {field.described}" for field in fields_of(GenerationOptions)),
         "\nRaises:\n    InputError: an option is impossible.",
     ]
 )

@@ -34,7 +34,7 @@ _AS_LAYOUT = "yes for folders of sentence-transformers, no for others"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CuttingOptions(Options):
     truncation: bool | str | None = _truncation(None, "no, but yes with max_length")
-    max_length: int | None = option(None, "Longest text, in tokens.", least=1, otherwise="the model's context")
+    max_length: int | None = option(None, "Longest text in tokens.", least=1, otherwise="the model's context")
     padding: Any = option(None, "Has no effect, because nothing is padded.", otherwise="none")
 
 
@@ -113,9 +113,9 @@ class QuestionAnsweringOptions(Options):
         otherwise="128, at most half a window",
     )
     max_question_len: int | None = option(
-        None, "Longest question, in tokens.", least=1, otherwise="what leaves room for the context"
+        None, "Longest question in tokens.", least=1, otherwise="what leaves room for the context"
     )
-    max_answer_len: int = option(15, "Longest answer, in tokens.", least=1)
+    max_answer_len: int = option(15, "Longest answer in tokens.", least=1)
     handle_impossible_answer: bool = option(False, 'Allow the answer "", meaning that the context holds none.')
     align_to_words: bool = option(True, "Extend answers to whole words.")
 

@@ -163,10 +163,10 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(about, dict) or not set(about) >= _REMEMBERED:
-            raise ValueError("it does not hold what a run remembers")
+            raise ValueError("it lacks the state of the run")
         tensors = sorted(checkpoint.glob("*.safetensors"))
         if len(tensors) < 1 + (tensors[:1] == [checkpoint / STATE]):
-            raise ValueError("it stands there without its weights")
+            raise ValueError("it lacks its weights")
         for path in tensors:
             with safe_open(path, framework="pt"):
                 pass

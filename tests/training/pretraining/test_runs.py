@@ -301,7 +301,7 @@ def test_bfloat16_and_checkpointed_gradients_train(prepared, tmp_path):
      ({"warmup": 0.7, "decay": 0.7}, "shares of the"), ({"save_dtype": "int8"}, "save_dtype is 'int8'"),
      ({"optimizer": "sgd"}, "choose one of adamw, stableadamw, muon"), ({"weight": ["a"]}, "write SOURCE=WEIGHT"),
      ({"rope_scaling": "ntk:2", "model": "x", "context": 9}, "write linear:4"),
-     ({"rope_scaling": "yarn:2"}, "give both"), ({"model": "x", "layers": 3}, "layers is of a new model"),
+     ({"rope_scaling": "yarn:2"}, "give both"), ({"model": "x", "layers": 3}, "layers is for a new model"),
      ({"context": 0}, "context is 0"), ({"eval_tokens": 0}, "eval_tokens is 0")],
 )  # fmt: skip
 def test_impossible_options_are_named(options, message):

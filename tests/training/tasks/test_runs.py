@@ -597,7 +597,7 @@ def test_a_signal_ends_a_command_with_its_code_and_what_is_saved(number, base, t
     last = capsys.readouterr().err.strip().splitlines()[-1]
     again = ["finetune", "text-classification", *output, "--resume"]
     if number == signal.SIGINT:  # at once, and a checkpoint is due after the ninth step only
-        said = "interrupted after step 1 of 9; nothing is saved yet: --resume starts it from its beginning"
+        said = "interrupted after step 1 of 9; nothing is saved yet; --resume starts from the beginning"
     else:
         said = f"after step 2 of 9; {tmp_path / 'run' / 'checkpoint-2'} is saved; --resume continues from it"
     assert last.endswith(f"{said} (modernbert {' '.join(again)})")
