@@ -82,9 +82,9 @@ def test_fields_are_described():
     fields = {field.name: field for field in fields_of(Example)}
     assert list(fields) == [field.name for field in dataclasses.fields(Example)]
     assert fields["count"].described == "How many. (default: 3)"
-    assert fields["way"].described == "How to go: slow, fast. (default: slow)"
+    assert fields["way"].described == "How to go. Choices: slow, fast. (default: slow)"
     assert fields["switch"].described == "On or off. (default: no)"
-    assert fields["best"].described == "How many: best. (default: the best)"
+    assert fields["best"].described == "How many. Choices: best. (default: the best)"
     assert fields["words"].described == "Words. (default: O)"
     assert (fields["best"].kinds, fields["best"].limits) == ((int, str), Limits(least=1))
     assert [name for name, field in fields.items() if field.is_list] == ["words", "ids"]

@@ -159,7 +159,10 @@ def test_an_argument_that_names_a_file_is_not_a_text(heads, paras, tmp_path, cap
         (["finetune", "masked-lm", "--output", "a", "--output", "b"], "--output is given 2 times"),
         (["run", "[MASK]", "--option", "top_k=1", "--option", "top-k=2"], "--option top_k is given twice"),
         (["run", "[MASK]", "--option", "top_k=1", "--top-k", "2"], "--top-k and --option top_k are given"),
-        (["run", "a", "--task", "feature-extraction", "--top-k", "2"], "--top-k is no option of feature-extraction"),
+        (
+            ["run", "a", "--task", "feature-extraction", "--top-k", "2"],
+            "--top-k is not an option of feature-extraction",
+        ),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -190,9 +193,7 @@ def test_a_finished_output_is_never_overwritten_unless_asked_for(heads, paras, t
     ):
         code, _, err = called(capsys, *command)
         assert code == 2
-        assert (
-            err == f"modernbert: {command[-1]} is there already; name another output, or replace it with --overwrite\n"
-        )
+        assert err == f"modernbert: {command[-1]} exists already; name another output, or replace it with --overwrite\n"
         assert command[-1].read_bytes() == b"finished"
     assert called(capsys, *embed(heads, "one", "--output", out), "--overwrite")[0] == 0
     assert np.load(out).shape == (1, 48)
@@ -254,7 +255,7 @@ def test_failures_are_listed_to_ten_and_counted_over_an_interruption(heads, tmp_
     out.unlink()
     assert called(capsys, *embed(heads, "--file", path, "--output", out))[0] == 2  # stops at record 2
     resumed = called(capsys, *embed(heads, "--file", path, "--output", out, "--skip-errors"))[2].splitlines()
-    assert resumed == [f"modernbert: {out}.partial holds 1 answer; going on after them", *lines]
+    assert resumed == [f"modernbert: {out}.partial holds 1 answer; continuing after them", *lines]
 
 
 def test_arguments_that_fail_are_numbered_too(heads, capsys):
@@ -328,6 +329,6 @@ def test_a_full_disk_names_the_file_and_loses_nothing(heads, tmp_path, capsys):
     assert err == f"modernbert: [Errno {errno.EFBIG}] {os.strerror(errno.EFBIG)}: '{out}.partial'\n"
     code, _, err = called(capsys, *embed(heads, "--file", path, "--output", out))
     assert code == 0
-    assert "going on after them" in err
+    assert "continuing after them" in err
     expected = pipeline("sentence-embedding", heads / "Model")([f"text number {i}" for i in range(400)])
     assert np.array_equal(np.load(out), expected)

@@ -40,8 +40,8 @@ def test_json_one_object_a_line_in_order_from_standard_input_and_from_a_file(tmp
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (b"", "no text: nothing but blank lines, or nothing at all, was given on standard input"),
-        (b"\n \n", "no text: nothing but blank lines, or nothing at all, was given on standard input"),
+        (b"", "no text: standard input is empty or blank"),
+        (b"\n \n", "no text: standard input is empty or blank"),
         (b"fine [MASK]\n\xff\xfe [MASK]\n", "standard input, line 2, is not UTF-8"),
     ],
 )
@@ -73,7 +73,7 @@ def test_help_lists_the_options_of_the_task_and_version_says_which(capsys):
 def test_a_gpu_that_is_not_there_is_said_and_the_cpu_serves():
     done = run("run", "--device", "0", "The dog ran across the [MASK].", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    assert "no GPU; the CPU serves" in done.stderr.decode()
+    assert "no GPU; the CPU is used" in done.stderr.decode()
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -133,11 +133,11 @@ def test_an_interrupted_job_goes_on_and_gives_the_same_bytes(tmp_path, capsys):
     assert not (tmp_path / "out.npy").exists()
     done = len(partial.read_bytes().splitlines()) - 1
     assert 0 < done < 1500
-    said = f"modernbert: interrupted; {partial} holds {done} answers, and the same command goes on after them"
+    said = f"modernbert: interrupted; {partial} holds {done} answers, and the same command continues after them"
     assert err.decode().splitlines()[-1] == said
     code, _, err = called(capsys, *where, tmp_path / "out.npy")
     assert code == 0
-    assert f"holds {done} answers; going on after them" in err
+    assert f"holds {done} answers; continuing after them" in err
     assert called(capsys, *where, tmp_path / "once.npy")[0] == 0
     assert (tmp_path / "out.npy").read_bytes() == (tmp_path / "once.npy").read_bytes()
     assert not partial.exists()
@@ -184,7 +184,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message, tmp_p
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, _, err = called(capsys, *arguments)
     assert code == 2
-    lines = [line for line in err.splitlines() if "the package's small encoder serves" not in line]
+    lines = [line for line in err.splitlines() if "the package's small encoder" not in line]
     assert len(lines) == 1, err
     assert lines[0].startswith("modernbert: ")
     assert message in lines[0]

@@ -402,7 +402,7 @@ def test_a_finished_file_is_replaced_only_when_asked_for_and_once_the_new_one_is
     path = tmp_path / "out.jsonl"
     path.write_text("finished\n")
     with pytest.raises(
-        InputError, match=r"out.jsonl is there already; name another output, or replace it with overwrite="
+        InputError, match=r"out.jsonl exists already; name another output, or replace it with overwrite="
     ):
         ResumableOutput(path, {})
     with ResumableOutput(path, {}, overwrite=True) as output:

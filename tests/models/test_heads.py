@@ -132,7 +132,7 @@ def test_another_number_of_labels_on_load_makes_a_fresh_classifier_and_says_so_o
         again = load.from_pretrained(tmp_path, num_labels=5, problem_type="multi_label_classification")
         warnings = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
         assert len(warnings) == 1
-        assert "classifier.bias, classifier.weight; they are freshly initialised" in warnings[0]
+        assert "classifier.bias, classifier.weight; they get random values" in warnings[0]
         assert again.classifier.weight.shape == (5, 48)
         assert again.config.problem_type == "multi_label_classification"
         assert torch.equal(again.head.dense.weight, model.head.dense.weight)

@@ -340,7 +340,7 @@ def test_devices_and_dtypes(log, monkeypatch):
     cpu = torch.device("cpu")
     for name in (None, "cpu", -1, "auto", 0, "0", {"": "cpu"}):
         assert resolve_device(name) == cpu
-    assert "no GPU; the CPU serves" in log.text
+    assert "no GPU; the CPU is used" in log.text
     for name in ("cuda", "cuda:1", "nonsense", {"layer.0": 0}):
         with pytest.raises(ValueError, match="device"):
             resolve_device(name)

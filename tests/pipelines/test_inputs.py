@@ -130,7 +130,7 @@ def test_the_small_encoder_says_that_it_never_was_trained_to_compare(log):
         log.clear()
         pipeline(task)
         (warning,) = warnings_of_pipelines(log)
-        assert f"the package's small encoder serves {task}; it was trained to fill masks" in warning
+        assert f"{task} uses the package's small encoder, which was trained to fill masks" in warning
         log.clear()
         pipeline(task, small_model())  # chosen by the caller
         assert [record.levelname for record in log.records if "means of its states" in record.getMessage()] == ["INFO"]
@@ -248,7 +248,7 @@ def test_classifiers_make_vectors_with_a_warning_and_cross_encoders_none(heads, 
         assert len(pipeline("text-ranking", folder)("a dog", ["a cat", "a dog"])) == 2
     else:
         pipeline("sentence-embedding", folder)
-        assert [r.getMessage() for r in log.records if "its head is left out" in r.getMessage()]
+        assert [r.getMessage() for r in log.records if "its head is not used" in r.getMessage()]
 
 
 def test_options_given_when_a_pipeline_is_made_are_checked_then(heads):

@@ -102,7 +102,7 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--dtype", "int8"], "--dtype is 'int8'"), (["--picture", "a.png"], "must end in .svg"),
-    (["--threads", "0"], "at least 1"), (["--lengths", "many"], "workload is 'many'"),
+    (["--threads", "0"], "at least 1"), (["--lengths", "many"], "the batch 'many' is unknown"),
 ])  # fmt: skip
 def test_what_is_refused(arguments, message, capsys):
     code, _, err = called(capsys, "bench", *arguments)

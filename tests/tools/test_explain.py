@@ -169,7 +169,7 @@ def test_a_page_that_is_there_is_replaced_only_when_asked_for(tmp_path, capsys, 
     code, _, err = called(capsys, *given)
     assert code == 2
     assert page.read_text() == "mine"
-    assert f"{page} is there already; name another --output" in err
+    assert f"{page} exists already; name another --output" in err
     if command == "attention":
         assert called(capsys, *given, "--overwrite")[0] == 0
         assert page.read_text() != "mine"

@@ -129,7 +129,7 @@ def test_a_lost_process_ends_the_run_with_a_word_and_a_checkpoint(victim, optimi
     words = [line for line in said.splitlines() if line.startswith("modernbert: ")]
     assert len(words) == 1, said
     assert "a process of the run was lost after step" in words[0]
-    assert "is saved: go on from it with --resume" in words[0]
+    assert "is saved; --resume continues from it" in words[0]
     last = checkpoints(output)[-1]
     assert str(last) in words[0]
     step = int(last.name.removeprefix("checkpoint-"))

@@ -68,7 +68,7 @@ def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, objective,
     model = AUTO[objective].from_pretrained(tmp_path / "cut" / "checkpoint-20")
     assert not getattr(model.config, "sparse_prediction", False)
     assert AutoTokenizer.from_pretrained(tmp_path / "cut" / "checkpoint-20").mask_token == "[MASK]"
-    with pytest.raises(InputError, match="another folder, or go on with its run: resume=True"):
+    with pytest.raises(InputError, match="another folder, or continue its run with resume=True"):
         pretrain(prepared, tmp_path / "cut", **options)
     with pytest.raises(InputError, match=r"batch_tokens is 1024 and was 512 in the run in"):
         pretrain(prepared, tmp_path / "cut", **{**options, "batch_tokens": 1024}, resume=True)
@@ -268,7 +268,7 @@ def test_bfloat16_and_checkpointed_gradients_train(prepared, tmp_path):
      ({"warmup": 0.7, "decay": 0.7}, "shares of the"), ({"save_dtype": "int8"}, "save_dtype is 'int8'"),
      ({"optimizer": "sgd"}, "choose one of adamw, stableadamw, muon"), ({"weight": ["a"]}, "write SOURCE=WEIGHT"),
      ({"rope_scaling": "ntk:2", "model": "x", "context": 9}, "write linear:4"),
-     ({"rope_scaling": "yarn:2"}, "give both"), ({"model": "x", "layers": 3}, "layers is of a new model"),
+     ({"rope_scaling": "yarn:2"}, "give both"), ({"model": "x", "layers": 3}, "layers is for a new model"),
      ({"context": 0}, "context is 0"), ({"eval_tokens": 0}, "eval_tokens is 0")],
 )  # fmt: skip
 def test_impossible_options_are_named(options, message):

@@ -87,7 +87,7 @@ BAD = {
     "word for a value": (
         "text-classification",
         [{"text": "x", "label": 0.5}, {"text": "y", "label": "high"}],
-        "row 2 has the label 'high'; regression learns numbers",
+        "row 2 has the label 'high'; regression takes numbers",
     ),
     "tags": ("token-classification", changed(tag_rows(), tags=["O"]), r"row 40 has \d+ words and 1 tags"),
     "empty word": ("token-classification", changed(tag_rows(), tokens=[""], tags=["O"]), "the word ''"),

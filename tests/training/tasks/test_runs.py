@@ -305,7 +305,7 @@ def test_folders_that_are_in_use_or_hold_something_else(base, tmp_path, moods, c
     (tmp_path / ".busy.lock").unlink()
     assert not (tmp_path / "busy").exists()
     finetune("text-classification", moods, output=tmp_path / "run", **options)
-    with pytest.raises(InputError, match="name another folder, or go on with its run: resume=True"):
+    with pytest.raises(InputError, match="name another folder, or continue its run with resume=True"):
         finetune("text-classification", moods, output=tmp_path / "run", **options)
     changed = {"batch_size": 3, "held_out": 0.2, "max_steps": 3}  # the steps of a run may change
     with pytest.raises(
@@ -373,7 +373,7 @@ def test_errors_name_flags_on_the_command_line(base, tmp_path, moods, capsys):
     assert not (tmp_path / "x").exists()
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "run.yaml").write_text("task: text-classification\n")
-    assert called(capsys, *whole)[2].strip().endswith("name another folder, or go on with its run: --resume")
+    assert called(capsys, *whole)[2].strip().endswith("name another folder, or continue its run with --resume")
 
 
 def test_the_default_learning_rate_follows_the_model_and_says_so(base, tmp_path, moods):
@@ -386,7 +386,7 @@ def test_the_default_learning_rate_follows_the_model_and_says_so(base, tmp_path,
     run = finetune("text-classification", moods, output=tmp_path / "run", say=said.append, **options)
     assert run.metrics
     assert any(
-        "learning rate 0.001, for 3 layers of width 192 (5e-05 at base size, 22 of 768)" in line for line in said
+        "learning rate 0.001, for 3 layers of width 192 (5e-05 at base size, 22 layers of 768)" in line for line in said
     )
     rows = history(tmp_path / "run")
     assert rows[0]["lr"] == 1e-3
@@ -419,7 +419,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(base, tmp_path, moods, capl
     again = finetune("text-classification", moods, output=tmp_path / "run", max_steps=6, resume=True, **options)
     (warned,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert "checkpoint-4/trainer.json is damaged" in warned
-    assert warned.endswith(f"renamed to checkpoint-4.damaged, and the run goes on from {tmp_path / 'run/checkpoint-2'}")
+    assert warned.endswith(
+        f"renamed to checkpoint-4.damaged, and the run continues from {tmp_path / 'run/checkpoint-2'}"
+    )
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
     for path in checkpoints(tmp_path / "run"):
@@ -511,9 +513,9 @@ def test_a_signal_ends_a_command_with_its_code_and_what_is_saved(
     assert signal.getsignal(signal.SIGTERM) is before
     again = ["finetune", "text-classification", *output, "--resume"]
     step = 1 if number == signal.SIGINT else 2  # which ends at once, or after the step
-    said = f"after step {step} of 9; {tmp_path / 'run' / f'checkpoint-{step}'} is saved: go on from it with --resume"
+    said = f"after step {step} of 9; {tmp_path / 'run' / f'checkpoint-{step}'} is saved; --resume continues from it"
     if number == signal.SIGINT and every == 9:
-        said = "interrupted after step 1 of 9; nothing is saved yet: --resume starts it from its beginning"
+        said = "interrupted after step 1 of 9; nothing is saved yet; --resume starts from the beginning"
     assert err.strip().splitlines()[-1].endswith(f"{said} (modernbert {' '.join(again)})")
     assert "Traceback" not in err
     assert called(capsys, *again)[0] == 0
@@ -540,7 +542,7 @@ def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path
     assert last_line() == f"{nothing} with --resume starts from the beginning"
     (tmp_path / "run" / "checkpoint-3").mkdir()
     monkeypatch.setattr("modernbert.training.run.changes_of", struck)
-    assert last_line() == "modernbert: interrupted; the same command with --resume goes on from what is saved"
+    assert last_line() == "modernbert: interrupted; the same command with --resume continues from what is saved"
 
 
 def test_a_resumed_run_refuses_another_seed_and_fewer_steps_and_tells_of_other_changes(base, tmp_path, moods):
@@ -591,4 +593,4 @@ def test_resuming_what_has_not_begun_starts_it_and_says_so(base, tmp_path, moods
         shutil.rmtree(checkpoint)
     said.clear()
     finetune("text-classification", output=folder, resume=True, **options)
-    assert said[0] == f"the run in {folder} has saved nothing yet; starting it from its beginning"
+    assert said[0] == f"the run in {folder} has saved nothing yet; starting it from the beginning"
