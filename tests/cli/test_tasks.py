@@ -161,7 +161,7 @@ def test_an_interrupted_job_goes_on_and_gives_the_same_bytes(tmp_path, capsys):
         ([*FEATURES, "--option", "on_error=return"], "has no --option on_error"),
         ([*FEATURES, "--output", "x.docx"], "x.docx ends with .docx; written are"),
         ([*FEATURES, "--output", "x.csv", "--json"], "give one of them"),
-        ([*FEATURES, "--question", "Who?"], "--question is no option of feature-extr"),
+        ([*FEATURES, "--question", "Who?"], "--question is not an option of feature-extr"),
         ([*FEATURES, "--column", "x"], "--column is for files"),
         (["run", "[MASK]", "--file", "."], "texts are given both as arguments and by --file"),
         (["run", "--file", "."], ". is a folder; give a file"),
