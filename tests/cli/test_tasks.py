@@ -168,7 +168,7 @@ def test_an_interrupted_job_goes_on_and_gives_the_same_bytes(tmp_path, capsys):
         (["run", "--file", "none.txt"], "there is no file none.txt"),
         (["run", "no mask"], "there is no [MASK] in 'no mask'; write it where a word is missing"),
         (["run", "[MASK]", "--task", "sing"], "task is 'sing'; choose one of fill-mask"),
-        (["run", "[MASK]", "--model", "no-one/nothing"], "the model no-one/nothing is not in the cache"),
+        (["run", "[MASK]", "--model", "no-one/nothing"], "no such model in the cache"),
         (["run", "[MASK]", "--top-k", "many"], "'--top-k'"),
         (["run", "[MASK]", "--top-k", "0"], "--top-k is 0"),
         (["run", "[MASK]", "--device", "toaster"], "--device is 'toaster'"),
