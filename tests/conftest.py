@@ -1,5 +1,6 @@
 """Shared by all tests: no network, small models and the real data where it is there."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -35,6 +36,7 @@ hypothesis.settings.load_profile("here")
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 48,
@@ -42,24 +44,80 @@ SMALL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 3,
     "local_attention": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "cls_token_id": 1,
-    "eos_token_id": 2,
-    "sep_token_id": 2,
+    **IDS,
 }
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+SPECIAL_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "mask", "unk")}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="run the tests that are marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    skipped = {} if torch.cuda.is_available() else {"gpu": "no CUDA device"}
+    if not config.getoption("--all"):
+        skipped["slow"] = "slow: ./check --all runs it"
+    for item in items:
+        for name, reason in skipped.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+def model_of(name, implementation="auto", **changes):
+    """A random small model of a class, with changes to its configuration."""
+    torch.manual_seed(0)
+    cls = getattr(modernbert, name)
+    return cls(cls.config_class(**{**SMALL, **changes}), implementation).eval()
+
+
+@torch.no_grad()
+def with_biases(model, std=0.1):
+    """The model, with biases that are not zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(std=std)
+    return model
+
+
+def padded_batch(lengths, side="right", more=0, seed=0):
+    """Random ids, and the mask (B, S) of texts of these lengths; `more` columns are padding in every row."""
+    width = max(lengths) + more
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.zeros_like(mask)
+    generator = torch.Generator().manual_seed(seed)
+    ids[mask == 1] = torch.randint(3, SMALL["vocab_size"], (sum(lengths),), generator=generator)
+    if side == "left":
+        for grid in (ids, mask):
+            grid.copy_(torch.stack([row.roll(width - n) for row, n in zip(grid, lengths, strict=True)]))
+    return ids, mask
+
+
+@contextlib.contextmanager
+def threads(number, onednn=True):
+    """PyTorch computes with so many threads, and with oneDNN or without it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    torch._C._set_mkldnn_enabled(onednn)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch._C._set_mkldnn_enabled(True)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """This process computes with one thread, and so do those that it starts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with threads(1):
+        yield
 
 
 @pytest.fixture
@@ -70,14 +128,8 @@ def small_decoder():
 
 def random_decoder(implementation="auto", dtype=torch.float32, optimized=False, **changes):
     """The model of `small_decoder`, with changes to its configuration."""
-    torch.manual_seed(0)
-    config = modernbert.ModernBertDecoderConfig(**{**SMALL, "initializer_range": 0.1, **changes})
-    model = modernbert.ModernBertDecoderForCausalLM(config, implementation).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    model.to(dtype)
+    changes = {"initializer_range": 0.1, **changes}
+    model = with_biases(model_of("ModernBertDecoderForCausalLM", implementation, **changes)).to(dtype)
     return model.optimize_for_inference() if optimized else model
 
 
@@ -89,12 +141,7 @@ def small_config():
 @pytest.fixture
 def small_model(small_config):
     """A masked language model large enough in its weights that its outputs differ clearly."""
-    model = ModernBertForMaskedLM(small_config.replace(initializer_range=0.3)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    return model
+    return with_biases(ModernBertForMaskedLM(small_config.replace(initializer_range=0.3)).eval())
 
 
 @pytest.fixture(scope="session")

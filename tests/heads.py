@@ -14,3 +14,5 @@ DECODER_HEADS = {
     "CausalLM": "ModernBertDecoderForCausalLM",
     "DecoderSequenceClassification": "ModernBertDecoderForSequenceClassification",
 }
+
+CLASSES = [*HEADS.values(), *DECODER_HEADS.values()]

@@ -26,25 +26,12 @@ class Example(Options):
 @pytest.mark.parametrize(
     ("name", "value", "taken"),
     [
-        ("count", 2.0, 2),
-        ("count", "7", 7),
-        ("count", np.int64(3), 3),
-        ("count", 10**30, 10**30),
-        ("share", "5e-1", 0.5),
-        ("share", 1, 1.0),
-        ("switch", 1, True),
-        ("way", "FAST", "fast"),
-        ("cut", True, True),
-        ("cut", "left", "left"),
-        ("best", None, None),
-        ("best", 2, 2),
-        ("best", "best", "best"),
-        ("words", "one", ["one"]),
-        ("words", ("a", "b"), ["a", "b"]),
-        ("ids", 4, (4,)),
-        ("more", {"a": 1}, {"a": 1}),
+        ("count", 2.0, 2), ("count", "7", 7), ("count", np.int64(3), 3), ("count", 10**30, 10**30),
+        ("share", "5e-1", 0.5), ("share", 1, 1.0), ("switch", 1, True), ("way", "FAST", "fast"), ("cut", True, True),
+        ("cut", "left", "left"), ("best", None, None), ("best", 2, 2), ("best", "best", "best"),
+        ("words", "one", ["one"]), ("words", ("a", "b"), ["a", "b"]), ("ids", 4, (4,)), ("more", {"a": 1}, {"a": 1}),
     ],
-)
+)  # fmt: skip
 def test_values_become_the_type_of_their_field(name, value, taken):
     got = getattr(Example(**{name: value}), name)
     assert got == taken
@@ -95,9 +82,9 @@ def test_fields_are_described():
     fields = {field.name: field for field in fields_of(Example)}
     assert list(fields) == [field.name for field in dataclasses.fields(Example)]
     assert fields["count"].described == "How many. (default: 3)"
-    assert fields["way"].described == "How to go: slow, fast. (default: slow)"
+    assert fields["way"].described == "How to go. Choices: slow, fast. (default: slow)"
     assert fields["switch"].described == "On or off. (default: no)"
-    assert fields["best"].described == "How many: best. (default: the best)"
+    assert fields["best"].described == "How many. Choices: best. (default: the best)"
     assert fields["words"].described == "Words. (default: O)"
     assert (fields["best"].kinds, fields["best"].limits) == ((int, str), Limits(least=1))
     assert [name for name, field in fields.items() if field.is_list] == ["words", "ids"]

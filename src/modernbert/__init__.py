@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from modernbert.lazy import exports
+
 _EXPORTS = {
     "AutoConfig": "auto",
     "AutoModel": "auto",
@@ -42,15 +44,14 @@ _EXPORTS = {
     "quantize": "quantization.gate",
 }
 __version__ = "0.1.0"
+_find, _ = exports(__name__, _EXPORTS)
 __all__ = sorted([*_EXPORTS, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _EXPORTS[name] not in ("config", "text.tokenizer"):
+    if _EXPORTS.get(name, "config") not in ("config", "text.tokenizer"):
         importlib.import_module(f"{__name__}.quantization")  # which lets models read its checkpoints
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    return _find(name)
 
 
 def __dir__() -> list[str]:

@@ -112,8 +112,8 @@ class OptionField(NamedTuple):
     def described(self) -> str:
         """The sentence, with the allowed texts and the default."""
         are_named = all(choice in self.help for choice in self.choices)
-        said = self.help.rstrip(".") + ("" if are_named else f": {', '.join(self.choices)}")
-        return f"{said}. ({'required' if self.required else f'default: {self.usual}'})"
+        choices = "" if are_named else f" Choices: {', '.join(self.choices)}."
+        return f"{self.help.rstrip('.')}.{choices} ({'required' if self.required else f'default: {self.usual}'})"
 
 
 def fields_of(options: Any) -> list[OptionField]:

@@ -33,11 +33,11 @@ class DivergedError(RuntimeError):
 
 
 class InterruptedRunError(RuntimeError):
-    """A training run was told to stop, or lost one of its processes; the message says what it goes on from."""
+    """A training run was stopped, or lost one of its processes; the message says what it can continue from."""
 
 
 class TerminatedRunError(InterruptedRunError):
-    """A training run was told to end by SIGTERM, and kept its last step."""
+    """A training run was ended by SIGTERM, and saved its last step."""
 
 
 class QuantizationError(ValueError):

@@ -14,6 +14,8 @@ import networkx
 import pytest
 
 import modernbert
+import modernbert.tools
+import modernbert.training
 
 SRC = Path(modernbert.__file__).parent
 FILES = sorted(SRC.rglob("*.py"))
@@ -147,16 +149,20 @@ def test_exported_names():
         "pipeline",
         "quantize",
     ]
-    for name in modernbert.__all__:
-        exported = getattr(modernbert, name)
+    with pytest.raises(AttributeError, match="Nonsense"):
+        modernbert.Nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("package", [modernbert, modernbert.tools, modernbert.training], ids=lambda p: p.__name__)
+def test_exported_names_are_described(package):
+    for name in package.__all__:
+        exported = getattr(package, name)
         assert exported.__doc__, f"{name} has no docstring"
         for owner in exported.__mro__ if isinstance(exported, type) else ():
             if owner.__module__.startswith("modernbert."):
                 for part, value in vars(owner).items():
                     if not part.startswith("_") and (callable(value) or isinstance(value, property | classmethod)):
                         assert inspect.getdoc(getattr(exported, part)), f"{name}.{part} has no docstring"
-    with pytest.raises(AttributeError, match="Nonsense"):
-        modernbert.Nonsense  # noqa: B018
 
 
 def test_importing_is_lazy_and_help_needs_no_torch():

@@ -8,7 +8,7 @@ import pytest
 
 from modernbert.cli.messages import in_flags, say, warnings_shown
 from modernbert.errors import printable, shown
-from tests.cli.test_tasks import called
+from tests.commands import called, rows_of
 
 FLAGS = {"top_k": "--top-k", "truncation": "--truncation", "prompt": "--prompt", "prompt_name": "--prompt-name"}
 FLAGS |= {"max_length": "--max-length", "do_sample": "--do-sample", "stride": "--stride"}
@@ -20,10 +20,7 @@ FLAGS |= {"max_length": "--max-length", "do_sample": "--do-sample", "stride": "-
         ("top_k is 0; it must be a whole number", "--top-k is 0; it must be a whole number"),
         ("truncation=True cuts it", "--truncation cuts it"),
         ("give do_sample=True too", "give --do-sample too"),
-        (
-            "prompt and prompt_name are given; give one of them",
-            "--prompt and --prompt-name are given; give one of them",
-        ),
+        ("prompt and prompt_name are given", "--prompt and --prompt-name are given"),
         ("the job: stride was 2 and is 3", "the job: --stride was 2 and is 3"),
         ("--top-k and --option top_k are given", "--top-k and --option top_k are given"),
         ("max_length is 3", "--max-length is 3"),
@@ -133,7 +130,7 @@ def test_a_lone_surrogate_is_reported_and_ends_nothing(capsys, tmp_path):
     (tmp_path / "in.jsonl").write_text('"one [MASK]"\n"two \\ud800 [MASK]"\n"three [MASK]"\n')
     code, out, _ = called(capsys, "run", "--file", tmp_path / "in.jsonl", "--json", "--skip-errors")
     assert code == 1
-    rows = [json.loads(line) for line in out.splitlines()]
+    rows = rows_of(out)
     assert [set(row) for row in rows] == [{"input", "output"}, {"input", "error"}, {"input", "output"}]
     assert rows[1]["input"] == "two \ud800 [MASK]"
     output = tmp_path / "out.jsonl"

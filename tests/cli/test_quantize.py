@@ -7,7 +7,7 @@ import pytest
 from modernbert import AutoModelForMaskedLM
 from modernbert.pipelines import small_model
 from modernbert.quantization.calibration import own_texts
-from tests.cli.test_tasks import called
+from tests.commands import called
 
 
 def test_the_command_writes_a_checkpoint_that_info_describes(tmp_path, capsys):
@@ -33,7 +33,7 @@ def test_the_command_writes_a_checkpoint_that_info_describes(tmp_path, capsys):
     assert "at the worst token 0.999" in " ".join(out.split())
     code, out, err = called(capsys, *where)
     assert (code, out) == (2, "")
-    assert "which is there already" in err
+    assert "which exists already" in err
 
 
 @pytest.mark.parametrize(

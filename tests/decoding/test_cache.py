@@ -14,6 +14,7 @@ from modernbert.errors import InputError
 from modernbert.nn.attention import choose_backend
 from modernbert.nn.packing import Packing
 from tests.conftest import SMALL, random_decoder
+from tests.models.test_invariance import continued
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 close = {"rtol": 0, "atol": 1e-5}
@@ -89,30 +90,16 @@ def test_any_parts_with_any_padding_equal_the_whole(sizes, texts, seed, window, 
 @pytest.mark.parametrize("optimized", [False, True])
 def test_a_text_s_scores_do_not_depend_on_its_batch_bit_for_bit(dtype, optimized):
     model = random_decoder("sdpa", dtype, optimized)
-    lengths = [1, 2, 7, 8, 9, 30, 30, 3]
-    ids = random_ids(len(lengths), 40, 1)
-    more = [
-        [1, 1, 5, 1], [1, 2, 1, 1], [3, 1, 1, 9], [1, 1, 1, 1], [1, 9, 1, 2], [1, 1, 2, 1], [1, 1, 2, 1], [2, 2, 1, 1],
+    plan = [
+        [1, 1, 1, 5, 1], [2, 1, 2, 1, 1], [7, 3, 1, 1, 9], [8, 1, 1, 1, 1], [9, 1, 9, 1, 2], [30, 1, 1, 2, 1],
+        [30, 1, 1, 2, 1], [3, 2, 2, 1, 1],
     ]  # fmt: skip
+    texts = [row[: sum(parts)] for row, parts in zip(random_ids(len(plan), 40, 1), plan, strict=True)]
     with torch.no_grad():
-
-        def read(texts):
-            cache, out = DecoderCache(model.config), [[] for _ in texts]
-            at = [0] * len(texts)
-            for part in range(5):
-                counts = [lengths[t] if part == 0 else more[t][part - 1] for t in texts]
-                packed = torch.cat([ids[t, a : a + n] for t, a, n in zip(texts, at, counts, strict=True)])
-                starts = torch.tensor([0, *counts]).cumsum(0).int()
-                logits = model(packed, cu_seqlens=starts, past_key_values=cache).logits
-                for i, piece in enumerate(logits.split(counts)):
-                    out[i].append(piece)
-                at = [a + n for a, n in zip(at, counts, strict=True)]
-            return [torch.cat(parts) for parts in out]
-
-        together = read(list(range(len(lengths))))
-        for text in range(len(lengths)):
-            assert torch.equal(read([text])[0], together[text]), text
-        reversed_order = read(list(range(len(lengths)))[::-1])
+        together = continued(model, texts, plan)
+        for text, parts, logits in zip(texts, plan, together, strict=True):
+            assert torch.equal(continued(model, [text], [parts])[0], logits), parts
+        reversed_order = continued(model, texts[::-1], plan[::-1])
         assert all(torch.equal(a, b) for a, b in zip(reversed_order[::-1], together, strict=True))
 
 

@@ -11,7 +11,6 @@ from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTran
 import modernbert
 from modernbert import SentenceEncoder, pipeline
 from modernbert.auto import load_as_saved
-from modernbert.cli import main
 from modernbert.errors import CheckpointError, InputError
 from modernbert.io.hub import Source
 from modernbert.models.sentence_encoder import Dense
@@ -19,6 +18,7 @@ from modernbert.models.sentence_layout import SETTINGS, contents_of
 from modernbert.pipelines import small_model
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.tools.info import checkpoint_info
+from tests.commands import called
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # sentence-transformers deprecates its own older names
 
@@ -60,17 +60,9 @@ def made(tmp_path_factory):
     return root
 
 
-KINDS = {
-    "body": "model",
-    "classifier": "model",
-    "causal": "model",
-    "sentence": "sentence encoder",
-    "cross": "cross-encoder",
-    "causal-cross": "cross-encoder",
-    "late": "late-interaction encoder",
-    "pylate": "late-interaction encoder",
-    "sparse": "sparse encoder",
-}
+KINDS = dict.fromkeys(("body", "classifier", "causal"), "model") | {"sentence": "sentence encoder"}
+KINDS |= dict.fromkeys(("cross", "causal-cross"), "cross-encoder")
+KINDS |= dict.fromkeys(("late", "pylate"), "late-interaction encoder") | {"sparse": "sparse encoder"}
 
 
 @pytest.mark.parametrize("folder", KINDS)
@@ -90,8 +82,7 @@ def test_a_cross_encoder_of_sentence_transformers_6_keeps_its_head_everywhere(ma
     assert about["labels"] == {"0": "LABEL_0"}
     with pytest.raises(CheckpointError, match=r"is a cross-encoder, which scores pairs.*pipeline\('text-ranking'"):
         pipeline("sentence-embedding", made / "cross")
-    with pytest.raises(SystemExit, match="0"):
-        main(["quantize", str(made / "cross"), "--output", str(tmp_path / "int8"), "--min-cosine", "0"])
+    assert called(capsys, "quantize", made / "cross", "--output", tmp_path / "int8", "--min-cosine", "0")[0] == 0
     ranked = pipeline("text-ranking", tmp_path / "int8")(query=PAIR[0], documents=[PAIR[1]])
     # the activation that the folder names, which is not the usual sigmoid, goes along
     np.testing.assert_allclose([r["score"] for r in ranked], expected, rtol=0, atol=0.1)
@@ -115,21 +106,15 @@ def test_encoders_that_nothing_here_serves_are_refused_by_name(made, folder, mes
     assert modernbert.AutoModel.from_pretrained(made / folder).config.hidden_size == 48
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"attend_to_expansion_tokens": False},
-        {"do_query_expansion": True},
-        {"skiplist_words": ["."]},
-        {"query_expansion": {"type": "pad"}},
-        {"document_length": 180},
-        {"similarity_fn_name": "MaxSim"},
-        {"model_type": "ColBERT"},
-    ],
-    ids=lambda setting: next(iter(setting)),
-)
-def test_each_setting_of_late_interaction_is_refused(made, tmp_path, setting):
-    folder = edit(shutil.copytree(made / "sentence", tmp_path / "x"), SETTINGS, **setting)
+LATE = {
+    "attend_to_expansion_tokens": False, "do_query_expansion": True, "skiplist_words": ["."], "document_length": 180,
+    "query_expansion": {"type": "pad"}, "similarity_fn_name": "MaxSim", "model_type": "ColBERT",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_each_setting_of_late_interaction_is_refused(made, tmp_path, name):
+    folder = edit(shutil.copytree(made / "sentence", tmp_path / "x"), SETTINGS, **{name: LATE[name]})
     with pytest.raises(CheckpointError, match="is a late-interaction encoder"):
         pipeline("text-ranking", folder)
 
@@ -252,9 +237,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_one_error(made, ki
 def test_info_shows_no_control_characters(made, tmp_path, capsys):
     folder = shutil.copytree(made / "classifier", tmp_path / "x")
     edit(folder, "config.json", id2label={"0": "\x1b[31mred\x07"}, label2id=None, architectures=["\x1b[1mX", None, 5])
-    with pytest.raises(SystemExit, match="0"):
-        main(["info", str(folder)])
-    shown = capsys.readouterr().out
+    shown = called(capsys, "info", folder)[1]
     assert r"\x1b[31mred\x07" in shown
     assert r"\x1b[1mX" in shown
     assert "\x1b" not in shown
@@ -276,18 +259,18 @@ def test_dense_parts_that_do_not_fit_are_named(made, tmp_path):
             SentenceEncoder.from_pretrained(tmp_path)
 
 
+OURS = {"quant_method": "modernbert", "format": 1, "scheme": "int8"}
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
         (5, "has quantization_config 5"),
         ({"quant_method": "gptq"}, "was quantized by 'gptq'"),
         ({"quant_method": ["modernbert"]}, r"was quantized by \['modernbert'\]"),
-        ({"quant_method": "modernbert", "format": 1, "scheme": ["int8"]}, r"scheme \['int8'\]"),
-        ({"quant_method": "modernbert", "format": 1, "scheme": "int8", "finer": ["a"]}, "has finer"),
-        (
-            {"quant_method": "modernbert", "format": 1, "scheme": "int8", "measured": {"cosine_min": "x"}},
-            "has measured",
-        ),
+        ({**OURS, "scheme": ["int8"]}, r"scheme \['int8'\]"),
+        ({**OURS, "finer": ["a"]}, "has finer"),
+        ({**OURS, "measured": {"cosine_min": "x"}}, "has measured"),
     ],
     ids=str,
 )

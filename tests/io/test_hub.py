@@ -76,10 +76,8 @@ def test_download_then_offline(hub, small_model, monkeypatch):
 
 def test_revision_subfolder_and_token(hub, small_model):
     for revision in ("v1", COMMIT):
-        assert same(
-            AutoModelForMaskedLM.from_pretrained("owner/name", revision=revision, cache_dir=hub.cache),
-            small_model,
-        )
+        model = AutoModelForMaskedLM.from_pretrained("owner/name", revision=revision, cache_dir=hub.cache)
+        assert same(model, small_model)
     nested = AutoModelForMaskedLM.from_pretrained("owner/nested", subfolder="inner", cache_dir=hub.cache)
     assert same(nested, small_model)
     private = AutoModelForMaskedLM.from_pretrained("owner/private", token="secret", cache_dir=hub.cache)
@@ -109,19 +107,27 @@ def test_every_no_is_one_clear_error(hub, arguments, error, message):
         AutoModelForMaskedLM.from_pretrained(name, cache_dir=hub.cache, **arguments)
 
 
-def test_a_pickle_is_not_even_downloaded(hub):
+def test_a_pickle_is_neither_downloaded_nor_opened(hub, small_model, tmp_path):
     with pytest.raises(CheckpointError, match="a pickle"):
         AutoModelForMaskedLM.from_pretrained("owner/pickle", cache_dir=hub.cache)
+    small_model.config.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
+    with pytest.raises(CheckpointError, match="a pickle, which can run code"):
+        AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert not [r for r in hub.requests if r[0] == "GET" and r[1].endswith(".bin")]
 
 
-def test_an_unreachable_hub(files, tmp_path, monkeypatch):
+@pytest.fixture
+def _unreachable(monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
-    )
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("_unreachable")
+def test_an_unreachable_hub(tmp_path):
     with pytest.raises(NotFoundError, match="cannot be reached"):
         AutoConfig.from_pretrained("owner/name", cache_dir=tmp_path / "cache")
 
@@ -138,13 +144,10 @@ def test_file_names_that_lead_out_are_refused(tmp_path):
             Source(tmp_path).find(name)
 
 
+@pytest.mark.usefixtures("_unreachable")
 def test_an_unreachable_hub_is_asked_once_a_file_that_the_cache_lacks(files, small_model, tmp_path, monkeypatch):
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     asked = []
     really = HfApi.file_exists
     monkeypatch.setattr(HfApi, "file_exists", lambda *args, **kwargs: asked.append(args[2]) or really(*args, **kwargs))

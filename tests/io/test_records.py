@@ -35,21 +35,21 @@ ROWS = [
 ]
 
 
-def written(path):
-    """ROWS as a file by its suffix."""
+def written(path, rows=ROWS):
+    """Rows as a file by its suffix."""
     if path.suffix == ".jsonl":
-        path.write_text("\n".join(json.dumps(row) for row in ROWS) + "\n\n")
+        path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     elif path.suffix == ".json":
-        path.write_text(json.dumps(ROWS))
+        path.write_text(json.dumps(rows))
     elif not path.suffix:
-        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+        datasets.Dataset.from_list(rows).save_to_disk(path)
     elif path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, ["text", "label"], delimiter="\t" if path.suffix == ".tsv" else ",")
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
             table.writeheader()
-            table.writerows(ROWS)
+            table.writerows(rows)
     return path
 
 
@@ -210,11 +210,7 @@ def test_blank_lines_keep_their_places_where_they_count_and_the_last_ones_never_
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.jsonl",
-            b'"fine"\n' + b"[" * 100_000,
-            "a.jsonl, line 2, is not JSON: it is nested more than 64 levels deep",
-        ),
+        ("a.jsonl", b'"fine"\n' + b"[" * 100_000, "line 2, is not JSON: it is nested more than 64 levels deep"),
         ("a.jsonl", b'{"text":' * 65 + b"1" + b"}" * 65, "a.jsonl, line 1, is not JSON: it is nested more than 64"),
         ("a.json", b"[" * 65 + b"]" * 65, "a.json is not JSON: it is nested more than 64"),
         ("a.txt", b"fine\n\xff\xfe\n", "a.txt, line 2, is not UTF-8"),
@@ -288,6 +284,15 @@ ANSWERS = [
 DATED = {"input": {"text": "four", "day": datetime.date(2026, 1, 2)}, "output": 1}
 
 
+def interrupted(path, job, records):
+    """A job that writes some records and is stopped."""
+    output = ResumableOutput(path, job)
+    output.__enter__()
+    for record in records:
+        output.write(record)
+    output.__exit__(KeyboardInterrupt, None, None)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".parquet"])
 def test_every_form_is_written(tmp_path, suffix):
     path = tmp_path / "deep" / f"out{suffix}"
@@ -346,11 +351,7 @@ def test_two_jobs_never_write_one_file(tmp_path):
 
 
 def test_a_job_goes_on_only_with_the_inputs_that_it_began_with(tmp_path):
-    first = ResumableOutput(tmp_path / "out.jsonl", {})
-    first.__enter__()
-    first.write(ANSWERS[0])
-    first.write(ANSWERS[1])
-    first.__exit__(KeyboardInterrupt, None, None)
+    interrupted(tmp_path / "out.jsonl", {}, ANSWERS[:2])
     with ResumableOutput(tmp_path / "out.jsonl", {}) as output:
         assert (output.done, output.failed) == (2, 1)
         inputs = ["one", {"text": "two", "id": 7}, "three"]
@@ -375,11 +376,7 @@ def test_broken_lines_can_be_passed_over(tmp_path):
 def test_an_interrupted_job_goes_on_where_it_stopped(tmp_path):
     path = tmp_path / "out.jsonl"
     job = {"task": "x", "options": {"top_k": 2}}
-    output = ResumableOutput(path, job)
-    output.__enter__()
-    output.write(ANSWERS[0])
-    output.write(ANSWERS[1])
-    output.__exit__(KeyboardInterrupt, None, None)
+    interrupted(path, job, ANSWERS[:2])
     partial = tmp_path / "out.jsonl.partial"
     with partial.open("ab") as file:
         file.write(b'{"input": "cut off in the mid')
@@ -408,7 +405,7 @@ def test_a_finished_file_is_replaced_only_when_asked_for_and_once_the_new_one_is
     path = tmp_path / "out.jsonl"
     path.write_text("finished\n")
     with pytest.raises(
-        InputError, match=r"out.jsonl is there already; name another output, or replace it with overwrite="
+        InputError, match=r"out.jsonl exists already; name another output, or replace it with overwrite="
     ):
         ResumableOutput(path, {})
     with ResumableOutput(path, {}, overwrite=True) as output:
@@ -442,10 +439,7 @@ def test_a_partial_file_of_something_else_is_refused_and_kept(tmp_path):
 
 def test_surrogates_and_numbers_that_are_none_go_through_a_file_and_a_resumption(tmp_path):
     records = [{"input": {"text": "a \ud800", "n": float("nan")}, "error": "why"}, {"input": "\x9b\u2028", "output": 1}]
-    first = ResumableOutput(tmp_path / "out.jsonl", {"text": "\udcff"})
-    first.__enter__()
-    first.write(records[0])
-    first.__exit__(KeyboardInterrupt, None, None)
+    interrupted(tmp_path / "out.jsonl", {"text": "\udcff"}, records[:1])
     with ResumableOutput(tmp_path / "out.jsonl", {"text": "\udcff"}) as output:
         assert (output.done, output.failed, output.errors) == (1, 1, {1: "why"})
         assert list(output.rest([records[0]["input"], "next"], lambda item: item)) == ["next"]

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import modernbert
 from modernbert import DecoderCache, Tokenizer
 from modernbert.pipelines import small_model
-from tests.conftest import SMALL
-from tests.heads import DECODER_HEADS, HEADS
+from tests.conftest import model_of
+from tests.heads import CLASSES
 
 CALLS = int(os.environ.get("MODERNBERT_FUZZ", "300"))
 FIRST = int(os.environ.get("MODERNBERT_FUZZ_SEED", "0"))
@@ -86,15 +85,8 @@ def arguments(draw, name):
 
 @pytest.fixture(scope="module")
 def models():
-    names = {"ModernBertModel", "ModernBertDecoderModel", "ModernBertDecoderForCausalLM"}
-    made = []
-    for name in sorted(names | set(HEADS.values()) | set(DECODER_HEADS.values())):
-        config = modernbert.ModernBertDecoderConfig if "Decoder" in name else modernbert.ModernBertConfig
-        for optimized in (False, True):
-            torch.manual_seed(0)
-            model = getattr(modernbert, name)(config(**{**SMALL, "num_hidden_layers": 2})).eval()
-            made.append((name, model.optimize_for_inference() if optimized else model))
-    return made
+    plain = [(name, model_of(name, num_hidden_layers=2)) for name in sorted(CLASSES)]
+    return plain + [(name, model_of(name, num_hidden_layers=2).optimize_for_inference()) for name in sorted(CLASSES)]
 
 
 def tensors_of(output):
@@ -169,23 +161,8 @@ def test_random_calls_of_generate(models):
             check_error(error, (seed, ids, options))
 
 
-TEXTS = [
-    "",
-    " ",
-    "a",
-    "[MASK]",
-    "x" * 3000,
-    "\ud800",
-    "tab\t\x00",
-    "é\u0301",
-    "\U0001f600",
-    None,
-    5,
-    b"bytes",
-    ["a", "b"],
-    [],
-    {"a": 1},
-]
+TEXTS = ["", " ", "a", "[MASK]", "x" * 3000, "\ud800", "tab\t\x00", "é\u0301", "\U0001f600"]
+TEXTS += [None, 5, b"bytes", ["a", "b"], [], {"a": 1}]
 SETTINGS = {
     "padding": [True, False, "longest", "max_length", "sideways"],
     "truncation": [True, False, "only_first", "only_second", "longest_first", "no"],

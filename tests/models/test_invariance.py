@@ -16,7 +16,7 @@ from modernbert import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
 )
-from tests.conftest import SMALL
+from tests.conftest import SMALL, padded_batch, threads
 
 LENGTHS = st.lists(st.sampled_from([0, 1, 2, 9, 16, 17, 33, 64, 65, 129, 257, 300]), min_size=1, max_size=5)
 
@@ -27,20 +27,6 @@ def model_of(dtype, implementation, optimized=False, activation="gelu"):
     config = ModernBertConfig(**{**SMALL, **changes}, initializer_range=0.2, classifier_bias=True, norm_bias=True)
     model = ModernBertForMaskedLM(config, implementation).eval().to(dtype)
     return model.optimize_for_inference() if optimized else model
-
-
-def grid(lengths, side, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    texts = [torch.randint(3, SMALL["vocab_size"], (n,), generator=generator) for n in lengths]
-    width = max(max(lengths), 1) + 2
-    ids, mask = (
-        torch.zeros(len(texts), width, dtype=torch.long),
-        torch.zeros(len(texts), width, dtype=torch.long),
-    )
-    for row, text in enumerate(texts):
-        where = slice(0, len(text)) if side == "right" else slice(width - len(text), width)
-        ids[row, where], mask[row, where] = text, 1
-    return texts, ids, mask
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
@@ -54,35 +40,31 @@ def test_one_text_has_one_result(activation, dtype, implementation, optimized):
     @given(LENGTHS)
     @torch.no_grad()
     def check(lengths):
-        texts, right, right_mask = grid(lengths, "right")
-        _, left, left_mask = grid(lengths, "left")
+        right, right_mask = padded_batch(lengths, more=2)
+        left, left_mask = padded_batch(lengths, "left", more=2)
+        ids_T = right[right_mask == 1]
         from_right = model(right, attention_mask=right_mask).logits
         from_left = model(left, attention_mask=left_mask).logits
         cumulative = torch.tensor([0, *lengths]).cumsum(0).int()
-        packed = model(torch.cat(texts), cu_seqlens=cumulative).logits
+        packed = model(ids_T, cu_seqlens=cumulative).logits
         assert torch.isfinite(from_right).all()
         assert not from_right[right_mask == 0].any()
         assert torch.equal(from_right[right_mask == 1], packed)
         assert torch.equal(from_left[left_mask == 1], packed)
-        for text, rows in zip(texts, packed.split(lengths), strict=True):
+        for text, rows in zip(ids_T.split(lengths), packed.split(lengths), strict=True):
             if len(text):
                 assert torch.equal(model(text[None]).logits[0], rows)
 
     check()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_optimizing_without_kernels_of_our_own_changes_no_bit(threads, monkeypatch):
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_optimizing_without_kernels_of_our_own_changes_no_bit(number, monkeypatch):
     monkeypatch.setattr("modernbert.engines.cpu.library.serving", lambda dtype, device: None)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        _, ids, mask = grid([300, 1, 64, 17], "right")
-        with torch.no_grad():
-            plain = model_of(torch.float32, "sdpa")(ids, attention_mask=mask).logits
-            fast = model_of(torch.float32, "sdpa", optimized=True)(ids, attention_mask=mask).logits
-    finally:
-        torch.set_num_threads(before)
+    ids, mask = padded_batch([300, 1, 64, 17])
+    with threads(number), torch.no_grad():
+        plain = model_of(torch.float32, "sdpa")(ids, attention_mask=mask).logits
+        fast = model_of(torch.float32, "sdpa", optimized=True)(ids, attention_mask=mask).logits
     assert torch.equal(plain, fast)
 
 
@@ -105,7 +87,7 @@ def test_gradients_do_not_depend_on_padding(implementation):
     model = model_of(torch.float32, implementation)
     gradients = []
     for side in ("left", "right"):
-        _, ids, mask = grid([70, 3, 150], side)
+        ids, mask = padded_batch([70, 3, 150], side)
         loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     for a, b in zip(*gradients, strict=True):
@@ -117,7 +99,7 @@ def test_finite_weights_of_any_size_give_no_nan():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(50)
-    _, ids, mask = grid([130, 0, 5], "left")
+    ids, mask = padded_batch([130, 0, 5], "left")
     assert torch.isfinite(model(ids, attention_mask=mask).logits).all()
 
 
@@ -166,28 +148,24 @@ def continued(model, texts, plan):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_models_of_odd_sizes_give_a_text_the_same_bits_alone_and_on_any_number_of_threads(dtype, optimized):
-    before = torch.get_num_threads()
-    try:
-        for seed in range(int(os.environ.get("MODERNBERT_FUZZ", "12"))):
-            draw = random.Random(seed)
-            model = random_model(draw, dtype, optimized)
-            lengths = [draw.choice([6, 7, 16, 17, 31, 64, 65, 130, 257]) for _ in range(draw.randint(1, 4))]
-            texts = [torch.randint(3, 96, (n,)) for n in lengths]
-            plan = [[draw.choice([1, 2, n - 5]), 1, draw.choice([1, 2]), 1] for n in lengths]
-            starts = torch.tensor([0, *lengths]).cumsum(0).int()
-            seen = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
+    for seed in range(int(os.environ.get("MODERNBERT_FUZZ", "12"))):
+        draw = random.Random(seed)
+        model = random_model(draw, dtype, optimized)
+        lengths = [draw.choice([6, 7, 16, 17, 31, 64, 65, 130, 257]) for _ in range(draw.randint(1, 4))]
+        texts = [torch.randint(3, 96, (n,)) for n in lengths]
+        plan = [[draw.choice([1, 2, n - 5]), 1, draw.choice([1, 2]), 1] for n in lengths]
+        starts = torch.tensor([0, *lengths]).cumsum(0).int()
+        seen = []
+        for number in (1, 2, 3):
+            with threads(number):
                 out = model(torch.cat(texts), cu_seqlens=starts).logits
                 rows = out.split(1 if len(out) == len(texts) else lengths)
                 for text, logits in zip(texts, rows, strict=True):
                     alone = model(text[None]).logits
-                    assert torch.equal(alone if alone.dim() == 2 else alone[0], logits), (seed, threads, len(text))
+                    assert torch.equal(alone if alone.dim() == 2 else alone[0], logits), (seed, number, len(text))
                 parts = continued(model, texts, plan) if hasattr(model, "lm_head") else []
                 for text, of_text, logits in zip(texts, plan, parts, strict=False):
-                    assert torch.equal(continued(model, [text], [of_text])[0], logits), (seed, threads, of_text)
-                seen.append([out, *parts])
-            for other in seen[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True)), seed
-    finally:
-        torch.set_num_threads(before)
+                    assert torch.equal(continued(model, [text], [of_text])[0], logits), (seed, number, of_text)
+            seen.append([out, *parts])
+        for other in seen[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True)), seed

@@ -13,7 +13,7 @@ from modernbert.errors import BackendError, ConfigError, InputError
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.layers import Linear
-from tests.conftest import SMALL
+from tests.conftest import SMALL, model_of
 
 
 def ids(*shape):
@@ -82,32 +82,27 @@ def test_token_type_ids_and_window_masks_change_nothing(small_model):
     assert torch.equal(small_model(x, sliding_window_mask=torch.ones(2, 1, 40, 40)).logits, plain)
 
 
-def test_packed_input_and_the_way_back_to_a_grid(small_model):
+@pytest.mark.parametrize("name", ["ModernBertForMaskedLM", "ModernBertForTokenClassification"])
+def test_packed_input_and_the_way_back_to_a_grid(name):
+    model = model_of(name, num_labels=SMALL["vocab_size"], initializer_range=0.3)
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 1, 0, 0]])
     x = ids(3, 4) * mask
     labels = torch.where(mask.bool(), x, -100)
-    padded = small_model(x, attention_mask=mask, labels=labels, output_hidden_states=True)
+    padded = model(x, attention_mask=mask, labels=labels, output_hidden_states=True)
     indices = mask.flatten().nonzero().squeeze(1)
     flat = x.flatten()[indices]
     cumulative = torch.tensor([0, 3, 6, 8], dtype=torch.int32)
-    packed = small_model(
+    packed = model(
         flat, cu_seqlens=cumulative, max_seqlen=4, labels=labels.flatten()[indices], output_hidden_states=True
     )
     assert torch.equal(packed.logits, padded.logits[mask.bool()])
     assert torch.equal(packed.loss, padded.loss)
     assert packed.hidden_states[0].shape == (8, 48)
-    row = small_model(flat[None], cu_seqlens=cumulative, labels=labels.flatten()[indices][None])
+    row = model(flat[None], cu_seqlens=cumulative, labels=labels.flatten()[indices][None])
     assert row.logits.shape == (1, 8, SMALL["vocab_size"])
     for own in (labels, labels.flatten()[indices]):
-        back = small_model(
-            flat,
-            cu_seqlens=cumulative,
-            indices=indices,
-            batch_size=3,
-            seq_len=4,
-            labels=own,
-            attention_mask=mask,
-        )
+        where = {"cu_seqlens": cumulative, "indices": indices, "batch_size": 3, "seq_len": 4}
+        back = model(flat, **where, labels=own, attention_mask=mask)
         assert torch.equal(back.logits, padded.logits)
         assert torch.equal(back.loss, padded.loss)
 
@@ -301,7 +296,6 @@ def test_counting_parameters(small_model):
     assert small_model.device == torch.device("cpu")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_reference_compile_gives_the_same_numbers(small_config):
@@ -346,7 +340,7 @@ def test_devices_and_dtypes(log, monkeypatch):
     cpu = torch.device("cpu")
     for name in (None, "cpu", -1, "auto", 0, "0", {"": "cpu"}):
         assert resolve_device(name) == cpu
-    assert "no GPU; the CPU serves" in log.text
+    assert "no GPU; the CPU is used" in log.text
     for name in ("cuda", "cuda:1", "nonsense", {"layer.0": 0}):
         with pytest.raises(ValueError, match="device"):
             resolve_device(name)

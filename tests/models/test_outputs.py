@@ -24,8 +24,8 @@ from modernbert.models.outputs import (
     TokenClassifierOutput,
 )
 from modernbert.nn.outputs import ModelOutput
-from tests.conftest import SMALL, random_decoder
-from tests.heads import DECODER_HEADS, HEADS
+from tests.conftest import model_of, random_decoder
+from tests.heads import CLASSES
 
 STATES, PAST = ("hidden_states", "attentions"), ("past_key_values", "hidden_states", "attentions")
 FIELDS = {
@@ -163,13 +163,8 @@ def test_export_sees_the_outputs_of_a_module():
     assert torch.equal(output.logits, x * 2)
 
 
-def model_of(name):
-    config = modernbert.ModernBertDecoderConfig if "Decoder" in name else modernbert.ModernBertConfig
-    return getattr(modernbert, name)(config(**{**SMALL, "num_hidden_layers": 1})).eval()
-
-
 def test_every_class_is_known_here():
-    assert set(ARGUMENTS) == set(HEADS.values()) | set(DECODER_HEADS.values())
+    assert set(ARGUMENTS) == set(CLASSES)
     named = {
         cls for cls in vars(modernbert.models.outputs).values() if inspect.isclass(cls) and issubclass(cls, ModelOutput)
     }

@@ -3,17 +3,12 @@
 import pytest
 import torch
 
-from modernbert import (
-    ModernBertConfig,
-    ModernBertDecoderConfig,
-    ModernBertDecoderForCausalLM,
-    ModernBertForMaskedLM,
-    ModernBertForSequenceClassification,
-)
 from modernbert.errors import InputError
-from tests.conftest import SMALL
+from tests.conftest import model_of
 
 LENGTHS = (1, 7, 20, 1, 30)
+ENCODER, DECODER = "ModernBertForMaskedLM", "ModernBertDecoderForCausalLM"
+WIDE = {"initializer_range": 0.3}  # whose outputs differ clearly
 
 
 def packed(lengths=LENGTHS, rows=1):
@@ -23,22 +18,12 @@ def packed(lengths=LENGTHS, rows=1):
     return texts, ids.expand(rows, -1), positions.expand(rows, -1)
 
 
-def model_of(cls, config_cls, implementation="auto"):
-    torch.manual_seed(0)
-    return cls(config_cls(**SMALL, initializer_range=0.3), implementation).eval()
-
-
 @pytest.mark.parametrize("implementation", ["auto", "eager", "sdpa"])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("optimized", [False, True])
-@pytest.mark.parametrize("decoder", [False, True])
-def test_texts_do_not_see_each_other(decoder, optimized, rows, implementation):
-    cls, config = (
-        (ModernBertDecoderForCausalLM, ModernBertDecoderConfig)
-        if decoder
-        else (ModernBertForMaskedLM, ModernBertConfig)
-    )
-    model = model_of(cls, config, implementation)
+@pytest.mark.parametrize("name", [ENCODER, DECODER])
+def test_texts_do_not_see_each_other(name, optimized, rows, implementation):
+    model = model_of(name, implementation, **WIDE)
     if optimized:
         model.optimize_for_inference()
     texts, ids, positions = packed(rows=rows)
@@ -51,7 +36,7 @@ def test_texts_do_not_see_each_other(decoder, optimized, rows, implementation):
 
 
 def test_a_training_step_equals_one_over_the_texts_by_themselves():
-    model = model_of(ModernBertDecoderForCausalLM, ModernBertDecoderConfig).train()
+    model = model_of(DECODER, **WIDE).train()
     texts, ids, positions = packed()
     loss = model(ids, position_ids=positions, labels=ids).loss
     parts = [(model(t[None], labels=t[None]).loss, len(t) - 1) for t in texts if len(t) > 1]
@@ -66,7 +51,7 @@ def test_a_training_step_equals_one_over_the_texts_by_themselves():
 def test_the_decoder_separates_texts_as_transformers_does(tmp_path):
     from transformers import ModernBertDecoderForCausalLM as Theirs
 
-    ours = model_of(ModernBertDecoderForCausalLM, ModernBertDecoderConfig)
+    ours = model_of(DECODER, **WIDE)
     ours.save_pretrained(tmp_path)
     theirs = Theirs.from_pretrained(tmp_path).eval()
     _, ids, positions = packed()
@@ -81,7 +66,7 @@ def test_the_decoder_separates_texts_as_transformers_does(tmp_path):
 
 
 def test_a_classifier_gives_a_row_of_scores_for_each_text():
-    model = model_of(ModernBertForSequenceClassification, ModernBertConfig)
+    model = model_of("ModernBertForSequenceClassification", **WIDE)
     texts, ids, positions = packed()
     with torch.no_grad():
         out = model(ids, position_ids=positions, labels=torch.zeros(len(texts)).long())
@@ -89,7 +74,7 @@ def test_a_classifier_gives_a_row_of_scores_for_each_text():
 
 
 def test_positions_that_rise_are_one_text_and_a_mask_says_more_than_positions():
-    model = model_of(ModernBertForMaskedLM, ModernBertConfig)
+    model = model_of(ENCODER, **WIDE)
     _, ids, positions = packed()
     with torch.no_grad():
         whole = model(ids).logits
@@ -110,7 +95,7 @@ def test_positions_that_rise_are_one_text_and_a_mask_says_more_than_positions():
 
 
 def test_positions_of_new_tokens_do_not_cut_a_text_that_a_cache_holds():
-    model = model_of(ModernBertDecoderForCausalLM, ModernBertDecoderConfig)
+    model = model_of(DECODER, **WIDE)
     ids = torch.randint(3, 96, (2, 12))
     with torch.no_grad():
         cache = model(ids[:, :8]).past_key_values
@@ -123,7 +108,7 @@ def test_a_collator_that_packs_gives_the_loss_of_its_texts():
     """Its labels begin each text with -100, which no token predicts anyway."""
     from transformers import DataCollatorWithFlattening
 
-    model = model_of(ModernBertDecoderForCausalLM, ModernBertDecoderConfig)
+    model = model_of(DECODER, **WIDE)
     texts, _, _ = packed((7, 20, 5))
     batch = DataCollatorWithFlattening()([{"input_ids": text.tolist()} for text in texts])
     assert "attention_mask" not in batch

@@ -1,9 +1,12 @@
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modernbert import config
 from modernbert.nn.activations import ACTIVATIONS, activation
+from tests.conftest import threads
 
 PEERS = {
     "gelu": F.gelu,
@@ -31,20 +34,13 @@ def test_values(name):
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize("threads", [1, 2, 5, 7])
+@pytest.mark.parametrize("number", [1, 2, 5, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("onednn", [True, False])
-def test_a_row_is_the_same_whatever_the_number_of_rows(name, threads, dtype, onednn):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    torch._C._set_mkldnn_enabled(onednn)
-    try:
+def test_a_row_is_the_same_whatever_the_number_of_rows(name, number, dtype, onednn):
+    with threads(number, onednn):
         for width in (3, 16, 48, 97, 1152):
             x = (torch.randn(800, width) * 3).to(dtype)
             whole = ACTIVATIONS[name](x)
-            for rows in (1, 2, 17, 300, 777):
-                for start in (0, 7):
-                    assert torch.equal(ACTIVATIONS[name](x[start : start + rows]), whole[start : start + rows])
-    finally:
-        torch.set_num_threads(before)
-        torch._C._set_mkldnn_enabled(True)
+            for rows, start in itertools.product((1, 2, 17, 300, 777), (0, 7)):
+                assert torch.equal(ACTIVATIONS[name](x[start : start + rows]), whole[start : start + rows])

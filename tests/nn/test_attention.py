@@ -29,6 +29,16 @@ def qkv(tokens, heads=2, size=16, dtype=torch.float32, grad=False):
     return [torch.randn(tokens, heads, size, generator=generator).to(dtype).requires_grad_(grad) for _ in range(3)]
 
 
+def eager(q, k, v, packing, reach):
+    """What every backend is compared with."""
+    return EagerAttention().attend(q, k, v, EagerAttention().plan(packing, reach, q.dtype))
+
+
+def with_gaps(seed, columns):
+    """Three texts, of which padding hides half the tokens."""
+    return Packing.from_mask(torch.rand(3, columns, generator=torch.Generator().manual_seed(seed)) < 0.5)
+
+
 def both(packing, reach, heads=2, size=16, other=SdpaAttention):
     outs = []
     for backend in (EagerAttention(), other()):
@@ -43,8 +53,7 @@ def both(packing, reach, heads=2, size=16, other=SdpaAttention):
 @settings(max_examples=60)
 @given(st.lists(LENGTHS, max_size=6), REACHES, st.sampled_from([(1, 8), (3, 16), (2, 64), (1, 80)]))
 def test_backends_agree_forward_and_backward(lengths, reach, heads):
-    eager, sdpa = both(Packing.from_lengths(lengths), reach, *heads)
-    for a, b in zip(eager, sdpa, strict=True):
+    for a, b in zip(*both(Packing.from_lengths(lengths), reach, *heads), strict=True):
         assert a.shape == b.shape
         assert torch.isfinite(b).all()
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -53,9 +62,7 @@ def test_backends_agree_forward_and_backward(lengths, reach, heads):
 @settings(max_examples=30)
 @given(st.integers(0, 10**6), REACHES)
 def test_backends_agree_where_padding_leaves_gaps(seed, reach):
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(3, 180, generator=generator) < 0.5
-    packing = Packing.from_mask(mask)
+    packing = with_gaps(seed, 180)
     assert packing.gaps
     for a, b in zip(*both(packing, reach), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -153,7 +160,7 @@ def in_pieces_of(blocks):
 def test_flex_agrees_with_eager(lengths, reach, heads, together):
     packing = Packing.from_lengths(lengths)
     q, k, v = qkv(packing.tokens, *heads)
-    wanted = EagerAttention().attend(q, k, v, EagerAttention().plan(packing, reach, q.dtype))
+    wanted = eager(q, k, v, packing, reach)
     with in_pieces_of(256 if together else 0):
         backend = FlexAttention()
         got = backend.attend(q, k, v, backend.plan(packing, reach, q.dtype))
@@ -163,12 +170,10 @@ def test_flex_agrees_with_eager(lengths, reach, heads, together):
 @settings(max_examples=20)
 @given(st.integers(0, 10**6), REACHES)
 def test_flex_agrees_where_padding_leaves_gaps(seed, reach):
-    mask = torch.rand(3, 300, generator=torch.Generator().manual_seed(seed)) < 0.5
-    packing, backend = Packing.from_mask(mask), FlexAttention()
+    packing, backend = with_gaps(seed, 300), FlexAttention()
     q, k, v = qkv(packing.tokens)
-    wanted = EagerAttention().attend(q, k, v, EagerAttention().plan(packing, reach, q.dtype))
     got = backend.attend(q, k, v, backend.plan(packing, reach, q.dtype))
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(got, eager(q, k, v, packing, reach), rtol=0, atol=1e-5)
 
 
 @settings(max_examples=40)
@@ -299,7 +304,7 @@ def test_flash_leaves_to_sdpa_what_the_kernels_have_not(kernels):
     odd = qkv(49, size=12)
     assert backend.attend(*odd, backend.plan(packing, (8, 8), q.dtype)).shape == odd[0].shape
     assert kernels == []
-    gaps = Packing.from_mask(torch.rand(2, 60, generator=torch.Generator().manual_seed(0)) < 0.5)
+    gaps = with_gaps(0, 60)
     for reach, served in (((8, 8), False), ((7, 0), False), ((None, None), True), ((None, 0), True)):
         kernels.clear()
         outs = both(gaps, reach, other=lambda: backend)

@@ -1,44 +1,35 @@
 """Rows of a linear layer do not depend on each other, bit for bit, and its gradients are right."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modernbert.engines.cpu.onednn import OneDnnWeight
 from modernbert.nn.linear import linear, planned_rows
+from tests.conftest import threads
 
 SHAPES = [(768, 2304), (1152, 768), (192, 576), (64, 192), (48, 97), (33, 5)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("number", [1, 2, 5])
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "blocks"])
-def test_a_row_is_the_same_whatever_the_number_of_rows(shape, dtype, threads, onednn, monkeypatch):
+def test_a_row_is_the_same_whatever_the_number_of_rows(shape, dtype, number, onednn, monkeypatch):
     if not onednn:
-        torch._C._set_mkldnn_enabled(False)
         monkeypatch.setattr("modernbert.nn.linear.onednn_serves", lambda x: False)
     inputs, outputs = shape
-    x, weight, bias = (
-        torch.randn(700, inputs),
-        torch.randn(outputs, inputs) / inputs**0.5,
-        torch.randn(outputs),
-    )
+    x, weight, bias = torch.randn(700, inputs), torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs)
     x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            whole = linear(x, weight, bias)
-            laid = OneDnnWeight(weight, bias) if onednn else None
-            for rows in (1, 2, 3, 7, 16, 17, 64, 65, 129, 500):
-                for start in (0, 1, 199):
-                    part = x[start : start + rows]
-                    assert torch.equal(linear(part, weight, bias), whole[start : start + rows]), rows
-                    assert laid is None or torch.equal(laid.product(part), whole[start : start + rows]), rows
-    finally:
-        torch.set_num_threads(before)
-        torch._C._set_mkldnn_enabled(True)
+    with threads(number, onednn), torch.inference_mode():
+        whole = linear(x, weight, bias)
+        laid = OneDnnWeight(weight, bias) if onednn else None
+        for rows, start in itertools.product((1, 2, 3, 7, 16, 17, 64, 65, 129, 500), (0, 1, 199)):
+            part = x[start : start + rows]
+            assert torch.equal(linear(part, weight, bias), whole[start : start + rows]), rows
+            assert laid is None or torch.equal(laid.product(part), whole[start : start + rows]), rows
     expected = F.linear(x.double(), weight.double(), bias.double())
     limit = 1e-5 if dtype == torch.float32 else 0.05
     assert (whole.double() - expected).abs().max() < limit

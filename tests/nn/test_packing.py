@@ -53,8 +53,7 @@ def test_cumulative_lengths_and_a_mask_pack_alike(lengths):
 
 
 @pytest.mark.parametrize(
-    ("starts", "tokens"),
-    [([0, 3], 4), ([1, 4], 4), ([0, 3, 2, 4], 4), ([], 0), ([[0, 4]], 4), ([0.0, 4.0], 4)],
+    ("starts", "tokens"), [([0, 3], 4), ([1, 4], 4), ([0, 3, 2, 4], 4), ([], 0), ([[0, 4]], 4), ([0.0, 4.0], 4)]
 )
 def test_impossible_cumulative_lengths_are_refused(starts, tokens):
     with pytest.raises(InputError, match="cu_seqlens"):

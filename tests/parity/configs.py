@@ -6,6 +6,7 @@ import torch
 import transformers
 
 import modernbert
+from tests.conftest import IDS
 
 LAYER_PATTERNS = ("every", "all_local", "all_global", "odd")
 
@@ -32,11 +33,7 @@ def random_config(seed: int) -> dict:
         "hidden_activation": rng.choice(["gelu", "gelu", "relu", "silu", "gelu_pytorch_tanh"]),
         "classifier_activation": rng.choice(["gelu", "gelu", "silu", "tanh"]),
         "initializer_range": 0.1,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "cls_token_id": 1,
-        "eos_token_id": 2,
-        "sep_token_id": 2,
+        **IDS,
         "rope_parameters": {
             "full_attention": {"rope_type": "default", "rope_theta": rng.choice([160_000.0, 5_000.0])},
             "sliding_attention": {"rope_type": "default", "rope_theta": rng.choice([10_000.0, 900.0])},

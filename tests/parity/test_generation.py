@@ -7,26 +7,15 @@ import torch
 import transformers
 
 import modernbert
+from tests.conftest import SMALL
 from tests.parity.configs import peer
 
+THETAS = {"full_attention": 160_000.0, "sliding_attention": 10_000.0}
 VALUES = {
-    "vocab_size": 120,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "local_attention": 128,
-    "initializer_range": 0.15,
-    "pad_token_id": 3,
-    "bos_token_id": 1,
-    "cls_token_id": 1,
-    "eos_token_id": 2,
-    "sep_token_id": 2,
-    "rope_parameters": {
-        "full_attention": {"rope_type": "default", "rope_theta": 160_000.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-    },
-}
+    **SMALL, "vocab_size": 120, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5,
+    "num_attention_heads": 4, "local_attention": 128, "initializer_range": 0.15, "pad_token_id": 3,
+    "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in THETAS.items()},
+}  # fmt: skip
 WAYS = [
     {},
     {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},

@@ -1,7 +1,6 @@
 """fill-mask: shaped as in transformers, with its scores; several masks, targets, batches, streams, clear errors."""
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from modernbert import (
 from modernbert.errors import InputError, NotFoundError
 from modernbert.pipelines import TASKS, small_model
 from modernbert.training.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
+from tests.conftest import SMALL
+from tests.pipelines.peers import close
 
 TEXTS = [
     "The dog ran across the [MASK].",
@@ -36,20 +37,11 @@ def folder(tmp_path_factory):
     backend = train_tokenizer([text], 400)
     ids = {name: backend.token_to_id(f"[{name.upper()}]") for name in ("cls", "sep", "pad")}
     torch.manual_seed(0)
-    config = ModernBertConfig(
-        vocab_size=backend.get_vocab_size(),
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        pad_token_id=ids["pad"],
-        cls_token_id=ids["cls"],
-        bos_token_id=ids["cls"],
-        sep_token_id=ids["sep"],
-        eos_token_id=ids["sep"],
-    )
+    sizes = {**SMALL, "num_hidden_layers": 3, "max_position_embeddings": 128, "initializer_range": 0.3}
+    sizes |= {"vocab_size": backend.get_vocab_size(), "pad_token_id": ids["pad"]}
+    sizes |= dict.fromkeys(("cls_token_id", "bos_token_id"), ids["cls"])
+    sizes |= dict.fromkeys(("sep_token_id", "eos_token_id"), ids["sep"])
+    config = ModernBertConfig(**sizes)
     ModernBertForMaskedLM(config).save_pretrained(folder)
     save_tokenizer(backend, folder, 128)
     return folder
@@ -65,38 +57,10 @@ def theirs(folder):
     return transformers.pipeline("fill-mask", model=str(folder))
 
 
-def same(a, b):
-    if isinstance(b[0], list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            same(x, y)
-        return
-    assert [{**x, "score": 0} for x in a] == [{**y, "score": 0} for y in b]
-    for x, y in zip(a, b, strict=True):
-        assert list(x) == list(y)
-        assert abs(x["score"] - y["score"]) < 1e-6
-
-
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("top_k", [1, 5, 7])
 def test_one_text(ours, theirs, text, top_k):
-    same(ours(text, top_k=top_k), theirs(text, top_k=top_k))
-
-
-def test_batches_give_each_text_its_own_answer_bit_for_bit(ours, theirs, folder):
-    alone = [ours(text) for text in TEXTS]
-    assert ours(TEXTS) == alone
-    assert ours(TEXTS[::-1]) == alone[::-1]
-    assert pipeline("fill-mask", folder, batch_tokens=1)(TEXTS) == alone
-    for a, b in zip(ours(TEXTS), theirs(TEXTS), strict=True):
-        same(a, b)
-
-
-def test_an_endless_iterable_streams(ours):
-    endless = (f"Text {i} has a [MASK]." for i in itertools.count())
-    stream = ours(endless, top_k=1)
-    first = list(itertools.islice(stream, 3))
-    assert first == [ours(f"Text {i} has a [MASK].", top_k=1) for i in range(3)]
+    close(ours(text, top_k=top_k), theirs(text, top_k=top_k))
 
 
 def test_targets(ours, theirs, folder, log):
@@ -117,7 +81,7 @@ def test_targets(ours, theirs, folder, log):
     several = ours("[MASK] is the [MASK].", targets=["Paris", "road"], top_k=1)
     assert len(several) == 2
     assert all(len(answers) == 1 for answers in several)
-    same(ours(TEXTS[0], targets=[" dog", " road"]), theirs(TEXTS[0], targets=["Ġdog", "Ġroad"]))
+    close(ours(TEXTS[0], targets=[" dog", " road"]), theirs(TEXTS[0], targets=["Ġdog", "Ġroad"]))
 
 
 def test_a_target_without_a_spaced_token_is_never_scored_as_a_bare_space(folder, ours, log):
@@ -158,9 +122,6 @@ def test_loaded_models_devices_and_dtypes(folder, ours):
     [
         ("no mask here", {}, r"there is no \[MASK\] in 'no mask here'"),
         (["fine [MASK]", "not fine"], {}, r"there is no \[MASK\] in 'not fine'"),
-        ("x " * 200 + "[MASK]", {}, r"tokens and the model's context holds 128"),
-        (5, {}, "inputs is an int"),
-        ([5], {}, "a text is an int"),
         ("[MASK]", {"top_k": 0}, "top_k is 0"),
         ("[MASK]", {"targets": []}, "targets is"),
         ("[MASK]", {"topk": 3}, "no option topk; there are top_k, targets"),
@@ -191,98 +152,31 @@ def test_an_empty_list_is_refused_and_an_empty_iterable_ends(ours):
 
 # What everyone would accept in these places.
 SENSIBLE = {
-    "The dog ran across the [MASK].": {
-        "room",
-        "road",
-        "street",
-        "field",
-        "river",
-        "grass",
-        "garden",
-        "yard",
-        "lawn",
-        "floor",
-        "water",
-        "ground",
-        "bridge",
-        "path",
-        "sea",
-    },
-    "She opened the [MASK] and went into the room.": {"door", "window", "gate", "doors"},
-    "He looked at her with tears in his [MASK].": {"eyes", "face", "heart"},
-    "The sun was shining in the [MASK].": {
-        "sky",
-        "morning",
-        "garden",
-        "east",
-        "west",
-        "sun",
-        "air",
-        "distance",
-        "window",
-        "night",
-        "evening",
-        "day",
-    },
-    "They sat down at the [MASK] to eat their dinner.": {
-        "table",
-        "fire",
-        "door",
-        "house",
-        "window",
-        "end",
-        "kitchen",
-    },
-    "I do not [MASK] what you mean.": {"know", "understand", "see", "think", "believe"},
-    "He shook his [MASK] and said no.": {"head"},
-    "My father and [MASK] live in a small house.": {
-        "mother",
-        "I",
-        "brother",
-        "sister",
-        "son",
-        "father",
-        "wife",
-        "mamma",
-    },
-    "I have never [MASK] him before.": {"seen", "met", "heard", "known"},
-    "He put his hand in his [MASK] and took out some money.": {
-        "pocket",
-        "hand",
-        "pockets",
-        "hands",
-        "purse",
-        "bag",
-    },
-    "The [MASK] is the capital of the country.": {
-        "city",
-        "town",
-        "capital",
-        "country",
-        "state",
-        "name",
-        "county",
-        "area",
-        "village",
-    },
+    "The dog ran across the [MASK].": "room road street field river grass garden yard lawn floor water path sea",
+    "She opened the [MASK] and went into the room.": "door window gate doors",
+    "He looked at her with tears in his [MASK].": "eyes face heart",
+    "The sun was shining in the [MASK].": "sky morning garden east west sun air distance window night evening day",
+    "They sat down at the [MASK] to eat their dinner.": "table fire door house window end kitchen",
+    "I do not [MASK] what you mean.": "know understand see think believe",
+    "He shook his [MASK] and said no.": "head",
+    "My father and [MASK] live in a small house.": "mother I brother sister son father wife mamma",
+    "I have never [MASK] him before.": "seen met heard known",
+    "He put his hand in his [MASK] and took out some money.": "pocket hand pockets hands purse bag",
+    "The [MASK] is the capital of the country.": "city town capital country state name county area village",
 }
 
 
 @pytest.mark.parametrize("text", SENSIBLE)
 def test_the_small_model_gives_sensible_words(text):
     answers = pipeline("fill-mask")(text)
-    assert {a["token_str"].strip() for a in answers} & SENSIBLE[text], [a["token_str"] for a in answers]
+    assert {a["token_str"].strip() for a in answers} & set(SENSIBLE[text].split()), [a["token_str"] for a in answers]
 
 
-def test_the_small_model_is_small_and_complete():
-    folder = small_model()
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_the_small_models_are_small_and_complete(name):
+    folder = small_model(name)
     names = {path.name for path in folder.iterdir()}
-    assert names == {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-    }
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 10 * 10**6
-    assert transformers.AutoModelForMaskedLM.from_pretrained(folder).config.vocab_size == 2048
+    kind = transformers.AutoModelForMaskedLM if name == "encoder" else transformers.AutoModelForCausalLM
+    assert kind.from_pretrained(folder).config.vocab_size == 2048

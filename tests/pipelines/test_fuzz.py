@@ -17,29 +17,13 @@ from modernbert import pipeline
 from modernbert.checks import fields_of
 from modernbert.errors import shown
 from modernbert.io.tables import ResumableOutput, count_records, read_in_place, read_records
+from tests.io.test_records import interrupted
 from tests.pipelines.test_streams import CASES
 
 CALLS = int(os.environ.get("MODERNBERT_FUZZ", "330"))
 SEED = int(os.environ.get("MODERNBERT_FUZZ_SEED", "0"))
-WORDS = [
-    "the",
-    "dog",
-    "[MASK]",
-    "ran",
-    "\n",
-    "  ",
-    "é",
-    "🙂",
-    "\x1b[31m",
-    "\u202e",
-    "\x00",
-    "ﬁ",
-    "[CLS]",
-    "[SEP]",
-    "1.5",
-    "!",
-    "—",
-]
+WORDS = ["the", "dog", "[MASK]", "ran", "\n", "  ", "é", "🙂", "\x1b[31m", "\u202e", "\x00", "ﬁ"]
+WORDS += ["[CLS]", "[SEP]", "1.5", "!", "—"]
 NUMBERS = [0, 1, 2, 3, 7, 48, 511, -1, 1.0, 0.5, float("nan"), float("inf"), 10**20, True, False]
 
 
@@ -52,32 +36,10 @@ def odd(rng):
     deep = []
     for _ in range(rng.choice([1, 3, 2000])):
         deep = [deep]
-    return rng.choice(
-        [
-            None,
-            rng.choice(NUMBERS),
-            "",
-            "\n",
-            "lone \ud800",
-            text(rng),
-            b"bytes",
-            [],
-            {},
-            [text(rng), None],
-            [text(rng), text(rng)],
-            deep,
-            {"text": text(rng)},
-            {"text": None, "other": 1},
-            {"a"},
-            np.array([1.0, 2.0]),
-            np.array(text(rng)),
-            np.int64(3),
-            Path("a.txt"),
-            (text(rng),),
-            range(3),
-            object(),
-        ]
-    )
+    texts = ["", "\n", "lone \ud800", text(rng), b"bytes", Path("a.txt"), np.array(text(rng)), (text(rng),)]
+    several = [[], {}, [text(rng), None], [text(rng), text(rng)], deep, {"text": text(rng)}, {"text": None, "other": 1}]
+    others = [None, rng.choice(NUMBERS), {"a"}, np.array([1.0, 2.0]), np.int64(3), range(3), object()]
+    return rng.choice([*texts, *several, *others])
 
 
 def some_input(rng, make):
@@ -205,12 +167,8 @@ def test_every_record_that_was_read_is_written_and_read_again(tmp_path):
             records.append(
                 {"input": rng.choice(plain), "output": rng.choice([1.5, {"label": text(rng)[:50]}, [{"a": "b"}]])}
             )
-        output = ResumableOutput(tmp_path / f"out-{i}.jsonl", {"seed": i})
-        output.__enter__()
         cut = rng.randrange(len(records) + 1)
-        for record in records[:cut]:
-            output.write(record)
-        output.__exit__(KeyboardInterrupt, None, None)
+        interrupted(tmp_path / f"out-{i}.jsonl", {"seed": i}, records[:cut])
         with ResumableOutput(tmp_path / f"out-{i}.jsonl", {"seed": i}) as output:
             assert output.done == cut
             for record in records[cut:]:
@@ -219,21 +177,8 @@ def test_every_record_that_was_read_is_written_and_read_again(tmp_path):
 
 
 def test_columns_of_any_values_are_written_in_every_form(tmp_path):
-    values = [
-        None,
-        1,
-        -(2**70),
-        2**60,
-        1.5,
-        float("nan"),
-        True,
-        "",
-        'a,\tb\n"',
-        "lone \ud800",
-        [1, None],
-        {"a": {}},
-        "\x00",
-    ]
+    values = [None, 1, -(2**70), 2**60, 1.5, float("nan"), True, "", 'a,\tb\n"', "lone \ud800", "\x00"]
+    values += [[1, None], {"a": {}}]
     for i in range(max(CALLS // 10, 1)):
         rng = random.Random(f"{SEED} columns {i}")
         suffix = rng.choice([".csv", ".tsv", ".parquet", ".jsonl"])

@@ -5,7 +5,6 @@ import json
 import logging
 import random
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,7 +12,9 @@ import transformers
 import modernbert
 from modernbert import pipeline
 from modernbert.text.tokenizer import Tokenizer
+from tests.conftest import SPECIAL_TOKENS
 from tests.heads import HEADS
+from tests.pipelines.peers import close
 
 TAGS = ["O", "B-person", "I-person", "B-location", "I-location"]
 
@@ -22,16 +23,9 @@ TAGS = ["O", "B-person", "I-person", "B-location", "I-location"]
 def folders(tmp_path_factory, data):
     """A random checkpoint of each head, with the real tokenizer."""
     root = tmp_path_factory.mktemp("heads")
-    special = {f"{n}_token": f"[{n.upper()}]" for n in ("cls", "sep", "pad", "mask", "unk")}
-    tokenizer = Tokenizer.from_pretrained(data / "tokenizer", model_max_length=512, **special)
-    config = modernbert.ModernBertConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
+    tokenizer = Tokenizer.from_pretrained(data / "tokenizer", model_max_length=512, **SPECIAL_TOKENS)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = modernbert.ModernBertConfig(**sizes, max_position_embeddings=512, initializer_range=0.2)
     labels = {
         "TokenClassification": dict(enumerate(TAGS)),
         "SequenceClassification": {0: "contradiction", 1: "entailment", 2: "neutral"},
@@ -51,23 +45,6 @@ def folders(tmp_path_factory, data):
 
 def pair(task, folder, **options):
     return pipeline(task, folder, **options), transformers.pipeline(task, model=str(folder), **options)
-
-
-def close(ours, theirs):
-    """Equal in everything but the last digits of scores."""
-    if isinstance(theirs, dict):
-        assert list(ours) == list(theirs)
-        for key, value in theirs.items():
-            close(ours[key], value)
-    elif isinstance(theirs, list):
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            close(a, b)
-    elif isinstance(theirs, float | np.floating):
-        assert isinstance(ours, float)
-        assert abs(ours - theirs) < 1e-5
-    else:
-        assert ours == theirs
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +124,7 @@ def test_words_that_are_split_already(folders, data, strategy):
 
 
 @pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")
-@pytest.mark.parametrize("strategy", ["simple", "first", "average", "max"])
-@pytest.mark.parametrize("stride", [0, 20, 200])
+@pytest.mark.parametrize(("strategy", "stride"), [("simple", 0), ("first", 20), ("average", 200), ("max", 20)])
 def test_long_texts_in_windows(folders, articles, strategy, stride):
     ours, theirs = pair("ner", folders["TokenClassification"], aggregation_strategy=strategy, stride=stride)
     assert any(len(ours.tokenizer(text).input_ids) > 1024 for text in articles)

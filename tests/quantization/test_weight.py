@@ -1,6 +1,7 @@
 """Quantized weights: the kernels beside the definition, and rows that are their own."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from modernbert.engines.cpu.operations import Product
 from modernbert.engines.weights import Norm
 from modernbert.quantization.rounding import Scheme, choose_columns, round_weight
 from modernbert.quantization.weight import PackedIntegers, PlainIntegers, QuantizedWeight, pack_quantized, quantize_rows
+from tests.conftest import threads
 
 kernels = pytest.mark.skipif(native.library() is None, reason="installed without the kernels")
 
@@ -88,13 +90,9 @@ def test_a_row_is_its_own_whatever_the_rows_and_threads(scheme, dtype):
     x = torch.randn(400, 96).to(dtype)
     x[7] *= 1000  # a row with large numbers takes no digits from the others
     whole = packed.product(x)
-    before = torch.get_num_threads()
-    for number in (1, 2, 5):
-        torch.set_num_threads(number)
-        for rows in (1, 2, 3, 12, 13, 25, 64, 129):
-            for start in (0, 1, 99):
-                assert torch.equal(packed.product(x[start : start + rows]), whole[start : start + rows])
-    torch.set_num_threads(before)
+    for number, rows, start in itertools.product((1, 2, 5), (1, 2, 3, 12, 13, 25, 64, 129), (0, 1, 99)):
+        with threads(number):
+            assert torch.equal(packed.product(x[start : start + rows]), whole[start : start + rows])
 
 
 def test_the_definition_is_near_the_float_product():

@@ -12,13 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from modernbert import (
-    ModernBertConfig,
-    ModernBertDecoderConfig,
-    ModernBertDecoderForCausalLM,
-    ModernBertForMaskedLM,
-)
+from modernbert import ModernBertConfig, ModernBertDecoderConfig, ModernBertDecoderForCausalLM, ModernBertForMaskedLM
 from modernbert.text.tokenizer import Tokenizer
+from tests.conftest import SPECIAL_TOKENS
 from tests.hub_server import write_cache
 
 PAGES = Path(__file__).parents[3] / "shared" / "reference"
@@ -67,8 +63,7 @@ def environment(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("hub")
     config = ModernBertConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
     ModernBertForMaskedLM(config).save_pretrained(root / "model")
-    special = {f"{n}_token": f"[{n.upper()}]" for n in ("cls", "sep", "pad", "mask", "unk")}
-    tokenizer = Tokenizer.from_pretrained(data / "tokenizer", model_max_length=8192, **special)
+    tokenizer = Tokenizer.from_pretrained(data / "tokenizer", model_max_length=8192, **SPECIAL_TOKENS)
     tokenizer.save_pretrained(root / "model")
     files = {path.name: path.read_bytes() for path in (root / "model").iterdir()}
     write_cache(root / "cache", "answerdotai/ModernBERT-base", files)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from modernbert import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
-from modernbert.cli import main
 from modernbert.errors import InputError
 from modernbert.pipelines import small_model
 from modernbert.tools import attention_of, attribute, draw_attention, draw_attribution
+from tests.commands import called
 
 TEXT = "The dog ran across the <road> & looked at “it”."
 
@@ -165,14 +165,11 @@ def test_models_without_weights_or_answers_are_refused(tokenizer):
 def test_a_page_that_is_there_is_replaced_only_when_asked_for(tmp_path, capsys, command):
     page = tmp_path / "page.html"
     page.write_text("mine")
-    given = [command, "The [MASK] ran.", "--output", str(page)]
-    with pytest.raises(SystemExit) as stopped:
-        main(given)
-    assert stopped.value.code == 2
+    given = [command, "The [MASK] ran.", "--output", page]
+    code, _, err = called(capsys, *given)
+    assert code == 2
     assert page.read_text() == "mine"
-    assert f"{page} is there already; name another --output" in capsys.readouterr().err
+    assert f"{page} exists already; name another --output" in err
     if command == "attention":
-        with pytest.raises(SystemExit) as stopped:
-            main([*given, "--overwrite"])
-        assert stopped.value.code == 0
+        assert called(capsys, *given, "--overwrite")[0] == 0
         assert page.read_text() != "mine"

@@ -17,10 +17,7 @@ def test_stable_adamw_is_adamw_where_gradients_hold_no_surprise():
     theirs = torch.optim.AdamW([b], lr=0.01, betas=(0.9, 0.999), eps=1e-12, weight_decay=0.1)
     gradient = torch.randn(5, 4)
     for _ in range(5):
-        a.grad, b.grad = (
-            gradient.clone(),
-            gradient.clone(),
-        )  # the same again: rms(gradient / sqrt(variance)) is 1
+        a.grad, b.grad = gradient.clone(), gradient.clone()  # the same again: rms(gradient / sqrt(variance)) is 1
         ours.step()
         theirs.step()
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

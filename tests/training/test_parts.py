@@ -25,7 +25,7 @@ from modernbert.training.options import SCHEDULES, TrainingOptions
 from modernbert.training.pretraining.options import PretrainOptions
 from modernbert.training.schedules import make_schedule
 from tests.conftest import SMALL
-from tests.heads import DECODER_HEADS, HEADS
+from tests.heads import CLASSES
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=60)
 
@@ -190,7 +190,7 @@ def test_memory_is_saved_where_the_options_say_so(small_model):
         TrainingOptions(activation_memory=-1)
 
 
-@pytest.mark.parametrize("kind", [*HEADS.values(), *DECODER_HEADS.values()])
+@pytest.mark.parametrize("kind", CLASSES)
 def test_adapters_leave_embeddings_alone_and_merge_to_the_same_outputs(kind):
     made = getattr(modernbert, kind)
     model = made(made.config_class(**SMALL))

@@ -20,7 +20,7 @@ from modernbert.cli.run import TaskCommand, embed, run, score
 
 app = typer.Typer(
     name="modernbert",
-    help="ModernBERT in PyTorch: padding stops at the door.",
+    help="Run, fine-tune, quantize and pretrain ModernBERT models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,7 +43,7 @@ for _registered in (*app.registered_commands, *finetune.registered_commands):
     _registered.cls = TaskCommand if _registered.name == "run" else Command
 
 
-_INTERRUPTED = 130  # exit code, as of a process that the signal ended
+_INTERRUPTED = 130  # the exit code of a process that this signal ended
 
 
 def _version(value: bool) -> None:

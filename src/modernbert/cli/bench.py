@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(help="Folder or Hub repository; none: random, base size.")] = None,
-    lengths: Annotated[str, typer.Option(help="Batches: NxL, varN[:SEED], longN[:SEED].")] = "1x16,8x128,var32,1x2048",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or both, with a comma between.")] = "float32,bfloat16",
-    threads: Annotated[int | None, typer.Option(help="Threads; PyTorch's own number if not given.")] = None,
-    seconds: Annotated[float, typer.Option(help="How long to repeat each batch.")] = 2.0,
-    picture: Annotated[Path | None, typer.Option(help="Write an .svg.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    model: Annotated[str | None, typer.Argument(help="Folder or Hub repository. (default: random weights)")] = None,
+    lengths: Annotated[str, typer.Option(help="Batches, with commas between.")] = "1x16,8x128,var32,1x2048",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or both, with a comma.")] = "float32,bfloat16",
+    threads: Annotated[int | None, typer.Option(help="Number of threads. (default: PyTorch's own)")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds for which each batch is repeated.")] = 2.0,
+    picture: Annotated[Path | None, typer.Option(help="Draw the results into this .svg file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure this machine's limits, then a model on batches, with nothing else running.
+    """Measure this machine's speed, then that of a model on batches; run nothing else meanwhile.
+
+    Batches: NxL is N texts of L tokens; varN and longN are N texts of mixed lengths, up to 512
+    and 8,192 tokens. Without a model, one of base size with random weights is measured.
 
     Example: modernbert bench --lengths 1x16,var32 --picture bench.svg
     """

@@ -11,18 +11,18 @@ import typer
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            help="Sharded checkpoint folder of a run, or a .pt or .safetensors file of the original trainer."
-        ),
+        typer.Argument(help="Sharded checkpoint of a run, or a .pt or .safetensors file of ModernBERT's own trainer."),
     ],
-    output: Annotated[Path, typer.Option(help="Folder to make.")],
-    config: Annotated[Path | None, typer.Option(help="JSON configuration, if the file has none.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or Hub repository, if the file has none.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
+    config: Annotated[Path | None, typer.Option(help="JSON configuration, if SOURCE has none.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer, a folder or Hub repository, if SOURCE has none.")
+    ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read a .pt file, a pickle, as plain data (weights_only).")
+        bool, typer.Option("--allow-pickle", help="Read a .pt file, a pickle, as data; no code is run.")
     ] = False,
 ) -> None:
-    """Write a training checkpoint in Hugging Face's format: a sharded one, or one of ModernBERT's original trainer."""
+    """Convert a training checkpoint into a folder that this package and transformers load."""
     from modernbert.training.pretraining.convert import convert as act
 
     act(source, output, config=config, tokenizer=tokenizer, allow_pickle=allow_pickle)

@@ -9,12 +9,12 @@ import typer
 
 from modernbert.errors import InputError
 
-Text = Annotated[str, typer.Argument(help="The text.")]
-Page = Annotated[Path, typer.Option(help="HTML file to write; it stands alone.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file --output, if it is there.")]
-Model = Annotated[str | None, typer.Option(help="Folder or Hub repository; the package's small model if not given.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Text = Annotated[str, typer.Argument(help="The text to read.")]
+Page = Annotated[Path, typer.Option(help="HTML file to write; it needs no other files.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file --output if it exists.")]
+Model = Annotated[str | None, typer.Option(help="Folder or Hub repository. (default: the package's small model)")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, or the number of a GPU. (default: cpu)")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16. (default: the checkpoint's)")]
 
 
 def attention(
@@ -44,8 +44,10 @@ def attribution(
     text: Text,
     output: Page = Path("attribution.html"),
     model: Model = None,
-    target: Annotated[str | None, typer.Option(help="Label or word; the model's answer if not given.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Points between the masked text and the text.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Label, or word at the mask. (default: the model's answer)")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Points of the sum. (default: 64, more if needed)")] = None,
     overwrite: Overwrite = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -76,7 +78,7 @@ def _check_page(output: Path, overwrite: bool) -> None:
     if output.is_dir():
         raise InputError(f"{output} is a folder; name a file to write")
     if output.exists() and not overwrite:
-        raise InputError(f"{output} is there already; name another --output, or replace it with --overwrite")
+        raise InputError(f"{output} exists already; name another --output, or replace it with --overwrite")
 
 
 def _loaded(auto: Any, model: str | None, device: str | None, dtype: str | None) -> tuple[Any, Any, str]:

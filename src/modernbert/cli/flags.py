@@ -55,13 +55,13 @@ def flag(
 
     Args:
         field: the option.
-        help: what stands for its description.
+        help: shown instead of its description.
         hidden: whether help leaves it out.
         both: whether a switch that is off by default can be switched off, too, such as over a file that has it on.
     """
     kinds = [typing.get_args(kind)[0] if typing.get_origin(kind) else kind for kind in field.kinds]
     kind: Any = types.GenericAlias(list, (kinds[-1],)) if field.is_list else kinds[0]
-    said = field.described if help is None else help
+    said = (field.described if help is None else help) + (" Repeat for several." if field.is_list else "")
     pair = kind is bool and (both or field.default is not False)
     name = f"--{field.flag}/--no-{field.flag}" if pair else f"--{field.flag}"
     annotation = Annotated[kind | None, typer.Option(name, help=said, show_default=False, hidden=hidden)]
@@ -108,7 +108,7 @@ def command(
             raise InterruptedCommandError(message) from None
 
     def go_on(said: str, chosen: Mapping[str, Any]) -> str:
-        """What the run says of its end, with the command that goes on from there."""
+        """The message about the run's end, with the command that continues from there."""
         again = shlex.join(["modernbert", *name.split(), "--output", str(chosen.get("output")), "--resume"])
         return in_flags(said) + (f" ({again})" if "output" in chosen else "")
 
@@ -116,8 +116,8 @@ def command(
     fields = sorted(fields_of(options), key=lambda field: order.get(field.name, len(order)))
     flags = {field.name: f"--{field.flag}" for field in fields}
     parameters = [flag(field, in_flags(field.described, flags), both=True) for field in fields]
-    settings = Annotated[Path | None, typer.Option(help="YAML file of options; flags count more.")]
-    again = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the run.")]
+    settings = Annotated[Path | None, typer.Option(help="YAML file of options; flags override it.")]
+    again = Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in --output.")]
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters.append(inspect.Parameter(file, keyword, default=None, annotation=settings))
     parameters.append(inspect.Parameter("resume", keyword, default=False, annotation=again))
@@ -138,8 +138,8 @@ def tell(outcome: Outcome, figures: Mapping[str, float], output: Path) -> None:
 def _before_the_first_step(output: str | None) -> str:
     """What to do after an interruption while everything was being set up, or after the last step."""
     if output is None:  # a file names it
-        return "interrupted; the same command with --resume goes on from what is saved, if anything is"
+        return "interrupted; the same command with --resume continues from what is saved, if anything is"
     if any(Path(output).glob("checkpoint-*")):
-        return "interrupted; the same command with --resume goes on from what is saved"
+        return "interrupted; the same command with --resume continues from what is saved"
     again = "the same command with --resume" if Path(output).exists() else "the same command"
     return f"interrupted; nothing is saved yet: {again} starts from the beginning"

@@ -11,11 +11,11 @@ from modernbert.errors import InputError, printable
 
 def info(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
-    lengths: Annotated[str, typer.Option(help="Numbers of tokens to give the memory for.")] = "128,512,2048,8192",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens to estimate the memory for.")] = "128,512,2048,8192",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. (default: the newest)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Describe a checkpoint: sizes, layers, windows, labels, files, memory at given lengths.
+    """Describe a checkpoint: its size, layers, attention windows, labels, files, and the memory it needs.
 
     Example: modernbert info answerdotai/ModernBERT-base
     """

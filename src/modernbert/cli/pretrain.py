@@ -19,18 +19,18 @@ Paths = Annotated[
     list[str],
     typer.Argument(
         help="Files (.txt, a document each; .jsonl and .parquet, a document a row), folders of them, folders of the "
-        "datasets library, or - for standard input, a document a line. NAME=PATH names a source."
+        "datasets library, or - for standard input, a document a line. NAME=PATH gives a source a name."
     ),
 ]
-HeldOut = Annotated[float, typer.Option(help="Share of the documents of each file or folder kept out of training.")]
-Column = Annotated[str, typer.Option(help="Where rows hold their text.")]
+HeldOut = Annotated[float, typer.Option(help="Share of each path's documents that is not trained on, 0 to 1.")]
+Column = Annotated[str, typer.Option(help="Column of the text in .jsonl and .parquet files.")]
 
 
 def train_tokenizer(
     paths: Paths,
     output: Annotated[Path, typer.Option(help="Folder to write the tokenizer to.")],
-    vocab_size: Annotated[int, typer.Option(help="Number of ids, special tokens included.")] = 8192,
-    max_length: Annotated[int, typer.Option(help="Longest text of the model, in tokens.")] = 512,
+    vocab_size: Annotated[int, typer.Option(help="Size of the vocabulary, special tokens included.")] = 8192,
+    max_length: Annotated[int, typer.Option(help="Longest text that the model will read, in tokens.")] = 512,
     held_out: HeldOut = 0.02,
     column: Column = "text",
 ) -> None:
@@ -42,7 +42,7 @@ def train_tokenizer(
     collection = Collection(paths, held_out, column)
     if len(collection.held_out) == collection.documents:
         raise InputError(f"a held-out share of {held_out} leaves none of {collection.documents} documents to train on")
-    _say(f"{collection.documents} documents, of which {len(collection.held_out)} are kept out")
+    _say(f"{collection.documents} documents, {len(collection.held_out)} held out")
     tokenizer = train((d.text for d in collection if not d.held_out), vocab_size)
     save_tokenizer(tokenizer, output, max_length)
     sample = next(d.text for d in collection if not d.held_out)[:20_000]
@@ -53,15 +53,15 @@ def train_tokenizer(
 def prepare_data(
     paths: Paths,
     tokenizer: Annotated[str, typer.Option(help="Folder or Hub repository of the tokenizer.")],
-    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
     max_length: Annotated[int, typer.Option(help="Longest text in tokens; longer documents become several.")] = 1024,
     held_out: HeldOut = 0.02,
-    short: Annotated[float, typer.Option(help="Share of the texts that are cut shorter than they need be.")] = 0.0,
+    short: Annotated[float, typer.Option(help="Share of the texts, 0 to 1, made shorter than --max-length.")] = 0.0,
     column: Column = "text",
-    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard, about.")] = 1 << 26,
-    seed: Annotated[int, typer.Option(help="Of the lengths that texts are cut to.")] = 0,
+    shard_tokens: Annotated[int, typer.Option(help="About how many tokens a file of the output holds.")] = 1 << 26,
+    seed: Annotated[int, typer.Option(help="Random seed of the lengths that --short chooses.")] = 0,
 ) -> None:
-    """Tokenize raw text once, into shards that every run maps into memory."""
+    """Tokenize raw text once, into a folder that `pretrain` reads."""
     from modernbert.pipelines.progress import bar
     from modernbert.training.pretraining.prepare import prepare_data as prepare
 
@@ -113,25 +113,23 @@ pretrain = command(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub repository of a language model.")],
     paths: Paths,
-    mask_rate: Annotated[float, typer.Option(help="Share of the tokens to hide, all behind the mask.")] = 0.15,
+    mask_rate: Annotated[float, typer.Option(help="Encoders: share of the tokens to mask.")] = 0.15,
     held_out: Annotated[
         float,
-        typer.Option(
-            help="Evaluate on this share of the documents, the one that `prepare-data` keeps out; 1 means on all."
-        ),
+        typer.Option(help="Share of the documents to evaluate on, those that `prepare-data` holds out; 1 means all."),
     ] = 0.02,
     column: Column = "text",
     max_length: Annotated[
-        int | None, typer.Option(help="Longest text in tokens; the model's context if not given.")
+        int | None, typer.Option(help="Longest text in tokens. (default: the model's context)")
     ] = None,
-    short: Annotated[float, typer.Option(help="Share of the texts that are cut shorter than they need be.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of cuts and masks.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "float32",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, or a GPU's index.")] = None,
+    short: Annotated[float, typer.Option(help="Share of the texts, 0 to 1, made shorter than --max-length.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Random seed of cuts and masks.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: auto, float32 or bfloat16.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0, or the number of a GPU. (default: cpu)")] = None,
 ) -> None:
-    """Have a model say tokens of held-out text, masked ones or the next ones; prints one JSON object.
+    """Evaluate a language model on held-out text, by masked tokens or next tokens; prints one JSON object.
 
-    Of a decoder it gives the perplexity a token and the bits a byte too, the end of each text counted.
+    A decoder's object has the perplexity per token and the bits per byte too; the end of each text counts as a token.
     """
     from modernbert.auto import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
     from modernbert.text.tokenizer import Tokenizer

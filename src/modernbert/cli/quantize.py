@@ -12,18 +12,20 @@ from modernbert.errors import InputError, listed
 
 
 def quantize(
-    source: Annotated[str, typer.Argument(help="Folder or Hub repository.")],
-    output: Annotated[Path, typer.Option(help="Folder to make.")],
+    source: Annotated[str, typer.Argument(help="Folder or Hub repository to quantize.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; it must be new or empty.")],
     scheme: Annotated[str, typer.Option(help="int8, int8-weight-only, int4 or int4-weight-only.")] = "int8",
-    texts: Annotated[Path | None, typer.Option(help="Texts to measure on; the package's own if not given.")] = None,
-    column: Annotated[str | None, typer.Option(help="Column of --texts that holds the text.")] = None,
-    min_cosine: Annotated[float | None, typer.Option(help="Of the last hidden states, at every token.")] = None,
-    most_kept: Annotated[float, typer.Option(help="Share of the weights that may have more bits, to reach it.")] = 0.25,
-    tokens: Annotated[int, typer.Option(help="How many tokens of the texts to read.")] = 4096,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    texts: Annotated[Path | None, typer.Option(help="File of texts to measure on. (default: the package's)")] = None,
+    column: Annotated[str | None, typer.Option(help="Column of --texts that holds the text. (default: text)")] = None,
+    min_cosine: Annotated[float | None, typer.Option(help="Least cosine. (default: 0.999, 0.9 with 4 bits)")] = None,
+    most_kept: Annotated[float, typer.Option(help="Share of the weights that may get more bits, 0 to 1.")] = 0.25,
+    tokens: Annotated[int, typer.Option(help="Tokens of the texts to read, half of them to measure on.")] = 4096,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. (default: the newest)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Quantize a checkpoint, measure what it costs, and write it if that is little enough.
+    """Quantize a checkpoint, measure how much accuracy that costs, and save it if that is little enough.
+
+    The cosine is that between the last hidden states before and after, at the worst token.
 
     Example: modernbert quantize answerdotai/ModernBERT-base --output base-int8
     """
@@ -37,7 +39,7 @@ def quantize(
     from modernbert.text.tokenizer import Tokenizer
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"--output is {output}, which is there already; name another folder")
+        raise InputError(f"--output is {output}, which exists already; name another folder")
     config = QuantizationConfig(scheme=scheme, min_cosine=min_cosine, most_kept=most_kept, tokens=tokens)
     if column is not None and texts is None:
         raise InputError("--column is for --texts")

@@ -43,33 +43,37 @@ class Answering:
 
     texts: list[str] | None = None
     vectors: bool = False  # whether files of vectors may be written
-    task: str | None = option(
-        None, "What to do with each text; one of those above.", otherwise="the model's own, or fill-mask"
-    )
-    model: str | None = option(None, "Folder or Hub repository.", otherwise="the package's small model")
-    tokenizer: str | None = option(None, "Folder or Hub repository.", otherwise="the model's")
+    task: str | None = option(None, "Task, one of those above.", otherwise="the model's own, or fill-mask")
+    model: str | None = option(None, "Model, a folder or Hub repository.", otherwise="the package's small model")
+    tokenizer: str | None = option(None, "Tokenizer, a folder or Hub repository.", otherwise="the model's")
     file: str | None = option(
         None,
-        "One file: .txt (a line a text), .csv, .tsv, .jsonl, .json or .parquet; FILE#PART.",
+        "File of texts: .txt (one a line), .csv, .tsv, .jsonl, .json or .parquet; FILE#PART reads one of its parts.",
         otherwise="standard input",
     )
-    column: list[str] = option(
-        [], "Column that holds the text, or FIELD=COLUMN for another field; repeat.", otherwise="text"
+    column: list[str] = option([], "Column that holds the text, or FIELD=COLUMN for another field.", otherwise="text")
+    output: Path | None = option(
+        None, "Write to this .jsonl, .csv, .tsv or .parquet file.", otherwise="standard output"
     )
-    output: Path | None = option(None, "Write to .jsonl, .csv, .tsv or .parquet; resumes.", otherwise="standard output")
     as_json: bool = option(False, 'Print one object a line: {"input": ..., "output": ...}.', flag="json")
-    question: str | None = option(None, "question-answering: of every text.", otherwise="none")
-    query: str | None = option(None, "text-ranking: the texts are its documents.", otherwise="none")
+    question: str | None = option(None, "question-answering: ask this of each text.", otherwise="none")
+    query: str | None = option(None, "text-ranking: rank the texts by this query.", otherwise="none")
     options: list[str] = option(
-        [], "NAME=VALUE: any option of the task, the value as JSON; repeat.", otherwise="none", flag="option"
+        [], "NAME=VALUE sets any option of the task; VALUE is JSON.", otherwise="none", flag="option"
     )
-    overwrite: bool = option(False, "Replace the file --output, if it is there.")
-    skip_errors: bool = option(False, "Report inputs that cannot be answered, and go on.")
-    device: str | None = option(None, "cpu, cuda:0, or a GPU's index.", otherwise="cpu")
-    dtype: str | None = option(None, "auto, float32, bfloat16 or float16.", otherwise="the checkpoint's")
+    overwrite: bool = option(False, "Replace the file --output if it exists.")
+    skip_errors: bool = option(False, "Report inputs that cannot be answered, and continue.")
+    device: str | None = option(None, "cpu, cuda:0, or the number of a GPU.", otherwise="cpu")
+    dtype: str | None = option(
+        None, "Type of the weights: auto, float32, bfloat16 or float16.", otherwise="the checkpoint's"
+    )
     revision: str | None = option(None, "Branch, tag or commit of the repository.", otherwise="the newest")
-    attn_implementation: str | None = option(None, "The attention backend, by name.", otherwise="auto")
-    batch_tokens: int | None = option(None, "Tokens of a forward pass.", otherwise="4,096 on a CPU, 65,536 on a GPU")
+    attn_implementation: str | None = option(
+        None, "Attention: eager, sdpa, native, flash_attention_2 or flex_attention.", otherwise="a fast one"
+    )
+    batch_tokens: int | None = option(
+        None, "Most tokens in a forward pass.", otherwise="4,096 on a CPU, 65,536 on a GPU"
+    )
 
     def __post_init__(self) -> None:
         self.name = self.file or "standard input"
@@ -128,11 +132,11 @@ class Answering:
             raise InputError(f"{serve.task} has no --option {', --option '.join(foreign)}; there are {there}")
         for name in named:
             if name not in known:
-                raise InputError(f"{flags[name]} is no option of {serve.task}")
+                raise InputError(f"{flags[name]} is not an option of {serve.task}")
             if name in options:
                 raise InputError(f"{flags[name]} and --option {name} are given; give one of them")
         if foreign := [name for name in self.fixed if name not in {field.name for field in form_of(serve.task)}]:
-            raise InputError(f"--{foreign[0]} is no option of {serve.task}")
+            raise InputError(f"--{foreign[0]} is not an option of {serve.task}")
         return options | named
 
     def answer(self, serve: Any, options: dict[str, Any], by: Any) -> None:
@@ -155,7 +159,7 @@ class Answering:
             if sink is not None and sink.done:
                 tally.total, tally.failed, tally.reasons = sink.done, sink.failed, dict(sink.errors)
                 pairs = sink.rest(pairs, lambda pair: _without_errors(pair[0]))
-                say(f"{sink.partial} holds {counted(sink.done, 'answer')}; going on after them")
+                say(f"{sink.partial} holds {counted(sink.done, 'answer')}; continuing after them")
             waiting: collections.deque[Pair] = collections.deque()  # inputs whose answers are not there yet
             on_error = "return" if self.skip_errors else "raise"
             answers = by.stream(_remembered(pairs, waiting), on_error=on_error, first=tally.total, **options)
@@ -187,13 +191,14 @@ class Answering:
                 if sink is None or not sink.held():
                     raise
                 kept = f"{sink.partial} holds {counted(sink.held(), 'answer')}"
-                raise InterruptedCommandError(f"interrupted; {kept}, and the same command goes on after them") from None
+                raise InterruptedCommandError(
+                    f"interrupted; {kept}, and the same command continues after them"
+                ) from None
             if not tally.total:
                 raise InputError(
                     f"no text: {self.name} holds none"
                     if self.file
-                    else "no text: nothing but blank lines, or nothing at all, was given on standard input; give texts "
-                    "as arguments, with --file, or there"
+                    else "no text: standard input is empty or blank; give texts as arguments or with --file"
                 )
         if self.output is not None:
             say(f"{counted(tally.total - tally.failed, 'answer')} in {self.output}")
@@ -320,8 +325,8 @@ class TaskCommand(Command):
 
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
-_TEXTS = Annotated[list[str] | None, typer.Argument(help="Texts; without any, --file or standard input.")]
-_VECTORS = Annotated[Path, typer.Option(help="Write to .npy (texts x dimensions), .parquet or .jsonl; resumes.")]
+_TEXTS = Annotated[list[str] | None, typer.Argument(help="Texts. (default: --file, or else standard input)")]
+_VECTORS = Annotated[Path, typer.Option(help="Write to this .npy (texts x dimensions), .parquet or .jsonl.")]
 
 
 def _command(doc: str, task: str | None, own: list[inspect.Parameter], without: tuple[str, ...]) -> Callable[..., None]:
@@ -341,7 +346,7 @@ def _flagged(options: type[Options]) -> list[tuple[OptionField, str]]:
     """A task's options and their help; those that are no values of one kind have no flag."""
     fields = [field for field in fields_of(options) if not {dict[str, Any], Any}.intersection(field.kinds)]
     flags = {name: f"--option {name}" for name in kinds_of(options)} | {f.name: f"--{f.flag}" for f in fields}
-    return [(f, in_flags(f.described, flags) + (" Repeat for several." if f.is_list else "")) for f in fields]
+    return [(f, in_flags(f.described, flags)) for f in fields]
 
 
 def _flags(task: str) -> list[inspect.Parameter]:
@@ -350,23 +355,23 @@ def _flags(task: str) -> list[inspect.Parameter]:
 
 # The options that `run` shows if no task is named; every other one has a hidden flag.
 _USUAL = {
-    "top_k": "How many answers.",
-    "targets": "fill-mask: a word to consider; repeat.",
-    "candidate_labels": "zero-shot-classification: a label; repeat.",
-    "max_new_tokens": "text-generation: most tokens to add.",
-    "temperature": "text-generation: below 1 is sharper.",
-    "seed": "text-generation: makes sampling repeatable.",
+    "top_k": "Number of answers. (default: fill-mask 5, text-ranking all, others 1)",
+    "targets": "fill-mask: consider only this word. (default: all words)",
+    "candidate_labels": "zero-shot-classification: a label to choose from. (required)",
+    "max_new_tokens": "text-generation: most tokens to generate. (default: 256)",
+    "temperature": "text-generation: lower values choose likelier tokens. (default: 0.7)",
+    "seed": "text-generation: random seed, which makes texts repeatable. (default: none)",
 }
 _TASKS_OPTIONS = {field.name: field for options in OPTIONS.values() for field, _ in _flagged(options)}
 
 run = _command(
-    """Run a task on texts: arguments, a file or standard input.
+    """Run a task on texts from arguments, a file or standard input.
 
     Tasks: fill-mask (the default without a model), text-classification, zero-shot-classification,
     token-classification (ner), question-answering, multiple-choice (a prompt, then choices), sentence-embedding,
     text-ranking (a query, then documents), feature-extraction, text-generation (which streams to a terminal),
-    text-scoring. With a model and no task, the model's own. `modernbert run --task TASK --help` lists the task's
-    options.
+    text-scoring. With a model, the default is the task that it was trained for. `modernbert run --task TASK --help`
+    lists the options of a task. An interrupted command that has --output continues where it was when it is run again.
 
     Example: modernbert run "The capital of France is [MASK]."
     """,
@@ -375,9 +380,9 @@ run = _command(
     (),
 )
 score = _command(
-    """Say how likely a decoder finds texts, a line each: log-likelihood, perplexity, bits a byte.
+    """Score texts by a decoder: log-likelihood (natural logarithm), tokens, perplexity per token, bits per byte.
 
-    A text over the model's context is read in windows that overlap.
+    A text that is longer than the model's context is read in windows that overlap.
 
     Example: modernbert score --file pages.jsonl --column text --stride 64
     """,
@@ -386,9 +391,9 @@ score = _command(
     ("task", "tokenizer", "question", "query", "options"),
 )
 embed = _command(
-    """Write a vector for each text: arguments, a file or standard input.
+    """Write a vector for each text, from arguments, a file or standard input.
 
-    With --skip-errors, a text that cannot be embedded has numbers that are NaN in .npy, and none elsewhere.
+    With --skip-errors, a text that cannot be embedded gets NaN in .npy, and its error message in other files.
 
     Example: modernbert embed --file texts.csv --column body --output vectors.npy
     """,

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from modernbert.checks import Options, option
+from modernbert.checks import Options, fields_of, option
 from modernbert.errors import InputError, shown
 
 logger = logging.getLogger(__name__)
@@ -27,40 +27,39 @@ class GenerationOptions(Options):
 
     max_length: int | None = option(
         None,
-        "Tokens of prompt and continuation together, padding columns of the prompt included; 1, which no prompt fits "
-        "under, asks for one new token.",
+        "Most tokens of prompt and continuation together, the prompt's padding included; 1 asks for one new token.",
         least=1,
     )
     max_new_tokens: int | None = option(
-        None, "Tokens of the continuation; 20 if max_length is not given either.", least=1
+        None, "Most tokens of the continuation.", least=1, otherwise="20, unless max_length is given"
     )
-    min_new_tokens: int = option(0, "An end of text is not taken before this many new tokens.", least=0)
-    do_sample: bool = option(False, "Draw tokens by their probability instead of taking the likeliest.")
-    temperature: float = option(1.0, "Scores are divided by it before drawing.", above=0)
-    top_k: int = option(50, "Draw among this many likeliest tokens; 0 among all.", least=0)
+    min_new_tokens: int = option(0, "Do not end a text before this many new tokens.", least=0)
+    do_sample: bool = option(False, "Draw tokens by their probability, instead of always taking the likeliest.")
+    temperature: float = option(1.0, "Divide scores by this; lower values draw likelier tokens.", above=0)
+    top_k: int = option(50, "Draw only among this many likeliest tokens; 0 means among all.", least=0)
     top_p: float = option(
-        1.0, "Draw among the fewest likeliest tokens whose probabilities sum to this or more.", above=0, most=1
+        1.0, "Draw only among the likeliest tokens whose probabilities together reach this.", above=0, most=1
     )
     min_p: float = option(
-        0.0, "Draw among tokens at least as likely as this share of the likeliest one's probability.", least=0, most=1
+        0.0, "Draw only among tokens with at least this share of the likeliest token's probability.", least=0, most=1
     )
     repetition_penalty: float = option(
-        1.0, "Scores of tokens that occur already are divided by it, or multiplied where negative.", above=0
+        1.0, "Divide the scores of tokens that occurred already by this; multiply negative ones.", above=0
     )
-    no_repeat_ngram_size: int = option(0, "No tokens in a row of this length occur twice; 0 allows all.", least=0)
-    num_beams: int = option(1, "Continuations that beam search follows; 1 follows one.", least=1)
+    no_repeat_ngram_size: int = option(0, "Never repeat a sequence of this many tokens; 0 allows it.", least=0)
+    num_beams: int = option(1, "Number of beams; 1 means no beam search.", least=1)
     length_penalty: float = option(
-        1.0, "A beam's score is its log-probability over its length to this power.", least=-100, most=100
+        1.0, "Divide a beam's log-probability by its length to this power.", least=-100, most=100
     )
     early_stopping: bool | str = option(
         False,
-        "True ends a beam search once num_beams beams are finished; False once none that runs scores better than those "
-        'as it is; "never" once none could.',
+        'End a beam search once num_beams beams are finished, even if an unfinished one scores better; "never" '
+        "continues until none can.",
         choices=("never",),
     )
-    num_return_sequences: int = option(1, "Continuations of each prompt.", least=1)
-    eos_token_id: tuple[int, ...] = option((), "Ids that end a text; empty never ends one.", least=0)
-    pad_token_id: int | None = option(None, "Fills up texts that are shorter than the longest one.", least=0)
+    num_return_sequences: int = option(1, "Number of continuations of each prompt.", least=1)
+    eos_token_id: tuple[int, ...] = option((), "Ids of the tokens that end a text.", least=0)
+    pad_token_id: int | None = option(None, "Id of the token that pads shorter texts.", least=0)
     stop_strings: tuple[str, ...] = option(
         (), "Strings that end a text once its continuation holds one; they stay in it."
     )
@@ -145,7 +144,7 @@ class GenerationOptions(Options):
 GenerationOptions.__doc__ = "\n".join(
     [
         "How to generate.\n\nArgs:",
-        *(f"    {field.name}: {field.metadata['help']}" for field in dataclasses.fields(GenerationOptions)),
+        *(f"    {field.name}: {field.described}" for field in fields_of(GenerationOptions)),
         "\nRaises:\n    InputError: an option is impossible.",
     ]
 )

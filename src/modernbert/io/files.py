@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -96,16 +97,29 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Let a finished folder `new` take the name of `folder`, which may exist; one of them is whole at any time.
+    """Let a finished folder `new` take the name of `folder`, which may exist; on Linux that is one step.
 
-    A process that is killed between the two steps leaves the old folder as `.NAME.previous`.
+    Elsewhere the old folder is renamed to `.NAME.previous` first, where a process that is killed then leaves it whole.
     """
-    previous = folder.with_name(f".{folder.name}.previous")
-    if folder.exists():
+    if not folder.exists():
+        new.rename(folder)
+    elif _exchanged(new, folder):
+        shutil.rmtree(new, ignore_errors=True)
+    else:
+        previous = folder.with_name(f".{folder.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
-    new.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+        new.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, if the system can: Linux's renameat2 with RENAME_EXCHANGE, from here."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return int(rename(-100, os.fsencode(one), -100, os.fsencode(other), 2)) == 0
 
 
 def parse_json(text: str | bytes) -> Any:

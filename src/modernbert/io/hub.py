@@ -109,9 +109,8 @@ class Source:
             if not isinstance(error, errors.LocalEntryNotFoundError) or self._is_known():
                 return None  # perhaps offline, and what is cached of the repository lacks just this file
             raise NotFoundError(
-                f"there is no folder {repository!r} on this disk, the model {repository} is not in the cache, and "
-                "local_files_only is set or the Hub cannot be reached; give a folder, or download it once with a "
-                "connection"
+                f"there is no folder {repository!r} on this disk, no such model in the cache, and the Hub cannot be "
+                "reached (or local_files_only is set); give a folder, or run this once with a connection to the Hub"
             ) from error
         except (errors.HfHubHTTPError, errors.HFValidationError) as error:
             missing = f"there is no folder {repository!r} on this disk and no such repository on the Hub"

@@ -100,7 +100,7 @@ def load_weights(
         model.requires_grad_(False)
     if missing:
         initialize(model, model.config, only=set(missing))
-        logger.warning("%s has no weights that fit %s; they are freshly initialised", origin, listed(missing, most=8))
+        logger.warning("%s has no weights for %s; they get random values", origin, listed(missing, most=8))
 
 
 def _match_names(model: Any, origin: str, names: Iterable[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:

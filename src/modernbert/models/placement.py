@@ -45,7 +45,7 @@ def resolve_device(device: Any) -> torch.device:
             return torch.device("cuda", device)
         if gpus:
             raise ValueError(f"device is {device}; this machine has GPUs 0 to {gpus - 1}")
-        logger.warning("device %d was asked for and this machine has no GPU; the CPU serves", device)
+        logger.warning("device %d was asked for and this machine has no GPU; the CPU is used", device)
         return torch.device("cpu")
     try:
         place = torch.device(device)

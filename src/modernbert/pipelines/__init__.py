@@ -72,20 +72,20 @@ def pipeline(
         model: a folder, a repository on the Hub, or a model, which is put in evaluation mode and needs `tokenizer`. If
             it is not given, a small model that comes with the package is used: an encoder for fill-mask,
             feature-extraction, sentence-embedding and text-ranking, a decoder for text-generation and text-scoring.
-        tokenizer: a tokenizer, or a folder or repository that holds one; the model's if it is not given.
-        device: such as "cpu", "cuda:0", or 0 for the first GPU. If it is not given, the CPU; a model that was handed
-            over stays where it is.
-        dtype: dtype of the weights, such as "bfloat16". If it is not given, or "auto", the checkpoint's.
+        tokenizer: a tokenizer, or a folder or repository that holds one. If it is not given, that of the model.
+        device: such as "cpu", "cuda:0", or 0 for the first GPU. If it is not given, the CPU is used; a loaded model
+            stays on its device.
+        dtype: dtype of the weights, such as "bfloat16". If it is not given, or "auto", that of the checkpoint is used.
         torch_dtype: older name of `dtype`.
         kwargs: `attn_implementation`, `device_map`, `quantization_config`, `revision`, `subfolder`, `cache_dir`,
-            `token` and `local_files_only`, as for `from_pretrained`; `batch_tokens` (tokens of a forward pass) or
-            `batch_size`; and options of the task, which become the defaults of its calls.
+            `token` and `local_files_only`, as for `from_pretrained`; `batch_tokens` (most tokens in a forward
+            pass: 4,096 on a CPU, 65,536 on a GPU) or `batch_size`; and options of the task, as defaults for its calls.
 
     Returns:
         The pipeline. Its class describes the inputs, options and answers of the task: `help(pipeline("fill-mask"))`.
 
     Raises:
-        InputError: the task is unknown, or an argument is of no use to it.
+        InputError: the task is unknown, or an argument has no meaning for it.
         NotFoundError, CheckpointError: the model cannot be found or loaded.
     """
     task = ALIASES.get(str(task), task)
@@ -105,8 +105,8 @@ def pipeline(
         model = small_model(small)
         if task in _COMPARING:
             logger.warning(
-                "no model is given, so the package's small encoder serves %s; it was trained to fill masks, never to "
-                "compare texts, and searches badly: name a model that was trained for this",
+                "no model is given, so %s uses the package's small encoder, which was trained to fill masks and not to "
+                "compare texts: results are poor; name a model that was trained for this",
                 task,
             )
         dtype = "float32" if dtype is None else dtype

@@ -205,19 +205,19 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
     def __call__(
         self, inputs: Any = None, *more: Any, on_error: str = "raise", progress: bool = False, **options: Any
     ) -> Any:
-        """Answer one input, or a list of inputs by a list, or any other iterable by an iterator.
+        """Answer one input, a list of inputs (with a list), or any other iterable (with an iterator).
 
-        A text is taken as it is: the line end of a file's line is a part of it, unless the caller takes it off.
+        A text is taken as it is: the line end of a file's line is a part of it, unless the caller removes it.
 
         Args:
             inputs: what the task takes; the fields of one input can be given as arguments instead.
             on_error: "raise" stops at the first input that cannot be answered, after the answers before it; "return"
-                gives the `InputError` instead of its answer and goes on.
+                gives the `InputError` instead of its answer and continues.
             progress: draw a progress bar on standard error.
             options: the task's own.
 
         Raises:
-            InputError: an input or an option cannot be served.
+            InputError: an input cannot be answered, or an option is not allowed.
         """
         if len(more) > (self.second is not None):
             raise TypeError(f"{self.task} takes {1 + (self.second is not None)} arguments without a name at the most")
@@ -406,7 +406,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             texts: strings.
             pairs: second texts.
             options: those of `TokenizeOptions`. `truncation` (True, or one of the tokenizer's ways to cut) cuts instead
-                of refusing; so does `max_length` by itself.
+                of refusing; so does `max_length` alone.
 
         Raises:
             InputError: a text is no string, or empty, or not Unicode, or too long.

@@ -36,7 +36,7 @@ class FeatureExtractionPipeline(Pipeline[FeatureExtractionOptions, Row, torch.Te
         more = dict(options.tokenize_kwargs)
         if options.truncation is not None:
             if "truncation" in more:
-                raise InputError("truncation is given twice, by itself and in tokenize_kwargs; give it once")
+                raise InputError("truncation is given twice, as an argument and in tokenize_kwargs; give it once")
             more["truncation"] = options.truncation
         how = TokenizeOptions.of(more, "tokenize_kwargs")
         return dataclasses.replace(options, tokenize_kwargs=vars(how) | {"padding": None}, truncation=None)

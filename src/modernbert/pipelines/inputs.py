@@ -61,9 +61,7 @@ def watched(inputs: Iterable[Any]) -> Iterator[Any]:
     for item in inputs:
         lines = lines + 1 if lines >= 0 and isinstance(item, str) and item.endswith("\n") else -1
         if lines == 2:
-            logger.warning(
-                "texts end with a line end, which is read as a part of them; line.rstrip('\\n') takes it off"
-            )
+            logger.warning("texts end with a line end, which is read as a part of them; line.rstrip('\\n') removes it")
         yield item
 
 

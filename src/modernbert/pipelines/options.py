@@ -14,7 +14,7 @@ _POOLINGS = ("cls", "mean", "max", "last", "weighted_mean", "mean_sqrt_len")
 
 
 def _truncation(default: bool | None = False, otherwise: str = "") -> Any:
-    said = "Cut texts that are longer than the model's context instead of refusing them; or how to cut pairs"
+    said = "Cut texts that are longer than the model's context, instead of refusing them; a name says how to cut pairs"
     return option(default, said, choices=_TRUNCATIONS, otherwise=otherwise)
 
 
@@ -23,9 +23,9 @@ class BatchOptions(Options):
     """How much is computed together; answers do not depend on it."""
 
     batch_tokens: int | None = option(
-        None, "Tokens of a forward pass.", least=1, otherwise="4,096 on a CPU, 65,536 on a GPU"
+        None, "Most tokens in a forward pass.", least=1, otherwise="4,096 on a CPU, 65,536 on a GPU"
     )
-    batch_size: int | None = option(None, "Most rows of a forward pass.", least=1, otherwise="as batch_tokens allow")
+    batch_size: int | None = option(None, "Most rows in a forward pass.", least=1, otherwise="no limit")
 
 
 _AS_LAYOUT = "yes for folders of sentence-transformers, no for others"
@@ -45,25 +45,24 @@ class TokenizeOptions(CuttingOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FillMaskOptions(Options):
-    top_k: int = option(5, "Answers for each mask.", least=1)
-    targets: list[str] | None = option(None, "The only words to consider.", otherwise="all", flag="target")
+    top_k: int = option(5, "Number of answers for each mask.", least=1)
+    targets: list[str] | None = option(None, "Consider only these words.", otherwise="all", flag="target")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextClassificationOptions(CuttingOptions):
     top_k: int | str | None = option(
         "best",
-        "Labels of a text, as a list with the best one first; None gives all of them.",
+        "Number of labels to give, as a list with the best first.",
         choices=("best",),
         least=1,
-        otherwise="the best one, by itself",
+        otherwise="the best one, not in a list",
     )
     function_to_apply: str | None = option(
         None,
-        "What makes scores of the model's logits",
+        "How the model's logits become scores",
         choices=("sigmoid", "softmax", "none"),
-        otherwise="softmax for several labels, sigmoid for one or where they do not exclude one another, none for "
-        "regression",
+        otherwise="softmax for several labels, sigmoid for one label or if several can apply, none for regression",
     )
 
 
@@ -72,8 +71,8 @@ class ZeroShotClassificationOptions(Options):
     candidate_labels: str | list[str] | None = option(
         None, "The labels to choose from; one string may hold several with commas between.", required=True, flag="label"
     )
-    hypothesis_template: str = option("This example is {}.", "Makes a sentence of a label, which stands for {}.")
-    multi_label: bool = option(False, "Score each label by itself, instead of sharing one probability among all.")
+    hypothesis_template: str = option("This example is {}.", "Sentence to test for each label, which replaces {}.")
+    multi_label: bool = option(False, "Score each label independently; otherwise scores add up to 1.")
     truncation: bool | str = _truncation()
 
 
@@ -81,18 +80,18 @@ class ZeroShotClassificationOptions(Options):
 class TokenClassificationOptions(Options):
     aggregation_strategy: str = option(
         "none",
-        "How tokens make entities. none: each token by itself; simple: neighbours with one label; first, average and "
-        "max: a word gets one label first, of its first token, of the mean of its tokens, or of the surest one",
+        "How tokens are joined to entities. none: not at all; simple: neighbours with the same label; first, average, "
+        "max: first each word gets one label, by its first token, its tokens' mean score, or its highest score",
         choices=("none", "simple", "first", "average", "max"),
     )
-    ignore_labels: list[str] = option(["O"], "Labels that are left out.")
+    ignore_labels: list[str] = option(["O"], "Labels to leave out of the answer.")
     is_split_into_words: bool = option(
-        False, "A text is a list of words; characters are counted in the words joined by the delimiter."
+        False, "Texts are lists of words; start and end are places in the words joined by delimiter."
     )
-    delimiter: str = option(" ", "What joins words.", otherwise="a space")
+    delimiter: str = option(" ", "Text between the words that is_split_into_words gives.", otherwise="a space")
     stride: int | None = option(
         None,
-        "Tokens that neighbouring windows of a long text share.",
+        "Tokens shared by neighbouring windows of a long text.",
         least=0,
         otherwise="128, at most a quarter of a window",
     )
@@ -100,16 +99,16 @@ class TokenClassificationOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionAnsweringOptions(Options):
-    top_k: int = option(1, "Answers to a question; several come as a list.", least=1)
+    top_k: int = option(1, "Number of answers to a question; several come as a list.", least=1)
     max_seq_len: int | None = option(
         None,
-        "Tokens of a window, question and special tokens included; a longer context is read in windows.",
+        "Longest window in tokens, the question included; a longer context is read in several.",
         least=1,
         otherwise="384, at most the model's context",
     )
     doc_stride: int | None = option(
         None,
-        "Tokens that neighbouring windows of a long context share.",
+        "Tokens shared by neighbouring windows of a long context.",
         least=0,
         otherwise="128, at most half a window",
     )
@@ -117,8 +116,8 @@ class QuestionAnsweringOptions(Options):
         None, "Longest question in tokens.", least=1, otherwise="what leaves room for the context"
     )
     max_answer_len: int = option(15, "Longest answer in tokens.", least=1)
-    handle_impossible_answer: bool = option(False, 'Let "" be an answer, scored by the first token.')
-    align_to_words: bool = option(True, "Widen an answer to whole words.")
+    handle_impossible_answer: bool = option(False, 'Allow the answer "", meaning that the context holds none.')
+    align_to_words: bool = option(True, "Extend answers to whole words.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +127,7 @@ class MultipleChoiceOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureExtractionOptions(Options):
-    return_tensors: bool | str = option(False, "Give a tensor instead of nested lists", choices=("pt",))
+    return_tensors: bool | str = option(False, "Return a tensor instead of nested lists", choices=("pt",))
     truncation: bool | str | None = _truncation(None, "no, but yes with a max_length in tokenize_kwargs")
     tokenize_kwargs: dict[str, Any] = option(
         {}, "A dict of truncation, max_length (in tokens) and add_special_tokens.", otherwise="none"
@@ -138,35 +137,30 @@ class FeatureExtractionOptions(Options):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentenceEmbeddingOptions(Options):
     prompt_name: str | None = option(
-        None, "Which of the checkpoint's prompts stands before a text, such as query.", otherwise="the checkpoint's own"
+        None, "Name of the checkpoint's prompt before each text, such as query.", otherwise="the checkpoint's own"
     )
-    prompt: str | None = option(None, "What stands before a text.", otherwise="as prompt_name says")
+    prompt: str | None = option(None, "Prompt before each text.", otherwise="that of prompt_name")
     pooling: str | None = option(
-        None,
-        "How a vector is made of the tokens' states",
-        choices=_POOLINGS,
-        otherwise="as the checkpoint says, or mean",
+        None, "How the tokens' states become one vector", choices=_POOLINGS, otherwise="the checkpoint's, or mean"
     )
     normalize: bool | None = option(
-        None, "Make vectors of length one.", otherwise="as the checkpoint says; yes with multi_vector"
+        None, "Scale vectors to length one.", otherwise="the checkpoint's setting; yes with multi_vector"
     )
     truncate_dim: int | None = option(
         None,
-        "Keep this many first dimensions, for checkpoints that were trained for it (Matryoshka).",
+        "Keep only this many dimensions, the first ones, for checkpoints trained for it (Matryoshka).",
         least=1,
-        otherwise="as the checkpoint says, or all",
+        otherwise="the checkpoint's, or all",
     )
     multi_vector: bool | None = option(
-        None,
-        "Give a vector of length one for every token (late interaction; see maxsim).",
-        otherwise="as the checkpoint",
+        None, "Return a vector of length one for every token (late interaction).", otherwise="the checkpoint's setting"
     )
     truncation: bool | str | None = _truncation(None, _AS_LAYOUT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RankingOptions(Options):
-    top_k: int | None = option(None, "How many documents to give.", least=1, otherwise="all")
+    top_k: int | None = option(None, "Number of documents to return, the best first.", least=1, otherwise="all")
     truncation: bool | str | None = _truncation(None, _AS_LAYOUT)
 
 
@@ -174,41 +168,41 @@ class RankingOptions(Options):
 class CrossEncoderOptions(RankingOptions):
     activation: str = option(
         "sigmoid",
-        "What makes scores of a cross-encoder's logits",
+        "How a cross-encoder's logits become scores",
         choices=("sigmoid", "none", "tanh"),
-        otherwise="as the checkpoint says, or sigmoid",
+        otherwise="the checkpoint's, or sigmoid",
     )
-    prompt: str = option("", "What stands before the query of a cross-encoder.", otherwise="as the checkpoint says")
+    prompt: str = option("", "Prompt before the query of a cross-encoder.", otherwise="the checkpoint's")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextScoringOptions(Options):
     max_length: int | None = option(
-        None, "Tokens of a window; a longer text is read in several.", least=2, otherwise="the model's context"
+        None, "Longest window in tokens; a longer text is read in several.", least=2, otherwise="the model's context"
     )
     stride: int | None = option(
-        None, "New tokens that each window after the first one scores.", least=1, otherwise="half a window"
+        None, "New tokens that each window after the first scores.", least=1, otherwise="half a window"
     )
     add_special_tokens: bool = option(True, "Add the special tokens around a text.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContinuationOptions(Options):
-    return_full_text: bool | None = option(None, "Give the prompt too, before what continues it.", otherwise="yes")
-    return_tensors: bool = option(False, "Give ids of tokens instead of text.")
+    return_full_text: bool | None = option(None, "Return the prompt too, before its continuation.", otherwise="yes")
+    return_tensors: bool = option(False, "Return the ids of tokens instead of text.")
     stop_sequence: str | list[str] | None = option(None, "The same as stop_strings.", otherwise="none")
     seed: int | None = option(
         None,
-        "Makes sampling repeatable: each text draws from a stream of its own, by the seed and its number.",
+        "Random seed; with it a text does not depend on the others of its batch.",
         least=0,
         most=2**32 - 1,
-        otherwise="PyTorch's own",
+        otherwise="none: texts differ each time",
     )
-    add_special_tokens: bool | None = option(None, "Give the prompt to the model with special tokens.", otherwise="yes")
+    add_special_tokens: bool | None = option(None, "Add the special tokens to the prompt.", otherwise="yes")
 
 
 _USUAL = {
-    "max_length": "no limit of its own",
+    "max_length": "not limited",
     "max_new_tokens": "256, at most to the end of the context",
     "do_sample": "yes",
     "temperature": "0.7",

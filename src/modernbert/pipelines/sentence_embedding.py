@@ -87,7 +87,7 @@ class EmbeddingPipeline(Pipeline[OptionsT, SpannedRow, torch.Tensor]):
         pipeline = super().load(model, tokenizer, **kwargs)
         if isinstance(model, str | Path) and not pipeline.model.is_layout:
             logger.info(
-                "%s says nothing of vectors: they are means of its states, good only if it was trained to compare them",
+                "%s has no settings for vectors, so they are means of its states, good only if trained to be compared",
                 model,
             )
         return pipeline
@@ -166,7 +166,7 @@ class ResolvedOptions(SentenceEmbeddingOptions):
 class SentenceEmbeddingPipeline(EmbeddingPipeline[ResolvedOptions]):
     """Vectors of texts.
 
-    Checkpoints in sentence-transformers' layout give that library's numbers; a bare encoder is pooled by the mean.
+    Checkpoints in sentence-transformers' layout give that library's numbers; a bare encoder uses mean pooling.
 
     A call takes a text, a dict {"text", "spans"}, a list of these or an iterable of them. With `spans`, pairs of
     characters [start, end) of the text, the whole text is read in one pass and each span gets a vector of its own
@@ -312,8 +312,8 @@ def _check_head(model: str | Path, source: Source) -> None:
         )
     if kind in TRAINED_HEADS:
         logger.warning(
-            "%s is a model for %s; its head is left out, and vectors are means of its body's states, which it was not "
-            "trained to compare",
+            "%s is a model for %s; its head is not used, and vectors are means of its encoder's states, which it was "
+            "not trained to compare",
             model,
             kind,
         )

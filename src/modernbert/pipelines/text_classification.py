@@ -42,7 +42,7 @@ class TextClassificationPipeline(ClassifierPipeline[TextClassificationOptions]):
 
     A call takes a text, a pair as {"text", "text_pair"}, a list of these or an iterable of them.
 
-    For each text it gives {"label", "score"}; with `top_k`, a list of them, best first. One text by itself and
+    For each text it gives {"label", "score"}; with `top_k`, a list of them, best first (all with None). A single text
     without `top_k` gives a list of one, as in transformers.
     """
 

@@ -1,4 +1,4 @@
-"""text-generation: texts that go on from prompts."""
+"""text-generation: continuations of prompts."""
 
 from __future__ import annotations
 

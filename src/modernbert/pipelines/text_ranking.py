@@ -161,7 +161,7 @@ class CrossEncoderRanking(TextRankingPipeline[CrossEncoderOptions, Row], Classif
 
 
 class EmbeddingRanking(TextRankingPipeline[RankingOptions, SpannedRow], EmbeddingPipeline[RankingOptions]):
-    """Ranks by the likeness of vectors."""
+    """Ranks by the similarity of vectors."""
 
     needs = "a classifier with one label, which reads query and document together, or an encoder, which makes vectors"
     options = RankingOptions

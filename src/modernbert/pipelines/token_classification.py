@@ -61,8 +61,8 @@ class TokenClassificationPipeline(Pipeline[ResolvedOptions, Window, Scores]):
 
     For each text it gives a list of {"entity", "score", "index", "word", "start", "end"}, or of {"entity_group",
     "score", "word", "start", "end"}; "start" and "end" are characters of the text. One list of words gives a list of
-    one answer, as in transformers. Of entities that overlap between two windows the longer one stays, then the surer
-    one; of single tokens the one farther from its window's edge.
+    one answer, as in transformers. Of entities that overlap between two windows the longer one stays, then the more
+    probable one; of single tokens the one farther from its window's edge.
     """
 
     task = "token-classification"
@@ -224,7 +224,7 @@ def _parts(label: str) -> tuple[bool, str]:
 
 
 def _merged_entities(entities: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entities of several windows: of those that overlap, the longest stays, then the surest."""
+    """Entities of several windows: of those that overlap, the longest stays, then the most probable."""
     out: list[dict[str, Any]] = []
     for entity in sorted(entities, key=lambda e: e["start"]):
         if not out or entity["start"] >= out[-1]["end"]:

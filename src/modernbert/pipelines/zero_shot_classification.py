@@ -34,7 +34,7 @@ class ZeroShotClassificationPipeline(ClassifierPipeline[ZeroShotClassificationOp
         if not self._entailing and self.model.config.num_labels > 1:
             logger.warning(
                 "the model's labels are %s and none begins with 'entail': it was not trained on entailment, and the "
-                "scores of its last label, which are taken, mean little",
+                "scores, which are those of its last label, mean little",
                 listed(self.model.config.label2id),
             )
 

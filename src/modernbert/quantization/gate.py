@@ -1,4 +1,4 @@
-"""Quantizing a model, and measuring what it costs before it is let in.
+"""Quantizing a model, and measuring what that costs before it is accepted.
 
 Every weight is rounded; then the quantized model reads texts beside the float one. Where its states stray too far, the
 weights whose errors weigh most are rounded more finely, and it reads again. Where that does not suffice, nothing is
@@ -95,21 +95,21 @@ def quantize(
     texts: Sequence[str] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Any:
-    """Quantize a model in place, and measure what it costs.
+    """Quantize a model in place, and measure how much accuracy that costs.
 
     Args:
-        model: of any class of this package, on the CPU; or a `SentenceEncoder`, whose encoder is meant.
+        model: of any class of this package, on the CPU; of a `SentenceEncoder`, the encoder is quantized.
         quantization_config: "int8", "int4", "int8-weight-only", "int4-weight-only", or a `QuantizationConfig`.
-        tokenizer: of the model; without it the model is measured on ids drawn at random, which says less.
-        texts: such as it will read; a few thousand tokens suffice. None takes those that come with the package.
-        report: called with a line about each step; None logs it.
+        tokenizer: that of the model; without it the model is measured on random ids, which says less.
+        texts: like those that the model will read; a few thousand tokens suffice. By default those of the package.
+        report: called with a line about each step; by default lines are logged.
 
     Returns:
-        The model. `model.quantization` says what was measured.
+        The model. `model.quantization` has what was measured.
 
     Raises:
-        QuantizationError: the cosine that is asked for is out of reach; the model is as it was.
-        InputError, ValueError: it is quantized already, or not on the CPU, or the texts hold nothing.
+        QuantizationError: the wanted cosine cannot be reached; the model is left unchanged.
+        InputError, ValueError: it is quantized already or not on the CPU, or there is no text.
     """
     if not isinstance(model, PreTrainedModel | SentenceEncoder):
         raise InputError(f"model is a {type(model).__name__}; give a model of this package, such as AutoModel loads")

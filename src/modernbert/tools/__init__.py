@@ -5,26 +5,16 @@ Names are imported when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from modernbert.lazy import exports
 
 _EXPORTS = {
-    "Attribution": "attribution",
-    "AttentionMap": "attention",
-    "attention_of": "attention",
-    "attribute": "attribution",
-    "checkpoint_info": "info",
-    "draw_attention": "attention",
-    "draw_attribution": "attribution",
+    "Attribution": "tools.attribution",
+    "AttentionMap": "tools.attention",
+    "attention_of": "tools.attention",
+    "attribute": "tools.attribution",
+    "checkpoint_info": "tools.info",
+    "draw_attention": "tools.attention",
+    "draw_attribution": "tools.attribution",
 }
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = exports(__name__, _EXPORTS)
+__all__ = __dir__()

@@ -86,7 +86,7 @@ def lengths_of(workload: str) -> list[int]:
         return [int(m[2])] * int(m[1])
     m = re.fullmatch(r"(var|long)(\d+)(?::(\d+))?", workload)
     if not m or not int(m[2]):
-        raise InputError(f"workload is {workload!r}; give NxL, varN, varN:SEED, longN or longN:SEED")
+        raise InputError(f"the batch {workload!r} is unknown; give NxL, varN, varN:SEED, longN or longN:SEED")
     mean, deviation, low, high = (4.6, 0.9, 8, 512) if m[1] == "var" else (6.5, 1.2, 64, 8192)
     generator = torch.Generator().manual_seed(int(m[3] or 0))
     drawn = torch.randn(int(m[2]), generator=generator, dtype=torch.float64)

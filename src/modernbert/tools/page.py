@@ -14,12 +14,21 @@ from modernbert.errors import InputError
 from modernbert.text.tokenizer import Tokenizer
 
 
+def page(title: str, content: str) -> str:
+    """A page with this title; `content` goes on from the style sheet in the head to the end."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n{content}"
+    )
+
+
 def filled(template: str, title: str, data: dict[str, Any]) -> str:
     """The template of this name with a title, and with plain values that its script reads."""
     text = (files("modernbert.tools") / template).read_text(encoding="utf-8")
     # "<" could end the script that the data stands in.
     literal = json.dumps(data, ensure_ascii=True).replace("<", "\\u003c")
-    return text.replace("{{title}}", html.escape(title)).replace("{{data}}", literal)
+    return page(title, text.replace("{{title}}", html.escape(title)).replace("{{data}}", literal))
 
 
 def encoded(tokenizer: Tokenizer, text: Any, longest: int) -> tuple[Encoding, list[str]]:

@@ -5,8 +5,7 @@ Names are imported when they are first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from modernbert.lazy import exports
 
 _EXPORTS = {
     "FinetuneOptions": "training.tasks.options",
@@ -31,14 +30,5 @@ _EXPORTS = {
     "pretrain": "training.pretraining.run",
     "train_tokenizer": "training.pretraining.train_tokenizer",
 }
-__all__ = sorted(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"modernbert.{_EXPORTS[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__ = exports(__name__, _EXPORTS)
+__all__ = __dir__()

@@ -37,8 +37,8 @@ def resumable(output: Path) -> str:
     """What an interrupted run can continue from, in words."""
     found = checkpoints(output)
     if not found:
-        return "nothing is saved yet: resume=True starts it from its beginning"
-    return f"{found[-1]} is saved: go on from it with resume=True"
+        return "nothing is saved yet; resume=True starts from the beginning"
+    return f"{found[-1]} is saved; resume=True continues from it"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -154,7 +154,7 @@ def set_damaged_aside(output: Path, last: Path) -> None:
             aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-            logger.warning("%s; it is renamed to %s, and the run goes on from %s", damage, aside.name, last)
+            logger.warning("%s; it is renamed to %s, and the run continues from %s", damage, aside.name, last)
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
@@ -163,10 +163,10 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any] | None, str]:
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(about, dict) or not set(about) >= _REMEMBERED:
-            raise ValueError("it does not hold what a run remembers")
+            raise ValueError("it lacks the state of the run")
         tensors = sorted(checkpoint.glob("*.safetensors"))
         if len(tensors) < 1 + (tensors[:1] == [checkpoint / STATE]):
-            raise ValueError("it stands there without its weights")
+            raise ValueError("it lacks its weights")
         for path in tensors:
             with safe_open(path, framework="pt"):
                 pass

@@ -102,6 +102,7 @@ class StepPlan:
         return [order[i : i + size].tolist() for i in range(0, len(order), size)]
 
     def steps(self, epochs: float) -> int:
+        """How many steps so many epochs have."""
         whole, rest = int(epochs), epochs - int(epochs)
         if self.batch_tokens is None:
             return round(epochs * -(-len(self.lengths) // self.batch_size))

@@ -56,21 +56,22 @@ def finetune(
     """Fine-tune a model for a task.
 
     Args:
-        task: such as "text-classification"; `modernbert.training.tasks.options.OPTIONS` has them all.
+        task: "text-classification", "token-classification", "question-answering", "multiple-choice", "masked-lm",
+            "causal-lm", "sentence-embedding" or "text-ranking".
         train: what to train on: a path or a list of paths, a list of dicts, or a dataset of the `datasets` library.
         eval: what to evaluate on, likewise; if not given, a share of the training rows.
         output: folder of the run. It gets checkpoints, `metrics.jsonl`, `run.yaml`, and at the end the model, its
             tokenizer, `results.json`, `predictions.jsonl` and `report.html`.
         model: folder or Hub repository; if not given, the small encoder or decoder of this package.
-        config: a YAML file of options; those that are given here count more.
+        config: a YAML file of options; arguments override it.
         resume: continue from the last checkpoint under `output`, with its options.
         progress: draw progress on standard error.
-        say: takes a line about the data; standard error if not given and `progress` is drawn, else the log.
-        options: the task's; see its class in `modernbert.training.tasks.options`.
+        say: called with each line about the run; by default they are printed with `progress`, and logged without it.
+        options: the task's, such as `epochs=3`; `modernbert finetune TASK --help` describes them, as flags.
 
     Raises:
         InputError: an option is impossible, the data is unsuitable, or the folder is in use.
-        DivergedError: the loss is no number.
+        DivergedError: the loss is NaN or infinite.
         OSError: a file cannot be read or written.
     """
     if task not in OPTIONS:
@@ -98,7 +99,7 @@ def finetune(
             layers, width = loaded.config.num_hidden_layers, loaded.config.hidden_size
             run.say(
                 f"learning rate {run.options.lr:g}, for {layers} layers of width {width} ({run.options.base_lr:g} at "
-                "base size, 22 of 768); lr=RATE takes another"
+                "base size, 22 layers of 768); lr=RATE sets another"
             )
         size = sum(p.numel() for p in loaded.parameters()) / 1e6
         tokens = sum(example.tokens for example in examples)

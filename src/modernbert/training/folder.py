@@ -75,7 +75,7 @@ def changes_of(folder: Path, task: str, options: TrainingOptions, say: Callable[
         say(f"there is no run in {folder} yet; starting one")
         return []
     if not checkpoints(folder):
-        say(f"the run in {folder} has saved nothing yet; starting it from its beginning")
+        say(f"the run in {folder} has saved nothing yet; starting it from the beginning")
         return []
     lines = (folder / SETTINGS).read_text(encoding="utf-8").splitlines()
     changes = [line.removeprefix("# ") for line in lines if line.startswith(_CHANGE)]
@@ -115,7 +115,7 @@ def opened(folder: Path, resume: bool) -> Iterator[None]:
         files = [name for name in found if not name.startswith(".")]
         if files and not resume:
             raise InputError(
-                f"output is {folder}, which holds {files[0]}; name another folder, or go on with its run: resume=True"
+                f"output is {folder}, which holds {files[0]}; name another folder, or continue its run with resume=True"
             )
         if files and SETTINGS not in files:
             raise InputError(f"output is {folder}, which holds {files[0]} and no run to resume; name another folder")

@@ -37,48 +37,39 @@ class TrainingOptions(Options):
 
     base_lr: ClassVar[float] = 5e-5
 
-    output: str = option(
-        "", "Folder of the run: metrics, checkpoints, the finished model and its report.", required=True
-    )
-    epochs: float = option(3.0, "Passes over the training data.", above=0)
-    max_steps: int | None = option(None, "Optimizer steps, instead of epochs.", least=1, otherwise="as epochs say")
-    micro_tokens: int = option(8192, "Tokens of a forward pass; a larger step accumulates gradients.", least=1)
-    lr: float | None = option(None, "Peak learning rate.", least=0, otherwise="by the model's size: 5e-05 at base size")
+    output: str = option("", "Folder for metrics, checkpoints, the finished model and its report.", required=True)
+    epochs: float = option(3.0, "Number of passes over the training data.", above=0)
+    max_steps: int | None = option(None, "Optimizer steps, instead of epochs.", least=1, otherwise="set by epochs")
+    micro_tokens: int = option(8192, "Most tokens in a forward pass; larger steps accumulate gradients.", least=1)
+    lr: float | None = option(None, "Peak learning rate.", least=0, otherwise="by the model's size; 5e-05 at base size")
     optimizer: str = option("stableadamw", "Optimizer.", choices=OPTIMIZERS)
-    weight_decay: float = option(8e-6, "Decoupled weight decay of matrices.", least=0)
+    weight_decay: float = option(8e-6, "Decoupled weight decay of weight matrices.", least=0)
     beta1: float = option(0.9, "Decay of the running mean of gradients.", least=0, below=1)
     beta2: float = option(0.98, "Decay of the running variance of gradients.", least=0, below=1)
-    eps: float = option(1e-6, "Added to the root of the variance.", above=0)
+    eps: float = option(1e-6, "Added to the square root of the variance.", above=0)
     schedule: str = option(
-        "linear", "Shape of the learning rate; wsd is warm-up, constant, 1 - sqrt.", choices=SCHEDULES
+        "linear", "Shape of the learning rate; wsd is warmup, constant, 1 - sqrt.", choices=SCHEDULES
     )
-    warmup: float = option(0.06, "Share of the steps in which the rate rises.", least=0, most=1)
-    decay: float = option(0.2, "wsd: share of the steps, the last ones, in which the rate falls.", least=0, most=1)
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 leaves them.", least=0)
-    layer_decay: float = option(1.0, "Learning rate of each layer as a share of the layer's above it.", above=0, most=1)
-    freeze_embeddings: bool = option(False, "Leave the token embeddings as they are.")
-    freeze_layers: int = option(0, "Leave this many layers, from the first on, and the embeddings unchanged.", least=0)
-    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass: less memory.")
+    warmup: float = option(0.06, "Share of the steps, 0 to 1, in which the learning rate rises.", least=0, most=1)
+    decay: float = option(0.2, "wsd: share of the steps, at the end, in which the rate falls.", least=0, most=1)
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0 does not.", least=0)
+    layer_decay: float = option(1.0, "Learning rate of a layer, as a share of the next one's.", above=0, most=1)
+    freeze_embeddings: bool = option(False, "Do not train the token embeddings.")
+    freeze_layers: int = option(0, "Do not train the embeddings and this many layers, the first ones.", least=0)
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass, to save memory.")
     activation_memory: float | None = option(
-        None,
-        "GiB of activations to keep for the backward pass; layers past it are computed again.",
-        least=0,
-        otherwise="all",
+        None, "GiB of activations to keep for the backward pass; other layers are recomputed.", least=0, otherwise="all"
     )
     precision: str = option("auto", "Type of products; auto is bfloat16 if the device has it.", choices=PRECISIONS)
-    seed: int = option(0, "Seed of new weights, order, masks and dropout.", least=0)
+    seed: int = option(0, "Random seed of new weights, order, masks and dropout.", least=0)
     eval_every: int | None = option(None, "Steps between evaluations.", least=1, otherwise="an epoch")
-    save_every: int | None = option(None, "Steps between checkpoints.", least=1, otherwise="as between evaluations")
+    save_every: int | None = option(None, "Steps between checkpoints.", least=1, otherwise="eval_every")
     patience: int | None = option(
-        None, "Stop after this many evaluations without a better one.", least=1, otherwise="never"
+        None, "Stop after this many evaluations without improvement.", least=1, otherwise="never"
     )
-    keep_best: bool = option(True, "Finish with the weights of the best evaluation, not the last.")
-    tracker: list[str] = option(
-        [], "Trackers of Accelerate that follow the run, such as tensorboard; repeat.", otherwise="none"
-    )
-    device: str | None = option(
-        None, "Where to train.", choices=("cpu",), otherwise="what Accelerate finds, a GPU first"
-    )
+    keep_best: bool = option(True, "Finish with the weights of the best evaluation, not of the last.")
+    tracker: list[str] = option([], "Trackers of Accelerate, such as tensorboard.", otherwise="none")
+    device: str | None = option(None, "Device to train on.", choices=("cpu",), otherwise="a GPU if there is one")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ import torch
 
 from modernbert import __version__
 from modernbert.io.files import write_text
+from modernbert.tools.page import page
 from modernbert.training.chart import Line, centred_mean, draw_lines
 from modernbert.training.contract import Evaluation, Outcome
 from modernbert.training.folder import METRICS, RESULTS
@@ -125,8 +126,9 @@ def _page(
     evaluations = [row for row in history if any(name.startswith("eval_") for name in row)]
     first = evaluations[0] if evaluations else {}
     chosen, left = _options(options)
-    return environment.from_string(template).render(
-        title=f"{task}: {folder.name}",
+    title = f"{task}: {folder.name}"
+    content = environment.from_string(template).render(
+        title=title,
         results=results,
         about=_about(results, history, options),
         meaning=_meaning,
@@ -139,6 +141,7 @@ def _page(
         errors=[] if evaluation is None else evaluation.errors,
         **_confusion(evaluation),
     )
+    return page(title, content)
 
 
 def _about(results: dict[str, Any], history: list[dict[str, Any]], options: TrainingOptions) -> dict[str, str]:

@@ -18,7 +18,6 @@ FLAGS += ["-DIMITATE_BF16"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
 def test_kernels_under_sanitizers(tmp_path):
     probe = tmp_path / "probe.c"

@@ -9,6 +9,7 @@ from modernbert.engines.gpu.runner import GpuLayers
 from modernbert.nn.attention import choose_backend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.packing import Packing
+from tests.conftest import IDS
 
 pytestmark = pytest.mark.gpu
 REACHES = [(None, None), (None, 0), (64, 64), (63, 0)]
@@ -26,8 +27,7 @@ def texts(lengths, vocabulary=2048, seed=0):
 
 
 def config_of(**changes):
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
-    return {**WIDE, **ids, **changes}
+    return {**WIDE, **IDS, **changes}
 
 
 def error(got, wanted):
@@ -156,13 +156,18 @@ def test_gradients_in_bfloat16_are_no_further_than_transformers(card, peers):
     assert error(found[1], found[0]) <= 1.1 * error(found[2], found[0])
 
 
+def decoders(card):
+    """The same decoder on the CPU, and optimized on the card."""
+    config = modernbert.ModernBertDecoderConfig(**config_of(initializer_range=0.1))
+    plain, fast = (modernbert.ModernBertDecoderForCausalLM(config).eval() for _ in range(2))
+    fast.load_state_dict(plain.state_dict())
+    return plain, fast.to(card).optimize_for_inference()
+
+
 def test_texts_that_end_one_by_one_leave_the_others_as_they_were(card):
     """Seven texts, then six and fewer, in the bucket of eight, where what ended frees its memory."""
-    config = modernbert.ModernBertDecoderConfig(**config_of(initializer_range=0.1))
-    plain = modernbert.ModernBertDecoderForCausalLM(config).eval().to(card)
-    fast = modernbert.ModernBertDecoderForCausalLM(config).eval()
-    fast.load_state_dict(plain.state_dict())
-    fast.to(card).optimize_for_inference()
+    plain, fast = decoders(card)
+    plain.to(card)
     prompts = torch.randint(10, 2000, (7, 20), device=card)
     ends = torch.bincount(plain.generate(prompts, max_new_tokens=8, eos_token_id=[])[:, 20:].flatten()).argsort()
     options = {"max_new_tokens": 40, "eos_token_id": ends[-6:].tolist(), "pad_token_id": 0}
@@ -172,11 +177,7 @@ def test_texts_that_end_one_by_one_leave_the_others_as_they_were(card):
 
 
 def test_generation_takes_the_tokens_that_a_cpu_takes(card):
-    config = modernbert.ModernBertDecoderConfig(**config_of(initializer_range=0.1))
-    plain = modernbert.ModernBertDecoderForCausalLM(config).eval()
-    fast = modernbert.ModernBertDecoderForCausalLM(config).eval()
-    fast.load_state_dict(plain.state_dict())
-    fast.to(card).optimize_for_inference()
+    plain, fast = decoders(card)
     prompts = torch.randint(10, 2000, (5, 40))
     mask = torch.ones_like(prompts)
     mask[1, 25:] = mask[3, 1:] = 0

@@ -14,12 +14,12 @@ from modernbert.engines.gpu.runner import GpuLayers
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.packing import Packing
+from tests.conftest import SMALL, padded_batch, with_biases
 
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 TINY = {
-    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "local_attention": 8, "pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2,
-    "sep_token_id": 2, "initializer_range": 0.3, "max_position_embeddings": 64,
+    **SMALL, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "local_attention": 8, "initializer_range": 0.3, "max_position_embeddings": 64,
 }  # fmt: skip
 BIASED = {"attention_bias": True, "mlp_bias": True, "norm_bias": True, "decoder_bias": True}
 PARTIAL = {"full_attention": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
@@ -57,11 +57,7 @@ def eager_kernel(monkeypatch):
 def pair(place, cls=ModernBertForMaskedLM, implementation="sdpa", **changes):
     """A model as it is, and optimized by the kernels."""
     config = cls.config_class(**{**TINY, **changes})
-    plain = cls(config, "sdpa").eval().to(place)
-    with torch.no_grad():
-        for name, parameter in plain.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
+    plain = with_biases(cls(config, "sdpa").eval().to(place), std=0.3)
     fast = cls(config, implementation).eval().to(place)
     fast.load_state_dict(plain.state_dict())
     fast.optimize_for_inference()
@@ -70,11 +66,7 @@ def pair(place, cls=ModernBertForMaskedLM, implementation="sdpa", **changes):
 
 
 def batch(place, lengths=(20, 13, 5), side="right"):
-    ids = torch.randint(3, 40, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
-    mask = torch.zeros_like(ids)
-    for row, length in zip(mask, lengths, strict=True):
-        row[:length] = 1
-    mask = mask if side == "right" else mask.flip(1)
+    ids, mask = padded_batch(lengths, side)
     return ids.to(place), mask.to(place)
 
 

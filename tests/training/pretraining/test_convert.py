@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import modernbert
 from modernbert import AutoTokenizer, ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification
-from modernbert.cli import main
 from modernbert.errors import CheckpointError
 from modernbert.training.pretraining.convert import configuration, convert
+from tests.commands import called
 from tests.conftest import SMALL
 
 # A configuration as the original trainer writes it, of a small model with ModernBERT's architecture.
@@ -73,14 +73,11 @@ def saved(tmp_path, tokenizer):
 
 def test_a_composer_checkpoint_becomes_a_folder(saved, tokenizer, tmp_path, capsys):
     model, path = saved
-    with pytest.raises(SystemExit) as end:
-        main(["convert", str(path), "--output", str(tmp_path / "made")])
-    assert end.value.code == 2
-    assert "is a pickle" in capsys.readouterr().err
+    code, _, err = called(capsys, "convert", path, "--output", tmp_path / "made")
+    assert code == 2
+    assert "is a pickle" in err
     assert not (tmp_path / "made").exists()
-    with pytest.raises(SystemExit) as end:
-        main(["convert", str(path), "--output", str(tmp_path / "made"), "--allow-pickle"])
-    assert not end.value.code, capsys.readouterr().err
+    assert called(capsys, "convert", path, "--output", tmp_path / "made", "--allow-pickle")[0] == 0
     made = ModernBertForMaskedLM.from_pretrained(tmp_path / "made")
     ids = torch.randint(3, 90, (2, 60))
     assert torch.equal(made(ids).logits, model(ids).logits)

@@ -68,15 +68,6 @@ def test_a_decoder_says_all_tokens_of_a_text_but_the_first(tokenizer):
     assert tokenizer.encode("a").ids[-1] == sep
 
 
-def test_texts_of_a_pass_do_not_see_each_other(documents, tokenizer):
-    corpus = Cutter(tokenizer, 32).corpus(documents[:3])
-    batch = MaskedLM(tokenizer, 0.3).batch([corpus[i] for i in range(9)], range(9))
-    model = small().eval()
-    end = int(batch["cu_seqlens"][1])
-    together = model(batch["input_ids"], cu_seqlens=batch["cu_seqlens"]).logits[:end]
-    assert torch.equal(model(batch["input_ids"][None, :end]).logits[0], together)
-
-
 def test_evaluation_counts_what_is_right(documents, tokenizer):
     """A model that always gives one token is right as often as that token is hidden."""
     corpus = Cutter(tokenizer, 32).corpus(documents)

@@ -1,24 +1,30 @@
 """Two processes on the CPU (gloo): replicated and sharded runs, their checkpoints, and what a lost one leaves."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from modernbert import AutoModelForMaskedLM
-from modernbert.cli import main
 from modernbert.errors import CheckpointError, InputError
 from modernbert.training.checkpoints import checkpoints
 from modernbert.training.pretraining.convert import convert
 from modernbert.training.pretraining.run import pretrain
+from tests.commands import called
+from tests.training.runs import (
+    PROGRAM,
+    TWO_PROCESSES,
+    assert_close_by_name,
+    finish,
+    history,
+    wait_for_steps,
+    weights_of,
+)
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "modernbert"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ["--hidden-size", "32", "--intermediate-size", "48", "--layers", "2", "--heads", "2", "--batch-tokens", "512",
          "--micro-tokens", "128", "--max-steps", "12", "--save-every", "4", "--eval-every", "6", "--lr", "3e-3",
          "--weight-decay", "0.1", "--initializer-range", "0.1", "--precision", "float32"]  # fmt: skip
@@ -35,41 +41,26 @@ def command(prepared, output, *more):
     return ["pretrain", "--data", str(prepared), "--output", str(output), *flags, *others]
 
 
-def launched(*arguments):
-    done = subprocess.run([*LAUNCH, *map(str, arguments)], capture_output=True, text=True, env=one_thread())
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def alone(*arguments):
-    """In this process."""
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    assert not end.value.code
-
-
-def one_thread():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def launch(*arguments):
+    finish([*TWO_PROCESSES, "modernbert"], *arguments)
 
 
 def losses(folder, name="loss"):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row[name] for row in rows if name in row]
+    return [row[name] for row in history(folder) if name in row]
 
 
 def close(folder, other):
     one, two = (load_file(place / "model.safetensors") for place in (folder, other))
     assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], rtol=0, atol=2e-4, msg=lambda said, name=name: f"{name}: {said}")
+    assert_close_by_name(two, one, 2e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["stableadamw", "muon"])
-def test_two_processes_train_as_one(optimizer, prepared, tmp_path):
+def test_two_processes_train_as_one(optimizer, prepared, tmp_path, capsys):
     """Replicated and sharded, with a tracker, whose end is not that of the processes' group."""
-    alone(*command(prepared, tmp_path / "one", "--optimizer", optimizer))
-    launched(*command(prepared, tmp_path / "two", "--optimizer", optimizer))
-    launched(*command(prepared, tmp_path / "parts", "--optimizer", optimizer, "--shard", "--tracker", "tensorboard"))
+    called(capsys, *command(prepared, tmp_path / "one", "--optimizer", optimizer))
+    launch(*command(prepared, tmp_path / "two", "--optimizer", optimizer))
+    launch(*command(prepared, tmp_path / "parts", "--optimizer", optimizer, "--shard", "--tracker", "tensorboard"))
     one = losses(tmp_path / "one")
     for name in ("two", "parts"):
         assert losses(tmp_path / name) == pytest.approx(one, rel=1e-4), name
@@ -78,37 +69,34 @@ def test_two_processes_train_as_one(optimizer, prepared, tmp_path):
         close(tmp_path / "one", tmp_path / name)
 
 
-def test_a_process_without_a_text_takes_part_all_the_same(prepared, tmp_path):
+def test_a_process_without_a_text_takes_part_all_the_same(prepared, tmp_path, capsys):
     """Steps of three texts, a pass each, on two sharded processes."""
     few = ["--micro-tokens", "32", "--batch-tokens", "96", "--max-steps", "6"]
-    alone(*command(prepared, tmp_path / "one", *few))
-    launched(*command(prepared, tmp_path / "two", *few, "--shard"))
+    called(capsys, *command(prepared, tmp_path / "one", *few))
+    launch(*command(prepared, tmp_path / "two", *few, "--shard"))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     close(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_sharded_checkpoint_resumes_and_becomes_one_folder(prepared, tmp_path, capsys):
-    launched(*command(prepared, tmp_path / "whole", "--shard"))
+    launch(*command(prepared, tmp_path / "whole", "--shard"))
     checkpoint = tmp_path / "whole" / "checkpoint-12"
     names = sorted(path.name for path in checkpoint.iterdir())
     assert names == ["config.json", "shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors",
                      "tokenizer.json", "tokenizer_config.json", "trainer.json"]  # fmt: skip
     sizes = [(checkpoint / name).stat().st_size for name in names if name.startswith("shard")]
     assert max(sizes) < 1.1 * min(sizes)
-    with pytest.raises(SystemExit) as end:
-        main(["convert", str(checkpoint), "--output", str(tmp_path / "converted")])
-    assert not end.value.code, capsys.readouterr().err
-    made = (tmp_path / "converted" / "model.safetensors").read_bytes()
-    assert made == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert called(capsys, "convert", checkpoint, "--output", tmp_path / "converted")[0] == 0
+    assert weights_of(tmp_path / "converted") == weights_of(tmp_path / "whole")
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "converted").num_parameters() > 10_000
     with pytest.raises(InputError, match="exists"):
         convert(checkpoint, tmp_path / "converted")
     with pytest.raises(CheckpointError, match="holds no shard"):
         convert(tmp_path / "whole", tmp_path / "again")
 
-    launched(*command(prepared, tmp_path / "cut", "--shard", "--max-steps", "8", "--schedule", "constant"))
-    launched(*command(prepared, tmp_path / "uncut", "--shard", "--schedule", "constant"))
-    launched(*command(prepared, tmp_path / "cut", "--shard", "--schedule", "constant"), "--resume")
+    launch(*command(prepared, tmp_path / "cut", "--shard", "--max-steps", "8", "--schedule", "constant"))
+    launch(*command(prepared, tmp_path / "uncut", "--shard", "--schedule", "constant"))
+    launch(*command(prepared, tmp_path / "cut", "--shard", "--schedule", "constant"), "--resume")
     cut, uncut = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "uncut"))
     assert all(torch.equal(value, uncut[name]) for name, value in cut.items())
     (tmp_path / "cut" / "checkpoint-12" / "shard-00001-of-00002.safetensors").unlink()
@@ -125,22 +113,15 @@ def test_sharding_needs_processes(prepared, tmp_path):
 def test_a_lost_process_ends_the_run_with_a_word_and_a_checkpoint(victim, optimizer, prepared, tmp_path):
     """Processes are started one by one, as on two machines, so that nothing but the run itself notices."""
     output = tmp_path / "run"
-    environment = {**one_thread(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
-    program = [
-        sys.executable,
-        "-m",
-        "modernbert",
-        *command(prepared, output, "--max-steps", "4000", "--optimizer", optimizer),
-    ]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2"}
+    program = [*PROGRAM, *command(prepared, output, "--max-steps", "4000", "--optimizer", optimizer)]
     processes = [
         subprocess.Popen(
             program, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
         )
         for rank in (0, 1)
     ]
-    log = output / "metrics.jsonl"
-    while processes[0].poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 10):
-        time.sleep(0.01)
+    wait_for_steps(processes[0], output, 10)
     processes[victim].send_signal(signal.SIGKILL)
     processes[victim].communicate()
     said = processes[1 - victim].communicate(timeout=120)[1]
@@ -148,7 +129,7 @@ def test_a_lost_process_ends_the_run_with_a_word_and_a_checkpoint(victim, optimi
     words = [line for line in said.splitlines() if line.startswith("modernbert: ")]
     assert len(words) == 1, said
     assert "a process of the run was lost after step" in words[0]
-    assert "is saved: go on from it with --resume" in words[0]
+    assert "is saved; --resume continues from it" in words[0]
     last = checkpoints(output)[-1]
     assert str(last) in words[0]
     step = int(last.name.removeprefix("checkpoint-"))
@@ -156,7 +137,7 @@ def test_a_lost_process_ends_the_run_with_a_word_and_a_checkpoint(victim, optimi
         assert step % 4 == 0
     elif step % 4:  # the first process had it all, and kept it, but for in the middle of the optimizer's work
         assert f"lost after step {step} " in words[0]
-    launched(*command(prepared, output, "--max-steps", str(step + 3), "--optimizer", optimizer), "--resume")
+    launch(*command(prepared, output, "--max-steps", str(step + 3), "--optimizer", optimizer), "--resume")
     assert len(losses(output)) == step + 3
 
 

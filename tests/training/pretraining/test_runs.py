@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -16,8 +15,7 @@ from safetensors.torch import load_file
 
 import modernbert
 from modernbert import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
-from modernbert.cli import main
-from modernbert.errors import ConfigError, DivergedError, InputError, InterruptedRunError
+from modernbert.errors import ConfigError, DivergedError, InputError
 from modernbert.training.checkpoints import checkpoints
 from modernbert.training.pretraining.feed import PretrainFeed
 from modernbert.training.pretraining.models import to_decoder_weights, to_encoder_weights
@@ -25,17 +23,15 @@ from modernbert.training.pretraining.options import PretrainOptions
 from modernbert.training.pretraining.prepare import prepare_data
 from modernbert.training.pretraining.run import Data, Pretraining, pretrain
 from modernbert.training.pretraining.stream import PassStream
+from tests.commands import called
 from tests.training.pretraining.conftest import SIZES
+from tests.training.runs import PROGRAM, finish, history, wait_for_steps, weights_of
 
 RUN = {
     **SIZES, "batch_tokens": 512, "micro_tokens": 256, "lr": 5e-3, "weight_decay": 0.1, "eval_every": 10,
     "save_every": 10, "max_steps": 30, "decay": 0.3, "progress": False,
 }  # fmt: skip
 AUTO = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
-
-
-def history(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("optimizer", "objective"), [("stableadamw", "mlm"), ("muon", "mlm"), ("muon", "clm")])
@@ -72,63 +68,34 @@ def test_a_run_learns_and_goes_on_as_if_it_had_not_stopped(optimizer, objective,
     model = AUTO[objective].from_pretrained(tmp_path / "cut" / "checkpoint-20")
     assert not getattr(model.config, "sparse_prediction", False)
     assert AutoTokenizer.from_pretrained(tmp_path / "cut" / "checkpoint-20").mask_token == "[MASK]"
-    with pytest.raises(InputError, match="another folder, or go on with its run: resume=True"):
+    with pytest.raises(InputError, match="another folder, or continue its run with resume=True"):
         pretrain(prepared, tmp_path / "cut", **options)
     with pytest.raises(InputError, match=r"batch_tokens is 1024 and was 512 in the run in"):
         pretrain(prepared, tmp_path / "cut", **{**options, "batch_tokens": 1024}, resume=True)
     cut = pretrain(prepared, tmp_path / "cut", **options, resume=True)
-    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model.safetensors"
-    ).read_bytes()
+    assert weights_of(tmp_path / "cut") == weights_of(tmp_path / "whole")
     for a, b in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
         assert torch.equal(a, b)
     saved = AutoTokenizer.from_pretrained(tmp_path / "cut")
     assert (saved("a").input_ids[-1] == saved.sep_token_id) == (objective == "mlm")
 
 
-def test_a_killed_run_goes_on_bit_for_bit(prepared, tmp_path):
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_run_goes_on_bit_for_bit(prepared, tmp_path, capsys):
     flags = "--hidden-size 32 --intermediate-size 48 --layers 2 --heads 2 --batch-tokens 256 --micro-tokens 128"
     flags += " --max-steps 60 --save-every 7 --eval-every 20"
-    program = [sys.executable, "-m", "modernbert", "pretrain", "--data", str(prepared), *flags.split()]
-    for name in ("whole", "again"):
-        subprocess.run([*program, "--output", str(tmp_path / name)], check=True, capture_output=True)
-    rng = random.Random(time.time_ns())
-    log = tmp_path / "killed" / "metrics.jsonl"
+    command = ["pretrain", "--data", prepared, *flags.split(), "--output"]
+    assert called(capsys, *command, tmp_path / "whole")[0] == 0
     process = subprocess.Popen(
-        [*program, "--output", str(tmp_path / "killed")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [*PROGRAM, *command, tmp_path / "killed"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    wanted = rng.randint(3, 50)
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= wanted):
-        time.sleep(0.002)
+    wait_for_steps(process, tmp_path / "killed", random.Random(time.time_ns()).randint(3, 50))
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    subprocess.run([*program, "--output", str(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
-    one = (tmp_path / "whole" / "model.safetensors").read_bytes()
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == one
-    assert (tmp_path / "killed" / "model.safetensors").read_bytes() == one
-    losses = [[row["loss"] for row in history(tmp_path / name)] for name in ("whole", "again", "killed")]
-    assert losses[0] == losses[1] == losses[2]
-
-
-def test_a_run_that_is_told_to_end_keeps_its_last_step(prepared, tmp_path, monkeypatch):
-    collate, calls = Pretraining.collate, []
-
-    def tell(self, examples, seeds):
-        calls.append(1)
-        if len(calls) == 9:
-            signal.raise_signal(signal.SIGTERM)
-        return collate(self, examples, seeds)
-
-    monkeypatch.setattr(Pretraining, "collate", tell)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(
-        InterruptedRunError, match=r"after step 5 of 30; .*checkpoint-5 is saved: go on from it with resume"
-    ):
-        pretrain(prepared, tmp_path / "run", **RUN)
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-5"]
-    monkeypatch.undo()
-    assert pretrain(prepared, tmp_path / "run", **RUN, resume=True).outcome.steps == 30
+    finish(PROGRAM, *command, tmp_path / "killed", "--resume")
+    assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
+    whole, killed = ([row["loss"] for row in history(tmp_path / name)] for name in ("whole", "killed"))
+    assert whole == killed
 
 
 def test_masks_and_batches_change_over_a_run(prepared, tmp_path):
@@ -301,7 +268,7 @@ def test_bfloat16_and_checkpointed_gradients_train(prepared, tmp_path):
      ({"warmup": 0.7, "decay": 0.7}, "shares of the"), ({"save_dtype": "int8"}, "save_dtype is 'int8'"),
      ({"optimizer": "sgd"}, "choose one of adamw, stableadamw, muon"), ({"weight": ["a"]}, "write SOURCE=WEIGHT"),
      ({"rope_scaling": "ntk:2", "model": "x", "context": 9}, "write linear:4"),
-     ({"rope_scaling": "yarn:2"}, "give both"), ({"model": "x", "layers": 3}, "layers is of a new model"),
+     ({"rope_scaling": "yarn:2"}, "give both"), ({"model": "x", "layers": 3}, "layers is for a new model"),
      ({"context": 0}, "context is 0"), ({"eval_tokens": 0}, "eval_tokens is 0")],
 )  # fmt: skip
 def test_impossible_options_are_named(options, message):
@@ -314,38 +281,35 @@ def test_from_text_to_a_filled_mask_by_commands(raw, documents, tmp_path, capsys
     text = raw / "first.jsonl"
 
     def command(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in arguments])
-        assert not end.value.code, capsys.readouterr().err
-        return capsys.readouterr()
+        code, out, err = called(capsys, *arguments)
+        assert code == 0, err
+        return out, err
 
-    said = command("train-tokenizer", text, "--output", tmp_path / "tok", "--vocab-size", 320, "--max-length", 64)
-    assert "320 ids" in said.err
-    said = command("prepare-data", text, "--tokenizer", tmp_path / "tok", "--output", tmp_path / "data",
-                   "--max-length", 64, "--held-out", 0.1)  # fmt: skip
+    _, err = command("train-tokenizer", text, "--output", tmp_path / "tok", "--vocab-size", 320, "--max-length", 64)
+    assert "320 ids" in err
+    command("prepare-data", text, "--tokenizer", tmp_path / "tok", "--output", tmp_path / "data",
+            "--max-length", 64, "--held-out", 0.1)  # fmt: skip
     sizes = ["--hidden-size", 32, "--intermediate-size", 48, "--layers", 2, "--heads", 2, "--initializer-range", 0.1]
     steps = ["--max-steps", 60, "--batch-tokens", 512, "--micro-tokens", 512, "--eval-every", 30, "--lr", 3e-3]
-    said = command("pretrain", "--data", tmp_path / "data", "--output", tmp_path / "run", *sizes, *steps,
-                   "--save-dtype", "float16")  # fmt: skip
-    assert "tokens/s" in said.err
-    assert "60 steps" in said.err
-    assert "held out: loss" in said.err
-    assert said.out.startswith("loss ")
-    score = json.loads(command("evaluate", tmp_path / "run", text, "--held-out", 0.1).out)
+    out, err = command("pretrain", "--data", tmp_path / "data", "--output", tmp_path / "run", *sizes, *steps,
+                       "--save-dtype", "float16")  # fmt: skip
+    for part in ("tokens/s", "60 steps", "held out: loss"):
+        assert part in err
+    assert out.startswith("loss ")
+    score = json.loads(command("evaluate", tmp_path / "run", text, "--held-out", 0.1)[0])
     assert set(score) == {"documents", "masked_tokens", "loss", "top1", "top5"}
     assert score["documents"] == 5
     assert score["top1"] > 0.05
-    answer = json.loads(command("run", "--model", tmp_path / "run", "--json", "The [MASK] sat.").out)
+    answer = json.loads(command("run", "--model", tmp_path / "run", "--json", "The [MASK] sat.")[0])
     assert len(answer["output"]) == 5
     command("pretrain", "--data", tmp_path / "data", "--output", tmp_path / "decoder", "--objective", "clm", *sizes,
             *steps)  # fmt: skip
-    score = json.loads(command("evaluate", tmp_path / "decoder", text, "--held-out", 0.1).out)
+    score = json.loads(command("evaluate", tmp_path / "decoder", text, "--held-out", 0.1)[0])
     assert {"perplexity", "bits_per_byte", "perplexity_per_byte"} < set(score)
     figures = json.loads((tmp_path / "decoder" / "results.json").read_text())["figures"]
     assert score["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-3)
     assert score["perplexity"] < 150
-    said = command("run", "--model", tmp_path / "decoder", "--max-new-tokens", 5, "The cat")
-    assert said.out.startswith("The cat")
+    assert command("run", "--model", tmp_path / "decoder", "--max-new-tokens", 5, "The cat")[0].startswith("The cat")
     for arguments, message in (
         (["pretrain", "--data", tmp_path / "data", "--output", "x", "--objective", "rtd"], "objective is 'rtd'"),
         (["pretrain", "--output", "x"], "data is not given"),
@@ -353,7 +317,6 @@ def test_from_text_to_a_filled_mask_by_commands(raw, documents, tmp_path, capsys
         (["evaluate", tmp_path / "run", text, "--held-out", "0.001"], "leaves no document"),
         (["evaluate", tmp_path / "run", text, "--mask-rate", "2"], "--mask-rate is 2"),
     ):
-        with pytest.raises(SystemExit) as end:
-            main([str(a) for a in arguments])
-        assert end.value.code == 2
-        assert message in capsys.readouterr().err
+        code, _, err = called(capsys, *arguments)
+        assert code == 2
+        assert message in err

@@ -58,6 +58,10 @@ def pair_rows(count=40, seed=0):
     return [{"anchor": f"q {text}", "positive": text} for text in (sentence(rng, 3, 12) for _ in range(count))]
 
 
+def ranking_rows(count=40, seed=0):
+    return [{"query": row["anchor"], "document": row["positive"]} for row in pair_rows(count, seed)]
+
+
 def text_rows(count=12, seed=0):
     rng = random.Random(seed)
     return [{"text": ". ".join(sentence(rng).capitalize() for _ in range(12)) + "."} for _ in range(count)]
@@ -99,5 +103,5 @@ TASK_ROWS = {
     "masked-lm": (text_rows, "ModernBertForMaskedLM", {}),
     "causal-lm": (text_rows, "ModernBertDecoderForCausalLM", {}),
     "sentence-embedding": (pair_rows, "ModernBertModel", {}),
-    "text-ranking": (pair_rows, "ModernBertForSequenceClassification", {"num_labels": 1}),
+    "text-ranking": (ranking_rows, "ModernBertForSequenceClassification", {"num_labels": 1}),
 }

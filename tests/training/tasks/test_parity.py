@@ -5,8 +5,8 @@ Products in bfloat16 have a test and a tolerance of their own.
 """
 
 import itertools
-import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from modernbert.training.schedules import make_schedule
 from modernbert.training.tasks.catalog import TASKS
 from modernbert.training.tasks.data import Row
 from modernbert.training.tasks.options import OPTIONS
+from tests.training.runs import assert_close_by_name, history
 from tests.training.tasks.conftest import TASK_ROWS
 
 PEERS = {
@@ -54,6 +55,12 @@ class Stepper:
             group["lr"] = 3e-3 * self.schedule(number)
         self.adamw.step()
         self.adamw.zero_grad()
+
+
+def planned(examples):
+    """The examples of each of ten steps, by their numbers."""
+    plan = StepPlan(np.array([example.tokens for example in examples]), 8, None, 7)
+    return [step for epoch in range(10) for step in plan.epoch(epoch)][:10]
 
 
 def padded(examples, pad):
@@ -106,19 +113,15 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
     folder, data = base(kind, **changes), rows()
     micro = {1: 100_000, 4: 40}[parts]
     run = finetune(task, data, output=tmp_path / "run", model=folder, micro_tokens=micro, **OPTIONS_OF_RUN)
-    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-
     settings = OPTIONS[task](**{k: v for k, v in OPTIONS_OF_RUN.items() if k != "progress"}, micro_tokens=micro)
     worker = TASKS[task](settings)
-    given = [Row({**row, "_record": row}, f"row {i}") for i, row in enumerate(renamed(task, data))]
+    given = [Row({**row, "_record": row}, f"row {i}") for i, row in enumerate(data)]
     worker.fit_labels(given)
     worker.set_tokenizer(worker.load_tokenizer(folder, settings), 64)
     examples = worker.prepare(given, True)
     peer = getattr(transformers, PEERS[task]).from_pretrained(folder, attn_implementation="eager").train()
     step = Stepper(peer)
-    lengths = torch.tensor([example.tokens for example in examples]).numpy()
-    plan = StepPlan(lengths, 8, None, 7)
-    steps = [step for epoch in range(10) for step in plan.epoch(epoch)][:10]
+    steps = planned(examples)
     passes = []
     for number, chosen in enumerate(steps):
         picked = [examples[i] for i in chosen]
@@ -133,7 +136,7 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
             part.backward()
             loss += float(part.detach())
         if number == 0:
-            assert history[0]["loss"] == pytest.approx(loss, abs=1e-5)
+            assert history(tmp_path / "run")[0]["loss"] == pytest.approx(loss, abs=1e-5)
         step(number)
     ours, theirs = run.model.state_dict(), peer.state_dict()
     assert len(steps) == 10
@@ -141,15 +144,7 @@ def test_a_run_equals_a_padded_loop(task, parts, base, tmp_path):
     if task in ("question-answering", "multiple-choice"):
         # Scores that a softmax compares have no gradient by what is added to all; Adam makes steps of its rounding.
         del theirs["classifier.bias"]
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
-
-
-def renamed(task, rows):
-    """Rows under the task's own names."""
-    if task != "text-ranking":
-        return rows
-    return [{"query": row["anchor"], "document": row["positive"]} for row in rows]
+    assert_close_by_name(ours, theirs, 1e-5)
 
 
 def test_masked_language_modelling_equals_a_padded_loop(base, tmp_path):
@@ -181,11 +176,7 @@ def test_masked_language_modelling_equals_a_padded_loop(base, tmp_path):
         logits = peer(input_ids=grid, attention_mask=mask).logits
         F.cross_entropy(logits.transpose(1, 2), labels).backward()
         step(number)
-    theirs = peer.state_dict()
-    for name, value in run.model.state_dict().items():
-        torch.testing.assert_close(
-            value, theirs[name], rtol=0, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}"
-        )
+    assert_close_by_name(run.model.state_dict(), peer.state_dict(), 1e-5)
 
 
 @pytest.mark.parametrize("matryoshka", [[], [8, 16]])
@@ -204,9 +195,7 @@ def test_contrastive_training_equals_a_padded_loop(base, tmp_path, micro, matryo
     examples = worker.prepare([Row({**row, "_record": row}, "row") for row in rows], True)
     peer = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").train()
     step = Stepper(peer)
-    lengths = torch.tensor([example.tokens for example in examples]).numpy()
-    plan = StepPlan(lengths, 8, None, 7)
-    steps = [step for epoch in range(10) for step in plan.epoch(epoch)][:10]
+    steps = planned(examples)
     for number, chosen in enumerate(steps):
         picked = [examples[i] for i in chosen]
         ids, mask = padded(picked, peer.config.pad_token_id)
@@ -221,9 +210,7 @@ def test_contrastive_training_equals_a_padded_loop(base, tmp_path, micro, matryo
                 loss = loss + F.cross_entropy(scores, torch.tensor(rivals.index(i))) / len(picked)
         loss.backward()
         step(number)
-    saved = load_file(tmp_path / "run" / "model.safetensors")
-    for name, value in peer.state_dict().items():
-        torch.testing.assert_close(saved[name], value, rtol=0, atol=2e-5, msg=lambda said, name=name: f"{name}: {said}")
+    assert_close_by_name(load_file(tmp_path / "run" / "model.safetensors"), peer.state_dict(), 2e-5)
     assert isinstance(run.model, SentenceEncoder)
 
 
@@ -235,8 +222,8 @@ def test_products_in_bfloat16_give_the_losses_of_float32_but_for_their_rounding(
     for precision in ("float32", "bfloat16"):
         options = {**OPTIONS_OF_RUN, "precision": precision, "max_steps": 3, "lr": 1e-3}
         output = tmp_path / precision
-        run = finetune(task, renamed(task, rows(16)), output=output, model=folder, **options)
-        losses[precision] = [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+        run = finetune(task, rows(16), output=output, model=folder, **options)
+        losses[precision] = [row["loss"] for row in history(output)]
         assert {value.dtype for value in load_file(output / "model.safetensors").values()} == {torch.float32}
         assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)

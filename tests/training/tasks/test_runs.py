@@ -3,7 +3,6 @@
 import itertools
 import json
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -18,14 +17,16 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from typer.main import get_command
 
-from modernbert import ModernBertForMaskedLM, Tokenizer, finetune, pipeline
-from modernbert.cli import app, main
+from modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification, Tokenizer, finetune, pipeline
+from modernbert.cli import app
 from modernbert.errors import DivergedError, InputError
 from modernbert.training.checkpoints import checkpoints, recover, write_checkpoint
 from modernbert.training.folder import METRICS, append_metrics
 from modernbert.training.schedules import default_rate
 from modernbert.training.tasks.catalog import TASKS
-from tests.training.tasks.conftest import TASK_ROWS, mood_rows
+from tests.commands import called, files_of_at_most
+from tests.training.runs import PROGRAM, TWO_PROCESSES, assert_close_by_name, finish, history, wait_for_steps
+from tests.training.tasks.conftest import TASK_ROWS, mood_rows, text_rows
 
 
 def written(path, rows):
@@ -41,7 +42,7 @@ def moods(tmp_path):
 @pytest.mark.parametrize("task", list(TASKS))
 def test_each_task_runs_learns_and_is_served(task, base, tmp_path):
     rows, kind, changes = TASK_ROWS[task]
-    data = named_for(task, rows(60))
+    data = rows(24 if rows is text_rows else 60)
     folder = tmp_path / "run"
     run = finetune(
         task, data, output=folder, model=base(kind, **changes), epochs=4, lr=3e-3, batch_size=8, progress=False,
@@ -50,8 +51,7 @@ def test_each_task_runs_learns_and_is_served(task, base, tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "metrics.jsonl", "run.yaml"} <= names
     assert {"results.json", "report.html"} <= names
-    history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in history]
+    losses = [row["loss"] for row in history(folder)]
     assert sum(losses[-4:]) < sum(losses[:4])
     assert run.metrics
     assert json.loads((folder / "results.json").read_text())["figures"] == run.metrics == run.figures
@@ -108,7 +108,7 @@ def test_a_finished_folder_is_transformers_too_and_goes_on_with_its_own_labels(b
 
 @pytest.mark.parametrize(("task", "labels"), [("text-classification", 3), ("text-ranking", 1)])
 def test_decoders_learn_what_they_have_a_head_for(task, labels, base, tmp_path):
-    rows = named_for(task, TASK_ROWS[task][0](40))
+    rows = TASK_ROWS[task][0](40)
     folder = base("ModernBertDecoderForSequenceClassification", num_labels=labels)
     run = finetune(task, rows, output=tmp_path / "run", model=folder, max_steps=6, batch_size=8, progress=False)
     asked = {"text-classification": "the cat", "text-ranking": {"query": "q cat", "documents": ["the cat", "a dog"]}}
@@ -119,7 +119,6 @@ def test_decoders_learn_what_they_have_a_head_for(task, labels, base, tmp_path):
 
 
 WAYS = {
-    "bfloat16": {"precision": "bfloat16"},
     "tokens a step": {"batch_tokens": 90, "micro_tokens": 50},
     "frozen below": {"freeze_layers": 1, "layer_decay": 0.8, "schedule": "wsd"},
     "orthogonal steps": {"optimizer": "muon", "weight_decay": 0.1},
@@ -132,24 +131,12 @@ def test_other_ways_to_train(way, base, tmp_path, moods):
     folder = base("ModernBertForSequenceClassification", num_labels=3)
     # All rows in each step: its loss says whether the model learns.
     plain = {"model": folder, "max_steps": 12, "lr": 3e-3, "batch_size": 48, "held_out": 0.0, "progress": False}
-    run = finetune("text-classification", moods, output=tmp_path / "run", **{**plain, **WAYS[way]})
-    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert history[-1]["loss"] < history[0]["loss"] or way == "tokens a step"
-    if way == "bfloat16":
-        finetune("text-classification", moods, output=tmp_path / "exact", precision="float32", **plain)
-        exact = json.loads((tmp_path / "exact" / "metrics.jsonl").read_text().splitlines()[0])
-        assert history[0]["loss"] == pytest.approx(exact["loss"], rel=1e-2)
-        assert history[0]["loss"] != exact["loss"]
+    finetune("text-classification", moods, output=tmp_path / "run", **{**plain, **WAYS[way]})
+    rows = history(tmp_path / "run")
+    assert rows[-1]["loss"] < rows[0]["loss"] or way == "tokens a step"
     if way == "tokens a step":
-        steps = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(history)]
+        steps = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(rows)]
         assert max(steps) <= 90
-    if way == "frozen below":
-        from modernbert import ModernBertForSequenceClassification
-
-        before = ModernBertForSequenceClassification.from_pretrained(folder, num_labels=3).state_dict()
-        same = {name for name, value in run.model.state_dict().items() if torch.equal(value, before[name])}
-        assert {"model.embeddings.tok_embeddings.weight", "model.layers.0.mlp.Wi.weight"} <= same
-        assert "model.layers.1.mlp.Wi.weight" not in same
 
 
 def test_the_best_weights_are_kept_and_a_run_stops_early(base, tmp_path, moods, monkeypatch):
@@ -188,41 +175,33 @@ def with_options(command, **options):
     return changed
 
 
-def test_a_killed_run_goes_on_bit_for_bit(base, tmp_path, moods):
-    """Killed at three random moments, with dropout, accumulation and the best checkpoint kept."""
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_run_goes_on_bit_for_bit(base, tmp_path, moods, capsys):
+    """Killed at two random moments, with dropout, accumulation and the best checkpoint kept."""
     folder = base("ModernBertForMaskedLM", mlp_dropout=0.1, classifier_dropout=0.2)
-    program = [sys.executable, "-m", "modernbert", *COMMAND, "--model", str(folder), "--train", str(moods)]
-    subprocess.run([*program, "--output", str(tmp_path / "whole")], check=True, capture_output=True)
+    command = [*COMMAND, "--model", str(folder), "--train", str(moods), "--output"]
+    assert called(capsys, *command, tmp_path / "whole")[0] == 0
     rng, killed = random.Random(time.time_ns()), 0
-    for _ in range(3):
-        log = tmp_path / "killed" / "metrics.jsonl"
-        before = len(log.read_text().splitlines()) if log.exists() else 0
+    for _ in range(2):
+        before = len(history(tmp_path / "killed"))
         process = subprocess.Popen(
-            [*program, "--output", str(tmp_path / "killed"), "--resume"],
-            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        wanted = before + rng.randint(1, 20)
-        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= wanted):
-            time.sleep(0.002)
+            [*PROGRAM, *command, tmp_path / "killed", "--resume"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        wait_for_steps(process, tmp_path / "killed", before + rng.randint(1, 20))
         time.sleep(rng.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
     assert killed >= 1
-    subprocess.run([*program, "--output", str(tmp_path / "killed"), "--resume"], check=True, capture_output=True)
+    assert called(capsys, *command, tmp_path / "killed", "--resume")[0] == 0
     for name in ("model.safetensors", "config.json", "predictions.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    histories = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "killed")
-    ]
+    histories = [history(tmp_path / name) for name in ("whole", "killed")]
     assert [row["step"] for row in histories[1]] == list(range(1, 61))
     assert [row["loss"] for row in histories[0]] == [row["loss"] for row in histories[1]]
 
 
 def test_adapters_are_trained_resumed_saved_and_merged(base, tmp_path, moods):
     import peft
-
-    from modernbert import ModernBertForSequenceClassification
 
     folder = base("ModernBertForSequenceClassification", num_labels=3)
     options = {"model": folder, "lora_rank": 4, "lr": 5e-3, "batch_size": 8, "progress": False, "eval_every": 4}
@@ -248,7 +227,7 @@ def test_adapters_serve_every_task(task, base, tmp_path):
     rows, kind, changes = TASK_ROWS[task]
     options = {"lora_rank": 3, "max_steps": 3, "batch_size": 4, "progress": False, "gradient_checkpointing": True}
     run = finetune(
-        task, named_for(task, rows(20)), output=tmp_path / "run", model=base(kind, **changes), optimizer="muon",
+        task, rows(20), output=tmp_path / "run", model=base(kind, **changes), optimizer="muon",
         freeze_layers=1, **options,
     )  # fmt: skip
     assert run.metrics
@@ -256,38 +235,14 @@ def test_adapters_serve_every_task(task, base, tmp_path):
     assert not any("lora" in name for name in run.model.state_dict())
 
 
-def named_for(task, rows):
-    if task != "text-ranking":
-        return rows
-    return [{"query": row["anchor"], "document": row["positive"]} for row in rows]
-
-
-def test_two_processes_train_as_one(base, tmp_path, moods):
+def test_two_processes_train_as_one(base, tmp_path, moods, capsys):
     folder = base("ModernBertForSequenceClassification", num_labels=3)
     few = with_options(COMMAND, max_steps=12)
-    common = [*few, "--model", str(folder), "--train", str(moods), "--precision", "float32"]
-    subprocess.run(
-        [sys.executable, "-m", "modernbert", *common, "--output", str(tmp_path / "one")],
-        check=True,
-        capture_output=True,
-    )
-    launched = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "modernbert",
-    ]
-    done = subprocess.run(
-        [*launched, *common, "--device", "cpu", "--output", str(tmp_path / "two")], capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    common = [*few, "--model", folder, "--train", moods, "--precision", "float32", "--device", "cpu", "--output"]
+    assert called(capsys, *common, tmp_path / "one")[0] == 0
+    finish([*TWO_PROCESSES, "modernbert"], *common, tmp_path / "two")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    for name, value in one.items():
-        torch.testing.assert_close(value, two[name], rtol=0, atol=1e-4, msg=lambda said, name=name: f"{name}: {said}")
+    assert_close_by_name(two, one, 1e-4)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(base, tmp_path, moods, monkeypatch):
@@ -319,24 +274,20 @@ def test_a_loss_that_is_no_number_stops_the_run(base, tmp_path, moods, monkeypat
     assert checkpoints(tmp_path / "spoilt") == []
 
 
-def test_a_disk_that_is_full_leaves_the_checkpoints_before(base, tmp_path, moods):
+def test_a_disk_that_is_full_leaves_the_checkpoints_before(base, tmp_path, moods, capsys):
     """A limit on files' sizes stands for the full disk: the same error from the same call."""
     few = with_options(COMMAND, max_steps=8, eval_every=4)
-    program = [sys.executable, "-m", "modernbert", *few, "--model", str(base()), "--train", str(moods)]
-    output = ["--output", str(tmp_path / "run")]
-    done = subprocess.run(
-        [*program, *output], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
-    )  # fmt: skip
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
+    command = [*few, "--model", base(), "--train", moods, "--output", tmp_path / "run"]
+    with files_of_at_most(60_000):
+        code, _, err = called(capsys, *command)
+    last = err.strip().splitlines()[-1]
+    assert code == 2
     assert last.startswith("modernbert: ")
     assert "checkpoint-4 cannot be written" in last
     assert "File too large" in last
     assert not list((tmp_path / "run").glob("*checkpoint*"))
     assert not list((tmp_path / "run").glob("*.safetensors"))
-    again = subprocess.run([*program, *output, "--resume"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    assert called(capsys, *command, "--resume")[0] == 0
 
 
 def test_folders_that_are_in_use_or_hold_something_else(base, tmp_path, moods, capsys):
@@ -354,34 +305,30 @@ def test_folders_that_are_in_use_or_hold_something_else(base, tmp_path, moods, c
     (tmp_path / ".busy.lock").unlink()
     assert not (tmp_path / "busy").exists()
     finetune("text-classification", moods, output=tmp_path / "run", **options)
-    with pytest.raises(InputError, match="name another folder, or go on with its run: resume=True"):
+    with pytest.raises(InputError, match="name another folder, or continue its run with resume=True"):
         finetune("text-classification", moods, output=tmp_path / "run", **options)
     changed = {"batch_size": 3, "held_out": 0.2, "max_steps": 3}  # the steps of a run may change
     with pytest.raises(
         InputError, match=r"held_out is 0.2 and was 0.1; batch_size is 3 and was 32 in the run in .*/run;"
     ):
         finetune("text-classification", moods, output=tmp_path / "run", resume=True, **{**options, **changed})
-    with pytest.raises(SystemExit) as stopped:
-        main(["finetune", "text-classification", "--train", str(moods), "--output", str(tmp_path / "run")])
-    assert stopped.value.code == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) <= 2
+    code, _, err = called(capsys, "finetune", "text-classification", "--train", moods, "--output", tmp_path / "run")
+    assert code == 2
+    assert len(err.strip().splitlines()) <= 2
     assert list(tmp_path.glob(".*lock")) == []
 
 
-def test_flags_and_a_file_say_the_same(base, tmp_path, moods):
+def test_flags_and_a_file_say_the_same(base, tmp_path, moods, capsys):
     folder = base()
     values = {
         "train": str(moods), "model": str(folder), "max_steps": 3, "lr": "1e-3", "batch-size": 8, "held_out": 0.2,
         "output": str(tmp_path / "file"),
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    with pytest.raises(SystemExit) as done:
-        main(["finetune", "text-classification", "--config", str(tmp_path / "run.yaml"), "--seed", "4"])
-    assert done.value.code == 0
-    flags = ["--train", str(moods), "--model", str(folder), "--max-steps", "3", "--lr", "1e-3", "--batch-size", "8"]
-    with pytest.raises(SystemExit):
-        main(["finetune", "text-classification", *flags, "--held-out", "0.2", "--seed", "4",
-              "--output", str(tmp_path / "flags")])  # fmt: skip
+    command = ["finetune", "text-classification", "--seed", "4"]
+    assert called(capsys, *command, "--config", tmp_path / "run.yaml")[0] == 0
+    flags = ["--train", moods, "--model", folder, "--max-steps", "3", "--lr", "1e-3", "--batch-size", "8"]
+    assert called(capsys, *command, *flags, "--held-out", "0.2", "--output", tmp_path / "flags")[0] == 0
     saved = [yaml.safe_load((tmp_path / name / "run.yaml").read_text()) for name in ("file", "flags")]
     assert {**saved[0], "output": ""} == {**saved[1], "output": ""}
     assert saved[0]["task"] == "text-classification"
@@ -399,15 +346,6 @@ def test_trackers_of_accelerate_follow_a_run(base, tmp_path, moods):
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
     with pytest.raises(InputError, match="tracker is abacus"):
         finetune("text-classification", moods, output=tmp_path / "other", tracker=["abacus"], **options)
-
-
-def failing(capsys, *arguments):
-    """The line that a command ends with, and its exit code."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    lines = capsys.readouterr().err.strip().splitlines()
-    return lines[-1], stopped.value.code
 
 
 def test_errors_name_flags_on_the_command_line(base, tmp_path, moods, capsys):
@@ -429,13 +367,13 @@ def test_errors_name_flags_on_the_command_line(base, tmp_path, moods, capsys):
          "has a list of labels, and --problem is single-label; --problem multi-label reads it"),
     ]  # fmt: skip
     for arguments, said in given:
-        line, code = failing(capsys, *arguments)
-        assert said in line
+        code, _, err = called(capsys, *arguments)
         assert code == 2
+        assert said in err.strip().splitlines()[-1]
     assert not (tmp_path / "x").exists()
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "run.yaml").write_text("task: text-classification\n")
-    assert failing(capsys, *whole)[0].endswith("name another folder, or go on with its run: --resume")
+    assert called(capsys, *whole)[2].strip().endswith("name another folder, or continue its run with --resume")
 
 
 def test_the_default_learning_rate_follows_the_model_and_says_so(base, tmp_path, moods):
@@ -448,15 +386,15 @@ def test_the_default_learning_rate_follows_the_model_and_says_so(base, tmp_path,
     run = finetune("text-classification", moods, output=tmp_path / "run", say=said.append, **options)
     assert run.metrics
     assert any(
-        "learning rate 0.001, for 3 layers of width 192 (5e-05 at base size, 22 of 768)" in line for line in said
+        "learning rate 0.001, for 3 layers of width 192 (5e-05 at base size, 22 layers of 768)" in line for line in said
     )
-    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert history[0]["lr"] == 1e-3
+    rows = history(tmp_path / "run")
+    assert rows[0]["lr"] == 1e-3
     assert yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())["lr"] == 1e-3
     said.clear()
     finetune("text-classification", moods, output=tmp_path / "other", say=said.append, lr=3e-4, **options)
     assert not any("learning rate" in line for line in said)
-    assert json.loads((tmp_path / "other" / "metrics.jsonl").read_text().splitlines()[0])["lr"] == 3e-4
+    assert history(tmp_path / "other")[0]["lr"] == 3e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -481,7 +419,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(base, tmp_path, moods, capl
     again = finetune("text-classification", moods, output=tmp_path / "run", max_steps=6, resume=True, **options)
     (warned,) = [r.getMessage() for r in caplog.records if "damaged" in r.getMessage()]
     assert "checkpoint-4/trainer.json is damaged" in warned
-    assert warned.endswith(f"renamed to checkpoint-4.damaged, and the run goes on from {tmp_path / 'run/checkpoint-2'}")
+    assert warned.endswith(
+        f"renamed to checkpoint-4.damaged, and the run continues from {tmp_path / 'run/checkpoint-2'}"
+    )
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
     for path in checkpoints(tmp_path / "run"):
@@ -518,28 +458,6 @@ def test_a_checkpoint_is_never_lost_while_another_takes_its_place(tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
-def test_an_interrupted_run_says_what_is_saved_and_how_to_go_on(base, tmp_path, moods):
-    command = with_options(COMMAND, max_steps=4000)
-    command += ["--model", str(base()), "--train", str(moods), "--output", str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, "-m", "modernbert", *command], stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "run" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 8):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[1].strip().splitlines()
-    assert process.returncode == 130, said
-    last = checkpoints(tmp_path / "run")[-1]
-    again = f"modernbert finetune text-classification --output {tmp_path / 'run'} --resume"
-    assert f"of 4000; {last} is saved: go on from it with --resume ({again})" in said[-1]
-    assert said[-1].startswith("modernbert: interrupted after step ")
-    assert not any("Traceback" in line for line in said)
-    step = int(last.name.removeprefix("checkpoint-"))
-    with pytest.raises(SystemExit) as done:
-        main([*again.split()[1:], "--max-steps", str(step + 2)])
-    assert done.value.code == 0
-    assert checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{step + 2}"
-
-
 def test_a_full_disk_names_the_file(tmp_path):
     (tmp_path / METRICS).symlink_to("/dev/full")
     with pytest.raises(OSError, match=rf"No space left on device: '.*{METRICS}'"):
@@ -569,15 +487,15 @@ def test_help_is_quick_and_names_the_options(capsys):
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "question-answering" in said
     assert said.endswith("False\n")
-    with pytest.raises(SystemExit):
-        main(["finetune", "sentence-embedding", "--help"])
-    shown = capsys.readouterr().out
+    shown = called(capsys, "finetune", "sentence-embedding", "--help")[1]
     for flag in ("--matryoshka", "--temperature", "--micro-tokens", "--resume"):
         assert flag in shown
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_command_with_its_code_and_what_is_saved(number, base, tmp_path, moods, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "every"), [(signal.SIGINT, 9), (signal.SIGINT, 1), (signal.SIGTERM, 9)])
+def test_a_signal_ends_a_command_with_its_code_and_what_is_saved(
+    number, every, base, tmp_path, moods, monkeypatch, capsys
+):
     collate, calls = TASKS["text-classification"].collate, []
 
     def struck(self, examples, seeds):
@@ -588,20 +506,19 @@ def test_a_signal_ends_a_command_with_its_code_and_what_is_saved(number, base, t
 
     monkeypatch.setattr(TASKS["text-classification"], "collate", struck)
     output = ["--output", str(tmp_path / "run")]
-    command = with_options(COMMAND, max_steps=9, eval_every=9, batch_size=4, micro_tokens=400)
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, "--model", str(base()), "--train", str(moods), *output])
-    assert stopped.value.code == 128 + number
-    last = capsys.readouterr().err.strip().splitlines()[-1]
+    command = with_options(COMMAND, max_steps=9, eval_every=every, batch_size=4, micro_tokens=400)
+    before = signal.getsignal(signal.SIGTERM)
+    code, _, err = called(capsys, *command, "--model", base(), "--train", moods, *output)
+    assert code == 128 + number
+    assert signal.getsignal(signal.SIGTERM) is before
     again = ["finetune", "text-classification", *output, "--resume"]
-    if number == signal.SIGINT:  # at once, and a checkpoint is due after the ninth step only
-        said = "interrupted after step 1 of 9; nothing is saved yet: --resume starts it from its beginning"
-    else:
-        said = f"after step 2 of 9; {tmp_path / 'run' / 'checkpoint-2'} is saved: go on from it with --resume"
-    assert last.endswith(f"{said} (modernbert {' '.join(again)})")
-    with pytest.raises(SystemExit) as done:
-        main(again)
-    assert done.value.code == 0
+    step = 1 if number == signal.SIGINT else 2  # which ends at once, or after the step
+    said = f"after step {step} of 9; {tmp_path / 'run' / f'checkpoint-{step}'} is saved; --resume continues from it"
+    if number == signal.SIGINT and every == 9:
+        said = "interrupted after step 1 of 9; nothing is saved yet; --resume starts from the beginning"
+    assert err.strip().splitlines()[-1].endswith(f"{said} (modernbert {' '.join(again)})")
+    assert "Traceback" not in err
+    assert called(capsys, *again)[0] == 0
 
 
 def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path, moods, monkeypatch, capsys):
@@ -613,10 +530,9 @@ def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path
     command = [*COMMAND, "--model", str(base()), "--train", str(moods), *output, "--resume"]
 
     def last_line():
-        with pytest.raises(SystemExit) as stopped:
-            main(command)
-        assert stopped.value.code == 130
-        return capsys.readouterr().err.strip().splitlines()[-1]
+        code, _, err = called(capsys, *command)
+        assert code == 130
+        return err.strip().splitlines()[-1]
 
     nothing = "modernbert: interrupted; nothing is saved yet: the same command"
     assert last_line() == f"{nothing} starts from the beginning"
@@ -626,7 +542,7 @@ def test_an_interruption_before_the_first_step_says_what_there_is(base, tmp_path
     assert last_line() == f"{nothing} with --resume starts from the beginning"
     (tmp_path / "run" / "checkpoint-3").mkdir()
     monkeypatch.setattr("modernbert.training.run.changes_of", struck)
-    assert last_line() == "modernbert: interrupted; the same command with --resume goes on from what is saved"
+    assert last_line() == "modernbert: interrupted; the same command with --resume continues from what is saved"
 
 
 def test_a_resumed_run_refuses_another_seed_and_fewer_steps_and_tells_of_other_changes(base, tmp_path, moods):
@@ -677,4 +593,4 @@ def test_resuming_what_has_not_begun_starts_it_and_says_so(base, tmp_path, moods
         shutil.rmtree(checkpoint)
     said.clear()
     finetune("text-classification", output=folder, resume=True, **options)
-    assert said[0] == f"the run in {folder} has saved nothing yet; starting it from its beginning"
+    assert said[0] == f"the run in {folder} has saved nothing yet; starting it from the beginning"

@@ -38,7 +38,7 @@ ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "sil
 # The structures of kernels.h, which says what each field is. Nested ones are spelled out; all fields take eight bytes.
 _POINTERS = (
     "data", "ids", "packed", "plain", "bias", "norm_weight", "norm_bias", "positions", "starts", "scales", "columns",
-    "kept_weights", "cos", "sin",
+    "kept_weights", "cos", "sin"
 )  # fmt: skip
 
 
@@ -165,12 +165,12 @@ def library() -> Library | None:
     if wanted and wanted not in _NAMES:
         raise BackendError(f"MODERNBERT_KERNELS is {wanted!r}; choose one of {', '.join(_NAMES)}, none")
     if not FILE.exists():
-        logger.warning("modernbert was installed without its compiled kernels; PyTorch's own serve, more slowly")
+        logger.warning("modernbert was installed without its compiled kernels; PyTorch's are slower")
         return None
     try:
         found = Library(FILE, wanted)
     except (OSError, AttributeError) as error:
-        logger.warning("the compiled kernels cannot be loaded (%s); PyTorch's own serve, more slowly", error)
+        logger.warning("the compiled kernels cannot be loaded (%s); PyTorch's are slower", error)
         return None
     logger.info("kernels: %s", found.name)
     return found

@@ -163,7 +163,7 @@ def check_output(path: Path, overwrite: bool = False) -> None:
     if path.suffix.lower() not in _WRITERS:
         raise InputError(f"{path} ends with {path.suffix or 'nothing'}; written are {', '.join(_WRITERS)}")
     if path.exists() and not overwrite:
-        raise InputError(f"{path} is there already; name another output, or replace it with overwrite=True")
+        raise InputError(f"{path} exists already; name another output, or replace it with overwrite=True")
     if path.suffix.lower() == ".parquet":
         library("pyarrow.parquet", path, "parquet")
 

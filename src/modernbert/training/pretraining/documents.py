@@ -20,7 +20,7 @@ STANDARD_INPUT = "-"
 
 
 class Document(NamedTuple):
-    """A text, the name of the source that it belongs to, and whether it is kept out of training."""
+    """A text, the name of the source that it belongs to, and whether it is held out."""
 
     text: str
     source: str

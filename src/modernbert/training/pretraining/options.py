@@ -19,20 +19,20 @@ _OF_NEW_MODELS = ("config", "hidden_size", "intermediate_size", "layers", "heads
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainOptions(TrainingOptions):
-    """A language model from raw text: an encoder by masked tokens, or a decoder by the next ones.
+    """Train a language model on prepared text: an encoder by masked tokens, or a decoder by next tokens.
 
     Defaults of the optimizer and of the schedule follow the recipe of ModernBERT (arXiv:2412.13663).
     """
 
-    data: list[str] = option([], "Folder that `modernbert prepare-data` made; repeat for several.", required=True)
+    data: list[str] = option([], "Folder that `modernbert prepare-data` made.", required=True)
     objective: str = option(
-        "mlm", "mlm: an encoder, by masked tokens; clm: a decoder, by the next ones.", choices=KINDS
+        "mlm", "mlm trains an encoder by masked tokens, clm a decoder by next tokens.", choices=KINDS
     )
     weight: list[str] = option(
-        [], "SOURCE=WEIGHT: share of the tokens, in any unit, one for every source; repeat.", otherwise="by their sizes"
+        [], "SOURCE=WEIGHT: tokens to take, relative to the other sources.", otherwise="by their sizes"
     )
     model: str | None = option(
-        None, "Start from the weights of this folder or Hub repository, of either kind.", otherwise="a new model"
+        None, "Start from this encoder or decoder, a folder or Hub repository.", otherwise="a new model"
     )
     config: str | None = option(
         None, "JSON file or folder with the configuration of a new model.", otherwise="that of ModernBERT-base"
@@ -40,15 +40,12 @@ class PretrainOptions(TrainingOptions):
     hidden_size: int | None = option(None, "Width of a new model.", least=1, otherwise="the configuration's")
     intermediate_size: int | None = option(None, "Width of its MLPs.", least=1, otherwise="the configuration's")
     layers: int | None = option(None, "Number of its layers.", least=1, otherwise="the configuration's")
-    heads: int | None = option(None, "Its attention heads a layer.", least=1, otherwise="the configuration's")
+    heads: int | None = option(None, "Attention heads of each of its layers.", least=1, otherwise="the configuration's")
     initializer_range: float | None = option(
-        None, "Standard deviation of its initial weights.", above=0, otherwise="the configuration's"
+        None, "Standard deviation of a new model's weights.", above=0, otherwise="the configuration's"
     )
     context: int | None = option(
-        None,
-        "Longest text of the model, in tokens.",
-        least=1,
-        otherwise="the data's longest, or that of the model to start from",
+        None, "Longest text of the model, in tokens.", least=1, otherwise="that of model, or the data's longest text"
     )
     global_rope_theta: float | None = option(
         None, "Base period of the rotary embedding in global layers.", otherwise="the configuration's"
@@ -57,15 +54,15 @@ class PretrainOptions(TrainingOptions):
         None, "Base period of the rotary embedding in local layers.", otherwise="the configuration's"
     )
     rope_scaling: str | None = option(
-        None, "TYPE:FACTOR, for a context beyond the model's: linear:4 or yarn:4.", otherwise="none"
+        None, "TYPE:FACTOR stretches positions for a longer context, as linear:4 or yarn:4.", otherwise="none"
     )
-    mask_rate: str = option("0.3", "mlm: share of the tokens to predict; 0.3,0.15@0.8,0.05@0.95 changes it on the way.")
-    epochs: float = changed(TrainingOptions, "epochs", 1.0, help="Passes over the data.")
-    batch_tokens: int = option(65536, "Tokens a step.", least=1)
+    mask_rate: str = option("0.3", "mlm: share of the tokens to mask; 0.3,0.15@0.8 takes 0.15 after 0.8 of the steps.")
+    epochs: float = changed(TrainingOptions, "epochs", 1.0, help="Number of passes over the data.")
+    batch_tokens: int = option(65536, "Tokens per step.", least=1)
     batch_start: int | None = option(
         None, "Tokens of the first step, if the batch grows to batch_tokens.", least=1, otherwise="batch_tokens"
     )
-    batch_warmup: int = option(0, "Tokens over which the batch grows.", least=0)
+    batch_warmup: int = option(0, "Tokens over which the batch grows; 0 means none.", least=0)
     lr: float | None = changed(TrainingOptions, "lr", 8e-4, otherwise="")
     weight_decay: float = changed(TrainingOptions, "weight_decay", 1e-5)
     schedule: str = changed(TrainingOptions, "schedule", "wsd")
@@ -73,12 +70,12 @@ class PretrainOptions(TrainingOptions):
     decay: float = changed(TrainingOptions, "decay", 0.1)
     eval_every: int | None = changed(TrainingOptions, "eval_every", 500, otherwise="")
     eval_tokens: int = option(
-        200_000, "Held-out tokens of each source that evaluations read; the last one reads all.", least=1
+        200_000, "Held-out tokens of each source for an evaluation; the last evaluation reads all.", least=1
     )
     save_every: int | None = changed(TrainingOptions, "save_every", 500, otherwise="")
     keep_best: bool = changed(TrainingOptions, "keep_best", False)
     save_dtype: str = option("float32", "Type of the finished model's weights on disk.", choices=DTYPES)
-    shard: bool = option(False, "Share weights, gradients and optimizer over the processes (FSDP2).")
+    shard: bool = option(False, "Divide weights, gradients and optimizer among the processes (FSDP2).")
     verify: bool = option(True, "Check the checksums of all shards before the run.")
 
     def __post_init__(self) -> None:
@@ -95,7 +92,7 @@ class PretrainOptions(TrainingOptions):
             raise InputError("a growing batch needs both batch_start and batch_warmup; give the other one too")
         fresh = [name for name in _OF_NEW_MODELS if getattr(self, name) is not None]
         if self.model is not None and fresh:
-            raise InputError(f"{fresh[0]} is of a new model, and model is {self.model}, which has its own; give one")
+            raise InputError(f"{fresh[0]} is for a new model, and model is {self.model}, which has its own; give one")
         if self.rope_scaling is not None and (self.model is None or self.context is None):
             raise InputError(f"rope_scaling is {self.rope_scaling}; it extends a model to a context: give both")
         _ = self.mask_rates, self.weights, self.scaling

@@ -40,11 +40,11 @@ def prepare_data(
         output: folder to make; it must not exist. Written under another name and renamed once it is whole.
         max_length: longest text in tokens, special ones included; longer documents become several texts.
         held_out: share of the documents of each source that no run trains on.
-        short: share of the texts that are cut shorter than they need be; see `texts.Cutter`.
-        column: where rows hold their text.
-        shard_tokens: tokens of a shard, about.
+        short: share of the texts that are made shorter than `max_length`; see `texts.Cutter`.
+        column: name of the column that holds the text.
+        shard_tokens: about how many tokens a file of the output holds.
         seed: seed of the lengths that texts are cut to.
-        report: called with the number of documents that are done, and of all.
+        report: called with the number of documents done so far, and of all documents.
 
     Raises:
         InputError: a path, the tokenizer or an argument cannot be used, or the output exists.

@@ -199,15 +199,15 @@ def pretrain(
         data: folder or folders that `prepare_data` made.
         output: folder of the run. It gets checkpoints, `metrics.jsonl`, `run.yaml`, and at the end the model, its
             tokenizer, `results.json` and `report.html`.
-        settings: a YAML file of options; those that are given here count more.
+        settings: a YAML file of options; arguments override it.
         resume: continue from the last checkpoint under `output`, with its options.
         progress: draw progress on standard error.
-        say: takes a line about the run; standard error if not given and `progress` is drawn, else the log.
+        say: called with each line about the run; by default they are printed with `progress`, and logged without it.
         options: see `modernbert.training.PretrainOptions`.
 
     Raises:
         InputError, ConfigError: an option is impossible, the data is unsuitable, or the folder is in use.
-        DivergedError: the loss is no number.
+        DivergedError: the loss is NaN or infinite.
         InterruptedRunError: the process was asked to end (SIGTERM), or another one of the run is lost.
         OSError: a file cannot be read or written.
     """

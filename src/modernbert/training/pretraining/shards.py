@@ -5,7 +5,7 @@ data/
   tokenizer.json, tokenizer_config.json
   SOURCE.train.00000.tokens.npy     ids of texts, end to end, special tokens included
   SOURCE.train.00000.starts.npy     where each text begins, and the end of the last
-  SOURCE.held_out.00000.tokens.npy  of documents that are kept out of training
+  SOURCE.held_out.00000.tokens.npy  of documents that are held out
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from modernbert.models.formats import refuse_to_train
 from modernbert.nn.losses import IGNORED
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.adapters import has_adapters, load_adapters
-from modernbert.training.contract import Batch, Evaluation, Pass, summed
+from modernbert.training.contract import Batch, Evaluation, Objective, Pass, summed
 from modernbert.training.examples import Example, by_tokens, pack_rows
 from modernbert.training.tasks.data import Row
 from modernbert.training.tasks.options import FinetuneOptions
@@ -33,7 +33,7 @@ _BUDGET = 8192  # tokens of a forward pass of an evaluation
 _SHOWN = 50  # wrong examples that a report lists
 
 
-class Task(abc.ABC):
+class Task(Objective):
     """One task of fine-tuning, which is the objective of its runs; see `modernbert.training.contract.Objective`.
 
     Args:
@@ -50,7 +50,6 @@ class Task(abc.ABC):
     auto_model: ClassVar[Any]
     group_field: ClassVar[str | None] = None  # rows with equal values of it are held out together
     usual_length: ClassVar[int] = 512  # `max_length` if it is not given and the context is not shorter
-    metric: str
     greater_is_better: bool = True
     reads_more_at_the_end: bool = False
     tokenizer: Tokenizer

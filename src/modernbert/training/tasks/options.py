@@ -19,36 +19,32 @@ PROBLEMS = ("auto", "single-label", "multi-label", "regression")
 class FinetuneOptions(TrainingOptions):
     """What every task has."""
 
-    train: list[str] = option(
-        [], "File or datasets folder to train on; FILE#PART for a part of one; repeat.", required=True
-    )
-    eval: list[str] = option([], "File to evaluate on; repeat.", otherwise="held_out of the training rows")
-    model: str | None = option(None, "Folder or Hub repository.", otherwise="the package's small model")
-    revision: str | None = option(None, "Branch, tag or commit of the repository.", otherwise="its main branch")
-    column: list[str] = option(
-        [], "FIELD=COLUMN: which column holds a field; repeat.", otherwise="found by their names"
-    )
+    train: list[str] = option([], "File or datasets folder to train on; FILE#PART is one of its parts.", required=True)
+    eval: list[str] = option([], "File to evaluate on.", otherwise="held_out of the training rows")
+    model: str | None = option(None, "Start from this folder or Hub repository.", otherwise="the package's small model")
+    revision: str | None = option(None, "Branch, tag or commit of the repository.", otherwise="the newest")
+    column: list[str] = option([], "FIELD=COLUMN: the column that holds a field.", otherwise="found by their names")
     header: str | None = option(
-        None, "Names of the columns of tables without a header line: a,b,c.", otherwise="the first line"
+        None, "Names of the columns, as a,b,c, of tables that have no header line.", otherwise="the first line"
     )
     held_out: float = option(
-        0.1, "Share of the training rows to evaluate on if no file is given; 0 is none.", least=0, below=1
+        0.1, "Share of the training rows to evaluate on if there is no eval file; 0 means none.", least=0, below=1
     )
     group_by: str | None = option(
-        None, "Column whose equal values stay on one side when rows are held out.", otherwise="none"
+        None, "Column of groups: rows with the same value are held out together, or not at all.", otherwise="none"
     )
-    batch_size: int = option(32, "Examples a step.", least=1)
+    batch_size: int = option(32, "Examples per step.", least=1)
     batch_tokens: int | None = option(
-        None, "Tokens a step, instead of batch_size examples.", least=1, otherwise="as batch_size says"
+        None, "Tokens per step, instead of batch_size examples.", least=1, otherwise="none"
     )
     lora_rank: int = option(
-        0, "Train adapters of this rank (LoRA) instead of the weights; 0 trains the weights.", least=0
+        0, "Train adapters (LoRA) of this rank instead of the weights; 0 trains the weights.", least=0
     )
-    lora_alpha: float | None = option(None, "Scale of the adapters.", otherwise="twice the rank")
+    lora_alpha: float | None = option(None, "Scale of the adapters (LoRA's alpha).", otherwise="twice the rank")
     max_length: int | None = option(
-        None, "Tokens of a text, which is cut off there.", least=3, otherwise="the model's context, 512 at the most"
+        None, "Longest text in tokens; longer ones are cut off.", least=3, otherwise="the model's context, at most 512"
     )
-    attn_implementation: str = option("auto", "Attention backend, such as eager or sdpa; auto picks the fastest.")
+    attn_implementation: str = option("auto", "Attention backend, such as eager or sdpa; auto chooses a fast one.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,21 +52,21 @@ class LabelOptions(FinetuneOptions):
     """Of tasks whose labels have names."""
 
     labels: str | None = option(
-        None, "Names of the labels, in order: a,b,c, or a file with one a line.", otherwise="the data's or the model's"
+        None, "Names of the labels in order: a,b,c, or a file of them.", otherwise="the data's or the model's"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextClassificationOptions(LabelOptions):
-    """Classes or values of whole texts, or of pairs."""
+    """Classify texts or pairs of texts, or predict a number."""
 
-    problem: str = option("auto", "What labels are; auto decides by the whole column.", choices=PROBLEMS)
-    separator: str = option(",", "multi-label: what stands between the labels of a cell.")
+    problem: str = option("auto", "Kind of labels; auto decides by the whole column.", choices=PROBLEMS)
+    separator: str = option(",", "multi-label: separates the labels of a cell.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenClassificationOptions(LabelOptions):
-    """Classes of words."""
+    """Tag words, such as names of people and places."""
 
     epochs: float = changed(FinetuneOptions, "epochs", 5.0)
     batch_size: int = changed(FinetuneOptions, "batch_size", 16)
@@ -78,44 +74,42 @@ class TokenClassificationOptions(LabelOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuestionAnsweringOptions(FinetuneOptions):
-    """Answers that are spans of a text."""
+    """Find the span of a text that answers a question."""
 
     epochs: float = changed(FinetuneOptions, "epochs", 2.0)
-    batch_size: int = changed(FinetuneOptions, "batch_size", 12, help="Windows a step.")
+    batch_size: int = changed(FinetuneOptions, "batch_size", 12, help="Windows per step.")
     max_length: int | None = option(
-        None, "Tokens of a window, question included.", least=3, otherwise="384, or the model's context"
+        None, "Longest window in tokens, question included.", least=3, otherwise="384, at most the model's context"
     )
-    stride: int | None = option(None, "Tokens that windows share.", least=0, otherwise="128, or half a window")
-    max_answer_len: int = option(30, "Longest answer in tokens, in evaluation.", least=1)
-    n_best: int = option(20, "Answers of each question that predictions hold.", least=1)
+    stride: int | None = option(None, "Tokens that windows share.", least=0, otherwise="128, at most half a window")
+    max_answer_len: int = option(30, "Longest answer in evaluations, in tokens.", least=1)
+    n_best: int = option(20, "Answers to each question in predictions.jsonl.", least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultipleChoiceOptions(FinetuneOptions):
-    """One of several continuations."""
+    """Choose one of several continuations."""
 
-    batch_size: int = changed(FinetuneOptions, "batch_size", 16, help="Questions a step.")
+    batch_size: int = changed(FinetuneOptions, "batch_size", 16, help="Prompts per step.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelOptions(FinetuneOptions):
-    """Tokens of raw text; long texts are split and never cut off."""
+    """Predict the next token; long texts are split and never cut off."""
 
     max_length: int | None = changed(FinetuneOptions, "max_length", None, limits=Limits(least=5))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedLMOptions(LanguageModelOptions):
-    """Tokens behind the mask."""
+    """Predict masked tokens; long texts are split and never cut off."""
 
-    mask_rate: float = option(
-        0.3, "Share of the tokens to predict in training; evaluations hide 15 %.", above=0, below=1
-    )
+    mask_rate: float = option(0.3, "Share of the tokens to mask in training; evaluations mask 0.15.", above=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SentenceEmbeddingOptions(FinetuneOptions):
-    """Vectors of texts that belong together."""
+    """Make vectors that are close for texts that belong together."""
 
     base_lr = 8e-5
 
@@ -123,29 +117,29 @@ class SentenceEmbeddingOptions(FinetuneOptions):
         FinetuneOptions,
         "batch_size",
         64,
-        help="Pairs a step; each is contrasted with all others of its step and process.",
+        help="Pairs per step; each is compared with all others of its step and process.",
     )
-    lr: float | None = changed(FinetuneOptions, "lr", None, otherwise="by the model's size: 8e-05 at base size")
+    lr: float | None = changed(FinetuneOptions, "lr", None, otherwise="by the model's size; 8e-05 at base size")
     epochs: float = changed(FinetuneOptions, "epochs", 1.0)
     warmup: float = changed(FinetuneOptions, "warmup", 0.05)
-    temperature: float = option(0.05, "Similarities are divided by this before the softmax.", above=0)
-    matryoshka: list[int] = option(
-        [], "Also train this many first dimensions as vectors of their own; repeat.", otherwise="none"
-    )
-    pooling: str = option("mean", "How tokens become a vector, of a bare encoder.", choices=("mean", "cls", "max"))
+    temperature: float = option(0.05, "Divide similarities by this before the softmax of the loss.", above=0)
+    matryoshka: list[int] = option([], "Also train the first dimensions, this many, as a vector.", otherwise="none")
+    pooling: str = option("mean", "How a bare encoder's tokens become a vector.", choices=("mean", "cls", "max"))
     query_prompt: str = option(
         "", "Put before every anchor, and saved as the prompt 'query'.", otherwise="the model's own"
     )
     document_prompt: str = option(
-        "", "Put before every positive and negative, and saved as the prompt 'document'.", otherwise="the model's own"
+        "", "Put before all other texts, and saved as the prompt 'document'.", otherwise="the model's own"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextRankingOptions(FinetuneOptions):
-    """Scores of documents for a query, read together."""
+    """Score documents for a query, which is read together with each."""
 
-    negatives: int = option(4, "Other rows' documents beside each right one, if the data names no wrong ones.", least=0)
+    negatives: int = option(
+        4, "Other rows' documents to use as wrong ones for each query, if the data has none.", least=0
+    )
 
 
 # Task -> its options. The class of a task is in `modernbert.training.tasks`.

@@ -152,7 +152,7 @@ class TextClassification(Task):
             return float(self.names.number(value, row.where))
         number = number_of(value)
         if number is None or not math.isfinite(number):
-            raise InputError(f"{row.where} has the label {value!r}; regression learns numbers, or names in labels")
+            raise InputError(f"{row.where} has the label {value!r}; regression takes numbers, or names in labels")
         return number
 
     def labels(self, examples: Sequence[Example]) -> Batch:
