@@ -134,7 +134,7 @@ def test_tokens_are_those_of_the_whole_document(data):
 def test_impossible_cuts_are_named(tokenizer):
     with pytest.raises(InputError, match="max_length is 4"):
         Cutter(tokenizer, 4)
-    with pytest.raises(InputError, match="short is 1.5"):
+    with pytest.raises(InputError, match=r"short is 1\.5"):
         Cutter(tokenizer, 32, 1.5)
 
 
