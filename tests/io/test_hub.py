@@ -1,14 +1,13 @@
 """Checkpoints from the Hub: over HTTP on loopback, from its cache, and every way that it can say no."""
 
 import pytest
+import torch
 
 from modernbert import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, ModernBertForMaskedLM
 from modernbert.errors import CheckpointError, NotFoundError
 from modernbert.io.hub import Source
 from modernbert.training.pretraining.train_tokenizer import save_tokenizer, train_tokenizer
 from tests.hub_server import COMMIT, Hub, write_cache
-
-import torch  # isort: skip
 
 pytestmark = pytest.mark.network
 
@@ -59,7 +58,6 @@ def same(model, other):
 
 
 def test_download_then_offline(hub, small_model, monkeypatch):
-
     model = AutoModelForMaskedLM.from_pretrained("owner/name", cache_dir=hub.cache)
     assert isinstance(model, ModernBertForMaskedLM)
     assert same(model, small_model)

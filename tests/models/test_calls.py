@@ -134,6 +134,9 @@ def test_new_ids_begin_near_the_mean_of_the_old_ones(name):
 
 
 def test_sizes_and_classes_that_are_none_are_named():
+    decoder = random_decoder()
+    with pytest.raises(InputError, match=r"^input_ids is a list"):
+        decoder([[7]], past_key_values=decoder(torch.tensor([[5, 6]])).past_key_values)
     model = model_of("ModernBertForMaskedLM", pad_token_id=90)
     with pytest.raises(ValueError, match=r"^new_num_tokens is 'x'; it must be a whole number"):
         model.resize_token_embeddings("x")
@@ -143,7 +146,7 @@ def test_sizes_and_classes_that_are_none_are_named():
         modernbert.AutoModel()
     encoding = BatchEncoding({"input_ids": torch.tensor([[5, 6]])})
     with pytest.raises(InputError, match=r"^input_ids is a BatchEncoding; give what it holds by name"):
-        random_decoder().generate(encoding)
+        decoder.generate(encoding)
 
 
 def test_a_file_where_a_folder_is_wanted_is_named(tmp_path):
@@ -181,10 +184,3 @@ process.start()
 assert queue.get(timeout=60) == [True, True]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_a_decoder_that_continues_refuses_lists_too():
-    model = random_decoder()
-    cache = model(torch.tensor([[5, 6]])).past_key_values
-    with pytest.raises(InputError, match=r"^input_ids is a list"):
-        model([[7]], past_key_values=cache)

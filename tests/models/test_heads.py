@@ -198,6 +198,7 @@ ANSWERS, CHOICES = ModernBertForQuestionAnswering, ModernBertForMultipleChoice
         (SEQUENCE, {}, {"labels": [0]}, r"\(1,\).*takes \(2,\) or \(2, 1\)"),
         (SEQUENCE, {"problem_type": "multi_label_classification"}, {"labels": [0, 1]}, r"takes \(2, 2\)"),
         (SEQUENCE, {"problem_type": "single_label_classification"}, {"labels": [0.0, 1.0]}, "dtype torch.float32"),
+        (ModernBertForMaskedLM, {}, {"labels": [[96] * 6] * 2}, "labels holds 96; it must hold 0 to 95, or -100"),
         (TOKENS, {}, {"labels": [0, 1]}, r"labels has shape \(2,\)"),
         (TOKENS, {}, {"labels": [[9] * 6] * 2}, "labels holds 9"),
         (ANSWERS, {}, {"start_positions": [0, 1]}, "end_positions is missing"),

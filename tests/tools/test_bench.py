@@ -14,7 +14,7 @@ from modernbert.errors import InputError
 from modernbert.tools.bench import Limits, Result, lengths_of, measure, useful_flops
 from modernbert.tools.picture import draw
 from tests.commands import called
-from tests.conftest import SMALL
+from tests.conftest import SMALL, threads
 
 MACHINE = Limits(1e11, "PyTorch", 1e10, 1e10)
 
@@ -86,9 +86,8 @@ def test_the_command(tmp_path, capsys):
     ModernBertModel(ModernBertConfig(**SMALL)).save_pretrained(tmp_path / "model")
     picture = tmp_path / "bench.svg"
     arguments = ["bench", str(tmp_path / "model"), "--lengths", "1x16,var2", "--seconds", "0.01"]
-    before = torch.get_num_threads()
-    code, out, _ = called(capsys, *arguments, "--dtype", "float32", "--json", "--picture", picture, "--threads", "1")
-    torch.set_num_threads(before)
+    with threads(1):
+        code, out, _ = called(capsys, *arguments, "--dtype=float32", "--json", "--picture", picture, "--threads", "1")
     assert code == 0
     said = json.loads(out)
     assert said["threads"] == 1

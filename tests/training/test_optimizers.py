@@ -1,13 +1,9 @@
-"""Optimizers, their groups of parameters, and the schedule of pretraining."""
-
-import itertools
-import math
+"""Optimizers, and their groups of parameters."""
 
 import pytest
 import torch
 
 from modernbert.training.optimizers import StableAdamW, orthogonalize, parameter_groups
-from modernbert.training.schedules import warmup_stable_decay
 
 
 def test_stable_adamw_is_adamw_where_gradients_hold_no_surprise():
@@ -47,12 +43,3 @@ def test_groups_hold_every_parameter_once(small_model):
             assert (group["weight_decay"] == 0) == (parameter.dim() == 1)
             assert group.get("orthogonal", False) == (".layers." in by_id[id(parameter)] and parameter.dim() == 2)
             assert (group.get("parts") == 3) == ("Wqkv" in by_id[id(parameter)])
-
-
-def test_the_schedule():
-    factors = [warmup_stable_decay(i, 100, 10, 20) for i in range(100)]
-    assert factors[:10] == [pytest.approx((i + 1) / 10) for i in range(10)]
-    assert set(factors[10:80]) == {1.0}
-    assert all(a > b for a, b in itertools.pairwise(factors[79:]))
-    assert factors[89] == pytest.approx(1 - math.sqrt(10 / 21))
-    assert 0 < factors[99] < 0.03

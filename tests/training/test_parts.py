@@ -68,6 +68,7 @@ def test_schedules(name):
     expected = {"linear": 50 / 90, "cosine": (1 + math.cos(math.pi * 40 / 90)) / 2, "wsd": 1.0, "constant": 1.0}
     assert factors[50] == pytest.approx(expected[name])
     assert factors[-1] < 0.15 or name == "constant"
+    assert name != "wsd" or factors[89] == pytest.approx(1 - math.sqrt(10 / 21))
 
 
 def model_of(**changes):

@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -200,11 +198,3 @@ def test_texts_of_no_fitting_lengths_are_packed_all_the_same():
     assert {len(texts) for texts in passes} == {1}
     longer = PassStream({"a": corpora([130] * 50)}, 100, 0)
     assert {len(texts) for _, texts in itertools.islice(longer.passes(), 300)} == {1}
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no file modes")
-def test_an_unwritable_folder_is_one_line(raw, tmp_path):
-    if os.geteuid() == 0:
-        (tmp_path / "file").write_text("")
-        with pytest.raises(OSError, match="file"):
-            prepare_data([raw / "first.jsonl"], raw / "tokenizer", tmp_path / "file" / "data", max_length=32)

@@ -78,39 +78,29 @@ def changed(rows, **values):
     return [*rows[:-1], {**rows[-1], **values}]
 
 
+TEXTS, PAIRS = "text-classification", "text-ranking"
+WOLF = [{"text": "wolf", "answer_start": 3}]
+ASKED = {"query": "q", "document": "d"}
 BAD = {
-    "no rows": ("text-classification", [], "train is not given"),
-    "columns": ("text-classification", [{"a": "x", "b": 1}], "has the columns a, b; none is known to hold the text"),
-    "blank text": ("text-classification", changed(mood_rows(), text="  "), "row 48: the text is blank"),
-    "no label": ("text-classification", changed(mood_rows(), label=None), "row 48 has nothing in 'label'"),
-    "one class": ("text-classification", [{"text": "x", "label": "a"}] * 9, "every row has the label 'a'"),
-    "word for a value": (
-        "text-classification",
-        [{"text": "x", "label": 0.5}, {"text": "y", "label": "high"}],
-        "row 2 has the label 'high'; regression takes numbers",
-    ),
+    "no rows": (TEXTS, [], "train is not given"),
+    "columns": (TEXTS, [{"a": "x", "b": 1}], "has the columns a, b; none is known to hold the text"),
+    "blank text": (TEXTS, changed(mood_rows(), text="  "), "row 48: the text is blank"),
+    "no label": (TEXTS, changed(mood_rows(), label=None), "row 48 has nothing in 'label'"),
+    "one class": (TEXTS, [{"text": "x", "label": "a"}] * 9, "every row has the label 'a'"),
+    "word for a value": (TEXTS, [{"text": "x", "label": 0.5}, {"text": "y", "label": "high"}],
+                         "row 2 has the label 'high'; regression takes numbers"),
     "tags": ("token-classification", changed(tag_rows(), tags=["O"]), r"row 40 has \d+ words and 1 tags"),
     "empty word": ("token-classification", changed(tag_rows(), tokens=[""], tags=["O"]), "the word ''"),
-    "answer": (
-        "question-answering",
-        changed(answer_rows(), answers=[{"text": "wolf", "answer_start": 3}]),
-        "row 40: the answer 'wolf' does not stand at character 3",
-    ),
+    "answer": ("question-answering", changed(answer_rows(), answers=WOLF),
+               "row 40: the answer 'wolf' does not stand at character 3"),
     "choices": ("multiple-choice", changed(choice_rows(), choices=["one"]), r"row 30 has the choices \['one'\]"),
     "choice": ("multiple-choice", changed(choice_rows(), label=9), "row 30 has the label 9; it must be 0 to"),
     "pair": ("sentence-embedding", changed(pair_rows(), positive=3.5j), "row 40: the positive is a complex"),
-    "share": (
-        "text-ranking",
-        [{"query": "q", "document": "d", "label": 2}],
-        r"row 1 has the label 2; it must lie in \[0, 1\]",
-    ),
-    "no label of a pair": (
-        "text-ranking",
-        [{"query": "q", "document": "d", "label": 1}, {"query": "q", "document": "e", "label": None}],
-        "row 2 has no label, and other rows have",
-    ),
-    "rows": ("text-classification", ["a text", 3], "train is not given|a row is"),
-}
+    "share": (PAIRS, [{**ASKED, "label": 2}], r"row 1 has the label 2; it must lie in \[0, 1\]"),
+    "no label of a pair": (PAIRS, [{**ASKED, "label": 1}, {**ASKED, "document": "e", "label": None}],
+                           "row 2 has no label, and other rows have"),
+    "rows": (TEXTS, ["a text", 3], "train is not given|a row is"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(BAD))
