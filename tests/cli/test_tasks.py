@@ -258,7 +258,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, arguments, message, tmp_p
 def test_a_question_that_is_missing_is_said(heads, capsys):
     code, _, err = called(capsys, "run", "--model", heads / "QuestionAnswering", "Anna ran.")
     assert code == 2
-    assert "question is not given; name it with --question" in err
+    assert "--question is not given; the task needs one" in err
 
 
 def test_info_says_what_a_checkpoint_is(heads, capsys):
