@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from modernbert.cli.messages import in_flags, say, warnings_shown
+from modernbert.cli.messages import errors_in_flags, in_flags, say, warnings_shown
 from modernbert.errors import printable, shown
 from tests.commands import called, rows_of
 
@@ -67,8 +67,11 @@ def test_warnings_of_the_library_are_said_like_everything_else(capsys):
     with warnings_shown():
         logger.warning("a tensor called %s", "\x1b]0;title\x07" + "y" * 5000)
         logger.info("not for people")
+        with errors_in_flags({"dtype": "--dtype"}):
+            logger.warning('dtype="bfloat16" takes half the memory')
     logger.warning("after the command")
-    (line,) = capsys.readouterr().err.splitlines()
+    line, flags = capsys.readouterr().err.splitlines()
+    assert flags == "modernbert: --dtype bfloat16 takes half the memory"
     assert line.startswith("modernbert: a tensor called \\x1b]0;title\\x07yyy")
     assert len(line) < 650
 

@@ -42,7 +42,7 @@ def test_arguments(heads, capsys, head, arguments, call):
     if head == "QuestionAnswering":
         code, _, err = called(capsys, "run", "--model", heads / head, "Anna ran.")
         assert code == 2
-        assert "question is not given; name it with --question" in err
+        assert "--question is not given; the task needs one" in err
 
 
 def test_zero_shot_and_ranking(heads, capsys):

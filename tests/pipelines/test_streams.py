@@ -174,7 +174,7 @@ def test_a_progress_bar_counts(heads, capsys):
         ("text-classification", "a", {"function_to_apply": "tanh"}, "function_to_apply is 'tanh'; choose one of"),
         ("text-classification", "a", {"top_k": 0}, "top_k is 0"),
         ("zero-shot-classification", "a", {"candidate_labels": []}, r"candidate_labels is \[\]"),
-        ("zero-shot-classification", "a", {"candidate_labels": ["a", " "]}, "none that is empty"),
+        ("zero-shot-classification", "a", {"candidate_labels": ["a", " "]}, "none of them empty"),
         ("text-classification", "a", {"truncation": "best"}, "truncation is 'best'; choose True, False or one of"),
         ("text-classification", "a", {"max_length": 0}, "max_length is 0"),
         ("text-classification", "a b c d", {"max_length": 4, "truncation": False}, "6 tokens and max_length is 4"),

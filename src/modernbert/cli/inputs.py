@@ -46,7 +46,7 @@ def from_arguments(texts: list[str], form: Form, fixed: Record) -> Iterator[Any]
     elif main.many:
         yield {**fixed, main.name: texts}
     elif others:
-        raise InputError(f"{others[0]} is not given; name it with --{others[0]}")
+        raise InputError(f"--{others[0]} is not given; the task needs one")
     else:
         yield from (text if main.name == "text" else {**fixed, main.name: text} for text in texts)
 
@@ -54,7 +54,7 @@ def from_arguments(texts: list[str], form: Form, fixed: Record) -> Iterator[Any]
 def check_arguments(texts: list[str]) -> None:
     """Raise `InputError` for arguments that are meant as files: what would be answered is their name."""
     for text in texts:
-        stdin = "a text that reads so is given on standard input"
+        stdin = "to read it as a text, give it on standard input"
         with contextlib.suppress(OSError):  # too long for a name
             if Path(text).is_file():
                 raise InputError(f"{text} is a file; did you mean --file {text}? ({stdin})")

@@ -104,4 +104,4 @@ def warnings_shown() -> Iterator[None]:
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        say(in_flags(record.getMessage()))

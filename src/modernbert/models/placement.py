@@ -74,8 +74,8 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None, d
         raise ValueError(f"dtype is {named}; weights are float32, bfloat16 or float16")
     if named == torch.float16 and device.type == "cpu":
         warn_once(
-            "float16 is for GPUs: on this CPU the weights are float32. dtype='bfloat16' takes half the memory, for "
-            "inference"
+            'float16 is for GPUs: on this CPU the weights are float32; for inference, dtype="bfloat16" takes half the '
+            "memory"
         )
         return torch.float32
     return named

@@ -53,7 +53,7 @@ class ZeroShotClassificationPipeline(ClassifierPipeline[ZeroShotClassificationOp
         if isinstance(given, str):
             labels = [part.strip() for part in given.split(",") if part.strip()]
         if not labels or not all(label.strip() for label in labels):
-            raise InputError(f"candidate_labels is {shown(given)}; give at least one label, and none that is empty")
+            raise InputError(f"candidate_labels is {shown(given)}; give one label or more, none of them empty")
         template = options.hypothesis_template
         try:
             filled = template.format(labels[0]) != template
