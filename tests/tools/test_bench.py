@@ -109,7 +109,6 @@ def test_what_is_refused(arguments, message, capsys):
     assert message in err
 
 
-@pytest.mark.slow
 def test_the_benchmark_for_cards_runs_without_one(tmp_path):
     """On small models and a CPU: every part, the peers too."""
     script, out = Path(__file__).parents[2] / "benchmarks" / "gpu.py", tmp_path / "gpu.json"
