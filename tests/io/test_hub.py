@@ -93,7 +93,7 @@ def test_revision_subfolder_and_token(hub, small_model):
         ({"name_or_folder": "owner/empty"}, NotFoundError, "repository owner/empty holds no config.json"),
         ({"name_or_folder": "owner/nested", "subfolder": "other"}, NotFoundError, "holds no config.json"),
         ({"name_or_folder": "owner/pickle"}, CheckpointError, "pytorch_model.bin, a pickle.*save_file"),
-        ({"name_or_folder": "owner/name", "local_files_only": True}, NotFoundError, "not in the cache"),
+        ({"name_or_folder": "owner/name", "local_files_only": True}, NotFoundError, "no such model in the cache"),
         ({"name_or_folder": "foo--bar"}, NotFoundError, "cannot be a repository's id"),
         ({"name_or_folder": "./no such folder"}, NotFoundError, "neither a folder on this disk nor the id"),
     ],

@@ -443,6 +443,7 @@ def test_a_checkpoint_is_never_lost_while_another_takes_its_place(tmp_path, monk
         renamed.append(self)
         return rename(self, target)
 
+    monkeypatch.setattr("modernbert.io.files._exchanged", lambda one, other: False)  # as on systems that cannot
     monkeypatch.setattr(Path, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(tmp_path, 4, written_with("second"), {}, {})
@@ -470,7 +471,7 @@ def test_help_says_every_default_and_what_is_required(name):
     said = {
         option.name: option.help for option in command.params if option.name not in ("config", "resume", "settings")
     }
-    required = {option for option, text in said.items() if text.endswith("(required)")}
+    required = {option for option, text in said.items() if "(required)" in text}
     assert required == ({"data", "output"} if name == "pretrain" else {"train", "output"})
     assert [option for option, text in said.items() if option not in required and "(default: " not in text] == []
     assert not any("[" in text or "None" in text or "_" in text for text in said.values())
