@@ -46,7 +46,7 @@ class Limits:
 
 def option(
     default: Any,
-    help: str,  # noqa: A002 (what every library of command lines calls it)
+    sentence: str,
     *,
     choices: Sequence[str] = (),
     least: float | None = None,
@@ -61,16 +61,15 @@ def option(
 
     Args:
         default: its value if it is not given.
-        help: one sentence that says what it is and in which unit.
+        sentence: what it is and in which unit, for help texts.
         choices: the allowed texts, if they can be listed; beside them, values of the field's other types are allowed.
         least, most, above, below: limits of a number, or of each number of a list; see `Limits`.
         otherwise: what holds by default, in words, where the default value itself does not say it.
         required: whether it must be given.
         flag: its name on the command line, if that is another one.
     """
-    limits = Limits(least, most, above, below)
-    metadata = {"help": help, "choices": tuple(choices), "limits": limits, "otherwise": otherwise, "required": required}
-    metadata["flag"] = flag
+    known = {"help": sentence, "choices": tuple(choices), "limits": Limits(least, most, above, below)}
+    metadata = {**known, "otherwise": otherwise, "required": required, "flag": flag}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

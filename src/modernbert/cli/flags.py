@@ -46,7 +46,7 @@ class Command(typer.core.TyperCommand):
 
 def flag(
     field: OptionField,
-    help: str | None = None,  # noqa: A002
+    described: str | None = None,
     *,
     hidden: bool = False,
     both: bool = False,
@@ -55,13 +55,13 @@ def flag(
 
     Args:
         field: the option.
-        help: shown instead of its description.
+        described: shown instead of its own description.
         hidden: whether help leaves it out.
         both: whether a switch that is off by default can be switched off, too, such as over a file that has it on.
     """
     kinds = [typing.get_args(kind)[0] if typing.get_origin(kind) else kind for kind in field.kinds]
     kind: Any = types.GenericAlias(list, (kinds[-1],)) if field.is_list else kinds[0]
-    said = (field.described if help is None else help) + (" Repeat for several." if field.is_list else "")
+    said = (field.described if described is None else described) + (" Repeat for several." if field.is_list else "")
     pair = kind is bool and (both or field.default is not False)
     name = f"--{field.flag}/--no-{field.flag}" if pair else f"--{field.flag}"
     annotation = Annotated[kind | None, typer.Option(name, help=said, show_default=False, hidden=hidden)]

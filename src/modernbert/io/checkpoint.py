@@ -114,7 +114,7 @@ def read_weights(files: list[Path], wanted: Callable[[str], bool]) -> Iterator[t
     """Yield names and tensors one by one, so that no more than one of them exists beside what the caller keeps."""
     for path in files:
         with _opened(path) as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys() if wanted(name))  # noqa: SIM118
+            yield from ((name, file.get_tensor(name)) for name in filter(wanted, file.keys()))
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         if cls.second is not None:
             parameters.insert(2, inspect.Parameter(cls.second, both, default=None, annotation=Any))
         vars(shown)["__signature__"] = inspect.Signature(parameters)
-        setattr(cls, "__call__", shown)  # noqa: B010 (a method that mypy would not have assigned to)
+        typing.cast(Any, cls).__call__ = shown
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ Shapes: T rows, I inputs, O outputs, G groups, K kept columns.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -142,14 +143,14 @@ def pack_halves(whole_OI: Tensor) -> Tensor:
     return low | high << 4
 
 
-class Integers:
+class Integers(abc.ABC):
     """A quantized weight as it is multiplied by, with the bias as it was then."""
 
     bias: Tensor | None
 
+    @abc.abstractmethod
     def to_quantized(self) -> QuantizedWeight:
         """The weight in its plain layout."""
-        raise NotImplementedError
 
     def to_dense(self) -> Tensor:
         """The numbers that the codes stand for, (O, I) float32."""

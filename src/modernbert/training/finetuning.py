@@ -43,7 +43,7 @@ class Finetuned(Finished):
 def finetune(
     task: str,
     train: Any = None,
-    eval: Any = None,  # noqa: A002
+    eval: Any = None,  # noqa: A002 (as the option is called everywhere)
     output: str | Path | None = None,
     *,
     model: str | Path | None = None,

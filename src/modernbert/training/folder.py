@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from modernbert import __version__
 from modernbert.errors import InputError
-from modernbert.io.files import naming, write_text
+from modernbert.io.files import locked, naming, write_text
 from modernbert.training.checkpoints import checkpoints, last_checkpoint, recover, step_of
 from modernbert.training.options import TrainingOptions
 
@@ -103,27 +102,21 @@ def opened(folder: Path, resume: bool) -> Iterator[None]:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output is {folder}, which is a file; name a folder")
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    made: list[Path] = []
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"output is {folder}, which another process is writing; name another folder") from None
-    try:
-        found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        files = [name for name in found if not name.startswith(".")]
-        if files and not resume:
-            raise InputError(
-                f"output is {folder}, which holds {files[0]}; name another folder, or continue its run with resume=True"
-            )
-        if files and SETTINGS not in files:
-            raise InputError(f"output is {folder}, which holds {files[0]} and no run to resume; name another folder")
-        recover(folder)
-        yield
+        with locked(folder, f"output is {folder}, which another process is writing; name another folder"):
+            made = missing  # of this run, and not of the one that keeps the folder
+            found = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+            files = [name for name in found if not name.startswith(".")]
+            holds = f"output is {folder}, which holds {files[0]}" if files else ""
+            if files and not resume:
+                raise InputError(f"{holds}; name another folder, or continue its run with resume=True")
+            if files and SETTINGS not in files:
+                raise InputError(f"{holds} and no run to resume; name another folder")
+            recover(folder)
+            yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # before it is released: later it could be another process's
-        lock.release()
         for place in made:
             if place.exists() and not any(place.iterdir()):
                 place.rmdir()
