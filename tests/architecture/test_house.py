@@ -174,3 +174,12 @@ def test_importing_is_lazy_and_help_needs_no_torch():
         "assert 'torch' not in sys.modules and 'tokenizers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_importing_and_loading_do_without_the_compiler_of_pytorch():
+    code = (
+        "import sys, torch\nbefore = 'torch._dynamo' in sys.modules\n"
+        "from modernbert import pipeline\npipeline('fill-mask')('A [MASK].')\n"
+        "assert before or 'torch._dynamo' not in sys.modules"  # it takes a second to import
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

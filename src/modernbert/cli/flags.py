@@ -124,13 +124,13 @@ def command(
     return with_signature(run, parameters, f"{options.__doc__}\n\nExample: modernbert {name} {example}")
 
 
-def tell(outcome: Outcome, figures: Mapping[str, float], output: Path) -> None:
-    """Say how a run went: its figures on standard output, the rest beside them. One process speaks for all."""
+def tell(outcome: Outcome, metrics: Mapping[str, float], output: Path) -> None:
+    """Print the metrics of a run on standard output, all else on standard error; the first process does it for all."""
     if os.environ.get("RANK", "0") != "0":
         return
     if outcome.stopped:
         typer.echo(f"stopped early: {outcome.stopped}", err=True)
-    for name, value in figures.items():
+    for name, value in metrics.items():
         typer.echo(f"{name:<32}{value:.4f}")
     typer.echo(f"written to {output}; open {output / 'report.html'} for curves and errors", err=True)
 

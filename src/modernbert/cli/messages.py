@@ -92,7 +92,7 @@ def errors_in_flags(flags: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def warnings_shown() -> Iterator[None]:
-    """What the library warns of is said like everything else."""
+    """Show warnings of the library as commands show their messages."""
     handler = _Handler(logging.WARNING)
     logger = logging.getLogger("modernbert")
     logger.addHandler(handler)

@@ -36,7 +36,11 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        sizes, padding = (config.vocab_size, config.hidden_size), config.pad_token_id
+        if torch.get_default_device().type == "meta":  # where drawing values would import PyTorch's compiler: a second
+            self.tok_embeddings = nn.Embedding.from_pretrained(torch.empty(sizes), freeze=False, padding_idx=padding)
+        else:
+            self.tok_embeddings = nn.Embedding(*sizes, padding_idx=padding)
         self.norm = layer_norm(config)
         self.drop = nn.Dropout(config.embedding_dropout)
         self.is_tied = False  # whether an output shares the weight

@@ -89,8 +89,6 @@ class NativeWeight:
         """(T, I) to (T, O), of the dtype of x."""
         return Product(self)(x_TI if x_TI.stride(1) == 1 else x_TI.contiguous())
 
-    # A compiler that traced this would warn of the pointers; PyTorch leaves the decorator without types.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def to_dense(self) -> Tensor:
         """The weight, (O, I)."""
         plain = torch.empty(self.shape, dtype=self.dtype, device="cpu")
