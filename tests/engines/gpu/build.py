@@ -11,17 +11,37 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Arguments of each kernel: p is a pointer to bfloat16, f to float32, l to int64; i is a multiple of 16, n any whole
-# number, e a float.
-PRODUCT = {"x": "p", "weight": "p", "bias": "p", "out": "p"}
-SIZES = {"T": "n", "inputs": "i", "x_stride": "i", "out_stride": "i"}
-TILES = {"BIAS": False, "EVEN_I": True, "WIDEN": False, "GROUP": 8}
+import triton.language as tl
+
+# Arguments of each kernel: p is a pointer to bfloat16, f to float32, l to int64, s to int32; i is a multiple of 16, n
+# any whole number, e a float; others name the sides of a descriptor's tiles.
+PRODUCT = {
+    "x": "rows,inputs",
+    "bias": "p",
+    "T": "n",
+    "inputs": "i",
+    "x_stride": "i",
+    "weight_stride": "i",
+    "out_stride": "i",
+}
+TILES = {"BIAS": False, "EVEN": True, "WIDEN": False, "GROUP": 8}
 KERNELS = {
-    "product": ({**PRODUCT, **SIZES, "outputs": "i"}, {**TILES, "ACTIVATION": "", "ADD": True}),
-    "gated_product": ({**PRODUCT, **SIZES, "P": "i"}, {**TILES, "ACTIVATION": "gelu"}),
+    "product": (
+        {**PRODUCT, "weight": "outputs,inputs", "out": "rows,half", "outputs": "i"},
+        {**TILES, "ACTIVATION": "", "ADD": True},
+    ),
+    "gated_product": (
+        {**PRODUCT, "weight": "2,half,inputs", "out": "rows,half", "P": "i"}, {**TILES, "ACTIVATION": "gelu"}
+    ),
     "rotated_product": (
-        {**PRODUCT, **SIZES, "P": "i", "ROTATED": "i", "cos": "f", "sin": "f"},
-        {**TILES, "HALF": 32},
+        {**PRODUCT, "weight": "outputs,inputs", "out": "rows,outputs", "outputs": "i", "ROTATED": "i", "cos": "f",
+         "sin": "f"},
+        {**TILES, "HALF": 32, "DTYPE": tl.bfloat16},
+    ),
+    "attend_window": (
+        {"qkv": "p", "out": "p", "cu_seqlens": "s", "HEADS": "i", "row_stride": "i", "scale": "e"},
+        {"LEFT": 64, "RIGHT": 64, "D": 64, "FOLDED": 64, "BEHIND": 64, "AHEAD": 192, "TILE_Q": 128, "TILE_K": 64,
+         "WIDEN": False},
     ),
     "normalize": (
         {"table": "p", "ids": "l", "weight": "p", "bias": "p", "out": "p", "T": "n", "M": "i", "table_stride": "i",
@@ -50,7 +70,7 @@ KERNELS = {
         {"WINDOW": True, "D": 64, "FOLDED": 64, "TILE": 64},
     ),
 }  # fmt: skip
-TYPES = {"p": "*bf16", "f": "*fp32", "l": "*i64", "i": "i32", "n": "i32", "e": "fp32"}
+TYPES = {"p": "*bf16", "f": "*fp32", "l": "*i64", "s": "*i32", "i": "i32", "n": "i32", "e": "fp32"}
 SHARED = {"cuda:80": 163, "cuda:90": 227, "hip:gfx942": 64}  # KiB of a program
 
 
@@ -60,28 +80,55 @@ def environment():
 
 
 def build(name, target):
-    """One kernel for one target, with the tiles that such a card gets."""
+    """One kernel for one target, with each of the tiles that such a card gets."""
     import torch
+
+    from modernbert.engines.gpu.operations import tiles
+
+    if "TILE_I" not in _kernel(name).arg_names:
+        return _built(name, target, {}, {})
+    found = []
+    for chosen in tiles(torch.bfloat16, SHARED[target] * 1024):
+        sizes = {
+            "TILE_T": chosen.rows,
+            "TILE_O": chosen.outputs,
+            "TILE_I": chosen.inputs,
+            "COPIED": target == "cuda:90",
+        }
+        found.append(_built(name, target, sizes, {"num_warps": chosen.warps, "num_stages": chosen.stages}))
+    return {key: min(about[key] for about in found) if key == "warpgroup" else max(about[key] for about in found)
+            for key in found[0]}  # fmt: skip
+
+
+def _kernel(name):
+    from modernbert.engines.gpu import kernels
+
+    return getattr(kernels, name)
+
+
+def _built(name, target, sizes, options):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from modernbert.engines.gpu import kernels
-    from modernbert.engines.gpu.operations import tiles
-
     kind, arch = target.split(":")
     place = GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
-    chosen = tiles(torch.bfloat16, SHARED[target] * 1024)
-    kernel = getattr(kernels, name)
-    arguments, constants = KERNELS[name]
-    options = {}
-    if "EVEN_I" in constants:
-        width = chosen.outputs if name == "product" else chosen.outputs // 2
-        constants = {**constants, "TILE_T": chosen.rows, "TILE_O": width, "TILE_I": chosen.inputs}
-        options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    kernel, (arguments, constants) = _kernel(name), KERNELS[name]
+    constants = {**constants, **sizes}
     assert {*arguments, *constants} == set(kernel.arg_names), name
-    signature = {n: TYPES[arguments[n]] if n in arguments else "constexpr" for n in kernel.arg_names}
+    if sizes:
+        parts = {"rows": sizes["TILE_T"], "inputs": sizes["TILE_I"], "outputs": sizes["TILE_O"],
+                 "half": sizes["TILE_O"] // 2, "2": 2}  # fmt: skip
+
+    def type_of(argument):
+        if argument in TYPES:
+            return TYPES[argument]
+        if not sizes["COPIED"]:
+            return TYPES["p"]
+        return f"tensordesc<bf16[{','.join(str(parts[part]) for part in argument.split(','))}]>"
+
+    signature = {n: type_of(arguments[n]) if n in arguments else "constexpr" for n in kernel.arg_names}
     # Pointers, widths and strides are multiples of 16 in real models; rows may be anything.
-    even = [i for i, n in enumerate(kernel.arg_names) if arguments.get(n) in set("pfli")]
+    even = [i for i, n in enumerate(kernel.arg_names) if arguments.get(n) in set("pflsi") or signature[n] == TYPES["p"]]
     source = triton.compiler.ASTSource(
         fn=kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in even}
     )

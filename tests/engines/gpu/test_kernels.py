@@ -24,6 +24,16 @@ def dtype(request):
     return request.param
 
 
+@pytest.fixture(params=["pointers", "descriptors"])
+def reading(request, monkeypatch):
+    """How products read: a card does it in its own way, the interpreter in both."""
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(gpu, "_copies", lambda device: request.param == "descriptors")
+    gpu._launch.cache_clear()
+    yield
+    gpu._launch.cache_clear()
+
+
 def numbers(place, dtype, *shape):
     return torch.randn(*shape).to(place, dtype)
 
@@ -42,7 +52,7 @@ def plain(x, weight, bias):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_products(place, dtype, shape, bias):
+def test_products(place, reading, dtype, shape, bias):
     rows, inputs, outputs = shape
     x, weight = numbers(place, dtype, rows, inputs), numbers(place, dtype, outputs, inputs)
     b = numbers(place, dtype, outputs) if bias else None
@@ -55,7 +65,7 @@ def test_products(place, dtype, shape, bias):
 
 
 @pytest.mark.parametrize("name", gpu.ACTIVATIONS)
-def test_activations_and_gates(place, dtype, name):
+def test_activations_and_gates(place, reading, dtype, name):
     x, weight, bias = (numbers(place, dtype, *shape) for shape in ((19, 32), (60, 32), (60,)))
     function = function_of(name)
     first, second = plain(x, weight, bias).chunk(2, dim=-1)
@@ -63,7 +73,7 @@ def test_activations_and_gates(place, dtype, name):
     close(gpu.product(x, weight, bias, activation=name), function(plain(x, weight, bias).float()), dtype)
 
 
-def test_a_row_is_the_same_whatever_the_number_of_rows(place, dtype):
+def test_a_row_is_the_same_whatever_the_number_of_rows(place, reading, dtype):
     x, weight = numbers(place, dtype, 70, 48), numbers(place, dtype, 96, 48)
     cos, sin = (t.to(place) for t in rope_tables({"rope_type": "default", "rope_theta": 1e4}, 16, torch.arange(70),
                                                  max_positions=100))  # fmt: skip
@@ -78,7 +88,7 @@ def test_a_row_is_the_same_whatever_the_number_of_rows(place, dtype):
 
 
 @pytest.mark.parametrize("size", [8, 16, 24, 64, 80])
-def test_rotation_in_the_product_is_rotation_after_it(place, dtype, size):
+def test_rotation_in_the_product_is_rotation_after_it(place, reading, dtype, size):
     heads, rows = 3, 37
     x, weight = numbers(place, dtype, rows, 48), numbers(place, dtype, 3 * heads * size, 48) / 7
     bias = numbers(place, dtype, 3 * heads * size)
@@ -205,13 +215,27 @@ def test_nothing_in_nothing_out(place):
     assert gpu.geglu(none).shape == (0, 16)
 
 
-def test_tiles_follow_the_card_and_nothing_else():
-    hopper, ada, old = (gpu.tiles(torch.bfloat16, size * 1024) for size in (227, 99, 64))
-    assert hopper.outputs == 256
-    assert ada.outputs == old.outputs == 128
-    for tiles, size in ((hopper, 227), (ada, 99), (old, 64)):
-        held = tiles.stages * tiles.inputs * (tiles.rows + tiles.outputs) * 2
-        assert held <= size * 1024, tiles
+@pytest.mark.parametrize("memory", [227, 99, 64])
+def test_tiles_follow_the_card_and_sum_in_one_order(memory):
+    chosen = gpu.tiles(torch.bfloat16, memory * 1024)
+    assert len({tile.inputs for tile in chosen}) == 1
+    assert chosen[0].outputs == (256 if memory == 227 else 128)
+    for tile in chosen:
+        assert tile.stages * tile.inputs * (tile.rows + tile.outputs) * 2 <= memory * 1024, tile
+
+
+@pytest.mark.parametrize("size", [16, 24, 64])
+@pytest.mark.parametrize("window", [(5, 5), (7, 0), (64, 64), (200, 130)], ids=str)
+def test_attention_to_near_tokens(place, dtype, size, window):
+    lengths = [1, 300, 0, 128, 70]
+    packing = Packing.from_lengths(lengths, place)
+    qkv = numbers(place, dtype, packing.tokens, 3, 2, size)
+    got = gpu.attend_window(qkv, packing.cu_seqlens, max(lengths), window)
+    plan = EagerAttention().plan(packing, window, torch.float64)
+    close(got, EagerAttention().attend(*qkv.double().unbind(1), plan), dtype)
+    for start, end in packing.spans:
+        starts = torch.tensor([0, end - start], dtype=torch.int32, device=place)
+        assert torch.equal(gpu.attend_window(qkv[start:end], starts, 512, window), got[start:end])
 
 
 def test_they_serve_where_they_can(monkeypatch):

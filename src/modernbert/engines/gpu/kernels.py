@@ -39,133 +39,209 @@ def activate(x, NAME: tl.constexpr):
 
 
 @triton.jit
-def _tile(T, outputs, TILE_T: tl.constexpr, TILE_O: tl.constexpr, GROUP: tl.constexpr):
-    """Which tile a program computes. Tiles of GROUP rows of tiles run together, so that they share what is cached."""
-    program = tl.program_id(0)
-    wide = tl.cdiv(outputs, TILE_O)
+def _place(tile, T, wide, TILE_T: tl.constexpr, GROUP: tl.constexpr):
+    """First row of a tile of a product, and its place among the tiles of columns.
+
+    Tiles of GROUP rows of tiles run together and share what is cached.
+    """
     of_group = GROUP * wide
-    first = program // of_group * GROUP
+    first = tile // of_group * GROUP
     high = min(tl.cdiv(T, TILE_T) - first, GROUP)
-    within = program % of_group
-    return first + within % high, within // high
+    within = tile % of_group
+    return (first + within % high) * TILE_T, within // high
+
+
+# Where COPIED, x, weight and out of the products are descriptors, whose tiles a unit of the card copies: what is read
+# past their ends is 0, and nothing is written there. Else they are pointers, whose rows lie a stride apart.
 
 
 @triton.jit
-def _row_dot(x, weight, T, inputs, t_T, out_1, out_2, x_stride,
-             PAIRED: tl.constexpr, TILE_T: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
-             EVEN_I: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
-    """Sums of rows times outputs of a weight, in steps of TILE_I; those of two sets of outputs at once where PAIRED.
+def _write(x_TO, out, stride, row, column, T, outputs, COPIED: tl.constexpr, TILE_T: tl.constexpr, WIDTH: tl.constexpr,
+           ADD: tl.constexpr):  # fmt: skip
+    """Write a tile, or add it to what is there."""
+    if COPIED:
+        if ADD:
+            x_TO += out.load([row, column]).to(tl.float32)
+        out.store([row, column], x_TO.to(out.dtype))
+    else:
+        t_T, o_O = row + tl.arange(0, TILE_T), column + tl.arange(0, WIDTH)
+        at_TO = out + t_T.to(tl.int64)[:, None] * stride + o_O[None, :]
+        there = (t_T < T)[:, None] & (o_O < outputs)[None, :]
+        if ADD:
+            x_TO += tl.load(at_TO, mask=there, other=0.0).to(tl.float32)
+        tl.store(at_TO, x_TO.to(out.dtype.element_ty), mask=there)
 
-    x is where the first of the tile's T rows is.
+
+@triton.jit
+def _columns(numbers, column, outputs, WIDTH: tl.constexpr):
+    """Numbers of some outputs, as a row."""
+    o_O = column + tl.arange(0, WIDTH)
+    return tl.load(numbers + o_O, mask=o_O < outputs, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _dot(x, x_stride, weight, weight_stride, row, column, T, inputs, outputs, GATED: tl.constexpr,
+         COPIED: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
+         TILE_T: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr):  # fmt: skip
+    """Sums of a tile of rows times outputs, (TILE_T, TILE_O), in steps of TILE_I.
+
+    A gated weight is (2, outputs, I), and the tile has as many columns of its first half as of its second. EVEN says
+    that I is a multiple of TILE_I.
     """
-    i_I = tl.arange(0, TILE_I)
-    x_TI = x + t_T[:, None] * x_stride + i_I[None, :]
-    in_T = (t_T < T)[:, None]
-    first_IO = weight + out_1[None, :] * inputs + i_I[:, None]
-    second_IO = weight + out_2[None, :] * inputs + i_I[:, None]
-    sum_1 = tl.zeros((TILE_T, TILE_O), tl.float32)
-    sum_2 = tl.zeros((TILE_T, TILE_O), tl.float32)
+    if not COPIED:
+        t_T, o_O, i_I = row + tl.arange(0, TILE_T), tl.arange(0, TILE_O), tl.arange(0, TILE_I)
+        x_TI = x + t_T.to(tl.int64)[:, None] * x_stride + i_I[None, :]
+        within_O = column + (o_O % (TILE_O // 2) if GATED else o_O)
+        read_O = tl.where(within_O < outputs, within_O, 0)  # what is computed past the end is not written
+        if GATED:
+            read_O += o_O // (TILE_O // 2) * outputs
+        weight_OI = weight + read_O[:, None] * weight_stride + i_I[None, :]
+    sum_TO = tl.zeros((TILE_T, TILE_O), tl.float32)
     for start in range(0, inputs, TILE_I):
-        if EVEN_I:
-            a_TI = tl.load(x_TI, mask=in_T, other=0.0)
-            b_IO = tl.load(first_IO)
+        if COPIED:
+            a_TI = x.load([row, start])
+            b_OI = tl.reshape(weight.load([0, column, start] if GATED else [column, start]), (TILE_O, TILE_I))
+        elif EVEN:
+            a_TI = tl.load(x_TI + start, mask=(t_T < T)[:, None], other=0.0)
+            b_OI = tl.load(weight_OI + start)
         else:
-            left = i_I < inputs - start
-            a_TI = tl.load(x_TI, mask=in_T & left[None, :], other=0.0)
-            b_IO = tl.load(first_IO, mask=left[:, None], other=0.0)
+            left = (i_I < inputs - start)[None, :]
+            a_TI = tl.load(x_TI + start, mask=(t_T < T)[:, None] & left, other=0.0)
+            b_OI = tl.load(weight_OI + start, mask=left, other=0.0)
         if WIDEN:
-            a_TI, b_IO = a_TI.to(tl.float32), b_IO.to(tl.float32)
-        sum_1 = tl.dot(a_TI, b_IO, sum_1, input_precision="ieee")
-        if PAIRED:
-            c_IO = tl.load(second_IO) if EVEN_I else tl.load(second_IO, mask=left[:, None], other=0.0)
-            if WIDEN:
-                c_IO = c_IO.to(tl.float32)
-            sum_2 = tl.dot(a_TI, c_IO, sum_2, input_precision="ieee")
-            second_IO += TILE_I
-        x_TI += TILE_I
-        first_IO += TILE_I
-    return sum_1, sum_2
+            a_TI, b_OI = a_TI.to(tl.float32), b_OI.to(tl.float32)
+        sum_TO = tl.dot(a_TI, b_OI.T, sum_TO, input_precision="ieee")
+    return sum_TO
+
+
+@triton.jit
+def _halves(x_TO, TILE_T: tl.constexpr, TILE_O: tl.constexpr):
+    """Left and right half of a tile's columns; both are in the same threads."""
+    return tl.split(tl.permute(tl.reshape(x_TO, (TILE_T, 2, TILE_O // 2)), (0, 2, 1)))
 
 
 @triton.jit(do_not_specialize=["T"])
-def product(x, weight, bias, out, T, inputs, outputs, x_stride, out_stride,
-            BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, EVEN_I: tl.constexpr,
+def product(x, x_stride, weight, weight_stride, bias, out, out_stride, T, inputs, outputs,
+            BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr, COPIED: tl.constexpr, EVEN: tl.constexpr,
             WIDEN: tl.constexpr, TILE_T: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr,
             GROUP: tl.constexpr):  # fmt: skip
-    """out = activation(x @ weight.T + bias), or what out was plus that."""
-    row, column = _tile(T, outputs, TILE_T, TILE_O, GROUP)
-    start, t_T = row.to(tl.int64) * TILE_T, tl.arange(0, TILE_T)
-    o_O = column * TILE_O + tl.arange(0, TILE_O)
-    read_O = tl.where(o_O < outputs, o_O, 0)  # columns past the end are computed from the first one, and not written
-    sum_TO, _ = _row_dot(x + start * x_stride, weight, T - start, inputs, t_T, read_O, read_O, x_stride,
-                         False, TILE_T, TILE_O, TILE_I, EVEN_I, WIDEN)  # fmt: skip
-    if BIAS:
-        sum_TO += tl.load(bias + read_O).to(tl.float32)[None, :]
-    sum_TO = activate(sum_TO, ACTIVATION)
-    out_TO = out + start * out_stride + t_T[:, None] * out_stride + o_O[None, :]
-    written = (t_T < T - start)[:, None] & (o_O < outputs)[None, :]
-    if ADD:
-        sum_TO += tl.load(out_TO, mask=written, other=0.0).to(tl.float32)
-    tl.store(out_TO, sum_TO.to(out.dtype.element_ty), mask=written)
+    """out = activation(x @ weight.T + bias), or what out was plus that. Written in halves, which take less memory."""
+    WIDTH: tl.constexpr = TILE_O // 2
+    wide = tl.cdiv(outputs, TILE_O)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, TILE_T) * wide, tl.num_programs(0), flatten=COPIED):
+        row, column = _place(tile, T, wide, TILE_T, GROUP)
+        column *= TILE_O
+        sum_TO = _dot(x, x_stride, weight, weight_stride, row, column, T, inputs, outputs, False, COPIED, EVEN, WIDEN,
+                      TILE_T, TILE_O, TILE_I)  # fmt: skip
+        if BIAS:
+            sum_TO += _columns(bias, column, outputs, TILE_O)
+        left_TO, right_TO = _halves(activate(sum_TO, ACTIVATION), TILE_T, TILE_O)
+        _write(left_TO, out, out_stride, row, column, T, outputs, COPIED, TILE_T, WIDTH, ADD)
+        _write(right_TO, out, out_stride, row, column + WIDTH, T, outputs, COPIED, TILE_T, WIDTH, ADD)
 
 
 @triton.jit(do_not_specialize=["T"])
-def gated_product(x, weight, bias, out, T, inputs, P, x_stride, out_stride,
-                  BIAS: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_I: tl.constexpr, WIDEN: tl.constexpr,
+def gated_product(x, x_stride, weight, weight_stride, bias, out, out_stride, T, inputs, P, BIAS: tl.constexpr,
+                  ACTIVATION: tl.constexpr, COPIED: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr,
                   TILE_T: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """out = activation(first P outputs) * other P outputs, of x @ weight.T + bias."""
-    row, column = _tile(T, P, TILE_T, TILE_O, GROUP)
-    start, t_T = row.to(tl.int64) * TILE_T, tl.arange(0, TILE_T)
-    p_P = column * TILE_O + tl.arange(0, TILE_O)
-    read_P = tl.where(p_P < P, p_P, 0)
-    in_TP, gate_TP = _row_dot(x + start * x_stride, weight, T - start, inputs, t_T, read_P, P + read_P, x_stride,
-                              True, TILE_T, TILE_O, TILE_I, EVEN_I, WIDEN)  # fmt: skip
-    if BIAS:
-        in_TP += tl.load(bias + read_P).to(tl.float32)[None, :]
-        gate_TP += tl.load(bias + P + read_P).to(tl.float32)[None, :]
-    out_TP = out + start * out_stride + t_T[:, None] * out_stride + p_P[None, :]
-    written = (t_T < T - start)[:, None] & (p_P < P)[None, :]
-    tl.store(out_TP, (activate(in_TP, ACTIVATION) * gate_TP).to(out.dtype.element_ty), mask=written)
+    """out = activation(first P outputs) * other P outputs, of x @ weight.T + bias, weight being (2, P, I)."""
+    WIDTH: tl.constexpr = TILE_O // 2
+    wide = tl.cdiv(P, WIDTH)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, TILE_T) * wide, tl.num_programs(0), flatten=COPIED):
+        row, column = _place(tile, T, wide, TILE_T, GROUP)
+        column *= WIDTH
+        sum_TO = _dot(x, x_stride, weight, weight_stride, row, column, T, inputs, P, True, COPIED, EVEN, WIDEN,
+                      TILE_T, TILE_O, TILE_I)  # fmt: skip
+        in_TP, gate_TP = _halves(sum_TO, TILE_T, TILE_O)
+        if BIAS:
+            in_TP += _columns(bias, column, P, WIDTH)
+            gate_TP += _columns(bias + P, column, P, WIDTH)
+        in_TP = activate(in_TP, ACTIVATION) * gate_TP
+        _write(in_TP, out, out_stride, row, column, T, P, COPIED, TILE_T, WIDTH, False)
 
 
 @triton.jit(do_not_specialize=["T"])
-def rotated_product(x, weight, bias, out, cos, sin, T, inputs, P, ROTATED, x_stride, out_stride,
-                    HALF: tl.constexpr, BIAS: tl.constexpr, EVEN_I: tl.constexpr, WIDEN: tl.constexpr,
-                    TILE_T: tl.constexpr, TILE_O: tl.constexpr, TILE_I: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Queries, keys and values of rows. Of each head's HALF pairs of columns, those before pair ROTATED are turned.
+def rotated_product(x, x_stride, weight, weight_stride, bias, out, out_stride, cos, sin, T, inputs, outputs, ROTATED,
+                    HALF: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr, COPIED: tl.constexpr,
+                    EVEN: tl.constexpr, WIDEN: tl.constexpr, TILE_T: tl.constexpr, TILE_O: tl.constexpr,
+                    TILE_I: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Queries, keys and values of rows. The heads, 2 * HALF columns each, that begin before column ROTATED are turned.
 
     cos and sin are (T, 2 * HALF), the sines signed as `nn.rotary.rope_tables` makes them.
     """
-    row, column = _tile(T, P, TILE_T, TILE_O, GROUP)
-    start, t_T = row.to(tl.int64) * TILE_T, tl.arange(0, TILE_T)
-    p_P = column * TILE_O + tl.arange(0, TILE_O)
-    read_P = tl.where(p_P < P, p_P, 0)
-    first_P = read_P // HALF * (2 * HALF) + read_P % HALF
-    first_TP, second_TP = _row_dot(x + start * x_stride, weight, T - start, inputs, t_T, first_P, first_P + HALF,
-                                   x_stride, True, TILE_T, TILE_O, TILE_I, EVEN_I, WIDEN)  # fmt: skip
-    if BIAS:
-        first_TP += tl.load(bias + first_P).to(tl.float32)[None, :]
-        second_TP += tl.load(bias + first_P + HALF).to(tl.float32)[None, :]
-    # What is rotated is what a product by itself would have stored.
-    dtype = out.dtype.element_ty
-    first_TP, second_TP = first_TP.to(dtype), second_TP.to(dtype)
-    d_D = tl.arange(0, HALF)
-    angle_TD = t_T[:, None] * (2 * HALF) + d_D[None, :]
-    in_T = (t_T < T - start)[:, None]
-    cos_TD = tl.load(cos + start * (2 * HALF) + angle_TD, mask=in_T, other=1.0)
-    sin_TD = tl.load(sin + start * (2 * HALF) + HALF + angle_TD, mask=in_T, other=0.0)
-    h_H = column * (TILE_O // HALF) + tl.arange(0, TILE_O // HALF)
-    turned = (h_H < ROTATED // HALF)[None, :, None]
-    cos_THD = tl.where(turned, cos_TD[:, None, :], 1.0)
-    sin_THD = tl.where(turned, sin_TD[:, None, :], 0.0)
-    first_THD = tl.reshape(first_TP, (TILE_T, TILE_O // HALF, HALF))
-    second_THD = tl.reshape(second_TP, (TILE_T, TILE_O // HALF, HALF))
-    left_TP = tl.reshape(first_THD * cos_THD - second_THD * sin_THD, (TILE_T, TILE_O))
-    right_TP = tl.reshape(second_THD * cos_THD + first_THD * sin_THD, (TILE_T, TILE_O))
-    written = in_T & (p_P < P)[None, :]
-    out_TP = out + start * out_stride + t_T[:, None] * out_stride + first_P[None, :]
-    tl.store(out_TP, left_TP.to(dtype), mask=written)
-    tl.store(out_TP + HALF, right_TP.to(dtype), mask=written)
+    HEADS: tl.constexpr = TILE_O // (2 * HALF)
+    wide = tl.cdiv(outputs, TILE_O)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(T, TILE_T) * wide, tl.num_programs(0), flatten=COPIED):
+        row, column = _place(tile, T, wide, TILE_T, GROUP)
+        column *= TILE_O
+        sum_TO = _dot(x, x_stride, weight, weight_stride, row, column, T, inputs, outputs, False, COPIED, EVEN, WIDEN,
+                      TILE_T, TILE_O, TILE_I)  # fmt: skip
+        if BIAS:
+            sum_TO += _columns(bias, column, outputs, TILE_O)
+        # Both numbers of a pair, columns d and d + HALF of a head, are in the same thread.
+        pairs_THD2 = tl.permute(tl.reshape(sum_TO.to(DTYPE), (TILE_T, HEADS, 2, HALF)), (0, 1, 3, 2))
+        first_THD, second_THD = tl.split(pairs_THD2)
+        t_T = row + tl.arange(0, TILE_T)
+        angle_TD = t_T.to(tl.int64)[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+        cos_TD = tl.load(cos + angle_TD, mask=(t_T < T)[:, None], other=1.0)
+        sin_TD = tl.load(sin + angle_TD + HALF, mask=(t_T < T)[:, None], other=0.0)
+        turned = (column + tl.arange(0, HEADS) * (2 * HALF) < ROTATED)[None, :, None]
+        cos_THD = tl.where(turned, cos_TD[:, None, :], 1.0)
+        sin_THD = tl.where(turned, sin_TD[:, None, :], 0.0)
+        left_THD = (first_THD * cos_THD - second_THD * sin_THD).to(DTYPE)
+        right_THD = (second_THD * cos_THD + first_THD * sin_THD).to(DTYPE)
+        turned_TO = tl.reshape(tl.permute(tl.join(left_THD, right_THD), (0, 1, 3, 2)), (TILE_T, TILE_O))
+        _write(turned_TO, out, out_stride, row, column, T, outputs, COPIED, TILE_T, TILE_O, False)
+
+
+@triton.jit
+def attend_window(qkv, out, cu_seqlens, HEADS, row_stride, scale, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                  D: tl.constexpr, FOLDED: tl.constexpr, BEHIND: tl.constexpr, AHEAD: tl.constexpr,
+                  TILE_Q: tl.constexpr, TILE_K: tl.constexpr, WIDEN: tl.constexpr):  # fmt: skip
+    """Attention of tokens to those of their text no more than LEFT before and RIGHT after them; a tile a program.
+
+    qkv is (T, 3, H, D); scale is for exponentials of base 2. Keys from BEHIND before the tile to AHEAD after its
+    first token are read, in tiles that a text's beginning places, so that the same sums are made in any batch.
+    """
+    text, head = tl.program_id(2), tl.program_id(1)
+    begin, end = tl.load(cu_seqlens + text), tl.load(cu_seqlens + text + 1)
+    length, first = end - begin, tl.program_id(0) * TILE_Q
+    if first < length:
+        q_Q, k_K, d_D = first + tl.arange(0, TILE_Q), tl.arange(0, TILE_K), tl.arange(0, FOLDED)
+        queries = qkv + begin.to(tl.int64) * row_stride + head * D
+        keys, values = queries + HEADS * D, queries + 2 * HEADS * D
+        real_D = (d_D < D)[None, :]
+        q_QD = tl.load(
+            queries + q_Q[:, None] * row_stride + d_D[None, :], mask=(q_Q < length)[:, None] & real_D, other=0.0
+        )
+        most_Q = tl.full((TILE_Q,), -3e38, tl.float32)
+        total_Q = tl.zeros((TILE_Q,), tl.float32)
+        sum_QD = tl.zeros((TILE_Q, FOLDED), tl.float32)
+        for offset in range(-BEHIND, AHEAD, TILE_K):
+            at_K = first + offset + k_K
+            inside = (at_K >= 0) & (at_K < length)
+            read_KD = at_K[:, None] * row_stride + d_D[None, :]
+            k_KD = tl.load(keys + read_KD, mask=inside[:, None] & real_D, other=0.0)
+            v_KD = tl.load(values + read_KD, mask=inside[:, None] & real_D, other=0.0)
+            if WIDEN:
+                q_QD, k_KD = q_QD.to(tl.float32), k_KD.to(tl.float32)
+            score_QK = tl.dot(q_QD, k_KD.T, input_precision="ieee") * scale
+            ahead_QK = at_K[None, :] - q_Q[:, None]
+            seen_QK = inside[None, :] & (ahead_QK >= -LEFT) & (ahead_QK <= RIGHT)
+            score_QK = tl.where(seen_QK, score_QK, float("-inf"))
+            higher_Q = tl.maximum(most_Q, tl.max(score_QK, 1))
+            weight_QK = tl.exp2(score_QK - higher_Q[:, None])
+            shrink_Q = tl.exp2(most_Q - higher_Q)
+            total_Q = total_Q * shrink_Q + tl.sum(weight_QK, 1)
+            weight_QK = weight_QK.to(v_KD.dtype)
+            if WIDEN:
+                weight_QK, v_KD = weight_QK.to(tl.float32), v_KD.to(tl.float32)
+            sum_QD = tl.dot(weight_QK, v_KD, sum_QD * shrink_Q[:, None], input_precision="ieee")
+            most_Q = higher_Q
+        to_QD = (begin + q_Q).to(tl.int64)[:, None] * (HEADS * D) + head * D + d_D[None, :]
+        total_Q = tl.where(total_Q > 0, total_Q, 1.0)  # rows past the text's end see nothing
+        own_QD = (sum_QD / total_Q[:, None]).to(out.dtype.element_ty)
+        tl.store(out + to_QD, own_QD, mask=(q_Q < length)[:, None] & real_D)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -56,7 +56,7 @@ def _run(name: str, programs: tuple[int, ...], *given: Any, **constants: Any) ->
     """Run this number of programs of a kernel, which may be none, on the device of its first tensor."""
     if 0 in programs:
         return
-    kernel, device = getattr(_kernels(), name)[programs], given[0].device
+    kernel, device = getattr(_kernels(), name)[programs], getattr(given[0], "base", given[0]).device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel(*given, **constants)
     else:
@@ -65,52 +65,93 @@ def _run(name: str, programs: tuple[int, ...], *given: Any, **constants: Any) ->
 
 
 class Tiles(NamedTuple):
-    """How a product is cut. It depends on the card and the dtype alone, never on the rows: so do the bits."""
+    """How a product is cut. A sum's order follows from `inputs` alone, which depends on nothing but card and dtype."""
 
     rows: int  # of a tile
-    outputs: int  # of a tile; of a paired product each of the two tiles has half of them
-    inputs: int
+    outputs: int  # of a tile; of a gated product half of them are gates
+    inputs: int  # summed at once
     warps: int  # of a program
     stages: int  # how many tiles of inputs are under way at once
 
 
 @functools.cache
-def tiles(dtype: torch.dtype, shared_memory: int) -> Tiles:
-    """The tiles for a card whose programs have this much shared memory, in bytes."""
+def tiles(dtype: torch.dtype, shared_memory: int) -> tuple[Tiles, ...]:
+    """The tiles for a card whose programs have this much shared memory, in bytes; the largest, the best, first."""
     if dtype == torch.float32:
-        return Tiles(64, 64, 32, 4, 2)
-    if shared_memory >= 200 * 1024:  # Hopper and later: as large as leaves the sums in registers
-        return Tiles(128, 256, 64, 8, 3)
-    return Tiles(128, 128, 64, 8, 3 if shared_memory >= 96 * 1024 else 2)
+        return (Tiles(64, 64, 32, 4, 2),)
+    if shared_memory >= 200 * 1024:  # Hopper and later
+        return Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 4, 4), Tiles(64, 64, 64, 4, 5)
+    return (Tiles(128, 128, 64, 8, 3 if shared_memory >= 96 * 1024 else 2),)
 
 
 @functools.cache
-def _tiles_of(dtype: torch.dtype, device: torch.device) -> Tiles:
+def _card(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory of a program, and how many programs of large tiles run at once."""
     if device.type != "cuda":
-        return Tiles(64, 64, 64, 1, 1)
+        return 0, 1
     properties = torch.cuda.get_device_properties(device)
-    return tiles(dtype, getattr(properties, "shared_memory_per_block_optin", 64 * 1024))
+    return getattr(properties, "shared_memory_per_block_optin", 64 * 1024), properties.multi_processor_count
+
+
+@functools.cache
+def _copies(device: torch.device) -> bool:
+    """Whether a unit of the card copies tiles: on NVIDIA's from Hopper on. Elsewhere pointers are faster."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.lru_cache(maxsize=4096)
 def _launch(
-    T: int, columns: int, inputs: int, dtype: torch.dtype, device: torch.device, paired: bool
-) -> tuple[tuple[int], dict[str, Any]]:
-    """Programs of a product, and the constants that they are built with."""
-    chosen = _tiles_of(dtype, device)
-    width = chosen.outputs // 2 if paired else chosen.outputs
+    T: int, columns: int, inputs: int, dtype: torch.dtype, device: torch.device, gated: bool
+) -> tuple[Tiles, tuple[int], dict[str, Any]]:
+    """Tiles and programs of a product of so many rows and columns, and the constants that they are built with.
+
+    Small tiles serve where large ones would leave most of the card idle.
+    """
+    memory, at_once = _card(device)
+    for chosen in tiles(dtype, memory) if memory else (Tiles(64, 64, 64, 1, 1),):
+        width = chosen.outputs // 2 if gated else chosen.outputs
+        count = -(-T // chosen.rows) * -(-columns // width)
+        if 2 * count > at_once:
+            break
+    copied = _copies(device)
     constants: dict[str, Any] = {
-        "EVEN_I": inputs % chosen.inputs == 0,
         # Triton's interpreter has no products of bfloat16 numbers.
         "WIDEN": interpreted and dtype == torch.bfloat16,
+        "COPIED": copied,
+        "EVEN": inputs % chosen.inputs == 0,
         "TILE_T": chosen.rows,
-        "TILE_O": width,
+        "TILE_O": chosen.outputs,
         "TILE_I": chosen.inputs,
         "GROUP": 8,
     }
     if device.type == "cuda":
         constants |= {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    return (-(-T // chosen.rows) * -(-columns // width),), constants
+    # Where tiles are copied by a unit of its own, a program reads its next tile while it writes the last one.
+    return chosen, (min(count, at_once) if copied else count,), constants
+
+
+def _matrix(x: Tensor, *tile: int) -> tuple[Any, int]:
+    """What kernels take for a matrix that they read or write by such tiles, and its numbers from a row to the next."""
+    if not _copies(x.device):
+        return x, x.stride(-2)
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(tile)), x.stride(-2)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes and holds numbers side by side, as descriptors need it."""
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(n * x.itemsize % 16 == 0 for n in x.stride()[:-1])
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if _is_aligned(x) else _empty(x, *x.shape).copy_(x)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """Aligned rows; there may be room between them."""
+    most = 16 // like.itemsize
+    return like.new_empty((*shape[:-1], -(-shape[-1] // most) * most))[..., : shape[-1]]
 
 
 def _either(bias: Tensor | None, weight: Tensor) -> Tensor:
@@ -128,31 +169,33 @@ def product(
     """activation(x @ weight.T + bias), (T, O), or `add_to` plus that, in place.
 
     Args:
-        x_TI: (T, I), rows of contiguous numbers.
-        weight_OI: (O, I), contiguous.
+        x_TI: (T, I).
+        weight_OI: (O, I).
         bias_O: (O,).
         activation: of `ACTIVATIONS`, or none.
-        add_to: (T, O), contiguous.
+        add_to: (T, O).
     """
     (T, inputs), outputs = x_TI.shape, weight_OI.shape[0]
-    out = x_TI.new_empty((T, outputs)) if add_to is None else add_to
-    programs, constants = _launch(T, outputs, inputs, x_TI.dtype, x_TI.device, False)
+    tile, programs, constants = _launch(T, outputs, inputs, x_TI.dtype, x_TI.device, False)
+    out = _empty(x_TI, T, outputs) if add_to is None else _aligned(add_to)
     _run(
         "product", programs,
-        x_TI, weight_OI, _either(bias_O, weight_OI), out, T, inputs, outputs, x_TI.stride(0), out.stride(0),
+        *_matrix(_aligned(x_TI), tile.rows, tile.inputs), *_matrix(_aligned(weight_OI), tile.outputs, tile.inputs),
+        _either(bias_O, weight_OI), *_matrix(out, tile.rows, tile.outputs // 2), T, inputs, outputs,
         BIAS=bias_O is not None, ACTIVATION=activation, ADD=add_to is not None, **constants,
     )  # fmt: skip
-    return out
+    return out if add_to is None or out is add_to else add_to.copy_(out)
 
 
 def gated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, activation: str) -> Tensor:
     """activation(first half) * second half of the outputs of x @ weight.T + bias: (T, O / 2)."""
     (T, inputs), half = x_TI.shape, weight_OI.shape[0] // 2
-    out = x_TI.new_empty((T, half))
-    programs, constants = _launch(T, half, inputs, x_TI.dtype, x_TI.device, True)
+    tile, programs, constants = _launch(T, half, inputs, x_TI.dtype, x_TI.device, True)
+    out, weight_2PI, width = _empty(x_TI, T, half), _aligned(weight_OI).unflatten(0, (2, half)), tile.outputs // 2
     _run(
         "gated_product", programs,
-        x_TI, weight_OI, _either(bias_O, weight_OI), out, T, inputs, half, x_TI.stride(0), half,
+        *_matrix(_aligned(x_TI), tile.rows, tile.inputs), *_matrix(weight_2PI, 2, width, tile.inputs),
+        _either(bias_O, weight_OI), *_matrix(out, tile.rows, width), T, inputs, half,
         BIAS=bias_O is not None, ACTIVATION=activation, **constants,
     )  # fmt: skip
     return out
@@ -162,23 +205,60 @@ def rotated_product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, cos_
     """Queries, keys and values of rows, (T, 3, H, D), queries and keys rotated by their tokens' angles.
 
     Args:
-        x_TI: (T, I), rows of contiguous numbers.
-        weight_OI: (3 * H * D, I), contiguous.
+        x_TI: (T, I).
+        weight_OI: (3 * H * D, I).
         bias_O: (3 * H * D,).
         cos_T1D, sin_T1D: of `nn.rotary.rope_tables`, contiguous.
     """
     (T, inputs), outputs, D = x_TI.shape, weight_OI.shape[0], cos_T1D.shape[-1]
-    programs, constants = _launch(T, outputs // 2, inputs, x_TI.dtype, x_TI.device, True)
-    if constants["TILE_O"] % (D // 2):  # heads that do not fit into tiles
-        q_THD, k_THD, v_THD = product(x_TI, weight_OI, bias_O).view(T, 3, outputs // (3 * D), D).unbind(1)
+    tile, programs, constants = _launch(T, outputs, inputs, x_TI.dtype, x_TI.device, False)
+    out, heads = x_TI.new_empty((T, outputs)), outputs // (3 * D)
+    if tile.outputs % D or not _is_aligned(out):  # heads that do not fit into tiles
+        q_THD, k_THD, v_THD = product(x_TI, weight_OI, bias_O).unflatten(1, (3, heads, D)).unbind(1)
         return rotate(q_THD, k_THD, v_THD, cos_T1D, sin_T1D)
-    out = x_TI.new_empty((T, outputs))
     _run(
         "rotated_product", programs,
-        x_TI, weight_OI, _either(bias_O, weight_OI), out, cos_T1D, sin_T1D, T, inputs, outputs // 2,
-        outputs // 3, x_TI.stride(0), outputs, HALF=D // 2, BIAS=bias_O is not None, **constants,
+        *_matrix(_aligned(x_TI), tile.rows, tile.inputs), *_matrix(_aligned(weight_OI), tile.outputs, tile.inputs),
+        _either(bias_O, weight_OI), *_matrix(out, tile.rows, tile.outputs), cos_T1D, sin_T1D, T, inputs, outputs,
+        2 * heads * D, HALF=D // 2, DTYPE=_triton_dtype(out.dtype), BIAS=bias_O is not None, **constants,
     )  # fmt: skip
-    return out.view(T, 3, outputs // (3 * D), D)
+    return out.view(T, 3, heads, D)
+
+
+@functools.cache
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+_WIDEST_WINDOW = 256  # tokens on each side; beyond them FlashAttention's kernels waste less
+
+
+def serves_window(qkv_T3HD: Tensor, window: tuple[int, int]) -> bool:
+    """Whether `attend_window` takes these, and is the faster."""
+    return max(window) <= _WIDEST_WINDOW and qkv_T3HD.is_contiguous() and qkv_T3HD.shape[-1] <= 128
+
+
+def attend_window(qkv_T3HD: Tensor, cu_seqlens: Tensor, longest: int, window: tuple[int, int]) -> Tensor:
+    """Attention outputs (T, H, D) of packed texts, each token to those near it in its text.
+
+    Args:
+        qkv_T3HD: rotated already, contiguous.
+        cu_seqlens: (B + 1,) int32, where each text begins, and the end.
+        longest: tokens of the longest text; there may be fewer.
+        window: how many tokens before and after it a token sees.
+    """
+    T, _, H, D = qkv_T3HD.shape
+    out, tile, keys = qkv_T3HD.new_empty((T, H, D)), 128, 64
+    _run(
+        "attend_window", (-(-longest // tile), H, len(cu_seqlens) - 1),
+        qkv_T3HD, out, cu_seqlens, H, 3 * H * D, D**-0.5 * 1.4426950408889634, LEFT=window[0], RIGHT=window[1],
+        D=D, FOLDED=max(_power(D), 16), BEHIND=-(-window[0] // keys) * keys,
+        AHEAD=-(-(tile + window[1]) // keys) * keys, TILE_Q=tile, TILE_K=keys,
+        WIDEN=interpreted and qkv_T3HD.dtype == torch.bfloat16, num_warps=8 if D > 64 else 4,
+    )  # fmt: skip
+    return out
 
 
 def normalize(table: Tensor, norm: Norm, ids_T: Tensor | None = None) -> Tensor:
@@ -320,7 +400,7 @@ class TritonWeight:
     """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        self.weight = weight_OI.detach().contiguous()
+        self.weight = _aligned(weight_OI.detach())
         self.bias = bias_O
 
     def product(self, x_TI: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import (
     AttentionWeights,
     Hidden,
+    Planned,
     attend_by_kind,
     frequencies,
     pad_attention_weights,
@@ -81,8 +82,11 @@ class GpuLayers:
         tables = rope_tables_by_kind(self.config, inputs.rope_positions_T, inputs.packing.text_T, self.frequencies)
 
         def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
+            how = attends[kind]
+            if isinstance(how, Planned) and isinstance(how.plan, FlashPlan) and plain:
+                return self._attend(qkv_T3HD, how.plan)
             q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
-            return attends[kind](number, q_THD, k_THD, v_THD)
+            return how(number, q_THD, k_THD, v_THD)
 
         last_TM = self._run(x_TM, tables, attend, states)
         shown = () if states is None else tuple(inputs.restore(x_TM) for x_TM in (*states, last_TM))
@@ -102,6 +106,13 @@ class GpuLayers:
             gated_TI = gpu.gated_product(normed_TM, gate.weight, gate.bias, self.activation)
             gpu.product(gated_TI, down.weight, down.bias, add_to=x_TM)
         return gpu.normalize(x_TM, self.last)
+
+    def _attend(self, qkv_T3HD: Tensor, plan: FlashPlan) -> Tensor:
+        """Within the texts: to near tokens by our kernel, which reads little else; to all of them by the backend."""
+        if min(plan.window) >= 0 and plan.counts_rows and gpu.serves_window(qkv_T3HD, plan.window):
+            return gpu.attend_window(qkv_T3HD, plan.cu_seqlens, plan.longest, plan.window)
+        q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
+        return self.backend.attend(q_THD, k_THD, v_THD, plan)
 
     def _recorded(self, size: Any, make: Callable[[], Any], *given: Any) -> Tensor:
         """The last hidden state of inputs, (T, M), by launches that are recorded for their size."""
@@ -162,8 +173,7 @@ class _Short:
         layers = self.layers
 
         def attend(number: int, kind: str, qkv_T3HD: Tensor) -> Tensor:
-            q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
-            return layers.backend.attend(q_THD, k_THD, v_THD, self.plans[kind])
+            return layers._attend(qkv_T3HD, self.plans[kind])
 
         x_TM = gpu.normalize(layers.table, layers.first, self.ids_T)
         self.out_TM = layers._run(
