@@ -268,7 +268,7 @@ def exactness(bench: Bench, part: Part, oracle: Any, plain: Any, served: Any, pe
         alone = [served(one, cu_seqlens=torch.tensor([0, len(one)]))[0] for one in parts]
         same &= all(map(torch.equal, alone, whole.split(lengths)))
     part["same bits alone"] = same
-    filling, _ = texts([100 if bench.smoke else 4000] * 3, bench.sizes["vocab_size"])
+    filling, _ = texts([100 if bench.smoke else 6000] * 3, bench.sizes["vocab_size"])
     more = torch.tensor([0, *lengths, *[len(filling) // 3] * 3]).cumsum(0).int()
     large = served(torch.cat([ids, filling]), cu_seqlens=more)[0]
     part["same bits in a large batch"] = torch.equal(large[: len(ids)], whole)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 8192  # tokens; a longer pass keeps the card busy while the next launches are made
+LARGEST = 16384  # tokens; a longer pass keeps the card busy while the next launches are made
 MOST_TEXTS = 256
 _KEPT = 96  # buckets; each holds memory, and a recording takes tens of milliseconds to make
 _SHORTEST = 128  # rows that an attention kernel takes at once

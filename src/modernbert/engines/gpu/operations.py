@@ -80,7 +80,7 @@ def tiles(dtype: torch.dtype, shared_memory: int) -> tuple[Tiles, ...]:
     if dtype == torch.float32:
         return (Tiles(64, 64, 32, 4, 2),)
     if shared_memory >= 200 * 1024:  # Hopper and later
-        return Tiles(128, 256, 64, 8, 3), Tiles(128, 128, 64, 4, 4), Tiles(64, 64, 64, 4, 5)
+        return Tiles(128, 256, 64, 8, 3), Tiles(64, 128, 64, 4, 4), Tiles(64, 64, 64, 4, 5)
     return (Tiles(128, 128, 64, 8, 3 if shared_memory >= 96 * 1024 else 2),)
 
 
@@ -132,7 +132,7 @@ def _launch(
 
 def _matrix(x: Tensor, *tile: int) -> tuple[Any, int]:
     """What kernels take for a matrix that they read or write by such tiles, and its numbers from a row to the next."""
-    if not _copies(x.device):
+    if not _copies(x.device) or not x.numel():
         return x, x.stride(-2)
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -250,13 +250,13 @@ def attend_window(qkv_T3HD: Tensor, cu_seqlens: Tensor, longest: int, window: tu
         window: how many tokens before and after it a token sees.
     """
     T, _, H, D = qkv_T3HD.shape
-    out, tile, keys = qkv_T3HD.new_empty((T, H, D)), 128, 64
+    out, tile, keys = qkv_T3HD.new_empty((T, H, D)), 64, 64
     _run(
         "attend_window", (-(-longest // tile), H, len(cu_seqlens) - 1),
         qkv_T3HD, out, cu_seqlens, H, 3 * H * D, D**-0.5 * 1.4426950408889634, LEFT=window[0], RIGHT=window[1],
         D=D, FOLDED=max(_power(D), 16), BEHIND=-(-window[0] // keys) * keys,
         AHEAD=-(-(tile + window[1]) // keys) * keys, TILE_Q=tile, TILE_K=keys,
-        WIDEN=interpreted and qkv_T3HD.dtype == torch.bfloat16, num_warps=8 if D > 64 else 4,
+        WIDEN=interpreted and qkv_T3HD.dtype == torch.bfloat16, num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
 
