@@ -17,6 +17,7 @@ from modernbert.cli.messages import InterruptedCommandError, say, warnings_shown
 from modernbert.cli.pretrain import evaluate, prepare_data, pretrain, train_tokenizer
 from modernbert.cli.quantize import quantize
 from modernbert.cli.run import TaskCommand, embed, run, score
+from modernbert.cli.serve import serve
 
 app = typer.Typer(
     name="modernbert",
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command("run")(run)
 app.command("embed")(embed)
 app.command("score")(score)
+app.command("serve")(serve)
 app.command()(info)
 app.command()(bench)
 app.command()(attention)

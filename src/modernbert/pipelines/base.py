@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import abc
 import collections
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import inspect
@@ -420,6 +422,8 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         limits = {"truncation": False, **limits, "add_special_tokens": how.add_special_tokens}
         encodings = self.tokenizer(texts, pairs, **limits).encodings
         assert encodings is not None
+        if cut and (found := _CUT.get()) is not None:
+            found += [text for text, encoding in zip(texts, encodings, strict=True) if encoding.overflowing]
         for i, encoding in enumerate(encodings):
             ids = encoding.ids  # which the library makes anew whenever it is asked
             if not ids:
@@ -440,6 +444,20 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
     def pack(self, rows: Sequence[RowT]) -> PackedInputs:
         """Texts packed on the model's device."""
         return PackedInputs.of_rows([row.ids for row in rows], self.model.device)
+
+
+_CUT: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("cut", default=None)
+
+
+@contextlib.contextmanager
+def cut_texts() -> Iterator[list[str]]:
+    """Collect the texts that are cut to the context while rows are prepared in this block."""
+    found: list[str] = []
+    token = _CUT.set(found)
+    try:
+        yield found
+    finally:
+        _CUT.reset(token)
 
 
 def _unpickled(cls: type[Pipeline[Any, Any, Any]], state: bytes, optimized: bool) -> Pipeline[Any, Any, Any]:

@@ -1,0 +1,377 @@
+"""The engine: one thread a device, which computes the rows of all requests and models in packed batches.
+
+A request's texts are tokenized in a small pool of threads, and their rows wait in one queue. The engine takes rows of
+requests that can be computed together in turns, one row a request, until a batch is full, so that a request with ten
+thousand texts and one with a single question both go on. It never waits while there is a row. What a row's result is
+does not depend on its batch (docs/invariance.md), so a served answer has the bits of the offline pipeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from modernbert.errors import InputError
+from modernbert.pipelines.base import Job, Pipeline, Row, cut_texts
+from modernbert.serving.metrics import Metrics
+from modernbert.serving.problems import EngineError, LateError, OverloadedError
+
+logger = logging.getLogger(__name__)
+
+_TOKENIZED_TOGETHER = 64
+_CHARACTERS = 4  # of a token, about; only for texts that are not tokenized yet
+_FIRST_GUESS = 5_000.0  # tokens a second, before anything was computed
+
+Prepare = Callable[[Pipeline[Any, Any, Any], list[Any], Any], list[list[Row]]]
+
+
+@dataclasses.dataclass(eq=False)
+class Work:
+    """One request to one pipeline, on its way through the engine.
+
+    Attributes:
+        pipeline, options: what computes it; options are resolved.
+        deadline: when its answer is no longer wanted, in seconds of the loop's clock.
+        rows: what is still to be computed, as jobs and the numbers of their rows.
+        left: rows without a result.
+        whole: whether all its texts are tokenized.
+        ended: whether nobody waits for it any more.
+        urgent: whether it is computed before others.
+    """
+
+    pipeline: Pipeline[Any, Any, Any]
+    options: Any
+    deadline: float
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[None]
+    urgent: bool = False
+    rows: collections.deque[tuple[Job[Any, Any], int]] = dataclasses.field(default_factory=collections.deque)
+    jobs: list[Job[Any, Any]] = dataclasses.field(default_factory=list)
+    left: int = 0
+    tokens: int = 0
+    cut: int = 0
+    whole: bool = False
+    ended: bool = False
+    began: float | None = None  # when its first row was computed
+
+    def runs_with(self, other: Work) -> bool:
+        """Whether rows of both can be computed in one batch."""
+        return self.pipeline is other.pipeline and (self.options is other.options or self.options == other.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """Answers in the order of the inputs, and what they took.
+
+    Attributes:
+        answers: one an input.
+        tokens: that the model read.
+        cut: how many texts were cut to the model's context.
+        waited, computed: seconds until the first row was computed, and from there to the last.
+    """
+
+    answers: list[Any]
+    tokens: int
+    cut: int
+    waited: float
+    computed: float
+
+
+class Engine:
+    """Computes what requests ask for, on one device.
+
+    Args:
+        device: that of its models.
+        batch_tokens: most tokens of a batch; a single longer row is a batch of its own.
+        most_waiting: tokens that may wait; what would be more is refused.
+        threads: of the pool that tokenizes.
+        metrics: counts.
+    """
+
+    def __init__(
+        self, device: torch.device, batch_tokens: int, most_waiting: int, threads: int, metrics: Metrics
+    ) -> None:
+        self.device, self.batch_tokens, self.most_waiting, self.metrics = device, batch_tokens, most_waiting, metrics
+        self.pool = concurrent.futures.ThreadPoolExecutor(threads, "tokenizer")
+        self._condition = threading.Condition()
+        self._works: collections.deque[Work] = collections.deque()  # that have rows to compute, the next one first
+        self._waiting = 0  # tokens
+        self._closing = False
+        self._speed = _FIRST_GUESS
+        self._thread = threading.Thread(target=self._serve, name=f"engine {device}", daemon=True)
+        self._thread.start()
+
+    # From the event loop
+
+    @property
+    def waiting(self) -> int:
+        """Tokens that are accepted and not computed yet."""
+        return self._waiting
+
+    @property
+    def retry_after(self) -> int:
+        """Seconds until what waits now is computed, at the speed of the last batches."""
+        return max(1, round(self._waiting / self._speed + 0.5))
+
+    async def run(
+        self,
+        pipeline: Pipeline[Any, Any, Any],
+        items: Sequence[Any],
+        options: dict[str, Any],
+        deadline: float,
+        prepare: Prepare | None = None,
+        urgent: bool = False,
+    ) -> Answered:
+        """Answer inputs of one pipeline.
+
+        Args:
+            pipeline: of a model on this device.
+            items: what its calls take, in a list.
+            options: of a call.
+            deadline: seconds of the loop's clock, after which the answer is no longer wanted.
+            prepare: makes rows of some items instead of the pipeline.
+            urgent: whether it is accepted whatever waits, and computed before it.
+
+        Raises:
+            InputError: an input cannot be answered, or an option is not allowed.
+            OverloadedError: too much waits already.
+            LateError: the deadline has passed.
+            EngineError: the model failed.
+        """
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        options = pipeline.resolve(pipeline.given(options))
+        guess = sum(_size(item) for item in items) // _CHARACTERS + len(items)
+        self._admit(guess, urgent)
+        work = Work(pipeline, options, deadline, loop, loop.create_future(), urgent)
+        try:
+            async with asyncio.timeout_at(deadline):
+                for first in range(0, len(items), _TOKENIZED_TOGETHER):
+                    some = list(items[first : first + _TOKENIZED_TOGETHER])
+                    await loop.run_in_executor(self.pool, self._tokenize, work, some, prepare)
+                self._account(-guess)
+                guess = 0
+                self._close(work)
+                await work.done
+                answers = await loop.run_in_executor(self.pool, _finish, work)
+        except TimeoutError:
+            raise LateError(f"the answer took longer than the {deadline - begun:.3g} seconds it was given") from None
+        finally:
+            self._account(-guess)
+            self._leave(work)
+        began = work.began if work.began is not None else loop.time()
+        return Answered(answers, work.tokens, work.cut, began - begun, loop.time() - began)
+
+    def close(self, wait: float = 10.0) -> None:
+        """End the threads. What is not computed yet fails."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        self._thread.join(wait)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _admit(self, tokens: int, urgent: bool) -> None:
+        with self._condition:
+            # A request that is larger than the limit is served when nothing else waits.
+            full = self._waiting and self._waiting + tokens > self.most_waiting
+            if self._closing or (full and not urgent):
+                self.metrics.refused.inc()
+                raise OverloadedError(
+                    f"{self._waiting:,} tokens wait and at most {self.most_waiting:,} may; try again later",
+                    self.retry_after,
+                )
+            self._waiting += tokens
+            self.metrics.waiting.set(self._waiting)
+
+    def _account(self, tokens: int) -> None:
+        with self._condition:
+            self._waiting += tokens
+            self.metrics.waiting.set(self._waiting)
+
+    # From the pool
+
+    def _tokenize(self, work: Work, items: list[Any], prepare: Prepare | None) -> None:
+        """Put the rows of some inputs into the queue."""
+        with torch.inference_mode(), cut_texts() as cut:
+            made = (prepare or _prepare)(work.pipeline, items, work.options)
+        jobs: list[Job[Any, Any]] = [Job(item, rows) for item, rows in zip(items, made, strict=True)]
+        tokens = sum(len(row.ids) for job in jobs for row in job.rows)
+        with self._condition:
+            if work.ended:
+                return
+            for job in jobs:
+                job.results = [None] * len(job.rows)
+                for i, row in enumerate(job.rows):
+                    row.number = len(work.jobs)
+                    work.rows.append((job, i))
+                work.jobs.append(job)
+                work.left += len(job.rows)
+            work.tokens += tokens
+            work.cut += len(cut)
+            self._waiting += tokens
+            if work not in self._works and work.rows:
+                (self._works.appendleft if work.urgent else self._works.append)(work)
+            self._condition.notify_all()
+
+    def _close(self, work: Work) -> None:
+        with self._condition:
+            work.whole = True
+            if not work.left:
+                _resolve(work, None)
+
+    def _leave(self, work: Work) -> None:
+        """Nobody waits for it any more: rows that are not computed yet never are."""
+        with self._condition:
+            work.ended = True
+            self._waiting -= sum(len(job.rows[i].ids) for job, i in work.rows)
+            work.rows.clear()
+            if work in self._works:
+                self._works.remove(work)
+            self.metrics.waiting.set(self._waiting)
+
+    # In the engine's own thread
+
+    def _serve(self) -> None:
+        running: tuple[list[tuple[Work, Job[Any, Any], int]], Any, float] | None = None
+        while True:
+            with self._condition:
+                while not self._works and not self._closing and running is None:
+                    self._condition.wait()
+                if self._closing:
+                    for work in list(self._works):
+                        _resolve(work, EngineError("the server is closing"))
+                    return
+                batch = self._next_batch()
+            # A card computes this batch while the one before is read.
+            begun = self._begin(batch) if batch else None
+            if running is not None:
+                self._end(*running)
+            running = begun
+            if running is not None and not callable(running[1]):
+                self._end(*running)
+                running = None
+
+    def _next_batch(self) -> list[tuple[Work, Job[Any, Any], int]]:
+        """Rows of requests that can be computed together, one of each in turns; the first has waited longest."""
+        for work in [work for work in self._works if work.ended or work.loop.time() > work.deadline]:
+            self._works.remove(work)
+        if not self._works:
+            return []
+        first = self._works[0]
+        together = [work for work in self._works if work.runs_with(first)]
+        turns = collections.deque(together)
+        batch: list[tuple[Work, Job[Any, Any], int]] = []
+        tokens, most = 0, first.pipeline.batch_size or sys.maxsize
+        while turns and len(batch) < most:
+            work = turns.popleft()
+            job, i = work.rows[0]
+            weight = work.pipeline.weight(job.rows[i])
+            if batch and tokens + weight > self.batch_tokens:
+                continue  # a shorter row of another request may still fit
+            work.rows.popleft()
+            batch.append((work, job, i))
+            tokens += weight
+            if work.began is None:
+                work.began = work.loop.time()
+            if work.rows:
+                turns.append(work)
+        for work in together:
+            self._works.remove(work)
+            if work.rows:
+                self._works.append(work)
+        read = sum(len(job.rows[i].ids) for _, job, i in batch)
+        self._waiting -= read
+        self.metrics.waiting.set(self._waiting)
+        self.metrics.batch_tokens.observe(read)
+        self.metrics.batch_rows.observe(len(batch))
+        return batch
+
+    def _begin(
+        self, batch: list[tuple[Work, Job[Any, Any], int]]
+    ) -> tuple[list[tuple[Work, Job[Any, Any], int]], Any, float] | None:
+        begun = time.monotonic()
+        work = batch[0][0]
+        try:
+            with torch.inference_mode():
+                results = work.pipeline.run([job.rows[i] for _, job, i in batch], work.options)
+            return batch, results, begun
+        except Exception as error:
+            self._failed(batch, error)
+            return None
+
+    def _end(self, batch: list[tuple[Work, Job[Any, Any], int]], results: Any, begun: float) -> None:
+        try:
+            with torch.inference_mode():
+                got = results() if callable(results) else results
+        except Exception as error:
+            self._failed(batch, error)
+            return
+        took = time.monotonic() - begun
+        tokens = sum(len(job.rows[i].ids) for _, job, i in batch)
+        self._speed += 0.1 * (tokens / max(took, 1e-6) - self._speed)
+        self.metrics.computing.inc(took)
+        for (work, job, i), result in zip(batch, got, strict=True):
+            job.results[i] = result
+            with self._condition:
+                work.left -= 1
+                if not work.left and work.whole:
+                    _resolve(work, None)
+
+    def _failed(self, batch: list[tuple[Work, Job[Any, Any], int]], error: Exception) -> None:
+        """A batch of several requests is computed again request by request, so that only the one at fault fails."""
+        works = list(dict.fromkeys(work for work, _, _ in batch))
+        if len(works) == 1:
+            logger.error("the model failed", exc_info=error)
+            wrong = error if isinstance(error, InputError) else EngineError(f"the model failed: {type(error).__name__}")
+            with self._condition:
+                works[0].ended = True
+            _resolve(works[0], wrong)
+            return
+        for work in works:
+            own = [row for row in batch if row[0] is work]
+            if (begun := self._begin(own)) is not None:
+                self._end(*begun)
+
+
+def _prepare(pipeline: Pipeline[Any, Any, Any], items: list[Any], options: Any) -> list[list[Row]]:
+    made: list[list[Row]] = pipeline.prepare(items, options)
+    return made
+
+
+def _finish(work: Work) -> list[Any]:
+    with torch.inference_mode():
+        return [work.pipeline.finish(job, work.options) for job in work.jobs]
+
+
+def _resolve(work: Work, error: Exception | None) -> None:
+    """Wake who waits, from whatever thread."""
+
+    def set_result() -> None:
+        if not work.done.done():
+            if error is None:
+                work.done.set_result(None)
+            else:
+                work.done.set_exception(error)
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+        work.loop.call_soon_threadsafe(set_result)
+
+
+def _size(item: Any) -> int:
+    """Characters of an input, about."""
+    if isinstance(item, str):
+        return len(item)
+    if isinstance(item, dict):
+        return sum(map(_size, item.values()))
+    return sum(map(_size, item)) if isinstance(item, list | tuple) else 1

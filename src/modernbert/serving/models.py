@@ -1,0 +1,167 @@
+"""The models of a server: which there are, what each can do, and which one a request means."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from typing import Any
+
+import torch
+
+from modernbert.errors import InputError, listed
+from modernbert.models.placement import resolve_device
+from modernbert.pipelines import TASKS, pipeline, small_model
+from modernbert.pipelines.base import Pipeline
+from modernbert.serving.engine import Engine
+from modernbert.serving.metrics import Metrics
+from modernbert.serving.options import ModelChoice, ServeOptions
+from modernbert.serving.problems import UnknownModelError
+
+logger = logging.getLogger(__name__)
+
+_BUDGETS = {"cpu": 1024, "cuda": 16384}  # tokens of a batch: short enough that others soon get their turn
+# What else a model can do that was loaded for a task.
+_ALSO = {
+    "sentence-embedding": ("text-ranking", "feature-extraction"),
+    "text-classification": ("text-ranking", "zero-shot-classification"),
+    "text-ranking": ("text-classification",),
+    "text-generation": ("text-scoring",),
+}
+
+
+@dataclasses.dataclass
+class Served:
+    """A model with a name, and its pipelines by task."""
+
+    name: str
+    source: str
+    pipelines: dict[str, Pipeline[Any, Any, Any]]
+    created: int
+    only: str | None = None  # its task, where one was named
+
+    @property
+    def first(self) -> Pipeline[Any, Any, Any]:
+        """The pipeline of what its head was made for."""
+        return next(iter(self.pipelines.values()))
+
+    @property
+    def context(self) -> int:
+        """Tokens of a text at the most."""
+        return self.first.context
+
+
+class Models:
+    """All models of a server, loaded, and the engines that compute them.
+
+    Args:
+        options: of the server.
+        metrics: counts.
+        given: pipelines that are loaded already, by name.
+
+    Raises:
+        InputError, NotFoundError, CheckpointError: a model cannot be loaded.
+    """
+
+    def __init__(self, options: ServeOptions, metrics: Metrics, given: dict[str, Pipeline[Any, Any, Any]]) -> None:
+        self.options, self.metrics = options, metrics
+        self.engines: dict[torch.device, Engine] = {}
+        self._lock = threading.Lock()
+        self.served: dict[str, Served] = {}
+        choices = [ModelChoice.parse(text) for text in options.model]
+        if not choices and not given:
+            for name, task in (
+                ("encoder", "fill-mask"),
+                ("encoder", "sentence-embedding"),
+                ("decoder", "text-generation"),
+            ):
+                choices.append(ModelChoice(f"small-{name}", str(small_model(name)), task, alone=False))
+        for name, made in given.items():
+            self._add(ModelChoice(name, type(made.model).__name__), made)
+        for choice in choices:
+            before = {c.source: c for c in choices[: choices.index(choice)] if c.name == choice.name}
+            if choice.name in self.served and choice.source not in before:
+                raise InputError(f"two models are called {choice.name!r}; give one of them another NAME=")
+            dtype = options.dtype or ("float32" if "small-" in choice.name and not options.model else None)
+            self._add(
+                choice, pipeline(choice.task or _wanted(choice), choice.source, device=_device(options), dtype=dtype)
+            )
+
+    def _add(self, choice: ModelChoice, made: Pipeline[Any, Any, Any]) -> None:
+        served = self.served.setdefault(
+            choice.name, Served(choice.name, choice.source, {}, int(time.time()), choice.task)
+        )
+        served.pipelines[made.task] = made
+        for task in _ALSO.get(made.task, ()) if choice.task is None or not choice.alone else ():
+            if task in served.pipelines:
+                continue
+            try:
+                model = made.model.model if task == "feature-extraction" else made.model  # the encoder of sentences'
+                served.pipelines[task] = pipeline(task, model, made.tokenizer)
+            except InputError as error:
+                logger.debug("%s does not serve %s: %s", choice.name, task, error)
+
+    def find(self, name: str | None, task: str) -> tuple[Served, Pipeline[Any, Any, Any]]:
+        """The model that a request means, by name or as the first that can do its task.
+
+        Raises:
+            UnknownModelError: there is none.
+        """
+        able = [served for served in self.served.values() if task in served.pipelines]
+        able.sort(key=lambda served: served.first.task != task)  # what was made for it before what can do it, too
+        if name is None or name == "":
+            if not able:
+                raise UnknownModelError(f"no model of this server can do {task}; it serves {self._offers()}")
+            return able[0], able[0].pipelines[task]
+        if name not in self.served:
+            raise UnknownModelError(f"there is no model {name!r}; this server has {listed(sorted(self.served))}")
+        served = self.served[name]
+        if task not in served.pipelines:
+            raise UnknownModelError(
+                f"model {name!r} cannot do {task}; it can do {', '.join(served.pipelines)}"
+                + (f", and {listed([s.name for s in able])} can" if able else "")
+            )
+        return served, served.pipelines[task]
+
+    def _offers(self) -> str:
+        return ", ".join(sorted({task for served in self.served.values() for task in served.pipelines}))
+
+    def engine(self, pipeline: Pipeline[Any, Any, Any]) -> Engine:
+        """The engine of a pipeline's device."""
+        device = pipeline.model.device
+        with self._lock:
+            if device not in self.engines:
+                budget = self.options.batch_tokens or _BUDGETS.get(device.type, _BUDGETS["cuda"])
+                self.engines[device] = Engine(
+                    device, budget, self.options.most_waiting, self.options.tokenizer_threads, self.metrics
+                )
+            return self.engines[device]
+
+    @property
+    def waiting(self) -> int:
+        """Tokens that wait in all engines."""
+        return sum(engine.waiting for engine in self.engines.values())
+
+    def close(self) -> None:
+        """End the engines."""
+        for engine in self.engines.values():
+            engine.close()
+
+
+def _device(options: ServeOptions) -> torch.device | None:
+    given = options.device
+    return None if given is None else resolve_device(int(given) if given.isdecimal() else given)
+
+
+def _wanted(choice: ModelChoice) -> str | None:
+    """The task that a model is loaded for: a bare encoder for vectors of texts, others for what their head says."""
+    from modernbert.pipelines import _task_of
+
+    task = _task_of(choice.source, {})
+    return "sentence-embedding" if task == "feature-extraction" else task
+
+
+def tasks() -> list[str]:
+    """All tasks."""
+    return list(TASKS)

@@ -1,0 +1,129 @@
+"""What goes wrong with a request, and how each API says it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from modernbert import errors
+from modernbert.errors import ConfigError, InputError, NotFoundError
+
+
+class ServingError(Exception):
+    """A request that is not answered.
+
+    Attributes:
+        status: of the reply.
+        kind: in one word, as OpenAI's API names kinds.
+        headers: of the reply.
+    """
+
+    status, kind = 500, "server_error"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}
+
+
+class RequestError(ServingError):
+    """The request itself is wrong."""
+
+    status, kind = 422, "invalid_request_error"
+
+
+class KeyRefusedError(ServingError):
+    """No API key, or a wrong one."""
+
+    status, kind = 401, "authentication_error"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class UnknownModelError(ServingError):
+    """There is no such model, or none for this task."""
+
+    status, kind = 404, "model_not_found"
+
+
+class TooLargeError(ServingError):
+    """More bytes or texts than the server takes."""
+
+    status, kind = 413, "request_too_large"
+
+
+class OverloadedError(ServingError):
+    """Too much waits already.
+
+    Args:
+        message: what waits.
+        seconds: after which to try again.
+    """
+
+    status, kind = 429, "overloaded"
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.seconds)}
+
+
+class DrainingError(ServingError):
+    """The server is about to end."""
+
+    status, kind = 503, "shutting_down"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "5", "Connection": "close"}
+
+
+class LateError(ServingError):
+    """The deadline of a request has passed."""
+
+    status, kind = 504, "timeout"
+
+
+class EngineError(ServingError):
+    """The model failed; the log says how."""
+
+
+def status_of(error: Exception) -> int:
+    """The status of the reply."""
+    if isinstance(error, ServingError):
+        return error.status
+    if isinstance(error, NotFoundError):
+        return 404
+    return 422 if isinstance(error, InputError | ConfigError) else 500
+
+
+def message_of(error: Exception) -> str:
+    """One line for the client; what is not the client's business is in the log."""
+    if isinstance(error, ServingError) or type(error).__module__ == errors.__name__:
+        return " ".join(str(error).split())
+    return "the server failed; its log says how"
+
+
+# The style of errors of each API, by how its paths begin.
+_STYLES = {
+    "openai": ("/v1/embeddings", "/v1/models", "/v1/completions", "/classify", "/score", "/pooling", "/v1/tasks"),
+    "cohere": ("/rerank", "/v1/rerank", "/v2/rerank"),
+    "tei": ("/embed", "/embed_all", "/predict", "/similarity", "/tokenize", "/decode", "/info"),
+}
+_TEI_KINDS = {401: "Unauthorized", 413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
+
+
+def body_of(path: str, error: Exception) -> dict[str, Any]:
+    """The reply's body, in the shape of the API that was called."""
+    status, message = status_of(error), message_of(error)
+    kind = (
+        error.kind if isinstance(error, ServingError) else "invalid_request_error" if status < 500 else "server_error"
+    )
+    if path in _STYLES["tei"]:
+        return {"error": message, "error_type": _TEI_KINDS.get(status, "Backend" if status >= 500 else "Validation")}
+    if path in _STYLES["cohere"]:
+        return {"message": message, "error": message, "error_type": _TEI_KINDS.get(status, "Validation")}
+    return {"error": {"message": message, "type": kind, "param": None, "code": kind}}

@@ -1,0 +1,115 @@
+"""OpenAI's API: embeddings and models."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from modernbert.pipelines.base import Pipeline, Row
+from modernbert.pipelines.sentence_embedding import SpannedRow
+from modernbert.serving.problems import RequestError, UnknownModelError
+from modernbert.serving.replies import Encoded, Json
+from modernbert.serving.state import state_of
+from modernbert.serving.vectors import BYTES, as_dtype, base64_list, json_list
+
+router = APIRouter(tags=["OpenAI"])
+
+
+class EmbeddingsRequest(BaseModel):
+    """Texts, or the ids of their tokens."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"model": "small-encoder", "input": ["A cat sat.", "Rain fell."]}]}
+    )
+
+    input: str | list[str] | list[int] | list[list[int]] = Field(description="A text, token ids, or a list of either.")
+    model: str | None = Field(None, description="Name of the model; by default the first that makes vectors.")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="Keep the first dimensions, for models trained for it.")
+    user: str | None = Field(None, description="Not used.")
+    output_dtype: Literal["float32", "float16", "int8", "binary", "ubinary"] = Field(
+        "float32", description="Type of the numbers: int8 is 127 times the vector of length one; binary is signs."
+    )
+    normalize: bool | None = Field(None, description="Scale vectors to length one; by default as the model says.")
+    prompt_name: str | None = Field(None, description="Name of the model's prompt, such as query.")
+    truncate: bool | None = Field(None, description="Cut texts that are too long, instead of refusing them.")
+
+
+@router.post("/v1/embeddings", summary="Vectors of texts")
+@router.post("/embeddings", include_in_schema=False)
+async def embeddings(given: EmbeddingsRequest, request: Request) -> Response:
+    """A vector of each text. With the header `Accept: application/octet-stream` the reply is their bytes alone, one
+    vector after another, and the header `X-Shape` says how many there are and their dimensions."""
+    items, prepare = _inputs(given.input)
+    options = {
+        "truncate_dim": given.dimensions,
+        "normalize": given.normalize,
+        "prompt_name": given.prompt_name,
+        "truncation": given.truncate,
+    }
+    name, _, answered = await state_of(request).answer(
+        request, "sentence-embedding", given.model, items, options, prepare=prepare
+    )
+    vectors = as_dtype(np.stack(answered.answers), given.output_dtype)
+    if BYTES in request.headers.get("accept", ""):
+        shape = ",".join(map(str, vectors.shape))
+        return Response(vectors.tobytes(), media_type=BYTES, headers={"X-Shape": shape, "X-Dtype": str(vectors.dtype)})
+    written = base64_list(vectors) if given.encoding_format == "base64" else json_list(vectors)
+    data = b",".join(b'{"object":"embedding","index":%d,"embedding":%b}' % pair for pair in enumerate(written))
+    return Encoded(
+        b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d},"truncated":%d}'
+        % (data, orjson.dumps(name), answered.tokens, answered.tokens, answered.cut)
+    )
+
+
+def _inputs(given: Any) -> tuple[list[Any], Any]:
+    """Inputs of a pipeline, and what makes rows of them where they are token ids."""
+    if isinstance(given, str):
+        return [given], None
+    if all(isinstance(item, str) for item in given):
+        return given, None
+    return ([given] if isinstance(given[0], int) else given), ids_as_rows
+
+
+def ids_as_rows(pipeline: Pipeline[Any, Any, Any], items: list[list[int]], options: Any) -> list[list[Row]]:
+    """Rows of token ids, which are taken as they are."""
+    vocabulary = pipeline.model.config.vocab_size
+    for ids in items:
+        if not ids:
+            raise RequestError("a text has no token ids; give at least one")
+        if len(ids) > pipeline.context:
+            raise RequestError(f"a text has {len(ids)} token ids; the model's context holds {pipeline.context}")
+        if wrong := [i for i in ids if not 0 <= i < vocabulary]:
+            raise RequestError(f"token ids hold {wrong[0]}; the vocabulary has ids 0 to {vocabulary - 1}")
+    return [[SpannedRow(ids, [(0, len(ids))])] for ids in items]
+
+
+@router.get("/v1/models", summary="Models of this server")
+async def models(request: Request) -> Json:
+    """Each model with the tasks that it can do and its context in tokens."""
+    served = state_of(request).models.served.values()
+    return Json({"object": "list", "data": [_described(one) for one in served]})
+
+
+@router.get("/v1/models/{name:path}", summary="One model")
+async def model(name: str, request: Request) -> Json:
+    """A model by its name."""
+    served = state_of(request).models.served
+    if name not in served:
+        raise UnknownModelError(f"there is no model {name!r}; this server has {', '.join(sorted(served))}")
+    return Json(_described(served[name]))
+
+
+def _described(served: Any) -> dict[str, Any]:
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "modernbert",
+        "tasks": list(served.pipelines),
+        "max_model_len": served.context,
+    }

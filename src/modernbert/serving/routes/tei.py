@@ -1,0 +1,223 @@
+"""text-embeddings-inference's API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from modernbert import __version__
+from modernbert.serving.problems import RequestError, UnknownModelError
+from modernbert.serving.replies import Json
+from modernbert.serving.state import state_of
+
+router = APIRouter(tags=["text-embeddings-inference"])
+
+Texts = str | list[str]
+
+
+class _Request(BaseModel):
+    model: str | None = Field(None, description="Name of the model; by default the first that can do this.")
+    truncate: bool | None = Field(None, description="Cut texts that are too long, instead of refusing them.")
+    truncation_direction: str = Field("right", pattern="^(?i:right)$", description="Only right.")
+
+
+class EmbedRequest(_Request):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": ["A cat sat.", "Rain fell."]}]})
+
+    inputs: Texts
+    normalize: bool = True
+    prompt_name: str | None = None
+    dimensions: int | None = Field(None, ge=1)
+
+
+class EmbedAllRequest(_Request):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "A cat sat."}]})
+
+    inputs: Texts
+    prompt_name: str | None = None
+
+
+class PredictRequest(_Request):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "I like it."}]})
+
+    inputs: str | list[str] | list[list[str]] = Field(
+        description="A text, a pair of texts, or a list of lists of one or two texts."
+    )
+    raw_scores: bool = False
+
+
+class Sentences(BaseModel):
+    source_sentence: str
+    sentences: list[str]
+
+
+class SimilarityRequest(BaseModel):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": {"source_sentence": "A cat sat.", "sentences": ["Rain fell."]}}]}
+    )
+
+    inputs: Sentences
+    parameters: dict[str, Any] | None = Field(None, description="truncate, prompt_name.")
+    model: str | None = None
+
+
+class TokenizeRequest(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "A cat sat."}]})
+
+    inputs: Texts
+    add_special_tokens: bool = True
+    prompt_name: str | None = None
+    model: str | None = None
+
+
+class DecodeRequest(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"ids": [5, 6, 7]}]})
+
+    ids: list[int] | list[list[int]]
+    skip_special_tokens: bool = True
+    model: str | None = None
+
+
+def _listed(texts: Texts) -> list[str]:
+    return [texts] if isinstance(texts, str) else texts
+
+
+@router.post("/embed", summary="Vectors of texts")
+async def embed(given: EmbedRequest, request: Request) -> Json:
+    """A list of vectors, of length one unless `normalize` is false."""
+    options = {
+        "normalize": given.normalize,
+        "prompt_name": given.prompt_name,
+        "truncate_dim": given.dimensions,
+        "truncation": given.truncate,
+    }
+    _, _, answered = await state_of(request).answer(
+        request, "sentence-embedding", given.model, _listed(given.inputs), options
+    )
+    return Json(answered.answers)
+
+
+@router.post("/embed_all", summary="A vector of every token")
+async def embed_all(given: EmbedAllRequest, request: Request) -> Json:
+    """For each text the states of its tokens, not pooled and not scaled."""
+    options = {
+        "multi_vector": True,
+        "normalize": False,
+        "prompt_name": given.prompt_name,
+        "truncation": given.truncate,
+    }
+    _, _, answered = await state_of(request).answer(
+        request, "sentence-embedding", given.model, _listed(given.inputs), options
+    )
+    return Json(answered.answers)
+
+
+@router.post("/predict", summary="Labels of texts")
+async def predict(given: PredictRequest, request: Request) -> Json:
+    """The scores of all labels, best first: one list for a text or a pair, a list of lists for several."""
+    one = isinstance(given.inputs, str) or (bool(given.inputs) and isinstance(given.inputs[0], str))
+    several: list[Any] = [given.inputs] if one else list(given.inputs)
+    items = [_pair([item] if isinstance(item, str) else item) for item in several]
+    options = {"top_k": _ALL, "truncation": given.truncate, "function_to_apply": "none" if given.raw_scores else None}
+    _, _, answered = await state_of(request).answer(request, "text-classification", given.model, items, options)
+    answers = [answer if isinstance(answer, list) else [answer] for answer in answered.answers]
+    return Json(answers[0] if one else answers)
+
+
+_ALL = 2**31 - 1  # labels
+
+
+def _pair(texts: list[str]) -> Any:
+    if len(texts) == 1:
+        return texts[0]
+    if len(texts) != 2:
+        raise RequestError(f"an input holds {len(texts)} texts; it is a text or a pair of texts")
+    return {"text": texts[0], "text_pair": texts[1]}
+
+
+@router.post("/similarity", summary="How alike sentences are to one")
+async def similarity(given: SimilarityRequest, request: Request) -> Json:
+    """The cosine of the vectors of each sentence and the first one."""
+    parameters = given.parameters or {}
+    if unknown := sorted(set(parameters) - {"truncate", "truncation_direction", "prompt_name"}):
+        raise RequestError(f"parameters holds {', '.join(unknown)}; there are truncate and prompt_name")
+    options = {
+        "normalize": True,
+        "truncation": parameters.get("truncate"),
+        "prompt_name": parameters.get("prompt_name"),
+    }
+    if not given.inputs.sentences:
+        raise RequestError("sentences is empty; give at least one")
+    texts = [given.inputs.source_sentence, *given.inputs.sentences]
+    _, _, answered = await state_of(request).answer(request, "sentence-embedding", given.model, texts, options)
+    first, *others = answered.answers
+    return Json([float((first * other).sum()) for other in others])
+
+
+def _tokenizer(request: Request, name: str | None) -> Any:
+    models = state_of(request).models
+    if name is not None and name not in models.served:
+        raise UnknownModelError(f"there is no model {name!r}; this server has {', '.join(sorted(models.served))}")
+    served = models.served[name] if name is not None else next(iter(models.served.values()))
+    return served.first
+
+
+@router.post("/tokenize", summary="Tokens of texts")
+async def tokenize(given: TokenizeRequest, request: Request) -> Json:
+    """For each text its tokens with their ids and places: characters from `start` to before `stop`."""
+    pipeline = _tokenizer(request, given.model)
+    texts = _listed(given.inputs)
+    if not texts:
+        raise RequestError("there is no text; give at least one")
+    prompt = pipeline.prompt(given.prompt_name) if hasattr(pipeline, "prompt") and given.prompt_name else ""
+    found = pipeline.tokenizer(
+        [prompt + text for text in texts], add_special_tokens=given.add_special_tokens, truncation=False
+    ).encodings
+    replies = []
+    for text, encoding in zip(texts, found, strict=True):
+        text = prompt + text
+        tokens = []
+        parts = zip(encoding.ids, encoding.tokens, encoding.offsets, encoding.special_tokens_mask, strict=True)
+        for number, token, (start, stop), special in parts:
+            place = {"start": None, "stop": None} if special else {"start": start, "stop": stop}
+            tokens.append(
+                {"id": number, "text": token if special else text[start:stop], "special": bool(special), **place}
+            )
+        replies.append(tokens)
+    return Json(replies)
+
+
+@router.post("/decode", summary="Texts of token ids")
+async def decode(given: DecodeRequest, request: Request) -> Json:
+    """A list of texts."""
+    pipeline = _tokenizer(request, given.model)
+    several: list[Any] = [given.ids] if given.ids and isinstance(given.ids[0], int) else list(given.ids)
+    size = len(pipeline.tokenizer)
+    for ids in several:
+        if wrong := [i for i in ids if not 0 <= i < size]:
+            raise RequestError(f"ids hold {wrong[0]}; the tokenizer has ids 0 to {size - 1}")
+    return Json([pipeline.tokenizer.decode(ids, skip_special_tokens=given.skip_special_tokens) for ids in several])
+
+
+@router.get("/info", summary="What this server is")
+async def info(request: Request) -> Json:
+    """The first model in text-embeddings-inference's words, and the names of all."""
+    state = state_of(request)
+    first = next(iter(state.models.served.values()))
+    model = first.first.model
+    return Json(
+        {
+            "model_id": first.source,
+            "model_dtype": str(model.dtype).removeprefix("torch."),
+            "model_type": {task: {} for task in first.pipelines},
+            "max_input_length": first.context,
+            "max_batch_tokens": state.models.engine(first.first).batch_tokens,
+            "max_client_batch_size": state.options.most_texts,
+            "auto_truncate": state.options.truncate,
+            "tokenization_workers": state.options.tokenizer_threads,
+            "version": __version__,
+            "models": {served.name: list(served.pipelines) for served in state.models.served.values()},
+        }
+    )

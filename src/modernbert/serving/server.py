@@ -1,0 +1,110 @@
+"""Running the app by uvicorn: sockets, signals and the order in which a server ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from modernbert.serving.app import create_app
+from modernbert.serving.options import ServeOptions
+from modernbert.serving.state import State
+
+logger = logging.getLogger(__name__)
+
+_NOTICE = 0.2  # seconds in which those who watch the readiness may see that it is over
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which on the first signal refuses new work, finishes what it accepted, and ends with 0.
+
+    Args:
+        config: of uvicorn.
+        state: of the app.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: State) -> None:
+        super().__init__(config)
+        self.state = state
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT for ourselves; uvicorn would raise them again at the end."""
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to end; a second signal ends at once."""
+        if self.state.draining:
+            self.force_exit = self.should_exit = True
+            return
+        self.state.draining = True
+        self._loop.call_soon_threadsafe(lambda: self._loop.create_task(self._drain()))
+
+    async def _serve(self, sockets: Any = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super()._serve(sockets)
+
+    async def _drain(self) -> None:
+        until = self._loop.time() + self.state.options.drain
+        await asyncio.sleep(_NOTICE)
+        while self.state.running and self._loop.time() < until:
+            await asyncio.sleep(0.02)
+        self.should_exit = True
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets=sockets)
+        if self.started:
+            options = self.state.options
+            names = ", ".join(f"{one.name} ({', '.join(one.pipelines)})" for one in self.state.models.served.values())
+            where = options.unix_socket
+            if where is None:
+                port = self.servers[0].sockets[0].getsockname()[1]
+                host = f"[{options.host}]" if ":" in options.host else options.host
+                where = f"http://{host}:{port}"
+            sys.stderr.write(f"modernbert serves {names} at {where}\n")
+            sys.stderr.flush()
+
+
+def serve(options: dict[str, Any]) -> int:
+    """Serve until a signal comes; the exit code of the process.
+
+    Args:
+        options: of `ServeOptions`.
+
+    Raises:
+        InputError: an option is not allowed.
+        NotFoundError, CheckpointError: a model cannot be loaded.
+    """
+    app = create_app(**options)
+    state: State = app.state.serving
+    chosen: ServeOptions = state.options
+    if chosen.unix_socket is not None:
+        Path(chosen.unix_socket).unlink(missing_ok=True)
+    config = uvicorn.Config(
+        app,
+        host=chosen.host,
+        port=chosen.port,
+        uds=chosen.unix_socket,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+        backlog=2048,
+    )
+    server = Server(config, state)
+    server.run()
+    return 0 if server.started else 1

@@ -1,0 +1,59 @@
+"""Vectors as replies carry them: numbers, base64 or bytes, and in fewer bits."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from modernbert.serving.problems import RequestError
+
+FORMATS = ("float", "base64")
+DTYPES = ("float32", "float16", "int8", "binary", "ubinary")
+BYTES = "application/octet-stream"
+
+
+def as_dtype(vectors: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Vectors (N, dimensions) in fewer bits.
+
+    Args:
+        vectors: float32.
+        dtype: int8 is 127 times the numbers of the vector scaled to length one, rounded; binary and ubinary are the
+            signs, eight a byte, the first in the highest bit, as sentence-transformers has them.
+    """
+    if dtype == "float32":
+        return vectors
+    if dtype == "float16":
+        return vectors.astype(np.float16)
+    if dtype == "int8":
+        lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+        scaled: NDArray[np.int8] = np.rint(vectors / np.maximum(lengths, 1e-12) * 127).astype(np.int8)
+        return scaled
+    packed = np.packbits(vectors > 0, axis=-1)
+    return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+
+
+def check_format(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """One of the formats; raises `RequestError`."""
+    if value not in allowed:
+        raise RequestError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+    return value
+
+
+def json_list(vectors: Iterable[NDArray[Any]]) -> list[bytes]:
+    """JSON of each vector."""
+    return [orjson.dumps(np.ascontiguousarray(row), option=orjson.OPT_SERIALIZE_NUMPY) for row in vectors]
+
+
+def base64_list(vectors: NDArray[Any]) -> list[bytes]:
+    """A JSON string of each vector's bytes, least significant first, in base64."""
+    rows = np.ascontiguousarray(vectors)
+    size = rows[0].nbytes if len(rows) else 0
+    if size % 3 == 0:  # then no vector ends within a group of four letters
+        whole, step = base64.b64encode(rows.tobytes()), size // 3 * 4
+        return [b'"%b"' % whole[i * step : (i + 1) * step] for i in range(len(rows))]
+    return [b'"%b"' % base64.b64encode(row.tobytes()) for row in rows]
