@@ -228,14 +228,15 @@ class _Search:
         """Take the best continuations by the scores of all; which present beams go on, none at the end."""
         options = self.generation.options
         beams, penalty, ends = self.beams, options.length_penalty, self.generation.ends
+        rules, keep = self.generation.rules, self.generation.scores is not None
         length = self.running[0][0].length + 1
         going: list[tuple[int, History, float]] = []
         ended: list[tuple[History, float]] = []
         for rank, (beam, token, score) in enumerate(self._candidates(scores_BV)):
             before = self.running[beam][0]
-            path = (*before.beams, self.first + beam)
+            path = (*before.beams, self.first + beam) if keep else ()
             history = dataclasses.replace(before, ids=[*before.ids, token], beams=path)
-            if not ends(history) and not self.generation.rules.ended([history], None)[0]:
+            if not ends(history) and not (rules.handed.criteria and rules.ended([history], None)[0]):
                 going.append((beam, history, score))
             elif rank < beams:
                 ended.append((history, score / length**penalty))
