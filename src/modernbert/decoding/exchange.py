@@ -106,6 +106,7 @@ def read_cache(given: Any, config: Config, mask_BS: Tensor | None = None) -> Dec
 def _pairs(given: Any) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer; none where nothing is held yet."""
     layers = getattr(given, "layers", None)
+    pairs: list[tuple[Any, Any]]
     if layers is not None:
         pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     elif hasattr(given, "key_cache"):
@@ -115,9 +116,9 @@ def _pairs(given: Any) -> list[tuple[Tensor, Tensor]]:
     elif isinstance(given, tuple | list) and not given:
         return []
     else:
-        pairs = [(None, 0)]
+        pairs = [(None, None)]
     held = [(k, v) for k, v in pairs if isinstance(k, Tensor) and isinstance(v, Tensor) and k.numel()]
-    if len(held) not in (0, len(pairs)) or any(v == 0 and not isinstance(v, Tensor) for _, v in pairs):
+    if len(held) not in (0, len(pairs)) or not (held or hasattr(given, "update")):
         raise InputError(
             f"past_key_values is a {type(given).__name__}; it must be a DecoderCache, or hold keys and values of "
             "each layer"

@@ -21,7 +21,7 @@ from modernbert.decoding.decoders import CachedDecoder, decoder_of
 from modernbert.decoding.exchange import read_cache
 from modernbert.decoding.loops import Generation, Step
 from modernbert.decoding.options import NO_EFFECT, REFUSED, GenerateOptions, GenerationOptions, shows_options
-from modernbert.decoding.processors import Handed, LogitsProcessorList, StoppingCriteriaList, callables
+from modernbert.decoding.processors import handed_over
 from modernbert.decoding.samplers import Generators
 from modernbert.decoding.states import States
 from modernbert.decoding.text import TextPieces
@@ -173,14 +173,16 @@ class GenerationMixin:
         """
         options.pop("token_type_ids", None)
         second: Any = attention_mask
-        if isinstance(second, GenerationConfig):  # as transformers takes it
+        if hasattr(second, "to_dict"):  # as transformers takes a generation_config
             attention_mask, generation_config = None, second
-        chosen = GenerateOptions.make(*self._layered(options, generation_config))
+        chosen = GenerateOptions.make(*self.layered(options, generation_config))
         past = _one_of("past_key_values", past_key_values, "cache", cache)
         if not chosen.use_cache and past is not None:
             raise InputError("use_cache is False and past_key_values is given; leave one of them out")
         ids = _one_of("input_ids", input_ids, "inputs", inputs)
         prompts = read_prompts(ids, attention_mask, chosen, self.config, inputs_embeds)
+        if "prepare_inputs_for_generation" in vars(self) and past is None and not prompts.embeds:
+            prompts = self._prepared(prompts, chosen)
         copies, beams, columns = chosen.num_return_sequences, chosen.num_beams, prompts.columns
         texts = len(prompts.ids) * copies
         if streamer is not None and (texts > 1 or beams > 1):
@@ -194,11 +196,10 @@ class GenerationMixin:
         if negative_prompt_ids is not None:
             mask = negative_prompt_attention_mask
             without = read_prompts(negative_prompt_ids, mask, chosen, self.config).ids
-        handed = Handed(
-            LogitsProcessorList(callables("logits_processor", logits_processor)),
-            StoppingCriteriaList(callables("stopping_criteria", stopping_criteria)),
-            prefix_allowed_tokens_fn, without, prompts.grid_BS.tolist(), pad,
-        )  # fmt: skip
+        given = prompts.grid_BS.tolist()
+        handed = handed_over(
+            logits_processor, stopping_criteria, prefix_allowed_tokens_fn, without=without, given=given, pad=pad
+        )
         held = past
         if past is not None and not isinstance(past, DecoderCache):
             held = read_cache(past, self.config, prompts.mask_BS)
@@ -274,6 +275,17 @@ class GenerationMixin:
             first = {"input_ids": input_ids[:, past:] if past < input_ids.shape[1] else input_ids[:, -1:]}
         return {**first, "past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
 
+    def _prepared(self, prompts: Prompts, options: GenerationOptions) -> Prompts:
+        """Prompts as a method that was put in place of this object's own prepares them, as PEFT does."""
+        mask = prompts.mask_BS.long().to(self.device)
+        ids = prompts.grid_BS.to(self.device)
+        made = self.prepare_inputs_for_generation(ids, past_key_values=None, attention_mask=mask, use_cache=True)
+        if made.get("past_key_values") is not None:
+            raise InputError("prepare_inputs_for_generation gave past_key_values; generate takes inputs_embeds of it")
+        if made.get("inputs_embeds") is None:
+            return prompts
+        return read_prompts(ids, made.get("attention_mask"), options, self.config, made["inputs_embeds"])
+
     def compute_transition_scores(
         self,
         sequences: Tensor,
@@ -300,9 +312,9 @@ class GenerationMixin:
         found = scores_NRV[torch.arange(steps, device=rows.device), rows.clamp(min=0), tokens]
         return found.masked_fill(rows < 0, 0.0)
 
-    def _layered(self, options: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    def layered(self, options: dict[str, Any], config: Any, **usual: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """What a caller gave, and the defaults below it: the call's own `generation_config` over the model's."""
-        defaults = self.generation_defaults()
+        defaults = self.generation_defaults(**usual)
         if config is None:
             return options, defaults
         own = GenerationConfig.of(config, self.config).to_diff_dict()
@@ -407,7 +419,8 @@ def read_prompts(
             raise InputError("a prompt has no token; give at least one")
         if input_ids is None or not input_ids.shape[-1]:
             return Prompts(torch.zeros((len(vectors), 0), dtype=torch.int64), mask_BS, [[] for _ in vectors], vectors)
-        own = read_prompts(input_ids, attention_mask if input_ids.shape == shape else None, options, config)
+        own_mask = None if attention_mask is None else attention_mask[:, max(0, shape[1] - input_ids.shape[1]) :]
+        own = read_prompts(input_ids, own_mask, options, config)
         if len(own.ids) != len(vectors):
             raise InputError(f"input_ids has {len(own.ids)} prompts and inputs_embeds {len(vectors)}")
         return Prompts(own.grid_BS, mask_BS, own.ids, vectors)

@@ -76,10 +76,22 @@ class Handed:
     pad: int = 0
 
     def rows(self, histories: Sequence[History], device: Any) -> Tensor:
-        """Ids (B, S) of texts so far; finished ones are filled up."""
-        rows = [[*history.given, *history.new] for history in histories]
+        """Ids (B, S) of texts so far, new ones one below another; finished ones are filled up."""
+        columns = max(len(history.given) for history in histories)
+        rows = [[*[self.pad] * (columns - len(h.given)), *h.given, *h.new] for h in histories]
         width = max(map(len, rows))
         return torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows], device=device).long()
+
+
+def handed_over(
+    logits_processor: Any = None, stopping_criteria: Any = None, allowed: Any = None, **rest: Any
+) -> Handed:
+    """What a caller handed over, each callable alone or in a list; raises `InputError` where one is none."""
+    processors = LogitsProcessorList(callables("logits_processor", logits_processor))
+    criteria = StoppingCriteriaList(callables("stopping_criteria", stopping_criteria))
+    if allowed is not None and not callable(allowed):
+        raise InputError(f"prefix_allowed_tokens_fn is {shown(allowed)}; give a function of a number and ids")
+    return Handed(processors, criteria, allowed, **rest)
 
 
 def callables(name: str, given: Any) -> list[Any]:
