@@ -85,8 +85,9 @@ class GenerationMixin:
     def generation_config(self, value: Any) -> None:
         self._generation_config = GenerationConfig.of(value, self.config)
 
-    def can_generate(self) -> bool:
-        """Whether the model has `generate`."""
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has `generate`."""
         return True
 
     def read_more(self, source: Source) -> None:
@@ -162,7 +163,8 @@ class GenerationMixin:
             cache: another name of `past_key_values`.
             generator: draws for the whole batch from one, or for each text from its own of a list (one a returned
                 text); None takes PyTorch's global one.
-            options: of `GenerateOptions`, which says what each means; `token_type_ids` is accepted and ignored.
+            options: of `GenerateOptions`, which says what each means; `token_type_ids` is accepted and ignored,
+                as are `position_ids` that count.
 
         Returns:
             Ids (B * num_return_sequences, S + new tokens): the prompts as they were given, the new tokens, and the
@@ -172,6 +174,7 @@ class GenerationMixin:
             InputError: an option is unknown or impossible, options contradict each other, or a prompt is empty.
         """
         options.pop("token_type_ids", None)
+        positions = options.pop("position_ids", None)
         second: Any = attention_mask
         if hasattr(second, "to_dict"):  # as transformers takes a generation_config
             attention_mask, generation_config = None, second
@@ -181,6 +184,8 @@ class GenerationMixin:
             raise InputError("use_cache is False and past_key_values is given; leave one of them out")
         ids = _one_of("input_ids", input_ids, "inputs", inputs)
         prompts = read_prompts(ids, attention_mask, chosen, self.config, inputs_embeds)
+        if positions is not None and not prompts.counted_by(positions):
+            raise InputError("position_ids is given; generate counts each text's real tokens from 0, so leave it out")
         if "prepare_inputs_for_generation" in vars(self) and past is None and not prompts.embeds:
             prompts = self._prepared(prompts, chosen)
         copies, beams, columns = chosen.num_return_sequences, chosen.num_beams, prompts.columns
@@ -189,7 +194,6 @@ class GenerationMixin:
             raise InputError(f"streamer takes one text without beams; there are {texts}, and {beams} beams")
         if isinstance(generator, Sequence) and len(generator) != texts:
             raise InputError(f"generator holds {len(generator)}; give one, or one for each of {texts} texts")
-        chosen = chosen.of_columns(columns)
         limit = self._limit(columns, chosen)
         pad = chosen.pad_token_id if chosen.pad_token_id is not None else next(iter(chosen.eos_token_id), 0)
         without = [row[-1:] for row in prompts.ids]
@@ -352,7 +356,6 @@ class GenerationMixin:
         prompts = read_prompts(input_ids, attention_mask, chosen, self.config)
         if len(prompts.ids) * chosen.num_return_sequences > 1 or chosen.num_beams > 1:
             raise InputError("stream goes on with one text, without beams")
-        chosen = chosen.of_columns(prompts.columns)
         limit = self._limit(prompts.columns, chosen)
         decoder = decoder_of(self, prompts.ids, cache=past_key_values)
         generation = Generation(decoder, [limit], chosen, generator, tokenizer)
@@ -371,6 +374,8 @@ class GenerationMixin:
 
     def _limit(self, columns: int, options: GenerationOptions) -> int:
         limit = options.new_tokens(columns)
+        if options.min_length > columns + limit and not options.min_new_tokens:
+            logger.warning("min_length is %d; there is room for %d tokens", options.min_length, columns + limit)
         self.warn_of_length(columns + limit)
         return limit
 
@@ -386,6 +391,13 @@ class Prompts(NamedTuple):
     @property
     def columns(self) -> int:
         return self.mask_BS.shape[1]
+
+    def counted_by(self, positions: Any) -> bool:
+        """Whether positions (B, S) or (1, S) count the real tokens of each text, from wherever on."""
+        if not isinstance(positions, Tensor) or positions.shape[-1] != self.columns:
+            return False
+        each = positions.cpu().expand(self.mask_BS.shape)
+        return all(bool((at[real].diff() == 1).all()) for at, real in zip(each, self.mask_BS, strict=True))
 
 
 def _one_of(name: str, value: Any, other: str, same: Any) -> Any:
@@ -418,7 +430,8 @@ def read_prompts(
         if not len(vectors) or not all(len(row) for row in vectors):
             raise InputError("a prompt has no token; give at least one")
         if input_ids is None or not input_ids.shape[-1]:
-            return Prompts(torch.zeros((len(vectors), 0), dtype=torch.int64), mask_BS, [[] for _ in vectors], vectors)
+            none_B0 = torch.zeros((len(vectors), 0), dtype=torch.int64, device=inputs_embeds.device)
+            return Prompts(none_B0, mask_BS, [[] for _ in vectors], vectors)
         own_mask = None if attention_mask is None else attention_mask[:, max(0, shape[1] - input_ids.shape[1]) :]
         own = read_prompts(input_ids, own_mask, options, config)
         if len(own.ids) != len(vectors):

@@ -212,15 +212,6 @@ class GenerationOptions(Options):
         ends = [(i,) for i in self.eos_token_id]  # a text may always end
         return found + [(ids, float("-inf")) for ids in self.bad_words_ids if ids not in ends]
 
-    def of_columns(self, columns: int) -> Self:
-        """The same for prompts of this many columns, which `min_length` counts."""
-        if self.min_new_tokens or self.min_length <= columns:
-            return self
-        wanted, room = self.min_length - columns, self.new_tokens(columns)
-        if wanted > room:
-            logger.warning("min_length is %d; there is room for %d tokens", self.min_length, columns + room)
-        return dataclasses.replace(self, min_new_tokens=min(wanted, room))
-
     def new_tokens(self, columns: int) -> int:
         """How many tokens to add at the most to prompts of this many columns.
 

@@ -84,9 +84,12 @@ def forbid_repeated_ngrams(
     return out
 
 
-def forbid_end(scores_BV: Tensor, histories: Sequence[History], eos_ids: Sequence[int], until: int) -> Tensor:
-    """Never end a text before it has this many new tokens."""
-    early = [i for i, history in enumerate(histories) if history.length < until]
+def forbid_end(
+    scores_BV: Tensor, histories: Sequence[History], eos_ids: Sequence[int], until: int, whole: int = 0
+) -> Tensor:
+    """Never end a text before it has this many new tokens, and as a whole that many with its prompt as it was given."""
+    wanted = [max(until, whole - len(history.given)) for history in histories]
+    early = [i for i, history in enumerate(histories) if history.length < wanted[i]]
     if not early:
         return scores_BV
     out = scores_BV.clone()
@@ -106,10 +109,10 @@ def forbid(scores_BV: Tensor, histories: Sequence[History], ids: Sequence[int], 
 
 def force(scores_BV: Tensor, histories: Sequence[History], ids: Sequence[int], last: bool) -> Tensor:
     """Only take these ids as the last token that the limit leaves, or after a prompt of one token."""
-    out = scores_BV.clone()
+    out, known = scores_BV.clone(), [i for i in ids if i < scores_BV.shape[1]]
     for scores_V, history in zip(out, histories, strict=True):
-        if history.length == history.limit - 1 if last else len(history.ids) == 1:
-            scores_V.fill_(_NEVER)[list(ids)] = 0.0
+        if known and (history.length == history.limit - 1 if last else len(history.ids) == 1):
+            scores_V.fill_(_NEVER)[known] = 0.0
     return out
 
 
@@ -227,6 +230,7 @@ def compose(
     # Beams that all end at once leave others to go on with.
     least = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_token_id))
     draws, until = options.do_sample, options.min_new_tokens if options.eos_token_id else 0
+    whole = options.min_length if options.eos_token_id and not until else 0
     decay, prompt_ngrams = options.exponential_decay_length_penalty, options.encoder_no_repeat_ngram_size
     penalties: list[tuple[bool, Sampler]] = [
         (bool(options.sequence_bias), partial(add_bias, biases=[pair for pair in options.biases if pair[1] > _NEVER])),
@@ -235,7 +239,7 @@ def compose(
         (options.no_repeat_ngram_size > 0, partial(forbid_repeated_ngrams, size=options.no_repeat_ngram_size)),
         (prompt_ngrams > 0, partial(forbid_repeated_ngrams, size=prompt_ngrams, of_prompt=True)),
         (bool(options.bad_words_ids), partial(add_bias, biases=[pair for pair in options.biases if pair[1] == _NEVER])),
-        (until > 0, partial(forbid_end, eos_ids=options.eos_token_id, until=until)),
+        (until + whole > 0, partial(forbid_end, eos_ids=options.eos_token_id, until=until, whole=whole)),
     ]
     forced = [] if options.forced_bos_token_id is None else [options.forced_bos_token_id]
     rules: list[tuple[bool, Sampler]] = [
