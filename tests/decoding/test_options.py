@@ -32,7 +32,7 @@ from modernbert.errors import InputError
         ),
         ({"do_sample": "no"}, "do_sample is 'no'; choose True or False"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'; it must be a whole number of at least 0"),
-        ({"eos_token_id": [-1]}, "it must be a whole number of at least 0"),
+        ({"eos_token_id": [-2]}, "it must be a whole number of at least 0"),
         ({"pad_token_id": "a"}, "pad_token_id is 'a'"),
         ({"num_beams": 2, "early_stopping": 2}, "early_stopping is 2; choose "),
         ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty is nan"),
@@ -63,6 +63,7 @@ def test_a_model_s_defaults_yield_to_what_is_given():
     assert not GenerationOptions.make({"do_sample": False}, {**defaults, "temperature": 0.0}).do_sample  # is off
     assert GenerationOptions.make({}, {"max_length": 9, "max_new_tokens": 7}).new_tokens(12) == 7
     assert GenerationOptions.make({"temperature": None}, {}).temperature == 1.0
+    assert GenerationOptions.make({"eos_token_id": -1}, defaults).eos_token_id == ()
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,7 @@ def test_the_cache_looks_like_transformers(models):
         assert len(a) == len(b) == 3
         assert b.get_seq_length() == 9
         for layer in range(3):
+            assert torch.equal(b.layers[layer].keys, b[layer][0])
             for x, y in zip((a.layers[layer].keys, a.layers[layer].values), b[layer], strict=True):
                 torch.testing.assert_close(y, x, rtol=0, atol=2e-5)
         assert [k.shape for k, _ in b] == [(1, 4, 9, 16)] * 3

@@ -8,8 +8,8 @@ ring of the window alone. All layers of a kind share one table of regions.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import safetensors.torch
 import torch
@@ -37,6 +37,13 @@ def _signature(config: Config) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "local_attention": config.local_attention,
     }
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each (texts, heads, columns, head size)."""
+
+    keys: Tensor
+    values: Tensor
 
 
 class DecoderCache:
@@ -88,11 +95,14 @@ class DecoderCache:
     def __bool__(self) -> bool:
         return True
 
-    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, layer: int) -> LayerCache:
         """Keys and values of a layer; see `padded`."""
         if not -len(self) <= layer < len(self):
             raise IndexError(f"layer {layer} is given; the cache holds layers 0 to {len(self) - 1}")
         return self.padded(layer % len(self))
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        return (self.padded(layer) for layer in range(len(self)))
 
     def __repr__(self) -> str:
         return f"DecoderCache({self.texts} texts of {self.lengths} tokens, {self.nbytes / 2**20:.1f} MiB)"
@@ -120,7 +130,12 @@ class DecoderCache:
         """`get_seq_length`, by an older name."""
         return self.columns
 
-    def padded(self, layer: int, columns_BW: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def layers(self) -> list[LayerCache]:
+        """`padded` of all layers."""
+        return list(self)
+
+    def padded(self, layer: int, columns_BW: Tensor | None = None) -> LayerCache:
         """Keys and values (texts, heads, columns, head size) of a layer, zeros at padding and at what a local layer no
         longer holds.
 
@@ -142,11 +157,11 @@ class DecoderCache:
                     slots = storage.slots([(at, held[0][0], length)])
                     row[[c for _, c in held]] = stored[slots]
             out.append(grid.transpose(1, 2))
-        return out[0], out[1]
+        return LayerCache(*out)
 
     def to_legacy_cache(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """`padded` of all layers."""
-        return tuple(self.padded(layer) for layer in range(len(self)))
+        """`layers` as plain tuples."""
+        return tuple((keys, values) for keys, values in self)
 
     # What a forward pass does
 

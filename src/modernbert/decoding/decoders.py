@@ -88,10 +88,11 @@ class CachedDecoder:
         past = self.cache.lengths or [0] * len(self.prompts)
         if len(past) != len(self.prompts):
             raise InputError(f"there are {len(self.prompts)} prompts; past_key_values holds {len(past)} texts")
-        for held, prompt in zip(past, self.embeds or self.prompts, strict=True):
-            if held >= len(prompt):
+        lengths = [len(row) for row in self.embeds] if self.embeds else [len(prompt) for prompt in self.prompts]
+        for held, length in zip(past, lengths, strict=True):
+            if held >= length:
                 raise InputError(
-                    f"past_key_values holds {held} tokens of a text and its prompt has {len(prompt)}; a prompt goes "
+                    f"past_key_values holds {held} tokens of a text and its prompt has {length}; a prompt goes "
                     "on from what the cache holds: all of its tokens, and at least one more"
                 )
         return past

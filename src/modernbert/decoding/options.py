@@ -32,6 +32,7 @@ NO_EFFECT = {
         "num_assistant_tokens max_matching_ngram_size assistant_early_exit assistant_confidence_threshold is_assistant "
         "assistant_ensemble_weight assistant_lookbehind target_lookbehind assistant_tokenizer speculation_type "
         "num_assistant_tokens_schedule",
+        "the last token alone is scored": "logits_to_keep num_logits_to_keep",
         "there is no encoder": "decoder_start_token_id",
         "no loss is computed": "labels",
         "nothing is downloaded": "trust_remote_code",
@@ -141,6 +142,8 @@ class GenerationOptions(Options):
         """
         names = [field.name for field in dataclasses.fields(cls)]
         given = {name: _plain(value) for name, value in given.items() if value is not None}
+        if given.get("eos_token_id") in (-1, [-1]):  # no id, so that nothing ends a text
+            given["eos_token_id"] = []
         given = {name: value for name, value in given.items() if name in names or not _has_no_meaning(name, value)}
         none = (None, -1)  # -1 is a file's way to write that there is no such id
         base = {
