@@ -105,20 +105,15 @@ def read_cache(given: Any, config: Config, mask_BS: Tensor | None = None) -> Dec
 
 def _pairs(given: Any) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of each layer; none where nothing is held yet."""
-    layers = getattr(given, "layers", None)
-    pairs: list[tuple[Any, Any]]
-    if layers is not None:
+    pairs: list[tuple[Any, Any]] = [(None, None)]
+    if (layers := getattr(given, "layers", None)) is not None:
         pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     elif hasattr(given, "key_cache"):
         pairs = list(zip(given.key_cache, given.value_cache, strict=True))
-    elif isinstance(given, tuple | list) and given and all(isinstance(p, tuple | list) and len(p) >= 2 for p in given):
+    elif isinstance(given, tuple | list) and all(isinstance(pair, tuple | list) and len(pair) >= 2 for pair in given):
         pairs = [(pair[0], pair[1]) for pair in given]
-    elif isinstance(given, tuple | list) and not given:
-        return []
-    else:
-        pairs = [(None, None)]
     held = [(k, v) for k, v in pairs if isinstance(k, Tensor) and isinstance(v, Tensor) and k.numel()]
-    if len(held) not in (0, len(pairs)) or not (held or hasattr(given, "update")):
+    if len(held) not in (0, len(pairs)) or (pairs and not held and layers is None):
         raise InputError(
             f"past_key_values is a {type(given).__name__}; it must be a DecoderCache, or hold keys and values of "
             "each layer"
