@@ -114,5 +114,6 @@ def test_generate_and_stream_show_each_option(name):
     assert parameters["max_length"].annotation == "int | None"
     assert parameters["early_stopping"].annotation == "bool | str | None"
     assert parameters["eos_token_id"].annotation == "int | Sequence[int] | None"
+    assert parameters["bad_words_ids"].annotation == "Sequence[Sequence[int]] | None"
     assert parameters["stop_strings"].annotation == "str | Sequence[str] | None"
     assert "tokenizer" in parameters

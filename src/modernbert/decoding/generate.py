@@ -113,7 +113,7 @@ class GenerationMixin:
         scores_BV: Tensor = self.score(x_TM).float()
         return scores_BV
 
-    @shows_options
+    @shows_options(GenerateOptions)
     def generate(
         self,
         input_ids: Tensor | None = None,
@@ -327,7 +327,7 @@ class GenerationMixin:
         refused = {name: own[name] for name in own if name in REFUSED or name in NO_EFFECT}
         return {**refused, **options}, {**defaults, **own}
 
-    @shows_options
+    @shows_options(GenerationOptions)
     def stream(
         self,
         input_ids: Tensor,

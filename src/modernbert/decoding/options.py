@@ -274,20 +274,25 @@ def _has_no_meaning(name: str, value: Any) -> bool:
     return name in REFUSED or name in NO_EFFECT
 
 
-def shows_options(function: Function) -> Function:
-    """Let `help` and `inspect.signature` show each option of a function that takes `GenerationOptions` by keyword."""
-    own = list((signature := inspect.signature(function)).parameters.values())
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    first = next(place for place, parameter in enumerate(own) if parameter.kind is keyword)
-    options = [
-        inspect.Parameter(field.name, keyword, default=None, annotation=_given(str(field.type)))
-        for field in dataclasses.fields(GenerateOptions if function.__name__ == "generate" else GenerationOptions)
-    ]
-    vars(function)["__signature__"] = signature.replace(parameters=[*own[:first], *options, *own[first:]])
-    return function
+def shows_options(options: type[GenerationOptions]) -> Callable[[Function], Function]:
+    """Let `help` and `inspect.signature` show each of these options of a function that takes them by keyword."""
+
+    def show(function: Function) -> Function:
+        own = list((signature := inspect.signature(function)).parameters.values())
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        first = next(place for place, parameter in enumerate(own) if parameter.kind is keyword)
+        shown = [
+            inspect.Parameter(field.name, keyword, default=None, annotation=_given(str(field.type)))
+            for field in dataclasses.fields(options)
+        ]
+        vars(function)["__signature__"] = signature.replace(parameters=[*own[:first], *shown, *own[first:]])
+        return function
+
+    return show
 
 
 def _given(kind: str) -> str:
     """What a caller may give for a field of this type: one instead of several, and None for the default."""
+    kind = kind.replace("tuple[tuple[int, ...], ...]", "Sequence[Sequence[int]]")
     kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1 | Sequence[\1]", kind)
-    return kind if kind.endswith("None") else f"{kind} | None"
+    return kind if kind.endswith(("None", "Any")) else f"{kind} | None"
