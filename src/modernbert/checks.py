@@ -241,7 +241,7 @@ def _allowed(kinds: Sequence[Any], limits: Limits, choices: Sequence[str]) -> st
     if bool in single:
         return f"choose True, False or {texts[0]}" if texts else "choose True or False"
     if not single:
-        return f"choose {texts[0]}"
+        return f"choose {texts[0]}" if texts else "it must be a list of lists"
     words = dict.fromkeys(_noun(kind, str(limits)) for kind in single)
     return f"it must be {' or '.join([*words, *texts, *(['a list of them'] if several else [])])}"
 

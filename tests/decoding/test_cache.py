@@ -237,8 +237,8 @@ def test_mistakes():
     with torch.no_grad():
         with pytest.raises(InputError, match=r"cache_position is \[5\]; with 6 columns .* it must be 6 to 6"):
             model(ids[:, :1], past_key_values=cache, cache_position=torch.tensor([5]))
-        with pytest.raises(InputError, match="past_key_values is a tuple; it must be a DecoderCache"):
-            model(ids, past_key_values=())
+        with pytest.raises(InputError, match="past_key_values is a str; it must be a DecoderCache"):
+            model(ids, past_key_values="x")
         with pytest.raises(InputError, match=r"past_key_values holds torch.float32 and the model computes in"):
             random_decoder().double()(ids, past_key_values=cache)
         model(ids[:, :1], past_key_values=cache)  # and none of that has harmed it

@@ -1,11 +1,14 @@
 """Streams of text: whole characters, the same text in the end, and strings that end it."""
 
+import queue
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modernbert import AutoTokenizer, TextStreamer
-from modernbert.decoding.text import TextPieces, holds_stop
+from modernbert import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from modernbert.decoding.text import TextIteratorStreamer, TextPieces, holds_stop
 from modernbert.pipelines import small_model
 
 
@@ -49,6 +52,30 @@ def test_a_streamer(tokenizer, capsys):
     streamer.put([tokenizer.cls_token_id, *tokenizer("The dog", add_special_tokens=False).input_ids])
     streamer.end()
     assert capsys.readouterr().out == "The dog\n"
+
+
+def test_a_streamer_for_another_thread(heads):
+    model, tokenizer = (kind.from_pretrained(heads / "CausalLM") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    prompt = tokenizer("The dog", return_tensors="pt")
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
+    thread = threading.Thread(target=model.generate, kwargs={**prompt, "streamer": streamer, "max_new_tokens": 6})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    new = model.generate(**prompt, max_new_tokens=6)[0, prompt.input_ids.shape[1] :]
+    assert text == tokenizer.decode(new, skip_special_tokens=True)
+    with pytest.raises(queue.Empty):
+        next(TextIteratorStreamer(tokenizer, timeout=0.01))
+    with pytest.raises(TypeError, match="TextIteratorStreamer takes no loud"):
+        TextIteratorStreamer(tokenizer, loud=True)
+
+    class Shout(TextStreamer):
+        def on_finalized_text(self, text, stream_end=False):
+            got.append(text.upper())
+
+    got = []
+    model.generate(**prompt, streamer=Shout(tokenizer, skip_prompt=True), max_new_tokens=6)
+    assert "".join(got) == text.upper()
 
 
 def test_stops_are_found_wherever_tokens_cut_them(tokenizer):

@@ -228,12 +228,11 @@ def test_a_text_can_begin_with_nothing(small_decoder):
         ({"input_ids": torch.tensor([[5, 6]]), "max_length": 2}, "max_length is 2 and the prompt has 2 tokens"),
         ({"input_ids": torch.tensor([[5]]), "loudness": 1}, "generate has no option loudness"),
         ({"input_ids": torch.tensor([[5]]), "stop_strings": "a"}, "stop_strings need tokenizer="),
-        ({"input_ids": torch.tensor([[5]]), "output_scores": True}, "return_dict_in_generate=True"),
         ({"input_ids": torch.tensor([[5], [6]]), "streamer": object()}, "streamer takes one text"),
         ({"input_ids": torch.tensor([[5]]), "generator": []}, "generator holds 0"),
         ({"input_ids": torch.tensor([[5]]), "generator": 5}, "generator is a int"),
         ({"input_ids": [[5]]}, "input_ids is a list; it must be a tensor"),
-        ({"input_ids": torch.tensor([[5]]), "past_key_values": ()}, "past_key_values is a tuple"),
+        ({"input_ids": torch.tensor([[5]]), "past_key_values": 5}, "past_key_values is a int"),
         ({"input_ids": torch.tensor([[True]])}, "prompts are whole numbers"),
     ],
 )

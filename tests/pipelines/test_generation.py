@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from modernbert import AutoModelForCausalLM, AutoTokenizer, pipeline
+from modernbert import AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
+from modernbert.decoding.config import GenerationConfig
 from modernbert.errors import InputError
 
 TEXTS = ["The dog ran", "A cat", "The old house stood on a hill, and nobody", "Once upon a time"]
@@ -88,6 +89,27 @@ def test_stops(generate):
         assert free.startswith(cut)
         assert stop in cut
         assert len(cut) < len(free)
+
+
+def test_what_callers_hand_over(generate):
+    given = {"seed": 0, "return_tensors": True, "max_new_tokens": 5}
+    prompt = generate.tokenizer(TEXTS[0]).input_ids
+    config = GenerationConfig(max_new_tokens=3, eos_token_id=[])  # what the pipeline was made with wins
+    answer = generate(TEXTS[0], generation_config=config, seed=0, return_tensors=True)[0]["generated_token_ids"]
+    assert len(answer) == len(prompt) + 12
+    stopped = generate(TEXTS, stopping_criteria=[lambda ids, scores: ids[:, -1] >= 0], **given)
+    lengths = [len(ids) for ids in generate.tokenizer(TEXTS).input_ids]
+    assert [len(a[0]["generated_token_ids"]) for a in stopped] == [n + 1 for n in lengths]
+    seven = [lambda ids, scores: scores.index_fill(1, torch.tensor([7]), 1e9)]
+    assert generate(TEXTS[0], logits_processor=seven, **given)[0]["generated_token_ids"] == [*prompt, *[7] * 5]
+    allowed = generate(TEXTS[0], prefix_allowed_tokens_fn=lambda text, ids: [8], **given)[0]["generated_token_ids"]
+    assert allowed == [*prompt, *[8] * 5]
+    got = []
+    streamer = TextStreamer(generate.tokenizer, on_text=lambda piece, last: got.append(piece))
+    whole = generate(TEXTS[0], streamer=streamer, seed=0)[0]["generated_text"]
+    assert "".join(got) == whole
+    with pytest.raises(InputError, match="streamer takes one text without beams; there are 4"):
+        generate(TEXTS, streamer=streamer)
 
 
 def test_lengths(generate, heads):

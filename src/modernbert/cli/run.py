@@ -344,7 +344,8 @@ def _command(doc: str, task: str | None, own: list[inspect.Parameter], without: 
 
 def _flagged(options: type[Options]) -> list[tuple[OptionField, str]]:
     """A task's options and their help; those that are no values of one kind have no flag."""
-    fields = [field for field in fields_of(options) if not {dict[str, Any], Any}.intersection(field.kinds)]
+    unfit = {dict[str, Any], Any, tuple[tuple[int, ...], ...]}
+    fields = [field for field in fields_of(options) if not unfit.intersection(field.kinds)]
     flags = {name: f"--option {name}" for name in kinds_of(options)} | {f.name: f"--{f.flag}" for f in fields}
     return [(f, in_flags(f.described, flags)) for f in fields]
 

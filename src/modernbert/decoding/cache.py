@@ -8,8 +8,8 @@ ring of the window alone. All layers of a kind share one table of regions.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import safetensors.torch
 import torch
@@ -39,14 +39,22 @@ def _signature(config: Config) -> dict[str, Any]:
     }
 
 
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each (texts, heads, columns, head size)."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class DecoderCache:
     """Keys and values of a batch of texts: what `past_key_values` is.
 
     A model makes one where none is given, and changes the one that it is given. Texts may have any lengths; a text
-    goes on where it ended, wherever padding was.
+    goes on where it ended, wherever padding was. By index and one after another it gives the keys and values of each
+    layer, see `padded`.
 
     Args:
-        config: of the model.
+        config: of the model; None takes that of the model that is called with it first.
         slack: how many tokens `crop` can take back from texts longer than the local window. Each costs as much as
             one token of a local layer.
 
@@ -57,22 +65,52 @@ class DecoderCache:
         InputError: `slack` is no whole number of at least 0.
     """
 
-    def __init__(self, config: Config, slack: int = 0) -> None:
+    def __init__(self, config: Config | None = None, slack: int = 0) -> None:
         if not isinstance(slack, int) or isinstance(slack, bool) or slack < 0:
             raise InputError(f"slack is {slack!r}; it must be a whole number of at least 0")
         self.config, self.slack = config, slack
+        self.kinds: dict[str, Storage] = {}
         self.lengths: list[int] = []
         self.ends: list[int] = []
         self.columns = 0
-        self.kinds = {kind: Storage(config.reach(kind), slack) for kind in dict.fromkeys(config.layer_types or ())}
         self._unfinished: tuple[list[int], list[int], int] | None = None
+        if config is not None:
+            self._configure(config)
+
+    def _configure(self, config: Config) -> None:
+        self.config = config
+        self.kinds = {kind: Storage(config.reach(kind), self.slack) for kind in dict.fromkeys(config.layer_types or ())}
+
+    @property
+    def configured(self) -> Config:
+        """The model's configuration; raises `InputError` where no model was called with the cache yet."""
+        if self.config is None:
+            raise InputError("this cache was made without a configuration, and no model was called with it yet")
+        return self.config
 
     def __len__(self) -> int:
-        """Number of texts."""
-        return len(self.lengths)
+        """Number of layers that hold something."""
+        return sum(len(storage.layers) for storage in self.kinds.values())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, layer: int) -> LayerCache:
+        """Keys and values of a layer; see `padded`."""
+        if not -len(self) <= layer < len(self):
+            raise IndexError(f"layer {layer} is given; the cache holds layers 0 to {len(self) - 1}")
+        return self.padded(layer % len(self))
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        return (self.padded(layer) for layer in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"DecoderCache({len(self)} texts of {self.lengths} tokens, {self.nbytes / 2**20:.1f} MiB)"
+        return f"DecoderCache({self.texts} texts of {self.lengths} tokens, {self.nbytes / 2**20:.1f} MiB)"
+
+    @property
+    def texts(self) -> int:
+        """Number of texts."""
+        return len(self.lengths)
 
     @property
     def nbytes(self) -> int:
@@ -83,11 +121,55 @@ class DecoderCache:
         """Columns of all padded input so far, padding included; the longest text where the input came packed."""
         return self.columns
 
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """-1: a cache grows as it must."""
+        return -1
+
+    @property
+    def seen_tokens(self) -> int:
+        """`get_seq_length`, by an older name."""
+        return self.columns
+
+    @property
+    def layers(self) -> list[LayerCache]:
+        """`padded` of all layers."""
+        return list(self)
+
+    def padded(self, layer: int, columns_BW: Tensor | None = None) -> LayerCache:
+        """Keys and values (texts, heads, columns, head size) of a layer, zeros at padding and at what a local layer no
+        longer holds.
+
+        Args:
+            layer: its number.
+            columns_BW: which of the last columns are tokens; None pads on the left, to `get_seq_length` columns.
+        """
+        storage = self.kinds[(self.configured.layer_types or ())[layer]]
+        if columns_BW is None:
+            width = max(self.columns, *self.lengths)
+            columns_BW = torch.tensor([[i >= width - n for i in range(width)] for n in self.lengths])
+        out = []
+        for stored in storage.layers[layer]:
+            grid = stored.new_zeros((self.texts, columns_BW.shape[1], *stored.shape[1:]))
+            for row, real, at, length in zip(grid, columns_BW, storage.regions, self.lengths, strict=True):
+                tokens = [(length - int(real.sum()) + i, c) for i, c in enumerate(real.nonzero()[:, 0].tolist())]
+                held = [(token, c) for token, c in tokens if token >= at.kept(length)]
+                if held:
+                    slots = storage.slots([(at, held[0][0], length)])
+                    row[[c for _, c in held]] = stored[slots]
+            out.append(grid.transpose(1, 2))
+        return LayerCache(*out)
+
+    def to_legacy_cache(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """`layers` as plain tuples."""
+        return tuple((keys, values) for keys, values in self)
+
     # What a forward pass does
 
     def check_model(self, config: Config) -> None:
         """Refuse a model that this is no cache of; raises `InputError`."""
-        ours, theirs = _signature(self.config), _signature(config)
+        if self.config is None:
+            self._configure(config)
+        ours, theirs = _signature(self.configured), _signature(config)
         if ours != theirs:
             differ = ", ".join(name for name in ours if ours[name] != theirs[name])
             raise InputError(f"past_key_values is of another model; {differ} differ")
@@ -144,8 +226,8 @@ class DecoderCache:
         """
         self._check_whole()
         texts = [int(t) for t in (texts.tolist() if isinstance(texts, Tensor) else texts)]
-        if any(not 0 <= t < len(self) for t in texts):
-            raise InputError(f"texts are {texts}; the cache holds texts 0 to {len(self) - 1}")
+        if any(not 0 <= t < self.texts for t in texts):
+            raise InputError(f"texts are {texts}; the cache holds texts 0 to {self.texts - 1}")
         for storage in self.kinds.values():
             storage.select(texts, self.lengths)
         self.lengths = [self.lengths[t] for t in texts]
@@ -159,7 +241,7 @@ class DecoderCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have each text this many times, one after another."""
-        self.select([t for t in range(len(self)) for _ in range(repeats)])
+        self.select([t for t in range(self.texts) for _ in range(repeats)])
 
     def crop(self, max_length: int) -> Self:
         """Forget all but the first `max_length` tokens of each text, in place; a negative number forgets that many.
@@ -198,13 +280,13 @@ class DecoderCache:
 
     def copy(self) -> DecoderCache:
         """A cache of its own with the same content, to go on in two ways from one text."""
-        return type(self).from_bytes(self.to_bytes(), self.config)
+        return type(self).from_bytes(self.to_bytes(), self.configured)
 
     def to_bytes(self) -> bytes:
         """The whole cache as safetensors, in memory."""
         self._check_whole()
         tables = {"lengths": self.lengths, "ends": self.ends, "shape": [self.columns, self.slack]}
-        tensors = {"model": torch.tensor(list(json.dumps(_signature(self.config)).encode()), dtype=torch.uint8)}
+        tensors = {"model": torch.tensor(list(json.dumps(_signature(self.configured)).encode()), dtype=torch.uint8)}
         for kind, storage in self.kinds.items():
             tables |= {f"{kind}/{name}": [at[i] for at in storage.regions] for i, name in enumerate(_TABLES)}
             tensors[f"{kind}/positions"] = storage.positions_R
@@ -260,3 +342,6 @@ class DecoderCache:
                 storage.layers[i] = (tensors[f"{kind}/{i}/k"], tensors[f"{kind}/{i}/v"])
             storage.check(cache.lengths, {i: (saved["heads"][i], config.head_dim) for i in layers})
         return cache
+
+
+DynamicCache = DecoderCache  # the name that scripts know

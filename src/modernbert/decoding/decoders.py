@@ -5,9 +5,11 @@ Shapes: B texts, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from modernbert.decoding.cache import DecoderCache
@@ -20,6 +22,7 @@ class LanguageModel(Protocol):
 
     config: Any
     device: Any
+    dtype: Any
     training: bool
 
     def score_next(self, inputs: PackedInputs, cache: DecoderCache | None) -> Tensor:
@@ -35,15 +38,18 @@ class CachedDecoder:
         prompts: ids.
         cache: holds the prompts' beginnings already, or nothing.
         keep_texts: keep texts in the cache that are no longer gone on with.
+        embeds: vectors of each prompt (S, M), instead of what its ids would be embedded to; its ids may be none.
 
     Raises:
         InputError: the prompts do not go on from what the cache holds.
     """
 
     def __init__(
-        self, model: LanguageModel, prompts: Sequence[Sequence[int]], cache: DecoderCache, keep_texts: bool = False
-    ) -> None:
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], cache: DecoderCache, keep_texts: bool = False,
+        embeds: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
         self.model, self.prompts, self.cache, self.keep_texts = model, prompts, cache, keep_texts
+        self.embeds = embeds
         self.active = list(range(len(prompts)))  # texts of the cache that are gone on with
         self._past()
 
@@ -52,11 +58,17 @@ class CachedDecoder:
         past = self._past()
         if self.model.device.type != "cpu":  # whose memory is cheap to move, and dear to touch ahead
             self.cache.reserve(most)
+        if self.embeds:
+            embeds_TM = torch.cat([row[held:] for held, row in zip(past, self.embeds, strict=True)])
+            lengths = [len(row) - held for held, row in zip(past, self.embeds, strict=True)]
+            inputs = PackedInputs.of_rows([[0] * n for n in lengths], offsets=self.cache.ends)
+            inputs = dataclasses.replace(inputs, ids_T=None, embeds_TM=embeds_TM.to(self.model.dtype))
+            return self.model.score_next(inputs.to(self.model.device), self.cache)
         return self._read([prompt[held:] for held, prompt in zip(past, self.prompts, strict=True)])
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Add one token to each text; scores (B, V) of what follows."""
-        new: list[list[int]] = [[] for _ in range(len(self.cache))]
+        new: list[list[int]] = [[] for _ in range(self.cache.texts)]
         for text, token in zip(self.active, tokens, strict=True):
             new[text] = [token]
         return self._read(new)
@@ -76,10 +88,11 @@ class CachedDecoder:
         past = self.cache.lengths or [0] * len(self.prompts)
         if len(past) != len(self.prompts):
             raise InputError(f"there are {len(self.prompts)} prompts; past_key_values holds {len(past)} texts")
-        for held, prompt in zip(past, self.prompts, strict=True):
-            if held >= len(prompt):
+        lengths = [len(row) for row in self.embeds] if self.embeds else [len(prompt) for prompt in self.prompts]
+        for held, length in zip(past, lengths, strict=True):
+            if held >= length:
                 raise InputError(
-                    f"past_key_values holds {held} tokens of a text and its prompt has {len(prompt)}; a prompt goes "
+                    f"past_key_values holds {held} tokens of a text and its prompt has {length}; a prompt goes "
                     "on from what the cache holds: all of its tokens, and at least one more"
                 )
         return past
@@ -112,6 +125,7 @@ def decoder_of(
     use_cache: bool = True,
     cache: DecoderCache | None = None,
     keep_texts: bool = False,
+    embeds: Sequence[Tensor] = (),
 ) -> CachedDecoder | UncachedDecoder:
     """What goes on with prompts: without a cache, with one that is given and keeps all texts, or with a new one.
 
@@ -123,7 +137,9 @@ def decoder_of(
     if model.training:
         raise InputError("generation is for evaluation mode; call model.eval() first")
     if not use_cache:
+        if embeds:
+            raise InputError("inputs_embeds are gone on with from a cache; leave use_cache=False out")
         return UncachedDecoder(model, prompts)
     if cache is None:
-        return CachedDecoder(model, prompts, DecoderCache(model.config), keep_texts)
-    return CachedDecoder(model, prompts, cache, keep_texts=True)
+        return CachedDecoder(model, prompts, DecoderCache(model.config), keep_texts, embeds)
+    return CachedDecoder(model, prompts, cache, keep_texts=True, embeds=embeds)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from modernbert.checks import Options, fields_of, option
 from modernbert.errors import InputError, shown
@@ -16,8 +17,39 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_NEW_TOKENS = 20
 _MOST_FROM_FILE = 1024  # beams and sequences of a prompt that defaults may ask for
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-_BEAMS = ("length_penalty", "early_stopping")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_BEAMS = ("length_penalty", "early_stopping", "num_beam_groups", "diversity_penalty")
+_LENGTHS = ("max_length", "max_new_tokens")
+_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# What generate takes elsewhere and what has no meaning here: accepted, because it changes no token.
+NO_EFFECT = {
+    name: why
+    for why, names in {
+        "the cache is laid out by this library": "cache_implementation cache_config max_cache_len prefill_chunk_size "
+        "low_memory cache_position",
+        "steps run as they always do": "compile_config disable_compile synced_gpus continuous_batching_config use_mtp",
+        "tokens are chosen by this model alone, and are the same": "assistant_model prompt_lookup_num_tokens "
+        "num_assistant_tokens max_matching_ngram_size assistant_early_exit assistant_confidence_threshold is_assistant "
+        "assistant_ensemble_weight assistant_lookbehind target_lookbehind assistant_tokenizer speculation_type "
+        "num_assistant_tokens_schedule",
+        "the last token alone is scored": "logits_to_keep num_logits_to_keep",
+        "there is no encoder": "decoder_start_token_id",
+        "no loss is computed": "labels",
+        "nothing is downloaded": "trust_remote_code",
+    }.items()
+    for name in names.split()
+}
+# And what would mislead: refused, with what to do instead.
+REFUSED = {
+    "custom_generate": "generate runs no code of others; give logits_processor and stopping_criteria",
+    "penalty_alpha": "contrastive search is not served; sample with top_k, or leave it out",
+    "dola_layers": "contrasting layers is not served; leave it out",
+    "constraints": "constrained beam search is not served; give prefix_allowed_tokens_fn",
+    "force_words_ids": "constrained beam search is not served; give prefix_allowed_tokens_fn or sequence_bias",
+    "watermarking_config": "watermarks are not served; give a logits_processor that makes them",
+    "token_healing": "prompts are gone on with as they are; leave their last token out before the call",
+    "top_h": "it is not served; give top_p, min_p or typical_p",
+}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -63,16 +95,56 @@ class GenerationOptions(Options):
     stop_strings: tuple[str, ...] = option(
         (), "Strings that end a text once its continuation holds one; they stay in it."
     )
+    min_length: int = option(
+        0, "Do not end a text before prompt and continuation have this many tokens; min_new_tokens wins.", least=0
+    )
+    max_time: float | None = option(None, "End all texts after the step that passes this many seconds.", least=0)
+    typical_p: float = option(
+        1.0, "Draw only among the tokens of the most typical surprise that together reach this.", above=0, most=1
+    )
+    epsilon_cutoff: float = option(0.0, "Draw only among tokens of at least this probability.", least=0, below=1)
+    eta_cutoff: float = option(
+        0.0, "Likewise, with a bound that falls where many tokens are possible.", least=0, below=1
+    )
+    encoder_repetition_penalty: float = option(
+        1.0, "Multiply the scores of the prompt's tokens by this; divide negative ones.", above=0
+    )
+    encoder_no_repeat_ngram_size: int = option(
+        0, "Never repeat a sequence of this many tokens of the prompt; 0 allows it.", least=0
+    )
+    bad_words_ids: tuple[tuple[int, ...], ...] = option((), "Sequences of ids that never occur.", least=0)
+    sequence_bias: Any = option(
+        None, "What to add to the score of the last id of sequences of ids: pairs of ids and number, or a mapping."
+    )
+    suppress_tokens: tuple[int, ...] = option((), "Ids that never occur.", least=0)
+    begin_suppress_tokens: tuple[int, ...] = option((), "Ids that no continuation begins with.", least=0)
+    forced_bos_token_id: int | None = option(None, "Id that follows prompts of one token.", least=0)
+    forced_eos_token_id: tuple[int, ...] = option((), "Ids of which one is the last where length ends a text.", least=0)
+    exponential_decay_length_penalty: tuple[float, ...] = option(
+        (), "After this many new tokens the end becomes likelier: a number of tokens, and a factor a token."
+    )
+    guidance_scale: float | None = option(
+        None, "How far to move scores away from those without the prompt, or after negative_prompt_ids; 1 is not."
+    )
+    num_beam_groups: int = option(1, "Groups of beams, each kept from repeating what those before it chose.", least=1)
+    diversity_penalty: float = option(0.0, "Taken from a token's score for each earlier group's beam with it.")
+    renormalize_logits: bool = option(False, "Make log-probabilities of the scores that remain.")
+    remove_invalid_values: bool = option(False, "Take 0 for scores that are NaN, and the largest number for infinite.")
 
     @classmethod
-    def make(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationOptions:
+    def make(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Self:
         """Options of what a caller gave, over a model's defaults; None means not given.
 
+        Options for sampling or beams that are off are dropped with a warning, as are arguments without a meaning here.
+
         Raises:
-            InputError: an option is unknown or impossible, or two contradict each other.
+            InputError: an option is unknown, refused or impossible, or two contradict each other.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        given = {name: value for name, value in given.items() if value is not None}
+        given = {name: _plain(value) for name, value in given.items() if value is not None}
+        if given.get("eos_token_id") in (-1, [-1]):  # no id, so that nothing ends a text
+            given["eos_token_id"] = []
+        given = {name: value for name, value in given.items() if name in names or not _has_no_meaning(name, value)}
         none = (None, -1)  # -1 is a file's way to write that there is no such id
         base = {
             name: value
@@ -86,22 +158,25 @@ class GenerationOptions(Options):
                     f"{name} is {shown(value)} in the generation_config; it may ask for {_MOST_FROM_FILE} at most, so "
                     f"give {name} to generate"
                 )
-        yields = ("max_length", "max_new_tokens") if {"max_length", "max_new_tokens"} & {*given} else ()
-        if not given.get("do_sample", base.get("do_sample")):
-            yields = (*yields, *_SAMPLING)  # what is off means nothing
+        if {*_LENGTHS} <= given.keys():
+            logger.warning("max_new_tokens and max_length are given; max_new_tokens counts")
+            del given["max_length"]
+        yields = _LENGTHS if {*_LENGTHS} & {*given} else ()
+        for dependent, switch, on in (
+            (_SAMPLING, "do_sample=True", given.get("do_sample", base.get("do_sample"))),
+            (_BEAMS, "num_beams", given.get("num_beams", base.get("num_beams", 1)) != 1),
+            (_OUTPUTS, "return_dict_in_generate=True", any(d.get("return_dict_in_generate") for d in (given, base))),
+        ):
+            if not on:
+                yields = (*yields, *dependent)  # what is off means nothing
+                off = [n for n in dependent if n in given and given.pop(n) not in (False, getattr(cls, n, None))]
+                if off:
+                    logger.warning("%s: without effect; give %s too", ", ".join(off), switch)
         options = cls.of({name: value for name, value in base.items() if name not in yields} | given, "generate")
-        options._check({*given})
+        options._check()
         return options
 
-    def _check(self, given: set[str]) -> None:
-        if {"max_length", "max_new_tokens"} <= given:
-            raise InputError(
-                f"max_length is {self.max_length} and max_new_tokens is {self.max_new_tokens}; give one of them"
-            )
-        if not self.do_sample and (off := [name for name in _SAMPLING if name in given]):
-            raise InputError(f"{', '.join(off)} is for sampling, which is off; give do_sample=True too")
-        if self.num_beams == 1 and (off := [name for name in _BEAMS if name in given]):
-            raise InputError(f"{', '.join(off)} is for beam search, which is off; give num_beams too")
+    def _check(self) -> None:
         beams, sequences = self.num_beams, self.num_return_sequences
         if sequences > beams and not self.do_sample:
             raise InputError(
@@ -110,12 +185,35 @@ class GenerationOptions(Options):
             )
         if sequences > beams > 1:
             raise InputError(f"num_return_sequences is {sequences}; a beam search keeps num_beams, {beams}")
+        if beams % self.num_beam_groups or (self.num_beam_groups > 1 and self.do_sample):
+            raise InputError(
+                f"num_beam_groups is {self.num_beam_groups}; it must divide num_beams, {beams}, and groups do not draw"
+            )
         if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise InputError(
                 f"min_new_tokens is {self.min_new_tokens} and max_new_tokens is {self.max_new_tokens}, which is less"
             )
         if not all(self.stop_strings):
             raise InputError(f"stop_strings is {shown(list(self.stop_strings))}; give strings with something in them")
+        if not all(self.bad_words_ids):
+            raise InputError("bad_words_ids holds an empty list; give lists of at least one id")
+        if len(self.exponential_decay_length_penalty) not in (0, 2):
+            raise InputError("exponential_decay_length_penalty takes two numbers: new tokens, and a factor")
+        _ = self.biases
+
+    @functools.cached_property
+    def biases(self) -> list[tuple[tuple[int, ...], float]]:
+        """Sequences of ids, and what is added to the score of the last one after the others."""
+        given = self.sequence_bias or {}
+        try:
+            pairs = given.items() if isinstance(given, Mapping) else given
+            found = [(tuple(int(i) for i in ids), float(bias)) for ids, bias in pairs]
+        except (TypeError, ValueError):
+            found = [((), 0.0)]
+        if not all(ids and min(ids) >= 0 for ids, _ in found):
+            raise InputError(f"sequence_bias is {shown(given)}; give pairs of a list of ids and a number")
+        ends = [(i,) for i in self.eos_token_id]  # a text may always end
+        return found + [(ids, float("-inf")) for ids in self.bad_words_ids if ids not in ends]
 
     def new_tokens(self, columns: int) -> int:
         """How many tokens to add at the most to prompts of this many columns.
@@ -150,20 +248,51 @@ GenerationOptions.__doc__ = "\n".join(
 )
 
 
-def shows_options(function: Function) -> Function:
-    """Let `help` and `inspect.signature` show each option of a function that takes `GenerationOptions` by keyword."""
-    own = list((signature := inspect.signature(function)).parameters.values())
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    first = next(place for place, parameter in enumerate(own) if parameter.kind is keyword)
-    options = [
-        inspect.Parameter(field.name, keyword, default=None, annotation=_given(str(field.type)))
-        for field in dataclasses.fields(GenerationOptions)
-    ]
-    vars(function)["__signature__"] = signature.replace(parameters=[*own[:first], *options, *own[first:]])
-    return function
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(GenerationOptions):
+    """`GenerationOptions`, and what a call of `generate` returns."""
+
+    use_cache: bool = option(True, "False reads each text anew for every token.")
+    return_dict_in_generate: bool = option(False, "Return a `GenerateOutput`.")
+    output_scores: bool = option(False, "With that, keep the scores of every step, as tokens were chosen by.")
+    output_logits: bool = option(False, "Likewise, as the model gave them.")
+    output_attentions: bool = option(False, "Likewise the attention weights, which take a pass of their own.")
+    output_hidden_states: bool = option(False, "Likewise the hidden states.")
+
+
+def _plain(value: Any) -> Any:
+    """Tensors and arrays of ids as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _has_no_meaning(name: str, value: Any) -> bool:
+    """Whether an argument of transformers changes nothing here, which is logged; raises where it would."""
+    if name in REFUSED and value:
+        raise InputError(f"{name} is {shown(value)}; {REFUSED[name]}")
+    if name in NO_EFFECT and value:
+        logger.warning("%s changes nothing: %s", name, NO_EFFECT[name])
+    return name in REFUSED or name in NO_EFFECT
+
+
+def shows_options(options: type[GenerationOptions]) -> Callable[[Function], Function]:
+    """Let `help` and `inspect.signature` show each of these options of a function that takes them by keyword."""
+
+    def show(function: Function) -> Function:
+        own = list((signature := inspect.signature(function)).parameters.values())
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        first = next(place for place, parameter in enumerate(own) if parameter.kind is keyword)
+        shown = [
+            inspect.Parameter(field.name, keyword, default=None, annotation=_given(str(field.type)))
+            for field in dataclasses.fields(options)
+        ]
+        vars(function)["__signature__"] = signature.replace(parameters=[*own[:first], *shown, *own[first:]])
+        return function
+
+    return show
 
 
 def _given(kind: str) -> str:
     """What a caller may give for a field of this type: one instead of several, and None for the default."""
+    kind = kind.replace("tuple[tuple[int, ...], ...]", "Sequence[Sequence[int]]")
     kind = re.sub(r"tuple\[(\w+), \.\.\.\]", r"\1 | Sequence[\1]", kind)
-    return kind if kind.endswith("None") else f"{kind} | None"
+    return kind if kind.endswith(("None", "Any")) else f"{kind} | None"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modernbert.config import ModernBertDecoderConfig
 from modernbert.decoding.cache import DecoderCache
+from modernbert.decoding.exchange import read_cache
 from modernbert.decoding.generate import GenerationMixin
 from modernbert.errors import InputError
 from modernbert.models.base import BareModel
@@ -38,11 +39,9 @@ class Decoder(Model):
     def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
         """Packed inputs that continue a cache, and the cache to fill, if any."""
         cache, use_cache, body = given.past_key_values, given.use_cache, self.base_model
-        if cache is not None and not isinstance(cache, DecoderCache):
-            raise InputError(
-                f"past_key_values is a {type(cache).__name__}; it must be a DecoderCache, such as an earlier output's "
-                "past_key_values"
-            )
+        handed: Any = cache
+        if cache is not None and not isinstance(handed, DecoderCache):
+            cache = read_cache(handed, body.config, given.attention_mask)
         if cache is not None:
             cache.check_model(body.config)
             if use_cache is False:
@@ -98,7 +97,7 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
 
     def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
-        self.generation_config: dict[str, Any] = {}
+        self.generation_config = None
         self.lm_head = PredictionHead(config)
         self.decoder = Linear(config.hidden_size, config.vocab_size, bias=config.decoder_bias)
         self._finish()

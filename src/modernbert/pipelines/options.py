@@ -199,6 +199,11 @@ class ContinuationOptions(Options):
         otherwise="none: texts differ each time",
     )
     add_special_tokens: bool | None = option(None, "Add the special tokens to the prompt.", otherwise="yes")
+    generation_config: Any = option(None, "A GenerationConfig with options.")
+    logits_processor: Any = option(None, "Callables that take ids and scores and return scores.")
+    stopping_criteria: Any = option(None, "Callables that take ids and say which texts end.")
+    prefix_allowed_tokens_fn: Any = option(None, "Takes the number of a text and ids, returns allowed ids.")
+    streamer: Any = option(None, "Gets the ids of one text as they come, such as a TextStreamer.")
 
 
 _USUAL = {
@@ -217,7 +222,8 @@ def _not_given() -> list[tuple[str, Any, Any]]:
     for field in fields_of(GenerationOptions):
         usual = _USUAL.get(field.name, field.usual)
         metadata = {"help": field.help, "choices": field.choices, "limits": field.limits, "otherwise": usual}
-        fields.append((field.name, field.kind | None, dataclasses.field(default=None, metadata=metadata)))
+        kind = field.kind if field.kind is Any else field.kind | None
+        fields.append((field.name, kind, dataclasses.field(default=None, metadata=metadata)))
     return fields
 
 

@@ -13,6 +13,7 @@ from modernbert.auto import AutoModelForCausalLM
 from modernbert.decoding.decoders import decoder_of
 from modernbert.decoding.loops import Generation
 from modernbert.decoding.options import GenerationOptions
+from modernbert.decoding.processors import handed_over
 from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, shown
 from modernbert.models.decoder import ModernBertDecoderForCausalLM
@@ -81,7 +82,7 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
             defaults["do_sample"] = True
         if given.get("do_sample", defaults.get("do_sample")) is True:
             defaults["temperature"] = _TEMPERATURE
-        base = self.model.generation_defaults(**defaults)
+        given, base = self.model.layered(given, options.generation_config, **defaults)
         generation = GenerationOptions.make({"do_sample": base.get("do_sample"), **given}, base)
         return ResolvedOptions(**{**own, "generation": generation, "seed": seed})
 
@@ -112,12 +113,28 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
             generators = generators[0]
             if chosen.do_sample and len(rows) > 1:  # one generator draws for one prompt
                 return [self.run([row], options)[0] for row in rows]
-        new = self._generation(rows, chosen, generators).new_ids()
+        generation = self._generation(rows, options, generators)
+        if options.streamer is None:
+            new = generation.new_ids()
+        elif len(rows) * copies > 1 or chosen.num_beams > 1:
+            raise InputError(f"streamer takes one text without beams; there are {len(rows) * copies}")
+        else:
+            options.streamer.put(torch.tensor([rows[0].ids]))
+            for token in generation.tokens():
+                options.streamer.put(torch.tensor([token]))
+            options.streamer.end()
+            new = [history.new for history in generation.texts]
         return [new[i : i + copies] for i in range(0, len(new), copies)]
 
-    def _generation(self, rows: list[Prompt], chosen: GenerationOptions, generators: Any) -> Generation:
-        decoder = decoder_of(self.model, [list(row.ids) for row in rows])
-        return Generation(decoder, [row.limit for row in rows], chosen, generators, self.tokenizer)
+    def _generation(self, rows: list[Prompt], options: ResolvedOptions, generators: Any) -> Generation:
+        chosen, ids = options.generation, [list(row.ids) for row in rows]
+        pad = next(iter(chosen.eos_token_id), 0) if chosen.pad_token_id is None else chosen.pad_token_id
+        handed = handed_over(
+            options.logits_processor, options.stopping_criteria, options.prefix_allowed_tokens_fn,
+            without=[row[-1:] for row in ids], pad=pad,
+        )  # fmt: skip
+        limits = [row.limit for row in rows]
+        return Generation(decoder_of(self.model, ids), limits, chosen, generators, self.tokenizer, handed)
 
     def _generator(self, seed: int, number: int, copy: int) -> torch.Generator:
         # Distinct for all numbers below two million and copies below a thousand.
@@ -154,4 +171,4 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
             raise InputError("a stream continues one text, without beams, and gives text")
         (rows,) = self.prepare([text], resolved)
         generator = self._generator(resolved.seed, number, 0)
-        return TextPieces(self.tokenizer).of(self._generation(rows, resolved.generation, generator).tokens())
+        return TextPieces(self.tokenizer).of(self._generation(rows, resolved, generator).tokens())
