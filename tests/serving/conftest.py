@@ -17,7 +17,7 @@ TASKS = {
     "classify": ("SequenceClassification", "text-classification"),
     "answer": ("QuestionAnswering", "question-answering"),
     "choose": ("MultipleChoice", "multiple-choice"),
-    "decode": ("CausalLM", "text-scoring"),
+    "decode": ("CausalLM", "text-generation"),
 }
 
 

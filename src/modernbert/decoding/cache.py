@@ -218,6 +218,14 @@ class DecoderCache:
 
     # What callers do
 
+    def extend(self, texts: int) -> Self:
+        """Add so many texts that have no tokens yet, after the present ones, in place."""
+        self._check_whole()
+        for storage in self.kinds.values():
+            storage.extend(texts)
+        self.lengths, self.ends = [*self.lengths, *[0] * texts], [*self.ends, *[0] * texts]
+        return self
+
     def select(self, texts: Sequence[int] | Tensor) -> Self:
         """Keep these texts in this order, in place; a text may be named several times.
 

@@ -90,6 +90,11 @@ class Storage:
         """Have regions grow by this many tokens at once, within limits; what is held already stays."""
         self.room_ahead = min(max(tokens, _ROOM), _MOST_RESERVED)
 
+    def extend(self, texts: int) -> None:
+        """Add texts without tokens; the next pass makes room for them."""
+        if self.regions:
+            self.regions = [*self.regions, *[Region(0, 0)] * texts]
+
     def make_room(self, lengths: Sequence[int], new: Sequence[int]) -> None:
         """Let each text, which has this length, hold this many tokens more."""
         wanted = [length + n for length, n in zip(lengths, new, strict=True)]

@@ -166,9 +166,7 @@ class Generation:
         watch(Step([row for row, _ in places], tokens, [before[at] for _, at in places], logits[taken], logs[taken]))
 
     def ends(self, history: History) -> bool:
-        if history.length >= history.limit or history.ids[-1] in self.options.eos_token_id or self.rules.late:
-            return True
-        return self.tokenizer is not None and holds_stop(self.tokenizer, self.options.stop_strings, history.new)
+        return is_over(history, self.options, self.rules, self.tokenizer)
 
     def _start(self) -> tuple[Tensor, list[History]]:
         logits_BV = self.decoder.start(max(self.limits, default=0))
@@ -209,6 +207,13 @@ class Generation:
                 texts, tokens = [texts[i] for i in going], [tokens[i] for i in going]
                 histories = [histories[i] for i in going]
             logits_BV = self.decoder.step(tokens)
+
+
+def is_over(history: History, options: GenerationOptions, rules: Rules, tokenizer: Tokenizer | None) -> bool:
+    """Whether a text ends with its last token."""
+    if history.length >= history.limit or history.ids[-1] in options.eos_token_id or rules.late:
+        return True
+    return tokenizer is not None and holds_stop(tokenizer, options.stop_strings, history.new)
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ import torch
 from modernbert.auto import AutoModelForCausalLM
 from modernbert.decoding.decoders import decoder_of
 from modernbert.decoding.loops import Generation
+from modernbert.decoding.ongoing import Ongoing
 from modernbert.decoding.options import GenerationOptions
 from modernbert.decoding.processors import handed_over
 from modernbert.decoding.text import TextPieces
@@ -135,6 +136,11 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
         )  # fmt: skip
         limits = [row.limit for row in rows]
         return Generation(decoder_of(self.model, ids), limits, chosen, generators, self.tokenizer, handed)
+
+    def ongoing(self, row: Prompt, options: ResolvedOptions, copy: int = 0) -> Ongoing:
+        """A prompt's text for a running batch, which gets the same tokens as in a call."""
+        generator = self._generator(options.seed, row.number, copy)
+        return Ongoing(row.ids, row.limit, options.generation, generator, self.tokenizer)
 
     def _generator(self, seed: int, number: int, copy: int) -> torch.Generator:
         # Distinct for all numbers below two million and copies below a thousand.

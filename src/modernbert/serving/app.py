@@ -20,7 +20,7 @@ from modernbert.serving.models import Models
 from modernbert.serving.options import ServeOptions
 from modernbert.serving.problems import RequestError, ServingError, body_of, message_of, status_of
 from modernbert.serving.replies import Json
-from modernbert.serving.routes import cohere, openai, operations, tasks, tei, vllm
+from modernbert.serving.routes import cohere, completions, openai, operations, tasks, tei, vllm
 from modernbert.serving.state import State
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
         title="modernbert", version=__version__, description=_ABOUT, lifespan=lifespan, default_response_class=Json
     )
     app.state.serving = state
-    for part in (openai, cohere, tei, vllm, tasks, operations):
+    for part in (openai, completions, cohere, tei, vllm, tasks, operations):
         app.include_router(part.router)
     for kind in (ServingError, ValueError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refused)

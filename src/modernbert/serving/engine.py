@@ -24,6 +24,7 @@ import torch
 
 from modernbert.errors import InputError
 from modernbert.pipelines.base import Job, Pipeline, Row, cut_texts
+from modernbert.serving.continuations import Continuations, Stream
 from modernbert.serving.metrics import Metrics
 from modernbert.serving.problems import EngineError, LateError, OverloadedError
 
@@ -65,6 +66,11 @@ class Work:
     ended: bool = False
     began: float | None = None  # when its first row was computed
 
+    @property
+    def joins(self) -> bool:
+        """Whether it is gone on with in the running batch of a model, and not computed at once."""
+        return hasattr(self.pipeline, "ongoing") and self.options.generation.num_beams == 1
+
     def runs_with(self, other: Work) -> bool:
         """Whether rows of both can be computed in one batch."""
         return self.pipeline is other.pipeline and (self.options is other.options or self.options == other.options)
@@ -97,11 +103,20 @@ class Engine:
         most_waiting: tokens that may wait; what would be more is refused.
         threads: of the pool that tokenizes.
         metrics: counts.
+        most_cache: bytes that the cache of each model that generates may take.
     """
 
     def __init__(
-        self, device: torch.device, batch_tokens: int, most_waiting: int, threads: int, metrics: Metrics
+        self,
+        device: torch.device,
+        batch_tokens: int,
+        most_waiting: int,
+        threads: int,
+        metrics: Metrics,
+        most_cache: int = 2**31,
     ) -> None:
+        self.most_cache = most_cache
+        self._continuations: dict[Any, Continuations] = {}
         self.device, self.batch_tokens, self.most_waiting, self.metrics = device, batch_tokens, most_waiting, metrics
         self.pool = concurrent.futures.ThreadPoolExecutor(threads, "tokenizer")
         self._condition = threading.Condition()
@@ -162,8 +177,11 @@ class Engine:
                     await loop.run_in_executor(self.pool, self._tokenize, work, some, prepare)
                 self._account(-guess)
                 guess = 0
-                self._close(work)
-                await work.done
+                if work.joins:
+                    await self._generated(work)
+                else:
+                    self._close(work)
+                    await work.done
                 answers = await loop.run_in_executor(self.pool, _finish, work)
         except TimeoutError:
             raise LateError(f"the answer took longer than the {deadline - begun:.3g} seconds it was given") from None
@@ -172,6 +190,62 @@ class Engine:
             self._leave(work)
         began = work.began if work.began is not None else loop.time()
         return Answered(answers, work.tokens, work.cut, began - begun, loop.time() - began)
+
+    def go_on(
+        self,
+        pipeline: Any,
+        rows: Sequence[Any],
+        options: Any,
+        deadline: float,
+        best: int | None = None,
+    ) -> list[Stream]:
+        """Have prompts join the running batch of their model.
+
+        Args:
+            pipeline: of text-generation.
+            rows: what it prepared, with their numbers.
+            options: resolved, without beams.
+            deadline: seconds of the loop's clock.
+            best: see `Stream`.
+
+        Returns:
+            The new tokens of `num_return_sequences` texts for each row, as they come.
+
+        Raises:
+            RequestError: a text can never be served.
+            OverloadedError: too much waits already.
+        """
+        loop, streams = asyncio.get_running_loop(), []
+        if pipeline.model not in self._continuations:
+            self._continuations[pipeline.model] = Continuations(pipeline.model, self.most_cache)
+        running = self._continuations[pipeline.model]
+        for row in rows:
+            for copy in range(options.generation.num_return_sequences):
+                text = pipeline.ongoing(row, options, copy)
+                running.check(text)
+                streams.append(Stream(text, loop, deadline, best))
+        self._admit(0, urgent=False)
+        with self._condition:
+            for stream in streams:
+                running.add(stream)
+            self._condition.notify_all()
+        return streams
+
+    async def _generated(self, work: Work) -> None:
+        """The results of all jobs of a pipeline that generates."""
+        rows = [job.rows[0] for job in work.jobs]
+        streams = self.go_on(work.pipeline, rows, work.options, work.deadline)
+        try:
+            new = await asyncio.gather(*(_ids(stream) for stream in streams))
+        except BaseException:
+            for stream in streams:
+                stream.text.cancelled = True
+            raise
+        work.began = min((s.began for s in streams if s.began is not None), default=None)
+        copies = work.options.generation.num_return_sequences
+        for i, job in enumerate(work.jobs):
+            job.results = [new[i * copies : (i + 1) * copies]]
+        work.tokens += sum(map(len, new))
 
     def close(self, wait: float = 10.0) -> None:
         """End the threads. What is not computed yet fails."""
@@ -184,11 +258,12 @@ class Engine:
     def _admit(self, tokens: int, urgent: bool) -> None:
         with self._condition:
             # A request that is larger than the limit is served when nothing else waits.
-            full = self._waiting and self._waiting + tokens > self.most_waiting
+            waiting = self._waiting + sum(one.pending for one in self._continuations.values())
+            full = waiting and waiting + tokens > self.most_waiting
             if self._closing or (full and not urgent):
                 self.metrics.refused.inc()
                 raise OverloadedError(
-                    f"{self._waiting:,} tokens wait and at most {self.most_waiting:,} may; try again later",
+                    f"{waiting:,} tokens wait and at most {self.most_waiting:,} may; try again later",
                     self.retry_after,
                 )
             self._waiting += tokens
@@ -214,12 +289,13 @@ class Engine:
                 job.results = [None] * len(job.rows)
                 for i, row in enumerate(job.rows):
                     row.number = len(work.jobs)
-                    work.rows.append((job, i))
+                    if not work.joins:
+                        work.rows.append((job, i))
                 work.jobs.append(job)
                 work.left += len(job.rows)
             work.tokens += tokens
             work.cut += len(cut)
-            self._waiting += tokens
+            self._waiting += 0 if work.joins else tokens
             if work not in self._works and work.rows:
                 (self._works.appendleft if work.urgent else self._works.append)(work)
             self._condition.notify_all()
@@ -246,11 +322,15 @@ class Engine:
         running: tuple[list[tuple[Work, Job[Any, Any], int]], Any, float] | None = None
         while True:
             with self._condition:
-                while not self._works and not self._closing and running is None:
+                going_on = [one for one in self._continuations.values() if len(one)]
+                while not self._works and not going_on and not self._closing and running is None:
                     self._condition.wait()
+                    going_on = [one for one in self._continuations.values() if len(one)]
                 if self._closing:
                     for work in list(self._works):
                         _resolve(work, EngineError("the server is closing"))
+                    for continuations in self._continuations.values():
+                        continuations.close()
                     return
                 batch = self._next_batch()
             # A card computes this batch while the one before is read.
@@ -261,6 +341,9 @@ class Engine:
             if running is not None and not callable(running[1]):
                 self._end(*running)
                 running = None
+            for continuations in going_on:
+                self.metrics.generated.inc(len(continuations.running))
+                continuations.step()
 
     def _next_batch(self) -> list[tuple[Work, Job[Any, Any], int]]:
         """Rows of requests that can be computed together, one of each in turns; the first has waited longest."""
@@ -347,6 +430,10 @@ class Engine:
 def _prepare(pipeline: Pipeline[Any, Any, Any], items: list[Any], options: Any) -> list[list[Row]]:
     made: list[list[Row]] = pipeline.prepare(items, options)
     return made
+
+
+async def _ids(stream: Stream) -> list[int]:
+    return [token async for token, _ in stream]
 
 
 def _finish(work: Work) -> list[Any]:

@@ -134,7 +134,12 @@ class Models:
             if device not in self.engines:
                 budget = self.options.batch_tokens or _BUDGETS.get(device.type, _BUDGETS["cuda"])
                 self.engines[device] = Engine(
-                    device, budget, self.options.most_waiting, self.options.tokenizer_threads, self.metrics
+                    device,
+                    budget,
+                    self.options.most_waiting,
+                    self.options.tokenizer_threads,
+                    self.metrics,
+                    self.options.most_cache,
                 )
             return self.engines[device]
 

@@ -39,6 +39,12 @@ class ServeOptions(Options):
     )
     most_texts: int = option(2048, "Texts of a request at the most.", least=1)
     most_bytes: int = option(16_000_000, "Bytes of a request at the most.", least=1)
+    most_cache: int = option(
+        2**31,
+        "Bytes that the texts a model generates at one time may keep in its cache.",
+        least=1,
+        flag="most-cache-bytes",
+    )
     timeout: float = option(60.0, "Seconds that a request may take; a header X-Timeout may ask for less.", above=0)
     truncate: bool = option(False, "Cut texts that are too long where a request does not say; otherwise refuse them.")
     api_key_file: str | None = option(

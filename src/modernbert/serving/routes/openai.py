@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from modernbert.pipelines.base import Pipeline, Row
 from modernbert.pipelines.sentence_embedding import SpannedRow
-from modernbert.serving.problems import RequestError, UnknownModelError
+from modernbert.serving.problems import UnknownModelError
 from modernbert.serving.replies import Encoded, Json
-from modernbert.serving.state import state_of
+from modernbert.serving.state import check_ids, state_of
 from modernbert.serving.vectors import BYTES, as_dtype, base64_list, json_list
 
 router = APIRouter(tags=["OpenAI"])
@@ -77,14 +77,8 @@ def _inputs(given: Any) -> tuple[list[Any], Any]:
 
 def ids_as_rows(pipeline: Pipeline[Any, Any, Any], items: list[list[int]], options: Any) -> list[list[Row]]:
     """Rows of token ids, which are taken as they are."""
-    vocabulary = pipeline.model.config.vocab_size
     for ids in items:
-        if not ids:
-            raise RequestError("a text has no token ids; give at least one")
-        if len(ids) > pipeline.context:
-            raise RequestError(f"a text has {len(ids)} token ids; the model's context holds {pipeline.context}")
-        if wrong := [i for i in ids if not 0 <= i < vocabulary]:
-            raise RequestError(f"token ids hold {wrong[0]}; the vocabulary has ids 0 to {vocabulary - 1}")
+        check_ids(ids, pipeline)
     return [[SpannedRow(ids, [(0, len(ids))])] for ids in items]
 
 

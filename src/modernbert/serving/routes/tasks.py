@@ -31,7 +31,17 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "text-generation": ("Once upon a time", {"max_new_tokens": 8, "seed": 1}),
     "text-scoring": ("A cat sat.", {}),
 }
-_UNSERVED = ("padding", "return_tensors")  # options that mean something in Python alone
+# Options that mean something in Python alone.
+_UNSERVED = (
+    "padding",
+    "return_tensors",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "streamer",
+    "generation_config",
+    "assistant_model",
+)
 
 
 class Answers(BaseModel):

@@ -1,0 +1,156 @@
+"""Texts that join a running batch and leave it at any step, each with options of its own.
+
+A text's tokens are those of `generate` with the same options and generator, whoever else is in the batch, because what
+the model says of it does not depend on that (docs/invariance.md).
+
+Shapes: B texts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modernbert.decoding.cache import DecoderCache
+from modernbert.decoding.decoders import LanguageModel
+from modernbert.decoding.loops import is_over
+from modernbert.decoding.options import GenerationOptions
+from modernbert.decoding.processors import Handed, Rules
+from modernbert.decoding.samplers import Draw, History
+from modernbert.decoding.text import Tokenizer
+from modernbert.errors import InputError
+from modernbert.nn.packing import PackedInputs
+
+
+class Ongoing:
+    """One text that is gone on with.
+
+    Args:
+        prompt: ids, one at least.
+        limit: how many new tokens it may get.
+        options: without beams; `num_return_sequences` is not looked at.
+        generator: draws, where the options sample; None takes PyTorch's global one.
+        tokenizer: decodes for `stop_strings`.
+
+    Attributes:
+        history: the text so far.
+        cancelled: set by the caller to have it leave the batch before its end.
+
+    Raises:
+        InputError: the options need beams, or a tokenizer that is not given.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        limit: int,
+        options: GenerationOptions,
+        generator: torch.Generator | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        if options.num_beams > 1:
+            raise InputError(f"num_beams is {options.num_beams}; texts that join a running batch have one")
+        if options.stop_strings and tokenizer is None:
+            raise InputError("stop_strings need a tokenizer, which decodes what they are looked for in")
+        self.history = History(list(prompt), len(prompt), limit, 0, list(prompt))
+        self.options, self.tokenizer = options, tokenizer
+        self.draw = Draw(1, None if generator is None else [generator]) if options.do_sample else None
+        self.rules: Rules | None = None
+        self.cancelled = False
+
+    def choose(self, logits_1V: Tensor, model: LanguageModel) -> tuple[int, Tensor]:
+        """The next token, and the scores (1, V) that it was chosen by."""
+        if self.rules is None:  # whose clock begins with the first token
+            self.rules = Rules(self.options, Handed(without=[self.history.ids[-1:]]), model)
+        scores_1V = self.rules.scores(logits_1V, [self.history])
+        token = int(scores_1V.argmax(-1) if self.draw is None else self.draw(scores_1V, [0]))
+        self.history.ids.append(token)
+        return token, scores_1V
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has all its tokens."""
+        assert self.rules is not None
+        return is_over(self.history, self.options, self.rules, self.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One new token of a text.
+
+    Attributes:
+        text: whose it is.
+        token: its id.
+        logits_V: as the model gave them, float32.
+        is_last: whether the text is over with it.
+    """
+
+    text: Ongoing
+    token: int
+    logits_V: Tensor
+    is_last: bool
+
+
+class OngoingBatch:
+    """A running batch of one model, and its cache.
+
+    Args:
+        model: scores tokens; in evaluation mode.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self.texts: list[Ongoing] = []
+        self.cache = DecoderCache(model.config)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @torch.inference_mode()
+    def step(self, joining: Sequence[Ongoing] = ()) -> list[Token]:
+        """One token of each text, of those that join as well; texts that are over or cancelled leave.
+
+        Raises:
+            Exception: what the model raised; the batch is then empty.
+        """
+        try:
+            self._leave()
+            if not self.texts:
+                self.cache = DecoderCache(self.model.config)  # whose memory is free again
+            self.cache.extend(len(joining))
+            rows = [text.history.ids[-1:] for text in self.texts] + [text.history.ids for text in joining]
+            self.texts += joining
+            if not self.texts:
+                return []
+            inputs = PackedInputs.of_rows(rows, self.model.device, self.cache.ends)
+            logits_BV = self.model.score_next(inputs, self.cache)
+        except BaseException:
+            self.texts, self.cache = [], DecoderCache(self.model.config)
+            raise
+        tokens = []
+        for text, logits_1V in zip(self.texts, logits_BV.split(1), strict=True):
+            token, _ = text.choose(logits_1V, self.model)
+            text.cancelled = text.cancelled or text.is_over
+            tokens.append(Token(text, token, logits_1V[0], text.cancelled))
+        return tokens
+
+    def _leave(self) -> None:
+        going = [i for i, text in enumerate(self.texts) if not text.cancelled]
+        if len(going) < len(self.texts):
+            self.cache.select(going)
+            self.texts = [self.texts[i] for i in going]
+
+
+def cache_bytes(model: LanguageModel, tokens: int) -> int:
+    """Bytes of a cache that a text of so many tokens takes at the most, all layers together."""
+    config = model.config
+    each = 2 * config.head_dim * max(model.dtype.itemsize, 2)
+    total = 0
+    for layer, kind in enumerate(config.layer_types or ()):
+        left = config.reach(kind).left
+        heads = config.num_attention_heads - len(config.pruned_heads.get(layer, []))
+        total += each * heads * (tokens if left is None else min(tokens, left + 1))
+    return total

@@ -1,0 +1,171 @@
+"""Generation for many requests at once: prompts join the running batch of their model whenever there is memory."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import torch
+
+from modernbert.decoding.ongoing import Ongoing, OngoingBatch, Token, cache_bytes
+from modernbert.errors import InputError
+from modernbert.serving.problems import EngineError, RequestError
+
+logger = logging.getLogger(__name__)
+
+_JOINING = 2048  # tokens of prompts that are read in one step at the most, so that others do not wait long
+
+
+class Stream:
+    """The new tokens of one text, for whoever waits for them.
+
+    Args:
+        text: goes on in the engine's thread.
+        loop: of the one who waits.
+        deadline: in seconds of the loop's clock.
+        best: how many likely tokens are told beside each, with their log-probabilities; None tells none.
+    """
+
+    def __init__(self, text: Ongoing, loop: asyncio.AbstractEventLoop, deadline: float, best: int | None) -> None:
+        self.text, self.loop, self.deadline, self.best = text, loop, deadline, best
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self.began: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt, and those that may follow."""
+        return self.text.history.prompt + self.text.history.limit
+
+    def put(self, item: Any) -> None:
+        """Give on a token, from the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, list[tuple[int, float]]]]:
+        """Tokens as they come: the id, and with `best` its log-probability and the likely ones', it first.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+            EngineError: the model failed.
+        """
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                while True:
+                    item = await self.queue.get()
+                    if isinstance(item, Exception):
+                        raise item
+                    token, likely, is_last = item
+                    yield token, likely
+                    if is_last:
+                        return
+        finally:
+            self.text.cancelled = True
+
+
+class Continuations:
+    """The running batch of one model, and the prompts that wait to join it.
+
+    Args:
+        model: a causal language model, frozen.
+        most_bytes: that its cache may take.
+    """
+
+    def __init__(self, model: Any, most_bytes: int) -> None:
+        self.model, self.most_bytes = model, most_bytes
+        self.batch = OngoingBatch(model)
+        self.waiting: collections.deque[Stream] = collections.deque()
+        self.running: dict[int, Stream] = {}
+        self.lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """How many texts there are."""
+        return len(self.waiting) + len(self.running)
+
+    @property
+    def pending(self) -> int:
+        """Tokens of the texts that wait."""
+        with self.lock:
+            return sum(stream.tokens for stream in self.waiting)
+
+    def check(self, text: Ongoing) -> None:
+        """Refuse what can never be served; raises `RequestError`."""
+        needed = cache_bytes(self.model, text.history.prompt + text.history.limit)
+        if needed > self.most_bytes:
+            raise RequestError(
+                f"a text of {text.history.prompt} tokens with {text.history.limit} new ones needs {needed:,} bytes of "
+                f"cache; the server has {self.most_bytes:,}"
+            )
+
+    def add(self, stream: Stream) -> None:
+        """Have a text join when there is room."""
+        with self.lock:
+            self.waiting.append(stream)
+
+    def step(self) -> int:
+        """One token of each text, in the engine's thread; how many tokens the model read."""
+        joining = self._joining()
+        read = sum(len(stream.text.history.ids) for stream in joining) + len(self.running)
+        for stream in joining:
+            stream.began = stream.loop.time()
+            self.running[id(stream.text)] = stream
+        try:
+            steps = self.batch.step([stream.text for stream in joining])
+        except Exception as error:
+            logger.error("the model failed", exc_info=error)
+            wrong = error if isinstance(error, InputError) else EngineError(f"the model failed: {type(error).__name__}")
+            for stream in self.running.values():
+                stream.put(wrong)
+            self.running = {}
+            return 0
+        told = set()
+        for step in steps:
+            stream = self.running[id(step.text)]
+            stream.put((step.token, self._likely(step, stream.best), step.is_last))
+            told.add(id(step.text))
+            if step.is_last or stream.loop.time() > stream.deadline:
+                step.text.cancelled = True
+        self.running = {key: s for key, s in self.running.items() if key in told and not s.text.cancelled}
+        return read
+
+    def close(self) -> None:
+        """Whoever waits is told that nothing more comes."""
+        with self.lock:
+            for stream in (*self.running.values(), *self.waiting):
+                stream.put(EngineError("the server is closing"))
+            self.running = {}
+            self.waiting.clear()
+
+    def _joining(self) -> list[Stream]:
+        held = sum(cache_bytes(self.model, s.tokens) for s in self.running.values() if not s.text.cancelled)
+        chosen: list[Stream] = []
+        tokens = 0
+        with self.lock:
+            while self.waiting:
+                stream = self.waiting[0]
+                if stream.text.cancelled or stream.loop.time() > stream.deadline:
+                    self.waiting.popleft()
+                    continue
+                needed = cache_bytes(self.model, stream.tokens)
+                if held and held + needed > self.most_bytes:
+                    break
+                if chosen and tokens + stream.text.history.prompt > _JOINING:
+                    break
+                chosen.append(self.waiting.popleft())
+                held += needed
+                tokens += stream.text.history.prompt
+        return chosen
+
+    @staticmethod
+    def _likely(step: Token, best: int | None) -> list[tuple[int, float]]:
+        if best is None:
+            return []
+        with torch.inference_mode():
+            logs_V = step.logits_V.log_softmax(-1)
+            top = logs_V.topk(best) if best else None
+        own = [(step.token, float(logs_V[step.token]))]
+        return own + ([] if top is None else list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))

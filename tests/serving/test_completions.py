@@ -1,0 +1,179 @@
+"""Generation over HTTP: the tokens of `generate` for everyone, whoever else is in the batch."""
+
+import asyncio
+import json
+import random
+
+import httpx
+import pytest
+
+from modernbert.serving import create_app
+from modernbert.serving.continuations import Continuations
+from modernbert.serving.problems import RequestError
+from modernbert.serving.routes.completions import Text
+
+PROMPTS = ["Once upon a time", "The cat", "In the garden there was a tree, and under the tree", "Rain"]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    from modernbert.pipelines import pipeline
+
+    return pipeline("text-generation", dtype="float32")  # the package's own
+
+
+@pytest.fixture(scope="module")
+def app(decoder):
+    made = create_app({"small": decoder}, access_log=False)
+    yield made
+    made.state.serving.models.close()
+
+
+def offline(decoder, prompt, new, **options):
+    options = {"max_new_tokens": new, "return_full_text": False, "top_k": 0, **options}
+    return decoder(prompt, **options)[0]["generated_text"]
+
+
+def test_a_completion_is_what_the_pipeline_gives(ask, decoder):
+    reply = ask("/v1/completions", {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}).json()
+    assert reply["choices"][0]["text"] == offline(decoder, PROMPTS[0], 12, do_sample=False)
+    assert reply["choices"][0]["finish_reason"] == "length"
+    read = len(decoder.tokenizer(PROMPTS[0]).input_ids)
+    assert reply["usage"] == {"prompt_tokens": read, "completion_tokens": 12, "total_tokens": read + 12}
+    sampled = ask("/v1/completions", {"prompt": PROMPTS[1], "max_tokens": 12, "temperature": 0.9, "seed": 4}).json()
+    assert sampled["choices"][0]["text"] == offline(decoder, PROMPTS[1], 12, temperature=0.9, seed=4)
+    ids = decoder.tokenizer(PROMPTS[0]).input_ids
+    of_ids = ask("/v1/completions", {"prompt": ids, "max_tokens": 12, "temperature": 0}).json()
+    assert of_ids["choices"][0]["text"] == reply["choices"][0]["text"]
+    echoed = ask("/v1/completions", {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0, "echo": True}).json()
+    assert echoed["choices"][0]["text"] == PROMPTS[0] + reply["choices"][0]["text"]
+
+
+def test_n_texts_of_several_prompts_and_log_probabilities(ask, decoder):
+    body = {"prompt": PROMPTS[:2], "n": 3, "max_tokens": 6, "seed": 1, "logprobs": 2}
+    choices = ask("/v1/completions", body).json()["choices"]
+    wanted = decoder(PROMPTS[:2], num_return_sequences=3, max_new_tokens=6, seed=1, temperature=1.0, top_k=0,
+                     return_full_text=False)  # fmt: skip
+    assert [c["text"] for c in choices] == [one["generated_text"] for texts in wanted for one in texts]
+    told = choices[0]["logprobs"]
+    assert len(told["tokens"]) == len(told["token_logprobs"]) == 6
+    assert all(p <= 0 for p in told["token_logprobs"])
+    assert all(len(top) <= 2 for top in told["top_logprobs"])
+    greedy = ask("/v1/completions", {"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 5, "logprobs": 1}).json()
+    told = greedy["choices"][0]["logprobs"]
+    for token, probability, top in zip(told["tokens"], told["token_logprobs"], told["top_logprobs"], strict=True):
+        assert top == {token: probability}
+
+
+def test_stop_strings_end_a_text_and_are_left_out(ask, decoder):
+    whole = offline(decoder, PROMPTS[0], 30, do_sample=False)
+    stop = whole[10:14]
+    reply = ask("/v1/completions", {"prompt": PROMPTS[0], "max_tokens": 30, "temperature": 0, "stop": stop}).json()
+    assert reply["choices"][0]["text"] == whole[: whole.index(stop)]
+    assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+def events_of(text):
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_a_stream_has_the_same_text_in_pieces(ask, decoder):
+    body = {"prompt": PROMPTS[:2], "max_tokens": 20, "temperature": 0, "stream": True,
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    reply = ask("/v1/completions", body)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *events, last = events_of(reply.text)
+    texts = ["", ""]
+    for event in events:
+        (choice,) = event["choices"]
+        texts[choice["index"]] += choice["text"]
+    assert texts == [offline(decoder, prompt, 20, do_sample=False) for prompt in PROMPTS[:2]]
+    assert last["usage"]["completion_tokens"] == 40
+
+
+def test_many_at_once_get_what_each_gets_alone(app, decoder):
+    chosen = random.Random(1)
+    bodies = [
+        {
+            "prompt": chosen.choice(PROMPTS),
+            "max_tokens": chosen.randint(1, 30),
+            "temperature": chosen.choice([0, 0.7, 1.0]),
+            "seed": chosen.randint(0, 99),
+        }
+        for _ in range(24)
+    ]
+
+    async def run():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+
+            async def one(body):
+                await asyncio.sleep(chosen.random() * 0.3)
+                return (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+
+            return await asyncio.gather(*map(one, bodies))
+
+    got = asyncio.run(run())
+    for body, text in zip(bodies, got, strict=True):
+        options = {"do_sample": False} if not body["temperature"] else {"temperature": float(body["temperature"])}
+        assert text == offline(decoder, body["prompt"], body["max_tokens"], seed=body["seed"], **options)
+
+
+def test_a_client_that_leaves_a_stream_frees_its_place(app):
+    engine = next(iter(app.state.serving.models.engines.values()))
+
+    async def run():
+        state = app.state.serving
+        request = type("Request", (), {"headers": {}, "state": type("Told", (), {})()})()
+        _, _, streams, _ = await state.generate(
+            request, None, "Once", {"max_new_tokens": 400, "do_sample": False}, None
+        )
+        async for _ in streams[0]:
+            break
+        for _ in range(200):
+            if not any(len(one) for one in engine._continuations.values()):
+                return True
+            await asyncio.sleep(0.05)
+        return False
+
+    assert asyncio.run(run())
+
+
+def test_what_can_never_fit_is_refused(decoder):
+    continuations = Continuations(decoder.model, 1000)
+    options = decoder.resolve(decoder.given({"max_new_tokens": 100, "seed": 0}))
+    ((row,),) = decoder.prepare(["Once"], options)
+    with pytest.raises(RequestError, match="bytes of cache"):
+        continuations.check(decoder.ongoing(row, options))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias"),
+        ({"prompt": "a", "frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"prompt": "a", "stop": [""]}, "stop"),
+        ({"prompt": []}, "at least one"),
+        ({"prompt": [-1]}, "-1"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "unknown": 1}, "unknown"),
+    ],
+)
+def test_wrong_requests(ask, body, said):
+    reply = ask("/v1/completions", body)
+    assert reply.status_code == 422
+    assert said in reply.json()["error"]["message"]
+
+
+def test_a_stop_string_over_several_tokens_is_never_shown():
+    class Letters:
+        def decode(self, ids, **options):
+            return "".join(map(chr, ids))
+
+    text, shown = Text(Letters(), ["END", "stop"]), ""
+    for letter in "a E EN b ENst sto END more":
+        shown += text.push(ord(letter), [])
+    shown += text.finish((), None)
+    assert shown == "a E EN b ENst sto "
+    assert text.reason == "stop"
