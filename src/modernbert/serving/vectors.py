@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import orjson
+import pybase64
 from numpy.typing import NDArray
 
 from modernbert.serving.problems import RequestError
@@ -54,6 +54,6 @@ def base64_list(vectors: NDArray[Any]) -> list[bytes]:
     rows = np.ascontiguousarray(vectors)
     size = rows[0].nbytes if len(rows) else 0
     if size % 3 == 0:  # then no vector ends within a group of four letters
-        whole, step = base64.b64encode(rows.tobytes()), size // 3 * 4
+        whole, step = pybase64.b64encode(rows.tobytes()), size // 3 * 4
         return [b'"%b"' % whole[i * step : (i + 1) * step] for i in range(len(rows))]
-    return [b'"%b"' % base64.b64encode(row.tobytes()) for row in rows]
+    return [b'"%b"' % pybase64.b64encode(row.tobytes()) for row in rows]
