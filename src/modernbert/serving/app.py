@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Mapping
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from modernbert import __version__
+from modernbert.errors import listed, shown
 from modernbert.pipelines.base import Pipeline
 from modernbert.serving.guard import Guard
 from modernbert.serving.metrics import Metrics
@@ -59,18 +61,36 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
     )
     app.state.serving = state
     for part in (openai, completions, cohere, tei, vllm, tasks, operations):
-        app.include_router(part.router)
+        app.include_router(part.router, responses=_PROBLEMS)
     for kind in (ServingError, ValueError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refused)
     app.add_middleware(Guard, state=state)
     return app
 
 
+# What any path may answer instead, beside what is wrong with a request.
+_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"description": said, "content": {"application/json": {"schema": {"type": "object"}}}}
+    for status, said in {
+        401: "The API key is missing or wrong.",
+        404: "There is no such model, or none for this task.",
+        413: "The request is too large.",
+        422: "The request is wrong; the message says how.",
+        429: "Too much waits already; the header Retry-After says when to come back.",
+        500: "The model failed; the server's log says how.",
+        503: "The server is about to end.",
+        504: "The answer took too long.",
+    }.items()
+}
+
+
 async def _refused(request: Request, error: Exception) -> Json:
     """The reply to a request that cannot be answered, in the shape of the API that was called."""
     headers: dict[str, str] = {}
     if isinstance(error, RequestValidationError):
-        error = RequestError("; ".join(_line(problem) for problem in error.errors()[:5]))
+        error = RequestError(_line(error.errors()))
+    if isinstance(error, HTTPException) and error.status_code == 400:
+        error = RequestError(_NO_JSON)  # bytes that are no text
     if isinstance(error, HTTPException):
         status, headers = error.status_code, dict(error.headers or {})
         body = body_of(request.url.path, RequestError(f"{request.method} {request.url.path}: {error.detail}"))
@@ -84,8 +104,24 @@ async def _refused(request: Request, error: Exception) -> Json:
     return Json(body_of(request.url.path, error), status, headers)
 
 
-def _line(problem: Mapping[str, Any]) -> str:
-    if problem["type"] in ("json_invalid", "model_attributes_type"):
-        return "the body is no JSON object; send one, with the header Content-Type: application/json"
-    place = ".".join(str(part) for part in problem["loc"] if part != "body")
-    return f"{place or 'the body'}: {problem['msg']}"
+_NO_JSON = "the body is no JSON object; send one, with the header Content-Type: application/json"
+_KINDS = re.compile(r"[a-z_0-9]+")
+_TYPES = ("str", "int", "float", "bool", "body")
+
+
+def _line(problems: Sequence[Mapping[str, Any]]) -> str:
+    """What is wrong with a body: of each key what is nearest to right, where it may be of several types."""
+    if any(problem["type"] in ("json_invalid", "model_attributes_type") for problem in problems):
+        return _NO_JSON
+    found: dict[str, tuple[int, str]] = {}
+    for problem in problems:
+        parts = [p for p in problem["loc"] if isinstance(p, int) or (_KINDS.fullmatch(p) and p not in _TYPES)]
+        place = ".".join(map(str, parts)) or "the body"
+        key = str(parts[0]) if parts else ""
+        given = "" if problem["type"] == "missing" else f" is {shown(problem['input'])}"
+        known = f", among {listed(problem['input'])}" if problem["type"] == "missing" and problem["input"] else ""
+        said = problem["msg"][0].lower() + problem["msg"][1:]
+        rank = 0 if not problem["type"].endswith("_type") else 1
+        if key not in found or rank < found[key][0]:
+            found[key] = rank, f"{place}{given}: {said}{known}"
+    return "; ".join(text for _, text in list(found.values())[:5])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 
 
 def _other(value: Any) -> Any:
@@ -18,16 +18,15 @@ def _other(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON")
 
 
-class Json(Response):
+class Json(JSONResponse):
     """A reply of JSON; NaN and infinite numbers become null."""
-
-    media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
         return orjson.dumps(content, default=_other, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS)
 
 
-class Encoded(Response):
+class Encoded(JSONResponse):
     """A reply of JSON that is written already."""
 
-    media_type = "application/json"
+    def render(self, content: bytes) -> bytes:
+        return content

@@ -6,8 +6,9 @@ import uuid
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from modernbert.serving.bodies import Body, Text, Whole
 from modernbert.serving.problems import RequestError
 from modernbert.serving.replies import Json
 from modernbert.serving.state import state_of
@@ -15,22 +16,33 @@ from modernbert.serving.state import state_of
 router = APIRouter(tags=["Reranking"])
 
 
-class RerankRequest(BaseModel):
+class Document(Body):
+    """A document as an object; other keys are ignored."""
+
+    text: Text
+
+
+def _either(schema: dict[str, Any]) -> None:
+    """Say that documents or texts are given, and not both."""
+    schema["examples"] = [
+        {"query": "What do plants need?", "documents": ["Plants need light.", "Rain fell."], "top_n": 1}
+    ]
+    for name, other in (("documents", "texts"), ("texts", "documents")):
+        schema["properties"][name] |= {"minItems": 1}
+        del schema["properties"][name]["default"]
+        schema.setdefault("oneOf", []).append({"required": [name], "not": {"required": [other]}})
+
+
+class RerankRequest(Body):
     """A query, and documents or texts."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {"query": "What do plants need?", "documents": ["Plants need light.", "Rain fell."], "top_n": 1}
-            ]
-        }
-    )
+    model_config = ConfigDict(strict=True, json_schema_extra=_either)
 
-    query: str
-    documents: list[str | dict[str, Any]] | None = Field(None, description="Texts, or objects with a text.")
-    texts: list[str] | None = Field(None, description="Texts, in text-embeddings-inference's shape.")
+    query: Text
+    documents: list[Text | Document] = Field([], description="Texts, or objects with a text.")
+    texts: list[Text] = Field([], description="Texts, in text-embeddings-inference's shape.")
     model: str | None = Field(None, description="Name of the model; by default the first that ranks.")
-    top_n: int | None = Field(None, ge=1, description="Give the best ones only.")
+    top_n: Whole | None = Field(None, ge=1, description="Give the best ones only.")
     return_documents: bool = False
     return_text: bool = False
     raw_scores: bool = Field(False, description="A cross-encoder's logits instead of scores from 0 to 1.")
@@ -42,10 +54,12 @@ class RerankRequest(BaseModel):
 @router.post("/v2/rerank", summary="Documents in the order of how well they answer a query")
 async def rerank(given: RerankRequest, request: Request) -> Json:
     """The reply has the shape of the request: Cohere's and Jina's to `documents`, a plain list to `texts`."""
-    if (given.documents is None) == (given.texts is None):
+    if len(given.model_fields_set & {"documents", "texts"}) != 1:
         raise RequestError("give either documents or texts")
-    documents = given.texts if given.documents is None else [_text(document) for document in given.documents]
-    assert documents is not None
+    is_tei = "texts" in given.model_fields_set
+    documents = given.texts if is_tei else [d if isinstance(d, str) else d.text for d in given.documents]
+    if not documents:
+        raise RequestError(f"{'texts' if is_tei else 'documents'} is empty; give at least one")
     state = state_of(request)
     _, pipeline = state.models.find(given.model, "text-ranking")
     options: dict[str, Any] = {"top_k": given.top_n, "truncation": given.truncate}
@@ -56,7 +70,7 @@ async def rerank(given: RerankRequest, request: Request) -> Json:
         request, "text-ranking", given.model, [item], options, texts=len(documents) + 1
     )
     (ranked,) = answered.answers
-    if given.documents is None:
+    if is_tei:
         shown = ("index", "score", "text") if given.return_text else ("index", "score")
         return Json([{key: answer[key] for key in shown} for answer in ranked])
     results = []
@@ -70,12 +84,3 @@ async def rerank(given: RerankRequest, request: Request) -> Json:
     meta = {"api_version": {"version": version}, "billed_units": units, "truncated": answered.cut}
     usage = {"total_tokens": answered.tokens, "prompt_tokens": answered.tokens}
     return Json({"id": str(uuid.uuid4()), "model": name, "results": results, "meta": meta, "usage": usage})
-
-
-def _text(document: str | dict[str, Any]) -> str:
-    if isinstance(document, str):
-        return document
-    if not isinstance(document.get("text"), str):
-        raise RequestError(f"a document has {', '.join(map(str, document)) or 'nothing'}; it needs a text")
-    text: str = document["text"]
-    return text

@@ -10,12 +10,13 @@ from typing import Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from starlette.responses import StreamingResponse
 
 from modernbert.decoding.text import TextPieces
 from modernbert.pipelines.base import Pipeline
 from modernbert.pipelines.text_generation import Prompt
+from modernbert.serving.bodies import Body, TextsOrIds, Whole, example
 from modernbert.serving.continuations import Stream
 from modernbert.serving.problems import RequestError, body_of
 from modernbert.serving.replies import Json
@@ -26,25 +27,23 @@ router = APIRouter(tags=["OpenAI"])
 _UNSERVED = {"logit_bias": {}, "presence_penalty": 0, "frequency_penalty": 0, "best_of": 1, "suffix": ""}
 
 
-class CompletionRequest(BaseModel):
+class CompletionRequest(Body):
     """A prompt or several, and how to go on with them."""
 
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"prompt": "Once upon a time", "max_tokens": 8, "seed": 1}]}
-    )
+    model_config = example(prompt="Once upon a time", max_tokens=8, seed=1) | {"extra": "forbid"}
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(description="A text, token ids, or a list of either.")
+    prompt: TextsOrIds = Field(description="A text, token ids, or a list of either.")
     model: str | None = Field(None, description="Name of the model; by default the first that generates.")
-    max_tokens: int = Field(16, ge=1, description="New tokens of each text at the most.")
+    max_tokens: Whole = Field(16, ge=1, description="New tokens of each text at the most.")
     temperature: float = Field(1.0, ge=0, le=100, description="0 always takes the likeliest token.")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0 keeps all tokens.")
+    top_k: Whole = Field(0, ge=0, description="0 keeps all tokens.")
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0)
-    n: int = Field(1, ge=1, le=64, description="Texts for each prompt.")
+    n: Whole = Field(1, ge=1, le=64, description="Texts for each prompt.")
     stop: str | list[str] | None = Field(None, description="Strings that end a text and are left out of it.")
-    seed: int | None = Field(None, ge=0, le=2**32 - 1)
-    logprobs: int | None = Field(None, ge=0, le=20, description="Log-probabilities of so many likely tokens as well.")
+    seed: Whole | None = Field(None, ge=0, le=2**32 - 1)
+    logprobs: Whole | None = Field(None, ge=0, le=20, description="Log-probabilities of so many likely tokens as well.")
     echo: bool = Field(False, description="Put the prompt before its text.")
     stream: bool = False
     stream_options: dict[str, Any] | None = None
@@ -52,7 +51,7 @@ class CompletionRequest(BaseModel):
     logit_bias: dict[str, float] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    best_of: int | None = None
+    best_of: Whole | None = None
     suffix: str | None = None
 
 
@@ -77,7 +76,7 @@ class Text:
         }
         self._length = 0
 
-    def push(self, token: int, likely: list[tuple[int, float]]) -> str:
+    def push(self, token: Whole, likely: list[tuple[int, float]]) -> str:
         """The text that is certain with a new token."""
         self.count += 1
         if likely:

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from modernbert.pipelines.base import Pipeline, Row
 from modernbert.pipelines.sentence_embedding import SpannedRow
+from modernbert.serving.bodies import Body, TextsOrIds, Whole, example
 from modernbert.serving.problems import UnknownModelError
 from modernbert.serving.replies import Encoded, Json
 from modernbert.serving.state import check_ids, state_of
@@ -19,17 +20,15 @@ from modernbert.serving.vectors import BYTES, as_dtype, base64_list, json_list
 router = APIRouter(tags=["OpenAI"])
 
 
-class EmbeddingsRequest(BaseModel):
+class EmbeddingsRequest(Body):
     """Texts, or the ids of their tokens."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "small-encoder", "input": ["A cat sat.", "Rain fell."]}]}
-    )
+    model_config = example(input=["A cat sat.", "Rain fell."])
 
-    input: str | list[str] | list[int] | list[list[int]] = Field(description="A text, token ids, or a list of either.")
+    input: TextsOrIds = Field(description="A text, token ids, or a list of either.")
     model: str | None = Field(None, description="Name of the model; by default the first that makes vectors.")
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, description="Keep the first dimensions, for models trained for it.")
+    dimensions: Whole | None = Field(None, ge=1, description="Keep the first dimensions, for models trained for it.")
     user: str | None = Field(None, description="Not used.")
     output_dtype: Literal["float32", "float16", "int8", "binary", "ubinary"] = Field(
         "float32", description="Type of the numbers: int8 is 127 times the vector of length one; binary is signs."

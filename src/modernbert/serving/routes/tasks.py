@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from modernbert.checks import OptionField, fields_of
 from modernbert.pipelines.options import OPTIONS
+from modernbert.serving.bodies import Whole
 from modernbert.serving.replies import Json
 from modernbert.serving.state import state_of
 
@@ -55,17 +56,41 @@ class Answers(BaseModel):
 
 def _kind(field: OptionField) -> Any:
     """The type of an option, for the schema of requests; the library's own check says what is wrong with a value."""
-    kinds = [kind for kind in field.kinds if not (field.choices and kind is str)]
-    members: list[Any] = list(kinds)
+    limits = {
+        "minimum": field.limits.least, "maximum": field.limits.most,
+        "exclusiveMinimum": field.limits.above, "exclusiveMaximum": field.limits.below,
+    }  # fmt: skip
+    extra: Any = {name: limit for name, limit in limits.items() if limit is not None}
+    members: list[Any] = [
+        Annotated[Whole if kind is int else kind, Field(json_schema_extra=extra)] if kind in (int, float) else kind
+        for kind in field.kinds
+        if not (field.choices and kind is str)
+    ]
     if field.choices:
         members.append(Literal[field.choices])
     return typing.Union[(*members, types.NoneType)] if members else Any
 
 
+_TEXT = {"type": "string", "minLength": 1, "pattern": r"\S"}
+_MASKED = {"type": "string", "pattern": r"\[MASK\]"}
+
+
+def _inputs(task: str) -> dict[str, Any]:
+    """The schema of a task's inputs, for programs; the pipeline's own check says what is wrong with one."""
+    item, _ = EXAMPLES[task]
+    one: dict[str, Any] = _MASKED if task == "fill-mask" else _TEXT
+    if isinstance(item, dict):
+        texts = {"type": "array", "items": _TEXT, "minItems": 1}
+        parts = {name: texts if isinstance(value, list) else _TEXT for name, value in item.items() if name != "spans"}
+        fields: dict[str, Any] = {"type": "object", "properties": parts, "required": list(parts)}
+        one = {"anyOf": [_TEXT, fields]} if task == "sentence-embedding" else fields
+    return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]}
+
+
 def _add(task: str) -> None:
     fields = [field for field in fields_of(OPTIONS[task]) if field.name not in _UNSERVED]
     shape = "".join(word.capitalize() for word in task.split("-"))
-    strict = ConfigDict(extra="forbid")
+    strict = ConfigDict(extra="forbid", strict=True)
     described: dict[str, Any] = {
         field.name: (_kind(field), Field(None, description=field.described)) for field in fields
     }
@@ -73,8 +98,8 @@ def _add(task: str) -> None:
     example: Any = {"inputs": [EXAMPLES[task][0]], "options": EXAMPLES[task][1]}
     body = create_model(
         f"{shape}Request",
-        __config__=ConfigDict(extra="forbid", json_schema_extra={"examples": [example]}),
-        inputs=(Any, Field(description="One input of the task, or a list of them.")),
+        __config__=ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [example]}),
+        inputs=(Any, Field(description="One input of the task, or a list of them.", json_schema_extra=_inputs(task))),
         model=(str | None, Field(None, description="Name of the model; by default the first that can do the task.")),
         options=(options | None, Field(None, description="Options of the task.")),
     )

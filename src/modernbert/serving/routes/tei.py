@@ -2,85 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from modernbert import __version__
+from modernbert.serving.bodies import Body, Id, Pair, Text, Texts, Whole, example
 from modernbert.serving.problems import RequestError, UnknownModelError
 from modernbert.serving.replies import Json
 from modernbert.serving.state import state_of
 
 router = APIRouter(tags=["text-embeddings-inference"])
 
-Texts = str | list[str]
+_ALL = 2**31 - 1  # labels
 
 
-class _Request(BaseModel):
+class _Request(Body):
     model: str | None = Field(None, description="Name of the model; by default the first that can do this.")
     truncate: bool | None = Field(None, description="Cut texts that are too long, instead of refusing them.")
-    truncation_direction: str = Field("right", pattern="^(?i:right)$", description="Only right.")
+    truncation_direction: Literal["Right", "right"] = "Right"
 
 
 class EmbedRequest(_Request):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": ["A cat sat.", "Rain fell."]}]})
+    model_config = example(inputs=["A cat sat.", "Rain fell."])
 
     inputs: Texts
     normalize: bool = True
     prompt_name: str | None = None
-    dimensions: int | None = Field(None, ge=1)
+    dimensions: Whole | None = Field(None, ge=1)
 
 
 class EmbedAllRequest(_Request):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "A cat sat."}]})
+    model_config = example(inputs="A cat sat.")
 
     inputs: Texts
     prompt_name: str | None = None
 
 
 class PredictRequest(_Request):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "I like it."}]})
+    model_config = example(inputs="I like it.")
 
-    inputs: str | list[str] | list[list[str]] = Field(
+    inputs: Text | Pair | Annotated[list[Pair], Field(json_schema_extra={"minItems": 1})] = Field(
         description="A text, a pair of texts, or a list of lists of one or two texts."
     )
     raw_scores: bool = False
 
 
-class Sentences(BaseModel):
-    source_sentence: str
-    sentences: list[str]
+class Sentences(Body):
+    """A sentence, and those that it is compared with."""
+
+    source_sentence: Text
+    sentences: Annotated[list[Text], Field(json_schema_extra={"minItems": 1})]
 
 
-class SimilarityRequest(BaseModel):
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"inputs": {"source_sentence": "A cat sat.", "sentences": ["Rain fell."]}}]}
-    )
+class Parameters(Body):
+    """How sentences are read."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    truncate: bool | None = None
+    truncation_direction: Literal["Right", "right"] = "Right"
+    prompt_name: str | None = None
+
+
+class SimilarityRequest(Body):
+    model_config = example(inputs={"source_sentence": "A cat sat.", "sentences": ["Rain fell."]})
 
     inputs: Sentences
-    parameters: dict[str, Any] | None = Field(None, description="truncate, prompt_name.")
+    parameters: Parameters = Parameters()
     model: str | None = None
 
 
-class TokenizeRequest(BaseModel):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"inputs": "A cat sat."}]})
+class TokenizeRequest(Body):
+    model_config = example(inputs="A cat sat.")
 
-    inputs: Texts
+    inputs: str | list[str]
     add_special_tokens: bool = True
     prompt_name: str | None = None
     model: str | None = None
 
 
-class DecodeRequest(BaseModel):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"ids": [5, 6, 7]}]})
+class DecodeRequest(Body):
+    model_config = example(ids=[5, 6, 7])
 
-    ids: list[int] | list[list[int]]
+    ids: list[Id] | list[list[Id]]
     skip_special_tokens: bool = True
     model: str | None = None
 
 
-def _listed(texts: Texts) -> list[str]:
+def _listed(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
@@ -126,9 +137,6 @@ async def predict(given: PredictRequest, request: Request) -> Json:
     return Json(answers[0] if one else answers)
 
 
-_ALL = 2**31 - 1  # labels
-
-
 def _pair(texts: list[str]) -> Any:
     if len(texts) == 1:
         return texts[0]
@@ -140,13 +148,10 @@ def _pair(texts: list[str]) -> Any:
 @router.post("/similarity", summary="How alike sentences are to one")
 async def similarity(given: SimilarityRequest, request: Request) -> Json:
     """The cosine of the vectors of each sentence and the first one."""
-    parameters = given.parameters or {}
-    if unknown := sorted(set(parameters) - {"truncate", "truncation_direction", "prompt_name"}):
-        raise RequestError(f"parameters holds {', '.join(unknown)}; there are truncate and prompt_name")
     options = {
         "normalize": True,
-        "truncation": parameters.get("truncate"),
-        "prompt_name": parameters.get("prompt_name"),
+        "truncation": given.parameters.truncate,
+        "prompt_name": given.parameters.prompt_name,
     }
     if not given.inputs.sentences:
         raise RequestError("sentences is empty; give at least one")
@@ -170,7 +175,7 @@ async def tokenize(given: TokenizeRequest, request: Request) -> Json:
     pipeline = _tokenizer(request, given.model)
     texts = _listed(given.inputs)
     if not texts:
-        raise RequestError("there is no text; give at least one")
+        return Json([])
     prompt = pipeline.prompt(given.prompt_name) if hasattr(pipeline, "prompt") and given.prompt_name else ""
     found = pipeline.tokenizer(
         [prompt + text for text in texts], add_special_tokens=given.add_special_tokens, truncation=False

@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, Field
 
+from modernbert.serving.bodies import Body, Texts, example
 from modernbert.serving.problems import RequestError
 from modernbert.serving.replies import Json
 from modernbert.serving.state import state_of
 
 router = APIRouter(tags=["vLLM"])
 
-Texts = str | list[str]
 
-
-class ClassifyRequest(BaseModel):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["I like it."]}]})
+class ClassifyRequest(Body):
+    model_config = example(input=["I like it."])
 
     input: Texts
     model: str | None = None
     truncate: bool | None = None
 
 
-class ScoreRequest(BaseModel):
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"text_1": "What do plants need?", "text_2": ["Plants need light."]}]}
-    )
+class ScoreRequest(Body):
+    model_config = example(text_1="What do plants need?", text_2=["Plants need light."])
 
     text_1: Texts = Field(validation_alias=AliasChoices("text_1", "queries"))
     text_2: Texts = Field(validation_alias=AliasChoices("text_2", "documents"))
@@ -37,12 +34,12 @@ class ScoreRequest(BaseModel):
     truncate: bool | None = None
 
 
-class PoolingRequest(BaseModel):
-    model_config = ConfigDict(json_schema_extra={"examples": [{"input": "A cat sat."}]})
+class PoolingRequest(Body):
+    model_config = example(input="A cat sat.")
 
     input: Texts
     model: str | None = None
-    task: str = Field("token_embed", pattern="^(token_embed|embed)$", description="Vectors of tokens, or of texts.")
+    task: Literal["token_embed", "embed"] = Field("token_embed", description="Vectors of tokens, or of texts.")
     truncate: bool | None = None
 
 
