@@ -65,6 +65,10 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
     for kind in (ServingError, ValueError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refused)
     app.add_middleware(Guard, state=state)
+    with contextlib.suppress(ImportError):
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+
+        FastAPIInstrumentor.instrument_app(app)
     return app
 
 

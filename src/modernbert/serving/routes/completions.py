@@ -117,7 +117,12 @@ class Text:
         self._length += len(token)
 
 
-@router.post("/v1/completions", summary="Continuations of prompts")
+_STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
+}
+
+
+@router.post("/v1/completions", summary="Continuations of prompts", responses=_STREAMED)
 async def completions(given: CompletionRequest, request: Request) -> Response:
     """Texts that go on with the prompts; with `stream` their pieces as server-sent events. The same seed gives the same
     texts, whatever else is generated at the same time."""
