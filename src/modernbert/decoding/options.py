@@ -144,7 +144,7 @@ class GenerationOptions(Options):
         given = {name: _plain(value) for name, value in given.items() if value is not None}
         if given.get("eos_token_id") in (-1, [-1]):  # no id, so that nothing ends a text
             given["eos_token_id"] = []
-        given = {name: value for name, value in given.items() if name in names or not _has_no_meaning(name, value)}
+        given = {name: value for name, value in given.items() if name in names or not has_no_meaning(name, value)}
         none = (None, -1)  # -1 is a file's way to write that there is no such id
         base = {
             name: value
@@ -269,7 +269,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _has_no_meaning(name: str, value: Any) -> bool:
+def has_no_meaning(name: str, value: Any) -> bool:
     """Whether an argument of transformers changes nothing here, which is logged; raises where it would."""
     if name in REFUSED and value:
         raise InputError(f"{name} is {shown(value)}; {REFUSED[name]}")
