@@ -62,8 +62,10 @@ def allow(text, ids):
     "options",
     [
         {"min_length": 18, "eos_token_id": list(range(4, 60))},
+        {"min_new_tokens": 0, "min_length": 18, "eos_token_id": list(range(4, 60))},
+        {"min_new_tokens": 5, "exponential_decay_length_penalty": (2, 1.5)},
         {"bad_words_ids": [[i] for i in range(4, 40)] + [[50, 51], [60, 61, 62], [2]]},
-        {"sequence_bias": [[[i], 3.0] for i in range(10, 20)] + [[[70, 71], 9.0]]},
+        {"sequence_bias": [[[i], 3.0] for i in range(10, 20)] + [[[70, 71], 9.0], [[12], -3.0]]},
         {"suppress_tokens": list(range(4, 60)), "begin_suppress_tokens": list(range(60, 90))},
         {"forced_eos_token_id": 2, "exponential_decay_length_penalty": (3, 1.5)},
         {"encoder_no_repeat_ngram_size": 1, "encoder_repetition_penalty": 1.4},

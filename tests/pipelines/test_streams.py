@@ -195,8 +195,6 @@ def test_a_progress_bar_counts(heads, capsys):
         ("multiple-choice", {"prompt": "a", "choices": "b"}, {}, "choices is 'b'; give a list"),
         ("feature-extraction", "a", {"truncation": True, "tokenize_kwargs": {"truncation": True}}, "given twice"),
         ("text-generation", "a", {"max_length": 3, "max_new_tokens": None}, "max_length is 3 and the prompt has 3"),
-        ("text-generation", "a", {"max_length": 9, "max_new_tokens": 9}, "give one of them"),
-        ("text-generation", "a", {"temperature": 0.5}, "temperature is for sampling, which is off"),
         ("text-generation", "a", {"seed": -1}, "seed is -1"),
         ("text-generation", "a", {"stop_sequence": "a", "stop_strings": "b"}, "stop_sequence and stop_strings say"),
         ("text-generation", "a", {"return_tensors": True, "return_full_text": True}, "return_tensors gives ids"),

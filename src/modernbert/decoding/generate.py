@@ -374,7 +374,7 @@ class GenerationMixin:
 
     def _limit(self, columns: int, options: GenerationOptions) -> int:
         limit = options.new_tokens(columns)
-        if options.min_length > columns + limit and not options.min_new_tokens:
+        if options.min_length > columns + limit:
             logger.warning("min_length is %d; there is room for %d tokens", options.min_length, columns + limit)
         self.warn_of_length(columns + limit)
         return limit

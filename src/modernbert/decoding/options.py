@@ -144,7 +144,7 @@ class GenerationOptions(Options):
         given = {name: _plain(value) for name, value in given.items() if value is not None}
         if given.get("eos_token_id") in (-1, [-1]):  # no id, so that nothing ends a text
             given["eos_token_id"] = []
-        given = {name: value for name, value in given.items() if name in names or not _has_no_meaning(name, value)}
+        given = {name: value for name, value in given.items() if name in names or not has_no_meaning(name, value)}
         none = (None, -1)  # -1 is a file's way to write that there is no such id
         base = {
             name: value
@@ -161,6 +161,10 @@ class GenerationOptions(Options):
         if {*_LENGTHS} <= given.keys():
             logger.warning("max_new_tokens and max_length are given; max_new_tokens counts")
             del given["max_length"]
+        if "min_new_tokens" in (given if "min_length" in given else {**base, **given}):
+            if given.pop("min_length", 0):
+                logger.warning("min_new_tokens and min_length are given; min_new_tokens counts")
+            base.pop("min_length", None)
         yields = _LENGTHS if {*_LENGTHS} & {*given} else ()
         for dependent, switch, on in (
             (_SAMPLING, "do_sample=True", given.get("do_sample", base.get("do_sample"))),
@@ -207,13 +211,13 @@ class GenerationOptions(Options):
         given = self.sequence_bias or {}
         try:
             pairs = given.items() if isinstance(given, Mapping) else given
-            found = [(tuple(int(i) for i in ids), float(bias)) for ids, bias in pairs]
+            found = {tuple(int(i) for i in ids): float(bias) for ids, bias in pairs}
         except (TypeError, ValueError):
-            found = [((), 0.0)]
-        if not all(ids and min(ids) >= 0 for ids, _ in found):
+            found = {(): 0.0}
+        if not all(ids and min(ids) >= 0 for ids in found):
             raise InputError(f"sequence_bias is {shown(given)}; give pairs of a list of ids and a number")
         ends = [(i,) for i in self.eos_token_id]  # a text may always end
-        return found + [(ids, float("-inf")) for ids in self.bad_words_ids if ids not in ends]
+        return [*found.items()] + [(ids, float("-inf")) for ids in self.bad_words_ids if ids not in ends]
 
     def new_tokens(self, columns: int) -> int:
         """How many tokens to add at the most to prompts of this many columns.
@@ -265,7 +269,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _has_no_meaning(name: str, value: Any) -> bool:
+def has_no_meaning(name: str, value: Any) -> bool:
     """Whether an argument of transformers changes nothing here, which is logged; raises where it would."""
     if name in REFUSED and value:
         raise InputError(f"{name} is {shown(value)}; {REFUSED[name]}")

@@ -135,7 +135,8 @@ def hasten_end(
     out, ids = scores_BV.clone(), [i for i in eos_ids if i < scores_BV.shape[1]]
     for scores_V, history in zip(out, histories, strict=True):
         if history.length > after:
-            scores_V[ids] += scores_V[ids].abs() * (factor ** (history.length - after) - 1)
+            more = scores_V[ids].abs() * (factor ** (history.length - after) - 1)
+            scores_V[ids] += more.masked_fill(more.isinf(), 0.0)
     return out
 
 
@@ -229,8 +230,7 @@ def compose(
     """
     # Beams that all end at once leave others to go on with.
     least = 1 if options.num_beams == 1 else max(2, 1 + len(options.eos_token_id))
-    draws, until = options.do_sample, options.min_new_tokens if options.eos_token_id else 0
-    whole = options.min_length if options.eos_token_id and not until else 0
+    draws, until, whole = options.do_sample, options.min_new_tokens, options.min_length
     decay, prompt_ngrams = options.exponential_decay_length_penalty, options.encoder_no_repeat_ngram_size
     penalties: list[tuple[bool, Sampler]] = [
         (bool(options.sequence_bias), partial(add_bias, biases=[pair for pair in options.biases if pair[1] > _NEVER])),
@@ -239,7 +239,10 @@ def compose(
         (options.no_repeat_ngram_size > 0, partial(forbid_repeated_ngrams, size=options.no_repeat_ngram_size)),
         (prompt_ngrams > 0, partial(forbid_repeated_ngrams, size=prompt_ngrams, of_prompt=True)),
         (bool(options.bad_words_ids), partial(add_bias, biases=[pair for pair in options.biases if pair[1] == _NEVER])),
-        (until + whole > 0, partial(forbid_end, eos_ids=options.eos_token_id, until=until, whole=whole)),
+        (
+            bool(options.eos_token_id) and until + whole > 0,
+            partial(forbid_end, eos_ids=options.eos_token_id, until=until, whole=whole),
+        ),
     ]
     forced = [] if options.forced_bos_token_id is None else [options.forced_bos_token_id]
     rules: list[tuple[bool, Sampler]] = [

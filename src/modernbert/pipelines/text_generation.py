@@ -13,7 +13,7 @@ from modernbert.auto import AutoModelForCausalLM
 from modernbert.decoding.decoders import decoder_of
 from modernbert.decoding.loops import Generation
 from modernbert.decoding.ongoing import Ongoing
-from modernbert.decoding.options import GenerationOptions
+from modernbert.decoding.options import GenerationOptions, has_no_meaning
 from modernbert.decoding.processors import handed_over
 from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, shown
@@ -59,11 +59,20 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
     architecture = "decoder"
 
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
-        super().__init__(model, tokenizer, **options)
+        super().__init__(model, tokenizer, **self._meant(options))
         ids = tokenizer("a").input_ids
         ends = model.config.eos_token_id
         if ids and ids[-1] in (ends if isinstance(ends, list) else [ends]):
             logger.warning("this tokenizer ends a prompt with %s, which ends texts", shown(tokenizer.decode([ids[-1]])))
+
+    def given(self, options: dict[str, Any]) -> Any:
+        """See the base; what `generate` takes without effect or refuses is taken and refused here, too."""
+        return super().given(self._meant(options))
+
+    @staticmethod
+    def _meant(options: dict[str, Any]) -> dict[str, Any]:
+        unused = {name for name, value in options.items() if name == "use_cache" or has_no_meaning(name, value)}
+        return {name: value for name, value in options.items() if name not in unused}
 
     def resolve(self, options: ContinuationOptions) -> ResolvedOptions:
         """`GenerationOptions` over the model's own, and a seed."""
