@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 
 import numpy as np
 import pytest
@@ -141,6 +142,14 @@ def test_models_and_tasks_are_listed(ask, pipelines):
     found = ask("/v1/tasks").json()["tasks"]
     assert found["token-classification"]["models"] == ["tag"]
     assert "aggregation_strategy" in found["token-classification"]["options"]
+
+
+@pytest.mark.parametrize("text", ["a" * 10_000_000, "<b>\x00é" * 1_500_000])
+def test_ten_megabytes_are_refused_or_cut_at_once(ask, text):
+    begun = time.monotonic()
+    assert ask("/embed", {"inputs": text}).status_code == 422
+    assert ask("/embed", {"inputs": text, "truncate": True}).status_code == 200
+    assert time.monotonic() - begun < 15
 
 
 def test_truncation_is_asked_for_and_said(ask):

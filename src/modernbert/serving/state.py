@@ -74,6 +74,9 @@ class State:
         known = set(pipeline.options.__dataclass_fields__)
         if "truncation" in known:
             given.setdefault("truncation", self.options.truncate)
+            most = _CHARACTERS * pipeline.context
+            cut = given["truncation"] not in (None, False, "do_not_truncate")
+            items = [_shortened(item, most, cut) for item in items]
         deadline = asyncio.get_running_loop().time() + self._seconds(request)
         answered = await self.models.engine(pipeline).run(pipeline, items, given, deadline, prepare)
         self.metrics.tokens.labels(served.name).inc(answered.tokens)
@@ -128,6 +131,23 @@ class State:
         if not 0 < seconds < float("inf"):
             raise RequestError(f"the header X-Timeout is {asked!r}; give a number of seconds above 0")
         return min(seconds, self.options.timeout)
+
+
+_CHARACTERS = 32  # of a token at the most, on average; what is longer is not worth the time to count its tokens
+
+
+def _shortened(item: Any, most: int, cut: bool) -> Any:
+    """An input without what is far beyond a context, where texts may be cut; raises `RequestError` where not."""
+    if isinstance(item, str):
+        if len(item) > most and not cut:
+            raise RequestError(
+                f"a text has {len(item):,} characters, which are more tokens than the model's context holds; "
+                "truncate cuts it"
+            )
+        return item[:most]
+    if isinstance(item, dict):
+        return {name: _shortened(value, most, cut) for name, value in item.items()}
+    return [_shortened(value, most, cut) for value in item] if isinstance(item, list) else item
 
 
 def _prompts(pipeline: Any, given: list[Any], options: Any) -> list[Prompt]:
