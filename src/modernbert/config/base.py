@@ -11,16 +11,22 @@ import abc
 import copy
 import dataclasses
 import difflib
+import functools
 import json
+import logging
 import typing
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypeGuard
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeGuard, TypeVar
 
 from modernbert.checks import Limits, check_value, kinds_of, option
 from modernbert.errors import ConfigError, shown
 from modernbert.io.files import write_text
-from modernbert.io.hub import Source
+from modernbert.io.hub import Saved, Source, read_object
+
+logger = logging.getLogger(__name__)
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
@@ -45,9 +51,31 @@ _LIMITS = {
 # Fields that act on every call, whenever they are set.
 _ACT_LATER = {
     *(f"{name}_token_id" for name in _SPECIAL_IDS),
-    *("id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict"),
-    *("dtype", "extra", "initializer_range", "initializer_cutoff_factor", "use_cache", "classifier_pooling"),
-    *("sparse_prediction", "sparse_pred_ignore_index", "repad_logits_with_grad"),
+    *("num_labels", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states"),
+    *("return_dict", "dtype", "extra", "initializer_range", "initializer_cutoff_factor", "use_cache"),
+    *("classifier_pooling", "sparse_prediction", "sparse_pred_ignore_index", "repad_logits_with_grad"),
+    "max_position_embeddings",
+}
+# What a change of a field makes anew.
+_DERIVED = {
+    "num_labels": ("id2label", "label2id"),
+    "id2label": ("num_labels", "label2id"),
+    "label2id": ("num_labels", "id2label"),
+    "num_hidden_layers": ("layer_types",),
+    "global_attn_every_n_layers": ("layer_types",),
+    "layer_types": ("global_attn_every_n_layers",),
+    "rope_parameters": ("global_rope_theta", "local_rope_theta"),
+}
+# What configurations of transformers hold beside fields, until a file or a caller says otherwise.
+_UNLESS_GIVEN: Mapping[str, Any] = MappingProxyType(
+    {"architectures": None, "transformers_version": None, "use_cache": False, "chunk_size_feed_forward": 0}
+)
+# Read from other fields, and never set.
+_FOLLOWS = {
+    "head_dim": "hidden_size and num_attention_heads",
+    "num_key_value_heads": "num_attention_heads",
+    "rope_theta": "global_rope_theta and local_rope_theta",
+    "use_return_dict": "return_dict",
 }
 
 
@@ -58,14 +86,45 @@ class Reach(NamedTuple):
     right: int | None
 
 
+class Built(Protocol):
+    """A model, as its configuration sees it."""
+
+    attn_implementation: str
+
+    def set_attn_implementation(self, attn_implementation: str) -> None: ...
+
+    def follow(self, changed: set[str]) -> None:
+        """Called after these fields were set."""
+        ...
+
+
+ConfigT = TypeVar("ConfigT", bound="type[Config]")
+
+
+def keeps_unknown(cls: ConfigT) -> ConfigT:
+    """Let the constructor of a configuration take other names of its fields, and keep arguments that are no fields."""
+    plain: Any = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: Config, **values: Any) -> None:
+        fields, others = self._named(values)
+        extra = dict(fields.pop("extra", None) or {}) if isinstance(fields.get("extra", {}), Mapping | None) else None
+        plain(self, **fields, **({} if extra is None else {"extra": extra}))
+        self.update(others)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
 @dataclasses.dataclass(kw_only=True)
-class Config(abc.ABC):
+class Config(Saved, abc.ABC):
     """The architecture and options of a model; the defaults are those of the base size.
 
     All arguments are keywords. A field that is set later is checked as at construction, and what is derived from it is
     made anew; `config.replace(...)` gives a changed copy. Once a model was built, fields that shaped it can only be
-    changed in a copy, for another model. Keys of a `config.json` that are not listed here are kept in `extra` and
-    written back when saved.
+    changed in a copy, for another model; the others act from then on. Whatever is not listed here, as an argument, as
+    an attribute or in a `config.json`, is kept in `extra`, can be read as an attribute, and is saved. `hidden_act`,
+    `torch_dtype`, `sliding_window` and `attn_implementation` are taken as transformers means them.
 
     Args:
         vocab_size: rows of the token embedding.
@@ -116,6 +175,15 @@ class Config(abc.ABC):
 
     model_type: ClassVar[str]
     default_theta: ClassVar[dict[str, float]]  # base period of each layer type if a file does not give it
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_act": "hidden_activation", "torch_dtype": "dtype"}
+    fixed: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            **dict.fromkeys(("is_decoder", "is_encoder_decoder", "is_composition", "add_cross_attention"), False),
+            "type_vocab_size": 0,
+        }
+    )  # what holds of every model, by transformers' names
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    _name_or_path: ClassVar[str] = ""
 
     vocab_size: int = 50368
     hidden_size: int = 768
@@ -173,29 +241,122 @@ class Config(abc.ABC):
         self._derive_pruned_heads()
         self.__dict__["_is_checked"] = True
 
+    # Setting
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """What the constructor takes as fields."""
+        return [*(f.name for f in dataclasses.fields(cls)), "rope_scaling"]
+
+    @classmethod
+    def _named(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a caller gives: fields, under their own names, and the rest."""
+        names = cls._names()
+        fields: dict[str, Any] = {}
+        others: dict[str, Any] = {}
+        for given, value in values.items():
+            name = cls.attribute_map.get(given, given)
+            if given == "sliding_window":
+                half = check_value(given, value, int, {"limits": Limits(0, _LARGEST // 2)}, ConfigError)
+                whole = values.get("local_attention")
+                fields["local_attention"] = whole if _is_whole(whole) and whole // 2 == half else 2 * half
+            elif name not in names:
+                others[name] = value
+            elif given == name or name not in values:
+                fields.setdefault(name, value)
+        return fields, others
+
+    def update(self, values: Mapping[str, Any], **more: Any) -> None:
+        """Set several fields at once; what is no field is kept as an attribute.
+
+        Raises:
+            ConfigError: a value is impossible, or a field shaped a model that was built; nothing is set then.
+        """
+        fields, others = self._named({**values, **more})
+        for name, value in others.items():
+            held = getattr(self, name, None) if name in _FOLLOWS or name in self.fixed else value
+            if held is not value and held != value:
+                why = f"follows from {_FOLLOWS[name]}" if name in _FOLLOWS else f"is always {held} here"
+                raise ConfigError(f"{name} is {shown(value)}; it {why}")
+        changed, models = self.replace(**fields) if fields else self, list(self._models().values())
+        new = {f.name: getattr(changed, f.name) for f in dataclasses.fields(self)}
+        different = {name for name, value in new.items() if value != getattr(self, name)}
+        for field in sorted(different - _ACT_LATER) if models else ():
+            name = next((n for n in fields if n == field or field in _DERIVED.get(n, ())), field)
+            raise ConfigError(
+                f"{name} is set to {shown(fields.get(name))}, which changes {field}, and a model was built with "
+                f"{shown(getattr(self, field))}; make another model from config.replace({name}=...)"
+            )
+        self.__dict__.update(new)
+        for name, value in others.items():
+            self._keep(name, value)
+        for model in models if different else ():
+            model.follow(different)
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Keep what is no field."""
+        if name in ("attn_implementation", "_attn_implementation"):
+            for model in self._models().values():
+                if value not in (None, model.attn_implementation):
+                    model.set_attn_implementation(value)
+            self.__dict__["_attention"] = value
+        elif name == "model_type":
+            if value != self.model_type:
+                raise ConfigError(f"model_type is {shown(value)}; {type(self).__name__} has {self.model_type!r}")
+        elif name.startswith("_") or name == "name_or_path":
+            self.__dict__["_" + name.lstrip("_")] = value
+        elif name not in _FOLLOWS and name not in self.fixed:
+            if name not in self.extra and name not in _UNLESS_GIVEN:
+                near = difflib.get_close_matches(name, self._names(), 1, 0.85)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                level = logging.WARNING if near else logging.INFO
+                logger.log(level, "%s has no %s: it is kept, and changes nothing%s", type(self).__name__, name, hint)
+            self.extra[name] = value
+
     def __setattr__(self, name: str, value: Any) -> None:
         if "_is_checked" not in self.__dict__:
             object.__setattr__(self, name, value)
-            return
-        if name not in {field.name for field in dataclasses.fields(self)}:
-            raise AttributeError(f"{type(self).__name__} has no field {name!r}; `extra` holds what is not listed")
-        changed = self.replace(**{name: value})
-        if self.__dict__.get("_has_model"):
-            for field in dataclasses.fields(self):
-                old, new = getattr(self, field.name), getattr(changed, field.name)
-                if old != new and field.name not in _ACT_LATER:
-                    raise ConfigError(
-                        f"{name} is set to {shown(value)}, which changes {field.name}, and a model was built with "
-                        f"{shown(old)}; make another model from config.replace({name}=...)"
-                    )
-        self.__dict__.update({field.name: getattr(changed, field.name) for field in dataclasses.fields(self)})
+        else:
+            self.update({name: value})
+
+    def __getattr__(self, name: str) -> Any:  # of what is no field
+        if name in self.attribute_map:
+            return getattr(self, self.attribute_map[name])
+        for held in () if name.startswith("__") else (self.fixed, self.__dict__.get("extra") or {}, _UNLESS_GIVEN):
+            if name in held:
+                return held[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self.extra:
+            raise AttributeError(f"{name!r} cannot be removed; what is no field of {type(self).__name__} can be")
+        del self.extra[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.to_dict()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_dict()[name]
+
+    def keys(self) -> list[str]:
+        """The keys of `to_dict`."""
+        return list(self)
 
     def __getstate__(self) -> dict[str, Any]:  # for copies, which no model was built from
-        return {name: value for name, value in self.__dict__.items() if name != "_has_model"}
+        return {name: value for name, value in self.__dict__.items() if name != "_built"}
 
-    def shapes_a_model(self) -> None:
-        """From now on fields that shape a model are no longer set, but replaced in a copy."""
-        self.__dict__["_has_model"] = True
+    def shapes(self, model: Built) -> None:
+        """While this model lives, fields that shaped it are no longer set, but replaced in a copy."""
+        self._models()[id(model)] = model
+
+    def _models(self) -> weakref.WeakValueDictionary[int, Built]:
+        built: weakref.WeakValueDictionary[int, Built] = self.__dict__.setdefault(
+            "_built", weakref.WeakValueDictionary()
+        )
+        return built
 
     # Derived views
 
@@ -203,6 +364,47 @@ class Config(abc.ABC):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values: as many as of queries."""
+        return self.num_attention_heads
+
+    @property
+    def rope_theta(self) -> float | None:
+        """Base period of the rotary embedding of global layers."""
+        return self.global_rope_theta
+
+    @property
+    def use_return_dict(self) -> bool:
+        """Older name of `return_dict`."""
+        return self.return_dict
+
+    @property
+    def torch_dtype(self) -> Any:
+        """`dtype` as PyTorch's; it is set under either name."""
+        import torch
+
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the configuration was read from; "" if it was not. It is not saved."""
+        return str(self._name_or_path)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        """How a model attends: the built one, or else one that is built from here."""
+        models = list(self._models().values())
+        return models[-1].attn_implementation if models else self.__dict__.get("_attention")
+
+    def attention_of(self, given: str | None) -> str:
+        """How a model that is built now attends, of what its caller gives."""
+        return (self.__dict__.get("_attention") if given in (None, "auto") else given) or "auto"
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
+        """The configuration itself: there is only text."""
+        return self
 
     @property
     def sliding_window(self) -> int:
@@ -225,23 +427,13 @@ class Config(abc.ABC):
             TypeError: there is no such field.
             ConfigError: a value is impossible.
         """
-        names = [f.name for f in dataclasses.fields(self)]
-        for name in changes:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"; did you mean {near[0]}?" if near else ";"
-                raise TypeError(f"{type(self).__name__} has no {name}{hint} there are {', '.join(sorted(names))}")
-        derived = {
-            "num_labels": ("id2label", "label2id"),
-            "id2label": ("num_labels", "label2id"),
-            "num_hidden_layers": ("layer_types",),
-            "global_attn_every_n_layers": ("layer_types",),
-            "layer_types": ("global_attn_every_n_layers",),
-            "rope_parameters": ("global_rope_theta", "local_rope_theta"),
-        }
+        changes, others = self._named(changes)
+        self._refuse_unknown(others)
+        if changes.get("num_labels") == self.num_labels and "id2label" not in changes:
+            changes.pop("num_labels", None)  # labels keep their names
         values: dict[str, Any] = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
         layers = changes.get("num_hidden_layers", self.num_hidden_layers)
-        irregular = self.global_attn_every_n_layers is None and not {*derived["layer_types"], "layer_types"} & {
+        irregular = self.global_attn_every_n_layers is None and not {*_DERIVED["layer_types"], "layer_types"} & {
             *changes
         }
         if layers != self.num_hidden_layers and irregular:
@@ -252,10 +444,33 @@ class Config(abc.ABC):
             if name in changes:  # a scaled type keeps its other values
                 values["rope_parameters"][kind]["rope_theta"] = changes[name]
         for name in changes:
-            for stale in derived.get(name, ()):
+            for stale in _DERIVED.get(name, ()):
                 if stale not in changes:
                     values[stale] = None
-        return type(self)(**{**values, **changes})
+        new = type(self)(**{**values, **changes})
+        private = {name: value for name, value in self.__dict__.items() if name.startswith("_") and name != "_built"}
+        new.__dict__.update(private)
+        return new
+
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
+        for name in names:
+            near = difflib.get_close_matches(name, self._names(), 1)
+            hint = f"; did you mean {near[0]}?" if near else ";"
+            there = ", ".join(sorted(self._names()))
+            raise TypeError(f"{type(self).__name__} has no {name}{hint} there are {there}")
+
+    def overridden(self, values: Mapping[str, Any]) -> Self:
+        """A copy with what a caller of `from_pretrained` gives: fields, and what is kept as an attribute already.
+
+        Raises:
+            TypeError: a name is neither.
+            ConfigError: a value is impossible.
+        """
+        new = copy.deepcopy(self)
+        kept = {*_UNLESS_GIVEN, *_FOLLOWS, *self.fixed, *self.extra, "name_or_path", "attn_implementation"}
+        self._refuse_unknown(name for name in self._named(values)[1] if name not in kept and not name.startswith("_"))
+        new.update(values)
+        return new
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
@@ -263,7 +478,8 @@ class Config(abc.ABC):
 
         Args:
             values: the parsed file; keys that mean nothing here are kept in `extra`.
-            overrides: fields that replace what the file says.
+            overrides: what replaces what the file says; with `return_unused_kwargs=True` the result is a pair, with
+                those that have no place here.
 
         Raises:
             ConfigError: the file is of another model type, or a value is impossible.
@@ -290,24 +506,43 @@ class Config(abc.ABC):
         # In a file, null means the default of a field that may not be null itself.
         nullable = {f.name for f in dataclasses.fields(cls) if "None" in str(f.type)} | {"rope_scaling"}
         arguments = {k: v for k, v in given.items() if k in known and (v is not None or k in nullable)}
-        config = cls(**arguments, extra={k: v for k, v in given.items() if k not in known})
-        return config.replace(**overrides) if overrides else config
+        config = cls(**arguments, extra={k: v for k, v in given.items() if k not in known and k != "_name_or_path"})
+        wants_unused = overrides.pop("return_unused_kwargs", False)
+        unused = {n: v for n, v in config._named(overrides)[1].items() if wants_unused and not hasattr(config, n)}
+        config = config.overridden({n: v for n, v in overrides.items() if n not in unused}) if overrides else config
+        return (config, unused) if wants_unused else config  # type: ignore[return-value]
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Read `config.json` of a local folder or of a repository on the Hub.
 
         Args:
-            name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
+            pretrained_model_name_or_path: a folder, a repository id such as "answerdotai/ModernBERT-base", or a file.
             kwargs: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only` say where to look;
-                everything else replaces what the file says.
+                everything else replaces what the file says. `return_unused_kwargs`: see `from_dict`.
 
         Raises:
             NotFoundError: there is no such folder, repository or file.
             ConfigError: the file holds an impossible value.
         """
-        source = Source.pop_from(name_or_folder, kwargs)
-        return cls.from_dict(source.read_json("config.json"), **kwargs)
+        values, rest = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(values, **{"name_or_path": str(pretrained_model_name_or_path), **rest})
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The content of `config.json`, and the arguments that do not say where it is."""
+        path = Path(pretrained_model_name_or_path)
+        if path.is_file() and path.suffix == ".json":
+            Source.pop_from(path, kwargs)
+            return read_object(path), kwargs
+        return Source.pop_from(pretrained_model_name_or_path, kwargs).read_json("config.json"), kwargs
+
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> Self:
+        """Read a file of the form of `config.json`."""
+        return cls.from_dict(read_object(Path(json_file)))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that `config.json` holds, both generations' spellings included."""
@@ -329,16 +564,27 @@ class Config(abc.ABC):
             del values["pruned_heads"]
         return dict(sorted(values.items()))
 
-    def to_json_string(self) -> str:
-        """`to_dict` as the text of a `config.json`."""
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict` without what a new configuration has."""
+        usual = type(self)().to_dict()
+        values = self.to_dict().items()
+        return {name: v for name, v in values if name == "model_type" or name not in usual or v != usual[name]}
+
+    def to_json_string(self, use_diff: bool = False) -> str:
+        """`to_dict`, or `to_diff_dict`, as the text of a `config.json`."""
         for name in ("hidden_activation", "classifier_activation"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is a function and cannot be saved; use one of {', '.join(ACTIVATIONS)}")
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(values, indent=2, ensure_ascii=False, default=_plain) + "\n"
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` into a folder, which is made where missing."""
-        write_text(Path(folder) / "config.json", self.to_json_string())
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = False) -> None:
+        """Write `to_json_string` to a file."""
+        write_text(Path(json_file_path), self.to_json_string(use_diff))
+
+    def _write(self, folder: Path, options: Mapping[str, Any]) -> list[Path]:
+        write_text(folder / "config.json", self.to_json_string())
+        return [folder / "config.json"]
 
     # Construction, step by step
 
@@ -522,6 +768,15 @@ def _label(number: int, name: Any) -> str:
     if isinstance(name, str | int | float):
         return str(name)
     raise ConfigError(f"id2label names label {number} {shown(name)}; it must be a text")
+
+
+def _plain(value: Any) -> Any:
+    """What stands in JSON for a value of a caller's that has no form of its own there."""
+    if callable(getattr(value, "to_dict", None)):
+        return value.to_dict()
+    if str(value).startswith("torch."):
+        return str(value).removeprefix("torch.")
+    raise ConfigError(f"the configuration holds {shown(value)}, which cannot be saved")
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:
