@@ -235,7 +235,7 @@ def test_what_every_model_has_cannot_be_set_otherwise():
             setattr(config, name, 7)
     assert config == ModernBertConfig()
     assert (decoder.is_decoder, decoder.use_cache, config.use_cache) == (True, True, False)
-    with pytest.raises(ConfigError, match="model_type is 'bert'"):
+    with pytest.raises(ConfigError, match="model_type is 'bert'; it is always 'modernbert' here"):
         ModernBertConfig(model_type="bert")
 
 
@@ -266,8 +266,9 @@ def test_the_usual_surface(tmp_path):
     assert AutoConfig.for_model("modernbert", num_labels=3, problem_type="regression") == config
     with pytest.raises(ConfigError, match="for_model has model_type 'bert'"):
         AutoConfig.for_model("bert")
-    with pytest.raises(TypeError, match="has no hidden_dropout_prob"):
+    with pytest.raises(TypeError, match="has no hidden_dropout_prob; did you mean embedding_dropout"):
         AutoConfig.from_pretrained(tmp_path, hidden_dropout_prob=0.1)
+    assert AutoConfig.from_pretrained(tmp_path, finetuning_task="cola").finetuning_task == "cola"
 
 
 def test_a_field_that_is_set_is_checked_and_what_follows_from_it_made_anew():

@@ -108,8 +108,8 @@ def keeps_unknown(cls: ConfigT) -> ConfigT:
     @functools.wraps(plain)
     def init(self: Config, **values: Any) -> None:
         fields, others = self._named(values)
-        extra = dict(fields.pop("extra", None) or {}) if isinstance(fields.get("extra", {}), Mapping | None) else None
-        plain(self, **fields, **({} if extra is None else {"extra": extra}))
+        plain(self, **fields)
+        self.__dict__["extra"] = dict(self.extra)  # what is kept is not written into a caller's
         self.update(others)
 
     cls.__init__ = init  # type: ignore[method-assign]
@@ -178,8 +178,8 @@ class Config(Saved, abc.ABC):
     attribute_map: ClassVar[dict[str, str]] = {"hidden_act": "hidden_activation", "torch_dtype": "dtype"}
     fixed: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
-            **dict.fromkeys(("is_decoder", "is_encoder_decoder", "is_composition", "add_cross_attention"), False),
             "type_vocab_size": 0,
+            **dict.fromkeys(("is_decoder", "is_encoder_decoder", "is_composition", "add_cross_attention"), False),
         }
     )  # what holds of every model, by transformers' names
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
@@ -256,10 +256,10 @@ class Config(Saved, abc.ABC):
         others: dict[str, Any] = {}
         for given, value in values.items():
             name = cls.attribute_map.get(given, given)
+            if value is None and name in ("output_attentions", "output_hidden_states", "return_dict"):
+                continue
             if given == "sliding_window":
-                half = check_value(given, value, int, {"limits": Limits(0, _LARGEST // 2)}, ConfigError)
-                whole = values.get("local_attention")
-                fields["local_attention"] = whole if _is_whole(whole) and whole // 2 == half else 2 * half
+                fields["local_attention"] = _window(value, values.get("local_attention"))
             elif name not in names:
                 others[name] = value
             elif given == name or name not in values:
@@ -273,10 +273,10 @@ class Config(Saved, abc.ABC):
             ConfigError: a value is impossible, or a field shaped a model that was built; nothing is set then.
         """
         fields, others = self._named({**values, **more})
-        for name, value in others.items():
-            held = getattr(self, name, None) if name in _FOLLOWS or name in self.fixed else value
-            if held is not value and held != value:
-                why = f"follows from {_FOLLOWS[name]}" if name in _FOLLOWS else f"is always {held} here"
+        for name in others.keys() & {*_FOLLOWS, *self.fixed, "model_type"}:
+            value, held = others.pop(name), getattr(self, name)
+            if held != value:
+                why = f"follows from {_FOLLOWS[name]}" if name in _FOLLOWS else f"is always {held!r} here"
                 raise ConfigError(f"{name} is {shown(value)}; it {why}")
         changed, models = self.replace(**fields) if fields else self, list(self._models().values())
         new = {f.name: getattr(changed, f.name) for f in dataclasses.fields(self)}
@@ -287,7 +287,13 @@ class Config(Saved, abc.ABC):
                 f"{name} is set to {shown(fields.get(name))}, which changes {field}, and a model was built with "
                 f"{shown(getattr(self, field))}; make another model from config.replace({name}=...)"
             )
-        self.__dict__.update(new)
+        attention = others.pop(
+            "_attn_implementation", others.pop("attn_implementation", self.__dict__.get("_attention"))
+        )
+        for model in models:
+            if attention not in (None, model.attn_implementation):
+                model.set_attn_implementation(attention)
+        self.__dict__.update(new, _attention=attention)
         for name, value in others.items():
             self._keep(name, value)
         for model in models if different else ():
@@ -295,23 +301,15 @@ class Config(Saved, abc.ABC):
 
     def _keep(self, name: str, value: Any) -> None:
         """Keep what is no field."""
-        if name in ("attn_implementation", "_attn_implementation"):
-            for model in self._models().values():
-                if value not in (None, model.attn_implementation):
-                    model.set_attn_implementation(value)
-            self.__dict__["_attention"] = value
-        elif name == "model_type":
-            if value != self.model_type:
-                raise ConfigError(f"model_type is {shown(value)}; {type(self).__name__} has {self.model_type!r}")
-        elif name.startswith("_") or name == "name_or_path":
+        if name.startswith("_") or name == "name_or_path":
             self.__dict__["_" + name.lstrip("_")] = value
-        elif name not in _FOLLOWS and name not in self.fixed:
-            if name not in self.extra and name not in _UNLESS_GIVEN:
-                near = difflib.get_close_matches(name, self._names(), 1, 0.85)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                level = logging.WARNING if near else logging.INFO
-                logger.log(level, "%s has no %s: it is kept, and changes nothing%s", type(self).__name__, name, hint)
-            self.extra[name] = value
+            return
+        if name not in self.extra and name not in _UNLESS_GIVEN:
+            near = self._near(name)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            level = logging.WARNING if near else logging.INFO
+            logger.log(level, "%s has no %s: it is kept, and changes nothing%s", type(self).__name__, name, hint)
+        self.extra[name] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_is_checked" not in self.__dict__:
@@ -452,23 +450,27 @@ class Config(Saved, abc.ABC):
         new.__dict__.update(private)
         return new
 
+    def _near(self, name: str) -> list[str]:
+        return difflib.get_close_matches(name, self._names(), 1)
+
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         for name in names:
-            near = difflib.get_close_matches(name, self._names(), 1)
+            near = self._near(name)
             hint = f"; did you mean {near[0]}?" if near else ";"
             there = ", ".join(sorted(self._names()))
             raise TypeError(f"{type(self).__name__} has no {name}{hint} there are {there}")
 
-    def overridden(self, values: Mapping[str, Any]) -> Self:
+    def overridden(self, values: Mapping[str, Any], keep_unknown: bool = False) -> Self:
         """A copy with what a caller of `from_pretrained` gives: fields, and what is kept as an attribute already.
 
         Raises:
-            TypeError: a name is neither.
+            TypeError: a name is neither; with `keep_unknown`, only where a field has one much like it.
             ConfigError: a value is impossible.
         """
         new = copy.deepcopy(self)
         kept = {*_UNLESS_GIVEN, *_FOLLOWS, *self.fixed, *self.extra, "name_or_path", "attn_implementation"}
-        self._refuse_unknown(name for name in self._named(values)[1] if name not in kept and not name.startswith("_"))
+        unknown = [name for name in self._named(values)[1] if name not in kept and not name.startswith("_")]
+        self._refuse_unknown(name for name in unknown if not keep_unknown or self._near(name))
         new.update(values)
         return new
 
@@ -496,10 +498,7 @@ class Config(Saved, abc.ABC):
             given.pop("num_labels", None)
         half = given.pop("sliding_window", None)  # as in the reference, it wins over `local_attention`
         if half is not None:
-            half = check_value("sliding_window", half, int, {"limits": Limits(0, _LARGEST // 2)}, ConfigError)
-            whole = given.get("local_attention")
-            if not _is_whole(whole) or whole // 2 != half:
-                given["local_attention"] = 2 * half
+            given["local_attention"] = _window(half, given.get("local_attention"))
         for name in _SPECIAL_IDS:
             if given.get(f"{name}_token_id") == -1:  # a way to write that there is none
                 given[f"{name}_token_id"] = None
@@ -509,7 +508,8 @@ class Config(Saved, abc.ABC):
         config = cls(**arguments, extra={k: v for k, v in given.items() if k not in known and k != "_name_or_path"})
         wants_unused = overrides.pop("return_unused_kwargs", False)
         unused = {n: v for n, v in config._named(overrides)[1].items() if wants_unused and not hasattr(config, n)}
-        config = config.overridden({n: v for n, v in overrides.items() if n not in unused}) if overrides else config
+        overrides = {name: value for name, value in overrides.items() if name not in unused}
+        config = config.overridden(overrides, keep_unknown=True) if overrides else config
         return (config, unused) if wants_unused else config  # type: ignore[return-value]
 
     @classmethod
@@ -624,7 +624,8 @@ class Config(Saved, abc.ABC):
             for token_id in ids if name == "eos_token_id" and isinstance(ids, list) else [ids]:
                 if token_id is not None and (not _is_whole(token_id) or not 0 <= token_id < most):
                     raise ConfigError(
-                        f"{name} is {shown(token_id)}; the vocabulary has ids 0 to {self.vocab_size - 1} (vocab_size)"
+                        f"{name} is {shown(token_id)}; the vocabulary has ids 0 to {self.vocab_size - 1} (vocab_size, "
+                        "which a model's resize_token_embeddings changes)"
                     )
 
     def _derive_dtype(self) -> None:
@@ -759,6 +760,12 @@ class Config(Saved, abc.ABC):
         ids = list((self.label2id or {}).values())
         if self.label2id is None or not all(map(_is_whole, ids)) or set(ids) != set(labels):
             self.label2id = {label: i for i, label in labels.items()}
+
+
+def _window(half: Any, whole: Any) -> int:
+    """`local_attention` where `sliding_window`, the half of it, is given."""
+    half = check_value("sliding_window", half, int, {"limits": Limits(0, _LARGEST // 2)}, ConfigError)
+    return whole if _is_whole(whole) and whole // 2 == half else 2 * half
 
 
 def _label(number: int, name: Any) -> str:

@@ -36,6 +36,7 @@ _REFUSED = {
     **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), "a model is loaded onto one device"),
     **dict.fromkeys(("key_mapping", "fusion_config", "kernel_config"), "tensors keep their names"),
     "distributed_checkpoint": "weights are written by one process",
+    "use_flash_attention_2": "attn_implementation='flash_attention_2' says so",
 }
 
 

@@ -217,8 +217,7 @@ class PreTrainedModel(Saved, nn.Module):
             stored = cls.config_class.from_dict(source.read_json("config.json"), name_or_path=origin)
         config = config or stored
         assert config is not None
-        if config_overrides:
-            config = config.overridden(config_overrides)
+        config = config.overridden(config_overrides)
         record = weight_format().of_config(config)
         if quantization is not None and record is not None:
             raise ValueError(f"{origin} is quantized already, as {record.scheme}")
@@ -231,6 +230,7 @@ class PreTrainedModel(Saved, nn.Module):
             model = cls(config, attn_implementation)
         kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, where)
         wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, where)
+        model.config.dtype = str(wanted).removeprefix("torch.")
         model.name_or_path = origin if pretrained_model_name_or_path else ""
 
         def read(is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
