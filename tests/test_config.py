@@ -65,7 +65,7 @@ def test_the_older_generation():
     assert config.layer_types == [full, local, full, local, full]
     assert config.rope_parameters[full]["rope_theta"] == 7.0e4
     assert config.rope_parameters[local]["rope_theta"] == 5.0e3
-    assert config.dtype == "bfloat16"
+    assert config.dtype == config.torch_dtype == torch.bfloat16
     assert config.extra == others
 
 

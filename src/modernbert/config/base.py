@@ -164,7 +164,8 @@ class Config(Saved, abc.ABC):
             may be a list of names, in the order of their ids.
         output_attentions, output_hidden_states, return_dict: defaults of the forward arguments.
         pruned_heads: heads removed from each layer.
-        dtype: name of the dtype that the weights were saved in: "float32", "bfloat16", "float16" or "float64".
+        dtype: of the weights, as a torch dtype or its name: float32, bfloat16, float16 or float64; as an attribute it
+            is a torch dtype, or None if nothing says.
         extra: unknown keys of the file that the configuration was read from.
 
     Raises:
@@ -182,6 +183,7 @@ class Config(Saved, abc.ABC):
             **dict.fromkeys(("is_decoder", "is_encoder_decoder", "is_composition", "add_cross_attention"), False),
         }
     )  # what holds of every model, by transformers' names
+    sub_configs: ClassVar[dict[str, Any]] = {}
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     _name_or_path: ClassVar[str] = ""
 
@@ -228,7 +230,7 @@ class Config(Saved, abc.ABC):
     output_hidden_states: bool = False
     return_dict: bool = True
     pruned_heads: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-    dtype: str | None = None
+    dtype: Any = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self, rope_scaling: dict[str, Any] | None) -> None:
@@ -379,11 +381,9 @@ class Config(Saved, abc.ABC):
         return self.return_dict
 
     @property
-    def torch_dtype(self) -> Any:
-        """`dtype` as PyTorch's; it is set under either name."""
-        import torch
-
-        return None if self.dtype is None else getattr(torch, self.dtype)
+    def stored_dtype(self) -> Any:
+        """What `dtype` was in the file; it changes to that of the weights once a model was loaded."""
+        return self.__dict__.get("_stored_dtype", self.dtype)
 
     @property
     def name_or_path(self) -> str:
@@ -551,12 +551,11 @@ class Config(Saved, abc.ABC):
             if field.name not in ("extra", "num_labels"):
                 values[field.name] = copy.deepcopy(getattr(self, field.name))
         values["model_type"] = self.model_type
+        values["dtype"] = values["torch_dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         values["id2label"] = {str(i): label for i, label in (self.id2label or {}).items()}
         values["pruned_heads"] = {str(i): heads for i, heads in self.pruned_heads.items()}
-        if self.dtype is not None:
-            values["torch_dtype"] = self.dtype
         # Absent says the same as null here, and readers of either generation take it.
-        nullable = ("dtype", "problem_type", "global_attn_every_n_layers", "reference_compile")
+        nullable = ("dtype", "torch_dtype", "problem_type", "global_attn_every_n_layers", "reference_compile")
         for name in nullable:
             if values[name] is None:
                 del values[name]
@@ -592,7 +591,7 @@ class Config(Saved, abc.ABC):
         kinds = kinds_of(type(self))
         for field in dataclasses.fields(self):
             kind = kinds[field.name]
-            if field.name != "dtype" and set(typing.get_args(kind) or (kind,)) <= {bool, int, float, str, type(None)}:
+            if set(typing.get_args(kind) or (kind,)) <= {bool, int, float, str, type(None)}:
                 rule = field.metadata or {"limits": _LIMITS.get(field.name, Limits())}
                 value = check_value(field.name, getattr(self, field.name), kind, rule, ConfigError)
                 setattr(self, field.name, value)
@@ -629,10 +628,11 @@ class Config(Saved, abc.ABC):
                     )
 
     def _derive_dtype(self) -> None:
-        name = None if self.dtype in (None, "auto") else str(self.dtype).removeprefix("torch.")
+        given = self.__dict__["dtype"]
+        name = None if given in (None, "auto") else str(given).removeprefix("torch.")
         name = None if name is None else _OTHER_DTYPES.get(name, name)
         if name is not None and name not in DTYPES:
-            raise ConfigError(f"dtype is {shown(self.dtype)}; choose one of {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype is {shown(given)}; choose one of {', '.join(DTYPES)}")
         self.dtype = name
 
     def _derive_pruned_heads(self) -> None:
@@ -775,6 +775,18 @@ def _label(number: int, name: Any) -> str:
     if isinstance(name, str | int | float):
         return str(name)
     raise ConfigError(f"id2label names label {number} {shown(name)}; it must be a text")
+
+
+def _torch_dtype(self: Config) -> Any:
+    name = self.__dict__["dtype"]
+    if not isinstance(name, str):
+        return name
+    import torch  # not before somebody asks
+
+    return getattr(torch, name)
+
+
+Config.dtype = property(_torch_dtype, lambda self, value: self.__dict__.update(dtype=value))
 
 
 def _plain(value: Any) -> Any:

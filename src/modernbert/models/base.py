@@ -230,7 +230,7 @@ class PreTrainedModel(Saved, nn.Module):
             model = cls(config, attn_implementation)
         kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, where)
         wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, where)
-        model.config.dtype = str(wanted).removeprefix("torch.")
+        config.update({"_stored_dtype": config.dtype, "dtype": wanted})
         model.name_or_path = origin if pretrained_model_name_or_path else ""
 
         def read(is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
