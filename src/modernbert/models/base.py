@@ -57,6 +57,7 @@ class PreTrainedModel(Saved, nn.Module):
     config_class: ClassVar[type[Config]]
     base_model_prefix: ClassVar[str] = "model"
     tied_weights: ClassVar[Mapping[str, str]] = {}
+    hf_device_map: dict[str, str | int]
     _frozen: Frozen | None = None  # once optimized for inference
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
@@ -227,11 +228,15 @@ class PreTrainedModel(Saved, nn.Module):
         check_layers(config.num_hidden_layers, names, origin)
         where = resolve_device(device_map if device is None else device)
         with torch.device("meta"):
-            model = cls(config, attn_implementation)
+            model = cls(config)  # a class of somebody's own may take no more
+        if attn_implementation not in (None, "auto"):
+            model.set_attn_implementation(attn_implementation)
         kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, where)
         wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, where)
         config.update({"_stored_dtype": config.dtype, "dtype": wanted})
         model.name_or_path = origin if pretrained_model_name_or_path else ""
+        if device_map is not None:  # trainers of other libraries leave such a model where it is
+            model.hf_device_map = {"": where.type if where.index is None else where.index}
 
         def read(is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
             given = (state_dict or {}).items()

@@ -110,9 +110,9 @@ def load_weights(
     weight_format().put(model, origin, parts, dtype)
     model.tie_weights()
     missing = sorted(name for name, p in model.named_parameters() if p.is_meta)
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."  # anything beside it is a head's
     drawn = {target(name) for name in mismatched}
-    lost = [name.removeprefix(prefix) for name in missing if name.startswith(prefix) and name not in drawn]
+    lost = [name.removeprefix(body) for name in missing if name.startswith(body) and name not in drawn]
     if lost:
         raise CheckpointError(f"{origin} is incomplete; it lacks {listed(lost)}")
     fresh = sum(math.prod(shapes[name]) for name in missing)
