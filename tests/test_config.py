@@ -165,11 +165,9 @@ IMPOSSIBLE = {
 
 @pytest.mark.parametrize("message", IMPOSSIBLE)
 def test_impossible_values_are_refused_by_name(message):
-    values = IMPOSSIBLE[message]
-    with pytest.raises(ConfigError, match=message):  # some keys are of files alone
-        ModernBertConfig.from_dict(values) if {"sliding_window", "torch_dtype"} & {*values} else ModernBertConfig(
-            **values
-        )
+    for make in (lambda values: ModernBertConfig(**values), ModernBertConfig.from_dict):
+        with pytest.raises(ConfigError, match=message):
+            make(IMPOSSIBLE[message]).check_fits()
 
 
 def test_what_files_may_hold_is_refused_from_a_caller():
@@ -278,7 +276,7 @@ def test_a_field_that_is_set_is_checked_and_what_follows_from_it_made_anew():
     assert config == ModernBertConfig(num_hidden_layers=4, num_labels=3)
     assert (len(config.layer_types), config.id2label[2]) == (4, "LABEL_2")
     before = config.to_json_string()
-    for name, value in (("hidden_size", 7), ("classifier_pooling", "max"), ("num_labels", 0)):
+    for name, value in (("hidden_size", 0), ("classifier_pooling", "max"), ("num_labels", 0)):
         with pytest.raises(ConfigError, match=name):
             setattr(config, name, value)
     config.label2id = {"no": 0, "yes": 1}
@@ -333,7 +331,7 @@ def test_the_attention_of_a_built_model_follows_the_configuration():
     x = torch.tensor([[5, 6, 7]])
     for name in ("sdpa", "eager", "auto"):
         model.config._attn_implementation = name
-        assert model.attn_implementation == model.model.attn_implementation == config._attn_implementation == name
+        assert model.attn_implementation == model.model.attn_implementation == model.config._attn_implementation == name
         model.optimize_for_inference()
         with torch.no_grad():
             first = model(x).logits
@@ -347,11 +345,37 @@ def test_the_attention_of_a_built_model_follows_the_configuration():
         ModernBertForSequenceClassification(ModernBertConfig(**SMALL, attn_implementation="nonsense"))
 
 
-def test_a_configuration_is_free_again_when_its_model_is_gone():
+def test_a_model_has_a_configuration_of_its_own_which_is_free_when_it_is_gone(caplog):
     config = ModernBertConfig(**SMALL)
-    assert ModernBertForSequenceClassification(config).config is config
+    model = ModernBertForSequenceClassification(config)
+    assert model.config == config
+    own = model.config
+    assert model.model.config is own
+    config.update({"hidden_size": 96})  # another model's
+    assert own.hidden_size == 48
+    config.use_cache = True
+    config.output_attentions = True
+    assert (
+        "output_attentions is set for models that are built from now on; others have it in model.config" in caplog.text
+    )
+    assert not own.output_attentions
+    del model
     gc.collect()
-    config.hidden_size = 96
+    own.hidden_size = 96
+
+
+def test_fields_that_fit_only_together_are_set_one_after_another():
+    config = ModernBertConfig(num_hidden_layers=1)
+    config.hidden_size = 32
+    config.num_attention_heads = 2
+    config.vocab_size = 99
+    with pytest.raises(ConfigError, match="pad_token_id is 50283; the vocabulary has ids 0 to 98"):
+        ModernBertForSequenceClassification(config)
+    config.pad_token_id = 98
+    model = ModernBertForSequenceClassification(config)
+    model.config.pad_token_id = 99
+    model.resize_token_embeddings(100)
+    assert model.config.vocab_size == 100
 
 
 def test_replacing_makes_derived_values_anew():

@@ -56,6 +56,7 @@ _ACT_LATER = {
     *("classifier_pooling", "sparse_prediction", "sparse_pred_ignore_index", "repad_logits_with_grad"),
     "max_position_embeddings",
 }
+_OF_LABELS = {"num_labels", "id2label", "label2id", "dtype", "extra"}
 # What a change of a field makes anew.
 _DERIVED = {
     "num_labels": ("id2label", "label2id"),
@@ -68,7 +69,11 @@ _DERIVED = {
 }
 # What configurations of transformers hold beside fields, until a file or a caller says otherwise.
 _UNLESS_GIVEN: Mapping[str, Any] = MappingProxyType(
-    {"architectures": None, "transformers_version": None, "use_cache": False, "chunk_size_feed_forward": 0}
+    {
+        **dict.fromkeys(("architectures", "transformers_version", "base_model_tp_plan", "base_model_pp_plan")),
+        "use_cache": False,
+        "chunk_size_feed_forward": 0,
+    }
 )
 # Read from other fields, and never set.
 _FOLLOWS = {
@@ -121,8 +126,9 @@ class Config(Saved, abc.ABC):
     """The architecture and options of a model; the defaults are those of the base size.
 
     All arguments are keywords. A field that is set later is checked as at construction, and what is derived from it is
-    made anew; `config.replace(...)` gives a changed copy. Once a model was built, fields that shaped it can only be
-    changed in a copy, for another model; the others act from then on. Whatever is not listed here, as an argument, as
+    made anew; fields that contradict each other are refused where a model is built. `config.replace(...)` gives a
+    changed copy. A model has a copy of its own, `model.config`: there fields that shaped it can no longer be set, and
+    the others act from then on. Whatever is not listed here, as an argument, as
     an attribute or in a `config.json`, is kept in `extra`, can be read as an attribute, and is saved. `hidden_act`,
     `torch_dtype`, `sliding_window` and `attn_implementation` are taken as transformers means them.
 
@@ -235,7 +241,7 @@ class Config(Saved, abc.ABC):
 
     def __post_init__(self, rope_scaling: dict[str, Any] | None) -> None:
         self._check_types()
-        self._check_sizes()
+        self._check_ids()
         self._derive_dtype()
         self._derive_layer_types()
         self._derive_rope(rope_scaling)
@@ -296,6 +302,9 @@ class Config(Saved, abc.ABC):
             if attention not in (None, model.attn_implementation):
                 model.set_attn_implementation(attention)
         self.__dict__.update(new, _attention=attention)
+        if self.__dict__.get("_has_copies") and (acting := different & _ACT_LATER - _OF_LABELS):
+            names = ", ".join(sorted(acting))
+            logger.warning("%s is set for models that are built from now on; others have it in model.config", names)
         for name, value in others.items():
             self._keep(name, value)
         for model in models if different else ():
@@ -346,7 +355,14 @@ class Config(Saved, abc.ABC):
         return list(self)
 
     def __getstate__(self) -> dict[str, Any]:  # for copies, which no model was built from
-        return {name: value for name, value in self.__dict__.items() if name != "_built"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_built", "_has_copies")}
+
+    def own(self) -> Self:
+        """The configuration of a model that is built now: a copy, unless it is that of a model already."""
+        if self._models():
+            return self
+        self.__dict__["_has_copies"] = True
+        return copy.deepcopy(self)
 
     def shapes(self, model: Built) -> None:
         """While this model lives, fields that shaped it are no longer set, but replaced in a copy."""
@@ -446,8 +462,7 @@ class Config(Saved, abc.ABC):
                 if stale not in changes:
                     values[stale] = None
         new = type(self)(**{**values, **changes})
-        private = {name: value for name, value in self.__dict__.items() if name.startswith("_") and name != "_built"}
-        new.__dict__.update(private)
+        new.__dict__.update({name: value for name, value in self.__getstate__().items() if name.startswith("_")})
         return new
 
     def _near(self, name: str) -> list[str]:
@@ -605,7 +620,8 @@ class Config(Saved, abc.ABC):
                     f"{name} is {shown(value)}; choose one of {', '.join(ACTIVATIONS)} or give a function"
                 )
 
-    def _check_sizes(self) -> None:
+    def check_fits(self) -> None:
+        """Raise `ConfigError` if fields contradict each other, which they may while they are set one after another."""
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size is {self.hidden_size}, which is not a multiple of "
@@ -616,15 +632,19 @@ class Config(Saved, abc.ABC):
                 f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} gives "
                 f"heads of {self.head_dim}; rotary embeddings need an even size"
             )
+        # Only the padding id is used as an index; others may point past a cut vocabulary.
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ConfigError(
+                f"pad_token_id is {self.pad_token_id}; the vocabulary has ids 0 to {self.vocab_size - 1} (vocab_size)"
+            )
+
+    def _check_ids(self) -> None:
         for name in (f"{special}_token_id" for special in _SPECIAL_IDS):
             ids = getattr(self, name)
-            # Only the padding id is used as an index; others may point past a cut vocabulary.
-            most = self.vocab_size if name == "pad_token_id" else 2**31
             for token_id in ids if name == "eos_token_id" and isinstance(ids, list) else [ids]:
-                if token_id is not None and (not _is_whole(token_id) or not 0 <= token_id < most):
+                if token_id is not None and (not _is_whole(token_id) or not 0 <= token_id < 2**31):
                     raise ConfigError(
-                        f"{name} is {shown(token_id)}; the vocabulary has ids 0 to {self.vocab_size - 1} (vocab_size, "
-                        "which a model's resize_token_embeddings changes)"
+                        f"{name} is {shown(token_id)}; the vocabulary has ids 0 to {self.vocab_size - 1} (vocab_size)"
                     )
 
     def _derive_dtype(self) -> None:

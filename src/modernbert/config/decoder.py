@@ -46,8 +46,8 @@ class ModernBertDecoderConfig(Config):
                 values[f"{name}_token_id"] = -1
         return values
 
-    def _check_sizes(self) -> None:
-        super()._check_sizes()
+    def check_fits(self) -> None:
+        super().check_fits()
         if self.local_attention < 2:
             raise ConfigError(
                 f"local_attention is {self.local_attention}; a decoder's token sees half as many, so at least 2"

@@ -63,7 +63,7 @@ class PreTrainedModel(Saved, nn.Module):
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         super().__init__()
         self._check_config(config)
-        self.config = config
+        self.config = config.own()
         self.attn_implementation = config.attention_of(attn_implementation)
         self.is_gradient_checkpointing = False
 
@@ -71,6 +71,7 @@ class PreTrainedModel(Saved, nn.Module):
     def _check_config(cls, config: Config) -> None:
         if not isinstance(config, cls.config_class):
             raise TypeError(f"config is a {type(config).__name__}; {cls.__name__} takes {cls.config_class.__name__}")
+        config.check_fits()
 
     def _finish(self) -> None:
         """Initialize new parameters and tie weights; called at the end of every subclass's `__init__`.
@@ -78,6 +79,8 @@ class PreTrainedModel(Saved, nn.Module):
         Parameters of the backbone inside are skipped: its own constructor initialized them.
         """
         prefix = f"{self.base_model_prefix}."
+        if self.base_model is not self:
+            self.base_model.config = self.config
         own = {name for name, p in self.named_parameters() if not name.startswith(prefix) and not p.is_meta}
         initialize(self, self.config, only=own)
         self.tie_weights()
@@ -233,7 +236,7 @@ class PreTrainedModel(Saved, nn.Module):
             model.set_attn_implementation(attn_implementation)
         kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, where)
         wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, where)
-        config.update({"_stored_dtype": config.dtype, "dtype": wanted})
+        model.config.update({"_stored_dtype": config.dtype, "dtype": wanted})
         model.name_or_path = origin if pretrained_model_name_or_path else ""
         if device_map is not None:  # trainers of other libraries leave such a model where it is
             model.hf_device_map = {"": where.type if where.index is None else where.index}
@@ -320,6 +323,7 @@ class PreTrainedModel(Saved, nn.Module):
             for tied in self.tied_weights:
                 weights.pop(tied, None)
         config = self.config_to_save()
+        config.check_fits()
         config.to_json_string()  # a configuration that cannot be saved is refused before anything is written
         self.save_more(folder)
         name = QUANTIZED if is_quantized else PLAIN
@@ -593,5 +597,5 @@ class BareModel(PreTrainedModel, Backbone):
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         self._check_config(config)
-        Backbone.__init__(self, config, config.attention_of(attn_implementation))
+        Backbone.__init__(self, config.own(), config.attention_of(attn_implementation))
         self._finish()
