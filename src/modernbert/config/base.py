@@ -295,13 +295,13 @@ class Config(Saved, abc.ABC):
                 f"{name} is set to {shown(fields.get(name))}, which changes {field}, and a model was built with "
                 f"{shown(getattr(self, field))}; make another model from config.replace({name}=...)"
             )
-        attention = others.pop(
-            "_attn_implementation", others.pop("attn_implementation", self.__dict__.get("_attention"))
-        )
-        for model in models:
-            if attention not in (None, model.attn_implementation):
-                model.set_attn_implementation(attention)
-        self.__dict__.update(new, _attention=attention)
+        for name in others.keys() & {"attn_implementation", "_attn_implementation"}:
+            attention = others.pop(name)
+            for model in models:
+                if attention not in (None, model.attn_implementation):
+                    model.set_attn_implementation(attention)
+            self.__dict__["_attention"] = attention
+        self.__dict__.update(new)
         if self.__dict__.get("_has_copies") and (acting := different & _ACT_LATER - _OF_LABELS):
             names = ", ".join(sorted(acting))
             logger.warning("%s is set for models that are built from now on; others have it in model.config", names)
@@ -798,6 +798,7 @@ def _label(number: int, name: Any) -> str:
 
 
 def _torch_dtype(self: Config) -> Any:
+    """The weights' dtype, or None if nothing says."""
     name = self.__dict__["dtype"]
     if not isinstance(name, str):
         return name
