@@ -96,6 +96,9 @@ class Built(Protocol):
 
     attn_implementation: str
 
+    @property
+    def base_model(self) -> Any: ...
+
     def set_attn_implementation(self, attn_implementation: str) -> None: ...
 
     def follow(self, changed: set[str]) -> None:
@@ -408,9 +411,11 @@ class Config(Saved, abc.ABC):
 
     @property
     def _attn_implementation(self) -> str | None:
-        """How a model attends: the built one, or else one that is built from here."""
-        models = list(self._models().values())
-        return models[-1].attn_implementation if models else self.__dict__.get("_attention")
+        """How a model attends: the built one, by the name of what "auto" took; or else one that is built from here."""
+        if not (models := list(self._models().values())):
+            return self.__dict__.get("_attention")
+        name = models[-1].attn_implementation
+        return str(models[-1].base_model.backend.name) if name == "auto" else name
 
     def attention_of(self, given: str | None) -> str:
         """How a model that is built now attends, of what its caller gives."""
@@ -777,8 +782,7 @@ class Config(Saved, abc.ABC):
                 labels = {i: inverse[i] for i in range(number)}
         self.id2label = labels
         self.num_labels = len(labels)
-        ids = list((self.label2id or {}).values())
-        if self.label2id is None or not all(map(_is_whole, ids)) or set(ids) != set(labels):
+        if self.label2id is None or {str(i) for i in self.label2id.values()} != set(map(str, labels)):
             self.label2id = {label: i for i, label in labels.items()}
 
 
