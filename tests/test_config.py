@@ -203,6 +203,25 @@ def test_unknown_arguments_are_kept_as_in_transformers(tmp_path, caplog):
         config.to_json_string()
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_configuration_class_of_ones_own(is_first, tmp_path):
+    class Own(ModernBertConfig):
+        def __init__(self, foo=1, **kwargs):
+            if is_first:
+                self.foo = foo
+            super().__init__(**kwargs)
+            if not is_first:
+                self.foo = foo
+
+    config = Own(foo=5, num_labels=3)
+    config.hidden_size = 96
+    assert (config.foo, config.replace(num_labels=4).foo) == (5, 5)
+    config.save_pretrained(tmp_path)
+    again = Own.from_pretrained(tmp_path)
+    assert again == config
+    assert (again.foo, again.num_labels) == (5, 3)
+
+
 # How a caller says it in transformers, and the fields that are meant.
 OTHER_NAMES = [
     ({"hidden_act": "relu"}, {"hidden_activation": "relu"}),

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import logging
 import typing
@@ -117,7 +118,9 @@ def keeps_unknown(cls: ConfigT) -> ConfigT:
     def init(self: Config, **values: Any) -> None:
         fields, others = self._named(values)
         plain(self, **fields)
-        self.__dict__["extra"] = dict(self.extra)  # what is kept is not written into a caller's
+        own = [name for name in self.__dict__ if name not in self._names() and not name.startswith("_")]
+        # A class of somebody's own may set attributes before; and what is kept is not written into a caller's `extra`.
+        self.__dict__["extra"] = {**self.extra, **{name: self.__dict__.pop(name) for name in own}}
         self.update(others)
 
     cls.__init__ = init  # type: ignore[method-assign]
@@ -291,6 +294,8 @@ class Config(Saved, abc.ABC):
                 raise ConfigError(f"{name} is {shown(value)}; it {why}")
         changed, models = self.replace(**fields) if fields else self, list(self._models().values())
         new = {f.name: getattr(changed, f.name) for f in dataclasses.fields(self)}
+        if "extra" not in fields:
+            new["extra"] = self.extra
         different = {name for name, value in new.items() if value != getattr(self, name)}
         for field in sorted(different - _ACT_LATER) if models else ():
             name = next((n for n in fields if n == field or field in _DERIVED.get(n, ())), field)
@@ -467,6 +472,7 @@ class Config(Saved, abc.ABC):
                 if stale not in changes:
                     values[stale] = None
         new = type(self)(**{**values, **changes})
+        new.__dict__["extra"] = {**new.extra, **changes.get("extra", values["extra"])}
         new.__dict__.update({name: value for name, value in self.__getstate__().items() if name.startswith("_")})
         return new
 
@@ -525,7 +531,9 @@ class Config(Saved, abc.ABC):
         # In a file, null means the default of a field that may not be null itself.
         nullable = {f.name for f in dataclasses.fields(cls) if "None" in str(f.type)} | {"rope_scaling"}
         arguments = {k: v for k, v in given.items() if k in known and (v is not None or k in nullable)}
-        config = cls(**arguments, extra={k: v for k, v in given.items() if k not in known and k != "_name_or_path"})
+        extra = {k: v for k, v in given.items() if k not in known and k != "_name_or_path"}
+        own = {k: v for k, v in extra.items() if k in inspect.signature(cls).parameters}  # of a class of somebody's own
+        config = cls(**arguments, **own, extra=extra)
         wants_unused = overrides.pop("return_unused_kwargs", False)
         unused = {n: v for n, v in config._named(overrides)[1].items() if wants_unused and not hasattr(config, n)}
         overrides = {name: value for name, value in overrides.items() if name not in unused}
