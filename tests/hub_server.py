@@ -1,8 +1,10 @@
 """A stand-in for the Hub on loopback: repositories of files, with revisions, private and gated ones."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
+import json
 import threading
 from pathlib import Path
 
@@ -56,6 +58,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content)
         return None
 
+    def do_POST(self):
+        """What an upload asks: make a repository, or a branch; which way files go; commit them."""
+        hub, body = self.server.hub, self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub.requests.append((self.command, self.path, self.headers.get("Authorization")))
+        if self.headers.get("Authorization") != "Bearer secret":
+            return self.refuse(401, "RepoNotFound")
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        repository, what = "/".join(parts[2:4]), parts[4:]
+        lines, url = [json.loads(line) for line in body.splitlines()], f"http://{self.headers['Host']}"
+        if parts == ["api", "repos", "create"]:
+            owner, name = lines[0].get("organization", "me"), lines[0]["name"]
+            hub.repositories.setdefault(f"{owner}/{name}", {})
+            return self.answer({"url": f"{url}/{owner}/{name}", "id": f"{owner}/{name}"})
+        if what[0] == "branch":
+            return self.answer({})
+        if what[0] == "preupload":
+            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in lines[0]["files"]]
+            return self.answer({"files": modes})
+        for line in lines:
+            if line["key"] == "file":
+                content = base64.b64decode(line["value"]["content"])
+                hub.repositories[repository][line["value"]["path"]] = content
+        hub.commits.append((repository, what[1], lines[0]["value"]["summary"]))
+        pull = {"pullRequestUrl": f"{url}/{repository}/discussions/1"} if "create_pr=1" in self.path else {}
+        return self.answer({"commitUrl": f"{url}/{repository}/commit/{COMMIT}", "commitOid": COMMIT, **pull})
+
+    def answer(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def refuse(self, status, code):
         self.send_response(status)
         self.send_header("X-Error-Code", code)
@@ -73,6 +109,7 @@ class Hub:
         self.private: set[str] = set()
         self.gated: set[str] = set()
         self.requests: list[tuple[str, str, str | None]] = []
+        self.commits: list[tuple[str, str, str]] = []
 
     @contextlib.contextmanager
     def serving(self):

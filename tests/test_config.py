@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import json
 
 import pytest
@@ -18,7 +19,7 @@ from modernbert import (
     ModernBertForSequenceClassification,
 )
 from modernbert.config import Reach
-from modernbert.errors import CheckpointError, ConfigError, NotFoundError
+from modernbert.errors import CheckpointError, ConfigError, InputError, NotFoundError
 from tests.conftest import SMALL
 from tests.parity.configs import random_config
 
@@ -64,7 +65,7 @@ def test_the_older_generation():
     assert config.layer_types == [full, local, full, local, full]
     assert config.rope_parameters[full]["rope_theta"] == 7.0e4
     assert config.rope_parameters[local]["rope_theta"] == 5.0e3
-    assert config.dtype == "bfloat16"
+    assert config.dtype == config.torch_dtype == torch.bfloat16
     assert config.extra == others
 
 
@@ -162,13 +163,16 @@ IMPOSSIBLE = {
 }
 
 
+def made(values):
+    return ModernBertConfig(**values)
+
+
 @pytest.mark.parametrize("message", IMPOSSIBLE)
 def test_impossible_values_are_refused_by_name(message):
     values = IMPOSSIBLE[message]
-    with pytest.raises(ConfigError, match=message):  # some keys are of files alone
-        ModernBertConfig.from_dict(values) if {"sliding_window", "torch_dtype"} & {*values} else ModernBertConfig(
-            **values
-        )
+    make = ModernBertConfig.from_dict if {"sliding_window", "torch_dtype"} & {*values} else made  # of files alone
+    with pytest.raises(ConfigError, match=message):
+        make(values).check_fits()
 
 
 def test_what_files_may_hold_is_refused_from_a_caller():
@@ -178,11 +182,115 @@ def test_what_files_may_hold_is_refused_from_a_caller():
         ModernBertConfig(num_labels=3, id2label={0: "a", 1: "b"})
 
 
-def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match="hiden_size"):
-        ModernBertConfig(hiden_size=4)
+def test_unknown_arguments_are_kept_as_in_transformers(tmp_path, caplog):
+    values = {"foo": {"a": [1]}, "hiden_size": 4}
+    config, theirs = ModernBertConfig(**values), transformers.ModernBertConfig(**values)
+    assert "no hiden_size: it is kept, and changes nothing; did you mean hidden_size?" in caplog.text
+    assert (config.foo, config.hiden_size) == (theirs.foo, theirs.hiden_size)
+    config.bar = 2
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again == config
+    assert (again.foo, again.bar) == ({"a": [1]}, 2)
+    del again.bar
+    assert not hasattr(again, "bar")
+    with pytest.raises(AttributeError, match="no attribute 'bar'"):
+        again.bar  # noqa: B018
     with pytest.raises(TypeError):
         ModernBertConfig(1000)
+    config.bar = object()
+    with pytest.raises(ConfigError, match="cannot be saved"):
+        config.to_json_string()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_configuration_class_of_ones_own(is_first, tmp_path):
+    class Own(ModernBertConfig):
+        def __init__(self, foo=1, **kwargs):
+            if is_first:
+                self.foo = foo
+            super().__init__(**kwargs)
+            if not is_first:
+                self.foo = foo
+
+    config = Own(foo=5, num_labels=3)
+    config.hidden_size = 96
+    assert (config.foo, config.replace(num_labels=4).foo) == (5, 5)
+    config.save_pretrained(tmp_path)
+    again = Own.from_pretrained(tmp_path)
+    assert again == config
+    assert (again.foo, again.num_labels) == (5, 3)
+
+
+# How a caller says it in transformers, and the fields that are meant.
+OTHER_NAMES = [
+    ({"hidden_act": "relu"}, {"hidden_activation": "relu"}),
+    ({"torch_dtype": torch.bfloat16}, {"dtype": "bfloat16"}),
+    ({"sliding_window": 32}, {"local_attention": 64}),
+    ({"is_decoder": False, "is_encoder_decoder": False, "model_type": "modernbert"}, {}),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+]
+
+
+@pytest.mark.parametrize(("given", "meant"), OTHER_NAMES, ids=str)
+def test_fields_are_taken_by_transformers_names(given, meant):
+    expected = ModernBertConfig(**meant)
+    assert ModernBertConfig(**given) == expected
+    config = ModernBertConfig()
+    config.update(given)
+    assert config == expected
+    for name, value in given.items():
+        if name != "rope_scaling":
+            assert getattr(config, name) == value
+
+
+def test_what_every_model_has_cannot_be_set_otherwise():
+    config, decoder = ModernBertConfig(), ModernBertDecoderConfig()
+    facts = {
+        "is_encoder_decoder": False, "is_composition": False, "is_decoder": False, "use_return_dict": True,
+        "num_key_value_heads": 12, "rope_theta": 160_000.0, "head_dim": 64, "type_vocab_size": 0,
+    }  # fmt: skip
+    for name, value in facts.items():
+        assert getattr(config, name) == value
+        setattr(config, name, value)
+        with pytest.raises(ConfigError, match=rf"{name} is 7; it (is always|follows from)"):
+            setattr(config, name, 7)
+    assert config == ModernBertConfig()
+    assert (decoder.is_decoder, decoder.use_cache, config.use_cache) == (True, True, False)
+    with pytest.raises(ConfigError, match="model_type is 'bert'; it is always 'modernbert' here"):
+        ModernBertConfig(model_type="bert")
+
+
+def test_the_usual_surface(tmp_path):
+    config = ModernBertConfig(num_labels=3, problem_type="regression")
+    config.to_json_file(tmp_path / "c.json")
+    read = (ModernBertConfig.from_json_file, ModernBertConfig.from_pretrained, AutoConfig.from_pretrained)
+    assert all(function(tmp_path / "c.json") == config for function in read)
+    config.to_json_file(tmp_path / "diff.json", use_diff=True)
+    assert ModernBertConfig.from_json_file(tmp_path / "diff.json") == config
+    assert {*config.to_diff_dict()} == {"model_type", "id2label", "label2id", "problem_type"}
+    assert config.save_pretrained(save_directory=tmp_path) == (str(tmp_path / "config.json"),)
+    values, rest = ModernBertConfig.get_config_dict(
+        pretrained_model_name_or_path=tmp_path, foo=1, trust_remote_code=True
+    )
+    assert (values, rest) == (config.to_dict(), {"foo": 1})
+    again, unused = AutoConfig.from_pretrained(tmp_path, foo=1, num_labels=5, return_unused_kwargs=True)
+    assert (again.num_labels, unused) == (5, {"foo": 1})
+    assert again.name_or_path == again._name_or_path == str(tmp_path)
+    assert "name_or_path" not in json.dumps(again.to_dict())
+    assert config.get_text_config(decoder=True) is config
+    assert ("hidden_size" in config, "foo" in config) == (True, False)
+    assert list(config) == config.keys() == list(config.to_dict())
+    assert {**config} == dict(config) == config.to_dict()
+    assert (config.architectures, config.transformers_version, config.torch_dtype) == (None, None, None)
+    assert ModernBertConfig(dtype="bfloat16").torch_dtype == torch.bfloat16
+    assert ModernBertConfig(**config.to_dict()) == config
+    assert AutoConfig.for_model("modernbert", num_labels=3, problem_type="regression") == config
+    with pytest.raises(ConfigError, match="for_model has model_type 'bert'"):
+        AutoConfig.for_model("bert")
+    with pytest.raises(TypeError, match="has no hidden_dropout_prob; did you mean embedding_dropout"):
+        AutoConfig.from_pretrained(tmp_path, hidden_dropout_prob=0.1)
+    assert AutoConfig.from_pretrained(tmp_path, finetuning_task="cola").finetuning_task == "cola"
 
 
 def test_a_field_that_is_set_is_checked_and_what_follows_from_it_made_anew():
@@ -192,19 +300,22 @@ def test_a_field_that_is_set_is_checked_and_what_follows_from_it_made_anew():
     assert config == ModernBertConfig(num_hidden_layers=4, num_labels=3)
     assert (len(config.layer_types), config.id2label[2]) == (4, "LABEL_2")
     before = config.to_json_string()
-    for name, value in (("hidden_size", 7), ("classifier_pooling", "max"), ("num_labels", 0)):
+    for name, value in (("hidden_size", 0), ("classifier_pooling", "max"), ("num_labels", 0)):
         with pytest.raises(ConfigError, match=name):
             setattr(config, name, value)
-    with pytest.raises(AttributeError, match="no field 'hiden_size'"):
-        config.hiden_size = 4
+    config.label2id = {"no": 0, "yes": 1}
+    assert (config.id2label, config.num_labels) == ({0: "no", 1: "yes"}, 2)
+    config.num_labels = 2
+    assert config.id2label == {0: "no", 1: "yes"}
+    config.num_labels = 3
     assert config.to_json_string() == before
 
 
-def test_fields_that_shaped_a_model_change_in_a_copy_alone():
+def test_fields_that_shaped_a_model_change_in_a_copy_alone(caplog):
     config = ModernBertConfig(**SMALL, num_labels=2)
     model = ModernBertForSequenceClassification(config).eval()
     x = torch.tensor([[5, 6, 7]])
-    for name, value in (("hidden_size", 96), ("num_labels", 5), ("local_attention", 4), ("norm_eps", 0.1)):
+    for name, value in (("hidden_size", 96), ("vocab_size", 97), ("local_attention", 4), ("norm_eps", 0.1)):
         with pytest.raises(ConfigError, match=rf"{name} is set to .*config.replace\({name}=...\)"):
             setattr(model.config, name, value)
     model.config.hidden_size = 48  # as it is
@@ -219,9 +330,80 @@ def test_fields_that_shaped_a_model_change_in_a_copy_alone():
     assert len(model(x)[1]) == SMALL["num_hidden_layers"] + 1
     model.config.id2label = {0: "no", 1: "yes"}
     assert model.config.label2id == {"no": 0, "yes": 1}
+    model.resize_token_embeddings(100)
+    with pytest.raises(ConfigError, match="vocab_size is set to 96"):  # in the configuration that it has now, too
+        model.config.vocab_size = 96
+    model.config.use_cache = False
+    assert not model.config.use_cache
+    model.config.return_dict = True
+    model.config.num_labels = 5
+    assert "num_labels is 5, and the classifier of this ModernBertForSequenceClassification gives 2" in caplog.text
+    model.config.problem_type = None
+    with pytest.raises(InputError, match="num_labels is 5, and the classifier gives 2 scores"):
+        model(x, labels=torch.tensor([3]))
+    model.classifier = torch.nn.Linear(48, 5)
+    assert model(x, labels=torch.tensor([3])).loss > 0
     other = copy.deepcopy(model.config)
     other.hidden_size = 96
     assert ModernBertForSequenceClassification(other).config.hidden_size == 96
+
+
+def test_the_attention_of_a_built_model_follows_the_configuration():
+    config = ModernBertConfig(**SMALL, attn_implementation="eager")
+    assert config._attn_implementation == "eager"
+    model = ModernBertForSequenceClassification(config).eval()
+    x = torch.tensor([[5, 6, 7]])
+    for name in ("sdpa", "eager", "auto"):
+        model.config._attn_implementation = name
+        assert model.attn_implementation == model.model.attn_implementation == name
+        assert model.config._attn_implementation == {"auto": "sdpa"}.get(name, name)
+        model.optimize_for_inference()
+        with torch.no_grad():
+            first = model(x).logits
+        model.config._attn_implementation = "eager"
+        with torch.no_grad():
+            torch.testing.assert_close(model(x).logits, first, rtol=0, atol=1e-5)
+    other = ModernBertForSequenceClassification(config, attn_implementation="sdpa")
+    other.config.return_dict = False
+    assert other.attn_implementation == other.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="nonsense"):
+        model.config._attn_implementation = "nonsense"
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="nonsense"):
+        ModernBertForSequenceClassification(ModernBertConfig(**SMALL, attn_implementation="nonsense"))
+
+
+def test_a_model_has_a_configuration_of_its_own_which_is_free_when_it_is_gone(caplog):
+    config = ModernBertConfig(**SMALL)
+    model = ModernBertForSequenceClassification(config)
+    assert model.config == config
+    own = model.config
+    assert model.model.config is own
+    config.update({"hidden_size": 96})  # another model's
+    assert own.hidden_size == 48
+    config.use_cache = True
+    config.output_attentions = True
+    assert (
+        "output_attentions is set for models that are built from now on; others have it in model.config" in caplog.text
+    )
+    assert not own.output_attentions
+    del model
+    gc.collect()
+    own.hidden_size = 96
+
+
+def test_fields_that_fit_only_together_are_set_one_after_another():
+    config = ModernBertConfig(num_hidden_layers=1)
+    config.hidden_size = 32
+    config.num_attention_heads = 2
+    config.vocab_size = 99
+    with pytest.raises(ConfigError, match="pad_token_id is 50283; the vocabulary has ids 0 to 98"):
+        ModernBertForSequenceClassification(config)
+    config.pad_token_id = 98
+    model = ModernBertForSequenceClassification(config)
+    model.config.pad_token_id = 99
+    model.resize_token_embeddings(100)
+    assert model.config.vocab_size == 100
 
 
 def test_replacing_makes_derived_values_anew():
@@ -302,6 +484,7 @@ def test_a_field_of_any_type_is_read_or_refused_in_one_line(field):
 
 
 def test_labels_may_be_a_list_and_a_null_label_has_its_number():
+    assert ModernBertConfig(id2label={0: "a"}, label2id={"a": "0"}).label2id == {"a": "0"}  # as in transformers
     assert ModernBertConfig(id2label=["no", "yes"]).id2label == {0: "no", 1: "yes"}
     assert ModernBertConfig.from_dict({"id2label": ["no", "yes", "maybe"]}).label2id == {"no": 0, "yes": 1, "maybe": 2}
     assert ModernBertConfig.from_dict({"id2label": {"0": None, "1": "yes"}}).id2label == {0: "LABEL_0", 1: "yes"}

@@ -16,32 +16,52 @@ _EXPORTS = {
     "AutoModelForCausalLM": "auto",
     "AutoModelForMaskedLM": "auto",
     "AutoModelForMultipleChoice": "auto",
+    "AutoModelForPreTraining": "auto",
     "AutoModelForQuestionAnswering": "auto",
     "AutoModelForSequenceClassification": "auto",
     "AutoModelForTokenClassification": "auto",
     "AutoTokenizer": "auto",
+    "BatchEncoding": "text.encoding",
     "BitsAndBytesConfig": "quantization.options",
     "DecoderCache": "decoding.cache",
+    "FeatureExtractionPipeline": "pipelines.feature_extraction",
+    "FillMaskPipeline": "pipelines.fill_mask",
     "GenerateOutput": "decoding.generate",
     "ModernBertConfig": "config",
     "ModernBertDecoderConfig": "config",
     "ModernBertDecoderForCausalLM": "models.decoder",
     "ModernBertDecoderForSequenceClassification": "models.decoder",
     "ModernBertDecoderModel": "models.decoder",
+    "ModernBertDecoderPreTrainedModel": "models.decoder",
     "ModernBertForMaskedLM": "models.heads",
     "ModernBertForMultipleChoice": "models.heads",
     "ModernBertForQuestionAnswering": "models.heads",
     "ModernBertForSequenceClassification": "models.heads",
     "ModernBertForTokenClassification": "models.heads",
     "ModernBertModel": "models.encoder",
+    "ModernBertPreTrainedModel": "models.encoder",
+    "Pipeline": "pipelines.base",
+    "PreTrainedConfig": "config",
+    "PreTrainedModel": "models.base",
+    "PreTrainedTokenizer": "text.tokenizer",
+    "PreTrainedTokenizerBase": "text.tokenizer",
+    "PreTrainedTokenizerFast": "text.tokenizer",
+    "PretrainedConfig": "config",
     "QuantizationConfig": "quantization.options",
+    "QuestionAnsweringPipeline": "pipelines.question_answering",
     "SentenceEncoder": "models.sentence_encoder",
+    "TextClassificationPipeline": "pipelines.text_classification",
+    "TextGenerationPipeline": "pipelines.text_generation",
     "TextStreamer": "decoding.text",
+    "TokenClassificationPipeline": "pipelines.token_classification",
     "Tokenizer": "text.tokenizer",
+    "ZeroShotClassificationPipeline": "pipelines.zero_shot_classification",
     "finetune": "training.finetuning",
+    "logging": "logging",
     "maxsim": "pipelines.sentence_embedding",
     "pipeline": "pipelines",
     "quantize": "quantization.gate",
+    "set_seed": "models.placement",
 }
 __version__ = "0.1.0"
 _find, _ = exports(__name__, _EXPORTS)
@@ -49,7 +69,7 @@ __all__ = sorted([*_EXPORTS, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if _EXPORTS.get(name, "config") not in ("config", "text.tokenizer"):
+    if _EXPORTS.get(name, "config") not in ("config", "logging", "text.encoding", "text.tokenizer"):
         importlib.import_module(f"{__name__}.quantization")  # which lets models read its checkpoints
     return _find(name)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import modernbert
 from modernbert import quantization
 from modernbert.config import Config
-from modernbert.errors import ConfigError, shown
+from modernbert.errors import ConfigError, InputError, shown
 from modernbert.io.hub import Source
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.sentence_encoder import SentenceEncoder
@@ -24,6 +24,7 @@ _MODELS: dict[str, dict[str, str]] = {
     "base": {"modernbert": "ModernBertModel", "modernbert-decoder": "ModernBertDecoderModel"},
     "causal-lm": {"modernbert-decoder": "ModernBertDecoderForCausalLM"},
     "masked-lm": {"modernbert": "ModernBertForMaskedLM"},
+    "pretraining": {"modernbert": "ModernBertForMaskedLM", "modernbert-decoder": "ModernBertDecoderForCausalLM"},
     "sequence-classification": {
         "modernbert": "ModernBertForSequenceClassification",
         "modernbert-decoder": "ModernBertDecoderForSequenceClassification",
@@ -32,7 +33,7 @@ _MODELS: dict[str, dict[str, str]] = {
     "multiple-choice": {"modernbert": "ModernBertForMultipleChoice"},
     "question-answering": {"modernbert": "ModernBertForQuestionAnswering"},
 }
-_CLASSES = {name: (kind, model_type) for kind, names in _MODELS.items() for model_type, name in names.items()}
+_CLASSES = {n: (kind, of) for kind, names in _MODELS.items() if kind != "pretraining" for of, n in names.items()}
 # Heads that were trained for one task; a base or language model may get a fresh head for any.
 TRAINED_HEADS = ("sequence-classification", "token-classification", "multiple-choice", "question-answering")
 
@@ -57,31 +58,45 @@ class AutoConfig:
     """Reads the configuration class that `model_type` names."""
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Config:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Config:
         """Like `ModernBertConfig.from_pretrained`, for any known `model_type`.
 
         Raises:
             NotFoundError: there is no such folder, repository or file.
             ConfigError: `model_type` is unknown, or a value is impossible.
         """
-        source = Source.pop_from(name_or_folder, kwargs)
-        values = source.read_json("config.json")
+        values, kwargs = Config.get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = values.get("model_type")
         if model_type is None:
             model_type = _known_class(values)[1]
+        kind = cls._class_for(model_type, str(pretrained_model_name_or_path))
+        return kind.from_dict(values, **{"name_or_path": str(pretrained_model_name_or_path), **kwargs})
+
+    @classmethod
+    def for_model(cls, model_type: str, **kwargs: Any) -> Config:
+        """A new configuration of this type, with these fields.
+
+        Raises:
+            ConfigError: the type is unknown, or a value is impossible.
+        """
+        return cls._class_for(model_type, "for_model")(**kwargs)
+
+    @classmethod
+    def _class_for(cls, model_type: Any, origin: str) -> type[Config]:
         if not isinstance(model_type, str) or model_type not in _CONFIGS:
-            raise ConfigError(f"{name_or_folder} has model_type {shown(model_type)}; known are {', '.join(_CONFIGS)}")
-        config: Config = getattr(modernbert, _CONFIGS[model_type]).from_dict(values, **kwargs)
-        return config
+            raise ConfigError(f"{origin} has model_type {shown(model_type)}; known are {', '.join(_CONFIGS)}")
+        kind: type[Config] = getattr(modernbert, _CONFIGS[model_type])
+        return kind
 
 
 class AutoTokenizer:
     """Reads the tokenizer of any checkpoint."""
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Tokenizer:
-        """Like `Tokenizer.from_pretrained`."""
-        return Tokenizer.from_pretrained(name_or_folder, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Tokenizer:
+        """Like `Tokenizer.from_pretrained`; a `config` is not needed."""
+        kwargs.pop("config", None)
+        return Tokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 class _AutoModelBase:
@@ -93,7 +108,11 @@ class _AutoModelBase:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | Path, *, config: Config | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *,
+        config: Config | str | Path | None = None,
+        **kwargs: Any,
     ) -> PreTrainedModel:
         """Load a model of this kind; for arguments see `PreTrainedModel.from_pretrained`.
 
@@ -101,15 +120,19 @@ class _AutoModelBase:
             NotFoundError: there is no such folder, repository or file.
             ConfigError: the checkpoint's `model_type` is unknown, or has no model of this kind.
         """
-        if config is None:
-            config = AutoConfig.from_pretrained(name_or_folder, **_where(kwargs))
-        model: PreTrainedModel = cls._class_for(config).from_pretrained(name_or_folder, config=config, **kwargs)
+        if not isinstance(config, Config):
+            where = config or pretrained_model_name_or_path
+            if where is None:
+                raise InputError("pretrained_model_name_or_path is None; give a name or folder, or config, state_dict")
+            config = AutoConfig.from_pretrained(where, **_where(kwargs))
+        kind = cls._class_for(config)
+        model: PreTrainedModel = kind.from_pretrained(pretrained_model_name_or_path, config=config, **kwargs)
         return model
 
     @classmethod
     def from_config(cls, config: Config, **kwargs: Any) -> PreTrainedModel:
-        """Make a freshly initialised model of this kind."""
-        model: PreTrainedModel = cls._class_for(config)(config, **kwargs)
+        """Make a freshly initialised model of this kind; for arguments see `PreTrainedModel.from_config`."""
+        model: PreTrainedModel = cls._class_for(config).from_config(config, **kwargs)
         return model
 
     @classmethod
@@ -144,7 +167,7 @@ def load_as_saved(name_or_folder: str | Path, **kwargs: Any) -> Any:
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of these arguments, those that say where a checkpoint is."""
-    names = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
+    names = ("revision", "subfolder", "cache_dir", "token", "use_auth_token", "local_files_only", "force_download")
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
@@ -152,6 +175,12 @@ class AutoModel(_AutoModelBase):
     """The bare model, without a head."""
 
     kind = "base"
+
+
+class AutoModelForPreTraining(_AutoModelBase):
+    """The language model of the checkpoint's kind, as it is pretrained."""
+
+    kind = "pretraining"
 
 
 class AutoModelForMaskedLM(_AutoModelBase):

@@ -12,12 +12,13 @@ def exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], A
 
     Args:
         package: its full name.
-        modules: the module that each exported name is in, below `modernbert`.
+        modules: the module that each exported name is in, below `modernbert`; one of the same name is exported itself.
     """
 
     def find(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"modernbert.{modules[name]}"), name)
+        module = importlib.import_module(f"modernbert.{modules[name]}")
+        return module if modules[name] == name else getattr(module, name)
 
     return find, lambda: sorted(modules)

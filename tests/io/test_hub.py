@@ -160,3 +160,31 @@ def test_an_adapter_on_the_hub_is_refused_and_not_downloaded(hub):
     with pytest.raises(CheckpointError, match="owner/adapted holds an adapter"):
         AutoModelForMaskedLM.from_pretrained("owner/adapted", cache_dir=hub.cache)
     assert not [r for r in hub.requests if r[0] == "GET" and "adapter" in r[1]]
+
+
+def test_what_is_pushed_can_be_loaded(hub, small_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained("owner/name", cache_dir=hub.cache)
+    said = {"token": "secret", "commit_message": "first"}
+    commit = small_model.push_to_hub("owner/new", **said, max_shard_size="20KB")
+    assert (commit.oid, commit.commit_message) == (COMMIT, "first")
+    tokenizer.push_to_hub("owner/new", token="secret", revision="v1")
+    small_model.config.push_to_hub("owner/new", token="secret", private=True, create_pr=True)
+    message = "Upload ModernBertConfig"
+    assert hub.commits == [
+        ("owner/new", "main", "first"), ("owner/new", "v1", "Upload Tokenizer"), ("owner/new", "main", message)
+    ]  # fmt: skip
+    assert same(ModernBertForMaskedLM.from_pretrained("owner/new", cache_dir=hub.cache), small_model)
+    again = AutoTokenizer.from_pretrained("owner/new", cache_dir=hub.cache)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    for thing in (small_model, small_model.config, tokenizer):
+        files = thing.save_pretrained(tmp_path / "made", push_to_hub=True, repo_id="me/made", token="secret")
+        assert all(hub.repositories["me/made"][file.split("/")[-1]] for file in files)
+    with pytest.raises(CheckpointError, match=r"^owner/new was not pushed to the Hub, which wants token=\.\.\. .*401"):
+        small_model.push_to_hub("owner/new", token="wrong")
+
+
+def test_a_download_can_be_forced(hub):
+    AutoConfig.from_pretrained("owner/name", cache_dir=hub.cache)
+    before = len(hub.requests)
+    assert AutoConfig.from_pretrained("owner/name", cache_dir=hub.cache, force_download=True).num_labels == 2
+    assert len(hub.requests) > before

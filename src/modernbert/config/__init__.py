@@ -4,6 +4,8 @@ from modernbert.config.base import ACTIVATIONS, LAYER_TYPES, Config, Reach
 from modernbert.config.decoder import ModernBertDecoderConfig
 from modernbert.config.encoder import POOLINGS, ModernBertConfig
 
+PreTrainedConfig = PretrainedConfig = Config
+
 __all__ = [
     "ACTIVATIONS",
     "LAYER_TYPES",
@@ -11,5 +13,7 @@ __all__ = [
     "Config",
     "ModernBertConfig",
     "ModernBertDecoderConfig",
+    "PreTrainedConfig",
+    "PretrainedConfig",
     "Reach",
 ]

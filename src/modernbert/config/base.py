@@ -11,16 +11,23 @@ import abc
 import copy
 import dataclasses
 import difflib
+import functools
+import inspect
 import json
+import logging
 import typing
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, TypeGuard
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeGuard, TypeVar
 
 from modernbert.checks import Limits, check_value, kinds_of, option
 from modernbert.errors import ConfigError, shown
 from modernbert.io.files import write_text
-from modernbert.io.hub import Source
+from modernbert.io.hub import Saved, Source, read_object
+
+logger = logging.getLogger(__name__)
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
@@ -45,9 +52,36 @@ _LIMITS = {
 # Fields that act on every call, whenever they are set.
 _ACT_LATER = {
     *(f"{name}_token_id" for name in _SPECIAL_IDS),
-    *("id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states", "return_dict"),
-    *("dtype", "extra", "initializer_range", "initializer_cutoff_factor", "use_cache", "classifier_pooling"),
-    *("sparse_prediction", "sparse_pred_ignore_index", "repad_logits_with_grad"),
+    *("num_labels", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states"),
+    *("return_dict", "dtype", "extra", "initializer_range", "initializer_cutoff_factor", "use_cache"),
+    *("classifier_pooling", "sparse_prediction", "sparse_pred_ignore_index", "repad_logits_with_grad"),
+    "max_position_embeddings",
+}
+_OF_LABELS = {"num_labels", "id2label", "label2id", "dtype", "extra"}
+# What a change of a field makes anew.
+_DERIVED = {
+    "num_labels": ("id2label", "label2id"),
+    "id2label": ("num_labels", "label2id"),
+    "label2id": ("num_labels", "id2label"),
+    "num_hidden_layers": ("layer_types",),
+    "global_attn_every_n_layers": ("layer_types",),
+    "layer_types": ("global_attn_every_n_layers",),
+    "rope_parameters": ("global_rope_theta", "local_rope_theta"),
+}
+# What configurations of transformers hold beside fields, until a file or a caller says otherwise.
+_UNLESS_GIVEN: Mapping[str, Any] = MappingProxyType(
+    {
+        **dict.fromkeys(("architectures", "transformers_version", "base_model_tp_plan", "base_model_pp_plan")),
+        "use_cache": False,
+        "chunk_size_feed_forward": 0,
+    }
+)
+# Read from other fields, and never set.
+_FOLLOWS = {
+    "head_dim": "hidden_size and num_attention_heads",
+    "num_key_value_heads": "num_attention_heads",
+    "rope_theta": "global_rope_theta and local_rope_theta",
+    "use_return_dict": "return_dict",
 }
 
 
@@ -58,14 +92,51 @@ class Reach(NamedTuple):
     right: int | None
 
 
+class Built(Protocol):
+    """A model, as its configuration sees it."""
+
+    attn_implementation: str
+
+    @property
+    def base_model(self) -> Any: ...
+
+    def set_attn_implementation(self, attn_implementation: str) -> None: ...
+
+    def follow(self, changed: set[str]) -> None:
+        """Called after these fields were set."""
+        ...
+
+
+ConfigT = TypeVar("ConfigT", bound="type[Config]")
+
+
+def keeps_unknown(cls: ConfigT) -> ConfigT:
+    """Let the constructor of a configuration take other names of its fields, and keep arguments that are no fields."""
+    plain: Any = cls.__init__
+
+    @functools.wraps(plain)
+    def init(self: Config, **values: Any) -> None:
+        fields, others = self._named(values)
+        plain(self, **fields)
+        own = [name for name in self.__dict__ if name not in self._names() and not name.startswith("_")]
+        # A class of somebody's own may set attributes before; and what is kept is not written into a caller's `extra`.
+        self.__dict__["extra"] = {**self.extra, **{name: self.__dict__.pop(name) for name in own}}
+        self.update(others)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
 @dataclasses.dataclass(kw_only=True)
-class Config(abc.ABC):
+class Config(Saved, abc.ABC):
     """The architecture and options of a model; the defaults are those of the base size.
 
     All arguments are keywords. A field that is set later is checked as at construction, and what is derived from it is
-    made anew; `config.replace(...)` gives a changed copy. Once a model was built, fields that shaped it can only be
-    changed in a copy, for another model. Keys of a `config.json` that are not listed here are kept in `extra` and
-    written back when saved.
+    made anew; fields that contradict each other are refused where a model is built. `config.replace(...)` gives a
+    changed copy. A model has a copy of its own, `model.config`: there fields that shaped it can no longer be set, and
+    the others act from then on. Whatever is not listed here, as an argument, as
+    an attribute or in a `config.json`, is kept in `extra`, can be read as an attribute, and is saved. `hidden_act`,
+    `torch_dtype`, `sliding_window` and `attn_implementation` are taken as transformers means them.
 
     Args:
         vocab_size: rows of the token embedding.
@@ -105,7 +176,8 @@ class Config(abc.ABC):
             may be a list of names, in the order of their ids.
         output_attentions, output_hidden_states, return_dict: defaults of the forward arguments.
         pruned_heads: heads removed from each layer.
-        dtype: name of the dtype that the weights were saved in: "float32", "bfloat16", "float16" or "float64".
+        dtype: of the weights, as a torch dtype or its name: float32, bfloat16, float16 or float64; as an attribute it
+            is a torch dtype, or None if nothing says.
         extra: unknown keys of the file that the configuration was read from.
 
     Raises:
@@ -116,6 +188,16 @@ class Config(abc.ABC):
 
     model_type: ClassVar[str]
     default_theta: ClassVar[dict[str, float]]  # base period of each layer type if a file does not give it
+    attribute_map: ClassVar[dict[str, str]] = {"hidden_act": "hidden_activation", "torch_dtype": "dtype"}
+    fixed: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "type_vocab_size": 0,
+            **dict.fromkeys(("is_decoder", "is_encoder_decoder", "is_composition", "add_cross_attention"), False),
+        }
+    )  # what holds of every model, by transformers' names
+    sub_configs: ClassVar[dict[str, Any]] = {}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    _name_or_path: ClassVar[str] = ""
 
     vocab_size: int = 50368
     hidden_size: int = 768
@@ -160,12 +242,12 @@ class Config(abc.ABC):
     output_hidden_states: bool = False
     return_dict: bool = True
     pruned_heads: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-    dtype: str | None = None
+    dtype: Any = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self, rope_scaling: dict[str, Any] | None) -> None:
         self._check_types()
-        self._check_sizes()
+        self._check_ids()
         self._derive_dtype()
         self._derive_layer_types()
         self._derive_rope(rope_scaling)
@@ -173,29 +255,132 @@ class Config(abc.ABC):
         self._derive_pruned_heads()
         self.__dict__["_is_checked"] = True
 
+    # Setting
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        """What the constructor takes as fields."""
+        return [*(f.name for f in dataclasses.fields(cls)), "rope_scaling"]
+
+    @classmethod
+    def _named(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What a caller gives: fields, under their own names, and the rest."""
+        names = cls._names()
+        fields: dict[str, Any] = {}
+        others: dict[str, Any] = {}
+        for given, value in values.items():
+            name = cls.attribute_map.get(given, given)
+            if value is None and name in ("output_attentions", "output_hidden_states", "return_dict"):
+                continue
+            if given == "sliding_window":
+                fields["local_attention"] = _window(value, values.get("local_attention"))
+            elif name not in names:
+                others[name] = value
+            elif given == name or name not in values:
+                fields.setdefault(name, value)
+        return fields, others
+
+    def update(self, values: Mapping[str, Any], **more: Any) -> None:
+        """Set several fields at once; what is no field is kept as an attribute.
+
+        Raises:
+            ConfigError: a value is impossible, or a field shaped a model that was built; nothing is set then.
+        """
+        fields, others = self._named({**values, **more})
+        for name in others.keys() & {*_FOLLOWS, *self.fixed, "model_type"}:
+            value, held = others.pop(name), getattr(self, name)
+            if held != value:
+                why = f"follows from {_FOLLOWS[name]}" if name in _FOLLOWS else f"is always {held!r} here"
+                raise ConfigError(f"{name} is {shown(value)}; it {why}")
+        changed, models = self.replace(**fields) if fields else self, list(self._models().values())
+        new = {f.name: getattr(changed, f.name) for f in dataclasses.fields(self)}
+        if "extra" not in fields:
+            new["extra"] = self.extra
+        different = {name for name, value in new.items() if value != getattr(self, name)}
+        for field in sorted(different - _ACT_LATER) if models else ():
+            name = next((n for n in fields if n == field or field in _DERIVED.get(n, ())), field)
+            raise ConfigError(
+                f"{name} is set to {shown(fields.get(name))}, which changes {field}, and a model was built with "
+                f"{shown(getattr(self, field))}; make another model from config.replace({name}=...)"
+            )
+        for name in others.keys() & {"attn_implementation", "_attn_implementation"}:
+            attention = others.pop(name)
+            for model in models:
+                if attention not in (None, model.attn_implementation):
+                    model.set_attn_implementation(attention)
+            self.__dict__["_attention"] = attention
+        self.__dict__.update(new)
+        if self.__dict__.get("_has_copies") and (acting := different & _ACT_LATER - _OF_LABELS):
+            names = ", ".join(sorted(acting))
+            logger.warning("%s is set for models that are built from now on; others have it in model.config", names)
+        for name, value in others.items():
+            self._keep(name, value)
+        for model in models if different else ():
+            model.follow(different)
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Keep what is no field."""
+        if name.startswith("_") or name == "name_or_path":
+            self.__dict__["_" + name.lstrip("_")] = value
+            return
+        if name not in self.extra and name not in _UNLESS_GIVEN:
+            near = self._near(name)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            level = logging.WARNING if near else logging.INFO
+            logger.log(level, "%s has no %s: it is kept, and changes nothing%s", type(self).__name__, name, hint)
+        self.extra[name] = value
+
     def __setattr__(self, name: str, value: Any) -> None:
         if "_is_checked" not in self.__dict__:
             object.__setattr__(self, name, value)
-            return
-        if name not in {field.name for field in dataclasses.fields(self)}:
-            raise AttributeError(f"{type(self).__name__} has no field {name!r}; `extra` holds what is not listed")
-        changed = self.replace(**{name: value})
-        if self.__dict__.get("_has_model"):
-            for field in dataclasses.fields(self):
-                old, new = getattr(self, field.name), getattr(changed, field.name)
-                if old != new and field.name not in _ACT_LATER:
-                    raise ConfigError(
-                        f"{name} is set to {shown(value)}, which changes {field.name}, and a model was built with "
-                        f"{shown(old)}; make another model from config.replace({name}=...)"
-                    )
-        self.__dict__.update({field.name: getattr(changed, field.name) for field in dataclasses.fields(self)})
+        else:
+            self.update({name: value})
+
+    def __getattr__(self, name: str) -> Any:  # of what is no field
+        if name in self.attribute_map:
+            return getattr(self, self.attribute_map[name])
+        for held in () if name.startswith("__") else (self.fixed, self.__dict__.get("extra") or {}, _UNLESS_GIVEN):
+            if name in held:
+                return held[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self.extra:
+            raise AttributeError(f"{name!r} cannot be removed; what is no field of {type(self).__name__} can be")
+        del self.extra[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.to_dict()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.to_dict()[name]
+
+    def keys(self) -> list[str]:
+        """The keys of `to_dict`."""
+        return list(self)
 
     def __getstate__(self) -> dict[str, Any]:  # for copies, which no model was built from
-        return {name: value for name, value in self.__dict__.items() if name != "_has_model"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_built", "_has_copies")}
 
-    def shapes_a_model(self) -> None:
-        """From now on fields that shape a model are no longer set, but replaced in a copy."""
-        self.__dict__["_has_model"] = True
+    def own(self) -> Self:
+        """The configuration of a model that is built now: a copy, unless it is that of a model already."""
+        if self._models():
+            return self
+        self.__dict__["_has_copies"] = True
+        return copy.deepcopy(self)
+
+    def shapes(self, model: Built) -> None:
+        """While this model lives, fields that shaped it are no longer set, but replaced in a copy."""
+        self._models()[id(model)] = model
+
+    def _models(self) -> weakref.WeakValueDictionary[int, Built]:
+        built: weakref.WeakValueDictionary[int, Built] = self.__dict__.setdefault(
+            "_built", weakref.WeakValueDictionary()
+        )
+        return built
 
     # Derived views
 
@@ -203,6 +388,47 @@ class Config(abc.ABC):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values: as many as of queries."""
+        return self.num_attention_heads
+
+    @property
+    def rope_theta(self) -> float | None:
+        """Base period of the rotary embedding of global layers."""
+        return self.global_rope_theta
+
+    @property
+    def use_return_dict(self) -> bool:
+        """Older name of `return_dict`."""
+        return self.return_dict
+
+    @property
+    def stored_dtype(self) -> Any:
+        """What `dtype` was in the file; it changes to that of the weights once a model was loaded."""
+        return self.__dict__.get("_stored_dtype", self.dtype)
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the configuration was read from; "" if it was not. It is not saved."""
+        return str(self._name_or_path)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        """How a model attends: the built one, by the name of what "auto" took; or else one that is built from here."""
+        if not (models := list(self._models().values())):
+            return self.__dict__.get("_attention")
+        name = models[-1].attn_implementation
+        return str(models[-1].base_model.backend.name) if name == "auto" else name
+
+    def attention_of(self, given: str | None) -> str:
+        """How a model that is built now attends, of what its caller gives."""
+        return (self.__dict__.get("_attention") if given in (None, "auto") else given) or "auto"
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Self:
+        """The configuration itself: there is only text."""
+        return self
 
     @property
     def sliding_window(self) -> int:
@@ -225,23 +451,13 @@ class Config(abc.ABC):
             TypeError: there is no such field.
             ConfigError: a value is impossible.
         """
-        names = [f.name for f in dataclasses.fields(self)]
-        for name in changes:
-            if name not in names:
-                near = difflib.get_close_matches(name, names, 1)
-                hint = f"; did you mean {near[0]}?" if near else ";"
-                raise TypeError(f"{type(self).__name__} has no {name}{hint} there are {', '.join(sorted(names))}")
-        derived = {
-            "num_labels": ("id2label", "label2id"),
-            "id2label": ("num_labels", "label2id"),
-            "num_hidden_layers": ("layer_types",),
-            "global_attn_every_n_layers": ("layer_types",),
-            "layer_types": ("global_attn_every_n_layers",),
-            "rope_parameters": ("global_rope_theta", "local_rope_theta"),
-        }
+        changes, others = self._named(changes)
+        self._refuse_unknown(others)
+        if changes.get("num_labels") == self.num_labels and "id2label" not in changes:
+            changes.pop("num_labels", None)  # labels keep their names
         values: dict[str, Any] = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(self)}
         layers = changes.get("num_hidden_layers", self.num_hidden_layers)
-        irregular = self.global_attn_every_n_layers is None and not {*derived["layer_types"], "layer_types"} & {
+        irregular = self.global_attn_every_n_layers is None and not {*_DERIVED["layer_types"], "layer_types"} & {
             *changes
         }
         if layers != self.num_hidden_layers and irregular:
@@ -252,10 +468,37 @@ class Config(abc.ABC):
             if name in changes:  # a scaled type keeps its other values
                 values["rope_parameters"][kind]["rope_theta"] = changes[name]
         for name in changes:
-            for stale in derived.get(name, ()):
+            for stale in _DERIVED.get(name, ()):
                 if stale not in changes:
                     values[stale] = None
-        return type(self)(**{**values, **changes})
+        new = type(self)(**{**values, **changes})
+        new.__dict__["extra"] = {**new.extra, **changes.get("extra", values["extra"])}
+        new.__dict__.update({name: value for name, value in self.__getstate__().items() if name.startswith("_")})
+        return new
+
+    def _near(self, name: str) -> list[str]:
+        return difflib.get_close_matches(name, self._names(), 1)
+
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
+        for name in names:
+            near = self._near(name)
+            hint = f"; did you mean {near[0]}?" if near else ";"
+            there = ", ".join(sorted(self._names()))
+            raise TypeError(f"{type(self).__name__} has no {name}{hint} there are {there}")
+
+    def overridden(self, values: Mapping[str, Any], keep_unknown: bool = False) -> Self:
+        """A copy with what a caller of `from_pretrained` gives: fields, and what is kept as an attribute already.
+
+        Raises:
+            TypeError: a name is neither; with `keep_unknown`, only where a field has one much like it.
+            ConfigError: a value is impossible.
+        """
+        new = copy.deepcopy(self)
+        kept = {*_UNLESS_GIVEN, *_FOLLOWS, *self.fixed, *self.extra, "name_or_path", "attn_implementation"}
+        unknown = [name for name in self._named(values)[1] if name not in kept and not name.startswith("_")]
+        self._refuse_unknown(name for name in unknown if not keep_unknown or self._near(name))
+        new.update(values)
+        return new
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **overrides: Any) -> Self:
@@ -263,7 +506,8 @@ class Config(abc.ABC):
 
         Args:
             values: the parsed file; keys that mean nothing here are kept in `extra`.
-            overrides: fields that replace what the file says.
+            overrides: what replaces what the file says; with `return_unused_kwargs=True` the result is a pair, with
+                those that have no place here.
 
         Raises:
             ConfigError: the file is of another model type, or a value is impossible.
@@ -280,34 +524,53 @@ class Config(abc.ABC):
             given.pop("num_labels", None)
         half = given.pop("sliding_window", None)  # as in the reference, it wins over `local_attention`
         if half is not None:
-            half = check_value("sliding_window", half, int, {"limits": Limits(0, _LARGEST // 2)}, ConfigError)
-            whole = given.get("local_attention")
-            if not _is_whole(whole) or whole // 2 != half:
-                given["local_attention"] = 2 * half
+            given["local_attention"] = _window(half, given.get("local_attention"))
         for name in _SPECIAL_IDS:
             if given.get(f"{name}_token_id") == -1:  # a way to write that there is none
                 given[f"{name}_token_id"] = None
         # In a file, null means the default of a field that may not be null itself.
         nullable = {f.name for f in dataclasses.fields(cls) if "None" in str(f.type)} | {"rope_scaling"}
         arguments = {k: v for k, v in given.items() if k in known and (v is not None or k in nullable)}
-        config = cls(**arguments, extra={k: v for k, v in given.items() if k not in known})
-        return config.replace(**overrides) if overrides else config
+        extra = {k: v for k, v in given.items() if k not in known and k != "_name_or_path"}
+        own = {k: v for k, v in extra.items() if k in inspect.signature(cls).parameters}  # of a class of somebody's own
+        config = cls(**arguments, **own, extra=extra)
+        wants_unused = overrides.pop("return_unused_kwargs", False)
+        unused = {n: v for n, v in config._named(overrides)[1].items() if wants_unused and not hasattr(config, n)}
+        overrides = {name: value for name, value in overrides.items() if name not in unused}
+        config = config.overridden(overrides, keep_unknown=True) if overrides else config
+        return (config, unused) if wants_unused else config  # type: ignore[return-value]
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Read `config.json` of a local folder or of a repository on the Hub.
 
         Args:
-            name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
+            pretrained_model_name_or_path: a folder, a repository id such as "answerdotai/ModernBERT-base", or a file.
             kwargs: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only` say where to look;
-                everything else replaces what the file says.
+                everything else replaces what the file says. `return_unused_kwargs`: see `from_dict`.
 
         Raises:
             NotFoundError: there is no such folder, repository or file.
             ConfigError: the file holds an impossible value.
         """
-        source = Source.pop_from(name_or_folder, kwargs)
-        return cls.from_dict(source.read_json("config.json"), **kwargs)
+        values, rest = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.from_dict(values, **{"name_or_path": str(pretrained_model_name_or_path), **rest})
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The content of `config.json`, and the arguments that do not say where it is."""
+        path = Path(pretrained_model_name_or_path)
+        if path.is_file() and path.suffix == ".json":
+            Source.pop_from(path, kwargs)
+            return read_object(path), kwargs
+        return Source.pop_from(pretrained_model_name_or_path, kwargs).read_json("config.json"), kwargs
+
+    @classmethod
+    def from_json_file(cls, json_file: str | Path) -> Self:
+        """Read a file of the form of `config.json`."""
+        return cls.from_dict(read_object(Path(json_file)))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that `config.json` holds, both generations' spellings included."""
@@ -316,12 +579,11 @@ class Config(abc.ABC):
             if field.name not in ("extra", "num_labels"):
                 values[field.name] = copy.deepcopy(getattr(self, field.name))
         values["model_type"] = self.model_type
+        values["dtype"] = values["torch_dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         values["id2label"] = {str(i): label for i, label in (self.id2label or {}).items()}
         values["pruned_heads"] = {str(i): heads for i, heads in self.pruned_heads.items()}
-        if self.dtype is not None:
-            values["torch_dtype"] = self.dtype
         # Absent says the same as null here, and readers of either generation take it.
-        nullable = ("dtype", "problem_type", "global_attn_every_n_layers", "reference_compile")
+        nullable = ("dtype", "torch_dtype", "problem_type", "global_attn_every_n_layers", "reference_compile")
         for name in nullable:
             if values[name] is None:
                 del values[name]
@@ -329,16 +591,27 @@ class Config(abc.ABC):
             del values["pruned_heads"]
         return dict(sorted(values.items()))
 
-    def to_json_string(self) -> str:
-        """`to_dict` as the text of a `config.json`."""
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict` without what a new configuration has."""
+        usual = type(self)().to_dict()
+        values = self.to_dict().items()
+        return {name: v for name, v in values if name == "model_type" or name not in usual or v != usual[name]}
+
+    def to_json_string(self, use_diff: bool = False) -> str:
+        """`to_dict`, or `to_diff_dict`, as the text of a `config.json`."""
         for name in ("hidden_activation", "classifier_activation"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} is a function and cannot be saved; use one of {', '.join(ACTIVATIONS)}")
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        values = self.to_diff_dict() if use_diff else self.to_dict()
+        return json.dumps(values, indent=2, ensure_ascii=False, default=_plain) + "\n"
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` into a folder, which is made where missing."""
-        write_text(Path(folder) / "config.json", self.to_json_string())
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = False) -> None:
+        """Write `to_json_string` to a file."""
+        write_text(Path(json_file_path), self.to_json_string(use_diff))
+
+    def _write(self, folder: Path, options: Mapping[str, Any]) -> list[Path]:
+        write_text(folder / "config.json", self.to_json_string())
+        return [folder / "config.json"]
 
     # Construction, step by step
 
@@ -346,7 +619,7 @@ class Config(abc.ABC):
         kinds = kinds_of(type(self))
         for field in dataclasses.fields(self):
             kind = kinds[field.name]
-            if field.name != "dtype" and set(typing.get_args(kind) or (kind,)) <= {bool, int, float, str, type(None)}:
+            if set(typing.get_args(kind) or (kind,)) <= {bool, int, float, str, type(None)}:
                 rule = field.metadata or {"limits": _LIMITS.get(field.name, Limits())}
                 value = check_value(field.name, getattr(self, field.name), kind, rule, ConfigError)
                 setattr(self, field.name, value)
@@ -360,7 +633,8 @@ class Config(abc.ABC):
                     f"{name} is {shown(value)}; choose one of {', '.join(ACTIVATIONS)} or give a function"
                 )
 
-    def _check_sizes(self) -> None:
+    def check_fits(self) -> None:
+        """Raise `ConfigError` if fields contradict each other, which they may while they are set one after another."""
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size is {self.hidden_size}, which is not a multiple of "
@@ -371,21 +645,27 @@ class Config(abc.ABC):
                 f"hidden_size {self.hidden_size} over num_attention_heads {self.num_attention_heads} gives "
                 f"heads of {self.head_dim}; rotary embeddings need an even size"
             )
+        # Only the padding id is used as an index; others may point past a cut vocabulary.
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ConfigError(
+                f"pad_token_id is {self.pad_token_id}; the vocabulary has ids 0 to {self.vocab_size - 1} (vocab_size)"
+            )
+
+    def _check_ids(self) -> None:
         for name in (f"{special}_token_id" for special in _SPECIAL_IDS):
             ids = getattr(self, name)
-            # Only the padding id is used as an index; others may point past a cut vocabulary.
-            most = self.vocab_size if name == "pad_token_id" else 2**31
             for token_id in ids if name == "eos_token_id" and isinstance(ids, list) else [ids]:
-                if token_id is not None and (not _is_whole(token_id) or not 0 <= token_id < most):
+                if token_id is not None and (not _is_whole(token_id) or not 0 <= token_id < 2**31):
                     raise ConfigError(
                         f"{name} is {shown(token_id)}; the vocabulary has ids 0 to {self.vocab_size - 1} (vocab_size)"
                     )
 
     def _derive_dtype(self) -> None:
-        name = None if self.dtype in (None, "auto") else str(self.dtype).removeprefix("torch.")
+        given = self.__dict__["dtype"]
+        name = None if given in (None, "auto") else str(given).removeprefix("torch.")
         name = None if name is None else _OTHER_DTYPES.get(name, name)
         if name is not None and name not in DTYPES:
-            raise ConfigError(f"dtype is {shown(self.dtype)}; choose one of {', '.join(DTYPES)}")
+            raise ConfigError(f"dtype is {shown(given)}; choose one of {', '.join(DTYPES)}")
         self.dtype = name
 
     def _derive_pruned_heads(self) -> None:
@@ -510,9 +790,14 @@ class Config(abc.ABC):
                 labels = {i: inverse[i] for i in range(number)}
         self.id2label = labels
         self.num_labels = len(labels)
-        ids = list((self.label2id or {}).values())
-        if self.label2id is None or not all(map(_is_whole, ids)) or set(ids) != set(labels):
+        if self.label2id is None or {str(i) for i in self.label2id.values()} != set(map(str, labels)):
             self.label2id = {label: i for i, label in labels.items()}
+
+
+def _window(half: Any, whole: Any) -> int:
+    """`local_attention` where `sliding_window`, the half of it, is given."""
+    half = check_value("sliding_window", half, int, {"limits": Limits(0, _LARGEST // 2)}, ConfigError)
+    return whole if _is_whole(whole) and whole // 2 == half else 2 * half
 
 
 def _label(number: int, name: Any) -> str:
@@ -522,6 +807,28 @@ def _label(number: int, name: Any) -> str:
     if isinstance(name, str | int | float):
         return str(name)
     raise ConfigError(f"id2label names label {number} {shown(name)}; it must be a text")
+
+
+def _torch_dtype(self: Config) -> Any:
+    """The weights' dtype, or None if nothing says."""
+    name = self.__dict__["dtype"]
+    if not isinstance(name, str):
+        return name
+    import torch  # not before somebody asks
+
+    return getattr(torch, name)
+
+
+Config.dtype = property(_torch_dtype, lambda self, value: self.__dict__.update(dtype=value))
+
+
+def _plain(value: Any) -> Any:
+    """What stands in JSON for a value of a caller's that has no form of its own there."""
+    if callable(getattr(value, "to_dict", None)):
+        return value.to_dict()
+    if str(value).startswith("torch."):
+        return str(value).removeprefix("torch.")
+    raise ConfigError(f"the configuration holds {shown(value)}, which cannot be saved")
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
-from modernbert.config.base import Config, Reach
+from modernbert.config.base import Config, Reach, keeps_unknown
 from modernbert.errors import ConfigError
 
 
+@keeps_unknown
 @dataclasses.dataclass(kw_only=True)
 class ModernBertDecoderConfig(Config):
     """The architecture and options of a ModernBERT decoder; the defaults are those of its base size.
@@ -27,6 +30,7 @@ class ModernBertDecoderConfig(Config):
 
     model_type: ClassVar[str] = "modernbert-decoder"
     default_theta: ClassVar[dict[str, float]] = {"full_attention": 160_000.0, "sliding_attention": 160_000.0}
+    fixed: ClassVar[Mapping[str, Any]] = MappingProxyType({**Config.fixed, "is_decoder": True})
 
     use_cache: bool = True
 
@@ -42,8 +46,8 @@ class ModernBertDecoderConfig(Config):
                 values[f"{name}_token_id"] = -1
         return values
 
-    def _check_sizes(self) -> None:
-        super()._check_sizes()
+    def check_fits(self) -> None:
+        super().check_fits()
         if self.local_attention < 2:
             raise ConfigError(
                 f"local_attention is {self.local_attention}; a decoder's token sees half as many, so at least 2"

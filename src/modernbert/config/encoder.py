@@ -6,11 +6,12 @@ import dataclasses
 from typing import ClassVar
 
 from modernbert.checks import option
-from modernbert.config.base import Config, Reach
+from modernbert.config.base import Config, Reach, keeps_unknown
 
 POOLINGS = ("cls", "mean")
 
 
+@keeps_unknown
 @dataclasses.dataclass(kw_only=True)
 class ModernBertConfig(Config):
     """The architecture and options of a ModernBERT encoder; the defaults are those of ModernBERT-base.

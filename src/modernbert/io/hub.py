@@ -4,15 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import re
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from modernbert.errors import CheckpointError, NotFoundError, shown
+from modernbert.errors import CheckpointError, InputError, NotFoundError, printable, shown
 from modernbert.io.files import parse_json
 
 ADAPTER = "adapter_config.json"
 _LONGEST_NAME = 255  # characters
+logger = logging.getLogger(__name__)
+
+# What transformers takes where checkpoints are read and written, and has no meaning here; why.
+_MEANINGLESS = {
+    **dict.fromkeys(("trust_remote_code", "code_revision"), "nothing that comes with a checkpoint is ever executed"),
+    **dict.fromkeys(("low_cpu_mem_usage", "_fast_init", "disable_mmap"), "weights are always read one at a time"),
+    **dict.fromkeys(("max_memory", "offload_folder", "offload_state_dict", "offload_buffers"), "nothing is offloaded"),
+    **dict.fromkeys(("use_safetensors", "weights_only", "safe_serialization"), "weights are safetensors, always"),
+    **dict.fromkeys(("use_fast", "from_slow", "tokenizer_type", "legacy_format"), "there is one kind of tokenizer"),
+    **dict.fromkeys(("save_peft_format", "save_original_format", "save_function"), "there is one format"),
+    **dict.fromkeys(("proxies", "mirror", "user_agent", "resume_download"), "the Hub's own client says how it loads"),
+    **dict.fromkeys(("_from_auto", "_from_pipeline", "_commit_hash", "adapter_kwargs", "tqdm_class"), "it is not used"),
+    **dict.fromkeys(("use_kernels", "allow_all_kernels", "tags"), "it is not used"),
+}
+# What cannot be served, unless it is off.
+_REFUSED = {
+    **dict.fromkeys(("from_tf", "from_flax", "gguf_file"), "weights are read from safetensors alone"),
+    **dict.fromkeys(("tp_plan", "tp_size", "device_mesh", "distributed_config"), "a model is loaded onto one device"),
+    **dict.fromkeys(("key_mapping", "fusion_config", "kernel_config"), "tensors keep their names"),
+    "distributed_checkpoint": "weights are written by one process",
+    "use_flash_attention_2": "attn_implementation='flash_attention_2' says so",
+}
+
+
+def drop_meaningless(kwargs: dict[str, Any]) -> None:
+    """Take transformers' arguments that mean nothing here out of `kwargs`, with a line of log for each that is on.
+
+    Raises:
+        InputError: one cannot be served.
+    """
+    for name in [name for name in kwargs if name in _MEANINGLESS or name in _REFUSED]:
+        value = kwargs.pop(name)
+        if name in _REFUSED and value not in (None, False):
+            raise InputError(f"{name} is {shown(value)}; {_REFUSED[name]}, so leave it out")
+        if name in ("use_safetensors", "safe_serialization") and value is False:
+            logger.warning("%s=False changes nothing: %s", name, _MEANINGLESS[name])
+        elif value not in (None, False, {}) and name in _MEANINGLESS:
+            logger.info("%s changes nothing: %s", name, _MEANINGLESS[name])
+
+
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -36,6 +79,7 @@ class Source:
         cache_dir: where downloads are kept, instead of the Hub client's own cache.
         token: access token; True takes the one that the Hub client has stored, False sends none.
         local_files_only: take what the cache has and never ask the network.
+        force_download: download what the cache has already, too.
     """
 
     name_or_folder: str | Path
@@ -44,10 +88,14 @@ class Source:
     cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+    force_download: bool = False
 
     @classmethod
     def pop_from(cls, name_or_folder: str | Path, kwargs: dict[str, Any]) -> Source:
-        """Take this class's own arguments out of `kwargs`."""
+        """Take this class's own arguments out of `kwargs`, and those that mean nothing here."""
+        drop_meaningless(kwargs)
+        if (older := kwargs.pop("use_auth_token", None)) is not None:
+            kwargs.setdefault("token", older)
         names = [f.name for f in dataclasses.fields(cls)][1:]
         given = {name: kwargs.pop(name) for name in names if name in kwargs}
         return cls(name_or_folder, **{**given, "subfolder": given.get("subfolder") or ""})
@@ -55,6 +103,11 @@ class Source:
     def inside(self, path: str) -> Source:
         """A folder of this source as a source of its own; "" is this one."""
         return dataclasses.replace(self, subfolder="/".join(filter(None, [self.subfolder, path])))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a `from_pretrained` that reads from here."""
+        return {"pretrained_model_name_or_path" if n == "name_or_folder" else n: v for n, v in vars(self).items()}
 
     @property
     def folder(self) -> Path | None:
@@ -89,7 +142,7 @@ class Source:
 
         try:
             cached_only = self.local_files_only
-            if not cached_only and not self._in_cache(self._path(filename)):
+            if not cached_only and (self.force_download or not self._in_cache(self._path(filename))):
                 answer = self._ask(filename)  # once: the client tries for half a minute if there is no answer
                 if answer is False and self._is_known():
                     return None
@@ -102,6 +155,7 @@ class Source:
                     cache_dir=self.cache_dir,
                     token=self.token,
                     local_files_only=cached_only,
+                    force_download=self.force_download and not cached_only,
                     library_name="modernbert",
                 )
             )
@@ -172,15 +226,133 @@ class Source:
 
     def read_json(self, filename: str) -> dict[str, Any]:
         """Parse a JSON file that holds one object; raises `CheckpointError` if it does not, or there is none."""
-        value = self.read_any_json(filename)
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{self.need(filename)} holds a JSON {type(value).__name__}; it must be an object")
-        return value
+        return read_object(self.need(filename))
 
     def read_any_json(self, filename: str) -> Any:
         """Parse a JSON file, whatever it holds."""
-        path = self.need(filename)
-        try:
-            return parse_json(path.read_bytes())
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        return _parsed(self.need(filename))
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Parse a JSON file that holds one object; raises `CheckpointError` if it does not."""
+    value = _parsed(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; it must be an object")
+    return value
+
+
+class Saved:
+    """What is saved into a folder, and pushed to the Hub."""
+
+    def _write(self, folder: Path, options: Mapping[str, Any]) -> list[Path]:
+        """Write all files into a folder, which is made where missing; returns them."""
+        raise NotImplementedError
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any
+    ) -> tuple[str, ...]:
+        """Write everything that `from_pretrained` reads into a folder, which is made where missing.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: upload the files, too.
+            kwargs: `repo_id`, by default the folder's name, and the other arguments of `push_to_hub`.
+
+        Returns:
+            The files.
+        """
+        return self._save(save_directory, {}, push_to_hub, kwargs)
+
+    def _save(
+        self, save_directory: str | Path, options: Mapping[str, Any], push_to_hub: bool, kwargs: dict[str, Any]
+    ) -> tuple[str, ...]:
+        folder = Path(save_directory)
+        drop_meaningless(kwargs)
+        if unknown := sorted(kwargs.keys() - _UPLOADING):
+            raise TypeError(f"save_pretrained of a {type(self).__name__} has no argument {', '.join(unknown)}")
+        files = self._write(folder, options)
+        if push_to_hub:
+            kwargs.setdefault("commit_message", f"Upload {type(self).__name__}")
+            _upload(kwargs.pop("repo_id", None) or folder.resolve().name, folder, files, **kwargs)
+        return tuple(map(str, files))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload what `save_pretrained` writes to a repository on the Hub, which is made where missing.
+
+        Args:
+            repo_id: such as "owner/name"; without an owner it is the token's.
+            commit_message, commit_description: by default "Upload " and the class's name.
+            private: whether a repository that is made is private.
+            token: as for `from_pretrained`; it must allow writing.
+            revision: the branch, which is made where missing.
+            create_pr: open a pull request instead of committing to the branch.
+            kwargs: arguments of `save_pretrained`.
+
+        Returns:
+            What huggingface_hub says of the commit: `commit_url`, `oid`, `pr_url`, ...
+
+        Raises:
+            CheckpointError: the Hub refuses, or cannot be reached.
+        """
+        message = commit_message or f"Upload {type(self).__name__}"
+        with tempfile.TemporaryDirectory() as folder:
+            files = self.save_pretrained(folder, **kwargs)
+            return _upload(
+                repo_id, Path(folder), files, message, commit_description, private, token, revision, create_pr
+            )
+
+
+_UPLOADING = {
+    *("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr"),
+}
+
+
+def _upload(
+    repo_id: str,
+    folder: Path,
+    files: Iterable[str | Path],
+    commit_message: str,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> Any:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token, library_name="modernbert")
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(Path(file).relative_to(folder).as_posix(), file) for file in files],
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except Exception as error:  # of whichever HTTP library the client has
+        reason = printable(str(error), limit=200) or type(error).__name__
+        raise CheckpointError(
+            f"{repo_id} was not pushed to the Hub, which wants token=... to write: {reason}"
+        ) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,8 +15,17 @@ from modernbert.config import Config
 from modernbert.engines.freeze import freeze
 from modernbert.engines.guard import Frozen, is_frozen, thaw
 from modernbert.errors import ConfigError, InputError, shown
-from modernbert.io.checkpoint import PLAIN, QUANTIZED, dtype_of, weight_files, weight_names, write_weights
-from modernbert.io.hub import Source
+from modernbert.io.checkpoint import (
+    PLAIN,
+    QUANTIZED,
+    dtype_of,
+    names_of,
+    read_weights,
+    weight_files,
+    weight_names,
+    write_weights,
+)
+from modernbert.io.hub import Saved, Source, drop_meaningless
 from modernbert.models.formats import KEY, Quantization, weight_format
 from modernbert.models.initialization import around_mean, initialize, initialize_weight
 from modernbert.models.loading import check_layers, load_weights
@@ -24,8 +34,10 @@ from modernbert.nn.backbone import Backbone
 from modernbert.nn.layers import MLP, Attention
 from modernbert.nn.recompute import Recompute
 
+logger = logging.getLogger(__name__)
 
-class PreTrainedModel(nn.Module):
+
+class PreTrainedModel(Saved, nn.Module):
     """Base of all models.
 
     A model with a head keeps its encoder in `model`; the encoder is its own `base_model`.
@@ -45,20 +57,21 @@ class PreTrainedModel(nn.Module):
     config_class: ClassVar[type[Config]]
     base_model_prefix: ClassVar[str] = "model"
     tied_weights: ClassVar[Mapping[str, str]] = {}
+    hf_device_map: dict[str, str | int]
     _frozen: Frozen | None = None  # once optimized for inference
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         super().__init__()
         self._check_config(config)
-        self.config = config
-        self.attn_implementation = attn_implementation or "auto"
+        self.config = config.own()
+        self.attn_implementation = config.attention_of(attn_implementation)
         self.is_gradient_checkpointing = False
 
     @classmethod
     def _check_config(cls, config: Config) -> None:
         if not isinstance(config, cls.config_class):
             raise TypeError(f"config is a {type(config).__name__}; {cls.__name__} takes {cls.config_class.__name__}")
-        config.shapes_a_model()
+        config.check_fits()
 
     def _finish(self) -> None:
         """Initialize new parameters and tie weights; called at the end of every subclass's `__init__`.
@@ -66,6 +79,8 @@ class PreTrainedModel(nn.Module):
         Parameters of the backbone inside are skipped: its own constructor initialized them.
         """
         prefix = f"{self.base_model_prefix}."
+        if self.base_model is not self:
+            self.base_model.config = self.config
         own = {name for name, p in self.named_parameters() if not name.startswith(prefix) and not p.is_meta}
         initialize(self, self.config, only=own)
         self.tie_weights()
@@ -94,6 +109,25 @@ class PreTrainedModel(nn.Module):
         """The backbone, without a head."""
         return getattr(self, self.base_model_prefix, self)
 
+    def set_attn_implementation(self, attn_implementation: str | None) -> None:
+        """Attend in another way from now on, by a name that the class takes; ends `optimize_for_inference`.
+
+        Raises:
+            ValueError, BackendError: there is no such name, or it cannot run here.
+        """
+        self.thaw()
+        self.base_model.attend_by(attn_implementation)
+        self.attn_implementation = self.base_model.attn_implementation
+
+    def follow(self, changed: set[str]) -> None:
+        """Called after these fields of the configuration were set."""
+        outputs = getattr(getattr(self, "classifier", None), "out_features", None)
+        if "num_labels" in changed and outputs not in (None, 1, self.config.num_labels):
+            logger.warning(
+                "num_labels is %s, and the classifier of this %s gives %s scores: put another in its place, or load it "
+                "with num_labels=%s", self.config.num_labels, type(self).__name__, outputs, self.config.num_labels
+            )  # fmt: skip
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Count parameters, tied ones once; quantized ones too."""
         embedding = self.get_input_embeddings()._parameters.get("weight") if exclude_embeddings else None
@@ -106,31 +140,40 @@ class PreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_folder: str | Path,
+        pretrained_model_name_or_path: str | Path | None,
         *,
-        config: Config | None = None,
+        config: Config | str | Path | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | int | None = None,
         device_map: Any = None,
         attn_implementation: str | None = "auto",
         quantization_config: Any = None,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        generation_config: Any = None,
+        variant: str | None = None,
         revision: str | None = None,
-        subfolder: str = "",
+        subfolder: str | None = "",
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         **config_overrides: Any,
     ) -> Self:
         """Load a model from a folder or from the Hub, in evaluation mode.
 
         Weights are read one tensor at a time straight into their dtype and device. Heads that the checkpoint
         lacks, and a classifier for another number of labels than asked for, are freshly initialised, with one
-        warning that names them.
+        warning that names them. Tensors that have no place in the model are left out, with another.
 
         Args:
-            name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
-            config: a configuration to use instead of the checkpoint's own.
+            pretrained_model_name_or_path: a folder, or a repository id such as "answerdotai/ModernBERT-base"; None with
+                `config` and `state_dict`.
+            config: a configuration, or where to read it, to use instead of the checkpoint's own.
             dtype: a torch dtype or its name; "auto" and None take the checkpoint's, which is right for inference.
                 float16 becomes float32 on a CPU, with a warning. For training give "float32": in bfloat16 and float16
                 most steps of an optimizer are smaller than what a weight can show, and are lost.
@@ -141,44 +184,97 @@ class PreTrainedModel(nn.Module):
             quantization_config: quantize after loading: "int8", "int4", "int8-weight-only", "int4-weight-only", a
                 `QuantizationConfig`, or a `BitsAndBytesConfig`. What it costs is measured, on the CPU; see
                 `modernbert.quantize`. On a GPU torchao's kernels serve, and nothing is measured.
-            revision, subfolder, cache_dir, token, local_files_only: where to look; see `modernbert.io.hub.Source`.
-            config_overrides: fields of the configuration to change, such as `num_labels=5`.
+            load_in_8bit, load_in_4bit: older spelling of `quantization_config="int8"` and "int4".
+            state_dict: weights by their names, instead of the checkpoint's.
+            ignore_mismatched_sizes: give random values to weights for which the checkpoint has another shape.
+            output_loading_info: return a pair, the model and a dictionary of "missing_keys", "unexpected_keys",
+                "mismatched_keys" and "error_msgs".
+            generation_config: defaults of `generate`, instead of the checkpoint's.
+            variant: read `model.VARIANT.safetensors`.
+            revision, subfolder, cache_dir, token, local_files_only, force_download: where to look; see
+                `modernbert.io.hub.Source`.
+            config_overrides: fields of the configuration to change, such as `num_labels=5`. What transformers takes and
+                has no meaning here, such as `trust_remote_code`, is left out with a line of log.
 
         Raises:
             NotFoundError: no such folder, repository or file.
-            CheckpointError: a tensor has no place in the model or the wrong shape, or the weights are a pickle or an
-                adapter. What has no place is refused: without it the model would be another one than was saved.
+            CheckpointError: a tensor of the body is missing, or one has the wrong shape, or the weights are a pickle or
+                an adapter.
             ConfigError, TypeError: an override is impossible or unknown.
+            InputError: an argument asks for what is not served.
             QuantizationError: quantizing would cost more than allowed.
         """
+        if quantization_config is None and (load_in_8bit or load_in_4bit):
+            quantization_config = "int8" if load_in_8bit else "int4"
         quantization = None if quantization_config is None else weight_format().resolve(quantization_config)
-        source = Source(name_or_folder, revision, subfolder or "", cache_dir, token, local_files_only)
+        if isinstance(config, str | Path):
+            config = cls.config_class.from_pretrained(config)
+        if pretrained_model_name_or_path is None and (config is None or state_dict is None):
+            raise InputError("pretrained_model_name_or_path is None; give a name or folder, or config and state_dict")
+        origin = str(pretrained_model_name_or_path or "state_dict")
+        place = {"revision": revision, "subfolder": subfolder, "cache_dir": cache_dir, "token": token}
+        place |= {"local_files_only": local_files_only, "force_download": force_download}
+        config_overrides |= {name: value for name, value in place.items() if value is not None}
+        source = Source.pop_from(pretrained_model_name_or_path or "", config_overrides)
         stored = None
-        if config is None or source.find("config.json") is not None:
-            stored = cls.config_class.from_dict(source.read_json("config.json"))
+        if pretrained_model_name_or_path and (config is None or source.find("config.json") is not None):
+            stored = cls.config_class.from_dict(source.read_json("config.json"), name_or_path=origin)
         config = config or stored
         assert config is not None
-        for name, scheme in (("load_in_8bit", "int8"), ("load_in_4bit", "int4")):
-            if name in config_overrides:
-                raise TypeError(f"{name} is no argument here; give quantization_config={scheme!r}")
-        if config_overrides:
-            config = config.replace(**config_overrides)
+        config = config.overridden(config_overrides)
         record = weight_format().of_config(config)
         if quantization is not None and record is not None:
-            raise ValueError(f"{name_or_folder} is quantized already, as {record.scheme}")
+            raise ValueError(f"{origin} is quantized already, as {record.scheme}")
         relabelled = stored is None or stored.num_labels != config.num_labels
-        files = weight_files(source)
-        names = weight_names(files)
-        check_layers(config.num_hidden_layers, names, str(name_or_folder))
-        place = resolve_device(device_map if device is None else device)
+        files = weight_files(source, variant) if state_dict is None else []
+        names = weight_names(files) if state_dict is None else names_of(state_dict)
+        check_layers(config.num_hidden_layers, names, origin)
+        where = resolve_device(device_map if device is None else device)
         with torch.device("meta"):
-            model = cls(config, attn_implementation)
-        kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, place)
-        wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, place)
-        load_weights(model, str(name_or_folder), files, names, place, wanted, relabelled)
-        model.read_more(source)
+            model = cls(config)  # a class of somebody's own may take no more
+        if attn_implementation not in (None, "auto"):
+            model.set_attn_implementation(attn_implementation)
+        kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, where)
+        wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, where)
+        model.config.update({"_stored_dtype": config.dtype, "dtype": wanted})
+        model.name_or_path = origin if pretrained_model_name_or_path else ""
+        if device_map is not None:  # trainers of other libraries leave such a model where it is
+            model.hf_device_map = {"": where.type if where.index is None else where.index}
+
+        def read(is_wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+            given = (state_dict or {}).items()
+            return read_weights(files, is_wanted) if state_dict is None else (kv for kv in given if is_wanted(kv[0]))
+
+        info = load_weights(model, origin, read, names, where, wanted, relabelled, ignore_mismatched_sizes)
+        if pretrained_model_name_or_path:
+            model.read_more(source)
+        if generation_config is not None:
+            model.generation_config = generation_config
         model.eval()
-        return model if quantization is None else weight_format().quantize(model, quantization, source)
+        model = model if quantization is None else weight_format().quantize(model, quantization, source)
+        return (model, info) if output_loading_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        *,
+        attn_implementation: str | None = "auto",
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make a model with fresh weights; arguments are those of `from_pretrained`.
+
+        Raises:
+            TypeError, ConfigError: a field of the configuration is unknown or impossible.
+        """
+        drop_meaningless(kwargs)
+        model = cls(config.overridden(kwargs) if kwargs else config, attn_implementation)
+        given = dtype if dtype is not None else torch_dtype
+        return model if given in (None, "auto") else model.to(resolve_dtype(given, None, model.device))
+
+    _from_config = from_config
 
     def read_more(self, source: Source) -> None:
         """Read what a checkpoint holds for this class beside configuration and weights."""
@@ -186,34 +282,66 @@ class PreTrainedModel(nn.Module):
     def save_more(self, folder: Path) -> None:
         """Write what `read_more` reads."""
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "5GB",
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, ...]:
         """Write `config.json` and the weights into a folder, which transformers 4.48 and later read too.
 
         Every file is written whole under a temporary name and then renamed.
 
         Args:
-            folder: made if it is missing.
+            save_directory: the folder; made if it is missing.
+            is_main_process: False writes nothing: another process does.
+            state_dict: weights to write instead of the model's own.
+            push_to_hub: upload the files, too; `kwargs` are then `repo_id`, by default the folder's name, and the other
+                arguments of `push_to_hub`.
             max_shard_size: bytes, or a text such as "500MB"; larger models are saved in shards with an index.
+            variant: write `model.VARIANT.safetensors`.
+            kwargs: `save_function`, `safe_serialization` and others of transformers' change nothing.
+
+        Returns:
+            The files.
         """
+        if not is_main_process:
+            return ()
+        options = {"state_dict": state_dict, "max_shard_size": max_shard_size, "variant": variant}
+        return self._save(save_directory, options, push_to_hub, kwargs)
+
+    def _write(self, folder: Path, options: Mapping[str, Any]) -> list[Path]:
         plain = copy.deepcopy(self) if is_frozen(self) else self
-        weights = nn.Module.state_dict(plain)
+        given, variant = options["state_dict"], options["variant"]
+        weights = nn.Module.state_dict(plain) if given is None else dict(given)
         is_quantized = weight_format().state(self, weights)
         if self.config.tie_word_embeddings:
             for tied in self.tied_weights:
                 weights.pop(tied, None)
-        extra = {name: value for name, value in self.config.extra.items() if name != KEY or is_quantized}
-        config = self.config.replace(
-            extra={**extra, "architectures": [type(self).__name__]},
-            dtype=str(self.dtype).removeprefix("torch."),
-        )
+        config = self.config_to_save()
+        config.check_fits()
         config.to_json_string()  # a configuration that cannot be saved is refused before anything is written
-        self.save_more(Path(folder))
-        write_weights(Path(folder), weights, max_shard_size, QUANTIZED if is_quantized else PLAIN)
-        config.save_pretrained(folder)
+        self.save_more(folder)
+        name = QUANTIZED if is_quantized else PLAIN
+        name = name if variant is None else f"{name}.{variant}"
+        files = write_weights(folder, weights, options["max_shard_size"], name)
+        more = folder / "generation_config.json"
+        return [*config._write(folder, {}), *files, *([more] if more.is_file() else [])]
+
+    def config_to_save(self) -> Config:
+        """The configuration as a checkpoint holds it: with the class and the dtype of the weights."""
+        is_quantized = self.quantization is not None
+        extra = {name: value for name, value in self.config.extra.items() if name != KEY or is_quantized}
+        extra["architectures"] = [type(self).__name__]
+        return self.config.replace(extra=extra, dtype=str(self.dtype).removeprefix("torch."))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.config.shapes_a_model()
+        self.config.shapes(self)
 
     # Embeddings
 
@@ -451,6 +579,8 @@ class PreTrainedModel(nn.Module):
         if self._frozen is not None and name not in ("_frozen", "runner") and (name != "training" or value):
             self._frozen.thaw(f"{name!r} of a {type(self).__name__} was set")
         super().__setattr__(name, value)
+        if name == "config":
+            value.shapes(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self)] = new = type(self).__new__(type(self))
@@ -467,5 +597,5 @@ class BareModel(PreTrainedModel, Backbone):
 
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         self._check_config(config)
-        Backbone.__init__(self, config, attn_implementation)
+        Backbone.__init__(self, config.own(), config.attention_of(attn_implementation))
         self._finish()

@@ -16,7 +16,7 @@ from modernbert.decoding.cache import DecoderCache
 from modernbert.decoding.exchange import read_cache
 from modernbert.decoding.generate import GenerationMixin
 from modernbert.errors import InputError
-from modernbert.models.base import BareModel
+from modernbert.models.base import BareModel, PreTrainedModel
 from modernbert.models.forward import DECODER, PACKED, Arguments, Model, forward_of
 from modernbert.models.outputs import (
     BaseModelOutputWithPast,
@@ -30,11 +30,15 @@ from modernbert.nn.packing import PackedInputs
 from modernbert.nn.pooling import pool
 
 
-class Decoder(Model):
-    """What all decoders share: the cache."""
+class ModernBertDecoderPreTrainedModel(PreTrainedModel):
+    """Base of all decoders, for heads of one's own as well; arguments are those of `PreTrainedModel`."""
 
     config: ModernBertDecoderConfig
     config_class = ModernBertDecoderConfig
+
+
+class Decoder(Model, ModernBertDecoderPreTrainedModel):
+    """What all decoders share: the cache."""
 
     def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
         """Packed inputs that continue a cache, and the cache to fill, if any."""

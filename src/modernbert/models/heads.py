@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from modernbert.config import ModernBertConfig
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import ConfigError, InputError
-from modernbert.models.encoder import ModernBertModel
+from modernbert.models.encoder import ModernBertModel, ModernBertPreTrainedModel
 from modernbert.models.forward import ENCODER, PACKED, Arguments, Model, forward_of
 from modernbert.models.outputs import (
     MaskedLMOutput,
@@ -34,6 +34,7 @@ from modernbert.nn.layers import Linear, PredictionHead
 from modernbert.nn.losses import (
     IGNORED,
     check_classes,
+    check_scores,
     cross_entropy,
     pack_text_labels,
     pack_token_labels,
@@ -47,11 +48,8 @@ from modernbert.nn.pooling import pool
 Places = list[int | None]  # a packed token of each text, or None
 
 
-class EncoderWithHead(Model):
+class EncoderWithHead(Model, ModernBertPreTrainedModel):
     """Base of the models with an encoder in `model` and a prediction head on top."""
-
-    config: ModernBertConfig
-    config_class = ModernBertConfig
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
@@ -168,6 +166,8 @@ class ModernBertForTokenClassification(EncoderClassifier):
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         logits = self.classify(x_TM)
+        if labels is not None:
+            check_scores(logits, self.config)
         loss = None if labels is None else cross_entropy(logits, labels, num_items=given.num_items_in_batch)
         return TokenClassifierOutput(loss, inputs.restore(logits))
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modernbert.errors import CheckpointError, listed
-from modernbert.io.checkpoint import read_weights
+from modernbert.errors import CheckpointError, listed, printable
 from modernbert.models.formats import Names, weight_format
 from modernbert.models.initialization import initialize
 
@@ -38,13 +36,33 @@ def check_layers(layers: int, names: Iterable[str], origin: str) -> None:
 
 
 def load_weights(
-    model: Any, origin: str, files: list[Path], names: Names, device: torch.device, dtype: torch.dtype, relabelled: bool
-) -> None:
+    model: Any,
+    origin: str,
+    read: Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]],
+    names: Names,
+    device: torch.device,
+    dtype: torch.dtype,
+    relabelled: bool,
+    ignore_mismatched_sizes: bool = False,
+) -> dict[str, Any]:
     """Read a checkpoint into a model on the meta device, one tensor at a time, floats as `dtype`.
 
-    `origin` is what messages call it; `names` is what its files hold; `relabelled` is whether another number of labels
-    is wanted than it has. Raises `CheckpointError` if a tensor is unexpected, missing or of the wrong shape: one that
-    has no place is not left out, since without it the model would be another one than was saved.
+    Args:
+        model: without weights.
+        origin: what messages call the checkpoint.
+        read: yields those of its tensors whose names are wanted.
+        names: what it holds.
+        device, dtype: of the weights.
+        relabelled: whether another number of labels is wanted than it has.
+        ignore_mismatched_sizes: draw weights anew for which it has another shape.
+
+    Returns:
+        What `output_loading_info` gives: the model's names under "missing_keys", the checkpoint's under
+        "unexpected_keys", and under "mismatched_keys" with both shapes; "error_msgs" is empty.
+
+    Raises:
+        CheckpointError: a tensor of the body is missing, or one has the wrong shape. One that has no place in the model
+            is left out, with a warning.
     """
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     target = _match_names(model, origin, names, shapes)
@@ -52,23 +70,30 @@ def load_weights(
     tied = model.tied_weights if model.config.tie_word_embeddings else {}
     kept: dict[str, str] = {}  # name in the checkpoint -> name in the model
     unexpected: list[str] = []
-    misshapen: list[str] = []
     of_other_heads: list[str] = []
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for name, (_, shape, kind) in names.items():
         mine, is_float = target(name), kind in _FLOATS
         if name in quantized or (is_float and mine in tied):
             continue  # some writers store a tied weight twice
-        if not is_float or mine not in shapes:
-            what = name if is_float else f"{name} ({kind})"
-            (of_other_heads if mine.startswith(_HEADS) else unexpected).append(what)
+        if mine not in shapes:
+            (of_other_heads if mine.startswith(_HEADS) and is_float else unexpected).append(name)
+        elif not is_float:
+            raise CheckpointError(f"{origin} does not fit {type(model).__name__}; {printable(name)} holds {kind}")
         elif shapes[mine] == shape:
             kept[name] = mine
-        elif not (relabelled and mine.startswith("classifier.")):
-            misshapen.append(f"{name} is {tuple(shape[:4])}, the model wants {shapes[mine]}")
-    if unexpected or misshapen:
-        problems = [f"unexpected: {listed(unexpected)}"] if unexpected else []
-        problems += [listed(misshapen, most=3)] if misshapen else []
-        raise CheckpointError(f"{origin} does not fit {type(model).__name__}; {'; '.join(problems)}")
+        else:
+            mismatched[name] = shape, shapes[mine]
+    for_labels = {name for name in mismatched if relabelled and target(name).startswith("classifier.")}
+    wrong = [f"{n} is {was[:4]}, the model wants {new}" for n, (was, new) in mismatched.items() if n not in for_labels]
+    if wrong and not ignore_mismatched_sizes:
+        raise CheckpointError(
+            f"{origin} does not fit {type(model).__name__}; {listed(wrong, most=3)}; with ignore_mismatched_sizes=True "
+            "they get random values"
+        )
+    if unexpected:
+        where = f"{origin} holds tensors that have no place in {type(model).__name__} and are left out"
+        logger.warning("%s: %s", where, listed(unexpected))
     if of_other_heads:
         logger.info("%s: weights of another head are left out: %s", origin, listed(of_other_heads))
 
@@ -77,7 +102,7 @@ def load_weights(
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
 
     parts: dict[str, Tensor] = {}
-    for name, tensor in read_weights(files, lambda name: name in kept or name in quantized):
+    for name, tensor in read(lambda name: name in kept or name in quantized):
         if name in quantized:
             parts[quantized[name]] = tensor.to(device=device, copy=True)
         else:
@@ -85,11 +110,17 @@ def load_weights(
     weight_format().put(model, origin, parts, dtype)
     model.tie_weights()
     missing = sorted(name for name, p in model.named_parameters() if p.is_meta)
-    lost = [name.removeprefix(f"{model.base_model_prefix}.") for name in missing if not name.startswith(_HEADS)]
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."  # anything beside it is a head's
+    drawn = {target(name) for name in mismatched}
+    lost = [name.removeprefix(body) for name in missing if name.startswith(body) and name not in drawn]
     if lost:
         raise CheckpointError(f"{origin} is incomplete; it lacks {listed(lost)}")
     fresh = sum(math.prod(shapes[name]) for name in missing)
-    if not relabelled and fresh > max(_FRESH, sum(math.prod(shape) for _, shape, _ in names.values())):
+    if (
+        not relabelled
+        and not ignore_mismatched_sizes
+        and fresh > max(_FRESH, sum(math.prod(shape) for _, shape, _ in names.values()))
+    ):
         raise CheckpointError(
             f"{origin} asks for {fresh:,} numbers that it does not hold, for {listed(missing)}; where they are "
             "wanted fresh, say so: num_labels=..."
@@ -101,6 +132,12 @@ def load_weights(
     if missing:
         initialize(model, model.config, only=set(missing))
         logger.warning("%s has no weights for %s; they get random values", origin, listed(missing, most=8))
+    return {
+        "missing_keys": set(missing) - drawn,
+        "unexpected_keys": {*unexpected, *of_other_heads},
+        "mismatched_keys": {(target(name), *sizes) for name, sizes in mismatched.items()},
+        "error_msgs": [],
+    }
 
 
 def _match_names(model: Any, origin: str, names: Iterable[str], shapes: Mapping[str, Any]) -> Callable[[str], str]:

@@ -1,13 +1,15 @@
-"""Where a model computes and in which dtype: from what callers name to a device and a dtype."""
+"""Where a model computes and in which dtype: from what callers name to a device and a dtype; what it draws from."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import os
+import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from modernbert.errors import shown
@@ -85,3 +87,12 @@ def resolve_dtype(dtype: torch.dtype | str | None, stored: torch.dtype | None, d
 def warn_once(message: str) -> None:
     """Log a warning the first time that there is reason to."""
     logger.warning(message)
+
+
+def set_seed(seed: int, deterministic: bool = False) -> None:
+    """Seed the generators of Python, NumPy and PyTorch; `deterministic` has PyTorch take deterministic kernels, too."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)

@@ -221,11 +221,12 @@ class SentenceEncoder(nn.Module):
     # Folders
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
         """Load a folder or a Hub repository, in evaluation mode.
 
         Args:
-            name_or_folder: in sentence-transformers' layout, or a bare encoder's, which is pooled by the mean.
+            pretrained_model_name_or_path: in sentence-transformers' layout, or a bare encoder's, which is pooled by the
+                mean.
             kwargs: see `PreTrainedModel.from_pretrained`.
 
         Raises:
@@ -234,24 +235,27 @@ class SentenceEncoder(nn.Module):
         """
         quantization = kwargs.pop("quantization_config", None)
         if quantization is not None:  # with the tokenizer of the whole folder
-            encoder = cls.from_pretrained(name_or_folder, **kwargs)
-            source = Source.pop_from(name_or_folder, dict(kwargs))
+            encoder = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            source = Source.pop_from(pretrained_model_name_or_path, dict(kwargs))
             encoder.model = weight_format().quantize(encoder.model, weight_format().resolve(quantization), source)
             return encoder
-        source = Source.pop_from(name_or_folder, dict(kwargs))
+        origin = str(pretrained_model_name_or_path)
+        source = Source.pop_from(origin, dict(kwargs))
         contents = contents_of(source)
         contents.refuse_cross_encoder()
         contents.refuse_unserved()
         parts, inner = contents.parts, contents.inner
         _refuse_decoder(source.inside(inner))
         if not parts:
-            model = ModernBertModel.from_pretrained(name_or_folder, **kwargs)
+            model = ModernBertModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
             return cls(model).eval()
         kinds = [kind_of_part(part) for part in parts]
         if kinds[0] != "Transformer":
-            raise CheckpointError(f"{name_or_folder} has the parts {listed(kinds)}; the first must be a Transformer")
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path} has the parts {listed(kinds)}; the first must be a Transformer"
+            )
         body = {**kwargs, "subfolder": source.inside(inner).subfolder}
-        model = ModernBertModel.from_pretrained(name_or_folder, **body)
+        model = ModernBertModel.from_pretrained(pretrained_model_name_or_path, **body)
         values: dict[str, Any] = {"poolings": None}
         tokens: list[nn.Module] = []
         vectors: list[nn.Module] = []
@@ -269,10 +273,12 @@ class SentenceEncoder(nn.Module):
                 stage.append(Normalize())
             elif kind != "Dropout":
                 known = "Transformer, Pooling, Dense, Normalize, Dropout"
-                raise CheckpointError(f"{name_or_folder} has the part {listed([part['type']])}; known are {known}")
+                raise CheckpointError(
+                    f"{pretrained_model_name_or_path} has the part {listed([part['type']])}; known are {known}"
+                )
         values["poolings"] = values["poolings"] or ()
         encoder = cls(model, EmbeddingSettings(**values, **settings_of(source, inner)), tokens, vectors)
-        encoder._check_widths(str(name_or_folder))
+        encoder._check_widths(origin)
         encoder.is_layout = True
         return encoder.eval()
 

@@ -43,16 +43,21 @@ class Backbone(nn.Module):
     def __init__(self, config: Config, attn_implementation: str | None = "auto") -> None:
         super().__init__()
         self.config = config
-        self.attn_implementation = attn_implementation or "auto"
         self._backends: dict[tuple[str, torch.dtype], AttentionBackend] = {}
-        if self.attn_implementation != "auto":
-            self.backend_on(torch.device("cpu"), torch.float32)  # a name that cannot be served is refused at once
+        self.attend_by(attn_implementation)
         self.runner: Runner | None = None
         self.is_gradient_checkpointing = False
         self.recompute = Recompute()
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList([Layer(config, i, self.attention_class) for i in range(config.num_hidden_layers)])
         self.final_norm = layer_norm(config)
+
+    def attend_by(self, attn_implementation: str | None) -> None:
+        """Attend by the backend of this name from now on; one that cannot run here is refused at once."""
+        name = attn_implementation or "auto"
+        if name != "auto":
+            self._backends[("", torch.float32)] = choose_backend(name, self.config.deterministic_flash_attn)
+        self.attn_implementation = name
 
     def pack_inputs(self, given: Inputs, **continued: Any) -> PackedInputs:
         """`nn.inputs.pack_inputs` for this model; `continued` is what a cache holds."""

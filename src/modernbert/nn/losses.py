@@ -79,12 +79,22 @@ def text_loss(
     """The loss of the problem that labels of texts pose, a scalar."""
     if labels is None:
         return None
+    check_scores(logits_BV, config)
     losses: dict[str, Callable[..., Tensor]] = {
         "regression": mean_squared_error,
         "single_label_classification": cross_entropy,
         "multi_label_classification": binary_cross_entropy,
     }
     return losses[problem_of(config, labels)](logits_BV, labels, num_items=num_items)
+
+
+def check_scores(logits: Tensor, config: Config) -> None:
+    """Raise `InputError` if there are not as many scores as `num_labels`, which may have been set later."""
+    if logits.shape[-1] != config.num_labels:
+        raise InputError(
+            f"num_labels is {config.num_labels}, and the classifier gives {logits.shape[-1]} scores; put another in "
+            "its place, or set num_labels"
+        )
 
 
 def cross_entropy(

@@ -82,8 +82,7 @@ class EmbeddingPipeline(Pipeline[OptionsT, SpannedRow, torch.Tensor]):
             if contents.kind == MODEL:
                 _check_head(model, source)
             if tokenizer is None and inner and source.find("tokenizer.json") is None:
-                where = dataclasses.asdict(source) | {"subfolder": f"{source.subfolder}/{inner}".lstrip("/")}
-                tokenizer = Tokenizer.from_pretrained(where.pop("name_or_folder"), **where)
+                tokenizer = Tokenizer.from_pretrained(**source.inside(inner).arguments)
         pipeline = super().load(model, tokenizer, **kwargs)
         if isinstance(model, str | Path) and not pipeline.model.is_layout:
             logger.info(
@@ -303,7 +302,7 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline[ResolvedOptions]):
 
 def _check_head(model: str | Path, source: Source) -> None:
     """Refuse a classifier with one label, which is a cross-encoder, and warn of any other head that is left out."""
-    config = AutoConfig.from_pretrained(**dataclasses.asdict(source))
+    config = AutoConfig.from_pretrained(**source.arguments)
     kind = kind_of(config.extra) if isinstance(config, ModernBertConfig) else None  # decoders are refused later
     if kind == "sequence-classification" and config.num_labels == 1:
         raise CheckpointError(

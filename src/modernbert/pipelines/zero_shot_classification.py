@@ -40,7 +40,7 @@ class ZeroShotClassificationPipeline(ClassifierPipeline[ZeroShotClassificationOp
 
     @property
     def _entailing(self) -> list[int]:
-        return [i for label, i in self.model.config.label2id.items() if label.lower().startswith("entail")]
+        return [int(i) for label, i in self.model.config.label2id.items() if label.lower().startswith("entail")]
 
     @property
     def entailment_id(self) -> int:

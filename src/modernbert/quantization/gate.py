@@ -158,7 +158,7 @@ def quantize_loaded(model: Any, config: QuantizationConfig, source: Source) -> A
         logger.warning(
             "%s has no tokenizer.json; what quantizing costs is measured on ids drawn at random", source.name_or_folder
         )
-    tokenizer = Tokenizer.from_pretrained(**vars(source)) if has_tokenizer else None
+    tokenizer = Tokenizer.from_pretrained(**source.arguments) if has_tokenizer else None
     return quantize(model, config, tokenizer=tokenizer)
 
 

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 from modernbert.checks import Limits, check_value
 from modernbert.errors import InputError, listed, printable, shown
 from modernbert.io.files import parse_json, write_text
-from modernbert.io.hub import Source
+from modernbert.io.hub import Saved, Source
 from modernbert.text.encoding import (
     UNLIMITED,
     BatchEncoding,
@@ -40,7 +40,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MOST_GROWTH = 1024  # how many times longer a tokenizer.json may make a text
 
 
-class Tokenizer:
+class Tokenizer(Saved):
     """Turns texts into ids as a checkpoint's `tokenizer.json` says.
 
     Args:
@@ -114,12 +114,12 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | Path, *, add_prefix_space: bool | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | Path, *, add_prefix_space: bool | None = None, **kwargs: Any
     ) -> Self:
         """Read `tokenizer.json`, and `tokenizer_config.json` where there is one, from a folder or the Hub.
 
         Args:
-            name_or_folder: a folder, or a repository id such as "answerdotai/ModernBERT-base".
+            pretrained_model_name_or_path: a folder, or a repository id such as "answerdotai/ModernBERT-base".
             add_prefix_space: see the class.
             kwargs: `revision`, `subfolder`, `cache_dir`, `token`, `local_files_only`; the rest replaces entries
                 of `tokenizer_config.json`.
@@ -128,7 +128,7 @@ class Tokenizer:
             NotFoundError: there is no such folder, repository or file.
             CheckpointError, InputError: a file is malformed, or holds an impossible value.
         """
-        source = Source.pop_from(name_or_folder, kwargs)
+        source = Source.pop_from(pretrained_model_name_or_path, kwargs)
         path = source.need("tokenizer.json")
         config = source.read_json("tokenizer_config.json") if source.find("tokenizer_config.json") else {}
         if "added_tokens_decoder" not in config:  # as folders of the first releases have it
@@ -140,9 +140,7 @@ class Tokenizer:
             _check_growth(path, backend)
         return cls(backend, {**config, **kwargs}, add_prefix_space)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers reads too."""
-        folder = Path(folder)
+    def _write(self, folder: Path, options: Mapping[str, Any]) -> list[Path]:
         config = {
             **self.config,
             **{f"{name}_token": token for name, token in self._specials.items()},
@@ -159,6 +157,7 @@ class Tokenizer:
             text = self.backend.to_str(pretty=True)
         write_text(folder / "tokenizer.json", text)
         write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        return [folder / "tokenizer_config.json", folder / "tokenizer.json"]
 
     def __getstate__(self) -> dict[str, Any]:  # for copies and other processes: a lock is not copied
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -458,6 +457,10 @@ class Tokenizer:
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of several rows of ids."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
+
+
+# The names that code written for transformers imports.
+PreTrainedTokenizer = PreTrainedTokenizerBase = PreTrainedTokenizerFast = Tokenizer
 
 
 def _side(name: str, value: Any) -> str:

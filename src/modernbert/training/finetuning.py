@@ -91,7 +91,7 @@ def finetune(
         worker.set_tokenizer(worker.load_tokenizer(name, run.options), loaded.config.max_position_embeddings)
         examples = worker.prepare(train_rows, True)
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
-        for note in dict.fromkeys((*worker.notes, stored_in(loaded.config.dtype))):
+        for note in dict.fromkeys((*worker.notes, stored_in(loaded.config.stored_dtype))):
             if note:
                 run.say(note)
         if run.options.lr is None:

@@ -229,7 +229,7 @@ def pretrain(
         stream = PassStream(prepared.train, chosen.micro_tokens, chosen.seed, chosen.weights)
         feed = PretrainFeed(stream, chosen, prepared.digest)
         sizes = ", ".join(f"{name} {size:,}" for name, size in zip(stream.names, stream.sizes, strict=True))
-        if chosen.model is not None and (note := stored_in(objective.config.dtype)):
+        if chosen.model is not None and (note := stored_in(objective.config.stored_dtype)):
             run.say(note)
         run.say(
             f"{model.num_parameters() / 1e6:.2f} M parameters; tokens: {sizes}; {feed.total} steps; "
