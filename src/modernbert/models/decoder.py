@@ -15,7 +15,7 @@ from modernbert.config import ModernBertDecoderConfig
 from modernbert.decoding.cache import DecoderCache
 from modernbert.decoding.generate import GenerationMixin
 from modernbert.errors import InputError
-from modernbert.models.base import BareModel
+from modernbert.models.base import BareModel, PreTrainedModel
 from modernbert.models.forward import DECODER, PACKED, Arguments, Model, forward_of
 from modernbert.models.outputs import (
     BaseModelOutputWithPast,
@@ -29,11 +29,15 @@ from modernbert.nn.packing import PackedInputs
 from modernbert.nn.pooling import pool
 
 
-class Decoder(Model):
-    """What all decoders share: the cache."""
+class ModernBertDecoderPreTrainedModel(PreTrainedModel):
+    """Base of all decoders, for heads of one's own as well; arguments are those of `PreTrainedModel`."""
 
     config: ModernBertDecoderConfig
     config_class = ModernBertDecoderConfig
+
+
+class Decoder(Model, ModernBertDecoderPreTrainedModel):
+    """What all decoders share: the cache."""
 
     def open(self, given: Arguments) -> tuple[PackedInputs, DecoderCache | None]:
         """Packed inputs that continue a cache, and the cache to fill, if any."""
@@ -88,8 +92,9 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     """The decoder with an output over the vocabulary, whose weight is the token embedding's.
 
     Labels are the ids themselves, or -100, in the shape of the input, and are shifted inside: the score at a token is
-    for the next one of its text. -100 does not count, nor does padding. Logits are (B, S, V), zeros at padding, or
-    (T, V) for packed input; as many columns or tokens as `logits_to_keep` asks for.
+    for the next one of its text. `shift_labels` are shifted already, and win. -100 does not count, nor does padding.
+    Logits are (B, S, V), zeros at padding, or (T, V) for packed input; as many columns or tokens as `logits_to_keep`
+    asks for.
 
     Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412.
     """
@@ -106,15 +111,18 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     forward = forward_of(
         "Score the next token at every token.",
         (*DECODER, "labels", "use_cache", "cache_position", "logits_to_keep", *PACKED, "num_items_in_batch"),
+        unshown=("shift_labels",),
     )
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
         """What each token should predict, (T,): the next one's label; -100 at each text's last token."""
-        if given.labels is not None and not _keeps_all(given.logits_to_keep):
+        shifted = given.shift_labels
+        labels = given.labels if shifted is None else shifted
+        if labels is not None and not _keeps_all(given.logits_to_keep):
             raise InputError("labels need the logits of every token; leave logits_to_keep out")
-        labels_T = pack_token_labels(given.labels, inputs, self.config.vocab_size)
-        if labels_T is None:
-            return None
+        labels_T = pack_token_labels(labels, inputs, self.config.vocab_size)
+        if labels_T is None or shifted is not None:
+            return labels_T
         following_T = labels_T.roll(-1)
         ends = [end - 1 for start, end in inputs.packing.spans if end > start]
         following_T[torch.tensor(ends, dtype=torch.int64, device=labels_T.device)] = IGNORED

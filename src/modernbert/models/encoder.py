@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from modernbert.config import ModernBertConfig
-from modernbert.models.base import BareModel
+from modernbert.models.base import BareModel, PreTrainedModel
 from modernbert.models.forward import ENCODER, PACKED, Arguments, Model, forward_of
 from modernbert.models.outputs import BaseModelOutput
 from modernbert.nn.layers import EncoderAttention
@@ -16,14 +16,23 @@ from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.packing import PackedInputs
 
 
-class ModernBertModel(Model, BareModel):
+class ModernBertPreTrainedModel(PreTrainedModel):
+    """Base of all encoders, for heads of one's own as well; arguments are those of `PreTrainedModel`.
+
+    A class over it puts the encoder into `model`, and calls `post_init()` at the end of its `__init__`.
+    """
+
+    config: ModernBertConfig
+    config_class = ModernBertConfig
+
+
+class ModernBertModel(Model, BareModel, ModernBertPreTrainedModel):
     """The bare encoder, without a head.
 
     Arguments are those of `PreTrainedModel`. Source: ModernBERT, arXiv:2412.13663.
     """
 
     config: ModernBertConfig
-    config_class = ModernBertConfig
     attention_class = EncoderAttention
 
     forward = forward_of(

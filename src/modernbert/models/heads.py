@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from modernbert.config import ModernBertConfig
 from modernbert.decoding.cache import DecoderCache
 from modernbert.errors import ConfigError, InputError
-from modernbert.models.encoder import ModernBertModel
+from modernbert.models.encoder import ModernBertModel, ModernBertPreTrainedModel
 from modernbert.models.forward import ENCODER, PACKED, Arguments, Model, forward_of
 from modernbert.models.outputs import (
     MaskedLMOutput,
@@ -47,11 +47,8 @@ from modernbert.nn.pooling import pool
 Places = list[int | None]  # a packed token of each text, or None
 
 
-class EncoderWithHead(Model):
+class EncoderWithHead(Model, ModernBertPreTrainedModel):
     """Base of the models with an encoder in `model` and a prediction head on top."""
-
-    config: ModernBertConfig
-    config_class = ModernBertConfig
 
     def __init__(self, config: ModernBertConfig, attn_implementation: str | None = "auto") -> None:
         super().__init__(config, attn_implementation)
