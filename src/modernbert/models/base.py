@@ -267,7 +267,9 @@ class PreTrainedModel(nn.Module):
         check_layers(config.num_hidden_layers, names, str(name_or_folder))
         place = resolve_device(device_map if device is None else device)
         with torch.device("meta"):
-            model = cls(config, attn_implementation)
+            model = cls(config)  # a class of somebody's own may take no more
+        if attn_implementation not in (None, "auto"):
+            model.set_attn_implementation(attn_implementation)
         kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, place)
         wanted = resolve_dtype(dtype if dtype is not None else torch_dtype, kept_in, place)
         model.name_or_path = str(name_or_folder)

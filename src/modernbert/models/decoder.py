@@ -5,7 +5,7 @@ Shapes: B texts, S columns of a padded grid, T real tokens of all texts together
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -140,6 +140,18 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
             logits = grid.masked_scatter(kept_BK[:, :, None], logits)
         return CausalLMOutputWithPast(None, logits)
 
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """See `Model`."""
+        return self._shifted_loss
+
+    def _shifted_loss(
+        self, logits: Tensor, labels: Tensor, *, shift_labels: Tensor | None = None, **others: Any
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
+        return self._token_loss(logits, shift_labels, **others)
+
     def score(self, x: Tensor) -> Tensor:
         """Scores of the whole vocabulary for the next token: (N, M) to (N, V)."""
         return self.decoder(self.lm_head(x))
@@ -175,6 +187,18 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
         logits = self.classify(pool(x_TM, self._spans(inputs), "last"))
         loss = text_loss(logits, labels, self.config, given.num_items_in_batch)
         return SequenceClassifierOutputWithPast(loss, logits)
+
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """See `Model`."""
+        return self._text_loss
+
+    def _text_loss(
+        self, labels: Tensor, pooled_logits: Tensor, *, num_items_in_batch: Any = None, **others: Any
+    ) -> Tensor:
+        loss = text_loss(pooled_logits, labels, self.config, num_items_in_batch)
+        assert loss is not None
+        return loss
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of pooled texts: (N, M) to (N, labels)."""

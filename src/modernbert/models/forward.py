@@ -22,6 +22,7 @@ from modernbert.errors import InputError, shown
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.placement import warn_once
 from modernbert.nn.inputs import Inputs
+from modernbert.nn.losses import cross_entropy
 from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.packing import PackedInputs
 
@@ -95,7 +96,7 @@ _HARMLESS = {
     **dict.fromkeys(("use_cache", "cache_position"), "an encoder has no cache, so it changes nothing"),
 }
 _ONLY_NONE = {
-    "head_mask": "attention heads are removed by model.prune_heads({layer: [heads]})",
+    "head_mask": "attention heads are removed by model.prune_heads",
     "past_key_values": "an encoder sees whole texts, and has no cache",
     **dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask"), "there is no cross-attention"),
     "labels": "{name} has no head and no loss; AutoModelForSequenceClassification, AutoModelForMaskedLM, "
@@ -141,6 +142,14 @@ class Model(PreTrainedModel, abc.ABC):
             output["past_key_values"] = cache
         output["hidden_states"], output["attentions"] = hidden.states or None, hidden.weights or None
         return output
+
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """The head's loss of logits and labels, for a caller's own loop; the arguments are those of transformers."""
+        return self._token_loss
+
+    def _token_loss(self, logits: Tensor, labels: Tensor, *, num_items_in_batch: Any = None, **others: Any) -> Tensor:
+        return cross_entropy(logits.flatten(0, -2), labels.flatten(), num_items=num_items_in_batch)
 
     @abc.abstractmethod
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Any, given: Arguments) -> ModelOutput:

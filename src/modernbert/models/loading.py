@@ -85,7 +85,8 @@ def load_weights(
     weight_format().put(model, origin, parts, dtype)
     model.tie_weights()
     missing = sorted(name for name, p in model.named_parameters() if p.is_meta)
-    lost = [name.removeprefix(f"{model.base_model_prefix}.") for name in missing if not name.startswith(_HEADS)]
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."  # anything beside it is a head's
+    lost = [name.removeprefix(body) for name in missing if name.startswith(body)]
     if lost:
         raise CheckpointError(f"{origin} is incomplete; it lacks {listed(lost)}")
     fresh = sum(math.prod(shapes[name]) for name in missing)
