@@ -222,6 +222,8 @@ def test_a_head_of_one_s_own(tmp_path):
     fresh = Scored.from_pretrained(tmp_path / "body", num_labels=3)
     assert torch.equal(fresh.model(IDS)[0], model.model(IDS)[0])
     before = model.scorer.weight.clone()
+    model.post_init()
+    assert torch.equal(model.scorer.weight, before)
     model.apply(model._init_weights)
     assert not torch.equal(model.scorer.weight, before)
     model.init_weights()

@@ -72,7 +72,11 @@ class PreTrainedModel(nn.Module):
     is_parallelizable: ClassVar[bool] = False
     _no_split_modules: ClassVar[list[str]] = ["Layer"]
     _tied_weights_keys: ClassVar[dict[str, str]] = {}
-    _keys_to_ignore_on_load_missing = _keys_to_ignore_on_load_unexpected = _keys_to_ignore_on_save = None
+    _keys_to_ignore_on_load_missing = _keys_to_ignore_on_load_unexpected = _keys_to_ignore_on_save = frozenset[str]()
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = frozenset[str]()
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _can_set_attn_implementation = classmethod(lambda cls: True)
+    _can_set_experts_implementation = classmethod(lambda cls: False)
 
     config: Config
     config_class: ClassVar[type[Config]]
@@ -97,11 +101,12 @@ class PreTrainedModel(nn.Module):
     def _finish(self) -> None:
         """Initialize new parameters and tie weights; called at the end of every subclass's `__init__`.
 
-        Parameters of the backbone inside are skipped: its own constructor initialized them.
+        Parameters of the backbone inside are skipped, and those of an earlier call: their constructors called this.
         """
         prefix = f"{self.base_model_prefix}."
         own = {name for name, p in self.named_parameters() if not name.startswith(prefix) and not p.is_meta}
-        initialize(self, self.config, only=own)
+        initialize(self, self.config, only=own - self.__dict__.get("_initialized", set()))
+        self._initialized = own
         self.tie_weights()
         self.name_or_path = str(getattr(self.config, "name_or_path", ""))
         self.warnings_issued: dict[str, bool] = {}
@@ -131,6 +136,16 @@ class PreTrainedModel(nn.Module):
     def num_labels(self) -> int | None:
         """How many labels the configuration has."""
         return self.config.num_labels
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the configuration has."""
+        return self.config.vocab_size
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """The same as `is_gradient_checkpointing`, by transformers' newer name."""
+        return self.is_gradient_checkpointing
 
     @property
     def is_quantized(self) -> bool:
