@@ -414,6 +414,10 @@ class PreTrainedModel(nn.Module):
             raise ValueError(f"new_num_tokens is {shown(new_num_tokens)}; it must be a whole number, or None")
         size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise ValueError(
+                    f"pad_to_multiple_of is {shown(pad_to_multiple_of)}; it must be a whole number of at least 1"
+                )
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size < 1:
             raise ValueError(f"new_num_tokens is {new_num_tokens}; a vocabulary has at least 1 id")
