@@ -194,6 +194,14 @@ def test_masks_of_four_dimensions_that_say_more_are_refused():
         encoder(ids, attention_mask=torch.ones(2, 3, 4, 4))
 
 
+def test_a_configuration_can_ask_for_recomputing():
+    config = modernbert.ModernBertConfig(**SMALL)
+    config.gradient_checkpointing = True
+    model = modernbert.ModernBertForMaskedLM(config)
+    assert model.is_gradient_checkpointing
+    assert model.model.is_gradient_checkpointing
+
+
 class Scored(ModernBertPreTrainedModel):
     """A head of somebody's own, as scripts write them for transformers."""
 

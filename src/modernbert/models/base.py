@@ -112,6 +112,8 @@ class PreTrainedModel(nn.Module):
         self.warnings_issued: dict[str, bool] = {}
         self.model_tags: list[str] = []
         self._require_grads_hook: RemovableHandle | None = None
+        if getattr(self.config, "gradient_checkpointing", False):  # an older way to ask for it
+            self.gradient_checkpointing_enable()
         if self.config.reference_compile and self.base_model is self:
             for module in self.modules():
                 if isinstance(module, MLP):
