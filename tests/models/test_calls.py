@@ -101,6 +101,26 @@ def test_a_hidden_state_can_keep_its_gradient(name, padded):
     assert gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize("name", ["ModernBertForMaskedLM", "ModernBertDecoderModel"])
+def test_attention_weights_can_keep_their_gradients(name):
+    """They say which links between tokens matter to a result."""
+    model, ids, mask = model_of(name, "eager"), torch.randint(3, 96, (2, 7)), torch.ones(2, 7).long()
+    mask[1, 4:] = 0
+    with torch.no_grad():
+        plain = model(ids, attention_mask=mask, output_attentions=True)
+    out = model(ids, attention_mask=mask, output_attentions=True, use_cache=False)
+    assert torch.equal(out[0], plain[0])
+    for weights, same in zip(out.attentions, plain.attentions, strict=True):
+        weights.retain_grad()
+        assert torch.equal(weights, same)
+    (out[0] * mask[..., None]).square().sum().backward()
+    for weights in out.attentions:
+        assert weights.grad[0].abs().max() > 0
+        assert not weights.grad[1, :, 4:].any()
+    packed = model(ids[0], cu_seqlens=torch.tensor([0, 3, 7]), output_attentions=True)
+    assert packed.attentions[0].shape == (2, 3, 4, 4)
+
+
 def test_hidden_states_match_with_and_without_gradients():
     model = model_of("ModernBertForMaskedLM")
     ids, mask = torch.randint(3, 96, (2, 7)), torch.tensor([[1] * 7, [0] * 3 + [1] * 4])
@@ -140,6 +160,8 @@ def test_sizes_and_classes_that_are_none_are_named():
     model = model_of("ModernBertForMaskedLM", pad_token_id=90)
     with pytest.raises(ValueError, match=r"^new_num_tokens is 'x'; it must be a whole number"):
         model.resize_token_embeddings("x")
+    with pytest.raises(ValueError, match=r"^pad_to_multiple_of is 1.3; it must be a whole number of at least 1"):
+        model.resize_token_embeddings(97, pad_to_multiple_of=1.3)
     with pytest.raises(ValueError, match=r"^new_num_tokens is 90, which leaves pad_token_id 90 outside"):
         model.resize_token_embeddings(90)
     with pytest.raises(TypeError, match=r"AutoModel.from_pretrained\(...\) or AutoModel.from_config"):

@@ -11,6 +11,7 @@ import torch
 from modernbert import ModernBertForMaskedLM, ModernBertModel, SentenceEncoder
 from modernbert.errors import BackendError, ConfigError, InputError
 from modernbert.models.placement import resolve_device, resolve_dtype
+from modernbert.nn.backbone import _log_once
 from modernbert.nn.inputs import Inputs, pack_inputs
 from modernbert.nn.layers import Linear
 from tests.conftest import SMALL, model_of
@@ -134,14 +135,17 @@ def test_sparse_prediction_ignores_its_own_index(small_config):
     assert torch.equal(asked.loss, out.loss)
 
 
-def test_attention_weights_need_eager_or_auto(small_config, log):
+def test_attention_weights_are_the_eager_backend_s_and_that_is_logged_once(small_config, log):
     x = ids(1, 30)
-    with pytest.raises(InputError, match="load the model with 'eager'"):
-        ModernBertModel(small_config, "sdpa")(x, output_attentions=True)
-    weights = ModernBertModel(small_config, "auto")(x, output_attentions=True).attentions
-    assert len(weights) == 4
-    torch.testing.assert_close(weights[1].sum(-1), torch.ones(1, 3, 30))
-    assert "eager for this call" in log.text
+    _log_once.cache_clear()
+    for implementation in ("sdpa", "auto"):
+        model = ModernBertModel(small_config, implementation)
+        before = model(x).last_hidden_state
+        weights = model(x, output_attentions=True).attentions
+        assert len(weights) == 4
+        torch.testing.assert_close(weights[1].sum(-1), torch.ones(1, 3, 30))
+        assert torch.equal(model(x).last_hidden_state, before)
+    assert log.text.count("eager for calls that want attention weights") == 1
     packed = ModernBertModel(small_config, "eager")(x[0], cu_seqlens=torch.tensor([0, 10, 30]), output_attentions=True)
     assert packed.attentions[0].shape == (2, 3, 20, 20)
 
@@ -210,20 +214,32 @@ def test_pruned_heads_are_those_whose_output_was_zero(small_model, tmp_path):
         small_model.prune_heads({9: [0]})
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True, "preserve_rng_state": False}},
+        {"every_n_layers": 2},
+        {"offload": True},
+    ],
+)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_gradient_checkpointing_changes_no_gradient(small_config, implementation):
+def test_gradient_checkpointing_changes_no_gradient(small_config, implementation, how):
     model = ModernBertForMaskedLM(small_config, implementation).train()
     x = ids(2, 70)
     plain = torch.autograd.grad(model(x, labels=x).loss, list(model.parameters()))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable(**how)
     assert model.model.is_gradient_checkpointing
+    assert model.model.recompute.plan([0] * 4, x) == [False, "every_n_layers" in how] * 2
     kept = torch.autograd.grad(model(x, labels=x).loss, list(model.parameters()))
     for a, b in zip(plain, kept, strict=True):
         torch.testing.assert_close(a, b)
     model.gradient_checkpointing_disable()
     assert not model.model.is_gradient_checkpointing
-    with pytest.raises(ValueError, match="use_reentrant"):
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"gradient_checkpointing_kwargs has nonsense; there are use_reentrant, "):
+        model.gradient_checkpointing_enable({"nonsense": True})
+    with pytest.raises(ValueError, match=r"every_n_layers is 0; it must be a whole number of at least 1"):
+        model.activation_checkpointing_enable(every_n_layers=0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 1.0])

@@ -85,11 +85,6 @@ class GenerationMixin:
     def generation_config(self, value: Any) -> None:
         self._generation_config = GenerationConfig.of(value, self.config)
 
-    @classmethod
-    def can_generate(cls) -> bool:
-        """Whether the class has `generate`."""
-        return True
-
     def read_more(self, source: Source) -> None:
         """Defaults of `generate`, where the checkpoint has them."""
         if source.find(FILE) is not None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from modernbert.config import Config
 from modernbert.engines.freeze import freeze
@@ -36,6 +37,24 @@ from modernbert.nn.recompute import Recompute
 
 logger = logging.getLogger(__name__)
 
+_WITH_PEFT = "adapters are PEFT's: peft.get_peft_model(model, peft.LoraConfig(...))"
+_MASKS = "models take the mask (batch, sequence) as it is"
+_POSITIONS = "positions are rotary, and have no embedding to resize"
+# What models of transformers have and these have not, and what serves here.
+_INSTEAD = {
+    **dict.fromkeys(
+        ("add_adapter", "set_adapter", "disable_adapters", "enable_adapters", "active_adapters"), _WITH_PEFT
+    ),
+    "load_adapter": "adapters are PEFT's: peft.PeftModel.from_pretrained(model, folder)",
+    **dict.fromkeys(("get_extended_attention_mask", "invert_attention_mask"), _MASKS),
+    **dict.fromkeys(("get_position_embeddings", "resize_position_embeddings"), _POSITIONS),
+    "dequantize": "load the float checkpoint, which rounding has not changed",
+    "to_bettertransformer": "optimize_for_inference() makes a model fast",
+    "register_for_auto_class": "nothing from a checkpoint is ever executed",
+    "generate": "a model for generation is a ModernBertDecoderForCausalLM",
+}
+
+
 
 class PreTrainedModel(Saved, nn.Module):
     """Base of all models.
@@ -51,7 +70,23 @@ class PreTrainedModel(Saved, nn.Module):
         config_class: of the configuration.
         base_model_prefix: what the names of the backbone's weights begin with in a model that has a head.
         tied_weights: parameters that checkpoints leave out, and the one that each shares.
+        main_input_name, framework, supports_gradient_checkpointing, is_parallelizable: for tools that ask.
+        hf_device_map: where `device_map` put the whole model, {"": "cpu"} or {"": 0}; only if it was given.
+        name_or_path: where the weights were loaded from; empty for fresh ones.
+        warnings_issued, model_tags: what trainers of other libraries write down.
     """
+
+    main_input_name: ClassVar[str] = "input_ids"
+    framework: ClassVar[str] = "pt"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    is_parallelizable: ClassVar[bool] = False
+    _no_split_modules: ClassVar[list[str]] = ["Layer"]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
+    _keys_to_ignore_on_load_missing = _keys_to_ignore_on_load_unexpected = _keys_to_ignore_on_save = frozenset[str]()
+    _keep_in_fp32_modules = _keep_in_fp32_modules_strict = frozenset[str]()
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _can_set_attn_implementation = classmethod(lambda cls: True)
+    _can_set_experts_implementation = classmethod(lambda cls: False)
 
     config: Config
     config_class: ClassVar[type[Config]]
@@ -76,28 +111,65 @@ class PreTrainedModel(Saved, nn.Module):
     def _finish(self) -> None:
         """Initialize new parameters and tie weights; called at the end of every subclass's `__init__`.
 
-        Parameters of the backbone inside are skipped: its own constructor initialized them.
+        Parameters of the backbone inside are skipped, and those of an earlier call: their constructors called this.
         """
         prefix = f"{self.base_model_prefix}."
         if self.base_model is not self:
             self.base_model.config = self.config
         own = {name for name, p in self.named_parameters() if not name.startswith(prefix) and not p.is_meta}
-        initialize(self, self.config, only=own)
+        initialize(self, self.config, only=own - self.__dict__.get("_initialized", set()))
+        self._initialized = own
         self.tie_weights()
+        self.name_or_path = str(getattr(self.config, "name_or_path", ""))
+        self.warnings_issued: dict[str, bool] = {}
+        self.model_tags: list[str] = []
+        self._require_grads_hook: RemovableHandle | None = None
+        if getattr(self.config, "gradient_checkpointing", False):  # an older way to ask for it
+            self.gradient_checkpointing_enable()
         if self.config.reference_compile and self.base_model is self:
             for module in self.modules():
                 if isinstance(module, MLP):
                     module.compile(dynamic=True)
 
+    post_init = _finish  # by this name in a class of somebody's own, which has another head
+
+    def __init_subclass__(cls) -> None:
+        cls._tied_weights_keys = dict(cls.tied_weights)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
-        return next(self.parameters()).dtype
+        return self.base_model.first_weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.parameters()).device
+        return self.base_model.first_weight.device
+
+    @property
+    def num_labels(self) -> int | None:
+        """How many labels the configuration has."""
+        return self.config.num_labels
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the configuration has."""
+        return self.config.vocab_size
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """The same as `is_gradient_checkpointing`, by transformers' newer name."""
+        return self.is_gradient_checkpointing
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are whole numbers; `quantization` says how."""
+        return self.quantization is not None
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """A small batch of ids, to try the model or trace it."""
+        return {"input_ids": torch.arange(15, device=self.device).view(3, 5) % self.config.vocab_size}
 
     @property
     def quantization(self) -> Quantization | None:
@@ -108,6 +180,33 @@ class PreTrainedModel(Saved, nn.Module):
     def base_model(self) -> Any:
         """The backbone, without a head."""
         return getattr(self, self.base_model_prefix, self)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether the class has `generate`."""
+        return hasattr(cls, "generate")
+
+    def get_encoder(self) -> Any:
+        """The backbone, as `base_model`; the other of encoder and decoder is the same."""
+        return self.base_model
+
+    get_decoder = get_encoder
+
+    def add_model_tags(self, tags: str | list[str]) -> None:
+        """Add words about the model, such as the name of a trainer, to `model_tags`."""
+        self.model_tags.extend(tag for tag in ([tags] if isinstance(tags, str) else tags) if tag not in self.model_tags)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes that the weights take, tied ones once; `return_buffers` counts buffers as well."""
+        held = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        if self.is_quantized:
+            held = [*nn.Module.state_dict(copy.deepcopy(self) if is_frozen(self) else self).values()]
+        return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in held}.values())
+
+    def get_parameter_or_buffer(self, target: str) -> Tensor:
+        """A parameter or buffer by its full name."""
+        owner, _, leaf = target.rpartition(".")
+        return getattr(self.get_submodule(owner), leaf)
 
     def set_attn_implementation(self, attn_implementation: str | None) -> None:
         """Attend in another way from now on, by a name that the class takes; ends `optimize_for_inference`.
@@ -334,14 +433,27 @@ class PreTrainedModel(Saved, nn.Module):
 
     def config_to_save(self) -> Config:
         """The configuration as a checkpoint holds it: with the class and the dtype of the weights."""
-        is_quantized = self.quantization is not None
-        extra = {name: value for name, value in self.config.extra.items() if name != KEY or is_quantized}
+        extra = {name: value for name, value in self.config.extra.items() if name != KEY or self.is_quantized}
         extra["architectures"] = [type(self).__name__]
         return self.config.replace(extra=extra, dtype=str(self.dtype).removeprefix("torch."))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.config.shapes(self)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill all parameters with fresh values, and tie those that are tied. Ends `optimize_for_inference`."""
+        self._refuse_quantized("init_weights")
+        self.thaw()
+        initialize(self, self.config, only={name for name, _ in self.named_parameters()})
+        self.tie_weights()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill one module's own parameters with fresh values, for `model.apply(model._init_weights)`."""
+        name = next((name for name, held in self.named_modules() if held is module), "")
+        own = {f"{name}.{leaf}".removeprefix(".") for leaf, _ in module.named_parameters(recurse=False)}
+        initialize(self, self.config, only=own)
 
     # Embeddings
 
@@ -411,6 +523,10 @@ class PreTrainedModel(Saved, nn.Module):
             raise ValueError(f"new_num_tokens is {shown(new_num_tokens)}; it must be a whole number, or None")
         size = embedding.num_embeddings if new_num_tokens is None else new_num_tokens
         if pad_to_multiple_of is not None:
+            if not isinstance(pad_to_multiple_of, int) or pad_to_multiple_of < 1:
+                raise ValueError(
+                    f"pad_to_multiple_of is {shown(pad_to_multiple_of)}; it must be a whole number of at least 1"
+                )
             size = -(-size // pad_to_multiple_of) * pad_to_multiple_of
         if size < 1:
             raise ValueError(f"new_num_tokens is {new_num_tokens}; a vocabulary has at least 1 id")
@@ -474,27 +590,70 @@ class PreTrainedModel(Saved, nn.Module):
         self.config = self.base_model.config = config
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, keep_bytes: int | None = None
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        keep_bytes: int | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
-        """Recompute each layer in the backward pass instead of keeping its activations.
+        """Recompute layers in the backward pass instead of keeping their activations; the gradients stay the same.
+
+        `activation_checkpointing_enable` is the same by transformers' newer names.
 
         Args:
-            gradient_checkpointing_kwargs: accepted for compatibility; only `use_reentrant=False` is served.
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`. It always runs with
+                `use_reentrant=False`, which gives the gradients of the other way and works in more places.
             keep_bytes: recompute only as many layers as it takes for the others' activations to fit into these bytes.
+            every_n_layers: recompute only every layer of such a number, from the first one.
+            offload: hold what a recomputed layer begins from in the host's memory.
 
         Raises:
             ValueError: an argument cannot be served.
         """
-        if keep_bytes is not None and keep_bytes < 0:
-            raise ValueError(f"keep_bytes is {keep_bytes}; it must be a number of bytes, at least 0")
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("gradient_checkpointing_kwargs has use_reentrant=True; only False is served")
+        options = dict(gradient_checkpointing_kwargs or {})
+        for name, value, least in (("keep_bytes", keep_bytes, 0), ("every_n_layers", every_n_layers, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be a whole number of at least {least}")
+        if options.pop("use_reentrant", False):
+            logger.info("use_reentrant is True; layers are recomputed without reentering, to the same gradients")
+        allowed = ("context_fn", "debug", "determinism_check", "early_stop", "preserve_rng_state")
+        if unknown := sorted(options.keys() - {*allowed}):
+            raise ValueError(
+                f"gradient_checkpointing_kwargs has {', '.join(unknown)}; there are use_reentrant, {', '.join(allowed)}"
+            )
         self.is_gradient_checkpointing = self.base_model.is_gradient_checkpointing = True
-        self.base_model.recompute = Recompute(keep_bytes)
+        self.base_model.recompute = Recompute(keep_bytes, every_n_layers, offload, options)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """See `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, None, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations for the backward pass again."""
         self.is_gradient_checkpointing = self.base_model.is_gradient_checkpointing = False
+
+    activation_checkpointing_disable = gradient_checkpointing_disable
+
+    def enable_input_require_grads(self) -> None:
+        """Let what the token embedding gives have a gradient, for adapters above frozen weights."""
+        self.disable_input_require_grads()
+
+        def require(module: nn.Module, ids: Any, vectors: Tensor) -> None:
+            if torch.is_grad_enabled():
+                vectors.requires_grad_()
+
+        self._require_grads_hook = self.get_input_embeddings().register_forward_hook(require)
+
+    def disable_input_require_grads(self) -> None:
+        """Undo `enable_input_require_grads`."""
+        if self._require_grads_hook is not None:
+            self._require_grads_hook.remove()
+            self._require_grads_hook = None
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; training mode ends `optimize_for_inference`.
@@ -557,10 +716,16 @@ class PreTrainedModel(Saved, nn.Module):
         self.thaw()
         return super()._apply(fn, recurse)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights by their names; see `torch.nn.Module.load_state_dict`. Ends `optimize_for_inference`."""
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load weights by their names; see `torch.nn.Module.load_state_dict`. Ends `optimize_for_inference`.
+
+        Tied weights may be left out, as checkpoints leave them out.
+        """
         self.thaw()
-        return super().load_state_dict(*args, **kwargs)
+        if self.config.tie_word_embeddings and isinstance(state_dict, Mapping):
+            shared = {name: state_dict[of] for name, of in self.tied_weights.items() if of in state_dict}
+            state_dict = state_dict if shared.keys() <= state_dict.keys() else {**shared, **state_dict}
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Weights by their names; see `torch.nn.Module.state_dict`.
@@ -581,6 +746,11 @@ class PreTrainedModel(Saved, nn.Module):
         super().__setattr__(name, value)
         if name == "config":
             value.shapes(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _INSTEAD:
+            raise AttributeError(f"{type(self).__name__} has no {name}; {_INSTEAD[name]}")
+        return super().__getattr__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self)] = new = type(self).__new__(type(self))

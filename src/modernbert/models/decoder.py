@@ -5,7 +5,7 @@ Shapes: B texts, S columns of a padded grid, T real tokens of all texts together
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -91,8 +91,9 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     """The decoder with an output over the vocabulary, whose weight is the token embedding's.
 
     Labels are the ids themselves, or -100, in the shape of the input, and are shifted inside: the score at a token is
-    for the next one of its text. -100 does not count, nor does padding. Logits are (B, S, V), zeros at padding, or
-    (T, V) for packed input; as many columns or tokens as `logits_to_keep` asks for.
+    for the next one of its text. `shift_labels` are shifted already, and win. -100 does not count, nor does padding.
+    Logits are (B, S, V), zeros at padding, or (T, V) for packed input; as many columns or tokens as `logits_to_keep`
+    asks for.
 
     Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412.
     """
@@ -109,15 +110,18 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     forward = forward_of(
         "Score the next token at every token.",
         (*DECODER, "labels", "use_cache", "cache_position", "logits_to_keep", *PACKED, "num_items_in_batch"),
+        unshown=("shift_labels",),
     )
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
         """What each token should predict, (T,): the next one's label; -100 at each text's last token."""
-        if given.labels is not None and not _keeps_all(given.logits_to_keep):
+        shifted = given.shift_labels
+        labels = given.labels if shifted is None else shifted
+        if labels is not None and not _keeps_all(given.logits_to_keep):
             raise InputError("labels need the logits of every token; leave logits_to_keep out")
-        labels_T = pack_token_labels(given.labels, inputs, self.config.vocab_size)
-        if labels_T is None:
-            return None
+        labels_T = pack_token_labels(labels, inputs, self.config.vocab_size)
+        if labels_T is None or shifted is not None:
+            return labels_T
         following_T = labels_T.roll(-1)
         ends = [end - 1 for start, end in inputs.packing.spans if end > start]
         following_T[torch.tensor(ends, dtype=torch.int64, device=labels_T.device)] = IGNORED
@@ -134,6 +138,18 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
             grid = logits.new_zeros((*kept_BK.shape, logits.shape[1]))
             logits = grid.masked_scatter(kept_BK[:, :, None], logits)
         return CausalLMOutputWithPast(None, logits)
+
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """See `Model`."""
+        return self._shifted_loss
+
+    def _shifted_loss(
+        self, logits: Tensor, labels: Tensor, *, shift_labels: Tensor | None = None, **others: Any
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
+        return self._token_loss(logits, shift_labels, **others)
 
     def score(self, x: Tensor) -> Tensor:
         """Scores of the whole vocabulary for the next token: (N, M) to (N, V)."""
@@ -170,6 +186,18 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
         logits = self.classify(pool(x_TM, self._spans(inputs), "last"))
         loss = text_loss(logits, labels, self.config, given.num_items_in_batch)
         return SequenceClassifierOutputWithPast(loss, logits)
+
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """See `Model`."""
+        return self._text_loss
+
+    def _text_loss(
+        self, labels: Tensor, pooled_logits: Tensor, *, num_items_in_batch: Any = None, **others: Any
+    ) -> Tensor:
+        loss = text_loss(pooled_logits, labels, self.config, num_items_in_batch)
+        assert loss is not None
+        return loss
 
     def classify(self, x: Tensor) -> Tensor:
         """Scores of pooled texts: (N, M) to (N, labels)."""

@@ -14,12 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from modernbert.decoding.cache import DecoderCache
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 from modernbert.models.base import PreTrainedModel
+from modernbert.models.placement import warn_once
 from modernbert.nn.inputs import Inputs
+from modernbert.nn.losses import cross_entropy
 from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.packing import PackedInputs
 
@@ -33,6 +36,7 @@ class Arguments(Inputs):
     labels: Tensor | None = None
     start_positions: Tensor | None = None
     end_positions: Tensor | None = None
+    shift_labels: Tensor | None = None
     num_items_in_batch: Tensor | float | None = None
     sparse_prediction: bool | None = None
     num_choices: int | Sequence[int] | None = None
@@ -68,14 +72,37 @@ _MEANINGS = {
     "max_seqlen": "longest text of a packed batch, checked against `cu_seqlens`.",
     "batch_size": "B of the grid that packed outputs are padded to.",
     "seq_len": "S of that grid.",
-    "output_attentions": 'return attention weights; needs the backend "eager" (or "auto", which takes it).',
+    "output_attentions": 'return attention weights, for which "eager" attends in this call.',
     "output_hidden_states": "return the embeddings and every layer's output, the last one normed.",
     "return_dict": "False returns a plain tuple.",
     "num_items_in_batch": "labels of the whole batch when this call sees a part of it; the loss is then the sum over "
     "the labels divided by this.",
     "sparse_prediction": "whether logits are computed at labelled tokens only; the configuration's field if not given.",
     "num_choices": "choices of each question, for packed input, a number or one a question; one question if not given.",
-    "kwargs": "`token_type_ids` is accepted and ignored.",
+    "kwargs": "what callers hand over out of habit: `token_type_ids` and `seq_idx` change nothing, `cu_seq_lens_q` and "
+    "`max_length_q` are `cu_seqlens` and `max_seqlen`, and what a class has no use for may be None.",
+}
+
+# What callers hand over out of habit: names of other libraries for arguments, what changes nothing (with a line of log
+# where something was meant), and what is refused unless it is None.
+_SAME = {
+    **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), "cu_seqlens"),
+    **dict.fromkeys(("max_length_q", "max_length_k"), "max_seqlen"),
+    "num_logits_to_keep": "logits_to_keep",
+    "shift_labels": "shift_labels",
+}
+_HARMLESS = {
+    **dict.fromkeys(("token_type_ids", "seq_idx", "num_items_in_batch", "sparse_prediction"), ""),
+    **dict.fromkeys(("use_cache", "cache_position"), "an encoder has no cache, so it changes nothing"),
+}
+_ONLY_NONE = {
+    "head_mask": "attention heads are removed by model.prune_heads",
+    "past_key_values": "an encoder sees whole texts, and has no cache",
+    **dict.fromkeys(("encoder_hidden_states", "encoder_attention_mask"), "there is no cross-attention"),
+    "labels": "{name} has no head and no loss; AutoModelForSequenceClassification, AutoModelForMaskedLM, "
+    "AutoModelForCausalLM and the like have",
+    "shift_labels": "only a ModernBertDecoderForCausalLM shifts labels; give labels",
+    "logits_to_keep": "{name} scores no vocabulary token by token; leave it out",
 }
 
 # What more there is to say of models with a cache.
@@ -116,17 +143,29 @@ class Model(PreTrainedModel, abc.ABC):
         output["hidden_states"], output["attentions"] = hidden.states or None, hidden.weights or None
         return output
 
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """The head's loss of logits and labels, for a caller's own loop; the arguments are those of transformers."""
+        return self._token_loss
+
+    def _token_loss(self, logits: Tensor, labels: Tensor, *, num_items_in_batch: Any = None, **others: Any) -> Tensor:
+        return cross_entropy(logits.flatten(0, -2), labels.flatten(), num_items=num_items_in_batch)
+
     @abc.abstractmethod
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Any, given: Arguments) -> ModelOutput:
         """The output of packed hidden states (T, M), with a loss where there are labels."""
 
 
 def forward_of(
-    summary: str, names: Sequence[str], instead: Mapping[str, str] = MappingProxyType({})
+    summary: str,
+    names: Sequence[str],
+    instead: Mapping[str, str] = MappingProxyType({}),
+    unshown: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """The forward of a class, which shows its own arguments in `help` and `inspect.signature`.
 
-    `names` are its arguments, in order; `instead` are some that it refuses, each with what it takes instead.
+    `names` are its arguments, in order; `instead` are some that it refuses, each with what it takes instead; `unshown`
+    are some that it takes and does not show, since trainers want a value of each label that is shown.
     """
     types, kind = typing.get_type_hints(Arguments), inspect.Parameter.POSITIONAL_OR_KEYWORD
     own = [inspect.Parameter(n, kind, default=getattr(Arguments, n), annotation=types[n]) for n in names]
@@ -135,11 +174,8 @@ def forward_of(
 
     def forward(self: Model, *args: Any, **kwargs: Any) -> ModelOutput | tuple[Any, ...]:
         named = signature.bind(*args, **kwargs).arguments
-        unknown = named.pop("kwargs", {}).keys() - {"token_type_ids"}  # which callers hand over out of habit
-        for name in unknown & instead.keys():
-            raise InputError(f"{name} is given; {instead[name]}")
-        if unknown:
-            raise TypeError(f"forward got unknown arguments: {', '.join(sorted(unknown))}")
+        if others := named.pop("kwargs", None):
+            named |= _by_habit(type(self).__name__, others, named, (*names, *unshown), instead)
         given = Arguments(**named)
         inputs, cache = self.open(given)
         output = self.run_packed(inputs, given, cache)
@@ -154,3 +190,38 @@ def forward_of(
     forward.__doc__ = "\n".join([inspect.cleandoc(summary), "", "Args:", *described, "", raises])
     vars(forward)["__signature__"] = signature.replace(parameters=[inspect.Parameter("self", kind), *own, rest])
     return forward
+
+
+def _by_habit(
+    model: str, others: dict[str, Any], named: Mapping[str, Any], names: Sequence[str], instead: Mapping[str, str]
+) -> dict[str, Any]:
+    """The arguments of a forward, `names`, that `others` give by names which it lacks.
+
+    Raises:
+        InputError: one would change the result, and cannot be served.
+        TypeError: one is unknown.
+    """
+    found: dict[str, Any] = {}
+    unknown = []
+    for name, value in others.items():
+        refusal = instead.get(name, _ONLY_NONE.get(name))
+        same = _SAME.get(name)
+        if same is not None and same in names:
+            before = found.get(same, named.get(same))
+            if before is not None and value is not None and not _agree(before, value):
+                raise InputError(f"{name} is {shown(value)} and {same} is {shown(before)}; they must be the same")
+            found[same] = value if before is None else before
+        elif name in _HARMLESS:
+            if _HARMLESS[name] and value is not None and value is not False:
+                warn_once(f"{name} was given to {model}; {_HARMLESS[name]}")
+        elif refusal is None:
+            unknown.append(name)
+        elif value is not None:
+            raise InputError(f"{name} is given; {refusal.format(name=model)}")
+    if unknown:
+        raise TypeError(f"forward got unknown arguments: {', '.join(sorted(unknown))}")
+    return found
+
+
+def _agree(one: Any, other: Any) -> bool:
+    return torch.as_tensor(one).tolist() == torch.as_tensor(other).tolist()

@@ -11,8 +11,8 @@ of all texts together, M hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,18 @@ class ModernBertForSequenceClassification(EncoderClassifier):
         logits = self.classify_texts(x_TM, inputs)
         return SequenceClassifierOutput(text_loss(logits, labels, self.config, given.num_items_in_batch), logits)
 
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """See `Model`."""
+        return self._text_loss
+
+    def _text_loss(
+        self, labels: Tensor, pooled_logits: Tensor, *, num_items_in_batch: Any = None, **others: Any
+    ) -> Tensor:
+        loss = text_loss(pooled_logits, labels, self.config, num_items_in_batch)
+        assert loss is not None
+        return loss
+
 
 class ModernBertForTokenClassification(EncoderClassifier):
     """The encoder with a classifier of every token, such as of named entities.
@@ -215,6 +227,20 @@ class ModernBertForQuestionAnswering(EncoderClassifier):
             loss = (start + end) / 2
         lowest = torch.finfo(start_T.dtype).min
         return QuestionAnsweringModelOutput(loss, inputs.restore(start_T, lowest), inputs.restore(end_T, lowest))
+
+    @property
+    def loss_function(self) -> Callable[..., Tensor]:
+        """See `Model`."""
+        return self._position_loss
+
+    def _position_loss(
+        self, start_logits: Tensor, end_logits: Tensor, start_positions: Tensor, end_positions: Tensor, **others: Any
+    ) -> Tensor:
+        start, end = (
+            self._token_loss(logits, at.masked_fill((at < 0) | (at >= logits.shape[1]), IGNORED))
+            for logits, at in ((start_logits, start_positions), (end_logits, end_positions))
+        )
+        return (start + end) / 2
 
 
 class ModernBertForMultipleChoice(EncoderClassifier):

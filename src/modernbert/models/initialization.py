@@ -25,8 +25,8 @@ def initialize_weight(weight: Tensor, module_name: str, config: Config) -> None:
         std = config.initializer_range / math.sqrt(2.0 * max(config.num_hidden_layers, 1))
     elif name == "classifier":
         std = config.hidden_size**-0.5
-    else:
-        raise KeyError(f"nothing says how to initialize {module_name!r}")
+    else:  # a layer of somebody's own head
+        std = config.initializer_range
     cutoff = config.initializer_cutoff_factor * std
     nn.init.trunc_normal_(weight, std=std, a=-cutoff, b=cutoff)
 
@@ -38,11 +38,12 @@ def initialize(model: nn.Module, config: Config, only: set[str]) -> None:
         if name not in only:
             continue
         module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
         if leaf == "bias":
             nn.init.zeros_(parameter)
-        elif isinstance(model.get_submodule(module_name), nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(parameter)
-        else:
+        elif isinstance(module, nn.Linear | nn.Embedding):  # others keep what their constructors gave them
             initialize_weight(parameter, module_name, config)
 
 

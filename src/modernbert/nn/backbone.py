@@ -5,6 +5,7 @@ Shapes: B texts, T real tokens of all texts together, M hidden size.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.config import Config
-from modernbert.errors import InputError
 from modernbert.nn.attention import AttentionBackend, choose_backend
 from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.execution import (
@@ -59,9 +59,15 @@ class Backbone(nn.Module):
             self._backends[("", torch.float32)] = choose_backend(name, self.config.deterministic_flash_attn)
         self.attn_implementation = name
 
+    @property
+    def first_weight(self) -> Tensor:
+        """A weight, whose dtype and device are the model's."""
+        weight = next(self.embeddings.parameters(), None)  # none in DataParallel's replicas, which have plain tensors
+        return self.embeddings.norm.weight if weight is None else weight
+
     def pack_inputs(self, given: Inputs, **continued: Any) -> PackedInputs:
         """`nn.inputs.pack_inputs` for this model; `continued` is what a cache holds."""
-        weight = next(self.embeddings.parameters())
+        weight = self.first_weight
         return pack_inputs(given, self.config, weight.dtype, weight.device, **continued)
 
     def encode(
@@ -156,16 +162,16 @@ class Backbone(nn.Module):
     @property
     def backend(self) -> AttentionBackend:
         """What attends where the weights are now."""
-        weight = next(self.embeddings.parameters())
+        weight = self.first_weight
         return self.backend_on(weight.device, weight.dtype)
 
     def _backend_with_weights(self) -> EagerAttention:
-        """The backend of a pass that wants attention weights: "auto" takes the one that makes them."""
-        if self.attn_implementation not in ("auto", "eager"):
-            raise InputError(
-                f"output_attentions needs attention weights, which attn_implementation "
-                f"{self.attn_implementation!r} never makes; load the model with 'eager' or 'auto'"
-            )
-        if self.attn_implementation == "auto":
-            logger.info("attention backend: eager for this call, which wants attention weights")
+        """The backend of a pass that wants attention weights, whichever the other passes take."""
+        if self.attn_implementation != "eager":
+            _log_once("attention backend: eager for calls that want attention weights, which only it makes")
         return EagerAttention()
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)

@@ -19,8 +19,8 @@ from modernbert.nn.attention.eager import EagerAttention
 from modernbert.nn.packing import PackedInputs, Packing
 from modernbert.nn.rotary import angle_tables, rope_frequencies, rope_tables
 
-# The attention weights of each layer by its number, for each text (H, L, K): L queries and K keys.
-AttentionWeights = dict[int, list[Tensor]]
+# The attention weights of each layer by its number, for each text (H, L, K): L queries and K keys; or padded.
+AttentionWeights = dict[int, list[Tensor] | Tensor]
 
 
 class Attend(Protocol):
@@ -104,8 +104,11 @@ class Planned:
         if self.weights is None:
             return self.backend.attend(q_THD, k_THD, v_THD, self.plan, dropout)
         assert isinstance(self.backend, EagerAttention)
-        out_THD, self.weights[layer] = self.backend.attend_with_weights(q_THD, k_THD, v_THD, self.plan, dropout)
-        return out_THD
+        weights = self.backend.weigh(q_THD, k_THD, self.plan, dropout)
+        self.weights[layer] = weights
+        if q_THD.requires_grad:
+            self.weights[layer], weights = self.backend.shown(weights, self.plan.packing)
+        return self.backend.sum_values(weights, v_THD, self.plan)
 
 
 def attend_by_kind(
@@ -161,4 +164,5 @@ def frequencies(config: Config, device: torch.device) -> dict[str, tuple[Tensor,
 
 def pad_attention_weights(weights: AttentionWeights | None, inputs: PackedInputs) -> tuple[Tensor, ...]:
     """Each layer's attention weights as one padded tensor; nothing if they are not wanted."""
-    return tuple(EagerAttention.pad_weights(weights[i], inputs.packing) for i in sorted(weights)) if weights else ()
+    found = [weights[i] for i in sorted(weights)] if weights else []
+    return tuple(w if isinstance(w, Tensor) else EagerAttention.pad_weights(w, inputs.packing) for w in found)

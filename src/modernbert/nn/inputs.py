@@ -67,8 +67,9 @@ def pack_inputs(
 ) -> PackedInputs:
     """Check a model's input, pack it where it lies, and send it to the model in one asynchronous copy.
 
-    Input without a mask whose `position_ids` begin anew within a row is packed already: each new beginning is another
-    text, as with `cu_seqlens`. `sliding_window_mask` ends here: local windows follow from the positions.
+    A mask of four dimensions that hides padding alone (and for a decoder, what comes after a token) is taken for the
+    padding's. Input without a mask whose `position_ids` begin anew within a row is packed already: each new beginning
+    is another text, as with `cu_seqlens`. `sliding_window_mask` ends here: local windows follow from the positions.
 
     Args:
         given: what the caller gave.
@@ -82,6 +83,8 @@ def pack_inputs(
     """
     name, x, shape = _tokens(given, config, dtype)
     packed, mask, new = given.cu_seqlens is not None, given.attention_mask, shape[1] if len(shape) > 1 else 0
+    if mask is not None and mask.dim() == 4 and not packed and not columns:
+        mask = _padding_of(mask, shape, config)
     if mask is not None and mask.dim() == 2 and mask.shape[1] == columns + new:
         mask = mask[:, columns:]
     if given.cache_position is not None:
@@ -125,6 +128,35 @@ def pack_inputs(
         positions = packing.positions_T + torch.tensor(ends, device=x.device)[packing.text_T]
         inputs = dataclasses.replace(inputs, rope_positions_T=positions)
     return inputs.to(device)
+
+
+def _padding_of(mask: Tensor, shape: tuple[int, ...], config: Config) -> Tensor:
+    """The padding (B, S) that a mask (B or 1, 1, S or 1, S) says: 0 or True where a query sees a key, or 1 of integers.
+
+    All layers of transformers take such a mask as it is. So local windows, which it knows nothing of, must see all.
+    """
+    batch, columns = shape if len(shape) == 2 else (0, 0)
+    if (
+        mask.shape[0] not in (1, batch)
+        or mask.shape[1] != 1
+        or mask.shape[2:] not in ((1, columns), (columns, columns))
+    ):
+        raise wrong_shape("attention_mask", mask, shape, (batch, 1, columns, columns))
+    seen_BSS = (mask > -1 if mask.is_floating_point() else mask != 0).expand(batch, 1, columns, columns)[:, 0]
+    real_BS = seen_BSS.diagonal(dim1=1, dim2=2)
+    expected_BSS = real_BS[:, None].expand_as(seen_BSS)
+    if config.reach("full_attention").right == 0:
+        expected_BSS = expected_BSS.tril()
+    is_plain = not mask.is_floating_point() or bool(((mask == 0) | (mask < -1000)).all())
+    lefts = [config.reach(kind).left for kind in config.layer_types or ()]
+    longest = max((int(i[-1] - i[0]) for row in real_BS if len(i := row.nonzero())), default=0)
+    sees_all = all(left is None or longest <= left for left in lefts)
+    if not (is_plain and sees_all and torch.equal(seen_BSS[real_BS], expected_BSS[real_BS])):
+        raise InputError(
+            f"attention_mask has shape {tuple(mask.shape)} and says more than where padding is, or meets texts longer "
+            f"than the local window; give the padding as {shape}, and texts in one row by position_ids or cu_seqlens"
+        )
+    return real_BS
 
 
 def _is_whole(values: Tensor) -> bool:

@@ -5,6 +5,7 @@ Shapes: T tokens of all texts together, M hidden size.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,16 +18,19 @@ class Recompute:
     """Runs layers, and keeps the activations of as many as a budget of bytes allows, the last ones; None keeps none.
 
     A layer that is computed again needs memory for one layer. The first ones need it when the others' is free again.
-    What a layer keeps is not estimated: the last layer of each kind is measured once.
+    What a layer keeps is not estimated: the last layer of each kind is measured once. `every` computes again only each
+    such layer; `offload` holds what the others begin from on the host; `options` are those of PyTorch's `checkpoint`.
     """
 
-    def __init__(self, budget: int | None = None) -> None:
-        self.budget = budget
+    def __init__(
+        self, budget: int | None = None, every: int = 1, offload: bool = False, options: dict[str, Any] | None = None
+    ) -> None:
+        self.budget, self.every, self.offload, self.options = budget, every, offload, options or {}
         self._bytes_a_token: dict[Any, float] = {}
 
     def plan(self, kinds: Sequence[str], x_TM: Tensor) -> list[bool]:
         """For each layer, by its kind, whether it keeps what it computes."""
-        kept = [False] * len(kinds)
+        kept = [i % self.every != 0 for i in range(len(kinds))]
         if self.budget is None:
             return kept
         keys = [_key(kind, x_TM) for kind in kinds]
@@ -46,7 +50,9 @@ class Recompute:
     def run(self, layer: nn.Module, keep: bool, kind: str, x_TM: Tensor, *given: Any) -> Tensor:
         """(T, M) to (T, M) by a layer."""
         if not keep:
-            out_TM: Tensor = checkpoint(layer, x_TM, *given, use_reentrant=False)
+            elsewhere = torch.autograd.graph.save_on_cpu(pin_memory=x_TM.is_cuda)
+            with elsewhere if self.offload else contextlib.nullcontext():
+                out_TM: Tensor = checkpoint(layer, x_TM, *given, use_reentrant=False, **self.options)
             return out_TM
         key = _key(kind, x_TM)
         if key in self._bytes_a_token or not len(x_TM):

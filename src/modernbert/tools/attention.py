@@ -38,13 +38,13 @@ def attention_of(model: Any, tokenizer: Tokenizer, text: str, longest: int = 256
     """Compute the attention weights of a text.
 
     Args:
-        model: any model of this library, loaded with `attn_implementation` "auto" or "eager".
+        model: any model of this library.
         tokenizer: its tokenizer.
         text: the text.
         longest: how many tokens are allowed; a page has a byte for every layer, head and pair of tokens.
 
     Raises:
-        InputError: the text is empty or too long, or the backend of the model gives no weights.
+        InputError: the text is empty or too long.
     """
     encoder = model.base_model if isinstance(model, PreTrainedModel) else model.model
     encoding, tokens = encoded(tokenizer, text, longest)

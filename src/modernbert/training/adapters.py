@@ -40,7 +40,10 @@ def add_adapters(model: nn.Module, rank: int, alpha: float | None) -> Any:
         modules_to_save=heads or None,
         bias="none",
     )
-    return peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        # PEFT takes the prediction head of decoders for the tied output, by its name, "lm_head".
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True` and a tied layer")
+        return peft.get_peft_model(model, config)
 
 
 def has_adapters(model: Any) -> bool:

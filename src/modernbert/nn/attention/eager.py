@@ -53,19 +53,34 @@ class EagerAttention(AttentionBackend):
         self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: EagerPlan, dropout: float = 0.0
     ) -> tuple[Tensor, list[Tensor]]:
         """Attention outputs (T, H, D), and for each text its weights (H, L, K)."""
-        outs, weights = [q_THD[:0]], []
-        lengths, keys = plan.packing.lengths, plan.keys.lengths
-        texts = zip(q_THD.split(lengths), k_THD.split(keys), v_THD.split(keys), plan.seen, strict=True)
-        for q_LHD, k_KHD, v_KHD, seen_LK in texts:
-            # Copies, because the sums of a product depend on where in memory its operands begin.
-            fresh = torch.contiguous_format
-            q_HLD, k_HKD, v_HKD = (x.transpose(0, 1).clone(memory_format=fresh) for x in (q_LHD, k_KHD, v_KHD))
+        weights = self.weigh(q_THD, k_THD, plan, dropout)
+        return self.sum_values(weights, v_THD, plan), weights
+
+    def weigh(self, q_THD: Tensor, k_THD: Tensor, plan: EagerPlan, dropout: float = 0.0) -> list[Tensor]:
+        """For each text the weights (H, L, K) of its queries' keys."""
+        weights = []
+        texts = zip(q_THD.split(plan.packing.lengths), k_THD.split(plan.keys.lengths), plan.seen, strict=True)
+        for q_LHD, k_KHD, seen_LK in texts:
+            q_HLD, k_HKD = _by_head(q_LHD), _by_head(k_KHD)
             scores_HLK = (q_HLD @ k_HKD.mT).float() * q_HLD.shape[-1] ** -0.5
             scores_HLK = scores_HLK.masked_fill(~seen_LK, float("-inf"))
-            weights_HLK = F.dropout(scores_HLK.softmax(-1).to(v_HKD.dtype), dropout)
-            outs.append((weights_HLK @ v_HKD).transpose(0, 1))
-            weights.append(weights_HLK)
-        return torch.cat(outs), weights
+            weights.append(F.dropout(scores_HLK.softmax(-1).to(k_HKD.dtype), dropout))
+        return weights
+
+    def sum_values(self, weights: list[Tensor], v_THD: Tensor, plan: EagerPlan) -> Tensor:
+        """Attention outputs (T, H, D) by the weights of each text."""
+        texts = zip(weights, v_THD.split(plan.keys.lengths), strict=True)
+        outs = [(weights_HLK @ _by_head(v_KHD)).transpose(0, 1) for weights_HLK, v_KHD in texts]
+        return torch.cat([v_THD[:0], *outs])
+
+    @classmethod
+    def shown(cls, weights: list[Tensor], packing: Packing) -> tuple[Tensor, list[Tensor]]:
+        """The padded weights that callers see, and those of each text taken from them, so that gradients pass both."""
+        padded = cls.pad_weights(weights, packing)
+        columns = padded.shape[2]
+        place_T = packing.positions_T if packing.indices_T is None else packing.indices_T - packing.text_T * columns
+        texts = enumerate(place_T.split(packing.lengths))
+        return padded, [padded[i][:, column_L][:, :, column_L] for i, column_L in texts]
 
     @staticmethod
     def pad_weights(weights: list[Tensor], packing: Packing) -> Tensor:
@@ -84,3 +99,8 @@ class EagerAttention(AttentionBackend):
             key_K = column_L if alone else torch.arange(weights_HLK.shape[-1], device=column_L.device)
             out[i, :, column_L[:, None], key_K[None, :]] = weights_HLK
         return out
+
+
+def _by_head(x_LHD: Tensor) -> Tensor:
+    # A copy, because the sums of a product depend on where in memory its operands begin.
+    return x_LHD.transpose(0, 1).clone(memory_format=torch.contiguous_format)

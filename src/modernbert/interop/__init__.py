@@ -1,0 +1,5 @@
+"""What other libraries' objects need to work with our models. Nothing here imports them."""
+
+from modernbert.interop.trainer import CheckpointCallback
+
+__all__ = ["CheckpointCallback"]
