@@ -161,13 +161,12 @@ class BatchEncoding(dict[str, Any]):
 
     def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
         """Number of a token's word in its text."""
-        found = self._at("token_to_word", "token", batch_or_token_index, token_index)
-        return None if found is None else found[1]
+        return self._at("token_to_word", "token", batch_or_token_index, token_index)
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> CharSpan | None:
         """Characters of a token in its text."""
         found = self._at("token_to_chars", "token", batch_or_token_index, token_index)
-        return None if found is None else CharSpan(*found[1])
+        return None if found is None else CharSpan(*found)
 
     def word_to_tokens(
         self, batch_or_word_index: int, word_index: int | None = None, sequence_index: int = 0

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _USUAL = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
-_SPACE_BEFORE_MARK = re.compile(r" (?=[.?!,]|n't|'(?:m|s|ve|re))")
+_SPACE_BEFORE_MARK = re.compile(r" (?=[.?!,]|n't|'(?:m|s|ve|re))| (') ")
 _PADDINGS = ("longest", "max_length", "do_not_pad")
 _ADDITIONAL = ("additional_special_tokens", "extra_special_tokens")  # of two generations of files
 _TARGETS = ("self", "text", "text_pair", "text_target", "text_pair_target")
@@ -286,8 +286,11 @@ class Tokenizer:
     @property
     def init_kwargs(self) -> dict[str, Any]:
         """The configuration, with the special tokens as they are now."""
-        named = {f"{name}_token": token for name, token in self._specials.items()}
-        return {**self.config, **named, **({_ADDITIONAL[0]: self._additional} if self._additional else {})}
+        return {
+            **self.config,
+            **self.special_tokens_map,
+            **({_ADDITIONAL[0]: self._additional} if self._additional else {}),
+        }
 
     @property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
@@ -358,12 +361,12 @@ class Tokenizer:
     @property
     def special_tokens_map(self) -> dict[str, str]:
         """The special tokens by name, such as "cls_token"."""
-        return {f"{name}_token": token for name, token in self._specials.items()}
+        return {f"{name}_token": self._specials[name] for name in SPECIAL_NAMES if name in self._specials}
 
     @property
     def all_special_tokens(self) -> list[str]:
         """The special tokens, each once: those with a name, then the additional ones."""
-        return list(dict.fromkeys([*self._specials.values(), *self._additional]))
+        return list(dict.fromkeys([*self.special_tokens_map.values(), *self._additional]))
 
     @property
     def additional_special_tokens(self) -> list[str]:
@@ -422,16 +425,19 @@ class Tokenizer:
             raise InputError(f"special_tokens_dict is {shown(special_tokens_dict)}; give a dict of {', '.join(names)}")
         specials: dict[str, AddedToken] = {}
         additional: list[AddedToken] | None = None
+        tokens: list[AddedToken] = []
         for name, given in special_tokens_dict.items():
             if name in _ADDITIONAL and isinstance(given, list | tuple):
-                additional = [*(additional or ()), *(_token(name, token, special=True) for token in given)]
+                more = [_token(name, token, special=True) for token in given]
+                additional, tokens = [*(additional or ()), *more], [*tokens, *more]
             elif name in _ADDITIONAL:
                 raise InputError(f"{name} is {shown(given)}; give a list of tokens")
             elif name.removesuffix("_token") in SPECIAL_NAMES:
-                specials[name.removesuffix("_token")] = _token(name, given, special=True)
+                tokens.append(_token(name, given, special=True))
+                specials[name.removesuffix("_token")] = tokens[-1]
             else:
                 raise InputError(f"{shown(name)} is no special token; there are {', '.join(names)}")
-        added = self.add_tokens([*specials.values(), *(additional or ())], special_tokens=True)
+        added = self.add_tokens(tokens, special_tokens=True)
         self._specials.update({name: token.content for name, token in specials.items()})
         if additional is not None:
             kept = [] if replace_additional_special_tokens and replace_extra_special_tokens else self._additional
@@ -902,7 +908,7 @@ class Tokenizer:
     @staticmethod
     def clean_up_tokenization(out_string: str) -> str:
         """A text without the spaces before punctuation and before the ends of English words, such as n't."""
-        return _SPACE_BEFORE_MARK.sub("", out_string)
+        return _SPACE_BEFORE_MARK.sub(r"\1", out_string)
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of several rows of ids."""
@@ -914,11 +920,14 @@ def _cut(
 ) -> tuple[list[int], list[int] | None]:
     """The ids of a text or pair that have room; of the longer one first where the strategy is "longest_first"."""
     sizes = [len(first), len(second or ())]
-    for _ in range(max(sum(sizes) - room, 0)):
-        which = (
-            int(sizes[1] >= sizes[0] and bool(sizes[1])) if strategy == "longest_first" else strategy == "only_second"
-        )
-        sizes[which] -= 1
+    if strategy != "longest_first":
+        sizes[strategy == "only_second"] -= max(sum(sizes) - room, 0)
+    elif sum(sizes) > room:  # as the `tokenizers` library shares out the room
+        is_swapped = sizes[0] > sizes[1]
+        small = min(sizes)
+        large = small if small > room else max(small, room - small)
+        small, large = (room // 2, room - room // 2) if small + large > room else (small, large)
+        sizes = [large, small] if is_swapped else [small, large]
     if min(sizes) < 0:
         raise InputError(f"truncation is {strategy!r}, and that text is too short to be cut to max_length")
     kept = [
