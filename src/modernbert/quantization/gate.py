@@ -158,7 +158,8 @@ def quantize_loaded(model: Any, config: QuantizationConfig, source: Source) -> A
         logger.warning(
             "%s has no tokenizer.json; what quantizing costs is measured on ids drawn at random", source.name_or_folder
         )
-    tokenizer = Tokenizer.from_pretrained(**vars(source)) if has_tokenizer else None
+    where = dict(vars(source))
+    tokenizer = Tokenizer.from_pretrained(where.pop("name_or_folder"), **where) if has_tokenizer else None
     return quantize(model, config, tokenizer=tokenizer)
 
 

@@ -915,6 +915,9 @@ class Tokenizer:
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
 
 
+PreTrainedTokenizerFast = Tokenizer  # transformers' name
+
+
 def _cut(
     first: list[int], second: list[int] | None, room: int, strategy: str, side: str
 ) -> tuple[list[int], list[int] | None]:
