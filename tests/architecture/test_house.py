@@ -143,6 +143,8 @@ def test_exported_names():
         "ModernBertForTokenClassification",
         "ModernBertModel",
         "Pipeline",
+        "PreTrainedTokenizer",
+        "PreTrainedTokenizerBase",
         "PreTrainedTokenizerFast",
         "QuantizationConfig",
         "QuestionAnsweringPipeline",

@@ -143,10 +143,11 @@ def _task_of(model: Any, kwargs: dict[str, Any]) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    paths = {path.rpartition(".")[2]: path for path, _ in TASKS.values()} | {"Pipeline": "base.Pipeline"}
-    if name not in paths:
-        raise AttributeError(f"module {__name__} has no attribute {name}")
-    return getattr(importlib.import_module(f"{__name__}.{paths[name].partition('.')[0]}"), name)
+    if name == "Pipeline":
+        from modernbert.pipelines.base import Pipeline
+
+        return Pipeline
+    raise AttributeError(f"module {__name__} has no attribute {name}")
 
 
 __all__ = ["TASKS", "Pipeline", "pipeline", "small_model"]

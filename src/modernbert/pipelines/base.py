@@ -99,7 +99,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         defaults: options of the task's calls.
     """
 
-    framework = "pt"
+    framework, num_workers = "pt", 0
     feature_extractor = image_processor = processor = None
 
     task: ClassVar[str]
@@ -157,6 +157,10 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             model.to(resolve_device(device))
         if (dtype := torch_dtype if dtype is None else dtype) is not None:
             model.to(resolve_dtype(dtype, model.dtype, model.device))
+        if not callable(tokenizer):
+            raise InputError(
+                f"tokenizer is {shown(tokenizer)}; give a tokenizer, or a folder or repository that has one"
+            )
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
         sizes = BatchOptions(batch_tokens=batch_tokens, batch_size=batch_size)

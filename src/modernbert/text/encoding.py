@@ -102,7 +102,10 @@ class BatchEncoding(dict[str, Any]):
         return self.encodings[0].n_sequences if self.encodings else None
 
     def to(self, device: Any, *, non_blocking: bool = False) -> Self:
-        """Move the tensors to a device, in place, and return this encoding."""
+        """Move the tensors to a device, in place, and return this encoding; ids keep their dtype."""
+        if isinstance(device, torch.dtype):
+            logger.warning("an encoding is not cast to %s: ids are whole numbers", device)
+            return self
         for name, value in self.items():
             if isinstance(value, torch.Tensor):
                 self[name] = value.to(device, non_blocking=non_blocking)

@@ -214,6 +214,9 @@ class Tokenizer:
         """
         if legacy_format:
             raise InputError("legacy_format is True; tokenizer.json is written, and save_vocabulary writes older files")
+        return tuple(map(str, self._write(Path(save_directory), {"filename_prefix": filename_prefix})))
+
+    def _write(self, folder: Path, options: Mapping[str, Any]) -> list[Path]:
         config = {
             **self.init_kwargs,
             "model_max_length": self.model_max_length,
@@ -226,16 +229,13 @@ class Tokenizer:
         config.pop("name_or_path", None)
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         config.setdefault("clean_up_tokenization_spaces", False)
-        folder, prefix = Path(save_directory), f"{filename_prefix}-" if filename_prefix else ""
-        contents = {
-            "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True) + "\n",
-            "tokenizer.json": "",
-        }
         with self._lock:
-            contents["tokenizer.json"] = self.backend.to_str(pretty=True)
-        for name, text in contents.items():
-            write_text(folder / f"{prefix}{name}", text)
-        return tuple(str(folder / f"{prefix}{name}") for name in contents)
+            text = self.backend.to_str(pretty=True)
+        prefix = f"{options['filename_prefix']}-" if options.get("filename_prefix") else ""
+        files = [folder / f"{prefix}{name}.json" for name in ("tokenizer_config", "tokenizer")]
+        write_text(files[0], json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_text(files[1], text)
+        return files
 
     def save_vocabulary(self, save_directory: str | Path, filename_prefix: str | None = None) -> tuple[str, ...]:
         """Write the vocabulary in the files of the model's own kind, such as vocab.json and merges.txt; their names."""
@@ -444,12 +444,12 @@ class Tokenizer:
             self._additional = list(dict.fromkeys([*kept, *(token.content for token in additional)]))
         return added
 
-    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
         """Id of a token, or ids of a list of them; unknown ones are the unknown token's."""
         if isinstance(tokens, str):
             found = self.backend.token_to_id(tokens)
             return self.unk_token_id if found is None else found
-        if not isinstance(tokens, list | tuple):
+        if not isinstance(tokens, Iterable):
             raise InputError(f"tokens is {shown(tokens)}; give a token or a list of them")
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
@@ -556,8 +556,7 @@ class Tokenizer:
             return encoded
         batched, inputs = rows_of(text, text_pair, is_split_into_words)
         padding = "max_length" if pad_to_max_length and not padding else padding
-        if stride < 0:
-            raise InputError(f"stride is {stride}; it must not be negative")
+        stride = check_value("stride", stride, int, {"limits": Limits(0)})
         pair = any(isinstance(row, tuple) for row in inputs)
         strategy, limit = truncation_of(padding, truncation, max_length, self.model_max_length, pair)
         cut = (strategy, limit or 0, stride) if strategy else None
@@ -915,9 +914,6 @@ class Tokenizer:
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
 
 
-PreTrainedTokenizerFast = Tokenizer  # transformers' name
-
-
 def _cut(
     first: list[int], second: list[int] | None, room: int, strategy: str, side: str
 ) -> tuple[list[int], list[int] | None]:
@@ -937,6 +933,10 @@ def _cut(
         ids[:n] if side == "right" else ids[len(ids) - n :] for ids, n in zip((first, second or []), sizes, strict=True)
     ]
     return kept[0], None if second is None else kept[1]
+
+
+# The names that code written for transformers imports.
+PreTrainedTokenizer = PreTrainedTokenizerBase = PreTrainedTokenizerFast = Tokenizer
 
 
 def _refuse_fixed(name: str, value: Any) -> None:
