@@ -54,16 +54,10 @@ _SETTINGS: dict[str, Any] = {
 _FIXED = ("add_bos_token", "add_eos_token", "add_prefix_space")  # what `tokenizer.json` itself says
 # What callers of transformers give for loading, and what is said of it.
 _IDLE = {
-    "use_fast": "there is one tokenizer, the fast one",
-    "from_slow": "there is one tokenizer, the fast one",
-    "legacy": "there is one tokenizer, the fast one",
-    "tokenizer_type": "there is one class for every tokenizer.json",
-    "config": "a tokenizer reads its own files alone",
+    **dict.fromkeys(("use_fast", "from_slow", "legacy", "tokenizer_type"), "there is one tokenizer, the fast one"),
+    **dict.fromkeys(("force_download", "resume_download", "proxies"), "the Hub's own client says how it loads"),
+    **dict.fromkeys(("config", "_commit_hash"), "it is not used"),
     "trust_remote_code": "no code of a repository is ever executed",
-    "force_download": "what the Hub's cache holds is taken",
-    "resume_download": "downloads are always resumed",
-    "proxies": "the environment variable HTTPS_PROXY names one",
-    "_commit_hash": "revision names one",
 }
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MOST_GROWTH = 1024  # how many times longer a tokenizer.json may make a text
@@ -121,8 +115,6 @@ class Tokenizer:
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise InputError(f"model_input_names is {shown(names)}; it must be a list of names")
         self.model_input_names: list[str] = list(names)
-        if self.config.get("split_special_tokens"):
-            check_value("split_special_tokens", self.config["split_special_tokens"], bool, {})
         if add_prefix_space is not None:
             if not hasattr(backend.pre_tokenizer, "add_prefix_space"):
                 raise InputError("add_prefix_space is given, and this tokenizer.json has no setting of that name")
@@ -423,25 +415,21 @@ class Tokenizer:
         names = [*(f"{known}_token" for known in SPECIAL_NAMES), _ADDITIONAL[0]]
         if not isinstance(special_tokens_dict, Mapping):
             raise InputError(f"special_tokens_dict is {shown(special_tokens_dict)}; give a dict of {', '.join(names)}")
-        specials: dict[str, AddedToken] = {}
-        additional: list[AddedToken] | None = None
-        tokens: list[AddedToken] = []
+        found: dict[str, list[AddedToken]] = {}
         for name, given in special_tokens_dict.items():
-            if name in _ADDITIONAL and isinstance(given, list | tuple):
-                more = [_token(name, token, special=True) for token in given]
-                additional, tokens = [*(additional or ()), *more], [*tokens, *more]
-            elif name in _ADDITIONAL:
+            if name in _ADDITIONAL and not isinstance(given, list | tuple):
                 raise InputError(f"{name} is {shown(given)}; give a list of tokens")
-            elif name.removesuffix("_token") in SPECIAL_NAMES:
-                tokens.append(_token(name, given, special=True))
-                specials[name.removesuffix("_token")] = tokens[-1]
-            else:
+            if name not in (*names, *_ADDITIONAL):
                 raise InputError(f"{shown(name)} is no special token; there are {', '.join(names)}")
-        added = self.add_tokens(tokens, special_tokens=True)
-        self._specials.update({name: token.content for name, token in specials.items()})
-        if additional is not None:
-            kept = [] if replace_additional_special_tokens and replace_extra_special_tokens else self._additional
-            self._additional = list(dict.fromkeys([*kept, *(token.content for token in additional)]))
+            found[name] = [_token(name, one, special=True) for one in (given if name in _ADDITIONAL else [given])]
+        added = self.add_tokens([token for tokens in found.values() for token in tokens], special_tokens=True)
+        if found.keys() & set(_ADDITIONAL) and replace_additional_special_tokens and replace_extra_special_tokens:
+            self._additional = []
+        for name, tokens in found.items():
+            if name in _ADDITIONAL:
+                self._additional = list(dict.fromkeys([*self._additional, *(token.content for token in tokens)]))
+            else:
+                self._specials[name.removesuffix("_token")] = tokens[0].content
         return added
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
@@ -809,9 +797,7 @@ class Tokenizer:
         if wrong := [tool for tool in tools or () if not isinstance(tool, Mapping)]:
             raise InputError(f"tools holds {shown(wrong[0])}; give the JSON schema of each function")
         template = chosen(self.chat_template, chat_template, tools is not None)
-        batched = (
-            isinstance(conversation, list | tuple) and bool(conversation) and isinstance(conversation[0], list | tuple)
-        )
+        batched = isinstance(conversation, list | tuple) and isinstance(next(iter(conversation), None), list | tuple)
         given = {**self.special_tokens_map, "add_generation_prompt": add_generation_prompt}
         given |= {"tools": tools, "documents": documents, **variables}
         texts, spans = [], []
@@ -865,17 +851,13 @@ class Tokenizer:
         with _explained("the tokenizer cannot be trained"):
             backend = trained(self.backend, names, text_iterator, vocab_size, length, special, kwargs)
         backend.add_tokens([token for token in added if not token.special])
-        config = {name: value for name, value in self.init_kwargs.items() if name != "added_tokens_decoder"}
-        for name in (*(f"{name}_token" for name in SPECIAL_NAMES), *_ADDITIONAL):
-            if isinstance(value := config.get(name), list | tuple):
-                config[name] = [names.get(str(token), token) for token in value]
-            elif isinstance(value, str):
-                config[name] = names.get(value, value)
-        new = type(self)(backend, {**config, "model_max_length": self.model_max_length})
-        new.padding_side, new.truncation_side = self.padding_side, self.truncation_side
-        if new_special_tokens:
-            new.add_special_tokens({_ADDITIONAL[0]: list(new_special_tokens)}, replace_extra_special_tokens=False)
-        return new
+        config = {name: value for name, value in self.config.items() if name != "added_tokens_decoder"}
+        config |= {name: names.get(token, token) for name, token in self.special_tokens_map.items()}
+        more = [token.content for token in special[len(special) - len(new_special_tokens or ()) :]]
+        config |= {_ADDITIONAL[0]: [names.get(token, token) for token in self._additional] + more}
+        for name in ("model_max_length", "padding_side", "truncation_side", "model_input_names"):
+            config[name] = getattr(self, name)
+        return type(self)(backend, config)
 
     # Ids to text
 
@@ -929,9 +911,8 @@ def _cut(
         sizes = [large, small] if is_swapped else [small, large]
     if min(sizes) < 0:
         raise InputError(f"truncation is {strategy!r}, and that text is too short to be cut to max_length")
-    kept = [
-        ids[:n] if side == "right" else ids[len(ids) - n :] for ids, n in zip((first, second or []), sizes, strict=True)
-    ]
+    pairs = zip((first, second or []), sizes, strict=True)
+    kept = [ids[:n] if side == "right" else ids[len(ids) - n :] for ids, n in pairs]
     return kept[0], None if second is None else kept[1]
 
 
