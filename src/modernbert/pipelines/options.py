@@ -77,7 +77,7 @@ def own_options(values: Mapping[str, Any], task: str, options: type[Options]) ->
 
     Those of tokenizing may come in a dict. None is left out where it is no value of the option.
     """
-    fields = {field.name: field.kind for field in fields_of(options)}
+    fields = kinds_of(options)
     out: dict[str, Any] = {}
     for name, value in values.items():
         if name in fields:

@@ -63,7 +63,8 @@ class BatchEncoding(dict[str, Any]):
         self.pad_token: str | None = None  # what `tokens` gives at padding
         self.pad_id: int | None = None
         self.padding_side = "right"
-        self.convert_to_tensors(tensor_type, prepend_batch_axis)
+        if tensor_type is not None:
+            self.convert_to_tensors(tensor_type, prepend_batch_axis)
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):

@@ -59,6 +59,7 @@ _IDLE = {
     **dict.fromkeys(("config", "_commit_hash"), "it is not used"),
     "trust_remote_code": "no code of a repository is ever executed",
 }
+_TENSORS = {"pt": torch.Tensor, "np": np.ndarray}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MOST_GROWTH = 1024  # how many times longer a tokenizer.json may make a text
 
@@ -544,11 +545,12 @@ class Tokenizer:
             return encoded
         batched, inputs = rows_of(text, text_pair, is_split_into_words)
         padding = "max_length" if pad_to_max_length and not padding else padding
-        stride = check_value("stride", stride, int, {"limits": Limits(0)})
+        if stride != 0:
+            check_value("stride", stride, int, {"limits": Limits(0)})
         pair = any(isinstance(row, tuple) for row in inputs)
         strategy, limit = truncation_of(padding, truncation, max_length, self.model_max_length, pair)
         cut = (strategy, limit or 0, stride) if strategy else None
-        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        split = self.config.get("split_special_tokens") if split_special_tokens is None else split_special_tokens
         rows = self._encode(inputs, add_special_tokens, cut, is_split_into_words, bool(split))
         if return_overflowing_tokens:
             sample = [i for i, encoding in enumerate(rows) for _ in range(1 + len(encoding.overflowing))]
@@ -643,14 +645,14 @@ class Tokenizer:
             given = ", ".join(map(str, encoded_inputs)) or "no keys"
             raise InputError(f"there is nothing to pad by: input_ids is missing among {given}")
         ids = encoded_inputs["input_ids"]
-        alone = len(ids) > 0 and isinstance(to_list(ids[0]), int)
-        kinds = (torch.Tensor, "pt"), (np.ndarray, "np")
-        if return_tensors is None:
-            known = [kind for cls, kind in kinds if isinstance(ids, cls) or (len(ids) and isinstance(ids[0], cls))]
-            return_tensors = known[0] if known else None
+        first = ids[0] if len(ids) else None
+        alone = isinstance(to_list(first), int)
+        if return_tensors is None and not isinstance(first, list | int):
+            return_tensors = next(
+                (k for k, cls in _TENSORS.items() if isinstance(ids, cls) or isinstance(first, cls)), None
+            )
         data: dict[str, Any] = {
-            name: [to_list(values)] if alone else [to_list(row) for row in to_list(values)]
-            for name, values in encoded_inputs.items()
+            name: [to_list(values)] if alone else _rows(values) for name, values in encoded_inputs.items()
         }
         strategy = padding if not isinstance(padding, bool) else "longest" if padding else "do_not_pad"
         side = _side("padding_side", padding_side or self.padding_side)
@@ -894,6 +896,12 @@ class Tokenizer:
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Texts of several rows of ids."""
         return [self.decode(row, skip_special_tokens, **kwargs) for row in sequences]
+
+
+def _rows(values: Any) -> list[Any]:
+    """Rows of a batch as lists."""
+    rows = to_list(values)
+    return list(rows) if not rows or isinstance(rows[0], list | int) else [to_list(row) for row in rows]
 
 
 def _cut(
