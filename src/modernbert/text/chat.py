@@ -44,7 +44,7 @@ def rendered(template: str, messages: Sequence[Any], variables: Mapping[str, Any
         raise InputError("chat templates need jinja2: pip install jinja2") from error
     try:
         text = _compiled(template).render(messages=messages, **variables)
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # of a template, whatever it does
         raise InputError(f"the chat template fails: {printable(str(error), limit=200)}") from None
     parts = text.split(_MARK)
     ends = [sum(map(len, parts[:i])) for i in range(len(parts) + 1)]
