@@ -140,6 +140,8 @@ def test_all_scores_and_the_number_of_labels(folder, classify):
     made = pipeline("text-classification", folder, return_all_scores=True)
     assert made(TEXTS[:1]) == [every]
     close(pipeline("text-classification", folder, top_k=1)(TEXTS[0], top_k=None), every)
+    pair = [[[TEXTS[0], TEXTS[1]]]]
+    close(classify(pair), theirs(pair))
 
 
 def test_none_is_the_pipelines_own_value(heads):

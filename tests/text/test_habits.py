@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -329,6 +330,12 @@ def test_templates_are_kept_and_those_of_files_are_read(fresh, tmp_path):
 def test_what_a_template_cannot_do(how, message):
     with pytest.raises(InputError, match=message):
         Tokenizer.from_pretrained(small_model()).apply_chat_template(**{"conversation": TALK, **how})
+
+
+def test_without_jinja_a_template_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(InputError, match="chat templates need jinja2: pip install jinja2"):
+        Tokenizer.from_pretrained(small_model()).apply_chat_template(TALK, chat_template="seen nowhere else")
 
 
 def test_a_new_vocabulary(both):

@@ -74,6 +74,7 @@ class TextClassificationPipeline(ClassifierPipeline[TextClassificationOptions]):
 
     def prepare(self, items: list[Any], options: TextClassificationOptions) -> list[list[Row]]:
         cut = options.tokenizing
+        items = [_pair(item) for item in items]
         if any(isinstance(item, list | tuple) for item in items):
             raise InputError('an input is a list or a tuple; give a pair of texts as {"text": ..., "text_pair": ...}')
         if not any(isinstance(item, dict) for item in items):
@@ -94,3 +95,10 @@ class TextClassificationPipeline(ClassifierPipeline[TextClassificationOptions]):
         answers = [{"label": labels[i], "score": score} for i, score in enumerate(scores)]
         answers.sort(key=lambda answer: -answer["score"])
         return answers[0] if isinstance(options.top_k, str) else answers[: options.top_k]
+
+
+def _pair(item: Any) -> Any:
+    """A pair in a list of one, as transformers takes it from its early days on, as a dict."""
+    inner = item[0] if isinstance(item, list) and len(item) == 1 else None
+    is_pair = isinstance(inner, list | tuple) and len(inner) == 2
+    return {"text": inner[0], "text_pair": inner[1]} if inner is not None and is_pair else item

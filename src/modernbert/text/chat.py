@@ -39,11 +39,9 @@ def rendered(template: str, messages: Sequence[Any], variables: Mapping[str, Any
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise InputError(f"conversation is {shown(messages)}; give a list of messages, such as [{{'role': ..., ...}}]")
     try:
-        import jinja2
+        text = _compiled(template).render(messages=messages, **variables)
     except ImportError as error:
         raise InputError("chat templates need jinja2: pip install jinja2") from error
-    try:
-        text = _compiled(template).render(messages=messages, **variables)
     except Exception as error:  # of a template, whatever it does
         raise InputError(f"the chat template fails: {printable(str(error), limit=200)}") from None
     parts = text.split(_MARK)
