@@ -234,6 +234,8 @@ def test_no_call_leaves_a_trace(both):
     with pytest.raises(InputError):
         ours("a b c d e f", max_length=4, truncation=True, stride=3)
     assert (hashed(ours), ours.backend.to_str()) == before
+    ours.backend.enable_truncation(3)
+    assert len(ours("a b c d e f").input_ids) > 3
     assert hashed(pickle.loads(pickle.dumps(ours))) == before[0]
 
 

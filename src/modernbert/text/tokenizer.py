@@ -601,6 +601,8 @@ class Tokenizer:
         with self._lock, _explained(f"a text cannot be tokenized{options}"):
             # Settings of the backend, which is as before at the end: `datasets` takes fingerprints of it.
             try:
+                if truncation is None and self.backend.truncation is not None:  # which a caller has set on the backend
+                    self.backend.no_truncation()
                 if truncation is not None:
                     strategy, limit, stride = truncation
                     side = self.truncation_side
