@@ -304,8 +304,7 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline[ResolvedOptions]):
 
 def _check_head(model: str | Path, source: Source) -> None:
     """Refuse a classifier with one label, which is a cross-encoder, and warn of any other head that is left out."""
-    where = dataclasses.asdict(source)
-    config = AutoConfig.from_pretrained(where.pop("name_or_folder"), **where)
+    config = AutoConfig.from_pretrained(**dataclasses.asdict(source))
     kind = kind_of(config.extra) if isinstance(config, ModernBertConfig) else None  # decoders are refused later
     if kind == "sequence-classification" and config.num_labels == 1:
         raise CheckpointError(
