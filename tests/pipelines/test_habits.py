@@ -77,9 +77,8 @@ def test_a_line_says_what_has_no_effect(heads, task, lines):
             pipeline(task, heads / head, **options, **{name: value})
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if task != "text-generation"])
+@pytest.mark.parametrize("task", TASKS)
 def test_every_task_takes_the_options_of_tokenizing(heads, task):
-    """Generation has its own, such as another max_length."""
     head, options, make = CASES[task]
     serve = pipeline(task, heads / head, **options)
     short = make("the dog ran")
@@ -94,6 +93,13 @@ def test_every_task_takes_the_options_of_tokenizing(heads, task):
         serve(short, tokenizer_kwargs={"stride": 3})
     with pytest.raises(InputError, match="tokenizer_kwargs is 'x'; give a dict of truncation, "):
         serve(short, tokenizer_kwargs="x")
+
+
+def test_a_prompt_is_cut_where_asked_for(heads):
+    serve = pipeline("text-generation", heads / "CausalLM", do_sample=False, return_full_text=False)
+    with pytest.raises(InputError, match="the model's context holds"):
+        serve("word " * 600)
+    assert serve("word " * 600, truncation=True) == serve("word " * 600, tokenizer_kwargs={"truncation": True})
 
 
 @pytest.mark.parametrize("task", ["fill-mask", "zero-shot-classification", "multiple-choice", "text-ranking"])

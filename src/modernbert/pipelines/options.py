@@ -245,6 +245,7 @@ class TextScoringOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContinuationOptions(Options):
+    truncation: bool | str | None = _truncation("no; with yes, a prompt is cut to the context")
     return_full_text: bool | None = option(None, "Return the prompt too, before its continuation.", otherwise="yes")
     return_tensors: bool = option(False, "Return the ids of tokens instead of text.")
     stop_sequence: str | list[str] | None = option(None, "The same as stop_strings.", otherwise="none")
