@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from modernbert import Tokenizer
 from modernbert.errors import InputError
@@ -358,3 +360,11 @@ def test_values_have_no_classes_to_weigh(real_backend):
     worker, found = worker_of("text-classification", real_backend, rows, class_weights="balanced")
     with pytest.raises(InputError, match="labels are values"):
         worker.prepare(found, True)
+
+
+def test_words_are_tagged_with_a_tokenizer_that_is_not_byte_level(tmp_path):
+    backend = Backend(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    worker = TASKS["token-classification"](OPTIONS["token-classification"]())
+    assert worker.load_tokenizer(tmp_path, worker.options)("a").input_ids == [1]

@@ -68,7 +68,7 @@ class TokenClassification(Task):
         """The model's tokenizer for words: each begins with a space, the first one too."""
         try:
             return Tokenizer.from_pretrained(name, revision=options.revision, add_prefix_space=True)
-        except AttributeError:  # not a byte-level one
+        except InputError:  # not a byte-level one
             return super().load_tokenizer(name, options)
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
