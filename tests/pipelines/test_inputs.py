@@ -268,5 +268,3 @@ def test_small_mistakes_are_told_what_to_write_instead(heads, embed):
         embed({"text": "hello", "spans": (0, 3)})
     with pytest.raises(InputError, match=r'give a pair of texts as \{"text": ..., "text_pair": ...\}'):
         pipeline("text-classification", heads / "SequenceClassification")([("a", "b")])
-    with pytest.raises(InputError, match=r"no option batch_size; .* pipeline\(\) when it is made"):
-        pipeline("fill-mask", heads / "MaskedLM")(["[MASK]"], batch_size=8)

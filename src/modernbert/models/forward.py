@@ -90,6 +90,7 @@ _SAME = {
     **dict.fromkeys(("max_length_q", "max_length_k"), "max_seqlen"),
     "num_logits_to_keep": "logits_to_keep",
     "shift_labels": "shift_labels",
+    "cache": "past_key_values",
 }
 _HARMLESS = {
     **dict.fromkeys(("token_type_ids", "seq_idx", "num_items_in_batch", "sparse_prediction"), ""),

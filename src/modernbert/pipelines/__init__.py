@@ -78,8 +78,10 @@ def pipeline(
         dtype: dtype of the weights, such as "bfloat16". If it is not given, or "auto", that of the checkpoint is used.
         torch_dtype: older name of `dtype`.
         kwargs: `attn_implementation`, `device_map`, `quantization_config`, `revision`, `subfolder`, `cache_dir`,
-            `token` and `local_files_only`, as for `from_pretrained`; `batch_tokens` (most tokens in a forward
-            pass: 4,096 on a CPU, 65,536 on a GPU) or `batch_size`; and options of the task, as defaults for its calls.
+            `token` and `local_files_only`, as for `from_pretrained`, and `model_kwargs`, a dict of more of them;
+            `config`, the model's configuration, or a folder or repository that holds it; `batch_tokens` (most tokens
+            in a forward pass: 4,096 on a CPU, 65,536 on a GPU) or `batch_size`; and options of the task, as defaults
+            for its calls.
 
     Returns:
         The pipeline. Its class describes the inputs, options and answers of the task: `help(pipeline("fill-mask"))`.
@@ -88,6 +90,8 @@ def pipeline(
         InputError: the task is unknown, or an argument has no meaning for it.
         NotFoundError, CheckpointError: the model cannot be found or loaded.
     """
+    if (token := kwargs.pop("use_auth_token", None)) is not None:
+        kwargs.setdefault("token", token)
     task = ALIASES.get(str(task), task)
     if task is None and model is not None:
         task = _task_of(model, kwargs)

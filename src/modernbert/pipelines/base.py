@@ -17,22 +17,22 @@ import itertools
 import math
 import pickle
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from tokenizers import Encoding
 
-from modernbert.auto import TRAINED_HEADS, architectures_of, kind_of
+from modernbert.auto import TRAINED_HEADS, AutoConfig, architectures_of, kind_of
 from modernbert.checks import Options, check_text, fields_of, short
 from modernbert.engines.guard import is_frozen
 from modernbert.errors import InputError, listed, shown
 from modernbert.io.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.nn.packing import PackedInputs
-from modernbert.pipelines.inputs import check_iterable, watched
-from modernbert.pipelines.options import BatchOptions, TokenizeOptions
+from modernbert.pipelines.inputs import as_list, check_iterable, check_no_tables, watched
+from modernbert.pipelines.options import BatchOptions, TokenizeOptions, own_options
 from modernbert.pipelines.progress import progress_bar
 from modernbert.text.encoding import UNLIMITED
 from modernbert.text.tokenizer import Tokenizer
@@ -80,6 +80,10 @@ class Job(Generic[RowT, ResultT]):
     rows: list[RowT] = dataclasses.field(default_factory=list)
     results: list[ResultT] = dataclasses.field(default_factory=list)
     error: InputError | None = None
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the caller, if it calls step by step
+
+
+_STEPS_OF_TRANSFORMERS = ("_sanitize_parameters", "preprocess", "forward", "_forward", "postprocess")
 
 
 class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
@@ -93,8 +97,12 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         tokenizer: its tokenizer.
         batch_tokens: tokens of a forward pass, all its texts together; by default 4,096 on a CPU, 65,536 on a GPU.
         batch_size: most rows of a forward pass; by default as many as `batch_tokens` allow.
+        device, dtype: where to move the model, and the dtype of its weights; by default it stays as it is.
         defaults: options of the task's calls.
     """
+
+    framework, num_workers = "pt", 0
+    feature_extractor = image_processor = processor = None
 
     task: ClassVar[str]
     options: ClassVar[type[Options]]
@@ -108,6 +116,8 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Let `help` and `inspect.signature` show the inputs and options of each task."""
         super().__init_subclass__(**kwargs)
+        if others := [name for name in _STEPS_OF_TRANSFORMERS if name in vars(cls)]:
+            raise TypeError(f"{cls.__name__} defines {others[0]}; a task defines resolve, prepare, run and finish")
         if "options" not in vars(cls):
             return
         fields = fields_of(cls.options)
@@ -137,40 +147,60 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         tokenizer: Tokenizer,
         batch_tokens: int | None = None,
         batch_size: int | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        torch_dtype: Any = None,
         **defaults: Any,
     ) -> None:
         if not any(isinstance(model, taken) for taken in self.models):
             raise InputError(f"{self.task} needs {self.needs}; this is a {type(model).__name__}")
+        if device is not None:
+            model.to(resolve_device(device))
+        if (dtype := torch_dtype if dtype is None else dtype) is not None:
+            model.to(resolve_dtype(dtype, model.dtype, model.device))
+        if not callable(tokenizer):
+            raise InputError(
+                f"tokenizer is {shown(tokenizer)}; give a tokenizer, or a folder or repository that has one"
+            )
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
         sizes = BatchOptions(batch_tokens=batch_tokens, batch_size=batch_size)
         self.batch_tokens = sizes.batch_tokens or (_CPU_BUDGET if model.device.type == "cpu" else _GPU_BUDGET)
         self.batch_size = sizes.batch_size
-        self.defaults = defaults
+        self.defaults: dict[str, Any] = {}
+        self.defaults = self.accepted(defaults)
         self.given({})
 
     @classmethod
     def load(cls, model: Any, tokenizer: Any = None, *, device: Any = None, dtype: Any = None, **kwargs: Any) -> Self:
         """Load what is not loaded yet, make it ready to serve, and make a pipeline of it."""
+        config, more = kwargs.pop("config", None), kwargs.pop("model_kwargs", None) or {}
+        if not isinstance(more, Mapping):
+            raise InputError(f"model_kwargs is {shown(more)}; give a dict of arguments of from_pretrained")
+        if twice := [name for name in more if kwargs.get(name, {"dtype": dtype}.get(name)) is not None]:
+            raise InputError(f"{twice[0]} is given twice, as an argument and in model_kwargs; give it once")
+        loading = {k: v for k, v in more.items() if k not in (*_PLACES, "dtype", "torch_dtype")}
+        dtype = more.get("dtype", more.get("torch_dtype")) if dtype is None else dtype
+        kwargs |= {k: v for k, v in more.items() if k in _PLACES}
         places = {k: kwargs.pop(k) for k in _PLACES if k in kwargs}
-        loading = {k: kwargs.pop(k) for k in _LOADING if k in kwargs}
+        loading |= {k: kwargs.pop(k) for k in _LOADING if k in kwargs}
+        if isinstance(config, str | Path):
+            config = AutoConfig.from_pretrained(config, **places)
         if isinstance(model, str | Path):
             tokenizer = model if tokenizer is None else tokenizer
             cls._check_architecture(model, places)
+            loading |= {} if config is None else {"config": config}
             model = cls.auto_model.from_pretrained(model, device=device, dtype=dtype, **places, **loading)
             model.optimize_for_inference()
+            device = dtype = None
         elif tokenizer is None:
             raise InputError("model is loaded already, so its tokenizer cannot be guessed; give tokenizer=")
-        else:
-            if loading:
-                raise InputError(f"{', '.join(loading)} is for loading, and model is loaded already")
-            if device is not None:
-                model.to(resolve_device(device))
-            if dtype is not None:
-                model.to(resolve_dtype(dtype, model.dtype, model.device))
+        elif loading or config not in (None, getattr(model, "config", None)):
+            raise InputError(f"{', '.join(loading) or 'config'} is for loading, and model is loaded already")
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer.from_pretrained(tokenizer, **places)
-        made = cls(model, tokenizer, **kwargs)
+        made = cls(model, tokenizer, device=device, dtype=dtype, **kwargs)
         if made.defaults:
             with torch.random.fork_rng(devices=[]):  # a task may draw a seed
                 made.check_defaults()
@@ -202,21 +232,61 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         """
         return _unpickled, (type(self), pickle.dumps(self.__dict__), is_frozen(self.model))
 
+    def __repr__(self) -> str:
+        config, name = self.model.config, getattr(self.model, "name_or_path", "") or self.tokenizer.name_or_path
+        return (
+            f"{type(self).__name__}(task={self.task!r}, model={type(self.model).__name__}"
+            f"{f' of {name}' if name else ''}, dtype={str(self.dtype).removeprefix('torch.')}, device={self.device}, "
+            f"layers={config.num_hidden_layers}, dimensions={getattr(self, 'dimensions', config.hidden_size)})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's weights."""
+        return self.model.dtype
+
+    torch_dtype = dtype
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the model and its tokenizer into a folder; options are those of the model's `save_pretrained`."""
+        self.model.save_pretrained(save_directory, **options)
+        self.tokenizer.save_pretrained(save_directory)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload the model and its tokenizer; options are those of the model's `push_to_hub`."""
+        self.tokenizer.push_to_hub(repo_id, **options)
+        return self.model.push_to_hub(repo_id, **options)
+
     # Inputs in, answers out
 
     def __call__(
-        self, inputs: Any = None, *more: Any, on_error: str = "raise", progress: bool = False, **options: Any
+        self,
+        inputs: Any = None,
+        *more: Any,
+        on_error: str = "raise",
+        progress: bool = False,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        **options: Any,
     ) -> Any:
         """Answer one input, a list of inputs (with a list), or any other iterable (with an iterator).
 
-        A text is taken as it is: the line end of a file's line is a part of it, unless the caller removes it.
+        Arrays, columns and other sequences are taken as lists; datasets of PyTorch, such as transformers' `KeyDataset`,
+        as iterables. A text is taken as it is: the line end of a file's line is a part of it, unless the caller removes
+        it.
 
         Args:
             inputs: what the task takes; the fields of one input can be given as arguments instead.
             on_error: "raise" stops at the first input that cannot be answered, after the answers before it; "return"
                 gives the `InputError` instead of its answer and continues.
             progress: draw a progress bar on standard error.
-            options: the task's own.
+            batch_size, batch_tokens: instead of those of the pipeline.
+            options: the task's own; those of tokenizing may be given as a dict, too, `tokenizer_kwargs`.
 
         Raises:
             InputError: an input cannot be answered, or an option is not allowed.
@@ -227,13 +297,41 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             options[str(self.second)] = more[0]
         inputs = self._joined(inputs, {name: options.pop(name, None) for name in self.fields})
         settings = {"on_error": on_error, "progress": progress, **options}
+        settings |= {"batch_size": batch_size, "batch_tokens": batch_tokens}
         if isinstance(inputs, str | dict):
+            check_no_tables(inputs)
             return next(self.stream([inputs], **settings))
+        inputs = as_list(inputs)
         if isinstance(inputs, list | tuple):
             if not inputs:
                 raise InputError("inputs is an empty list; give at least one")
             return self.gather(list(self.stream(inputs, **settings)))
         return self.stream(watched(check_iterable("inputs", inputs)), **settings)
+
+    def predict(self, X: Any, **options: Any) -> Any:
+        """The same as a call, under the name that scikit-learn has for it."""
+        return self(X, **options)
+
+    transform = predict
+
+    def preprocess(self, inputs: Any, **options: Any) -> Job[RowT, ResultT]:
+        """The first step of a call with one input: what the model sees of it."""
+        (rows,) = self.prepare([inputs], self.resolve(self.given(options)))
+        return Job(inputs, rows, given=options)
+
+    def forward(self, model_inputs: Job[RowT, ResultT], **options: Any) -> Job[RowT, ResultT]:
+        """The second step: what the model says of what `preprocess` gave, all of it in one pass."""
+        job = dataclasses.replace(model_inputs, given={**model_inputs.given, **options})
+        with torch.inference_mode():
+            results = self.run(job.rows, self.resolve(self.given(job.given)))
+            job.results = list(results() if callable(results) else results)
+        return job
+
+    _forward = forward
+
+    def postprocess(self, model_outputs: Job[RowT, ResultT], **options: Any) -> Any:
+        """The last step: the answer, from what `forward` gave."""
+        return self.finish(model_outputs, self.resolve(self.given({**model_outputs.given, **options})))
 
     def _joined(self, inputs: Any, given: dict[str, Any]) -> Any:
         """The inputs, or what their fields make that were given as arguments; the first field may stand first."""
@@ -256,7 +354,15 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         return answers
 
     def stream(
-        self, inputs: Iterable[Any], *, on_error: str = "raise", progress: bool = False, first: int = 0, **options: Any
+        self,
+        inputs: Iterable[Any],
+        *,
+        on_error: str = "raise",
+        progress: bool = False,
+        first: int = 0,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        **options: Any,
     ) -> Iterator[Any]:
         """Answers of inputs, in their order, as they come; memory does not grow with their number.
 
@@ -265,26 +371,30 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         if on_error not in ("raise", "return"):
             raise InputError(f"on_error is {shown(on_error)}; choose raise or return")
         resolved = self.resolve(self.given(options))
-        inputs = inputs if isinstance(inputs, list | tuple) else check_iterable("inputs", inputs)
-        answers = self._stream(inputs, resolved, on_error == "return", itertools.count(first))
-        total = len(inputs) if isinstance(inputs, list | tuple) else None
+        sizes = BatchOptions(batch_tokens=batch_tokens or self.batch_tokens, batch_size=batch_size or self.batch_size)
+        items = inputs if isinstance(inputs, list | tuple) else check_iterable("inputs", inputs)
+        total = len(inputs) if isinstance(inputs, Sized) else None
+        answers = self._stream(items, resolved, on_error == "return", itertools.count(first), sizes)
         return progress_bar(answers, total, self.task) if progress else answers
 
     def given(self, options: dict[str, Any]) -> Any:
         """The options of a call, over those that were given when the pipeline was made; raises `InputError`."""
-        values = {**self.defaults, **options}
-        if sizes := [name for name in values if name in ("batch_size", "batch_tokens")]:
-            raise InputError(f"{self.task} has no option {sizes[0]}; give it to pipeline() when it is made")
-        return self.options.of(values, self.task)
+        return self.options.of({**self.defaults, **self.accepted(options)}, self.task)
 
-    def _stream(self, inputs: Iterable[Any], options: OptionsT, go_on: bool, numbers: Iterator[int]) -> Iterator[Any]:
+    def accepted(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The task's own options, of all that callers may give; raises `InputError`."""
+        return own_options(options, self.task, self.options)
+
+    def _stream(
+        self, inputs: Iterable[Any], options: OptionsT, go_on: bool, numbers: Iterator[int], sizes: BatchOptions
+    ) -> Iterator[Any]:
         iterator = iter(inputs)
         broken: Exception | None = None
         while broken is None:
-            window, broken = self._window(iterator, options, go_on, numbers)
+            window, broken = self._window(iterator, options, go_on, numbers, sizes.batch_tokens or 1)
             if not window and broken is None:
                 return
-            self._run(window, options)
+            self._run(window, options, sizes)
             while window:
                 job = window.popleft()
                 if job.error is None:
@@ -296,7 +406,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         raise broken
 
     def _window(
-        self, iterator: Iterator[Any], options: OptionsT, go_on: bool, numbers: Iterator[int]
+        self, iterator: Iterator[Any], options: OptionsT, go_on: bool, numbers: Iterator[int], budget: int
     ) -> tuple[collections.deque[Job[RowT, ResultT]], Exception | None]:
         """The next jobs, enough for several forward passes; up to an error where it ends the stream.
 
@@ -304,7 +414,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         """
         window: collections.deque[Job[RowT, ResultT]] = collections.deque()
         tokens = 0
-        while len(window) < _LOOK_AHEAD and tokens < _BUDGETS * self.batch_tokens:
+        while len(window) < _LOOK_AHEAD and tokens < _BUDGETS * budget:
             items: list[Any] = []
             broken: Exception | None = None
             try:
@@ -336,12 +446,12 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
                 return [Job(items[0], error=error)]
         return [job for item in items for job in self._prepared([item], options)]
 
-    def _run(self, window: collections.deque[Job[RowT, ResultT]], options: OptionsT) -> None:
+    def _run(self, window: collections.deque[Job[RowT, ResultT]], options: OptionsT, sizes: BatchOptions) -> None:
         rows = [(job, i) for job in window for i in range(len(job.rows))]
         for job in window:
             job.results = typing.cast(list[ResultT], [None] * len(job.rows))
         begun: list[tuple[list[tuple[Job[RowT, ResultT], int]], Results[ResultT]]] = []
-        for batch in self._batches([self.weight(job.rows[i]) for job, i in rows]):
+        for batch in self._batches([self.weight(job.rows[i]) for job, i in rows], sizes):
             chosen = [rows[k] for k in batch]
             with torch.inference_mode():
                 results = self.run([job.rows[i] for job, i in chosen], options)
@@ -351,14 +461,14 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         for chosen, results in begun:
             _keep(chosen, results)
 
-    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+    def _batches(self, lengths: list[int], sizes: BatchOptions) -> Iterator[list[int]]:
         """Numbers of rows, long rows first, as many together as the token budget holds, in batches of like size."""
-        total = sum(lengths)
-        budget = math.ceil(total / math.ceil(total / self.batch_tokens)) if total else 1
+        total, most = sum(lengths), sizes.batch_tokens or 1
+        budget = math.ceil(total / math.ceil(total / most)) if total else 1
         batch: list[int] = []
         tokens = 0
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-            full = tokens >= budget or tokens + lengths[i] > self.batch_tokens or len(batch) == self.batch_size
+            full = tokens >= budget or tokens + lengths[i] > most or len(batch) == sizes.batch_size
             if batch and full:
                 yield batch
                 batch, tokens = [], 0
@@ -417,9 +527,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             check_text(text)
         how = TokenizeOptions(**options)
         longest = min(how.max_length or self.context, self.context)
-        cut = how.max_length is not None if how.truncation is None else how.truncation not in (False, "do_not_truncate")
-        limits: dict[str, Any] = {"truncation": how.truncation or True, "max_length": longest} if cut else {}
-        limits = {"truncation": False, **limits, "add_special_tokens": how.add_special_tokens}
+        limits = self.cut(how)
         encodings = self.tokenizer(texts, pairs, **limits).encodings
         assert encodings is not None
         if cut and (found := _CUT.get()) is not None:
@@ -440,6 +548,17 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
                 hint = "; truncation=True cuts it" if hasattr(self.options, "truncation") else ""
                 raise InputError(f"a text has {len(ids)} tokens and {limit} {longest}: {short(both)!r}{hint}")
         return list(encodings)
+
+    def cut(self, how: TokenizeOptions) -> dict[str, Any]:
+        """Arguments of the tokenizer that say how a text is cut and what is put around it."""
+        limits: dict[str, Any] = {"add_special_tokens": how.add_special_tokens, "truncation": False}
+        cuts = (
+            how.max_length is not None if how.truncation is None else how.truncation not in (False, "do_not_truncate")
+        )
+        longest = min(how.max_length or self.context, self.context)
+        if cuts:
+            limits |= {"truncation": how.truncation or True, "max_length": longest}
+        return limits
 
     def pack(self, rows: Sequence[RowT]) -> PackedInputs:
         """Texts packed on the model's device."""

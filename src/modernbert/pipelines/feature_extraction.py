@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 
 from modernbert.auto import AutoModel
-from modernbert.errors import InputError
 from modernbert.nn.backbone import Backbone
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
-from modernbert.pipelines.options import FeatureExtractionOptions, TokenizeOptions
+from modernbert.pipelines.options import FeatureExtractionOptions
 
 
 class FeatureExtractionPipeline(Pipeline[FeatureExtractionOptions, Row, torch.Tensor]):
@@ -31,18 +29,8 @@ class FeatureExtractionPipeline(Pipeline[FeatureExtractionOptions, Row, torch.Te
     def __init__(self, model: Any, tokenizer: Any, **options: Any) -> None:
         super().__init__(getattr(model, "base_model", model), tokenizer, **options)
 
-    def resolve(self, options: FeatureExtractionOptions) -> FeatureExtractionOptions:
-        """The tokenizer's options in one place."""
-        more = dict(options.tokenize_kwargs)
-        if options.truncation is not None:
-            if "truncation" in more:
-                raise InputError("truncation is given twice, as an argument and in tokenize_kwargs; give it once")
-            more["truncation"] = options.truncation
-        how = TokenizeOptions.of(more, "tokenize_kwargs")
-        return dataclasses.replace(options, tokenize_kwargs=vars(how) | {"padding": None}, truncation=None)
-
     def prepare(self, items: list[Any], options: FeatureExtractionOptions) -> list[list[Row]]:
-        return [[Row(e.ids)] for e in self.tokenize(items, **options.tokenize_kwargs)]
+        return [[Row(e.ids)] for e in self.tokenize(items, **options.tokenizing)]
 
     def run(self, rows: list[Row], options: FeatureExtractionOptions) -> Results[torch.Tensor]:
         """Hidden states (tokens, hidden) of each row."""

@@ -63,7 +63,7 @@ class FillMaskPipeline(Pipeline[FillMaskOptions, MaskedRow, list[Best]]):
 
     def prepare(self, items: list[Any], options: FillMaskOptions) -> list[list[MaskedRow]]:
         rows = []
-        for text, encoding in zip(items, self.tokenize(items), strict=True):
+        for text, encoding in zip(items, self.tokenize(items, **options.tokenizing), strict=True):
             places = [i for i, token in enumerate(encoding.ids) if token == self.tokenizer.mask_token_id]
             if not places:
                 raise InputError(

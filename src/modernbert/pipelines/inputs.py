@@ -11,6 +11,8 @@ from modernbert.errors import InputError, printable, shown
 
 logger = logging.getLogger(__name__)
 
+_NO_LISTS = str | bytes | bytearray | memoryview  # sequences that hold no inputs
+
 
 def check_fields(item: Any, names: Sequence[str], task: str) -> dict[str, Any]:
     """An input that is a dict with these keys."""
@@ -48,11 +50,37 @@ def check_iterable(name: str, values: Any) -> Iterator[Any]:
     if isinstance(values, set | frozenset):
         raise InputError(f"{name} is {described(values)}, which has no order; give a list")
     try:
-        if not isinstance(values, Mapping | str | bytes | bytearray | memoryview):
+        if not isinstance(values, Mapping | _NO_LISTS):
+            if hasattr(values, "__len__") and not hasattr(type(values), "__iter__"):  # a dataset of PyTorch
+                return (values[i] for i in range(len(values)))
             return iter(values)
     except TypeError:
         pass
     raise InputError(f"{name} is {described(values)}; give a text, a list of texts or an iterable of them")
+
+
+def as_list(values: Any) -> Any:
+    """An array, a column of a table, or another sequence as a list; anything else as it is."""
+    if isinstance(values, list | tuple | _NO_LISTS) or hasattr(values, "columns"):
+        return values
+    for name in ("tolist", "to_list", "to_pylist"):
+        if hasattr(values, name) and getattr(values, "ndim", 1) == 1:
+            return getattr(values, name)()
+    return list(values) if isinstance(values, Sequence) else values
+
+
+def check_no_tables(values: Any) -> None:
+    """Refuse a dict of tables, such as the parts of a dataset."""
+    tables = (
+        [name for name, value in values.items() if hasattr(value, "columns") or hasattr(value, "column_names")]
+        if isinstance(values, dict)
+        else []
+    )
+    if tables:
+        raise InputError(
+            f"inputs is {described(values)} of tables, {_named(values)}; give a column of one of them, such as "
+            f"inputs[{shown(tables[0])}]['text']"
+        )
 
 
 def watched(inputs: Iterable[Any]) -> Iterator[Any]:

@@ -37,7 +37,7 @@ class MultipleChoicePipeline(Pipeline[MultipleChoiceOptions, Row, torch.Tensor])
         for item in items:
             check_fields(item, self.fields, self.task)
             choices = check_texts("choices", item["choices"])
-            encodings = self.tokenize([item["prompt"]] * len(choices), choices, truncation=options.truncation)
+            encodings = self.tokenize([item["prompt"]] * len(choices), choices, **options.tokenizing)
             rows.append([Row(encoding.ids) for encoding in encodings])
         return rows
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import typing
+from collections.abc import Mapping
 from typing import Any
 
-from modernbert.checks import Options, fields_of, option
+from modernbert.checks import Options, fields_of, kinds_of, option
 from modernbert.decoding.options import GenerationOptions
+from modernbert.errors import InputError, listed, shown
+
+logger = logging.getLogger(__name__)
 
 # As `text.encoding` and `nn.pooling` have them, which import torch.
 _TRUNCATIONS = ("longest_first", "only_first", "only_second", "do_not_truncate")
 _POOLINGS = ("cls", "mean", "max", "last", "weighted_mean", "mean_sqrt_len")
 
 
-def _truncation(default: bool | None = False, otherwise: str = "") -> Any:
+def _truncation(otherwise: str) -> Any:
     said = "Cut texts that are longer than the model's context, instead of refusing them; a name says how to cut pairs"
-    return option(default, said, choices=_TRUNCATIONS, otherwise=otherwise)
+    return option(None, said, choices=_TRUNCATIONS, otherwise=otherwise)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,7 @@ _AS_LAYOUT = "yes for folders of sentence-transformers, no for others"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CuttingOptions(Options):
-    truncation: bool | str | None = _truncation(None, "no, but yes with max_length")
+    truncation: bool | str | None = _truncation("no, but yes with max_length")
     max_length: int | None = option(None, "Longest text in tokens.", least=1, otherwise="the model's context")
     padding: Any = option(None, "Has no effect, because nothing is padded.", otherwise="none")
 
@@ -42,15 +48,70 @@ class CuttingOptions(Options):
 class TokenizeOptions(CuttingOptions):
     add_special_tokens: bool = option(True, "Add the special tokens around a text.")
 
+    @property
+    def tokenizing(self) -> dict[str, Any]:
+        """These options alone."""
+        return {name: getattr(self, name) for name in kinds_of(TokenizeOptions)}
+
+
+# What callers of transformers' pipelines give and has no effect here -> the values that mean nothing, and the reason.
+_IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_workers": ((None, 0), "texts are tokenized in this process"),
+    "trust_remote_code": ((None, False), "no code of a repository is ever executed"),
+    "use_fast": ((None, True), "there is one tokenizer, the fast one"),
+    "binary_output": ((None, False), "answers are values of Python"),
+    "timeout": ((None,), "texts are tokenized in this process"),
+    "padding": ((None, False), "nothing is padded"),
+    "truncation": ((None, False), "a long text is read in windows"),
+}
+_OF_OTHERS = {  # what makes sense elsewhere alone -> what it may be
+    "framework": (None, "pt"),
+    **dict.fromkeys(("feature_extractor", "image_processor", "processor", "modelcard"), (None,)),
+}
+_DICTS = ("tokenizer_kwargs", "tokenize_kwargs")
+_WINDOWED = ("question-answering", "text-scoring")
+
+
+def own_options(values: Mapping[str, Any], task: str, options: type[Options]) -> dict[str, Any]:
+    """A task's own options, of all that a caller gave; what has no effect is logged.
+
+    Those of tokenizing may come in a dict. None is left out where it is no value of the option.
+    """
+    fields = kinds_of(options)
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in fields:
+            out |= {name: value} if value is not None or type(None) in typing.get_args(fields[name]) else {}
+        elif name in _IDLE and (name != "truncation" or task in _WINDOWED):
+            if value not in _IDLE[name][0]:
+                logger.info("%s has no effect on %s: %s", name, task, _IDLE[name][1])
+        elif name not in _OF_OTHERS and name not in _DICTS:
+            out[name] = value  # which is refused as unknown
+        elif value not in _OF_OTHERS.get(name, (value,)):
+            known = " or ".join(map(str, _OF_OTHERS[name]))
+            raise InputError(f"{name} is {shown(value)}; {task} takes texts and runs in PyTorch: it must be {known}")
+    # Elsewhere max_length is of something else.
+    names = [one for one in kinds_of(TokenizeOptions) if one != "max_length" or issubclass(options, CuttingOptions)]
+    for given in _DICTS:
+        more = {} if values.get(given) is None else values[given]
+        if not isinstance(more, Mapping):
+            raise InputError(f"{given} is {shown(more)}; give a dict of {', '.join(names)}")
+        if unknown := sorted(set(more) - set(names)):
+            raise InputError(f"{given} has no option {listed(unknown)}; there are {', '.join(names)}")
+        if twice := [one for one in more if out.get(one) is not None]:
+            raise InputError(f"{twice[0]} is given twice, as an argument and in {given}; give it once")
+        out |= own_options(more, task, options) if more else {}
+    return out
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FillMaskOptions(Options):
+class FillMaskOptions(TokenizeOptions):
     top_k: int = option(5, "Number of answers for each mask.", least=1)
     targets: list[str] | None = option(None, "Consider only these words.", otherwise="all", flag="target")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextClassificationOptions(CuttingOptions):
+class TextClassificationOptions(TokenizeOptions):
     top_k: int | str | None = option(
         "best",
         "Number of labels to give, as a list with the best first.",
@@ -67,17 +128,16 @@ class TextClassificationOptions(CuttingOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ZeroShotClassificationOptions(Options):
+class ZeroShotClassificationOptions(TokenizeOptions):
     candidate_labels: str | list[str] | None = option(
         None, "The labels to choose from; one string may hold several with commas between.", required=True, flag="label"
     )
     hypothesis_template: str = option("This example is {}.", "Sentence to test for each label, which replaces {}.")
     multi_label: bool = option(False, "Score each label independently; otherwise scores add up to 1.")
-    truncation: bool | str = _truncation()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenClassificationOptions(Options):
+class TokenClassificationOptions(CuttingOptions):
     aggregation_strategy: str = option(
         "none",
         "How tokens are joined to entities. none: not at all; simple: neighbours with the same label; first, average, "
@@ -89,6 +149,7 @@ class TokenClassificationOptions(Options):
         False, "Texts are lists of words; start and end are places in the words joined by delimiter."
     )
     delimiter: str = option(" ", "Text between the words that is_split_into_words gives.", otherwise="a space")
+    truncation: bool | str | None = _truncation("no, but yes with max_length; long texts are read in windows")
     stride: int | None = option(
         None,
         "Tokens shared by neighbouring windows of a long text.",
@@ -121,21 +182,17 @@ class QuestionAnsweringOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MultipleChoiceOptions(Options):
-    truncation: bool | str = _truncation()
+class MultipleChoiceOptions(TokenizeOptions):
+    pass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureExtractionOptions(Options):
+class FeatureExtractionOptions(TokenizeOptions):
     return_tensors: bool | str = option(False, "Return a tensor instead of nested lists", choices=("pt",))
-    truncation: bool | str | None = _truncation(None, "no, but yes with a max_length in tokenize_kwargs")
-    tokenize_kwargs: dict[str, Any] = option(
-        {}, "A dict of truncation, max_length (in tokens) and add_special_tokens.", otherwise="none"
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SentenceEmbeddingOptions(Options):
+class SentenceEmbeddingOptions(TokenizeOptions):
     prompt_name: str | None = option(
         None, "Name of the checkpoint's prompt before each text, such as query.", otherwise="the checkpoint's own"
     )
@@ -155,13 +212,13 @@ class SentenceEmbeddingOptions(Options):
     multi_vector: bool | None = option(
         None, "Return a vector of length one for every token (late interaction).", otherwise="the checkpoint's setting"
     )
-    truncation: bool | str | None = _truncation(None, _AS_LAYOUT)
+    truncation: bool | str | None = _truncation(_AS_LAYOUT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RankingOptions(Options):
+class RankingOptions(TokenizeOptions):
     top_k: int | None = option(None, "Number of documents to return, the best first.", least=1, otherwise="all")
-    truncation: bool | str | None = _truncation(None, _AS_LAYOUT)
+    truncation: bool | str | None = _truncation(_AS_LAYOUT)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,6 +245,7 @@ class TextScoringOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContinuationOptions(Options):
+    truncation: bool | str | None = _truncation("no; with yes, a prompt is cut to the context")
     return_full_text: bool | None = option(None, "Return the prompt too, before its continuation.", otherwise="yes")
     return_tensors: bool = option(False, "Return the ids of tokens instead of text.")
     stop_sequence: str | list[str] | None = option(None, "The same as stop_strings.", otherwise="none")

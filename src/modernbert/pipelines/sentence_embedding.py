@@ -267,9 +267,10 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline[ResolvedOptions]):
         if not tokens and not poolings:
             raise InputError("the checkpoint has a vector for every token and pools none; give pooling, such as 'mean'")
         normalize = tokens if options.normalize is None else options.normalize
+        cut = (self.model.is_layout or None) if options.truncation is None else options.truncation
         return ResolvedOptions(
             prompt=self.prompt(options.prompt_name, options.prompt),
-            truncation=self.model.is_layout if options.truncation is None else options.truncation,
+            **{**options.tokenizing, "truncation": cut},
             kind=VectorKind(() if tokens else poolings, normalize, width),
         )
 
@@ -278,7 +279,7 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline[ResolvedOptions]):
         for text in texts:
             check_text(text)
         prompt, skip = options.prompt, self.skipped(options.prompt)
-        encodings = self.tokenize([prompt + text for text in texts], truncation=options.truncation)
+        encodings = self.tokenize([prompt + text for text in texts], **options.tokenizing)
         rows = []
         for item, text, encoding in zip(items, texts, encodings, strict=True):
             spans = item.get("spans") if isinstance(item, dict) else None

@@ -54,6 +54,14 @@ class TextClassificationPipeline(ClassifierPipeline[TextClassificationOptions]):
         answers = super().__call__(inputs, *more, **options)
         return [answers] if isinstance(inputs, str) and "top_k" not in options else answers
 
+    def accepted(self, options: dict[str, Any]) -> dict[str, Any]:
+        """`return_all_scores` is the older way to ask for all labels."""
+        every = options.get("return_all_scores")
+        options = {name: value for name, value in options.items() if name != "return_all_scores"}
+        if every is not None:
+            options.setdefault("top_k", None if every else "best")
+        return super().accepted(options)
+
     def resolve(self, options: TextClassificationOptions) -> TextClassificationOptions:
         """The function that fits what the model was trained for."""
         config = self.model.config
@@ -65,7 +73,8 @@ class TextClassificationPipeline(ClassifierPipeline[TextClassificationOptions]):
         return dataclasses.replace(options, function_to_apply=options.function_to_apply or function)
 
     def prepare(self, items: list[Any], options: TextClassificationOptions) -> list[list[Row]]:
-        cut: dict[str, Any] = {"truncation": options.truncation, "max_length": options.max_length}
+        cut = options.tokenizing
+        items = [_pair(item) for item in items]
         if any(isinstance(item, list | tuple) for item in items):
             raise InputError('an input is a list or a tuple; give a pair of texts as {"text": ..., "text_pair": ...}')
         if not any(isinstance(item, dict) for item in items):
@@ -86,3 +95,10 @@ class TextClassificationPipeline(ClassifierPipeline[TextClassificationOptions]):
         answers = [{"label": labels[i], "score": score} for i, score in enumerate(scores)]
         answers.sort(key=lambda answer: -answer["score"])
         return answers[0] if isinstance(options.top_k, str) else answers[: options.top_k]
+
+
+def _pair(item: Any) -> Any:
+    """A pair in a list of one, as transformers takes it from its early days on, as a dict."""
+    inner = item[0] if isinstance(item, list) and len(item) == 1 else None
+    is_pair = isinstance(inner, list | tuple) and len(inner) == 2
+    return {"text": inner[0], "text_pair": inner[1]} if inner is not None and is_pair else item

@@ -101,7 +101,7 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
         texts = max(chosen.num_beams, chosen.num_return_sequences)
         special = options.add_special_tokens is not False
         rows = []
-        for encoding in self.tokenize(items, add_special_tokens=special):
+        for encoding in self.tokenize(items, add_special_tokens=special, truncation=options.truncation):
             length = len(encoding.ids)
             if chosen.max_length is None and chosen.max_new_tokens is None:
                 limit = max(1, min(max(_NEW_TOKENS, chosen.min_new_tokens), self.context - length))

@@ -142,7 +142,7 @@ class CrossEncoderRanking(TextRankingPipeline[CrossEncoderOptions, Row], Classif
             contents.refuse_unserved()
             body = source.inside(contents.inner)
             # sentence-transformers' cross-encoders cut texts over the context
-            usual = {"activation": _activation_of(contents, body), "truncation": contents.kind == CROSS_ENCODER}
+            usual = {"activation": _activation_of(contents, body), "truncation": contents.kind == CROSS_ENCODER or None}
             settings = settings_of(source, contents.inner)
             kwargs["subfolder"] = body.subfolder
             prompt = settings.get("prompts", {}).get(settings.get("default_prompt_name"))
@@ -152,7 +152,7 @@ class CrossEncoderRanking(TextRankingPipeline[CrossEncoderOptions, Row], Classif
     def rows(self, query: str, documents: list[str], options: CrossEncoderOptions) -> list[Row]:
         """One row a document, together with the query."""
         asked = options.prompt + query
-        pairs = self.tokenize([asked] * len(documents), documents, truncation=options.truncation)
+        pairs = self.tokenize([asked] * len(documents), documents, **options.tokenizing)
         return [Row(encoding.ids) for encoding in pairs]
 
     def scores(self, results: list[torch.Tensor], options: CrossEncoderOptions) -> list[float]:
@@ -168,7 +168,7 @@ class EmbeddingRanking(TextRankingPipeline[RankingOptions, SpannedRow], Embeddin
 
     def resolve(self, options: RankingOptions) -> RankingOptions:
         """Texts are cut if the checkpoint's layout has it so."""
-        cut = self.model.is_layout if options.truncation is None else options.truncation
+        cut = (self.model.is_layout or None) if options.truncation is None else options.truncation
         return dataclasses.replace(options, truncation=cut)
 
     def rows(self, query: str, documents: list[str], options: RankingOptions) -> list[SpannedRow]:
@@ -177,7 +177,7 @@ class EmbeddingRanking(TextRankingPipeline[RankingOptions, SpannedRow], Embeddin
         for name, texts in (("query", [query]), ("document", documents)):
             prompt = self.prompt(name if name in self.embedding.prompts else None)
             skip = self.skipped(prompt)
-            for encoding in self.tokenize([prompt + text for text in texts], truncation=options.truncation):
+            for encoding in self.tokenize([prompt + text for text in texts], **options.tokenizing):
                 length = len(encoding.ids)
                 out.append(SpannedRow(encoding.ids, [(min(skip, length), length)]))
         return out

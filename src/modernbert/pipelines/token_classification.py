@@ -15,7 +15,7 @@ from modernbert.checks import check_text, short
 from modernbert.errors import InputError, shown
 from modernbert.models.heads import ModernBertForTokenClassification
 from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
-from modernbert.pipelines.options import TokenClassificationOptions
+from modernbert.pipelines.options import TokenClassificationOptions, TokenizeOptions
 
 Scores = NDArray[np.float32]  # one a label
 _STRIDE = 128  # tokens that windows of a long text share by default
@@ -92,8 +92,9 @@ class TokenClassificationPipeline(Pipeline[ResolvedOptions, Window, Scores]):
         texts = [delimiter.join(_words(item)) if split else item for item in items]
         for text in texts:
             check_text(text)
+        how = TokenizeOptions(truncation=options.truncation, max_length=options.max_length)
         given = [list(item) for item in items] if split else items
-        encodings = self.tokenizer(given, truncation=False, is_split_into_words=split).encodings
+        encodings = self.tokenizer(given, **self.cut(how), is_split_into_words=split).encodings
         assert encodings is not None
         rows = []
         for item, text, encoding in zip(items, texts, encodings, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from modernbert.errors import InputError, listed, shown
 from modernbert.pipelines.base import Job, Row
+from modernbert.pipelines.inputs import as_list, check_fields
 from modernbert.pipelines.options import ZeroShotClassificationOptions
 from modernbert.pipelines.text_classification import ClassifierPipeline
 
@@ -20,7 +22,8 @@ class ZeroShotClassificationPipeline(ClassifierPipeline[ZeroShotClassificationOp
     """Scores labels that the model was not trained for.
 
     The model must be trained on entailment, with a label whose name begins with "entail". A call takes a text, a list
-    of texts or an iterable of them, and `candidate_labels`.
+    of texts or an iterable of them, and `candidate_labels`; or a list of texts and as many lists of labels; or dicts
+    {"sequence", "candidate_labels"}.
 
     For each text it gives {"sequence", "labels", "scores"}, best first.
     """
@@ -47,16 +50,25 @@ class ZeroShotClassificationPipeline(ClassifierPipeline[ZeroShotClassificationOp
         """Number of the label that says that the hypothesis follows; the last one where none is named so."""
         return next(iter(self._entailing), self.model.config.num_labels - 1)
 
+    def __call__(self, inputs: Any = None, *more: Any, **options: Any) -> Any:
+        """Texts may have labels of their own; see `Pipeline.__call__`."""
+        inputs = as_list(options.pop("sequences", None) if inputs is None else inputs)
+        labels = more[0] if more else options.get("candidate_labels")
+        if isinstance(labels, list | tuple) and any(isinstance(one, list | tuple) for one in labels):
+            texts = [inputs] if isinstance(inputs, str) else inputs
+            if not isinstance(texts, list | tuple) or len(texts) != len(labels):
+                count = f"{len(texts)} texts" if isinstance(texts, list | tuple) else shown(inputs)
+                raise InputError(f"candidate_labels holds {len(labels)} lists of labels, for {count}; give one a text")
+            inputs = [{"sequence": text, "candidate_labels": own} for text, own in zip(texts, labels, strict=True)]
+            more, options["candidate_labels"] = (), None
+        return super().__call__(inputs, *more, **options)
+
     def resolve(self, options: ZeroShotClassificationOptions) -> ZeroShotClassificationOptions:
-        """`candidate_labels` as a list of labels."""
-        labels = given = options.candidate_labels
-        if isinstance(given, str):
-            labels = [part.strip() for part in given.split(",") if part.strip()]
-        if not labels or not all(label.strip() for label in labels):
-            raise InputError(f"candidate_labels is {shown(given)}; give one label or more, none of them empty")
+        """`candidate_labels` as a list of labels, if they are given for all texts."""
+        labels = None if options.candidate_labels is None else _labels(options.candidate_labels)
         template = options.hypothesis_template
         try:
-            filled = template.format(labels[0]) != template
+            filled = template.format("a") != template
         except (IndexError, KeyError, ValueError, AttributeError, TypeError):
             filled = False
         if not filled:
@@ -65,19 +77,24 @@ class ZeroShotClassificationPipeline(ClassifierPipeline[ZeroShotClassificationOp
             raise InputError("the model has one label; entailment needs at least two, and a name that says which")
         return dataclasses.replace(options, candidate_labels=labels)
 
-    def check_defaults(self) -> None:
-        """The options given so far; the labels may come with a call."""
-        self.resolve(self.given({} if "candidate_labels" in self.defaults else {"candidate_labels": ["a"]}))
-
     def prepare(self, items: list[Any], options: ZeroShotClassificationOptions) -> list[list[Row]]:
-        hypotheses = [options.hypothesis_template.format(label) for label in options.candidate_labels or ()]
-        n = len(hypotheses)
-        texts = [text for text in items for _ in hypotheses]
-        rows = [Row(e.ids) for e in self.tokenize(texts, hypotheses * len(items), truncation=options.truncation)]
-        return [rows[i : i + n] for i in range(0, len(rows), n)]
+        pairs = [
+            [(text, options.hypothesis_template.format(label)) for label in labels]
+            for text, labels in (self._parts(item, options) for item in items)
+        ]
+        texts, hypotheses = zip(*itertools.chain(*pairs), strict=True)
+        encodings = iter(self.tokenize(list(texts), list(hypotheses), **options.tokenizing))
+        return [[Row(next(encodings).ids) for _ in of_text] for of_text in pairs]
+
+    def _parts(self, item: Any, options: ZeroShotClassificationOptions) -> tuple[Any, list[str]]:
+        """The text of an input and its labels."""
+        if not isinstance(item, dict):
+            return item, _labels(options.candidate_labels)
+        check_fields(item, ["sequence"], self.task)
+        return item["sequence"], _labels(item.get("candidate_labels", options.candidate_labels))
 
     def finish(self, job: Job[Row, torch.Tensor], options: ZeroShotClassificationOptions) -> dict[str, Any]:
-        labels, entail = list(options.candidate_labels or ()), self.entailment_id
+        (text, labels), entail = self._parts(job.item, options), self.entailment_id
         logits = torch.stack(job.results)
         if options.multi_label or len(labels) == 1:
             against = self.model.config.num_labels - 1 if entail == 0 else 0
@@ -86,7 +103,15 @@ class ZeroShotClassificationPipeline(ClassifierPipeline[ZeroShotClassificationOp
             scores = logits[:, entail].softmax(0)
         order = scores.argsort(descending=True, stable=True).tolist()
         return {
-            "sequence": job.item,
+            "sequence": text,
             "labels": [labels[i] for i in order],
             "scores": [scores[i].item() for i in order],
         }
+
+
+def _labels(given: Any) -> list[str]:
+    """Labels of a list, or of a string with commas between."""
+    labels = [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
+    if not isinstance(labels, list | tuple) or not labels or not all(isinstance(x, str) and x.strip() for x in labels):
+        raise InputError(f"candidate_labels is {shown(given)}; give one label or more, none of them empty")
+    return list(labels)

@@ -124,12 +124,20 @@ class Objective(Protocol):
         ...
 
 
-def summed(model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
-    """`Objective.losses` of a model that gives the loss of a batch as a share of the step's."""
+def summed(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    total: float,
+    one_pass: Pass,
+    loss_of: Callable[[nn.Module, Batch, float], Tensor] = lambda model, batch, n: (
+        model(**batch, num_items_in_batch=n).loss
+    ),
+) -> Tensor:
+    """`Objective.losses` of a model that gives the loss of a batch as a share of the step's, or of another loss."""
     loss = torch.zeros(())
     for i, batch in enumerate(batches):
         with one_pass(i == len(batches) - 1) as backward:
-            part = model(**batch, num_items_in_batch=total).loss
+            part = loss_of(model, batch, total)
             backward(part)
         loss = loss.to(part.device) + part.detach()
     return loss

@@ -277,7 +277,7 @@ class _Run:
 
         try:
             with autocast(options.precision, accelerator.device):
-                loss_tensor = self.objective.losses(self.model, batches, max(labels, 1), one_pass)
+                loss_tensor = self.objective.losses(self.model, batches, labels or 1, one_pass)
         except torch.OutOfMemoryError as error:
             largest = max(len(batch["input_ids"]) for batch in batches)
             raise InputError(

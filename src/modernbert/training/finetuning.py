@@ -132,6 +132,8 @@ def _as_options(given: dict[str, Any]) -> dict[str, Any]:
         if given[name] is not None and not _are_paths(given[name]):
             given[name] = []
     labels, column = given.get("labels"), given.get("column")
+    if isinstance(weights := given.get("class_weights"), Mapping):
+        given["class_weights"] = [f"{label}={weight}" for label, weight in weights.items()]
     if isinstance(labels, list | tuple):
         wrong = next((label for label in labels if label is None or "," in str(label)), "")
         if wrong != "":

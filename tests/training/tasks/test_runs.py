@@ -120,6 +120,7 @@ WAYS = {
     "tokens a step": {"batch_tokens": 90, "micro_tokens": 50},
     "frozen below": {"freeze_layers": 1, "layer_decay": 0.8, "schedule": "wsd"},
     "orthogonal steps": {"optimizer": "muon", "weight_decay": 0.1},
+    "weights of classes": {"class_weights": {"sad": 3.5}, "micro_tokens": 60},
     "without clipping": {"max_grad_norm": 0, "gradient_checkpointing": True, "schedule": "constant"},
 }
 
@@ -236,7 +237,8 @@ def test_adapters_serve_every_task(task, base, tmp_path):
 def test_two_processes_train_as_one(base, tmp_path, moods, capsys):
     folder = base("ModernBertForSequenceClassification", num_labels=3)
     few = with_options(COMMAND, max_steps=12)
-    common = [*few, "--model", folder, "--train", moods, "--precision", "float32", "--device", "cpu", "--output"]
+    common = [*few, "--model", folder, "--train", moods, "--precision", "float32", "--device", "cpu"]
+    common += ["--class-weights", "sad=3.5", "--output"]
     assert called(capsys, *common, tmp_path / "one")[0] == 0
     finish([*TWO_PROCESSES, "modernbert"], *common, tmp_path / "two")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

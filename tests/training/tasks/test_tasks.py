@@ -1,5 +1,6 @@
 """What tasks make of rows, and the metrics of their evaluations."""
 
+import contextlib
 import itertools
 import json
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 from modernbert import Tokenizer
 from modernbert.errors import InputError
@@ -303,3 +306,65 @@ def test_a_model_that_knows_the_answers_is_perfect_by_its_metrics(backend):
     found = worker.evaluate_on(Fixed(logits_of), examples)
     assert found.metrics["f1"] == found.metrics["accuracy"] == 1.0
     assert found.errors == []
+
+
+# Weights of classes
+
+
+LABELLED = [{"text": "a", "label": label} for label in ("x", "x", "x", "y")]
+SEVERAL = [{"text": "a", "label": label} for label in (["x"], ["x", "y"], ["x", "z"], [])]
+TAGGED = [{"tokens": ["a", "b", "c"], "tags": tags} for tags in (["O", "O", "B-p"], ["O", -100, "B-p"])]
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "given", "expected"),
+    [
+        ("text-classification", LABELLED, "balanced", [2 / 3, 2.0]),
+        ("text-classification", LABELLED, ["1", "2.5"], [1.0, 2.5]),
+        ("text-classification", LABELLED, ["y=3"], [1.0, 3.0]),
+        ("text-classification", SEVERAL, "balanced", [1 / 3, 3.0, 3.0]),
+        ("token-classification", TAGGED, "balanced", [5 / 6, 5 / 4]),
+        ("text-classification", LABELLED, [], None),
+    ],
+)
+def test_classes_have_weights_and_the_loss_is_their_mean(real_backend, task, rows, given, expected):
+    worker, found = worker_of(task, real_backend, rows, class_weights=given)
+    examples = worker.prepare(found, True)
+    if expected is None:
+        assert worker.class_weights is None
+        return
+    assert worker.class_weights.tolist() == pytest.approx(expected)
+    batch = worker.collate(examples, [0] * len(examples))
+    labels, classes = batch["labels"], len(expected)
+    logits = torch.randn(len(labels), classes)
+    model = Fixed(lambda ids, starts: logits)
+    total = worker.count(batch)
+    loss = worker.losses(model, [batch], total, lambda is_last: contextlib.nullcontext(lambda loss: None))
+    weights = torch.tensor(expected)
+    if labels.is_floating_point():
+        reference = torch.nn.BCEWithLogitsLoss(pos_weight=weights)(logits, labels)
+    else:
+        reference = torch.nn.CrossEntropyLoss(weights)(logits, labels)
+    torch.testing.assert_close(loss, reference)
+
+
+@pytest.mark.parametrize("given", [["x=-1"], ["q=1"], ["1", "2", "3"], ["fair"], ["x=a"]])
+def test_weights_of_no_class_are_refused(real_backend, given):
+    worker, found = worker_of("text-classification", real_backend, LABELLED, class_weights=given)
+    with pytest.raises(InputError, match=r"class_weights is .*; give balanced, LABEL=WEIGHT, or .* each of x, y"):
+        worker.prepare(found, True)
+
+
+def test_values_have_no_classes_to_weigh(real_backend):
+    rows = [{"text": "a", "label": value} for value in (0.5, 1.5)]
+    worker, found = worker_of("text-classification", real_backend, rows, class_weights="balanced")
+    with pytest.raises(InputError, match="labels are values"):
+        worker.prepare(found, True)
+
+
+def test_words_are_tagged_with_a_tokenizer_that_is_not_byte_level(tmp_path):
+    backend = Backend(models.WordLevel({"[UNK]": 0, "a": 1}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    worker = TASKS["token-classification"](OPTIONS["token-classification"]())
+    assert worker.load_tokenizer(tmp_path, worker.options)("a").input_ids == [1]

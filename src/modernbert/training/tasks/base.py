@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Encoding
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ class Task(Objective):
 
     Attributes:
         notes: what users should know of their data, such as texts that were cut.
+        class_weights: what an example of each class counts for in training, (classes,); None is one for all.
         tokenizer, max_length: see `set_tokenizer`.
         held_out: examples to evaluate on.
     """
@@ -58,6 +60,7 @@ class Task(Objective):
     def __init__(self, options: Any) -> None:
         self.options = options
         self.notes: list[str] = []
+        self.class_weights: Tensor | None = None
         self.held_out: list[Example] = []
 
     # The model and its tokenizer
@@ -133,10 +136,25 @@ class Task(Objective):
         return {**pack_rows([row for example in examples for row in example.rows]), **self.labels(examples)}
 
     def count(self, batch: Batch) -> float:
-        return float((batch["labels"] != IGNORED).sum())
+        counted = batch["labels"][batch["labels"] != IGNORED]
+        return float(counted.numel() if self.class_weights is None else self.class_weights[counted].sum())
 
     def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
-        return summed(model, batches, total, one_pass)
+        if self.class_weights is None:
+            return summed(model, batches, total, one_pass)
+        return summed(model, batches, total, one_pass, self._weighted_loss)
+
+    def _weighted_loss(self, model: nn.Module, batch: Batch, total: float) -> Tensor:
+        """The classes' cross-entropy, each label with its class's weight; of several classes a text, each for itself,
+        with the weight on the texts that have it."""
+        assert self.class_weights is not None
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits.float()
+        labels, weights = batch["labels"], self.class_weights.to(logits.device)
+        if labels.is_floating_point():
+            losses = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="sum")
+        else:
+            losses = F.cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="sum")
+        return losses / total
 
     def evaluate(self, model: Any, at_the_end: bool) -> Evaluation | None:
         return self.evaluate_on(model, self.held_out) if self.held_out else None

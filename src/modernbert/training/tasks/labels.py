@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from modernbert.config import Config
-from modernbert.errors import InputError, listed
+from modernbert.errors import InputError, listed, shown
 from modernbert.nn.losses import IGNORED
 
 _WHOLE = re.compile(r"[+-]?[0-9]+")
@@ -108,6 +111,40 @@ class Labels:
     def config_changes(self) -> dict[str, Any]:
         """Fields of a configuration."""
         return {"num_labels": len(self.names), "id2label": dict(enumerate(self.names)), "label2id": {**self.numbers}}
+
+
+def class_weights(given: Sequence[str], labels: Labels, texts: Sequence[Iterable[int]], several: bool) -> Tensor | None:
+    """What each class counts for in training; None if all count alike.
+
+    Args:
+        given: "LABEL=WEIGHT" of some, weights of all in their order, or "balanced".
+        labels: the names.
+        texts: the classes of each text, or of each word.
+        several: whether a text may have any number of classes. Weights are then those of the texts that have a class
+            against those that do not.
+    """
+    if not given:
+        return None
+    counts = torch.zeros(len(labels.names))
+    for classes in texts:
+        for one in classes:
+            counts[one] += 1
+    if list(given) == ["balanced"]:
+        balanced = (len(texts) - counts) / counts if several else counts.sum() / ((counts > 0).sum() * counts)
+        return torch.where((counts > 0) & (balanced > 0), balanced, 1.0)
+    weights = torch.ones(len(labels.names))
+    pairs = [pair.rpartition("=") for pair in given]
+    if not any(equals for _, equals, _ in pairs):
+        pairs = [(name, "=", weight) for name, (_, _, weight) in zip(labels.names, pairs, strict=False)]
+    for name, _, weight in pairs:
+        number = number_of(weight)
+        if number is None or not 0 <= number < math.inf or name not in labels.numbers or len(given) > len(labels.names):
+            raise InputError(
+                f"class_weights is {shown(list(given))}; give balanced, LABEL=WEIGHT, or a weight for each of "
+                f"{listed(labels.names)}"
+            )
+        weights[labels.numbers[name]] = number
+    return weights
 
 
 def is_bit(value: Any) -> bool:

@@ -54,6 +54,11 @@ class LabelOptions(FinetuneOptions):
     labels: str | None = option(
         None, "Names of the labels in order: a,b,c, or a file of them.", otherwise="the data's or the model's"
     )
+    class_weights: list[str] = option(
+        [],
+        "LABEL=WEIGHT, what examples of a label count for in training; or balanced, by how rare the labels are.",
+        otherwise="1 for each",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

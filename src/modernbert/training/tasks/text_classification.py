@@ -17,7 +17,7 @@ from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, worst
 from modernbert.training.tasks.data import Row, text_of
-from modernbert.training.tasks.labels import Labels, is_bit, is_ignored, multi_hot_width, number_of
+from modernbert.training.tasks.labels import Labels, class_weights, is_bit, is_ignored, multi_hot_width, number_of
 from modernbert.training.tasks.metrics import classification_metrics, multi_label_metrics, regression_metrics
 
 # What the configuration calls a problem, and the metric that checkpoints are compared by.
@@ -133,6 +133,12 @@ class TextClassification(Task):
         texts = [text_of(row, "text") for row in rows]
         pairs = [text_of(row, "text_pair") for row in rows] if any(paired) else None
         labels = [self.label_of(row) for row in rows]
+        if training and self.options.class_weights:
+            if self.problem == "regression":
+                raise InputError("class_weights is given, and labels are values (regression); classes have weights")
+            several = self.problem == "multi-label"
+            classes = labels if several else [[label] for label in labels]
+            self.class_weights = class_weights(self.options.class_weights, self.names, classes, several)
         encodings = self.encode(texts, pairs)
         return [Example([e.ids], label, row.values) for e, label, row in zip(encodings, labels, rows, strict=True)]
 
@@ -166,7 +172,7 @@ class TextClassification(Task):
 
     def count(self, batch: Batch) -> float:
         """Labels of a batch; of several classes a text, each class counts, and -100 is a value as any other."""
-        return float(batch["labels"].numel())
+        return super().count(batch) if self.problem == "single-label" else float(batch["labels"].numel())
 
     def evaluate_on(self, model: Any, examples: Sequence[Example]) -> Evaluation:
         """Accuracy and F1; F1 of each label and of all; or correlation and errors."""

@@ -21,7 +21,7 @@ from modernbert.training.contract import Batch, Evaluation
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, worst
 from modernbert.training.tasks.data import Row
-from modernbert.training.tasks.labels import Labels, is_ignored
+from modernbert.training.tasks.labels import Labels, class_weights, is_ignored
 from modernbert.training.tasks.metrics import tag_metrics
 from modernbert.training.tasks.options import FinetuneOptions
 
@@ -68,7 +68,7 @@ class TokenClassification(Task):
         """The model's tokenizer for words: each begins with a space, the first one too."""
         try:
             return Tokenizer.from_pretrained(name, revision=options.revision, add_prefix_space=True)
-        except AttributeError:  # not a byte-level one
+        except InputError:  # not a byte-level one
             return super().load_tokenizer(name, options)
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
@@ -88,6 +88,9 @@ class TokenClassification(Task):
             counted = [any(tag != IGNORED for tag in tags) for tags in numbers]
             rows, numbers = list(compress(rows, counted)), list(compress(numbers, counted))
             self.notes.append(f"not counted, as the tag is -100: {left_out} words")
+        if training and self.options.class_weights:
+            words = [[tag] for tags in numbers for tag in tags if tag != IGNORED]
+            self.class_weights = class_weights(self.options.class_weights, self.names, words, False)
         encodings = self.encode([row.values["tokens"] for row in rows], is_split_into_words=True)
         examples = []
         for row, encoding, tags in zip(rows, encodings, numbers, strict=True):
