@@ -55,7 +55,6 @@ _INSTEAD = {
 }
 
 
-
 class PreTrainedModel(Saved, nn.Module):
     """Base of all models.
 

@@ -530,7 +530,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         limits = self.cut(how)
         encodings = self.tokenizer(texts, pairs, **limits).encodings
         assert encodings is not None
-        if cut and (found := _CUT.get()) is not None:
+        if limits["truncation"] and (found := _CUT.get()) is not None:
             found += [text for text, encoding in zip(texts, encodings, strict=True) if encoding.overflowing]
         for i, encoding in enumerate(encodings):
             ids = encoding.ids  # which the library makes anew whenever it is asked
