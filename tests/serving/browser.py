@@ -57,8 +57,14 @@ class Browser:
         return self
 
     def __exit__(self, *error):
-        self.process.kill()
-        self.process.wait()
+        self._session = None
+        with contextlib.suppress(OSError, EOFError, TimeoutError):
+            self.send("Browser.close")  # its helpers end, too
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         os.close(self._in)
         os.close(self._out)
 
