@@ -162,6 +162,10 @@ def test_scores_are_sums_over_windows(window, stride, heads):
         assert answer["bits_per_byte"] == pytest.approx(-expected / math.log(2) / len(text.encode()), rel=1e-4)
     alone = score(texts[-1], **options)
     assert alone == score(texts, **options)[-1]
+    parts = score(texts[-1], token_scores=True, **options)
+    assert {name: parts[name] for name in alone} == alone
+    assert "".join(texts[-1][part["start"] : part["end"]] for part in parts["token_scores"]) == texts[-1]
+    assert math.fsum(part["score"] for part in parts["token_scores"]) == pytest.approx(alone["log_likelihood"])
 
 
 def test_without_special_tokens_the_first_token_has_no_score(heads):

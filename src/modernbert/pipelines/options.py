@@ -241,6 +241,9 @@ class TextScoringOptions(Options):
         None, "New tokens that each window after the first scores.", least=1, otherwise="half a window"
     )
     add_special_tokens: bool = option(True, "Add the special tokens around a text.")
+    token_scores: bool = option(
+        False, "Give each scored token's place in the text and its part of the log-likelihood, too."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,13 @@
-"""What those who run a server need: health, readiness, metrics."""
+"""What those who run a server need: a page to try it by, health, readiness, metrics."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import functools
+import hashlib
+import re
+from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -14,7 +19,44 @@ from modernbert.serving.state import state_of
 
 router = APIRouter(tags=["Operations"])
 
+_PAGE = Path(__file__).parents[1] / "page.html"
+# Beside the hashes of its own script and style. Nothing comes from outside, requests go to this server alone, and the
+# last two directives make browsers refuse markup that a script builds from text.
+_POLICY = (
+    "default-src 'none'",
+    "connect-src 'self'",
+    "img-src data:",
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
+    "require-trusted-types-for 'script'",
+    "trusted-types 'none'",
+)
 _LIMIT = 5.0  # seconds that a text may take before the server counts as stuck
+
+
+@functools.cache
+def _page() -> tuple[bytes, dict[str, str]]:
+    """The page, and its headers."""
+    page = _PAGE.read_text(encoding="utf-8")
+    policy = list(_POLICY)
+    for tag in ("script", "style"):
+        (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        policy.append(f"{tag}-src 'sha256-{digest}'")
+    return page.encode(), {
+        "Content-Security-Policy": "; ".join(policy),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """A page in which people try the tasks of this server."""
+    content, headers = _page()
+    return Response(content, headers=headers, media_type="text/html")
 
 
 @router.get("/health/live", summary="Whether the process answers")
