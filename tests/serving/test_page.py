@@ -46,7 +46,7 @@ def start(app):
 def address(pipelines, heads):
     """Of a server with a model for each task."""
     generate = pipeline("text-generation", heads / "CausalLM", dtype="float32")
-    url, end = start(create_app({**pipelines, "<i>generate</i>": generate}, access_log=False))
+    url, end = start(create_app({"<i>generate</i>": generate, **pipelines}, access_log=False))
     yield url
     end()
 
