@@ -1,4 +1,4 @@
-# A small server for CPUs: docker build -t modernbert . && docker run -p 8000:8000 modernbert --model OWNER/NAME
+# A small server for CPUs: docker build -t modernbert-server . && docker run -p 8000:8000 modernbert-server --model OWNER/NAME
 FROM python:3.11-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/modernbert

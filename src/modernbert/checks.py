@@ -7,6 +7,7 @@ keyword arguments, their checks, help texts, flags and keys of files come from t
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 import types
@@ -159,8 +160,19 @@ class Options:
         kinds = kinds_of(cls)
         unknown = sorted(set(values) - set(kinds))
         if unknown:
-            raise cls.error(f"{source} has no option {', '.join(unknown)}; there are {', '.join(kinds)}")
+            raise cls.error(f"{source} has no option {', '.join(unknown)}; {_offered(unknown, list(kinds))}")
         return cls(**{k: v for k, v in values.items() if v is not None or type(None) in _members(kinds[k])})
+
+
+_MANY = 20  # names that a message lists
+
+
+def _offered(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """The names that there are; of many those that are like the unknown ones."""
+    if len(known) <= _MANY:
+        return f"there are {', '.join(known)}"
+    alike = list(dict.fromkeys(name for one in unknown for name in difflib.get_close_matches(one, known, 3, 0.5)))
+    return f"there are {', '.join(alike)}{' and ' * bool(alike)}{len(known) - len(alike)} others"
 
 
 _KINDS: dict[type, dict[str, Any]] = {}  # reading annotations takes long beside checking values

@@ -38,7 +38,10 @@ FIELDS = {
     QuestionAnsweringModelOutput: ("loss", "start_logits", "end_logits", *STATES),
     CausalLMOutputWithPast: ("loss", "logits", *PAST),
     SequenceClassifierOutputWithPast: ("loss", "logits", *PAST),
-    GenerateOutput: ("sequences", "sequences_scores", "scores", "logits", "past_key_values"),
+    GenerateOutput: (
+        "sequences", "sequences_scores", "scores", "logits", "beam_indices", "attentions", "hidden_states",
+        "past_key_values",
+    ),
 }
 
 PACKED = "indices cu_seqlens max_seqlen batch_size seq_len output_attentions output_hidden_states return_dict"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
             code = app(args=arguments, standalone_mode=False)
         except InterruptedCommandError as error:
             say(error)
-            sys.exit(error.code)
+            _end(error.code)
         except KeyboardInterrupt:
             code = _INTERRUPTED
         except Exception as error:
@@ -76,10 +78,24 @@ def main(arguments: list[str] | None = None) -> None:
             if message is None:
                 raise
             say(message)
-            sys.exit(2)
+            _end(2)
     if code == _INTERRUPTED:
         say("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end(code: int) -> NoReturn:
+    """End after an error.
+
+    Where a run of several processes breaks off, threads of PyTorch's still wait for the others, and would abort this
+    process while Python shuts down, with another exit code: it ends at once.
+    """
+    group = sys.modules.get("torch.distributed")
+    if group is not None and group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _message(error: Exception) -> str | None:

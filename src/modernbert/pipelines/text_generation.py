@@ -71,7 +71,11 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
 
     @staticmethod
     def _meant(options: dict[str, Any]) -> dict[str, Any]:
-        unused = {name for name, value in options.items() if name == "use_cache" or has_no_meaning(name, value)}
+        unused = {
+            name
+            for name, value in options.items()
+            if name == "use_cache" or (name != "trust_remote_code" and has_no_meaning(name, value))
+        }
         return {name: value for name, value in options.items() if name not in unused}
 
     def resolve(self, options: ContinuationOptions) -> ResolvedOptions:
