@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import types
@@ -145,6 +146,8 @@ class Options:
         kinds = kinds_of(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if value is field.default and (value is None or isinstance(value, bool | str)):
+                continue  # every call has many of these
             checked = check_value(field.name, value, kinds[field.name], field.metadata, self.error)
             if checked is not value:
                 object.__setattr__(self, field.name, checked)
@@ -186,6 +189,7 @@ def kinds_of(options: Any) -> dict[str, Any]:
     return _KINDS[options]
 
 
+@functools.cache
 def _members(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
