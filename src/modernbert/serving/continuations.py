@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from modernbert.decoding.ongoing import Ongoing, OngoingBatch, Token, cache_bytes
-from modernbert.errors import InputError
-from modernbert.serving.problems import EngineError, RequestError
+from modernbert.serving.problems import LateError, RequestError, failed
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +28,19 @@ class Stream:
         loop: of the one who waits.
         deadline: in seconds of the loop's clock.
         best: how many likely tokens are told beside each, with their log-probabilities; None tells none.
+        urgent: whether it joins before others, and whatever the cache holds.
     """
 
-    def __init__(self, text: Ongoing, loop: asyncio.AbstractEventLoop, deadline: float, best: int | None) -> None:
-        self.text, self.loop, self.deadline, self.best = text, loop, deadline, best
+    def __init__(
+        self,
+        text: Ongoing,
+        loop: asyncio.AbstractEventLoop,
+        deadline: float,
+        best: int | None,
+        urgent: bool = False,
+    ) -> None:
+        self.text, self.loop, self.deadline, self.best, self.urgent = text, loop, deadline, best, urgent
+        self.begun = loop.time()
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self.began: float | None = None
 
@@ -50,8 +58,9 @@ class Stream:
         """Tokens as they come: the id, and with `best` its log-probability and the likely ones', it first.
 
         Raises:
-            TimeoutError: the deadline has passed.
-            EngineError: the model failed.
+            LateError: the deadline has passed.
+            EngineError: the model failed, or the server is closing.
+            InputError: the text's options gave no token.
         """
         try:
             async with asyncio.timeout_at(self.deadline):
@@ -63,6 +72,10 @@ class Stream:
                     yield token, likely
                     if is_last:
                         return
+        except TimeoutError:
+            raise LateError(
+                f"the answer took longer than the {self.deadline - self.begun:.3g} seconds it was given"
+            ) from None
         finally:
             self.text.cancelled = True
 
@@ -90,10 +103,11 @@ class Continuations:
     def pending(self) -> int:
         """Tokens of the texts that wait."""
         with self.lock:
-            return sum(stream.tokens for stream in self.waiting)
+            return sum(stream.tokens for stream in self.waiting if not stream.text.cancelled)
 
     def check(self, text: Ongoing) -> None:
         """Refuse what can never be served; raises `RequestError`."""
+        check_context(self.model, text.history.prompt, text.history.limit)
         needed = cache_bytes(self.model, text.history.prompt + text.history.limit)
         if needed > self.most_bytes:
             raise RequestError(
@@ -104,7 +118,7 @@ class Continuations:
     def add(self, stream: Stream) -> None:
         """Have a text join when there is room."""
         with self.lock:
-            self.waiting.append(stream)
+            (self.waiting.appendleft if stream.urgent else self.waiting.append)(stream)
 
     def step(self) -> int:
         """One token of each text, in the engine's thread; how many tokens the model read."""
@@ -116,8 +130,7 @@ class Continuations:
         try:
             steps = self.batch.step([stream.text for stream in joining])
         except Exception as error:
-            logger.error("the model failed", exc_info=error)
-            wrong = error if isinstance(error, InputError) else EngineError(f"the model failed: {type(error).__name__}")
+            wrong = failed(error)
             for stream in self.running.values():
                 stream.put(wrong)
             self.running = {}
@@ -125,19 +138,24 @@ class Continuations:
         told = set()
         for step in steps:
             stream = self.running[id(step.text)]
-            stream.put((step.token, self._likely(step, stream.best), step.is_last))
             told.add(id(step.text))
+            if step.error is not None:
+                stream.put(failed(step.error))
+                continue
+            stream.put((step.token, self._likely(step, stream.best), step.is_last))
             if step.is_last or stream.loop.time() > stream.deadline:
                 step.text.cancelled = True
         self.running = {key: s for key, s in self.running.items() if key in told and not s.text.cancelled}
+        if not self.running:
+            self.batch = OngoingBatch(self.model)  # its memory is free, even if nobody comes any more
         return read
 
-    def close(self) -> None:
+    def close(self, error: Exception) -> None:
         """Whoever waits is told that nothing more comes."""
         with self.lock:
             for stream in (*self.running.values(), *self.waiting):
-                stream.put(EngineError("the server is closing"))
-            self.running = {}
+                stream.put(error)
+            self.running, self.batch = {}, OngoingBatch(self.model)
             self.waiting.clear()
 
     def _joining(self) -> list[Stream]:
@@ -145,13 +163,13 @@ class Continuations:
         chosen: list[Stream] = []
         tokens = 0
         with self.lock:
+            self.waiting = collections.deque(
+                s for s in self.waiting if not s.text.cancelled and s.loop.time() <= s.deadline
+            )
             while self.waiting:
                 stream = self.waiting[0]
-                if stream.text.cancelled or stream.loop.time() > stream.deadline:
-                    self.waiting.popleft()
-                    continue
                 needed = cache_bytes(self.model, stream.tokens)
-                if held and held + needed > self.most_bytes:
+                if held and held + needed > self.most_bytes and not stream.urgent:
                     break
                 if chosen and tokens + stream.text.history.prompt > _JOINING:
                     break
@@ -166,6 +184,15 @@ class Continuations:
             return []
         with torch.inference_mode():
             logs_V = step.logits_V.log_softmax(-1)
-            top = logs_V.topk(best) if best else None
+            top = logs_V.topk(min(best, len(logs_V))) if best else None
         own = [(step.token, float(logs_V[step.token]))]
         return own + ([] if top is None else list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+
+
+def check_context(model: Any, prompt: int, limit: int) -> None:
+    """Refuse texts that would go on beyond what their model was trained for; raises `RequestError`."""
+    context = model.config.max_position_embeddings
+    if prompt + limit - 1 > context:  # the last token is not read
+        raise RequestError(
+            f"a text of {prompt} tokens with {limit} new ones is longer than the model's context, which holds {context}"
+        )

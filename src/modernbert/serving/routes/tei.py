@@ -177,9 +177,15 @@ async def tokenize(given: TokenizeRequest, request: Request) -> Json:
     if not texts:
         return Json([])
     prompt = pipeline.prompt(given.prompt_name) if hasattr(pipeline, "prompt") and given.prompt_name else ""
-    found = pipeline.tokenizer(
-        [prompt + text for text in texts], add_special_tokens=given.add_special_tokens, truncation=False
-    ).encodings
+    found = await state_of(request).aside(
+        pipeline,
+        texts,
+        lambda: (
+            pipeline.tokenizer(
+                [prompt + text for text in texts], add_special_tokens=given.add_special_tokens, truncation=False
+            ).encodings
+        ),
+    )
     replies = []
     for text, encoding in zip(texts, found, strict=True):
         text = prompt + text
@@ -203,7 +209,12 @@ async def decode(given: DecodeRequest, request: Request) -> Json:
     for ids in several:
         if wrong := [i for i in ids if not 0 <= i < size]:
             raise RequestError(f"ids hold {wrong[0]}; the tokenizer has ids 0 to {size - 1}")
-    return Json([pipeline.tokenizer.decode(ids, skip_special_tokens=given.skip_special_tokens) for ids in several])
+    decode, skip = pipeline.tokenizer.decode, given.skip_special_tokens
+    return Json(
+        await state_of(request).aside(
+            pipeline, several, lambda: [decode(ids, skip_special_tokens=skip) for ids in several]
+        )
+    )
 
 
 @router.get("/info", summary="What this server is")
