@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from modernbert.decoding.ongoing import Ongoing, OngoingBatch, Token, cache_bytes
-from modernbert.serving.problems import LateError, RequestError, failed
+from modernbert.serving.problems import EngineError, LateError, RequestError, failed
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Continuations:
             stream = self.running[id(step.text)]
             told.add(id(step.text))
             if step.error is not None:
-                stream.put(failed(step.error))
+                stream.put(_no_token(step))
                 continue
             stream.put((step.token, self._likely(step, stream.best), step.is_last))
             if step.is_last or stream.loop.time() > stream.deadline:
@@ -187,6 +187,14 @@ class Continuations:
             top = logs_V.topk(min(best, len(logs_V))) if best else None
         own = [(step.token, float(logs_V[step.token]))]
         return own + ([] if top is None else list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+
+
+def _no_token(step: Token) -> Exception:
+    """Why no token could be chosen: the request's options, unless what the model says is no number itself."""
+    error = failed(step.error or ValueError())
+    if not isinstance(error, EngineError) or not bool(step.logits_V.isfinite().all()):
+        return error
+    return RequestError(f"no token can be chosen by these options: {type(step.error).__name__}")
 
 
 def check_context(model: Any, prompt: int, limit: int) -> None:

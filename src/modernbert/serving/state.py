@@ -74,7 +74,7 @@ class State:
             raise RequestError("there is no text; give at least one")
         count = max(texts or 0, _count(items, given))
         self._check_count(count)
-        check_repeated(given)
+        check_options(given)
         known = set(pipeline.options.__dataclass_fields__)
         most, cut = sys.maxsize, False
         if "truncation" in known and task != "token-classification":  # which reads long texts in windows
@@ -118,6 +118,7 @@ class State:
             raise RequestError("there is no prompt; give at least one")
         given = {name: value for name, value in options.items() if value is not None}
         self._check_count(_count(several, given))
+        check_options(given)
         most = _CHARACTERS * pipeline.context
         several = [_shortened(item, most, cut=False) if isinstance(item, str) else item for item in several]
         resolved = pipeline.resolve(pipeline.given(given))
@@ -210,8 +211,12 @@ def _count(items: Sequence[Any], options: dict[str, Any]) -> int:
 _MOST_REPEATED = 1000  # characters of an option that is put beside every text or word
 
 
-def check_repeated(options: dict[str, Any]) -> None:
-    """Refuse options that make more of texts than was sent; raises `RequestError`."""
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options that are no text, or make far more of texts than was sent; raises `RequestError`."""
+    for name, value in options.items():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, str) and part.encode(errors="replace") != part.encode(errors="surrogatepass"):
+                raise RequestError(f"{name} holds a lone surrogate, which is no valid Unicode")
     for name in ("prompt", "hypothesis_template", "delimiter"):
         value = options.get(name)
         if isinstance(value, str) and len(value) > _MOST_REPEATED:
