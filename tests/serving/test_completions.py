@@ -7,8 +7,9 @@ import random
 import httpx
 import pytest
 
+from modernbert.decoding.ongoing import cache_bytes
 from modernbert.serving import create_app
-from modernbert.serving.continuations import Continuations
+from modernbert.serving.continuations import Continuations, Stream
 from modernbert.serving.problems import RequestError
 from modernbert.serving.routes.completions import Text
 
@@ -201,6 +202,33 @@ def test_what_can_never_fit_is_refused(decoder):
     ((row,),) = decoder.prepare(["Once"], options)
     with pytest.raises(RequestError, match="bytes of cache"):
         continuations.check(decoder.ongoing(row, options))
+
+
+def test_requests_take_turns_to_join_and_those_that_left_do_not_wait(decoder):
+    options = decoder.resolve(decoder.given({"max_new_tokens": 1, "seed": 0}))
+    ((row,),) = decoder.prepare(["Once"], options)
+
+    async def run():
+        def streams(count, urgent=False):
+            loop = asyncio.get_running_loop()
+            return [Stream(decoder.ongoing(row, options), loop, 1e18, None, urgent) for _ in range(count)]
+
+        continuations = Continuations(decoder.model, cache_bytes(decoder.model, len(row.ids) + 1))  # of one text
+        many, one, left, first = streams(4), streams(1), streams(3), streams(1, urgent=True)
+        for request in (many, one, left, first):
+            continuations.add(request)
+        for stream in left:
+            stream.text.cancelled = True
+        assert continuations.pending == 6 * many[0].tokens
+        order = []
+        while len(continuations):
+            before = [s for s in (*many, *one, *left, *first) if s.text.history.length]
+            continuations.step()
+            order.append([s for s in (*many, *one, *left, *first) if s.text.history.length and s not in before])
+        return order == [[first[0], many[0]], [one[0]], [many[1]], [many[2]], [many[3]]], order
+
+    same, order = asyncio.run(run())
+    assert same, order
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import AsyncIterator
@@ -91,19 +92,19 @@ class Continuations:
     def __init__(self, model: Any, most_bytes: int) -> None:
         self.model, self.most_bytes = model, most_bytes
         self.batch = OngoingBatch(model)
-        self.waiting: collections.deque[Stream] = collections.deque()
+        self.waiting: collections.deque[collections.deque[Stream]] = collections.deque()  # each of one request
         self.running: dict[int, Stream] = {}
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many texts there are."""
-        return len(self.waiting) + len(self.running)
+        return sum(map(len, self.waiting)) + len(self.running)
 
     @property
     def pending(self) -> int:
         """Tokens of the texts that wait."""
         with self.lock:
-            return sum(stream.tokens for stream in self.waiting if not stream.text.cancelled)
+            return sum(stream.tokens for streams in self.waiting for stream in streams if not stream.text.cancelled)
 
     def check(self, text: Ongoing) -> None:
         """Refuse what can never be served; raises `RequestError`."""
@@ -115,15 +116,15 @@ class Continuations:
                 f"cache; the server has {self.most_bytes:,}"
             )
 
-    def add(self, stream: Stream) -> None:
-        """Have a text join when there is room."""
+    def add(self, streams: list[Stream]) -> None:
+        """Have the texts of a request join when there is room, in turns with those of others."""
         with self.lock:
-            (self.waiting.appendleft if stream.urgent else self.waiting.append)(stream)
+            urgent = any(stream.urgent for stream in streams)
+            (self.waiting.appendleft if urgent else self.waiting.append)(collections.deque(streams))
 
     def step(self) -> int:
-        """One token of each text, in the engine's thread; how many tokens the model read."""
+        """One token of each text, in the engine's thread; how many there are."""
         joining = self._joining()
-        read = sum(len(stream.text.history.ids) for stream in joining) + len(self.running)
         for stream in joining:
             stream.began = stream.loop.time()
             self.running[id(stream.text)] = stream
@@ -148,12 +149,12 @@ class Continuations:
         self.running = {key: s for key, s in self.running.items() if key in told and not s.text.cancelled}
         if not self.running:
             self.batch = OngoingBatch(self.model)  # its memory is free, even if nobody comes any more
-        return read
+        return len(steps)
 
     def close(self, error: Exception) -> None:
         """Whoever waits is told that nothing more comes."""
         with self.lock:
-            for stream in (*self.running.values(), *self.waiting):
+            for stream in (*self.running.values(), *itertools.chain(*self.waiting)):
                 stream.put(error)
             self.running, self.batch = {}, OngoingBatch(self.model)
             self.waiting.clear()
@@ -163,17 +164,23 @@ class Continuations:
         chosen: list[Stream] = []
         tokens = 0
         with self.lock:
-            self.waiting = collections.deque(
-                s for s in self.waiting if not s.text.cancelled and s.loop.time() <= s.deadline
+            wanted = (
+                collections.deque(s for s in streams if not s.text.cancelled and s.loop.time() <= s.deadline)
+                for streams in self.waiting
             )
+            self.waiting = collections.deque(streams for streams in wanted if streams)
             while self.waiting:
-                stream = self.waiting[0]
+                stream = self.waiting[0][0]
                 needed = cache_bytes(self.model, stream.tokens)
                 if held and held + needed > self.most_bytes and not stream.urgent:
                     break
                 if chosen and tokens + stream.text.history.prompt > _JOINING:
                     break
-                chosen.append(self.waiting.popleft())
+                self.waiting[0].popleft()
+                self.waiting.rotate(-1)
+                if not self.waiting[-1]:
+                    self.waiting.pop()
+                chosen.append(stream)
                 held += needed
                 tokens += stream.text.history.prompt
         return chosen

@@ -227,8 +227,7 @@ class Engine:
                 streams.append(Stream(text, loop, deadline, best, urgent))
         self._admit(0, urgent)
         with self._condition:
-            for stream in streams:
-                running.add(stream)
+            running.add(streams)
             self._condition.notify_all()
         return streams
 
@@ -362,8 +361,7 @@ class Engine:
                 self._end(*running)
                 running = None
             for continuations in going_on:
-                self.metrics.generated.inc(len(continuations.running))
-                continuations.step()
+                self.metrics.generated.inc(continuations.step())
 
     def _next_batch(self) -> list[tuple[Work, Job[Any, Any], int]]:
         """Rows of requests that can be computed together, one of each in turns; the first has waited longest."""
