@@ -78,6 +78,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, said in {
         401: "The API key is missing or wrong.",
         404: "There is no such model, or none for this task.",
+        408: "The request took too long to come.",
         413: "The request is too large.",
         422: "The request is wrong; the message says how.",
         429: "Too much waits already; the header Retry-After says when to come back.",
