@@ -9,7 +9,7 @@ import pytest
 
 from modernbert.decoding.ongoing import cache_bytes
 from modernbert.serving import create_app
-from modernbert.serving.continuations import Continuations, Stream
+from modernbert.serving.continuations import Continuations, Stream, check_room
 from modernbert.serving.problems import RequestError
 from modernbert.serving.routes.completions import Text
 
@@ -202,6 +202,8 @@ def test_what_can_never_fit_is_refused(decoder):
     ((row,),) = decoder.prepare(["Once"], options)
     with pytest.raises(RequestError, match="bytes of cache"):
         continuations.check(decoder.ongoing(row, options))
+    with pytest.raises(RequestError, match="3 beams"):
+        check_room(decoder.model, 10, 10, 2 * cache_bytes(decoder.model, 20), texts=3)
 
 
 def test_requests_take_turns_to_join_and_those_that_left_do_not_wait(decoder):

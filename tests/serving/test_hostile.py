@@ -7,13 +7,14 @@ import socket
 
 import httpx
 import pytest
+import uvicorn
 
 from modernbert.errors import InputError
 from modernbert.serving import create_app
 from modernbert.serving.options import ServeOptions
 from modernbert.serving.problems import RequestError
 from modernbert.serving.routes import operations
-from modernbert.serving.server import listening
+from modernbert.serving.server import Protocol, listening
 from modernbert.serving.state import _count, check_options
 
 
@@ -167,6 +168,28 @@ def test_a_host_that_ends_a_request_ends_its_work(app):
             return len(others), app.state.serving.models.waiting, app.state.serving.running
 
     assert asyncio.run(run()) == (0, 0, 0)
+
+
+def test_a_connection_without_a_whole_request_is_closed(app, monkeypatch):
+    monkeypatch.setattr(Protocol, "patience", 0.1)
+    config = uvicorn.Config(app, port=0, log_level="warning", http=Protocol, lifespan="off")
+    server = uvicorn.Server(config)
+
+    async def run():
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        for begun in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n", b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET /"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(begun)
+            reply = await asyncio.wait_for(reader.read(), 5)
+            assert (b'{"status":"live"}' in reply) == begun.endswith(b"GET /")
+            writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(run())
 
 
 def test_ids_of_requests_are_written_back_only_if_they_are_plain(ask):

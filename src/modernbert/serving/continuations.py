@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from modernbert.decoding.ongoing import Ongoing, OngoingBatch, Token, cache_bytes
-from modernbert.serving.problems import EngineError, LateError, RequestError, failed
+from modernbert.errors import InputError
+from modernbert.serving.problems import LateError, RequestError, failed
 
 logger = logging.getLogger(__name__)
 
@@ -108,13 +109,7 @@ class Continuations:
 
     def check(self, text: Ongoing) -> None:
         """Refuse what can never be served; raises `RequestError`."""
-        check_context(self.model, text.history.prompt, text.history.limit)
-        needed = cache_bytes(self.model, text.history.prompt + text.history.limit)
-        if needed > self.most_bytes:
-            raise RequestError(
-                f"a text of {text.history.prompt} tokens with {text.history.limit} new ones needs {needed:,} bytes of "
-                f"cache; the server has {self.most_bytes:,}"
-            )
+        check_room(self.model, text.history.prompt, text.history.limit, self.most_bytes)
 
     def add(self, streams: list[Stream]) -> None:
         """Have the texts of a request join when there is room, in turns with those of others."""
@@ -198,14 +193,31 @@ class Continuations:
 
 def _no_token(step: Token) -> Exception:
     """Why no token could be chosen: the request's options, unless what the model says is no number itself."""
-    error = failed(step.error or ValueError())
-    if not isinstance(error, EngineError) or not bool(step.logits_V.isfinite().all()):
-        return error
+    assert step.error is not None
+    if isinstance(step.error, InputError) or not bool(step.logits_V.isfinite().all()):
+        return failed(step.error)
+    logger.info("no token can be chosen", exc_info=step.error)
     return RequestError(f"no token can be chosen by these options: {type(step.error).__name__}")
 
 
-def check_context(model: Any, prompt: int, limit: int) -> None:
-    """Refuse texts that would go on beyond what their model was trained for; raises `RequestError`."""
+def check_room(model: Any, prompt: int, limit: int, most_bytes: int, texts: int = 1) -> None:
+    """Refuse texts that would go on beyond their model's context, or fill more than its cache.
+
+    Args:
+        model: of the texts.
+        prompt, limit: tokens of a text, and of its continuation.
+        most_bytes: that the cache may take.
+        texts: that are gone on with together.
+
+    Raises:
+        RequestError: they cannot be served.
+    """
+    needed = texts * cache_bytes(model, prompt + limit)
+    if needed > most_bytes:
+        raise RequestError(
+            f"a text of {prompt} tokens with {limit} new ones needs {needed:,} bytes of cache"
+            f"{f' for {texts} beams' if texts > 1 else ''}; the server has {most_bytes:,}"
+        )
     context = model.config.max_position_embeddings
     if prompt + limit - 1 > context:  # the last token is not read
         raise RequestError(

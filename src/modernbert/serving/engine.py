@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from modernbert.pipelines.base import Job, Pipeline, Row, cut_texts, limited_windows
-from modernbert.serving.continuations import Continuations, Stream, check_context
+from modernbert.serving.continuations import Continuations, Stream, check_room
 from modernbert.serving.metrics import Metrics
 from modernbert.serving.problems import EngineError, LateError, OverloadedError, failed
 
@@ -282,8 +282,9 @@ class Engine:
             made = (prepare or _prepare)(work.pipeline, items, work.options)
         jobs: list[Job[Any, Any]] = [Job(item, rows) for item, rows in zip(items, made, strict=True)]
         if hasattr(work.pipeline, "ongoing"):
-            for job in jobs:
-                check_context(work.pipeline.model, len(job.rows[0].ids), job.rows[0].limit)
+            beams = work.options.generation.num_beams
+            for row in (job.rows[0] for job in jobs):
+                check_room(work.pipeline.model, len(row.ids), row.limit, self.most_cache, beams)
         tokens = sum(len(row.ids) for job in jobs for row in job.rows)
         with self._condition:
             if work.ended:

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from modernbert.errors import InputError
 from modernbert.serving.app import create_app
@@ -24,6 +25,29 @@ logger = logging.getLogger(__name__)
 
 _BACKLOG = 2048  # connections that wait to be accepted
 _NOTICE = 0.2  # seconds in which those who watch the readiness may see that it is over
+
+
+class Protocol(H11Protocol):
+    """uvicorn's, which closes connections that bring no whole head of a request; heads have at most 16 KiB."""
+
+    patience = 10.0  # seconds, at least; twice that at the most
+    _idle: Any = ()  # the request after which nothing whole came, at the last look
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._next_look = self.loop.call_later(self.patience, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._next_look.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self._idle is self.cycle:
+            self.transport.close()
+            return
+        self._idle = self.cycle if is_idle else ()
+        self._next_look = self.loop.call_later(self.patience, self._look)
 
 
 class Server(uvicorn.Server):
@@ -99,6 +123,8 @@ def serve(options: dict[str, Any]) -> int:
             log_level="warning",
             access_log=False,
             server_header=False,
+            http=Protocol,
+            ws="none",
             timeout_graceful_shutdown=1,
             backlog=_BACKLOG,
         )
