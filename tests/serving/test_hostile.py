@@ -59,15 +59,24 @@ def call(app, path, headers=(), body=b"", send=None, receive=None):
         ("text-generation", {"streamer": "x"}, 422, "streamer"),
         ("sentence-embedding", {"prompt": "a" * 2000}, 422, "prompt"),
         ("sentence-embedding", {"padding": "x"}, 422, "padding"),
+        ("fill-mask", {"top_k": 10**7}, 413, "top_k"),
         ("token-classification", {"is_split_into_words": True, "delimiter": "a" * 2000}, 422, "delimiter"),
         ("token-classification", {"tokenizer_kwargs": {}}, 422, "tokenizer_kwargs"),
     ],
 )
 def test_options_that_ask_too_much_or_mean_something_in_python_alone(ask, task, options, status, said):
-    body = json.dumps({"inputs": "Anna lives in Paris.", "options": options}).encode()
+    body = json.dumps({"inputs": "Anna lives in [MASK].", "options": options}).encode()
     reply = ask(f"/v1/tasks/{task}", body, headers={"content-type": "application/json"})
     assert reply.status_code == status, reply.text
     assert said in message_of(reply)
+
+
+def test_surrogates_are_named(ask):
+    reply = ask("/tokenize", b'{"inputs": "a\\ud800"}', headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]) == (
+        422,
+        "inputs holds a lone surrogate, which is no valid Unicode",
+    )
 
 
 def test_texts_are_counted_with_what_is_read_beside_them():

@@ -28,7 +28,7 @@ _NOTICE = 0.2  # seconds in which those who watch the readiness may see that it 
 
 
 class Protocol(H11Protocol):
-    """uvicorn's, which closes connections that bring no whole head of a request; heads have at most 16 KiB."""
+    """uvicorn's, which closes connections that bring no whole head of a request."""
 
     patience = 10.0  # seconds, at least; twice that at the most
     _idle: Any = ()  # the request after which nothing whole came, at the last look
@@ -120,7 +120,7 @@ def serve(options: dict[str, Any]) -> int:
         app = create_app(**options)
         config = uvicorn.Config(
             app,
-            log_level="warning",
+            log_level="error",  # what clients do wrong is no line of the log
             access_log=False,
             server_header=False,
             http=Protocol,

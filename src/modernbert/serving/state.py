@@ -75,6 +75,8 @@ class State:
         count = max(texts or 0, _count(items, given))
         self._check_count(count)
         check_options(given)
+        if task == "fill-mask":
+            self._check_filled(items, pipeline.tokenizer.mask_token, given.get("top_k", 1))
         known = set(pipeline.options.__dataclass_fields__)
         most, cut = sys.maxsize, False
         if "truncation" in known and task != "token-classification":  # which reads long texts in windows
@@ -150,6 +152,15 @@ class State:
         if size > most:
             raise TooLargeError(f"the request holds {size:,} characters or ids; at most {most:,} are taken")
         return await asyncio.get_running_loop().run_in_executor(self.models.engine(pipeline).pool, act)
+
+    def _check_filled(self, items: Sequence[Any], mask: str, top_k: int) -> None:
+        """Each candidate for a mask comes with the whole text."""
+        size = top_k * sum(item.count(mask) * len(item) for item in items if isinstance(item, str))
+        if size > self.options.most_bytes:
+            raise TooLargeError(
+                f"the answers hold {size:,} characters, a text for each mask and candidate; at most "
+                f"{self.options.most_bytes:,} are given, so ask for fewer with top_k"
+            )
 
     def _check_count(self, count: int) -> None:
         if count > self.options.most_texts:

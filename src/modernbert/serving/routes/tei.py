@@ -11,7 +11,7 @@ from modernbert import __version__
 from modernbert.serving.bodies import Body, Id, Pair, Text, Texts, Whole, example
 from modernbert.serving.problems import RequestError, UnknownModelError
 from modernbert.serving.replies import Json
-from modernbert.serving.state import state_of
+from modernbert.serving.state import check_options, state_of
 
 router = APIRouter(tags=["text-embeddings-inference"])
 
@@ -176,6 +176,7 @@ async def tokenize(given: TokenizeRequest, request: Request) -> Json:
     texts = _listed(given.inputs)
     if not texts:
         return Json([])
+    check_options({"inputs": texts})
     prompt = pipeline.prompt(given.prompt_name) if hasattr(pipeline, "prompt") and given.prompt_name else ""
     found = await state_of(request).aside(
         pipeline,
