@@ -71,6 +71,13 @@ def test_options_that_ask_too_much_or_mean_something_in_python_alone(ask, task, 
     assert said in message_of(reply)
 
 
+@pytest.mark.parametrize("path", ["/embed_all", "/v1/tasks/feature-extraction"])
+def test_vectors_of_every_token_are_given_for_so_many_tokens(ask, path):
+    reply = ask(path, {"inputs": ["word " * 400] * 500})
+    assert reply.status_code == 413
+    assert "vectors of about" in reply.text
+
+
 def test_surrogates_are_named(ask):
     reply = ask("/tokenize", b'{"inputs": "a\\ud800"}', headers={"content-type": "application/json"})
     assert (reply.status_code, reply.json()["error"]) == (

@@ -166,7 +166,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         options = pipeline.resolve(pipeline.given(options))
-        guess = sum(_size(item) for item in items) // _CHARACTERS + len(items)
+        guess = guessed_tokens(items)
         self._admit(guess, urgent)
         work = Work(pipeline, options, deadline, loop, loop.create_future(), urgent)
         try:
@@ -470,6 +470,11 @@ def _resolve(work: Work, error: Exception | None) -> None:
 
     with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
         work.loop.call_soon_threadsafe(set_result)
+
+
+def guessed_tokens(items: Sequence[Any]) -> int:
+    """Tokens of inputs that are not tokenized yet, about."""
+    return sum(map(_size, items)) // _CHARACTERS + len(items)
 
 
 def _size(item: Any) -> int:

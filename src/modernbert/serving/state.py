@@ -14,7 +14,7 @@ from starlette.types import Scope
 from modernbert.pipelines.base import Pipeline
 from modernbert.pipelines.text_generation import Prompt
 from modernbert.serving.continuations import Stream
-from modernbert.serving.engine import Answered, Prepare
+from modernbert.serving.engine import Answered, Prepare, guessed_tokens
 from modernbert.serving.metrics import Metrics
 from modernbert.serving.models import Models
 from modernbert.serving.options import ServeOptions
@@ -84,6 +84,10 @@ class State:
             most = _CHARACTERS * pipeline.context
             cut = given["truncation"] not in (None, False, "do_not_truncate")
         items = [_shortened(item, most, cut) for item in items]
+        if task == "feature-extraction" or given.get("multi_vector"):
+            tokens, limit = guessed_tokens(items), self.options.most_waiting
+            if tokens > limit:
+                raise TooLargeError(f"the answers are vectors of about {tokens:,} tokens; at most {limit:,} are given")
         seconds = self._seconds(request)
         if given.get("num_beams", 1) > 1:  # a beam search is one pass, which has to end when nobody waits any more
             given["max_time"] = min(given.get("max_time", seconds), seconds)
