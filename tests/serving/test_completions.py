@@ -7,8 +7,9 @@ import random
 import httpx
 import pytest
 
+from modernbert.decoding.ongoing import cache_bytes
 from modernbert.serving import create_app
-from modernbert.serving.continuations import Continuations
+from modernbert.serving.continuations import Continuations, Stream, check_room
 from modernbert.serving.problems import RequestError
 from modernbert.serving.routes.completions import Text
 
@@ -93,6 +94,61 @@ def test_a_stream_has_the_same_text_in_pieces(ask, decoder):
     assert last["usage"]["completion_tokens"] == 40
 
 
+def test_a_stream_tells_the_same_log_probabilities(ask):
+    body = {"prompt": PROMPTS[0], "max_tokens": 12, "n": 2, "seed": 1, "logprobs": 2, "stop": ["e"], "echo": True}
+    whole = [choice["logprobs"] for choice in ask("/v1/completions", body).json()["choices"]]
+    told = [{name: [] for name in one} for one in whole]
+    for event in events_of(ask("/v1/completions", {**body, "stream": True}).text):
+        (choice,) = event["choices"]
+        for name, values in (choice["logprobs"] or {}).items():
+            told[choice["index"]][name] += values
+    assert told == whole
+    assert whole[0]["text_offset"][0] >= len(PROMPTS[0])
+
+
+def test_what_takes_too_long(ask):
+    body = {"prompt": PROMPTS[0], "max_tokens": 400, "temperature": 0}
+    late = ask("/v1/completions", body, headers={"x-timeout": "0.05"})
+    assert late.status_code == 504
+    assert "longer than" in late.json()["error"]["message"]
+    stream = ask("/v1/completions", {**body, "stream": True}, headers={"x-timeout": "0.05"}).text
+    assert json.loads(stream.strip().split("data: ")[-1])["error"]["code"] == "timeout"
+
+
+def test_options_that_give_no_token_end_their_own_text(app, decoder):
+    wrong = {"exponential_decay_length_penalty": [0, 1e300]}
+
+    async def run():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            fine = client.post("/v1/completions", json={"prompt": PROMPTS[0], "max_tokens": 40, "temperature": 0})
+            bad = client.post("/v1/tasks/text-generation", json={"inputs": "Rain", "options": wrong})
+            return await asyncio.gather(fine, bad)
+
+    for _ in range(2):
+        fine, bad = asyncio.run(run())
+        assert fine.json()["choices"][0]["text"] == offline(decoder, PROMPTS[0], 40, do_sample=False)
+        assert bad.status_code == 422
+        assert "OverflowError" in bad.json()["error"]["message"]
+
+
+def test_a_model_that_fails_ends_its_texts_and_goes_on(app, decoder, monkeypatch):
+    async def run(times):
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            body = {"prompt": PROMPTS[1], "max_tokens": 5, "temperature": 0}
+            return [await client.post("/v1/completions", json=body) for _ in range(times)]
+
+    def broken(*args):
+        raise RuntimeError("insides")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoder.model, "score_next", broken, raising=False)
+        (reply,) = asyncio.run(run(1))
+    assert reply.status_code == 500
+    assert "insides" not in reply.text
+    (reply,) = asyncio.run(run(1))
+    assert reply.json()["choices"][0]["text"] == offline(decoder, PROMPTS[1], 5, do_sample=False)
+
+
 def test_many_at_once_get_what_each_gets_alone(app, decoder):
     chosen = random.Random(1)
     bodies = [
@@ -146,6 +202,33 @@ def test_what_can_never_fit_is_refused(decoder):
     ((row,),) = decoder.prepare(["Once"], options)
     with pytest.raises(RequestError, match="bytes of cache"):
         continuations.check(decoder.ongoing(row, options))
+    with pytest.raises(RequestError, match="3 beams"):
+        check_room(decoder.model, 10, 10, 2 * cache_bytes(decoder.model, 20), texts=3)
+
+
+def test_requests_take_turns_to_join_and_those_that_left_do_not_wait(decoder):
+    options = decoder.resolve(decoder.given({"max_new_tokens": 1, "seed": 0}))
+    ((row,),) = decoder.prepare(["Once"], options)
+
+    async def run():
+        def streams(count, urgent=False):
+            loop = asyncio.get_running_loop()
+            return [Stream(decoder.ongoing(row, options), loop, 1e18, None, urgent) for _ in range(count)]
+
+        continuations = Continuations(decoder.model, cache_bytes(decoder.model, len(row.ids) + 1))  # of one text
+        many, one, left, first = streams(4), streams(1), streams(3), streams(1, urgent=True)
+        for request in (many, one, left, first):
+            continuations.add(request)
+        for stream in left:
+            stream.text.cancelled = True
+        assert continuations.pending == 6 * many[0].tokens
+        order = []
+        while len(continuations):
+            assert continuations.step() == 1
+            order += [s for s in (*many, *one, *left, *first) if s.text.history.length and s not in order]
+        return [{many[0]: "many", one[0]: "one", first[0]: "first"}.get(stream, "rest") for stream in order]
+
+    assert asyncio.run(run()) == ["first", "many", "one", "rest", "rest", "rest"]
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,43 @@ def test_rows_of_clients_that_left_are_not_computed(embed, engine):
     assert sum(len(batch) for batch in gate.seen) == 2
 
 
+def test_a_client_that_leaves_while_its_texts_are_tokenized(embed, engine):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(pipeline, items, options):
+        begun.set()
+        go_on.wait(5)
+        return pipeline.prepare(items, options)
+
+    async def run():
+        leaves = asyncio.create_task(engine.run(embed, ["a cat"] * 200, {}, soon(), slow))
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
+        leaves.cancel()
+        await asyncio.wait({leaves})
+        go_on.set()
+        await engine.run(embed, ["a b c"], {}, soon())
+
+    asyncio.run(run())
+    assert engine.waiting == 0
+    assert not engine._works
+
+
+def test_an_error_of_the_engine_itself_is_told_and_it_goes_on(embed, engine, monkeypatch):
+    def broken(self):
+        monkeypatch.undo()
+        raise KeyError("insides")
+
+    async def run():
+        monkeypatch.setattr(Engine, "_next_batch", broken)
+        with pytest.raises(EngineError, match="KeyError"):
+            await engine.run(embed, ["a b c"], {}, soon())
+        assert len((await engine.run(embed, ["a b c"], {}, soon())).answers) == 1
+
+    asyncio.run(run())
+    assert engine.waiting == 0
+
+
 def test_a_request_that_breaks_the_model_fails_alone(embed, engine):
     run = embed.run
 

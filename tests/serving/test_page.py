@@ -215,6 +215,24 @@ class TestInABrowser:
         assert answer(shown)[1] == "Stopped."
         assert shown.run("document.getElementById('run').textContent") == "Run"
 
+    def test_text_is_shown_as_it_comes_and_stays_when_it_is_stopped(self, page):
+        shown = page("text-generation")
+        shown.run(
+            "window.fetch = (path, { body, signal }) => { window.sent = JSON.parse(body);"
+            ' const event = \'data: {"choices": [{"index": 0, "text": " a girl"}]}\\n\\n\';'
+            " const stream = new ReadableStream({ start(to) { to.enqueue(new TextEncoder().encode(event.slice(0, 20)));"
+            " to.enqueue(new TextEncoder().encode(event.slice(20)));"
+            " signal.addEventListener('abort', () => to.error(signal.reason)); } });"
+            " return Promise.resolve(new Response(stream)); }"
+        )
+        fill(shown, text="Once there was")
+        shown.wait("document.getElementById('result').innerText.includes('Once there was a girl')")
+        assert shown.run("window.sent.stream") is True
+        assert shown.run("document.getElementById('run').textContent") == "Stop"
+        shown.run("document.getElementById('run').click()")
+        _, problem, result = answer(shown)
+        assert (problem, result) == ("Stopped.", "Once there was a girl")
+
     def test_the_keyboard_reaches_everything_and_the_focus_is_seen(self, page):
         shown = page("question-answering")
         shown.run("document.activeElement.blur()")

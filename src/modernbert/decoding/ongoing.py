@@ -86,12 +86,14 @@ class Token:
         token: its id.
         logits_V: as the model gave them, float32.
         is_last: whether the text is over with it.
+        error: why the text's own options gave no token; it is over then, and `token` means nothing.
     """
 
     text: Ongoing
     token: int
     logits_V: Tensor
     is_last: bool
+    error: Exception | None = None
 
 
 class OngoingBatch:
@@ -132,9 +134,13 @@ class OngoingBatch:
             raise
         tokens = []
         for text, logits_1V in zip(self.texts, logits_BV.split(1), strict=True):
-            token, _ = text.choose(logits_1V, self.model)
-            text.cancelled = text.cancelled or text.is_over
-            tokens.append(Token(text, token, logits_1V[0], text.cancelled))
+            token, error = -1, None
+            try:
+                token, _ = text.choose(logits_1V, self.model)
+                text.cancelled = text.cancelled or text.is_over
+            except Exception as caught:  # scores that cannot be drawn from, such as NaN, end this text alone
+                text.cancelled, error = True, caught
+            tokens.append(Token(text, token, logits_1V[0], text.cancelled, error))
         return tokens
 
     def _leave(self) -> None:

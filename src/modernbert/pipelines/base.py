@@ -579,6 +579,29 @@ def cut_texts() -> Iterator[list[str]]:
         _CUT.reset(token)
 
 
+_MOST: contextvars.ContextVar[int | None] = contextvars.ContextVar("most", default=None)
+
+
+@contextlib.contextmanager
+def limited_windows(tokens: int) -> Iterator[None]:
+    """In this block, refuse texts whose windows hold more tokens than this, all together."""
+    token = _MOST.set(tokens)
+    try:
+        yield
+    finally:
+        _MOST.reset(token)
+
+
+def check_windows(tokens: int, window: int, new: int) -> None:
+    """Refuse a text where windows, each with so many new tokens, would be more than are allowed at present."""
+    count = 1 + max(0, math.ceil((tokens - window) / max(1, new)))
+    if (most := _MOST.get()) is not None and count * min(tokens, window) > most:
+        raise InputError(
+            f"a text of {tokens:,} tokens makes {count:,} windows, which hold more than the {most:,} tokens that are "
+            "read at one time; give shorter texts, or windows that share less"
+        )
+
+
 def _unpickled(cls: type[Pipeline[Any, Any, Any]], state: bytes, optimized: bool) -> Pipeline[Any, Any, Any]:
     pipeline = cls.__new__(cls)
     pipeline.__dict__.update(pickle.loads(state))

@@ -13,7 +13,7 @@ from modernbert.auto import AutoModelForQuestionAnswering
 from modernbert.checks import check_text, short
 from modernbert.errors import InputError
 from modernbert.models.heads import ModernBertForQuestionAnswering
-from modernbert.pipelines.base import Job, Pipeline, Row
+from modernbert.pipelines.base import Job, Pipeline, Row, check_windows
 from modernbert.pipelines.inputs import check_fields, check_iterable
 from modernbert.pipelines.options import QuestionAnsweringOptions
 
@@ -101,6 +101,7 @@ class QuestionAnsweringPipeline(Pipeline[ResolvedOptions, Window, Spans]):
                 f"with doc_stride {stride} it needs more: {short(question)!r}"
             )
         stride = stride if room > stride else 0
+        check_windows(told, window, room - stride)
         encodings = self.tokenizer(
             [question], [context], truncation="only_second", max_length=window, stride=stride
         ).encodings

@@ -12,7 +12,7 @@ from modernbert.auto import AutoModelForCausalLM
 from modernbert.checks import check_text, short
 from modernbert.errors import InputError
 from modernbert.models.decoder import ModernBertDecoderForCausalLM
-from modernbert.pipelines.base import Job, Pipeline, Row
+from modernbert.pipelines.base import Job, Pipeline, Row, check_windows
 from modernbert.pipelines.options import TextScoringOptions
 from modernbert.text.encoding import UNLIMITED
 
@@ -66,6 +66,7 @@ class TextScoringPipeline(Pipeline[ResolvedOptions, ScoredRow, list[float]]):
         special = set(self.tokenizer.all_special_ids)
         all_rows = []
         for ids, spans in self._encode(items, options.add_special_tokens):
+            check_windows(len(ids), options.max_length, options.stride)
             rows: list[ScoredRow] = []
             done = 1  # the first token has nothing before it
             while not rows or done < len(ids):

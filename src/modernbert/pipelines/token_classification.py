@@ -14,7 +14,7 @@ from modernbert.auto import AutoModelForTokenClassification
 from modernbert.checks import check_text, short
 from modernbert.errors import InputError, shown
 from modernbert.models.heads import ModernBertForTokenClassification
-from modernbert.pipelines.base import Job, Pipeline, Results, Row, read
+from modernbert.pipelines.base import Job, Pipeline, Results, Row, check_windows, read
 from modernbert.pipelines.options import TokenClassificationOptions, TokenizeOptions
 
 Scores = NDArray[np.float32]  # one a label
@@ -111,6 +111,7 @@ class TokenClassificationPipeline(Pipeline[ResolvedOptions, Window, Scores]):
         all_ids = encoding.ids
         before, after = all_ids[:first], all_ids[last:]
         limit = self.context - len(before) - len(after)
+        check_windows(len(tokens), limit, limit - stride)
         rows = []
         for start in range(0, len(tokens), limit - stride):
             ids = all_ids[first + start : min(first + start + limit, last)]

@@ -23,7 +23,7 @@ from modernbert.serving.options import ServeOptions
 from modernbert.serving.problems import RequestError, ServingError, body_of, message_of, status_of
 from modernbert.serving.replies import Json
 from modernbert.serving.routes import cohere, completions, openai, operations, tasks, tei, vllm
-from modernbert.serving.state import State
+from modernbert.serving.state import State, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     for status, said in {
         401: "The API key is missing or wrong.",
         404: "There is no such model, or none for this task.",
+        408: "The request took too long to come.",
         413: "The request is too large.",
         422: "The request is wrong; the message says how.",
         429: "Too much waits already; the header Retry-After says when to come back.",
@@ -97,15 +98,17 @@ async def _refused(request: Request, error: Exception) -> Json:
         error = RequestError(_NO_JSON)  # bytes that are no text
     if isinstance(error, HTTPException):
         status, headers = error.status_code, dict(error.headers or {})
-        body = body_of(request.url.path, RequestError(f"{request.method} {request.url.path}: {error.detail}"))
+        body = body_of(
+            path_of(request.scope), RequestError(f"{request.method} {path_of(request.scope)}: {error.detail}")
+        )
         return Json(body, status, headers)
     status = status_of(error)
     if status >= 500 and not isinstance(error, ServingError):
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        logger.error("%s %s failed", request.method, path_of(request.scope), exc_info=error)
     if isinstance(error, ServingError):
         headers = error.headers
     request.state.problem = message_of(error)
-    return Json(body_of(request.url.path, error), status, headers)
+    return Json(body_of(path_of(request.scope), error), status, headers)
 
 
 _NO_JSON = "the body is no JSON object; send one, with the header Content-Type: application/json"

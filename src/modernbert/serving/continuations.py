@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import itertools
 import logging
 import threading
 from collections.abc import AsyncIterator
@@ -14,7 +15,7 @@ import torch
 
 from modernbert.decoding.ongoing import Ongoing, OngoingBatch, Token, cache_bytes
 from modernbert.errors import InputError
-from modernbert.serving.problems import EngineError, RequestError
+from modernbert.serving.problems import LateError, RequestError, failed
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,19 @@ class Stream:
         loop: of the one who waits.
         deadline: in seconds of the loop's clock.
         best: how many likely tokens are told beside each, with their log-probabilities; None tells none.
+        urgent: whether it joins before others, and whatever the cache holds.
     """
 
-    def __init__(self, text: Ongoing, loop: asyncio.AbstractEventLoop, deadline: float, best: int | None) -> None:
-        self.text, self.loop, self.deadline, self.best = text, loop, deadline, best
+    def __init__(
+        self,
+        text: Ongoing,
+        loop: asyncio.AbstractEventLoop,
+        deadline: float,
+        best: int | None,
+        urgent: bool = False,
+    ) -> None:
+        self.text, self.loop, self.deadline, self.best, self.urgent = text, loop, deadline, best, urgent
+        self.begun = loop.time()
         self.queue: asyncio.Queue[Any] = asyncio.Queue()
         self.began: float | None = None
 
@@ -50,8 +60,9 @@ class Stream:
         """Tokens as they come: the id, and with `best` its log-probability and the likely ones', it first.
 
         Raises:
-            TimeoutError: the deadline has passed.
-            EngineError: the model failed.
+            LateError: the deadline has passed.
+            EngineError: the model failed, or the server is closing.
+            InputError: the text's options gave no token.
         """
         try:
             async with asyncio.timeout_at(self.deadline):
@@ -63,6 +74,10 @@ class Stream:
                     yield token, likely
                     if is_last:
                         return
+        except TimeoutError:
+            raise LateError(
+                f"the answer took longer than the {self.deadline - self.begun:.3g} seconds it was given"
+            ) from None
         finally:
             self.text.cancelled = True
 
@@ -78,46 +93,40 @@ class Continuations:
     def __init__(self, model: Any, most_bytes: int) -> None:
         self.model, self.most_bytes = model, most_bytes
         self.batch = OngoingBatch(model)
-        self.waiting: collections.deque[Stream] = collections.deque()
+        self.waiting: collections.deque[collections.deque[Stream]] = collections.deque()  # each of one request
         self.running: dict[int, Stream] = {}
         self.lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many texts there are."""
-        return len(self.waiting) + len(self.running)
+        return sum(map(len, self.waiting)) + len(self.running)
 
     @property
     def pending(self) -> int:
         """Tokens of the texts that wait."""
         with self.lock:
-            return sum(stream.tokens for stream in self.waiting)
+            return sum(stream.tokens for streams in self.waiting for stream in streams if not stream.text.cancelled)
 
     def check(self, text: Ongoing) -> None:
         """Refuse what can never be served; raises `RequestError`."""
-        needed = cache_bytes(self.model, text.history.prompt + text.history.limit)
-        if needed > self.most_bytes:
-            raise RequestError(
-                f"a text of {text.history.prompt} tokens with {text.history.limit} new ones needs {needed:,} bytes of "
-                f"cache; the server has {self.most_bytes:,}"
-            )
+        check_room(self.model, text.history.prompt, text.history.limit, self.most_bytes)
 
-    def add(self, stream: Stream) -> None:
-        """Have a text join when there is room."""
+    def add(self, streams: list[Stream]) -> None:
+        """Have the texts of a request join when there is room, in turns with those of others."""
         with self.lock:
-            self.waiting.append(stream)
+            urgent = any(stream.urgent for stream in streams)
+            (self.waiting.appendleft if urgent else self.waiting.append)(collections.deque(streams))
 
     def step(self) -> int:
-        """One token of each text, in the engine's thread; how many tokens the model read."""
+        """One token of each text, in the engine's thread; how many there are."""
         joining = self._joining()
-        read = sum(len(stream.text.history.ids) for stream in joining) + len(self.running)
         for stream in joining:
             stream.began = stream.loop.time()
             self.running[id(stream.text)] = stream
         try:
             steps = self.batch.step([stream.text for stream in joining])
         except Exception as error:
-            logger.error("the model failed", exc_info=error)
-            wrong = error if isinstance(error, InputError) else EngineError(f"the model failed: {type(error).__name__}")
+            wrong = failed(error)
             for stream in self.running.values():
                 stream.put(wrong)
             self.running = {}
@@ -125,19 +134,24 @@ class Continuations:
         told = set()
         for step in steps:
             stream = self.running[id(step.text)]
-            stream.put((step.token, self._likely(step, stream.best), step.is_last))
             told.add(id(step.text))
+            if step.error is not None:
+                stream.put(_no_token(step))
+                continue
+            stream.put((step.token, self._likely(step, stream.best), step.is_last))
             if step.is_last or stream.loop.time() > stream.deadline:
                 step.text.cancelled = True
         self.running = {key: s for key, s in self.running.items() if key in told and not s.text.cancelled}
-        return read
+        if not self.running:
+            self.batch = OngoingBatch(self.model)  # its memory is free, even if nobody comes any more
+        return len(steps)
 
-    def close(self) -> None:
+    def close(self, error: Exception) -> None:
         """Whoever waits is told that nothing more comes."""
         with self.lock:
-            for stream in (*self.running.values(), *self.waiting):
-                stream.put(EngineError("the server is closing"))
-            self.running = {}
+            for stream in (*self.running.values(), *itertools.chain(*self.waiting)):
+                stream.put(error)
+            self.running, self.batch = {}, OngoingBatch(self.model)
             self.waiting.clear()
 
     def _joining(self) -> list[Stream]:
@@ -145,17 +159,23 @@ class Continuations:
         chosen: list[Stream] = []
         tokens = 0
         with self.lock:
+            wanted = (
+                collections.deque(s for s in streams if not s.text.cancelled and s.loop.time() <= s.deadline)
+                for streams in self.waiting
+            )
+            self.waiting = collections.deque(streams for streams in wanted if streams)
             while self.waiting:
-                stream = self.waiting[0]
-                if stream.text.cancelled or stream.loop.time() > stream.deadline:
-                    self.waiting.popleft()
-                    continue
+                stream = self.waiting[0][0]
                 needed = cache_bytes(self.model, stream.tokens)
-                if held and held + needed > self.most_bytes:
+                if held and held + needed > self.most_bytes and not stream.urgent:
                     break
                 if chosen and tokens + stream.text.history.prompt > _JOINING:
                     break
-                chosen.append(self.waiting.popleft())
+                self.waiting[0].popleft()
+                self.waiting.rotate(-1)
+                if not self.waiting[-1]:
+                    self.waiting.pop()
+                chosen.append(stream)
                 held += needed
                 tokens += stream.text.history.prompt
         return chosen
@@ -166,6 +186,40 @@ class Continuations:
             return []
         with torch.inference_mode():
             logs_V = step.logits_V.log_softmax(-1)
-            top = logs_V.topk(best) if best else None
+            top = logs_V.topk(min(best, len(logs_V))) if best else None
         own = [(step.token, float(logs_V[step.token]))]
         return own + ([] if top is None else list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+
+
+def _no_token(step: Token) -> Exception:
+    """Why no token could be chosen: the request's options, unless what the model says is no number itself."""
+    assert step.error is not None
+    if isinstance(step.error, InputError) or not bool(step.logits_V.isfinite().all()):
+        return failed(step.error)
+    logger.info("no token can be chosen", exc_info=step.error)
+    return RequestError(f"no token can be chosen by these options: {type(step.error).__name__}")
+
+
+def check_room(model: Any, prompt: int, limit: int, most_bytes: int, texts: int = 1) -> None:
+    """Refuse texts that would go on beyond their model's context, or fill more than its cache.
+
+    Args:
+        model: of the texts.
+        prompt, limit: tokens of a text, and of its continuation.
+        most_bytes: that the cache may take.
+        texts: that are gone on with together.
+
+    Raises:
+        RequestError: they cannot be served.
+    """
+    needed = texts * cache_bytes(model, prompt + limit)
+    if needed > most_bytes:
+        raise RequestError(
+            f"a text of {prompt} tokens with {limit} new ones needs {needed:,} bytes of cache"
+            f"{f' for {texts} beams' if texts > 1 else ''}; the server has {most_bytes:,}"
+        )
+    context = model.config.max_position_embeddings
+    if prompt + limit - 1 > context:  # the last token is not read
+        raise RequestError(
+            f"a text of {prompt} tokens with {limit} new ones is longer than the model's context, which holds {context}"
+        )

@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 
-from modernbert.errors import InputError
-from modernbert.pipelines.base import Job, Pipeline, Row, cut_texts
-from modernbert.serving.continuations import Continuations, Stream
+from modernbert.pipelines.base import Job, Pipeline, Row, cut_texts, limited_windows
+from modernbert.serving.continuations import Continuations, Stream, check_room
 from modernbert.serving.metrics import Metrics
-from modernbert.serving.problems import EngineError, LateError, OverloadedError
+from modernbert.serving.problems import EngineError, LateError, OverloadedError, failed
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ class Engine:
         loop = asyncio.get_running_loop()
         begun = loop.time()
         options = pipeline.resolve(pipeline.given(options))
-        guess = sum(_size(item) for item in items) // _CHARACTERS + len(items)
+        guess = guessed_tokens(items)
         self._admit(guess, urgent)
         work = Work(pipeline, options, deadline, loop, loop.create_future(), urgent)
         try:
@@ -198,6 +197,7 @@ class Engine:
         options: Any,
         deadline: float,
         best: int | None = None,
+        urgent: bool = False,
     ) -> list[Stream]:
         """Have prompts join the running batch of their model.
 
@@ -206,7 +206,7 @@ class Engine:
             rows: what it prepared, with their numbers.
             options: resolved, without beams.
             deadline: seconds of the loop's clock.
-            best: see `Stream`.
+            best, urgent: see `Stream`.
 
         Returns:
             The new tokens of `num_return_sequences` texts for each row, as they come.
@@ -216,25 +216,25 @@ class Engine:
             OverloadedError: too much waits already.
         """
         loop, streams = asyncio.get_running_loop(), []
-        if pipeline.model not in self._continuations:
-            self._continuations[pipeline.model] = Continuations(pipeline.model, self.most_cache)
-        running = self._continuations[pipeline.model]
+        with self._condition:
+            if pipeline.model not in self._continuations:
+                self._continuations[pipeline.model] = Continuations(pipeline.model, self.most_cache)
+            running = self._continuations[pipeline.model]
         for row in rows:
             for copy in range(options.generation.num_return_sequences):
                 text = pipeline.ongoing(row, options, copy)
                 running.check(text)
-                streams.append(Stream(text, loop, deadline, best))
-        self._admit(0, urgent=False)
+                streams.append(Stream(text, loop, deadline, best, urgent))
+        self._admit(0, urgent)
         with self._condition:
-            for stream in streams:
-                running.add(stream)
+            running.add(streams)
             self._condition.notify_all()
         return streams
 
     async def _generated(self, work: Work) -> None:
         """The results of all jobs of a pipeline that generates."""
         rows = [job.rows[0] for job in work.jobs]
-        streams = self.go_on(work.pipeline, rows, work.options, work.deadline)
+        streams = self.go_on(work.pipeline, rows, work.options, work.deadline, urgent=work.urgent)
         try:
             new = await asyncio.gather(*(_ids(stream) for stream in streams))
         except BaseException:
@@ -278,9 +278,13 @@ class Engine:
 
     def _tokenize(self, work: Work, items: list[Any], prepare: Prepare | None) -> None:
         """Put the rows of some inputs into the queue."""
-        with torch.inference_mode(), cut_texts() as cut:
+        with torch.inference_mode(), cut_texts() as cut, limited_windows(self.most_waiting):
             made = (prepare or _prepare)(work.pipeline, items, work.options)
         jobs: list[Job[Any, Any]] = [Job(item, rows) for item, rows in zip(items, made, strict=True)]
+        if hasattr(work.pipeline, "ongoing"):
+            beams = work.options.generation.num_beams
+            for row in (job.rows[0] for job in jobs):
+                check_room(work.pipeline.model, len(row.ids), row.limit, self.most_cache, beams)
         tokens = sum(len(row.ids) for job in jobs for row in job.rows)
         with self._condition:
             if work.ended:
@@ -310,6 +314,8 @@ class Engine:
         """Nobody waits for it any more: rows that are not computed yet never are."""
         with self._condition:
             work.ended = True
+            if work.done.done() and not work.done.cancelled():
+                work.done.exception()  # which counts as seen
             self._waiting -= sum(len(job.rows[i].ids) for job, i in work.rows)
             work.rows.clear()
             if work in self._works:
@@ -319,6 +325,20 @@ class Engine:
     # In the engine's own thread
 
     def _serve(self) -> None:
+        while not self._closing:
+            try:
+                self._go()
+            except Exception as error:  # of ours, not of a model; whoever waits is told, and others are served
+                wrong = failed(error)
+                with self._condition:
+                    for work in self._works:
+                        work.ended = True
+                        _resolve(work, wrong)
+                    for continuations in self._continuations.values():
+                        continuations.close(wrong)
+
+    def _go(self) -> None:
+        """Compute until the engine is closed."""
         running: tuple[list[tuple[Work, Job[Any, Any], int]], Any, float] | None = None
         while True:
             with self._condition:
@@ -330,7 +350,7 @@ class Engine:
                     for work in list(self._works):
                         _resolve(work, EngineError("the server is closing"))
                     for continuations in self._continuations.values():
-                        continuations.close()
+                        continuations.close(EngineError("the server is closing"))
                     return
                 batch = self._next_batch()
             # A card computes this batch while the one before is read.
@@ -342,8 +362,7 @@ class Engine:
                 self._end(*running)
                 running = None
             for continuations in going_on:
-                self.metrics.generated.inc(len(continuations.running))
-                continuations.step()
+                self.metrics.generated.inc(continuations.step())
 
     def _next_batch(self) -> list[tuple[Work, Job[Any, Any], int]]:
         """Rows of requests that can be computed together, one of each in turns; the first has waited longest."""
@@ -415,11 +434,9 @@ class Engine:
         """A batch of several requests is computed again request by request, so that only the one at fault fails."""
         works = list(dict.fromkeys(work for work, _, _ in batch))
         if len(works) == 1:
-            logger.error("the model failed", exc_info=error)
-            wrong = error if isinstance(error, InputError) else EngineError(f"the model failed: {type(error).__name__}")
             with self._condition:
                 works[0].ended = True
-            _resolve(works[0], wrong)
+            _resolve(works[0], failed(error))
             return
         for work in works:
             own = [row for row in batch if row[0] is work]
@@ -455,10 +472,17 @@ def _resolve(work: Work, error: Exception | None) -> None:
         work.loop.call_soon_threadsafe(set_result)
 
 
+def guessed_tokens(items: Sequence[Any]) -> int:
+    """Tokens of inputs that are not tokenized yet, about."""
+    return sum(map(_size, items)) // _CHARACTERS + len(items)
+
+
 def _size(item: Any) -> int:
     """Characters of an input, about."""
     if isinstance(item, str):
         return len(item)
-    if isinstance(item, dict):
-        return sum(map(_size, item.values()))
+    if isinstance(item, dict):  # a query or a text is read again with each document or choice
+        lists = [value for value in item.values() if isinstance(value, list)]
+        once = sum(_size(value) for value in item.values() if not isinstance(value, list))
+        return once * max(map(len, lists), default=1) + sum(map(_size, lists))
     return sum(map(_size, item)) if isinstance(item, list | tuple) else 1

@@ -12,12 +12,12 @@ import time
 import uuid
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from modernbert.serving.problems import KeyRefusedError, ServingError, TooLargeError, body_of
+from modernbert.serving.problems import KeyRefusedError, ServingError, SlowClientError, TooLargeError, body_of
 from modernbert.serving.replies import Json
-from modernbert.serving.state import State
+from modernbert.serving.state import State, path_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class Guard:
             return
         begun, seen = time.perf_counter(), {"status": 500, "bytes": 0}
         request = Request(scope)
-        number = request.headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
+        number = request.headers.get("x-request-id", "")[:128]
+        number = number if number and number.isprintable() else uuid.uuid4().hex
         scope.setdefault("state", {})
 
         async def reply(message: Message) -> None:
@@ -52,28 +53,34 @@ class Guard:
                 message["headers"] = [*message["headers"], *((k.encode(), _latin(v)) for k, v in own.items())]
             else:
                 seen["bytes"] += len(message.get("body", b""))
-            await send(message)
+            async with asyncio.timeout(patience):  # of a client that does not read
+                await send(message)
 
+        patience = self.state.options.timeout
         self.state.running += 1
         try:
             self._check_key(request)
-            body = await self._body(request, receive)
+            try:
+                async with asyncio.timeout(patience):
+                    body = await self._body(request, receive)
+            except TimeoutError:
+                raise SlowClientError(f"the request took longer than {patience:g} seconds to come") from None
             if body is None or not await self._run(scope, body, receive, reply):
                 seen["status"] = _LOST
         except ServingError as error:
             scope["state"]["problem"] = str(error)
-            await Json(body_of(request.url.path, error), error.status, error.headers)(scope, receive, reply)
+            await Json(body_of(path_of(scope), error), error.status, error.headers)(scope, receive, reply)
         finally:
             self.state.running -= 1
             self._count(request, number, seen, time.perf_counter() - begun)
 
     def _check_key(self, request: Request) -> None:
-        if not self.state.keys or request.url.path in _OPEN:
+        if not self.state.keys or path_of(request.scope) in _OPEN:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         key = given.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         # All keys are compared, so that the time says nothing about them.
-        if not sum(hmac.compare_digest(key.encode(), known) for known in self.state.keys):
+        if not sum(hmac.compare_digest(key.encode("latin-1"), known) for known in self.state.keys):
             raise KeyRefusedError("the API key is missing or wrong; give it as Authorization: Bearer KEY")
 
     async def _body(self, request: Request, receive: Receive) -> bytes | None:
@@ -112,13 +119,16 @@ class Guard:
 
         answer = asyncio.ensure_future(self.app(scope, replay, send))
         watch = asyncio.ensure_future(left())
-        await asyncio.wait({answer, watch}, return_when=asyncio.FIRST_COMPLETED)
-        watch.cancel()
-        if not answer.done():
+        try:
+            await asyncio.wait({answer, watch}, return_when=asyncio.FIRST_COMPLETED)
+        finally:  # also where the host itself ends this request
+            watch.cancel()
             answer.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        try:
             await answer
-        return not answer.cancelled()
+        except (asyncio.CancelledError, ClientDisconnect, TimeoutError):  # the client left, or does not read
+            return False
+        return True
 
     def _count(self, request: Request, number: str, seen: dict[str, int], took: float) -> None:
         scope, metrics = request.scope, self.state.metrics
@@ -134,7 +144,7 @@ class Guard:
                 "request": number,
                 "client": (scope.get("client") or ("",))[0],
                 "method": request.method,
-                "path": request.url.path,
+                "path": path_of(scope),
                 "status": seen["status"],
                 "seconds": round(took, 6),
                 "bytes": seen["bytes"],

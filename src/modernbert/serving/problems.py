@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from modernbert import errors
 from modernbert.errors import ConfigError, InputError, NotFoundError
+
+logger = logging.getLogger(__name__)
 
 
 class ServingError(Exception):
@@ -81,6 +84,22 @@ class DrainingError(ServingError):
         return {"Retry-After": "5", "Connection": "close"}
 
 
+class NotReadyError(ServingError):
+    """Texts are not computed at present."""
+
+    status, kind = 503, "not_ready"
+
+
+class SlowClientError(ServingError):
+    """The client took too long to send its request."""
+
+    status, kind = 408, "request_timeout"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Connection": "close"}
+
+
 class LateError(ServingError):
     """The deadline of a request has passed."""
 
@@ -89,6 +108,14 @@ class LateError(ServingError):
 
 class EngineError(ServingError):
     """The model failed; the log says how."""
+
+
+def failed(error: Exception) -> Exception:
+    """What a client is told of an error that the model raised, which the log has as a whole."""
+    if isinstance(error, InputError):
+        return error
+    logger.error("the model failed", exc_info=error)
+    return EngineError(f"the model failed: {type(error).__name__}")
 
 
 def status_of(error: Exception) -> int:

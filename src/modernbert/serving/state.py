@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request
+from starlette.types import Scope
 
 from modernbert.pipelines.base import Pipeline
 from modernbert.pipelines.text_generation import Prompt
 from modernbert.serving.continuations import Stream
-from modernbert.serving.engine import Answered, Prepare
+from modernbert.serving.engine import Answered, Prepare, guessed_tokens
 from modernbert.serving.metrics import Metrics
 from modernbert.serving.models import Models
 from modernbert.serving.options import ServeOptions
-from modernbert.serving.problems import DrainingError, RequestError, TooLargeError
+from modernbert.serving.problems import DrainingError, LateError, RequestError, TooLargeError
 
 
 @dataclasses.dataclass
@@ -27,6 +29,7 @@ class State:
         keys: API keys; none where requests need none.
         draining: whether new requests are refused, because the server is about to end.
         running: requests that are being answered.
+        probe: finds out whether the server is ready.
     """
 
     options: ServeOptions
@@ -35,6 +38,7 @@ class State:
     keys: list[bytes]
     draining: bool = False
     running: int = 0
+    probe: asyncio.Task[str] | None = None
 
     async def answer(
         self,
@@ -65,19 +69,29 @@ class State:
             raise DrainingError("the server is about to end; ask another one")
         served, pipeline = self.models.find(model, task)
         request.state.model = served.name
-        count = len(items) if texts is None else texts
+        given = {name: value for name, value in options.items() if value is not None}
         if not items:
             raise RequestError("there is no text; give at least one")
-        if count > self.options.most_texts:
-            raise TooLargeError(f"the request holds {count} texts; at most {self.options.most_texts} are taken")
-        given = {name: value for name, value in options.items() if value is not None}
+        count = max(texts or 0, _count(items, given))
+        self._check_count(count)
+        check_options(given)
+        if task == "fill-mask":
+            self._check_filled(items, pipeline.tokenizer.mask_token, given.get("top_k", 1))
         known = set(pipeline.options.__dataclass_fields__)
-        if "truncation" in known:
+        most, cut = sys.maxsize, False
+        if "truncation" in known and task != "token-classification":  # which reads long texts in windows
             given.setdefault("truncation", self.options.truncate)
             most = _CHARACTERS * pipeline.context
             cut = given["truncation"] not in (None, False, "do_not_truncate")
-            items = [_shortened(item, most, cut) for item in items]
-        deadline = asyncio.get_running_loop().time() + self._seconds(request)
+        items = [_shortened(item, most, cut) for item in items]
+        if task == "feature-extraction" or given.get("multi_vector"):
+            tokens, limit = guessed_tokens(items), self.options.most_waiting
+            if tokens > limit:
+                raise TooLargeError(f"the answers are vectors of about {tokens:,} tokens; at most {limit:,} are given")
+        seconds = self._seconds(request)
+        if given.get("num_beams", 1) > 1:  # a beam search is one pass, which has to end when nobody waits any more
+            given["max_time"] = min(given.get("max_time", seconds), seconds)
+        deadline = asyncio.get_running_loop().time() + seconds
         answered = await self.models.engine(pipeline).run(pipeline, items, given, deadline, prepare)
         self.metrics.tokens.labels(served.name).inc(answered.tokens)
         self.metrics.texts.labels(served.name).inc(count)
@@ -108,17 +122,56 @@ class State:
         several = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
         if not several:
             raise RequestError("there is no prompt; give at least one")
-        if len(several) > self.options.most_texts:
-            raise TooLargeError(f"the request holds {len(several)} texts; at most {self.options.most_texts} are taken")
-        resolved = pipeline.resolve(pipeline.given({k: v for k, v in options.items() if v is not None}))
+        given = {name: value for name, value in options.items() if value is not None}
+        self._check_count(_count(several, given))
+        check_options(given)
+        most = _CHARACTERS * pipeline.context
+        several = [_shortened(item, most, cut=False) if isinstance(item, str) else item for item in several]
+        resolved = pipeline.resolve(pipeline.given(given))
         engine, loop = self.models.engine(pipeline), asyncio.get_running_loop()
-        rows = await loop.run_in_executor(engine.pool, _prompts, pipeline, several, resolved)
+        seconds = self._seconds(request)
+        deadline = loop.time() + seconds
+        try:
+            async with asyncio.timeout_at(deadline):
+                rows = await loop.run_in_executor(engine.pool, _prompts, pipeline, several, resolved)
+        except TimeoutError:
+            raise LateError(f"the answer took longer than the {seconds:.3g} seconds it was given") from None
         for number, row in enumerate(rows):
             row.number = number
-        streams = engine.go_on(pipeline, rows, resolved, loop.time() + self._seconds(request), best)
+        streams = engine.go_on(pipeline, rows, resolved, deadline, best)
         self.metrics.tokens.labels(served.name).inc(sum(len(row.ids) for row in rows))
         self.metrics.texts.labels(served.name).inc(len(streams))
         return served.name, pipeline, streams, rows
+
+    async def aside(
+        self, pipeline: Pipeline[Any, Any, Any], items: Sequence[Sequence[Any]], act: Callable[[], Any]
+    ) -> Any:
+        """What a function makes of items without the model, in the threads that tokenize, so that nobody waits.
+
+        Raises:
+            TooLargeError: there are too many items, or they are too long.
+        """
+        self._check_count(len(items))
+        size, most = sum(map(len, items)), _CHARACTERS * self.options.most_waiting
+        if size > most:
+            raise TooLargeError(f"the request holds {size:,} characters or ids; at most {most:,} are taken")
+        return await asyncio.get_running_loop().run_in_executor(self.models.engine(pipeline).pool, act)
+
+    def _check_filled(self, items: Sequence[Any], mask: str, top_k: int) -> None:
+        """Each candidate for a mask comes with the whole text."""
+        size = top_k * sum(item.count(mask) * len(item) for item in items if isinstance(item, str))
+        if size > self.options.most_bytes:
+            raise TooLargeError(
+                f"the answers hold {size:,} characters, a text for each mask and candidate; at most "
+                f"{self.options.most_bytes:,} are given, so ask for fewer with top_k"
+            )
+
+    def _check_count(self, count: int) -> None:
+        if count > self.options.most_texts:
+            raise TooLargeError(
+                f"the request holds {count} texts, each counted once for every label, document, choice, beam or "
+                f"continuation of it; at most {self.options.most_texts} are taken"
+            )
 
     def _seconds(self, request: Request) -> float:
         asked = request.headers.get("x-timeout")
@@ -136,18 +189,56 @@ class State:
 _CHARACTERS = 32  # of a token at the most, on average; what is longer is not worth the time to count its tokens
 
 
-def _shortened(item: Any, most: int, cut: bool) -> Any:
+_DEPTH = 8  # of lists in lists; no task takes more than three
+
+
+def _shortened(item: Any, most: int, cut: bool, depth: int = 0) -> Any:
     """An input without what is far beyond a context, where texts may be cut; raises `RequestError` where not."""
     if isinstance(item, str):
         if len(item) > most and not cut:
             raise RequestError(
                 f"a text has {len(item):,} characters, which are more tokens than the model's context holds; "
-                "truncate cuts it"
+                "make it shorter, or give truncate where there is that option"
             )
         return item[:most]
+    if depth > _DEPTH:
+        raise RequestError("inputs are lists in lists in lists; see /docs for what a task takes")
     if isinstance(item, dict):
-        return {name: _shortened(value, most, cut) for name, value in item.items()}
-    return [_shortened(value, most, cut) for value in item] if isinstance(item, list) else item
+        return {name: _shortened(value, most, cut, depth + 1) for name, value in item.items()}
+    return [_shortened(value, most, cut, depth + 1) for value in item] if isinstance(item, list) else item
+
+
+_PARTS = ("documents", "choices", "candidate_labels")  # of an input, each of which is read beside its text
+
+
+def _count(items: Sequence[Any], options: dict[str, Any]) -> int:
+    """Texts that a model reads or makes for these inputs, at the most."""
+    labels = options.get("candidate_labels", "")
+    each = [labels.count(",") + 1 if isinstance(labels, str) else len(labels)]
+    each += [options.get(name, 1) for name in ("num_beams", "num_return_sequences")]
+    inside = 0
+    for item in items:
+        parts = [item[name] for name in _PARTS if name in item] if isinstance(item, dict) else []
+        inside += max((len(part) for part in parts if isinstance(part, list)), default=1)
+    return inside * max(each)
+
+
+_MOST_REPEATED = 1000  # characters of an option that is put beside every text or word
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options that are no text, or make far more of texts than was sent; raises `RequestError`."""
+    for name, value in options.items():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, str) and part.encode(errors="replace") != part.encode(errors="surrogatepass"):
+                raise RequestError(f"{name} holds a lone surrogate, which is no valid Unicode")
+    for name in ("prompt", "hypothesis_template", "delimiter"):
+        value = options.get(name)
+        if isinstance(value, str) and len(value) > _MOST_REPEATED:
+            raise RequestError(f"{name} has {len(value):,} characters; at most {_MOST_REPEATED:,} are taken")
+    template = options.get("hypothesis_template", "{}")
+    if template.count("{}") != 1 or {*"{}"} & {*template.replace("{}", "")}:
+        raise RequestError(f"hypothesis_template is {template!r}; it needs one {{}} where the label goes, and no other")
 
 
 def _prompts(pipeline: Any, given: list[Any], options: Any) -> list[Prompt]:
@@ -173,6 +264,12 @@ def check_ids(ids: Sequence[int], pipeline: Pipeline[Any, Any, Any]) -> None:
         raise RequestError(f"a text has {len(ids)} token ids; the model's context holds {pipeline.context}")
     if wrong := [i for i in ids if not 0 <= i < vocabulary]:
         raise RequestError(f"token ids hold {wrong[0]}; the vocabulary has ids 0 to {vocabulary - 1}")
+
+
+def path_of(scope: Scope) -> str:
+    """The path that routes are chosen by; that of `request.url` depends on what the client says of its host."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def state_of(request: Request) -> State:

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from modernbert.serving.bodies import Body, Text, Whole
 from modernbert.serving.problems import RequestError
 from modernbert.serving.replies import Json
-from modernbert.serving.state import state_of
+from modernbert.serving.state import path_of, state_of
 
 router = APIRouter(tags=["Reranking"])
 
@@ -79,7 +79,7 @@ async def rerank(given: RerankRequest, request: Request) -> Json:
         if given.return_documents:
             result["document"] = {"text": answer["text"]}
         results.append(result)
-    version = "2" if request.url.path.startswith("/v2") else "1"
+    version = "2" if path_of(request.scope).startswith("/v2") else "1"
     units = {"search_units": 1, "total_tokens": answered.tokens}
     meta = {"api_version": {"version": version}, "billed_units": units, "truncated": answered.cut}
     usage = {"total_tokens": answered.tokens, "prompt_tokens": answered.tokens}

@@ -20,7 +20,7 @@ from modernbert.serving.bodies import Body, TextsOrIds, Whole, example
 from modernbert.serving.continuations import Stream
 from modernbert.serving.problems import RequestError, body_of
 from modernbert.serving.replies import Json
-from modernbert.serving.state import state_of
+from modernbert.serving.state import path_of, state_of
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -61,20 +61,16 @@ class Text:
     Args:
         tokenizer: decodes.
         stops: strings that end the text.
+        before: characters that stand before it.
     """
 
-    def __init__(self, tokenizer: Any, stops: list[str]) -> None:
+    def __init__(self, tokenizer: Any, stops: list[str], before: int = 0) -> None:
         self.tokenizer, self.stops = tokenizer, stops
         self.pieces = TextPieces(tokenizer)
         self.held, self.count = "", 0
         self.reason: str | None = None
-        self.logprobs: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
-        self._length = 0
+        self.logprobs = _no_logprobs()
+        self._length = before
 
     def push(self, token: Whole, likely: list[tuple[int, float]]) -> str:
         """The text that is certain with a new token."""
@@ -92,6 +88,11 @@ class Text:
             self.reason = self.reason or ("stop" if last in ends else "length")
             return found
         return ""
+
+    def told(self) -> dict[str, list[Any]]:
+        """Log-probabilities that were not told yet."""
+        told, self.logprobs = self.logprobs, _no_logprobs()
+        return told
 
     def _cut(self, last: bool) -> str:
         if self.reason is not None:
@@ -117,9 +118,11 @@ class Text:
         self._length += len(token)
 
 
-_STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}}}
-}
+def _no_logprobs() -> dict[str, list[Any]]:
+    return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+
+_STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 
 
 @router.post("/v1/completions", summary="Continuations of prompts", responses=_STREAMED)
@@ -145,7 +148,6 @@ async def completions(given: CompletionRequest, request: Request) -> Response:
     state = state_of(request)
     name, pipeline, streams, prompts = await state.generate(request, given.model, given.prompt, options, given.logprobs)
     copies = given.n if given.temperature > 0 else 1
-    texts = [Text(pipeline.tokenizer, stops) for _ in streams]
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -153,12 +155,16 @@ async def completions(given: CompletionRequest, request: Request) -> Response:
         "model": name,
     }
     before = [_shown(pipeline, prompts[i // copies]) if given.echo else "" for i in range(len(streams))]
+    texts = [Text(pipeline.tokenizer, stops, len(text)) for text in before]
     read = sum(len(prompt.ids) for prompt in prompts)
     if given.stream:
         usage = bool((given.stream_options or {}).get("include_usage"))
-        events = _events(request, head, streams, texts, before, read, usage)
+        events = _events(request, head, streams, texts, before, read, usage, given.logprobs is not None)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-    whole = await asyncio.gather(*(_whole(stream, text) for stream, text in zip(streams, texts, strict=True)))
+    try:
+        whole = await asyncio.gather(*(_whole(stream, text) for stream, text in zip(streams, texts, strict=True)))
+    finally:
+        _end(streams)
     choices = [
         {
             "index": i,
@@ -196,6 +202,12 @@ async def _pieces(stream: Stream, text: Text) -> AsyncIterator[str]:
         yield piece
 
 
+def _end(streams: list[Stream]) -> None:
+    """Nobody waits for these any more."""
+    for stream in streams:
+        stream.text.cancelled = True
+
+
 async def _whole(stream: Stream, text: Text) -> str:
     return "".join([piece async for piece in _pieces(stream, text)])
 
@@ -208,42 +220,42 @@ async def _events(
     before: list[str],
     read: int,
     usage: bool,
+    logprobs: bool,
 ) -> AsyncIterator[bytes]:
     """Server-sent events: pieces of all texts as they come, the reason of each one's end, and the end of all."""
-    queue: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, str | Exception | None, Any]] = asyncio.Queue()
 
     async def follow(i: int) -> None:
         try:
             if before[i]:
-                queue.put_nowait((i, before[i]))
+                queue.put_nowait((i, before[i], None))
             async for piece in _pieces(streams[i], texts[i]):
-                queue.put_nowait((i, piece))
-            queue.put_nowait((i, None))
+                queue.put_nowait((i, piece, texts[i].told()))
+            queue.put_nowait((i, None, texts[i].told()))
         except Exception as error:
-            queue.put_nowait((i, error))
+            queue.put_nowait((i, error, None))
 
-    def event(i: int, piece: str, reason: str | None) -> bytes:
-        choice = {"index": i, "text": piece, "finish_reason": reason, "logprobs": None}
+    def event(i: int, piece: str, reason: str | None, told: Any) -> bytes:
+        choice = {"index": i, "text": piece, "finish_reason": reason, "logprobs": told if logprobs else None}
         return b"data: " + orjson.dumps({**head, "choices": [choice]}) + b"\n\n"
 
     followers = [asyncio.create_task(follow(i)) for i in range(len(streams))]
     try:
         left = len(streams)
         while left:
-            i, piece = await queue.get()
+            i, piece, told = await queue.get()
             if isinstance(piece, Exception):
-                yield b"data: " + orjson.dumps(body_of(request.url.path, piece)) + b"\n\n"
+                yield b"data: " + orjson.dumps(body_of(path_of(request.scope), piece)) + b"\n\n"
                 return
             if piece is None:
                 left -= 1
-                yield event(i, "", texts[i].reason)
+                yield event(i, "", texts[i].reason, told)
             else:
-                yield event(i, piece, None)
+                yield event(i, piece, None, told)
         if usage:
             yield b"data: " + orjson.dumps({**head, "choices": [], "usage": _usage(read, texts)}) + b"\n\n"
         yield b"data: [DONE]\n\n"
     finally:
-        for stream in streams:
-            stream.text.cancelled = True
+        _end(streams)
         for follower in followers:
             follower.cancel()

@@ -12,10 +12,10 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from modernbert.serving.problems import DrainingError
+from modernbert.serving.problems import DrainingError, NotReadyError, ServingError
 from modernbert.serving.replies import Json
 from modernbert.serving.routes.tasks import EXAMPLES
-from modernbert.serving.state import state_of
+from modernbert.serving.state import State, state_of
 
 router = APIRouter(tags=["Operations"])
 
@@ -72,13 +72,25 @@ async def ready(request: Request) -> Json:
     state = state_of(request)
     if state.draining:
         raise DrainingError("the server is about to end")
+    if state.probe is None or state.probe.done():  # those who ask at the same time share one text
+        state.probe = asyncio.create_task(_probe(state))
+    if problem := await asyncio.shield(state.probe):
+        raise NotReadyError(f"no text is computed: {problem}")
+    return Json({"status": "ready", "waiting_tokens": state.models.waiting})
+
+
+async def _probe(state: State) -> str:
+    """Compute a text on each device; what went wrong."""
     firsts = {one.first.model.device: one.first for one in state.models.served.values()}
     for pipeline in firsts.values():
         text, options = EXAMPLES[pipeline.task]
         options = {"max_new_tokens": 1, "seed": 0} if pipeline.task == "text-generation" else options
         deadline = asyncio.get_running_loop().time() + _LIMIT
-        await state.models.engine(pipeline).run(pipeline, [text], options, deadline, urgent=True)
-    return Json({"status": "ready", "waiting_tokens": state.models.waiting})
+        try:
+            await state.models.engine(pipeline).run(pipeline, [text], options, deadline, urgent=True)
+        except ServingError as error:
+            return str(error)
+    return ""
 
 
 @router.get("/metrics", summary="Counters, in Prometheus's form", response_class=Response)

@@ -54,6 +54,13 @@ class Answers(BaseModel):
     usage: dict[str, int]
 
 
+def _json(kind: Any) -> Any:
+    """A type as JSON has it: lists for tuples, and one kind of number."""
+    if typing.get_origin(kind) in (list, tuple):
+        return list[_json(typing.get_args(kind)[0])]  # type: ignore[misc]
+    return Whole if kind is int else kind
+
+
 def _kind(field: OptionField) -> Any:
     """The type of an option, for the schema of requests; the library's own check says what is wrong with a value."""
     limits = {
@@ -62,7 +69,7 @@ def _kind(field: OptionField) -> Any:
     }  # fmt: skip
     extra: Any = {name: limit for name, limit in limits.items() if limit is not None}
     members: list[Any] = [
-        Annotated[Whole if kind is int else kind, Field(json_schema_extra=extra)] if kind in (int, float) else kind
+        Annotated[_json(kind), Field(json_schema_extra=extra)] if kind in (int, float) else _json(kind)
         for kind in field.kinds
         if not (field.choices and kind is str)
     ]

@@ -11,7 +11,7 @@ from modernbert import __version__
 from modernbert.serving.bodies import Body, Id, Pair, Text, Texts, Whole, example
 from modernbert.serving.problems import RequestError, UnknownModelError
 from modernbert.serving.replies import Json
-from modernbert.serving.state import state_of
+from modernbert.serving.state import check_options, state_of
 
 router = APIRouter(tags=["text-embeddings-inference"])
 
@@ -176,10 +176,17 @@ async def tokenize(given: TokenizeRequest, request: Request) -> Json:
     texts = _listed(given.inputs)
     if not texts:
         return Json([])
+    check_options({"inputs": texts})
     prompt = pipeline.prompt(given.prompt_name) if hasattr(pipeline, "prompt") and given.prompt_name else ""
-    found = pipeline.tokenizer(
-        [prompt + text for text in texts], add_special_tokens=given.add_special_tokens, truncation=False
-    ).encodings
+    found = await state_of(request).aside(
+        pipeline,
+        texts,
+        lambda: (
+            pipeline.tokenizer(
+                [prompt + text for text in texts], add_special_tokens=given.add_special_tokens, truncation=False
+            ).encodings
+        ),
+    )
     replies = []
     for text, encoding in zip(texts, found, strict=True):
         text = prompt + text
@@ -203,7 +210,12 @@ async def decode(given: DecodeRequest, request: Request) -> Json:
     for ids in several:
         if wrong := [i for i in ids if not 0 <= i < size]:
             raise RequestError(f"ids hold {wrong[0]}; the tokenizer has ids 0 to {size - 1}")
-    return Json([pipeline.tokenizer.decode(ids, skip_special_tokens=given.skip_special_tokens) for ids in several])
+    decode, skip = pipeline.tokenizer.decode, given.skip_special_tokens
+    return Json(
+        await state_of(request).aside(
+            pipeline, several, lambda: [decode(ids, skip_special_tokens=skip) for ids in several]
+        )
+    )
 
 
 @router.get("/info", summary="What this server is")
