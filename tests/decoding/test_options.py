@@ -54,6 +54,13 @@ def test_mistakes(given, message):
     assert message in str(error.value)
 
 
+def test_none_lifts_the_limits_of_sampling():
+    defaults = {"do_sample": True, "temperature": 0.5, "top_k": 7, "max_new_tokens": 4}
+    options = GenerationOptions.make({"top_k": None, "temperature": None, "max_new_tokens": None}, defaults)
+    assert (options.top_k, options.temperature, options.max_new_tokens) == (0, 1.0, 4)
+    assert GenerationOptions.make({"top_k": None}, {}).top_k == GenerationOptions().top_k  # without sampling
+
+
 def test_a_model_s_defaults_yield_to_what_is_given():
     defaults = {"do_sample": True, "temperature": 0.5, "max_length": 40, "eos_token_id": 7, "another": 1}
     options = GenerationOptions.make({"max_new_tokens": 5}, defaults)
