@@ -245,6 +245,14 @@ class Config(Saved, abc.ABC):
     dtype: Any = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse a class of somebody's own that is neither an encoder's nor a decoder's."""
+        if inspect.isabstract(cls):
+            raise TypeError(
+                f"{cls.__name__} is no architecture; derive from ModernBertConfig or ModernBertDecoderConfig"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self, rope_scaling: dict[str, Any] | None) -> None:
         self._check_types()
         self._check_ids()
