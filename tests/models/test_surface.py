@@ -292,6 +292,20 @@ def test_a_model_s_numbers_of_labels_and_ids_can_be_set():
         model.vocab_size = 5
 
 
+@pytest.mark.parametrize("kept", [[0, 1], [0, 2, 3]])
+def test_layers_are_taken_out(kept, tmp_path):
+    model = model_of("ModernBertForMaskedLM")
+    model.model.layers = nn.ModuleList([model.model.layers[i] for i in kept])
+    model.config.num_hidden_layers = len(kept)
+    assert model.config.layer_types == [layer.kind for layer in model.model.layers]
+    model.save_pretrained(tmp_path)
+    for lib in (modernbert, transformers):
+        again = lib.ModernBertForMaskedLM.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+    with pytest.raises(ConfigError, match="num_hidden_layers is set to 1"):
+        model.config.num_hidden_layers = 1
+
+
 def test_a_new_token_of_a_tied_output_has_no_bias():
     model, tied = (model_of("ModernBertForMaskedLM", tie_word_embeddings=tied) for tied in (False, True))
     for made in (model, tied):
