@@ -24,7 +24,14 @@ from modernbert.cli import app, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.md")])]
-PUBLIC = {"modernbert", "modernbert.errors", "modernbert.serving", "modernbert.tools", "modernbert.training"}
+PUBLIC = {
+    "modernbert",
+    "modernbert.errors",
+    "modernbert.interop",
+    "modernbert.serving",
+    "modernbert.tools",
+    "modernbert.training",
+}
 _BLOCK = re.compile(r"(?:^<!-- (file|not run): (.*?) -->\n)?^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = r"-?\d+\.\d+"
 

@@ -11,6 +11,7 @@ from typing import Any
 from modernbert.lazy import exports
 
 _EXPORTS = {
+    "AddedToken": "text.tokenizer",
     "AutoConfig": "auto",
     "AutoModel": "auto",
     "AutoModelForCausalLM": "auto",
@@ -76,6 +77,8 @@ __all__ = sorted([*_EXPORTS, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
+    if name.startswith(("Train", "DataCollator", "default_data", "EvalPred", "get_")) or name.endswith("Callback"):
+        raise ImportError(f"{name} is transformers' own, and works with these models: from transformers import {name}")
     if _EXPORTS.get(name, "config") not in ("config", "logging", "text.encoding", "text.tokenizer"):
         importlib.import_module(f"{__name__}.quantization")  # which lets models read its checkpoints
     return _find(name)

@@ -19,8 +19,11 @@ from modernbert.text.tokenizer import Tokenizer
 quantization.register()  # whatever is loaded here may be quantized
 
 # model_type -> exported class, for each kind of model. A new architecture or head is one entry.
-_CONFIGS = {"modernbert": "ModernBertConfig", "modernbert-decoder": "ModernBertDecoderConfig"}
-_MODELS: dict[str, dict[str, str]] = {
+_CONFIGS: dict[str, str | type[Config]] = {
+    "modernbert": "ModernBertConfig",
+    "modernbert-decoder": "ModernBertDecoderConfig",
+}
+_MODELS: dict[str, dict[str, str | type[PreTrainedModel]]] = {
     "base": {"modernbert": "ModernBertModel", "modernbert-decoder": "ModernBertDecoderModel"},
     "causal-lm": {"modernbert-decoder": "ModernBertDecoderForCausalLM"},
     "masked-lm": {"modernbert": "ModernBertForMaskedLM"},
@@ -33,7 +36,7 @@ _MODELS: dict[str, dict[str, str]] = {
     "multiple-choice": {"modernbert": "ModernBertForMultipleChoice"},
     "question-answering": {"modernbert": "ModernBertForQuestionAnswering"},
 }
-_CLASSES = {n: (kind, of) for kind, names in _MODELS.items() if kind != "pretraining" for of, n in names.items()}
+_CLASSES = {str(n): (kind, of) for kind, names in _MODELS.items() if kind != "pretraining" for of, n in names.items()}
 # Heads that were trained for one task; a base or language model may get a fresh head for any.
 TRAINED_HEADS = ("sequence-classification", "token-classification", "multiple-choice", "question-answering")
 
@@ -85,8 +88,21 @@ class AutoConfig:
     def _class_for(cls, model_type: Any, origin: str) -> type[Config]:
         if not isinstance(model_type, str) or model_type not in _CONFIGS:
             raise ConfigError(f"{origin} has model_type {shown(model_type)}; known are {', '.join(_CONFIGS)}")
-        kind: type[Config] = getattr(modernbert, _CONFIGS[model_type])
+        kind: type[Config] = _found(_CONFIGS[model_type])
         return kind
+
+    @classmethod
+    def register(cls, model_type: str, config: type[Config], exist_ok: bool = False) -> None:
+        """Read this class of configuration where a file's `model_type` is this.
+
+        Raises:
+            InputError: it is another type's, or the type is known already, without `exist_ok`.
+        """
+        if config.model_type != model_type:
+            raise InputError(f"model_type is {shown(model_type)}; that of {config.__name__} is {config.model_type!r}")
+        if model_type in _CONFIGS and not exist_ok:
+            raise InputError(f"model_type {model_type!r} is known already; exist_ok=True replaces it")
+        _CONFIGS[model_type] = config
 
 
 class AutoTokenizer:
@@ -142,7 +158,25 @@ class _AutoModelBase:
             raise ConfigError(
                 f"{cls.__name__} has no model for model_type {config.model_type!r}; known are {', '.join(models)}"
             )
-        return getattr(modernbert, models[config.model_type])
+        return _found(models[config.model_type])
+
+    @classmethod
+    def register(cls, config_class: type[Config], model_class: type[PreTrainedModel], exist_ok: bool = False) -> None:
+        """Load this class of model for configurations of this class, which `AutoConfig.register` makes known.
+
+        Raises:
+            InputError: there is a model of this kind for them already, without `exist_ok`.
+        """
+        known = _MODELS[cls.kind]
+        if config_class.model_type in known and not exist_ok:
+            raise InputError(f"{cls.__name__} has {config_class.model_type!r} already; exist_ok=True replaces it")
+        known[config_class.model_type] = model_class
+        _CLASSES[model_class.__name__] = cls.kind, config_class.model_type
+
+
+def _found(what: str | type[Any]) -> Any:
+    """A class that was registered, or one of this package by its name."""
+    return getattr(modernbert, what) if isinstance(what, str) else what
 
 
 def load_as_saved(name_or_folder: str | Path, **kwargs: Any) -> Any:
@@ -162,7 +196,7 @@ def load_as_saved(name_or_folder: str | Path, **kwargs: Any) -> Any:
     if config.model_type not in models:
         head = shown(config.extra.get("architectures"))
         raise ConfigError(f"{name_or_folder} has model_type {config.model_type!r}, which has no {head}")
-    return getattr(modernbert, models[config.model_type]).from_pretrained(name_or_folder, **kwargs)
+    return _found(models[config.model_type]).from_pretrained(name_or_folder, **kwargs)
 
 
 def _where(kwargs: dict[str, Any]) -> dict[str, Any]:

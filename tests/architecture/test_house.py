@@ -116,6 +116,7 @@ def test_only_hub_talks_to_the_hub():
 
 def test_exported_names():
     assert modernbert.__all__ == [
+        "AddedToken",
         "AutoConfig",
         "AutoModel",
         "AutoModelForCausalLM",

@@ -13,7 +13,7 @@ from modernbert.errors import InputError
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"loudness": 3}, "generate has no option loudness; there are max_length, max_new_tokens"),
+        ({"loudness": 3}, "generate has no option loudness; there are"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be a whole number of at least 1"),
         ({"max_new_tokens": 2, "min_new_tokens": 3}, "min_new_tokens is 3 and max_new_tokens is 2"),
         ({"do_sample": True, "temperature": 0}, "temperature is 0; it must be a number above 0"),
@@ -52,6 +52,13 @@ def test_mistakes(given, message):
     with pytest.raises(InputError) as error:
         GenerationOptions.make(given, {})
     assert message in str(error.value)
+
+
+def test_none_lifts_the_limits_of_sampling():
+    defaults = {"do_sample": True, "temperature": 0.5, "top_k": 7, "max_new_tokens": 4}
+    options = GenerationOptions.make({"top_k": None, "temperature": None, "max_new_tokens": None}, defaults)
+    assert (options.top_k, options.temperature, options.max_new_tokens) == (0, 1.0, 4)
+    assert GenerationOptions.make({"top_k": None}, {}).top_k == GenerationOptions().top_k  # without sampling
 
 
 def test_a_model_s_defaults_yield_to_what_is_given():

@@ -8,7 +8,8 @@ import transformers
 from torch import nn
 
 import modernbert
-from modernbert.errors import InputError
+from modernbert import auto
+from modernbert.errors import ConfigError, InputError
 from modernbert.models.decoder import ModernBertDecoderPreTrainedModel
 from modernbert.models.encoder import ModernBertPreTrainedModel
 from modernbert.models.outputs import SequenceClassifierOutput
@@ -236,3 +237,128 @@ def test_a_head_of_one_s_own(tmp_path):
     assert not torch.equal(model.scorer.weight, before)
     model.init_weights()
     assert model(IDS).logits.isfinite().all()
+
+
+class Named(ModernBertPreTrainedModel):
+    """Another, as older scripts have it: an encoder by another name, and `init_weights` at the end."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = modernbert.ModernBertModel(config)
+        self.scorer = nn.Linear(config.hidden_size, config.num_labels)
+        self.init_weights()
+
+    def forward(self, input_ids):
+        return self.scorer(self.bert(input_ids)[0][:, 0])
+
+
+class Projected(modernbert.ModernBertModel):
+    """A bare encoder with a layer more."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.projection = nn.Linear(config.hidden_size, 5)
+        self.post_init()
+
+    def forward(self, input_ids):
+        return self.projection(super().forward(input_ids)[0][:, 0])
+
+
+@pytest.mark.parametrize("cls", [Named, Projected])
+def test_classes_of_one_s_own_over_checkpoints_of_others(cls, tmp_path):
+    plain = model_of("ModernBertForMaskedLM")
+    plain.save_pretrained(tmp_path / "language")
+    plain.model.save_pretrained(tmp_path / "bare")
+    for folder in ("language", "bare"):
+        model = cls.from_pretrained(tmp_path / folder)
+        assert torch.equal(model.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+        body = model.bert if cls is Named else model
+        assert torch.equal(body.layers[3].mlp.Wo.weight, plain.model.layers[3].mlp.Wo.weight)
+        assert model.dtype is torch.float32
+        model.save_pretrained(tmp_path / "own")
+        assert torch.equal(cls.from_pretrained(tmp_path / "own")(IDS), model(IDS))
+
+
+def test_a_model_s_numbers_of_labels_and_ids_can_be_set():
+    model = model_of("ModernBertForSequenceClassification", num_labels=3)
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
+    model.num_labels, model.vocab_size = 3, model.config.vocab_size
+    assert model.config.id2label[2] == "c"
+    model.classifier, model.num_labels = nn.Linear(model.config.hidden_size, 5), 5
+    assert model.config.num_labels == 5
+    assert model(IDS, labels=torch.tensor([4])).loss.isfinite()
+    with pytest.raises(ConfigError, match="vocab_size is set to 5"):
+        model.vocab_size = 5
+
+
+@pytest.mark.parametrize("kept", [[0, 1], [0, 2, 3]])
+def test_layers_are_taken_out(kept, tmp_path):
+    model = model_of("ModernBertForMaskedLM")
+    model.model.layers = nn.ModuleList([model.model.layers[i] for i in kept])
+    model.config.num_hidden_layers = len(kept)
+    assert model.config.layer_types == [layer.kind for layer in model.model.layers]
+    model.save_pretrained(tmp_path)
+    for lib in (modernbert, transformers):
+        again = lib.ModernBertForMaskedLM.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+    with pytest.raises(ConfigError, match="num_hidden_layers is set to 1"):
+        model.config.num_hidden_layers = 1
+
+
+def test_a_new_token_of_a_tied_output_has_no_bias():
+    model, tied = (model_of("ModernBertForMaskedLM", tie_word_embeddings=tied) for tied in (False, True))
+    for made in (model, tied):
+        nn.init.constant_(made.decoder.bias, 2.0)
+        made.resize_token_embeddings(SMALL["vocab_size"] + 1)
+    assert (model.decoder.bias[-1].round(), tied.decoder.bias[-1]) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "traced",
+    [
+        lambda model: torch.export.export(model, (IDS,), strict=False),
+        pytest.param(
+            lambda model: torch.jit.trace(model, (IDS,)), marks=pytest.mark.filterwarnings("ignore::DeprecationWarning")
+        ),
+    ],
+)
+def test_traces_of_whole_models_are_refused(traced):
+    with pytest.raises(InputError, match=r"which no trace of a model can hold; torch\.compile works"):
+        traced(model_of("ModernBertForMaskedLM"))
+
+
+def test_classes_of_one_s_own_are_registered(monkeypatch, tmp_path):
+    for table in (auto._CONFIGS, auto._CLASSES, auto._MODELS["base"]):
+        for name in {*table} | {"own", "Own"}:
+            monkeypatch.setitem(table, name, table.get(name))
+    monkeypatch.delitem(auto._CONFIGS, "own")
+    monkeypatch.delitem(auto._MODELS["base"], "own")
+
+    class OwnConfig(modernbert.ModernBertConfig):
+        model_type = "own"
+
+    modernbert.AutoConfig.register("own", OwnConfig)
+    own = type("Own", (Projected,), {"config_class": OwnConfig})
+    modernbert.AutoModel.register(OwnConfig, own)
+    modernbert.AutoModel.from_config(OwnConfig(**SMALL)).save_pretrained(tmp_path)
+    assert type(modernbert.AutoModel.from_pretrained(tmp_path)) is own
+    for register, given in ((modernbert.AutoConfig.register, "own"), (modernbert.AutoModel.register, OwnConfig)):
+        with pytest.raises(InputError, match=r"'own' (is known )?already; exist_ok=True replaces it"):
+            register(given, OwnConfig)
+    with pytest.raises(InputError, match="model_type is 'other'; that of OwnConfig is 'own'"):
+        modernbert.AutoConfig.register("other", OwnConfig)
+
+
+def test_a_configuration_of_no_architecture_is_refused():
+    class Own(modernbert.PretrainedConfig):
+        model_type = "own"
+
+    with pytest.raises(TypeError, match="Own is no architecture; derive from ModernBertConfig or"):
+        Own()
+
+
+@pytest.mark.parametrize("name", ["Trainer", "TrainingArguments", "DataCollatorWithPadding", "EarlyStoppingCallback"])
+def test_what_is_transformers_own_is_said_to_be(name):
+    with pytest.raises(ImportError, match=f"{name} is transformers' own, .*: from transformers import {name}"):
+        getattr(modernbert, name)

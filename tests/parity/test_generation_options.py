@@ -91,7 +91,7 @@ def test_the_same_tokens(options, more, models):
     "options",
     [
         {"typical_p": 0.6}, {"typical_p": 0.05}, {"epsilon_cutoff": 0.05}, {"eta_cutoff": 0.3},
-        {"top_k": 4, "typical_p": 0.9},
+        {"top_k": 4, "typical_p": 0.9}, {"top_k": None, "temperature": None},
     ],
     ids=str,
 )  # fmt: skip

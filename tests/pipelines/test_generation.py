@@ -41,6 +41,14 @@ def test_the_prompt_can_be_left_out_and_ids_returned(generate):
     assert bare[: len(prompt) - 2] == prompt[1:-1]
 
 
+def test_a_prefix_is_read_and_not_returned(generate):
+    text = generate("the dog", prefix="Once upon a time ", do_sample=False)[0]["generated_text"]
+    wanted = generate("Once upon a time the dog", do_sample=False)[0]["generated_text"]
+    assert text == wanted.removeprefix("Once upon a time ")
+    assert generate("A cat", seed=0, clean_up_tokenization_spaces=True) != []
+    assert not generate.can_stream(clean_up_tokenization_spaces=True)
+
+
 def test_a_text_s_draws_are_its_own(generate, heads):
     """The same seed and number give the same text, whatever else is in the batch and however it is cut."""
     whole = generate(TEXTS, seed=7, num_return_sequences=2)

@@ -213,7 +213,7 @@ def test_classes_are_made_of_a_model_and_its_tokenizer(folder, classify):
     )
     close(made(TEXTS), classify(TEXTS, top_k=None))
     for name in ("FillMask", "TokenClassification", "QuestionAnswering", "FeatureExtraction", "ZeroShotClassification"):
-        assert issubclass(getattr(modernbert, f"{name}Pipeline"), modernbert.Pipeline)
+        assert issubclass(getattr(modernbert.pipelines, f"{name}Pipeline"), modernbert.Pipeline)
 
 
 def test_arguments_of_loading(folder, classify):

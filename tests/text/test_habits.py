@@ -79,6 +79,7 @@ CALLS = {
     "pairs of targets": lambda t: t(TEXTS[:2], text_target=["x", "y"], text_pair_target=["z", "w"], verbose=False),
     "special tokens as characters": lambda t: t("a [MASK] b", split_special_tokens=True),
     "an enumeration": lambda t: t(TEXTS, padding=PaddingStrategy.LONGEST),
+    "lengths of a text and of texts": lambda t: [t("a dog", return_length=True), t(TEXTS, return_length=True)],
     "no mask": lambda t: t(TEXTS, return_attention_mask=False, padding=True),
     "tokenize": lambda t: [t.tokenize("a dog"), t.tokenize("a", "dog"), t.tokenize("a", add_special_tokens=True)],
     "encode": lambda t: [t.encode("a dog"), t.encode(TEXTS), t.encode("a", "b", return_tensors="pt")],

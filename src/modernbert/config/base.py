@@ -245,6 +245,14 @@ class Config(Saved, abc.ABC):
     dtype: Any = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse a class of somebody's own that is neither an encoder's nor a decoder's."""
+        if inspect.isabstract(cls):
+            raise TypeError(
+                f"{cls.__name__} is no architecture; derive from ModernBertConfig or ModernBertDecoderConfig"
+            )
+        return super().__new__(cls)
+
     def __post_init__(self, rope_scaling: dict[str, Any] | None) -> None:
         self._check_types()
         self._check_ids()
@@ -292,12 +300,21 @@ class Config(Saved, abc.ABC):
             if held != value:
                 why = f"follows from {_FOLLOWS[name]}" if name in _FOLLOWS else f"is always {held!r} here"
                 raise ConfigError(f"{name} is {shown(value)}; it {why}")
-        changed, models = self.replace(**fields) if fields else self, list(self._models().values())
+        models, follows = list(self._models().values()), _ACT_LATER
+        held = {tuple(layer.kind for layer in model.base_model.layers) for model in models}
+        if (
+            {len(kinds) for kinds in held} == {fields.get("num_hidden_layers")}
+            and len(held) == 1
+            and not self.pruned_heads
+        ):
+            fields.setdefault("layer_types", [*held.pop()])  # layers were taken out of the model, and this says it
+            follows = follows | {"num_hidden_layers", "layer_types", "global_attn_every_n_layers"}
+        changed = self.replace(**fields) if fields else self
         new = {f.name: getattr(changed, f.name) for f in dataclasses.fields(self)}
         if "extra" not in fields:
             new["extra"] = self.extra
         different = {name for name, value in new.items() if value != getattr(self, name)}
-        for field in sorted(different - _ACT_LATER) if models else ():
+        for field in sorted(different - follows) if models else ():
             name = next((n for n in fields if n == field or field in _DERIVED.get(n, ())), field)
             raise ConfigError(
                 f"{name} is set to {shown(fields.get(name))}, which changes {field}, and a model was built with "

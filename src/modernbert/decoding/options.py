@@ -34,6 +34,7 @@ NO_EFFECT = {
         "num_assistant_tokens_schedule",
         "the last token alone is scored": "logits_to_keep num_logits_to_keep",
         "there is no encoder": "decoder_start_token_id",
+        "a prompt begins a text": "bos_token_id",
         "no loss is computed": "labels",
         "nothing is downloaded": "trust_remote_code",
     }.items()
@@ -133,15 +134,18 @@ class GenerationOptions(Options):
 
     @classmethod
     def make(cls, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Self:
-        """Options of what a caller gave, over a model's defaults; None means not given.
+        """Options of what a caller gave, over a model's defaults.
 
-        Options for sampling or beams that are off are dropped with a warning, as are arguments without a meaning here.
+        None means not given; of what limits sampling it means no limit, as in transformers. Options for sampling or
+        beams that are off are dropped with a warning, as are arguments without a meaning here.
 
         Raises:
             InputError: an option is unknown, refused or impossible, or two contradict each other.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        given = {name: _plain(value) for name, value in given.items() if value is not None}
+        unlimited = {name: 0 if name == "top_k" else getattr(cls, name) for name in _SAMPLING}
+        given = {name: unlimited.get(name) if value is None else _plain(value) for name, value in given.items()}
+        given = {name: value for name, value in given.items() if value is not None}
         if given.get("eos_token_id") in (-1, [-1]):  # no id, so that nothing ends a text
             given["eos_token_id"] = []
         given = {name: value for name, value in given.items() if name in names or not has_no_meaning(name, value)}

@@ -112,6 +112,11 @@ class PreTrainedModel(Saved, nn.Module):
 
         Parameters of the backbone inside are skipped, and those of an earlier call: their constructors called this.
         """
+        if self.base_model is self and not isinstance(
+            self, Backbone
+        ):  # a class of somebody's own may call its encoder what it likes
+            within = (name for name, part in self.named_children() if isinstance(part, Backbone))
+            self.base_model_prefix = next(within, self.base_model_prefix)
         prefix = f"{self.base_model_prefix}."
         if self.base_model is not self:
             self.base_model.config = self.config
@@ -147,13 +152,22 @@ class PreTrainedModel(Saved, nn.Module):
 
     @property
     def num_labels(self) -> int | None:
-        """How many labels the configuration has."""
+        """How many labels the configuration has; setting it sets that."""
         return self.config.num_labels
+
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        if value != self.config.num_labels:  # names of as many labels stay
+            self.config.num_labels = value
 
     @property
     def vocab_size(self) -> int:
         """How many ids the configuration has."""
         return self.config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.config.vocab_size = value  # which only the same value passes once there are weights
 
     @property
     def is_activation_checkpointing(self) -> bool:
@@ -368,7 +382,9 @@ class PreTrainedModel(Saved, nn.Module):
             TypeError, ConfigError: a field of the configuration is unknown or impossible.
         """
         drop_meaningless(kwargs)
-        model = cls(config.overridden(kwargs) if kwargs else config, attn_implementation)
+        model = cls(config.overridden(kwargs) if kwargs else config)  # a class of somebody's own may take no more
+        if attn_implementation not in (None, "auto"):
+            model.set_attn_implementation(attn_implementation)
         given = dtype if dtype is not None else torch_dtype
         return model if given in (None, "auto") else model.to(resolve_dtype(given, None, model.device))
 
@@ -444,6 +460,9 @@ class PreTrainedModel(Saved, nn.Module):
     def init_weights(self) -> None:
         """Fill all parameters with fresh values, and tie those that are tied. Ends `optimize_for_inference`."""
         self._refuse_quantized("init_weights")
+        if "_initialized" not in self.__dict__:  # the end of an `__init__` of somebody's own, as older scripts have it
+            self._finish()
+            return
         self.thaw()
         initialize(self, self.config, only={name for name, _ in self.named_parameters()})
         self.tie_weights()
@@ -538,9 +557,9 @@ class PreTrainedModel(Saved, nn.Module):
             )
         config = self.config.replace(vocab_size=size)
 
-        def resized(old: Tensor, name: str) -> nn.Parameter:
+        def resized(old: Tensor, name: str, around: bool = mean_resizing) -> nn.Parameter:
             new = old.new_zeros((size, *old.shape[1:]))
-            if mean_resizing:
+            if around:
                 around_mean(new, old)
             elif old.dim() == 2:
                 initialize_weight(new, name, config)
@@ -554,7 +573,7 @@ class PreTrainedModel(Saved, nn.Module):
             output.weight = resized(output.weight, "decoder")
             output.out_features = size
             if output.bias is not None:
-                output.bias = resized(output.bias, "decoder")
+                output.bias = resized(output.bias, "decoder", mean_resizing and not config.tie_word_embeddings)
         self.config = self.base_model.config = config
         self.tie_weights()
         return embedding

@@ -19,6 +19,7 @@ logger = logging.getLogger("modernbert.models.base")
 
 # Every head's parameters begin with one of these. A checkpoint of another head may hold them beside the encoder.
 _HEADS = ("head.", "lm_head.", "decoder.", "classifier.")
+_BODY = ("embeddings.", "layers.", "final_norm.")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # other dtypes stand for nothing by themselves
 # What wrappers of PyTorch's put into names: parallel training, the compiler, recomputation.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -110,9 +111,13 @@ def load_weights(
     weight_format().put(model, origin, parts, dtype)
     model.tie_weights()
     missing = sorted(name for name, p in model.named_parameters() if p.is_meta)
-    body = "" if model.base_model is model else f"{model.base_model_prefix}."  # anything beside it is a head's
+    body = _BODY if model.base_model is model else (f"{model.base_model_prefix}.",)  # anything beside it is a head's
     drawn = {target(name) for name in mismatched}
-    lost = [name.removeprefix(body) for name in missing if name.startswith(body) and name not in drawn]
+    lost = [
+        name.removeprefix(body[0] if body is not _BODY else "")
+        for name in missing
+        if name.startswith(body) and name not in drawn
+    ]
     if lost:
         raise CheckpointError(f"{origin} is incomplete; it lacks {listed(lost)}")
     fresh = sum(math.prod(shapes[name]) for name in missing)
@@ -151,6 +156,8 @@ def _match_names(model: Any, origin: str, names: Iterable[str], shapes: Mapping[
     if len(set(plain.values())) < len(plain):
         twice = sorted(name for name in plain if name != plain[name] and plain[name] in plain)
         raise CheckpointError(f"{origin} holds tensors twice, as they are and with a wrapper's name: {listed(twice)}")
+    if not any(name.startswith("model.") for name in shapes):  # a class of somebody's own calls its encoder otherwise
+        plain = {name: re.sub(r"^model\.", prefix, of) for name, of in plain.items()}
     theirs = any(name.startswith(prefix) for name in plain.values())
     ours = any(name.startswith(prefix) for name in shapes)
 

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import modernbert
 from modernbert.errors import InputError
 
 if TYPE_CHECKING:
@@ -147,6 +148,8 @@ def __getattr__(name: str) -> Any:
         from modernbert.pipelines.base import Pipeline
 
         return Pipeline
+    if name in modernbert.__all__ and name.endswith("Pipeline"):
+        return getattr(modernbert, name)
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 

@@ -66,7 +66,7 @@ _IDLE: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _OF_OTHERS = {  # what makes sense elsewhere alone -> what it may be
     "framework": (None, "pt"),
-    **dict.fromkeys(("feature_extractor", "image_processor", "processor", "modelcard"), (None,)),
+    **dict.fromkeys(("feature_extractor", "image_processor", "processor", "modelcard", "pipeline_class"), (None,)),
 }
 _DICTS = ("tokenizer_kwargs", "tokenize_kwargs")
 _WINDOWED = ("question-answering", "text-scoring")
@@ -260,6 +260,8 @@ class ContinuationOptions(Options):
         otherwise="none: texts differ each time",
     )
     add_special_tokens: bool | None = option(None, "Add the special tokens to the prompt.", otherwise="yes")
+    prefix: str = option("", "Text before each prompt, which is not returned.")
+    clean_up_tokenization_spaces: bool = option(False, "Take out the space before punctuation.")
     generation_config: Any = option(None, "A GenerationConfig with options.")
     logits_processor: Any = option(None, "Callables that take ids and scores and return scores.")
     stopping_criteria: Any = option(None, "Callables that take ids and say which texts end.")

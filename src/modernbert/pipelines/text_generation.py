@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from modernbert.auto import AutoModelForCausalLM
+from modernbert.checks import check_text
 from modernbert.decoding.decoders import decoder_of
 from modernbert.decoding.loops import Generation
 from modernbert.decoding.ongoing import Ongoing
@@ -105,7 +106,8 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
         texts = max(chosen.num_beams, chosen.num_return_sequences)
         special = options.add_special_tokens is not False
         rows = []
-        for encoding in self.tokenize(items, add_special_tokens=special, truncation=options.truncation):
+        prompts = [options.prefix + check_text(item, "a text") for item in items] if options.prefix else items
+        for encoding in self.tokenize(prompts, add_special_tokens=special, truncation=options.truncation):
             length = len(encoding.ids)
             if chosen.max_length is None and chosen.max_new_tokens is None:
                 limit = max(1, min(max(_NEW_TOKENS, chosen.min_new_tokens), self.context - length))
@@ -163,7 +165,8 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
         if options.return_tensors:
             return [{"generated_token_ids": [*job.rows[0].ids, *ids]} for ids in job.results[0]]
         before = "" if options.return_full_text is False else job.item
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in job.results[0]]
+        clean = options.clean_up_tokenization_spaces
+        texts = [self.tokenizer.decode(ids, True, clean) for ids in job.results[0]]
         return [{"generated_text": before + text} for text in texts]
 
     def can_stream(self, **options: Any) -> bool:
@@ -172,7 +175,8 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
 
     def _streams(self, options: ResolvedOptions) -> bool:
         chosen = options.generation
-        return max(chosen.num_beams, chosen.num_return_sequences) == 1 and not options.return_tensors
+        whole = options.return_tensors or options.clean_up_tokenization_spaces
+        return max(chosen.num_beams, chosen.num_return_sequences) == 1 and not whole
 
     def pieces(self, text: str, number: int = 0, **options: Any) -> Iterator[str]:
         """Continue one prompt, as an iterator of pieces of the continuation that never cut a character.

@@ -581,7 +581,8 @@ class Tokenizer(Saved):
             return_attention_mask=return_attention_mask,
         )
         if not batched and return_tensors is None and not return_overflowing_tokens:
-            padded = BatchEncoding({name: value[0] for name, value in padded.items()})
+            rows_alone = {name: value if name == "length" else value[0] for name, value in padded.items()}
+            padded = BatchEncoding(rows_alone)  # a length stays in its list, as in transformers
         padded.encodings, padded.pad_token = rows, self.pad_token
         padded.pad_id, padded.padding_side = self.pad_token_id, padding_side or self.padding_side
         return to_tensors(padded, return_tensors)
