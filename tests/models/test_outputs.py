@@ -39,7 +39,13 @@ FIELDS = {
     CausalLMOutputWithPast: ("loss", "logits", *PAST),
     SequenceClassifierOutputWithPast: ("loss", "logits", *PAST),
     GenerateOutput: (
-        "sequences", "sequences_scores", "scores", "logits", "beam_indices", "attentions", "hidden_states",
+        "sequences",
+        "sequences_scores",
+        "scores",
+        "logits",
+        "beam_indices",
+        "attentions",
+        "hidden_states",
         "past_key_values",
     ),
 }
