@@ -14,7 +14,8 @@ from modernbert.serving import create_app
 from modernbert.serving.options import ServeOptions
 from modernbert.serving.problems import RequestError
 from modernbert.serving.routes import operations
-from modernbert.serving.server import Protocol, listening
+from modernbert.serving.server import Protocol
+from modernbert.serving.sockets import listening
 from modernbert.serving.state import _count, check_options
 
 

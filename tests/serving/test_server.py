@@ -184,3 +184,24 @@ def test_what_cannot_be_served_is_said_in_one_line(flags, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_two_workers_serve_at_one_address_and_a_lost_one_is_replaced():
+    with Running("--workers", "2", "--no-access-log") as server:
+
+        def ask():
+            return httpx.post(f"{server.url}/embed", json={"inputs": "A cat sat."}).status_code
+
+        assert [ask() for _ in range(6)] == [200] * 6
+        found = subprocess.run(
+            ["pgrep", "-P", str(server.process.pid), "-f", "spawn_main"], capture_output=True, text=True, check=True
+        )
+        workers = [int(number) for number in found.stdout.split()]
+        assert len(workers) == 2
+        assert "/embed" in httpx.get(f"{server.url}/metrics").text
+        os.kill(workers[0], signal.SIGKILL)
+        assert [ask() for _ in range(3)] == [200] * 3  # the other one serves
+        while not any("another one starts" in line for line in server.lines):
+            time.sleep(0.05)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0

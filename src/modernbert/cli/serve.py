@@ -14,12 +14,12 @@ from modernbert.serving.options import ServeOptions, read_options
 
 
 def _run(config: Path | None, **given: Any) -> None:
-    from modernbert.serving.server import serve as run
+    from modernbert.serving.workers import run
 
     chosen = {name: value for name, value in given.items() if value not in (None, [])}
     code = run({**(read_options(config) if config else {}), **chosen})
     if code:
-        raise InputError("the server could not listen there; choose another --port or --host")
+        raise InputError("the server ended before its time; the lines above say why")
 
 
 _FILE = Annotated[Path | None, typer.Option("--config", help="YAML file of these options; flags override it.")]

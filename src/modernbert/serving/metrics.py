@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _SIZES = tuple(2**n for n in range(17))
@@ -31,8 +33,14 @@ class Metrics:
         self.computing = Counter("computing_seconds", "Time that engines computed.", **kept)
         self.generated = Counter("generated_tokens", "Tokens generated.", **kept)
         self.refused = Counter("refused_requests", "Requests refused because too much waited.", **kept)
-        self.waiting = Gauge("waiting_tokens", "Tokens accepted and not computed yet.", **kept)
+        self.waiting = Gauge(
+            "waiting_tokens", "Tokens accepted and not computed yet.", multiprocess_mode="livesum", **kept
+        )
 
     def text(self) -> bytes:
-        """All of it, as Prometheus reads it."""
-        return generate_latest(self.registry)
+        """All of it, as Prometheus reads it; of all workers, where there are several."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self.registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)
+        return generate_latest(together)

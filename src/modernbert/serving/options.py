@@ -50,6 +50,9 @@ class ServeOptions(Options):
     api_key_file: str | None = option(
         None, "File with an API key in each line; requests need one of them.", otherwise=f"the variable {KEY_VARIABLE}"
     )
+    workers: int = option(
+        1, "Processes that serve, each with models of its own and a share of the CPU's cores.", least=1, most=64
+    )
     tokenizer_threads: int = option(2, "Threads that tokenize.", least=1)
     access_log: bool = option(True, "Write a line of JSON for each request to standard error.")
     drain: float = option(

@@ -8,22 +8,20 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from modernbert.errors import InputError
 from modernbert.serving.app import create_app
 from modernbert.serving.options import ServeOptions
+from modernbert.serving.sockets import BACKLOG, explained
 from modernbert.serving.state import State
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 2048  # connections that wait to be accepted
 _NOTICE = 0.2  # seconds in which those who watch the readiness may see that it is over
 
 
@@ -56,11 +54,13 @@ class Server(uvicorn.Server):
     Args:
         config: of uvicorn.
         state: of the app.
+        says: whether it says where it serves.
+        told: called once it serves.
     """
 
-    def __init__(self, config: uvicorn.Config, state: State) -> None:
+    def __init__(self, config: uvicorn.Config, state: State, says: bool, told: Callable[[], None] | None) -> None:
         super().__init__(config)
-        self.state = state
+        self.state, self.says, self.told = state, says, told
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -94,7 +94,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         """Listen, and say where."""
         await super().startup(sockets=sockets)
-        if self.started:
+        if self.started and self.told is not None:
+            self.told()
+        if self.started and self.says:
             options = self.state.options
             names = ", ".join(f"{one.name} ({', '.join(one.pipelines)})" for one in self.state.models.served.values())
             where = options.unix_socket
@@ -106,80 +108,35 @@ class Server(uvicorn.Server):
             sys.stderr.flush()
 
 
-def serve(options: dict[str, Any]) -> int:
-    """Serve until a signal comes; the exit code of the process.
+def serve(
+    options: ServeOptions, sockets: list[socket.socket], says: bool = True, started: Callable[[], None] | None = None
+) -> int:
+    """Serve at sockets that are bound until a signal comes; the exit code of the process.
 
     Args:
-        options: of `ServeOptions`.
+        options: of the server.
+        sockets: bound, and not listening yet, so that nobody is accepted before the models are loaded.
+        says: whether it says where it serves.
+        started: called once it serves.
 
     Raises:
         InputError: an option is not allowed, or the server cannot listen there.
         NotFoundError, CheckpointError: a model cannot be loaded.
     """
-    with listening(ServeOptions.of(options, "serve")) as sockets:
-        app = create_app(**options)
-        config = uvicorn.Config(
-            app,
-            log_level="error",  # what clients do wrong is no line of the log
-            access_log=False,
-            server_header=False,
-            http=Protocol,
-            ws="none",
-            timeout_graceful_shutdown=1,
-            backlog=_BACKLOG,
-        )
-        server = Server(config, app.state.serving)
-        with _explained(server.state.options):
-            for one in sockets:
-                one.listen(_BACKLOG)
-        server.run(sockets=sockets)
+    app = create_app(**vars(options))
+    config = uvicorn.Config(
+        app,
+        log_level="error",  # what clients do wrong is no line of the log
+        access_log=False,
+        server_header=False,
+        http=Protocol,
+        ws="none",
+        timeout_graceful_shutdown=1,
+        backlog=BACKLOG,
+    )
+    server = Server(config, app.state.serving, says, started)
+    with explained(options):
+        for one in sockets:
+            one.listen(BACKLOG)
+    server.run(sockets=sockets)
     return 0 if server.started else 1
-
-
-@contextlib.contextmanager
-def listening(options: ServeOptions) -> Iterator[list[socket.socket]]:
-    """The sockets that the server has, until the end of the block.
-
-    Raises:
-        InputError: another program listens there, or it is not allowed.
-    """
-    path = options.unix_socket
-    with contextlib.ExitStack() as opened:
-        sockets: list[socket.socket] = []
-        with _explained(options):
-            if path is not None:
-                _remove_left(path)
-                sockets.append(opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)))
-                sockets[0].bind(path)
-                opened.callback(Path(path).unlink, missing_ok=True)
-                Path(path).chmod(0o666)
-            else:
-                found = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-                for family, kind, number, _, address in dict.fromkeys(found):
-                    made = opened.enter_context(socket.socket(family, kind, number))
-                    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    if family == socket.AF_INET6:
-                        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                    made.bind(address)
-                    sockets.append(made)
-        yield sockets
-
-
-@contextlib.contextmanager
-def _explained(options: ServeOptions) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = options.unix_socket or f"{options.host}:{options.port}"
-        raise InputError(f"the server cannot listen on {where}: {error.strerror}") from None
-
-
-def _remove_left(path: str) -> None:
-    """Remove a socket that a program left which no longer runs; anything else stays, and is in the way."""
-    if not Path(path).is_socket():
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-        try:
-            other.connect(path)
-        except ConnectionRefusedError:
-            Path(path).unlink()
