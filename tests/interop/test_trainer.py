@@ -57,6 +57,17 @@ def test_the_trainer_trains_evaluates_saves_and_resumes(name, tmp_path):
     assert torch.equal(fresh(**batch)[1], wanted)
 
 
+def test_a_causal_model_s_first_labels_are_not_counted(tmp_path):
+    name = "ModernBertDecoderForCausalLM"
+    model = model_of(name)
+    with torch.no_grad():
+        wanted = model(**batch_of(name, 4)).loss.item()
+    rows = [row_of(name, seed) for seed in range(4)]
+    trainer = trainer_of(model, tmp_path, rows, max_steps=1, save_strategy="no", dataloader_drop_last=True)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_accumulated_steps_weigh_every_label_the_same(tmp_path):
     """The Trainer counts the labels of a whole step, and `compute_loss` hands the count to the model."""
     name = "ModernBertForTokenClassification"

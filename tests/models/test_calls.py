@@ -139,14 +139,13 @@ def test_new_ids_begin_near_the_mean_of_the_old_ones(name):
     with torch.no_grad():
         model.decoder.bias.normal_()
     old = model.get_input_embeddings().weight.detach().clone()
-    bias = model.decoder.bias.detach().clone()
     new = model.resize_token_embeddings(120).weight.detach()
     assert torch.equal(new[:96], old)
     rows = new[96:] - old.mean(0)
     spread = old.std(0, unbiased=False).mean() * 1e-9**0.5
     assert 0.7 < rows.std() / spread < 1.4
     assert len({tuple(row) for row in new[96:].tolist()}) == 24
-    torch.testing.assert_close(model.decoder.bias.detach()[96:], bias.mean().expand(24), rtol=0, atol=1e-3)
+    assert not model.decoder.bias.detach()[96:].any()  # as in transformers
     assert model.decoder.weight is model.get_input_embeddings().weight
     torch.manual_seed(0)
     fresh = model_of(name, initializer_range=0.5).resize_token_embeddings(120, mean_resizing=False).weight[96:]

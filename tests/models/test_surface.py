@@ -256,9 +256,9 @@ class Named(ModernBertPreTrainedModel):
 class Projected(modernbert.ModernBertModel):
     """A bare encoder with a layer more."""
 
-    def __init__(self, config):
+    def __init__(self, config, width=5):
         super().__init__(config)
-        self.projection = nn.Linear(config.hidden_size, 5)
+        self.projection = nn.Linear(config.hidden_size, width)
         self.post_init()
 
     def forward(self, input_ids):
@@ -278,6 +278,11 @@ def test_classes_of_one_s_own_over_checkpoints_of_others(cls, tmp_path):
         assert model.dtype is torch.float32
         model.save_pretrained(tmp_path / "own")
         assert torch.equal(cls.from_pretrained(tmp_path / "own")(IDS), model(IDS))
+
+
+def test_arguments_of_a_class_of_one_s_own(tmp_path):
+    model_of("ModernBertModel").save_pretrained(tmp_path)
+    assert Projected.from_pretrained(tmp_path, width=7, num_labels=3)(IDS).shape == (1, 7)
 
 
 def test_a_model_s_numbers_of_labels_and_ids_can_be_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -333,6 +334,8 @@ class PreTrainedModel(Saved, nn.Module):
             stored = cls.config_class.from_dict(source.read_json("config.json"), name_or_path=origin)
         config = config or stored
         assert config is not None
+        own = {*inspect.signature(cls.__init__).parameters} & {*config_overrides} - {*config.to_dict()}
+        more = {name: config_overrides.pop(name) for name in own}  # arguments of a class of somebody's own
         config = config.overridden(config_overrides)
         record = weight_format().of_config(config)
         if quantization is not None and record is not None:
@@ -343,7 +346,7 @@ class PreTrainedModel(Saved, nn.Module):
         check_layers(config.num_hidden_layers, names, origin)
         where = resolve_device(device_map if device is None else device)
         with torch.device("meta"):
-            model = cls(config)  # a class of somebody's own may take no more
+            model = cls(config, **more)  # a class of somebody's own may take no more
         if attn_implementation not in (None, "auto"):
             model.set_attn_implementation(attn_implementation)
         kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, where)
@@ -526,7 +529,8 @@ class PreTrainedModel(Saved, nn.Module):
             new_num_tokens: the new size; None keeps the present one.
             pad_to_multiple_of: round the size up to a multiple of this.
             mean_resizing: draw new embeddings closely around the mean of the old ones, so that at first a new token is
-                as likely as a usual one; False initializes them as a fresh model's.
+                as likely as a usual one; False initializes them as a fresh model's. The bias of an output that is not
+                tied is drawn likewise, that of a tied one is 0.
 
         Returns:
             The token embedding.

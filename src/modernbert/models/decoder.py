@@ -98,6 +98,7 @@ class ModernBertDecoderForCausalLM(GenerationMixin, DecoderWithHead):
     Arguments are those of `PreTrainedModel`. Source: Ettin, arXiv:2507.11412.
     """
 
+    loss_type: ClassVar[str] = "ForCausalLM"  # trainers then count labels without the first of each text
     tied_weights: ClassVar[Mapping[str, str]] = {"decoder.weight": "model.embeddings.tok_embeddings.weight"}
 
     def __init__(self, config: ModernBertDecoderConfig, attn_implementation: str | None = "auto") -> None:
