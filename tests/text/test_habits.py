@@ -280,6 +280,7 @@ TALKS = {
     "text": {"tokenize": False},
     "a prompt": {"tokenize": False, "add_generation_prompt": True},
     "to be continued": {"tokenize": False, "continue_final_message": True},
+    "another field": {"tokenize": False, "continue_final_message": "content"},
     "ids alone": {"return_dict": False},
     "cut": {"truncation": True, "max_length": 5, "return_tensors": "pt"},
     "tools": {"tokenize": False, "tools": [{"name": "é<b>"}]},
@@ -312,6 +313,59 @@ def test_templates_are_kept_and_those_of_files_are_read(fresh, tmp_path):
     theirs.chat_template = TEMPLATE
     theirs.save_pretrained(tmp_path / "b")
     assert Tokenizer.from_pretrained(tmp_path / "b").chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize("templates", [TEMPLATE, {"default": TEMPLATE, "tool_use": "x"}, {"other": "y"}], ids=str)
+@pytest.mark.parametrize("as_files", [True, False])
+def test_templates_are_in_the_files_that_transformers_has(fresh, tmp_path, templates, as_files):
+    for name, tokenizer, other in zip("ab", fresh, (transformers.AutoTokenizer, Tokenizer), strict=True):
+        tokenizer.chat_template = templates
+        tokenizer.save_pretrained(tmp_path / name, save_jinja_files=as_files)
+        assert other.from_pretrained(tmp_path / name).chat_template == templates
+    found = [sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*")) for n in "ab"]
+    assert found[0] == found[1]
+    (tmp_path / "a/chat_template.jinja").write_text("the file's")
+    read = [t.from_pretrained(tmp_path / "a").chat_template for t in (Tokenizer, transformers.AutoTokenizer)]
+    assert read[0] == read[1]
+    assert "the file's" in str(read[0])
+
+
+def test_a_template_cannot_be_saved_outside_of_its_folder(fresh, tmp_path):
+    fresh[0].chat_template = {"default": "a", "../../b": "c"}
+    with pytest.raises(InputError, match=r"a chat template's name is '\.\./\.\./b'; no file can have it"):
+        fresh[0].save_pretrained(tmp_path / "a")
+    assert not list(tmp_path.rglob("*.jinja"))
+
+
+@pytest.mark.parametrize("inside", ["m.thoughts", "m.thoughts | trim"])
+def test_a_field_of_the_last_message_is_continued_and_null_is_missing(fresh, inside):
+    template = "{% for m in messages %}{{ m }}<{{ " + inside + " }}>{{ m.content }}{% endfor %}"
+    talk = [{"role": "user", "content": "a b", "thoughts": "a ", "tool_calls": None, "inner": {"null": None}}]
+    how = {"chat_template": template, "tokenize": False, "continue_final_message": "thoughts"}
+    found = [t.apply_chat_template(talk, **how) for t in fresh]
+    assert found[0].split("<")[1] == found[1].split("<")[1]
+    found = [t.apply_chat_template(talk, **{**how, "continue_final_message": False}) for t in fresh]
+    assert found[0] == found[1]
+    assert "tool_calls" not in found[0]
+    for wrong in ({"chat_template": "x"}, {"continue_final_message": "none"}):
+        with pytest.raises(InputError, match="continue_final_message is '"):
+            fresh[0].apply_chat_template(talk, **{**how, **wrong})
+
+
+def test_what_transformers_refuses_is_refused(fresh):
+    for t in fresh:
+        with pytest.raises(ValueError, match="multiple of"):
+            t("a b", padding=True, truncation=True, max_length=12, pad_to_multiple_of=8)
+        with pytest.raises(AttributeError, match="add_special_tokens"):
+            type(t).from_pretrained(t.name_or_path, add_special_tokens=True)
+
+
+def test_special_tokens_by_their_ids(fresh):
+    for t in fresh:
+        t.extra_special_tokens_ids = [5, 6]
+        assert t.extra_special_tokens == t.convert_ids_to_tokens([5, 6])
+        assert t.extra_special_tokens_ids == [5, 6]
+    assert fresh[0].SPECIAL_TOKENS_ATTRIBUTES == fresh[1].SPECIAL_TOKENS_ATTRIBUTES
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modernbert.errors import InputError, listed, printable, shown
+from modernbert.io.hub import Source
 
+_FILE, _FOLDER = "chat_template.jinja", "additional_chat_templates"
 _MARK = secrets.token_hex(8)  # around what `{% generation %}` encloses; no text of a conversation holds it
+_END = secrets.token_hex(8)  # after the field that is to be continued
 
 
 def chosen(templates: Any, given: str | None, with_tools: bool) -> str:
@@ -30,23 +33,66 @@ def chosen(templates: Any, given: str | None, with_tools: bool) -> str:
     return templates if given is None else given
 
 
-def rendered(template: str, messages: Sequence[Any], variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+def rendered(
+    template: str, messages: Sequence[Any], variables: Mapping[str, Any], continued: str | None = None
+) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and the characters of it that `{% generation %}` encloses.
+
+    Args:
+        template: the template.
+        messages: the conversation; what is None in a message counts as missing.
+        variables: more for the template.
+        continued: the field of the last message that the text ends with.
 
     Raises:
         InputError: the conversation is empty, or the template is malformed or refuses it; or jinja2 is not installed.
     """
     if not messages or not all(isinstance(message, Mapping) for message in messages):
         raise InputError(f"conversation is {shown(messages)}; give a list of messages, such as [{{'role': ..., ...}}]")
+    given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    if continued is not None:
+        if not isinstance(value := given[-1].get(continued), str):
+            raise InputError(f"continue_final_message is {continued!r}, and the last message has no such text")
+        given[-1][continued] = f"{value}{_END} "
     try:
-        text = _compiled(template).render(messages=messages, **variables)
+        text = _compiled(template).render(messages=given, **variables)
     except ImportError as error:
         raise InputError("chat templates need jinja2: pip install jinja2") from error
     except Exception as error:  # of a template, whatever it does
         raise InputError(f"the chat template fails: {printable(str(error), limit=200)}") from None
+    if continued is not None:
+        text, found, after = text.rpartition(_END)
+        if not found:
+            raise InputError(f"continue_final_message is {continued!r}, and the template leaves that out")
+        text = text if after.startswith(" ") else text.rstrip()  # which the template does, too
+        text = text.replace(f"{_END} ", "").replace(_END, "")  # where the template shows the field more than once
     parts = text.split(_MARK)
     ends = [sum(map(len, parts[:i])) for i in range(len(parts) + 1)]
     return "".join(parts), [(ends[i], ends[i + 1]) for i in range(1, len(parts), 2)]
+
+
+def read_templates(source: Source) -> Any:
+    """The template, or templates by their names, that a checkpoint has as files of their own; None if it has none."""
+    found = {"default": source.find(_FILE)}
+    if (folder := source.folder) is not None:
+        found |= {path.name.removesuffix(".jinja"): path for path in sorted((folder / _FOLDER).glob("*.jinja"))}
+    elif found["default"] is not None:  # of the others only this one is ever taken without being asked for
+        found["tool_use"] = source.find(f"{_FOLDER}/tool_use.jinja")
+    texts = {name: path.read_text(encoding="utf-8") for name, path in found.items() if path is not None}
+    return texts["default"] if texts.keys() == {"default"} else texts or None
+
+
+def files_of(templates: Any, prefix: str) -> dict[str, str]:
+    """What `read_templates` reads: the texts of files by their names.
+
+    Raises:
+        InputError: a template's name is no name of a file.
+    """
+    by_name = templates if isinstance(templates, Mapping) else {"default": templates} if templates else {}
+    for name in by_name:
+        if not isinstance(name, str) or not name.isprintable() or set(name) & set("/\\") or name in ("", ".", ".."):
+            raise InputError(f"a chat template's name is {shown(name)}; no file can have it")
+    return {(f"{prefix}{_FILE}" if n == "default" else f"{prefix}{_FOLDER}/{n}.jinja"): t for n, t in by_name.items()}
 
 
 def before_end_of(last: Mapping[str, Any], text: str) -> str:

@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from modernbert.checks import Limits, check_value
 from modernbert.errors import InputError, listed, printable, shown
 from modernbert.io.files import parse_json, write_text
 from modernbert.io.hub import Saved, Source
-from modernbert.text.chat import before_end_of, chosen, rendered
+from modernbert.text.chat import before_end_of, chosen, files_of, read_templates, rendered
 from modernbert.text.chat import named as named_templates
 from modernbert.text.encoding import (
     UNLIMITED,
@@ -79,6 +79,8 @@ class Tokenizer(Saved):
 
     is_fast = True
     pad_token_type_id = 0
+    init_inputs = ()
+    SPECIAL_TOKENS_ATTRIBUTES: ClassVar[list[str]] = [f"{name}_token" for name in SPECIAL_NAMES]
 
     def __init__(
         self,
@@ -90,6 +92,7 @@ class Tokenizer(Saved):
         tokenizer_file: str | Path | None = None,
         **settings: Any,
     ) -> None:
+        self._refuse_methods(settings)
         backend = tokenizer_object if backend is None else backend
         if tokenizer_file is not None and backend is None:
             with _explained(f"{tokenizer_file} is not a tokenizer"):
@@ -168,19 +171,25 @@ class Tokenizer(Saved):
         for name in kwargs.keys() & _FIXED:
             _refuse_fixed(name, kwargs.pop(name))
         source = Source.pop_from(pretrained_model_name_or_path, kwargs)
+        cls._refuse_methods(kwargs)
         path = source.need("tokenizer.json")
         config = source.read_json("tokenizer_config.json") if source.find("tokenizer_config.json") else {}
         if "added_tokens_decoder" not in config:  # as folders of the first releases have it
             config |= source.read_json("special_tokens_map.json") if source.find("special_tokens_map.json") else {}
             if source.find("added_tokens.json"):
                 config["added_tokens_decoder"] = _by_id(source.read_json("added_tokens.json"))
-        if "chat_template" not in config and (template := source.find("chat_template.jinja")):
-            config["chat_template"] = template.read_text(encoding="utf-8")
+        if templates := read_templates(source):
+            config["chat_template"] = templates
         config["name_or_path"] = str(pretrained_model_name_or_path)
         with _explained(f"{path} is not a tokenizer"):
             backend = Backend.from_file(str(path))
             _check_growth(path, backend)
         return cls(backend, {**config, **kwargs}, add_prefix_space)
+
+    @classmethod
+    def _refuse_methods(cls, settings: Iterable[str]) -> None:
+        if wrong := [name for name in settings if callable(getattr(cls, name, None))]:
+            raise AttributeError(f"{listed(wrong)}: a method of a tokenizer, and no setting; give it in a call")
 
     def save_pretrained(
         self,
@@ -189,22 +198,28 @@ class Tokenizer(Saved):
         filename_prefix: str | None = None,
         legacy_format: bool | None = None,
         push_to_hub: bool = False,
+        save_jinja_files: bool = True,
         **kwargs: Any,
     ) -> tuple[str, ...]:
-        """Write `tokenizer_config.json` and `tokenizer.json`, which transformers reads too.
+        """Write `tokenizer_config.json`, `tokenizer.json` and the chat templates, which transformers reads too.
 
         Args:
             save_directory: where to.
             filename_prefix: put before the files' names, with a hyphen.
             legacy_format: True, the files of slow tokenizers, is refused; `save_vocabulary` writes the vocabulary.
             push_to_hub, kwargs: upload the files as well; see `push_to_hub`.
+            save_jinja_files: False keeps the chat templates in `tokenizer_config.json`.
 
         Returns:
             The files.
+
+        Raises:
+            InputError: a chat template has a name that no file can have.
         """
         if legacy_format:
             raise InputError("legacy_format is True; tokenizer.json is written, and save_vocabulary writes older files")
-        return self._save(save_directory, {"filename_prefix": filename_prefix}, push_to_hub, kwargs)
+        options = {"filename_prefix": filename_prefix, "save_jinja_files": save_jinja_files}
+        return self._save(save_directory, options, push_to_hub, kwargs)
 
     def _write(self, folder: Path, options: Mapping[str, Any]) -> list[Path]:
         config = {
@@ -214,17 +229,24 @@ class Tokenizer(Saved):
             "truncation_side": self.truncation_side,
             "model_input_names": self.model_input_names,
         }
-        if isinstance(self.chat_template, Mapping):
+        prefix = f"{options['filename_prefix']}-" if options.get("filename_prefix") else ""
+        templates = files_of(self.chat_template, prefix) if options.get("save_jinja_files", True) else {}
+        if templates:
+            config.pop("chat_template", None)
+        elif isinstance(self.chat_template, Mapping):
             config["chat_template"] = [{"name": k, "template": v} for k, v in self.chat_template.items()]
         config.pop("name_or_path", None)
         config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
         config.setdefault("clean_up_tokenization_spaces", False)
         with self._lock:
             text = self.backend.to_str(pretty=True)
-        prefix = f"{options['filename_prefix']}-" if options.get("filename_prefix") else ""
         files = [folder / f"{prefix}{name}.json" for name in ("tokenizer_config", "tokenizer")]
         write_text(files[0], json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_text(files[1], text)
+        for name, template in templates.items():
+            files.append(folder / name)
+            files[-1].parent.mkdir(parents=True, exist_ok=True)
+            write_text(files[-1], template)
         return files
 
     def save_vocabulary(self, save_directory: str | Path, filename_prefix: str | None = None) -> tuple[str, ...]:
@@ -374,6 +396,10 @@ class Tokenizer(Saved):
         """Ids of the special tokens that have no name of their own."""
         return self.convert_tokens_to_ids(self._additional)
 
+    @additional_special_tokens_ids.setter
+    def additional_special_tokens_ids(self, ids: Sequence[int] | None) -> None:
+        self.additional_special_tokens = [self._token_of("additional_special_tokens_ids", i) for i in ids or ()]
+
     extra_special_tokens_ids = additional_special_tokens_ids
 
     @property
@@ -517,7 +543,8 @@ class Tokenizer(Saved):
             max_length: in tokens, special ones included; None is `model_max_length`.
             stride: tokens that an overflowing part shares with the part before it.
             is_split_into_words: texts are lists of words.
-            pad_to_multiple_of: round the padded length up to this.
+            pad_to_multiple_of: round the padded length up to this, of which the length that texts are cut to must be a
+                multiple.
             padding_side: "left" or "right" instead of the tokenizer's own.
             return_tensors: "pt" or "np"; rows must then be equally long. None returns lists.
             return_attention_mask, return_token_type_ids, return_special_tokens_mask, return_offsets_mapping,
@@ -546,6 +573,15 @@ class Tokenizer(Saved):
             check_value("stride", stride, int, {"limits": Limits(0)})
         pair = any(isinstance(row, tuple) for row in inputs)
         strategy, limit = truncation_of(padding, truncation, max_length, self.model_max_length, pair)
+        if (
+            strategy
+            and padding not in (False, "do_not_pad")
+            and pad_to_multiple_of
+            and (limit or 0) % pad_to_multiple_of
+        ):
+            raise InputError(
+                f"texts are cut to {limit} tokens, which is no multiple of pad_to_multiple_of, {pad_to_multiple_of}"
+            )
         cut = (strategy, limit or 0, stride) if strategy else None
         split = self.config.get("split_special_tokens") if split_special_tokens is None else split_special_tokens
         rows = self._encode(inputs, add_special_tokens, cut, is_split_into_words, bool(split))
@@ -764,7 +800,7 @@ class Tokenizer(Saved):
         documents: Sequence[Mapping[str, str]] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
+        continue_final_message: bool | str = False,
         tokenize: bool = True,
         padding: bool | str = False,
         truncation: bool | str = False,
@@ -783,7 +819,8 @@ class Tokenizer(Saved):
             documents: texts that the template may show.
             chat_template: a Jinja template, or the name of one of the tokenizer's; by default the tokenizer's own.
             add_generation_prompt: end with what begins an answer.
-            continue_final_message: end with the content of the last message, which is to be continued.
+            continue_final_message: end with the content of the last message, which is to be continued; or with another
+                of its fields, by its name.
             tokenize: False gives the text.
             padding, truncation, max_length, return_tensors, tokenizer_kwargs: as in a call.
             return_dict: False gives the ids alone.
@@ -804,8 +841,11 @@ class Tokenizer(Saved):
         given |= {"tools": tools, "documents": documents, **variables}
         texts, spans = [], []
         for messages in conversation if batched else [conversation]:
-            text, inside = rendered(template, messages, given)
-            texts.append(before_end_of(messages[-1], text) if continue_final_message else text)
+            field = continue_final_message if isinstance(continue_final_message, str) else "content"
+            text, inside = rendered(template, messages, given, None if field == "content" else field)
+            if continue_final_message and field == "content":
+                text = before_end_of(messages[-1], text)
+            texts.append(text)
             spans.append(inside)
         if not tokenize:
             return texts if batched else texts[0]
