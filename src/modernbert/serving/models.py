@@ -21,7 +21,7 @@ from modernbert.serving.problems import UnknownModelError
 
 logger = logging.getLogger(__name__)
 
-_BUDGETS = {"cpu": 1024, "cuda": 16384}  # tokens of a batch: short enough that others soon get their turn
+_BUDGETS = {"cpu": 512, "cuda": 16384}  # tokens of a batch: short enough that others soon get their turn
 # What else a model can do that was loaded for a task.
 _ALSO = {
     "sentence-embedding": ("text-ranking", "feature-extraction"),

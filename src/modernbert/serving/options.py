@@ -32,7 +32,7 @@ class ServeOptions(Options):
         None, "Type of the weights: auto, float32, bfloat16 or float16.", otherwise="the checkpoint's"
     )
     batch_tokens: int | None = option(
-        None, "Most tokens in a forward pass.", least=1, otherwise="1,024 on a CPU, 16,384 on a GPU"
+        None, "Most tokens in a forward pass.", least=1, otherwise="512 on a CPU, 16,384 on a GPU"
     )
     most_waiting: int = option(
         200_000, "Tokens that may wait before more are refused with status 429.", least=1, flag="most-waiting-tokens"
