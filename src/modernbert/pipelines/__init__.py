@@ -95,7 +95,7 @@ def pipeline(
         kwargs.setdefault("token", token)
     task = ALIASES.get(str(task), task)
     if task is None and model is not None:
-        task = _task_of(model, kwargs)
+        task = task_of(model, kwargs)
     if task not in TASKS:
         raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
     path, small = TASKS[task]
@@ -118,7 +118,7 @@ def pipeline(
     return cls.load(model, tokenizer, device=device, dtype=dtype, **kwargs)
 
 
-def _task_of(model: Any, kwargs: dict[str, Any]) -> str:
+def task_of(model: Any, kwargs: dict[str, Any]) -> str:
     """The task of a model's head."""
     from modernbert.auto import kind_of
     from modernbert.io.hub import Source

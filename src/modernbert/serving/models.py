@@ -12,7 +12,7 @@ import torch
 
 from modernbert.errors import InputError, listed
 from modernbert.models.placement import resolve_device
-from modernbert.pipelines import TASKS, pipeline, small_model
+from modernbert.pipelines import pipeline, small_model, task_of
 from modernbert.pipelines.base import Pipeline
 from modernbert.serving.engine import Engine
 from modernbert.serving.metrics import Metrics
@@ -39,7 +39,6 @@ class Served:
     source: str
     pipelines: dict[str, Pipeline[Any, Any, Any]]
     created: int
-    only: str | None = None  # its task, where one was named
 
     @property
     def first(self) -> Pipeline[Any, Any, Any]:
@@ -80,18 +79,15 @@ class Models:
         for name, made in given.items():
             self._add(ModelChoice(name, type(made.model).__name__), made)
         for choice in choices:
-            before = {c.source: c for c in choices[: choices.index(choice)] if c.name == choice.name}
-            if choice.name in self.served and choice.source not in before:
+            if choice.name in self.served and self.served[choice.name].source != choice.source:
                 raise InputError(f"two models are called {choice.name!r}; give one of them another NAME=")
-            dtype = options.dtype or ("float32" if "small-" in choice.name and not options.model else None)
+            dtype = options.dtype or (None if choice.alone else "float32")  # as the package's small models are run
             self._add(
                 choice, pipeline(choice.task or _wanted(choice), choice.source, device=_device(options), dtype=dtype)
             )
 
     def _add(self, choice: ModelChoice, made: Pipeline[Any, Any, Any]) -> None:
-        served = self.served.setdefault(
-            choice.name, Served(choice.name, choice.source, {}, int(time.time()), choice.task)
-        )
+        served = self.served.setdefault(choice.name, Served(choice.name, choice.source, {}, int(time.time())))
         served.pipelines[made.task] = made
         for task in _ALSO.get(made.task, ()) if choice.task is None or not choice.alone else ():
             if task in served.pipelines:
@@ -161,12 +157,5 @@ def _device(options: ServeOptions) -> torch.device | None:
 
 def _wanted(choice: ModelChoice) -> str | None:
     """The task that a model is loaded for: a bare encoder for vectors of texts, others for what their head says."""
-    from modernbert.pipelines import _task_of
-
-    task = _task_of(choice.source, {})
+    task = task_of(choice.source, {})
     return "sentence-embedding" if task == "feature-extraction" else task
-
-
-def tasks() -> list[str]:
-    """All tasks."""
-    return list(TASKS)
