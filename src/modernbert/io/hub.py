@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
+import inspect
 import logging
 import re
 import tempfile
@@ -248,12 +250,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-class Saved:
+class Saved(abc.ABC):
     """What is saved into a folder, and pushed to the Hub."""
 
+    @abc.abstractmethod
     def _write(self, folder: Path, options: Mapping[str, Any]) -> list[Path]:
         """Write all files into a folder, which is made where missing; returns them."""
-        raise NotImplementedError
 
     def save_pretrained(
         self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any
@@ -312,45 +314,38 @@ class Saved:
         Raises:
             CheckpointError: the Hub refuses, or cannot be reached.
         """
-        message = commit_message or f"Upload {type(self).__name__}"
+        commit: dict[str, Any] = {
+            "commit_message": commit_message or f"Upload {type(self).__name__}",
+            "revision": revision,
+        }
+        commit |= {"commit_description": commit_description, "create_pr": create_pr}
         with tempfile.TemporaryDirectory() as folder:
             files = self.save_pretrained(folder, **kwargs)
-            return _upload(
-                repo_id, Path(folder), files, message, commit_description, private, token, revision, create_pr
-            )
+            return _upload(repo_id, Path(folder), files, private=private, token=token, **commit)
 
 
-_UPLOADING = {
-    *("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr"),
-}
+_UPLOADING = inspect.signature(Saved.push_to_hub).parameters.keys() - {"self", "kwargs"}
 
 
 def _upload(
     repo_id: str,
     folder: Path,
     files: Iterable[str | Path],
-    commit_message: str,
-    commit_description: str | None = None,
+    *,
     private: bool | None = None,
     token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    **commit: Any,
 ) -> Any:
+    """Commit files of a folder; `commit` are arguments of `HfApi.create_commit`."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(token=token, library_name="modernbert")
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.create_commit(
-            repo_id,
-            [CommitOperationAdd(Path(file).relative_to(folder).as_posix(), file) for file in files],
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        if commit.get("revision") is not None and not commit.get("create_pr"):
+            api.create_branch(repo_id, branch=commit["revision"], exist_ok=True)
+        added = [CommitOperationAdd(Path(file).relative_to(folder).as_posix(), file) for file in files]
+        return api.create_commit(repo_id, added, **commit)
     except Exception as error:  # of whichever HTTP library the client has
         reason = printable(str(error), limit=200) or type(error).__name__
         raise CheckpointError(

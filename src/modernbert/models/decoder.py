@@ -193,13 +193,6 @@ class ModernBertDecoderForSequenceClassification(DecoderWithHead):
         """See `Model`."""
         return self._text_loss
 
-    def _text_loss(
-        self, labels: Tensor, pooled_logits: Tensor, *, num_items_in_batch: Any = None, **others: Any
-    ) -> Tensor:
-        loss = text_loss(pooled_logits, labels, self.config, num_items_in_batch)
-        assert loss is not None
-        return loss
-
     def classify(self, x: Tensor) -> Tensor:
         """Scores of pooled texts: (N, M) to (N, labels)."""
         return self.classifier(self.drop(self.head(x)))

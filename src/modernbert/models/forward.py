@@ -22,7 +22,7 @@ from modernbert.errors import InputError, shown
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.placement import warn_once
 from modernbert.nn.inputs import Inputs
-from modernbert.nn.losses import cross_entropy
+from modernbert.nn.losses import cross_entropy, text_loss
 from modernbert.nn.outputs import ModelOutput
 from modernbert.nn.packing import PackedInputs
 
@@ -151,6 +151,13 @@ class Model(PreTrainedModel, abc.ABC):
 
     def _token_loss(self, logits: Tensor, labels: Tensor, *, num_items_in_batch: Any = None, **others: Any) -> Tensor:
         return cross_entropy(logits.flatten(0, -2), labels.flatten(), num_items=num_items_in_batch)
+
+    def _text_loss(
+        self, labels: Tensor, pooled_logits: Tensor, *, num_items_in_batch: Any = None, **others: Any
+    ) -> Tensor:
+        loss = text_loss(pooled_logits, labels, self.config, num_items_in_batch)
+        assert loss is not None
+        return loss
 
     @abc.abstractmethod
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Any, given: Arguments) -> ModelOutput:

@@ -155,13 +155,6 @@ class ModernBertForSequenceClassification(EncoderClassifier):
         """See `Model`."""
         return self._text_loss
 
-    def _text_loss(
-        self, labels: Tensor, pooled_logits: Tensor, *, num_items_in_batch: Any = None, **others: Any
-    ) -> Tensor:
-        loss = text_loss(pooled_logits, labels, self.config, num_items_in_batch)
-        assert loss is not None
-        return loss
-
 
 class ModernBertForTokenClassification(EncoderClassifier):
     """The encoder with a classifier of every token, such as of named entities.
