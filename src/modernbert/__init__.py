@@ -55,6 +55,8 @@ _EXPORTS = {
     "QuantizationConfig": "quantization.options",
     "QuestionAnsweringPipeline": "pipelines.question_answering",
     "SentenceEncoder": "models.sentence_encoder",
+    "SparseEncoder": "retrieval.sparse",
+    "SparseVector": "retrieval.sparse",
     "StoppingCriteria": "decoding.processors",
     "StoppingCriteriaList": "decoding.processors",
     "TextClassificationPipeline": "pipelines.text_classification",

@@ -160,6 +160,8 @@ def test_exported_names():
         "QuantizationConfig",
         "QuestionAnsweringPipeline",
         "SentenceEncoder",
+        "SparseEncoder",
+        "SparseVector",
         "StoppingCriteria",
         "StoppingCriteriaList",
         "TextClassificationPipeline",

@@ -17,6 +17,7 @@ from modernbert.nn.pooling import POOLINGS
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 TRANSFORMER_SETTINGS = "sentence_bert_config.json"
+ROUTES = "router_config.json"
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 # What a folder may hold.
 MODEL, SENTENCE_ENCODER, CROSS_ENCODER = "model", "sentence encoder", "cross-encoder"
@@ -105,6 +106,7 @@ class Contents:
         inner: the folder inside of it that holds the model's configuration and weights; "" is the folder itself.
         about: content of `config_sentence_transformers.json`; empty if there is none.
         unserved: settings or parts that nothing here acts on, by name.
+        queries: the parts that read queries, where they are others than `parts`.
     """
 
     name: str
@@ -113,10 +115,17 @@ class Contents:
     inner: str
     about: dict[str, Any]
     unserved: list[str]
+    queries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def refuse_unserved(self) -> None:
-        """Raise `CheckpointError` if the folder asks for what nothing here acts on."""
-        if self.kind in (LATE_INTERACTION, SPARSE_ENCODER) or self.unserved:
+        """Raise `CheckpointError` if the folder holds what needs a class of its own, or nothing here acts on."""
+        if self.kind == SPARSE_ENCODER:
+            raise CheckpointError(
+                f"{self.name} is a sparse encoder; load it by SparseEncoder, or use pipeline('sparse-embedding', ...)"
+            )
+        if self.queries:
+            raise CheckpointError(f"{self.name} reads queries and documents by different parts, which is not served")
+        if self.kind == LATE_INTERACTION or self.unserved:
             what = f", with {listed(self.unserved)}" if self.unserved else ""
             raise CheckpointError(
                 f"{self.name} is a {self.kind}{what}, which is not served yet; its model alone loads by AutoModel"
@@ -138,7 +147,7 @@ def contents_of(source: Source) -> Contents:
         NotFoundError: the source itself cannot be found or reached.
         CheckpointError: its files are malformed, or it holds an adapter.
     """
-    parts = read_parts(source)
+    parts, queries = _routed(source, read_parts(source))
     inner = str(parts[0]["path"]) if parts else ""
     body = source.inside(inner)
     about, limits, config = (
@@ -161,12 +170,37 @@ def contents_of(source: Source) -> Contents:
         or "sbert_ce_default_activation_function" in config
     ):
         kind = CROSS_ENCODER
+    elif kind is None and any(kind_of_part(part) == "SpladePooling" for part in parts):
+        kind = SPARSE_ENCODER
     elif kind is None:
         kind = SENTENCE_ENCODER if parts else MODEL
     unserved = late
     if kind == CROSS_ENCODER:  # one model that gives the scores; other parts make scores of something else
         unserved = [kind_of_part(part) for part in parts[1:]]
-    return Contents(name, kind, parts, inner, about, unserved)
+    return Contents(name, kind, parts, inner, about, unserved, queries)
+
+
+def _routed(source: Source, parts: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The parts that read documents, and those that read queries where a router sends these another way."""
+    if not parts or kind_of_part(parts[0]) != "Router":
+        return parts, []
+    there = source.inside(parts[0]["path"])
+    path, routes = there.need(ROUTES), there.read_json(ROUTES)
+    types, structure = routes.get("types"), routes.get("structure")
+    if not isinstance(types, dict) or not isinstance(structure, dict) or len(parts) > 1:
+        raise CheckpointError(f"{path} has no routes with their parts, or other parts follow the router")
+    found = []
+    for route in ("document", "query"):
+        names = structure.get(route)
+        if not isinstance(names, list) or not names or not all(isinstance(types.get(name), str) for name in names):
+            raise CheckpointError(f"{path} has no route {route!r} of parts with a type; it has {listed(structure)}")
+        found.append([{"type": types[name], "path": _joined(parts[0]["path"], name, path)} for name in names])
+    return found[0], found[1]
+
+
+def _joined(folder: str, name: str, path: Any) -> str:
+    check_name(name, "folder", path)
+    return f"{folder}/{name}" if folder else name
 
 
 def kind_of_part(part: dict[str, Any]) -> str:

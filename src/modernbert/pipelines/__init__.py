@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Task -> its class, and the small model that comes with the package and serves where none is named, if one does.
+# Task -> its class, in this room if no other is named, and the small model that comes with the package and serves if no
+# model is named, where one does.
 TASKS: dict[str, tuple[str, str | None]] = {
     "fill-mask": ("fill_mask.FillMaskPipeline", "encoder"),
     "text-classification": ("text_classification.TextClassificationPipeline", None),
@@ -26,6 +27,7 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "multiple-choice": ("multiple_choice.MultipleChoicePipeline", None),
     "feature-extraction": ("feature_extraction.FeatureExtractionPipeline", "encoder"),
     "sentence-embedding": ("sentence_embedding.SentenceEmbeddingPipeline", "encoder"),
+    "sparse-embedding": ("modernbert.retrieval.sparse_embedding.SparseEmbeddingPipeline", None),
     "text-ranking": ("text_ranking.TextRankingPipeline", "encoder"),
     "text-generation": ("text_generation.TextGenerationPipeline", "decoder"),
     "text-scoring": ("text_scoring.TextScoringPipeline", "decoder"),
@@ -68,8 +70,8 @@ def pipeline(
     Args:
         task: "fill-mask", "text-classification" (or "sentiment-analysis"), "zero-shot-classification",
             "token-classification" (or "ner"), "question-answering", "multiple-choice", "feature-extraction",
-            "sentence-embedding", "text-ranking", "text-generation" or "text-scoring". If it is not given, the task is
-            the one that the model's head was made for.
+            "sentence-embedding", "sparse-embedding", "text-ranking", "text-generation" or "text-scoring". If it is not
+            given, the task is the one that the model's head was made for.
         model: a folder, a repository on the Hub, or a model, which is put in evaluation mode and needs `tokenizer`. If
             it is not given, a small model that comes with the package is used: an encoder for fill-mask,
             feature-extraction, sentence-embedding and text-ranking, a decoder for text-generation and text-scoring.
@@ -99,8 +101,8 @@ def pipeline(
     if task not in TASKS:
         raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
     path, small = TASKS[task]
-    module, _, name = path.rpartition(".")
-    cls: type[Pipeline[Any, Any, Any]] = getattr(importlib.import_module(f"modernbert.pipelines.{module}"), name)
+    module, _, name = (path if "." in path.partition(".")[2] else f"modernbert.pipelines.{path}").rpartition(".")
+    cls: type[Pipeline[Any, Any, Any]] = getattr(importlib.import_module(module), name)
     dtype = torch_dtype if dtype is None else dtype
     if model is None:
         if small is None:
@@ -122,17 +124,19 @@ def task_of(model: Any, kwargs: dict[str, Any]) -> str:
     """The task of a model's head."""
     from modernbert.auto import kind_of
     from modernbert.io.hub import Source
-    from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, contents_of
+    from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, SPARSE_ENCODER, contents_of
 
     if isinstance(model, str | Path):
         source = Source.pop_from(model, dict(kwargs))
         contents = contents_of(source)
         if contents.kind != MODEL:
-            return "text-ranking" if contents.kind == CROSS_ENCODER else "sentence-embedding"
+            return {CROSS_ENCODER: "text-ranking", SPARSE_ENCODER: "sparse-embedding"}.get(
+                contents.kind, "sentence-embedding"
+            )
         values = source.read_json("config.json")
     else:
-        if type(model).__name__ == "SentenceEncoder":
-            return "sentence-embedding"
+        if (name := type(model).__name__) in ("SentenceEncoder", "SparseEncoder"):
+            return "sentence-embedding" if name == "SentenceEncoder" else "sparse-embedding"
         values = {"architectures": [type(model).__name__]}
         model = type(model).__name__
     kind = kind_of(values)

@@ -216,6 +216,18 @@ class SentenceEmbeddingOptions(TokenizeOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseEmbeddingOptions(TokenizeOptions):
+    is_query: bool = option(False, "Encode texts as queries, and not as documents.")
+    top_k: int | None = option(None, "Most weights of a text.", least=1, otherwise="the checkpoint's, or all")
+    form: str = option("arrays", "What each text gives", choices=("arrays", "tokens"))
+    prompt_name: str | None = option(
+        None, "Name of the checkpoint's prompt before each text.", otherwise="query or document where there are these"
+    )
+    prompt: str | None = option(None, "Prompt before each text.", otherwise="that of prompt_name")
+    truncation: bool | str | None = _truncation(_AS_LAYOUT)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RankingOptions(TokenizeOptions):
     top_k: int | None = option(None, "Number of documents to return, the best first.", least=1, otherwise="all")
     truncation: bool | str | None = _truncation(_AS_LAYOUT)
@@ -304,6 +316,7 @@ OPTIONS: dict[str, type[Options]] = {
     "multiple-choice": MultipleChoiceOptions,
     "feature-extraction": FeatureExtractionOptions,
     "sentence-embedding": SentenceEmbeddingOptions,
+    "sparse-embedding": SparseEmbeddingOptions,
     "text-ranking": CrossEncoderOptions,
     "text-generation": TextGenerationOptions,
     "text-scoring": TextScoringOptions,

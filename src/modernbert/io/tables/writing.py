@@ -205,14 +205,17 @@ def _plain(value: Any) -> Any:
     """What stands in a partial file for an array, the text of its bytes, or for a value that has no form in JSON."""
     if not isinstance(value, np.ndarray):
         return str(value)
-    array = np.ascontiguousarray(value, dtype="<f4")
-    return {"float32": base64.b64encode(array.tobytes()).decode(), "shape": array.shape}
+    name = "int32" if np.issubdtype(value.dtype, np.integer) else "float32"
+    array = np.ascontiguousarray(value, dtype=np.dtype(name).newbyteorder("<"))
+    return {name: base64.b64encode(array.tobytes()).decode(), "shape": array.shape}
 
 
 def _unplain(value: Record) -> Any:
-    if set(value) != {"float32", "shape"}:
+    name = next((name for name in ("float32", "int32") if set(value) == {name, "shape"}), None)
+    if name is None:
         return value
-    return np.frombuffer(base64.b64decode(value["float32"]), dtype="<f4").reshape(value["shape"])
+    dtype = np.dtype(name).newbyteorder("<")
+    return np.frombuffer(base64.b64decode(value[name]), dtype=dtype).reshape(value["shape"])
 
 
 Again = Callable[[], Iterator[Record]]  # gives the records from the first, as writers go over them twice

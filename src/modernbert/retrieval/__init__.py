@@ -1,0 +1,1 @@
+"""Retrieval: sparse vectors of texts."""
