@@ -68,7 +68,7 @@ _EXPORTS = {
     "ZeroShotClassificationPipeline": "pipelines.zero_shot_classification",
     "finetune": "training.finetuning",
     "logging": "logging",
-    "maxsim": "pipelines.sentence_embedding",
+    "maxsim": "retrieval.maxsim",
     "pipeline": "pipelines",
     "quantize": "quantization.gate",
     "set_seed": "models.placement",

@@ -12,10 +12,9 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.sentence_transformer import modules as models
 
 import modernbert
-from modernbert import SentenceEncoder, pipeline
+from modernbert import SentenceEncoder, maxsim, pipeline
 from modernbert.errors import CheckpointError, InputError
 from modernbert.pipelines import small_model
-from modernbert.pipelines.sentence_embedding import maxsim
 from modernbert.text.tokenizer import Tokenizer
 from tests.hub_server import write_cache
 

@@ -254,6 +254,38 @@ static int step(const Kernels *k, const Step *op, int64_t threads) {
   return run(&job, threads);
 }
 
+/* The product of one text's rows alone. */
+static Product of_text(const Maxima *op, int64_t text) {
+  Product part = op->product;
+  int64_t first = op->starts[text];
+  part.rows = op->starts[text + 1] - first;
+  part.x.data = (char *)part.x.data + first * part.x.stride * (part.x.dtype == F32 ? 4 : 2);
+  part.out.data = (float *)part.out.data + text * part.out.stride;
+  return part;
+}
+
+/* A text is one task, so that no two threads write its maxima. */
+static void run_maxima(Job *job, int64_t task, Scratch *scratch) {
+  Product part = of_text(job->operation, task);
+  Plan plan = job->kernels->plan_product(&part, 1);
+  float *out = part.out.data;
+  for (int64_t i = 0; i < part.weight.outputs; i++) out[i] = -__builtin_inff();
+  for (int64_t i = 0; i < plan.tasks; i++) {
+    scratch->serial = 0; /* what it holds are another text's rows */
+    job->kernels->product(&part, &plan, job->serial, i, scratch);
+  }
+}
+
+static int maxima(const Kernels *k, const Maxima *op, int64_t threads) {
+  Job job = {.run = run_maxima, .kernels = k, .operation = op, .plan = {.tasks = op->texts}};
+  for (int64_t i = 0; i < op->texts; i++) {
+    Product part = of_text(op, i);
+    int64_t bytes = k->plan_product(&part, 1).bytes;
+    if (bytes > job.plan.bytes) job.plan.bytes = bytes;
+  }
+  return run(&job, threads);
+}
+
 /* Run operations one after another; 0, or what went wrong. */
 int modernbert_run(const Kernels *k, const Operation *operations, int64_t count, int64_t threads) {
   for (int64_t i = 0; i < count; i++) {
@@ -261,6 +293,7 @@ int modernbert_run(const Kernels *k, const Operation *operations, int64_t count,
     int result = op->kind == PRODUCT     ? product(k, &op->product, threads)
                  : op->kind == NORMALIZE ? normalize(k, &op->normalize, threads)
                  : op->kind == STEP      ? step(k, &op->step, threads)
+                 : op->kind == MAXIMA    ? maxima(k, &op->maxima, threads)
                                          : attention(k, &op->attention, threads);
     if (result != OK) return result;
   }

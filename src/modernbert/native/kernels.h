@@ -9,9 +9,9 @@
 
 #include <stdint.h>
 
-enum { LAYOUT = 4 }; /* counts changes of what is below; library.py knows it */
+enum { LAYOUT = 5 }; /* counts changes of what is below; library.py knows it */
 enum { F32 = 0, BF16 = 1, S8 = 2, S4 = 3 }; /* the last two: weights of 8 and 4 bits */
-enum { WRITE = 0, ADD = 1, GATE = 2 };
+enum { WRITE = 0, ADD = 1, GATE = 2, LARGEST = 3 };
 enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
 
 typedef struct {
@@ -45,7 +45,8 @@ typedef struct {
   int64_t float_rows;        /* whether rows stay floats; else they become bytes, a scale for each group */
 } Weight;
 
-/* out = norm(x) @ weight.T + bias, or out += it, or out = activation(first half of it) * second half. */
+/* out = norm(x) @ weight.T + bias, or out += it, or out = activation(first half of it) * second half; or the first row
+ * of out, which is float32, becomes the largest of itself and of all rows. */
 typedef struct {
   int64_t rows;
   Rows x;
@@ -94,7 +95,14 @@ typedef struct {
   Rows keys, values; /* stored */
 } Step;
 
-enum { PRODUCT = 0, NORMALIZE = 1, ATTENTION = 2, STEP = 3 };
+/* Of each output of the weight the largest product with the rows of each text: out is (texts, outputs) float32. */
+typedef struct {
+  int64_t texts;
+  const int64_t *starts; /* (texts + 1,) first row of each text, and the end; no text is empty */
+  Product product;       /* of all rows; its epilogue is LARGEST */
+} Maxima;
+
+enum { PRODUCT = 0, NORMALIZE = 1, ATTENTION = 2, STEP = 3, MAXIMA = 4 };
 
 /* One operation of several that run one after another. */
 typedef struct {
@@ -104,6 +112,7 @@ typedef struct {
     Normalize normalize;
     Attention attention;
     Step step;
+    Maxima maxima;
   };
 } Operation;
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Task -> its class, in this room if no other is named, and the small model that comes with the package and serves if no
-# model is named, where one does.
+# Task -> its class, and the small model that comes with the package and serves where none is named, if one does.
 TASKS: dict[str, tuple[str, str | None]] = {
     "fill-mask": ("fill_mask.FillMaskPipeline", "encoder"),
     "text-classification": ("text_classification.TextClassificationPipeline", None),
@@ -27,7 +26,7 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "multiple-choice": ("multiple_choice.MultipleChoicePipeline", None),
     "feature-extraction": ("feature_extraction.FeatureExtractionPipeline", "encoder"),
     "sentence-embedding": ("sentence_embedding.SentenceEmbeddingPipeline", "encoder"),
-    "sparse-embedding": ("modernbert.retrieval.sparse_embedding.SparseEmbeddingPipeline", None),
+    "sparse-embedding": ("sparse_embedding.SparseEmbeddingPipeline", None),
     "text-ranking": ("text_ranking.TextRankingPipeline", "encoder"),
     "text-generation": ("text_generation.TextGenerationPipeline", "decoder"),
     "text-scoring": ("text_scoring.TextScoringPipeline", "decoder"),
@@ -101,8 +100,8 @@ def pipeline(
     if task not in TASKS:
         raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
     path, small = TASKS[task]
-    module, _, name = (path if "." in path.partition(".")[2] else f"modernbert.pipelines.{path}").rpartition(".")
-    cls: type[Pipeline[Any, Any, Any]] = getattr(importlib.import_module(module), name)
+    module, _, name = path.rpartition(".")
+    cls: type[Pipeline[Any, Any, Any]] = getattr(importlib.import_module(f"modernbert.pipelines.{module}"), name)
     dtype = torch_dtype if dtype is None else dtype
     if model is None:
         if small is None:

@@ -336,13 +336,3 @@ def _token_spans(encoding: Encoding, spans: Any, text: str, shift: int) -> list[
             raise InputError(f"spans holds {shown(span)}, where no token is, or none within the context of the model")
         out.append((inside[0], inside[-1] + 1))
     return out
-
-
-def maxsim(query: Vectors, document: Vectors) -> float:
-    """Late interaction's similarity: for each token of the query the best of the document's, added up.
-
-    Args:
-        query: (tokens, dimensions), as `sentence-embedding` gives them with `multi_vector`.
-        document: likewise.
-    """
-    return float((query @ document.T).max(1).sum())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,8 +21,9 @@ from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, Contents, co
 from modernbert.pipelines.base import Job, OptionsT, Pipeline, Results, Row, RowT
 from modernbert.pipelines.inputs import check_fields, check_texts
 from modernbert.pipelines.options import CrossEncoderOptions, RankingOptions
-from modernbert.pipelines.sentence_embedding import EmbeddingPipeline, SpannedRow, VectorKind, maxsim
+from modernbert.pipelines.sentence_embedding import EmbeddingPipeline, SpannedRow, VectorKind
 from modernbert.pipelines.text_classification import FUNCTIONS, ClassifierPipeline
+from modernbert.retrieval.maxsim import maxsim
 
 # What a cross-encoder's checkpoint may name to make scores of logits; only the name is read.
 _ACTIVATIONS = {
@@ -191,7 +193,7 @@ class EmbeddingRanking(TextRankingPipeline[RankingOptions, SpannedRow], Embeddin
         """Similarities of the query's vector and the documents'."""
         query, *documents = results
         if not self.embedding.poolings:
-            return [maxsim(query.numpy(), document.numpy()) for document in documents]
+            return [float(score) for score in np.atleast_1d(maxsim(query, documents))]
         scores: list[float] = _SIMILARITIES[self.embedding.similarity](query[0], torch.cat(documents)).tolist()
         return scores
 

@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 FILE = Path(__file__).parents[2] / "native" / "_kernels.so"
 _NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-WRITE, ADD, GATE = 0, 1, 2
-_LAYOUT = 4  # of kernels.h
-PRODUCT, NORMALIZE, ATTENTION, STEP = 0, 1, 2, 3
+WRITE, ADD, GATE, LARGEST = 0, 1, 2, 3
+_LAYOUT = 5  # of kernels.h
+PRODUCT, NORMALIZE, ATTENTION, STEP, MAXIMA = 0, 1, 2, 3, 4
 # The activations that the kernels know, by configurations' names.
 ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
 
@@ -87,8 +87,18 @@ class Step(ctypes.Structure):
     )
 
 
+class Maxima(ctypes.Structure):
+    _fields_: ClassVar = [*_fields("texts starts"), ("product", Product)]
+
+
 class _Body(ctypes.Union):
-    _fields_: ClassVar = [("product", Product), ("normalize", Normalize), ("attention", Attention), ("step", Step)]
+    _fields_: ClassVar = [
+        ("product", Product),
+        ("normalize", Normalize),
+        ("attention", Attention),
+        ("step", Step),
+        ("maxima", Maxima),
+    ]
 
 
 class Operation(ctypes.Structure):

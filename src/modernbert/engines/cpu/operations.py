@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ _KINDS = {
     native.Normalize: ("normalize", native.NORMALIZE),
     native.Attention: ("attention", native.ATTENTION),
     native.Step: ("step", native.STEP),
+    native.Maxima: ("maxima", native.MAXIMA),
 }
 
 
@@ -136,6 +139,25 @@ class Product:
         _point(struct, "out", out_TO)
         _run(operation)
         return out_TO
+
+
+def maxima(weight: NativeWeight, x_TI: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Of each output the largest product with the rows of each text, (B, O) float32; the products are never stored.
+
+    Args:
+        weight: (O, I), not gated, without a bias.
+        x_TI: the texts' rows, of the weight's dtype.
+        lengths: rows of each text, at least 1.
+    """
+    x_TI = x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int64)
+    assert x_TI.shape == (int(starts[-1]), weight.shape[1])
+    out_BO = torch.empty(len(lengths), weight.shape[0], dtype=torch.float32, device="cpu")
+    product = native.Product(rows=len(x_TI), weight=weight.struct, epilogue=native.LARGEST)
+    _point(product, "x", x_TI)
+    _point(product, "out", out_BO)
+    _run(_operation(native.Maxima(texts=len(lengths), starts=starts.data_ptr(), product=product)))
+    return out_BO
 
 
 def attention(

@@ -1,0 +1,119 @@
+"""MaxSim, the similarity of late interaction: for each vector of a query the best one of a document, added up.
+
+The products of all pairs of vectors are never held: on a CPU a kernel keeps the largest while it multiplies, elsewhere
+they are made for some documents after the other.
+
+Shapes: Q queries, q vectors of all of them, B documents, T vectors of all of them, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modernbert.engines.cpu import library as cpu
+from modernbert.engines.cpu.operations import NativeWeight, maxima
+from modernbert.engines.gpu import operations as gpu
+from modernbert.errors import InputError
+from modernbert.nn.linear import linear
+
+_QUERY_VECTORS = 1024  # multiplied together
+_MAXIMA = 2**22  # held at a time: 16 MiB
+_PRODUCTS = 2**20  # likewise, where there is no kernel
+
+
+def maxsim(queries: Any, documents: Any, lengths: Sequence[int] | None = None) -> float | NDArray[np.float32]:
+    """Similarities of late interaction: for each vector of a query the largest dot product with the document's, added.
+
+    Args:
+        queries: vectors (tokens, D) of one query, or a list of such; arrays or tensors, as `late-interaction` gives
+            them.
+        documents: likewise; or with `lengths` the vectors of all documents end to end, (T, D).
+        lengths: vectors of each document.
+
+    Returns:
+        A number for one query and one document; (B,) for one query, (Q, B) for several, float32. Each has the same bits
+        whatever else is compared, on a CPU.
+
+    Raises:
+        InputError: a query or document has no vectors, or dimensions or dtypes differ.
+
+    Source: ColBERT, arXiv:2004.12832.
+    """
+    one_query, one_document = not isinstance(queries, list | tuple), not isinstance(documents, list | tuple)
+    asked = [_vectors("queries", x) for x in ([queries] if one_query else queries)]
+    if lengths is not None:
+        one_document, packed = False, _vectors("documents", documents)
+        if sum(lengths) != len(packed) or min(lengths, default=1) < 0:
+            raise InputError(f"lengths add up to {sum(lengths)}; documents has {len(packed)} vectors")
+        found: Sequence[Tensor] = packed.split(list(lengths))
+    else:
+        found = [_vectors("documents", x) for x in ([documents] if one_document else documents)]
+    for name, vectors in (("queries", asked), ("documents", found)):
+        if any(not len(x) for x in vectors):
+            number = next(i for i, x in enumerate(vectors) if not len(x))
+            raise InputError(f"{name}[{number}] has no vectors; each needs at least one")
+    kinds = {(x.shape[1], x.device.type) for x in (*asked, *found)}
+    if len(kinds) > 1:
+        found_kinds = " and ".join(f"{dimensions} dimensions on {where}" for dimensions, where in sorted(kinds))
+        raise InputError(f"the vectors have {found_kinds}; they must be alike")
+    scores_QB = np.zeros((len(asked), len(found)), np.float32)
+    # PyTorch's products depend on how many vectors a query is multiplied together with; the kernels' do not.
+    together = _QUERY_VECTORS if cpu.library() is not None else 1
+    for first, some in _together(asked, together) if found else ():
+        scores_QB[first : first + len(some)] = _scores(some, found)
+    if one_query and one_document:
+        return float(scores_QB[0, 0])
+    return scores_QB[0] if one_query else scores_QB[:, 0] if one_document else scores_QB
+
+
+def _vectors(name: str, given: Any) -> Tensor:
+    vectors = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+    if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
+        shape = f" of shape {tuple(vectors.shape)}" if isinstance(vectors, Tensor) else ""
+        what = f"{type(given).__name__}{shape}"
+        raise InputError(f"{name} holds a {what}; give floats of shape (tokens, dimensions), or a list of such")
+    return vectors.detach()
+
+
+def _together(texts: Sequence[Tensor], most: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Runs of texts with at most so many vectors, or a single text; and the number of the first one."""
+    first, size = 0, 0
+    for number, text in enumerate(texts):
+        if size and size + len(text) > most:
+            yield first, texts[first:number]
+            first, size = number, 0
+        size += len(text)
+    if size:
+        yield first, texts[first:]
+
+
+@torch.no_grad()
+def _scores(queries: Sequence[Tensor], documents: Sequence[Tensor]) -> NDArray[np.float32]:
+    """(Q, B) of some queries."""
+    query_qD = torch.cat(list(queries))
+    dtypes = {x.dtype for x in (query_qD, *documents)}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    query_qD = query_qD.to(dtype)
+    weight = NativeWeight(query_qD) if cpu.serving(dtype, query_qD.device) is not None else None
+    count = torch.tensor([len(query) for query in queries], device=query_qD.device)
+    parts = []
+    most, size = _MAXIMA // len(query_qD) + 1, _PRODUCTS // len(query_qD)
+    texts = (documents[i : i + most] for i in range(0, len(documents), most))
+    for some in texts if weight is not None else (some for _, some in _together(documents, size)):
+        lengths, document_TD = [len(text) for text in some], torch.cat(list(some)).to(dtype)
+        if weight is not None:
+            best_Bq = maxima(weight, document_TD, lengths)
+        else:
+            on_card = gpu.serving(dtype, document_TD.device)
+            products_Tq = gpu.product(document_TD, query_qD) if on_card else linear(document_TD, query_qD)
+            of_texts = torch.tensor(lengths, device=document_TD.device)
+            best_Bq = torch.segment_reduce(products_Tq.float(), "max", lengths=of_texts, axis=0)
+        # One after the other, so that a query's sum does not depend on the other queries.
+        parts.append(torch.segment_reduce(best_Bq.T.contiguous(), "sum", lengths=count, axis=0).cpu())
+    return torch.cat(parts, 1).numpy()

@@ -1,0 +1,76 @@
+"""MaxSim: the sums of the definition, whatever is compared together, without products that are held."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from modernbert import maxsim
+from modernbert.errors import InputError
+
+
+def vectors(lengths, dimensions=48, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.randn(sum(lengths), dimensions, generator=generator)
+    return list(torch.nn.functional.normalize(found, dim=-1).to(dtype).split(lengths))
+
+
+def by_definition(queries, documents):
+    return np.array([[float((q.double() @ d.double().T).max(1).values.sum()) for d in documents] for q in queries])
+
+
+@pytest.mark.parametrize("kernels", ["kernels", "without"])
+@pytest.mark.parametrize("dimensions", [48, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_is_the_sum_of_the_largest_products(dtype, dimensions, kernels, monkeypatch):
+    if kernels == "without":
+        monkeypatch.setattr("modernbert.engines.cpu.library.library", lambda: None)
+    queries = vectors([32, 1, 7], dimensions, dtype)
+    documents = vectors([1, 300, 12, 13, 700, 5], dimensions, dtype, seed=1)
+    found = maxsim(queries, documents)
+    tolerance = 1e-5 if dtype == torch.float32 or kernels == "kernels" else 0.1  # products rounded to bfloat16
+    np.testing.assert_allclose(found, by_definition(queries, documents), atol=tolerance)
+    for q, row in zip(queries, found, strict=True):
+        assert (maxsim(q, documents) == row).all()
+        assert [maxsim(q, document) for document in documents] == row.tolist()
+    packed = torch.cat(documents)
+    assert (maxsim(queries, packed, lengths=[len(x) for x in documents]) == found).all()
+    assert (maxsim(queries, documents[1]) == found[:, 1]).all()
+
+
+def test_takes_arrays_and_mixed_dtypes():
+    query, document = vectors([5, 9])
+    assert maxsim(query.numpy(), document.numpy()) == maxsim(query, document)
+    assert maxsim([query], [document.bfloat16()])[0, 0] == pytest.approx(maxsim(query, document), abs=0.05)
+    assert maxsim([query, query], []).shape == (2, 0)
+
+
+def test_refuses_what_cannot_be_compared():
+    query, document = vectors([5, 9])
+    for given, expected in (
+        ((query, document[0]), r"documents holds a Tensor of shape \(48,\); give floats"),
+        ((query, [document, document[:0]]), r"documents\[1\] has no vectors"),
+        ((query, document[:, :12]), "12 dimensions on cpu and 48 dimensions on cpu"),
+        ((query, "text"), "documents holds a str; give floats"),
+        ((query, document, [4, 4]), "lengths add up to 8; documents has 9 vectors"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            maxsim(*given)
+
+
+def test_memory_grows_with_the_documents_and_not_with_the_products():
+    code = """
+import resource, torch
+from modernbert import maxsim
+torch.set_num_threads(1)
+queries = list(torch.randn(64 * 32, 64).split(32))
+documents = torch.randn(40_000, 64)
+maxsim(queries[:1], documents[:100], lengths=[100])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+maxsim(queries, documents, lengths=[100] * 400)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
+    assert grown < 60_000, "KiB; all products would take 328 MB"
