@@ -45,6 +45,8 @@ _EXPORTS = {
     "ModernBertForTokenClassification": "models.heads",
     "ModernBertModel": "models.encoder",
     "ModernBertPreTrainedModel": "models.encoder",
+    "MultiVectorEncoder": "retrieval.multi_vector",
+    "MultiVectorSettings": "retrieval.multi_vector",
     "Pipeline": "pipelines.base",
     "PreTrainedConfig": "config",
     "PreTrainedModel": "models.base",

@@ -150,6 +150,8 @@ def test_exported_names():
         "ModernBertForTokenClassification",
         "ModernBertModel",
         "ModernBertPreTrainedModel",
+        "MultiVectorEncoder",
+        "MultiVectorSettings",
         "Pipeline",
         "PreTrainedConfig",
         "PreTrainedModel",

@@ -91,15 +91,17 @@ def test_a_cross_encoder_of_sentence_transformers_6_keeps_its_head_everywhere(ma
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("late", "is a late-interaction encoder, which is not served yet"),
-        ("pylate", "is a late-interaction encoder, with query_prefix, document_prefix, query_length, which is not"),
-        ("sparse", "is a sparse encoder, which is not served yet"),
+        ("late", r"is a late-interaction encoder; load it by MultiVectorEncoder, or use pipeline\('late-interaction'"),
+        (
+            "pylate",
+            r"is a late-interaction encoder; load it by MultiVectorEncoder, or use pipeline\('late-interaction'",
+        ),
+        ("sparse", r"is a sparse encoder; load it by SparseEncoder, or use pipeline\('sparse-embedding'"),
     ],
 )
-def test_encoders_that_nothing_here_serves_are_refused_by_name(made, folder, message):
-    for task in ("sentence-embedding", "text-ranking", None):
-        with pytest.raises(CheckpointError, match=message):
-            pipeline(task, made / folder)
+def test_encoders_of_other_vectors_are_named_where_they_do_not_serve(made, folder, message):
+    with pytest.raises(CheckpointError, match=message):
+        pipeline("sentence-embedding", made / folder)
     with pytest.raises(CheckpointError, match=message):
         load_as_saved(made / folder)
     assert checkpoint_info(str(made / folder), [8])["model"]["kind"] == KINDS[folder]
@@ -108,19 +110,20 @@ def test_encoders_that_nothing_here_serves_are_refused_by_name(made, folder, mes
 
 LATE = {
     "attend_to_expansion_tokens": False, "do_query_expansion": True, "skiplist_words": ["."], "document_length": 180,
-    "query_expansion": {"type": "pad"}, "similarity_fn_name": "MaxSim", "model_type": "ColBERT",
+    "query_expansion": {"strategy": "min", "length": 8}, "similarity_fn_name": "MaxSim", "model_type": "ColBERT",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LATE)
-def test_each_setting_of_late_interaction_is_refused(made, tmp_path, name):
+def test_each_setting_of_late_interaction_makes_a_folder_one(made, tmp_path, name):
     folder = edit(shutil.copytree(made / "sentence", tmp_path / "x"), SETTINGS, **{name: LATE[name]})
+    assert contents_of(Source(folder)).kind == "late-interaction encoder"
     with pytest.raises(CheckpointError, match="is a late-interaction encoder"):
-        pipeline("text-ranking", folder)
+        pipeline("sentence-embedding", folder)
 
 
 def test_a_cross_encoder_of_a_causal_model_is_named_as_what_it_is(made):
-    with pytest.raises(CheckpointError, match="is a cross-encoder, with LogitScore, which is not served yet"):
+    with pytest.raises(CheckpointError, match="is a cross-encoder, with LogitScore, which is not served;"):
         pipeline("text-ranking", made / "causal-cross")
     with pytest.raises(CheckpointError, match="is a cross-encoder"):
         SentenceEncoder.from_pretrained(made / "causal-cross")

@@ -135,7 +135,7 @@ def test_unknown_parts_are_named(body, tmp_path):
     modules = json.loads((tmp_path / "modules.json").read_text())
     modules.append({"idx": 2, "name": "2", "path": "2_LSTM", "type": "sentence_transformers.models.LSTM"})
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(CheckpointError, match=r"has the part sentence_transformers.models.LSTM; known are Transformer"):
+    with pytest.raises(CheckpointError, match=r"2_LSTM is a LSTM; known are Transformer, Pooling, Dense"):
         pipeline("sentence-embedding", tmp_path)
 
 

@@ -370,10 +370,10 @@ run = _command(
 
     Tasks: fill-mask (the default without a model), text-classification, zero-shot-classification,
     token-classification (ner), question-answering, multiple-choice (a prompt, then choices), sentence-embedding,
-    sparse-embedding, text-ranking (a query, then documents), feature-extraction, text-generation (which streams to a
-    terminal), text-scoring. With a model, the default is the task that it was trained for. `modernbert run --task TASK
-    --help` lists the options of a task. An interrupted command that has --output continues where it was when it is run
-    again.
+    sparse-embedding, late-interaction, text-ranking (a query, then documents), feature-extraction, text-generation
+    (which streams to a terminal), text-scoring. With a model, the default is the task that it was trained for.
+    `modernbert run --task TASK --help` lists the options of a task. An interrupted command that has --output continues
+    where it was when it is run again.
 
     Example: modernbert run "The capital of France is [MASK]."
     """,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from modernbert.errors import FrozenError
-from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.backbone import Backbone
 from modernbert.nn.execution import Cache, Hidden, Runner
 from modernbert.nn.packing import PackedInputs
@@ -200,7 +200,7 @@ class Frozen:
         return bool(transformed) or torch._C._len_torch_dispatch_stack() > 0
 
     def run(
-        self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Cache | None
+        self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Cache | None
     ) -> Hidden | None:
         """See `nn.execution.Runner`."""
         layers = self.layers

@@ -18,7 +18,7 @@ from modernbert.models.initialization import initialize
 logger = logging.getLogger("modernbert.models.base")
 
 # Every head's parameters begin with one of these. A checkpoint of another head may hold them beside the encoder.
-_HEADS = ("head.", "lm_head.", "decoder.", "classifier.")
+_HEADS = ("head.", "lm_head.", "decoder.", "classifier.", "linear.")
 _BODY = ("embeddings.", "layers.", "final_norm.")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # other dtypes stand for nothing by themselves
 # What wrappers of PyTorch's put into names: parallel training, the compiler, recomputation.

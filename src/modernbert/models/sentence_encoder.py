@@ -9,9 +9,9 @@ Shapes: B texts or spans, T real tokens of all texts together, M hidden size, D 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ from modernbert.nn.layers import Linear
 from modernbert.nn.packing import PackedInputs
 from modernbert.nn.pooling import pool
 
+_TYPES = "sentence_transformers.models."
 # Functions that a folder may name; only the name is read, nothing is imported.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "torch.nn.modules.activation.Tanh": torch.tanh,
@@ -53,11 +54,24 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Dense(nn.Module):
-    """A linear layer and an activation over vectors or over tokens."""
+    """A linear layer and an activation over vectors or over tokens.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str | None = None) -> None:
+    With `use_residual` its input is added to what comes out, by a matrix of its own if it has other dimensions.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str | None = None,
+        use_residual: bool = False,
+    ) -> None:
         super().__init__()
         self.linear = Linear(in_features, out_features, bias=bias)
+        self.use_residual = use_residual
+        if use_residual and in_features != out_features:
+            self.residual = Linear(in_features, out_features, bias=False)
         self.activation = activation or "torch.nn.modules.activation.Tanh"
         if not isinstance(self.activation, str) or self.activation not in _ACTIVATIONS:
             raise CheckpointError(
@@ -66,7 +80,10 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out)."""
-        return _ACTIVATIONS[self.activation](self.linear(x))
+        out = _ACTIVATIONS[self.activation](self.linear(x))
+        if not self.use_residual:
+            return out
+        return out + (self.residual(x) if hasattr(self, "residual") else x)
 
 
 class Normalize(nn.Module):
@@ -245,7 +262,7 @@ class SentenceEncoder(nn.Module):
         contents.refuse_cross_encoder()
         contents.refuse_unserved()
         parts, inner = contents.parts, contents.inner
-        _refuse_decoder(source.inside(inner))
+        refuse_decoder(source.inside(inner))
         if not parts:
             model = ModernBertModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
             return cls(model).eval()
@@ -267,15 +284,7 @@ class SentenceEncoder(nn.Module):
                 continue
             on_tokens = of_part.get("module_input_name", "token_embeddings") == "token_embeddings"
             stage = tokens if values["poolings"] is None and on_tokens else vectors
-            if kind == "Dense":
-                stage.append(_dense(there, of_part).to(device=model.device, dtype=model.dtype))
-            elif kind == "Normalize":
-                stage.append(Normalize())
-            elif kind != "Dropout":
-                known = "Transformer, Pooling, Dense, Normalize, Dropout"
-                raise CheckpointError(
-                    f"{pretrained_model_name_or_path} has the part {listed([part['type']])}; known are {known}"
-                )
+            stage += layers_of(there, kind, of_part, model, "Transformer, Pooling")
         values["poolings"] = values["poolings"] or ()
         encoder = cls(model, EmbeddingSettings(**values, **settings_of(source, inner)), tokens, vectors)
         encoder._check_widths(origin)
@@ -298,33 +307,12 @@ class SentenceEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in sentence-transformers' layout; the tokenizer is saved beside it by its own method."""
-        folder = Path(folder)
-        base = "sentence_transformers.models."
-        parts: list[tuple[str, dict[str, Any], nn.Module | None]] = []
         settings = self.settings
-
-        def add(part: nn.Module, where: str) -> None:
-            config: dict[str, Any] = {"module_input_name": where, "module_output_name": where}
-            if isinstance(part, Dense):
-                linear = part.linear
-                config |= {"in_features": linear.in_features, "out_features": linear.out_features}
-                config |= {"bias": linear.bias is not None, "activation_function": part.activation}
-            parts.append((type(part).__name__, config, part))
-
-        for part in self.after_tokens:
-            add(part, "token_embeddings")
+        parts = [dense_part(part, "token_embeddings") for part in self.after_tokens]
         if settings.poolings:
-            parts.append(("Pooling", {**pooling_keys(settings), "word_embedding_dimension": self.width}, None))
-        for part in self.after_pooling:
-            add(part, "sentence_embedding")
-        self.model.save_pretrained(folder)
-        modules = [{"idx": 0, "name": "0", "path": "", "type": f"{base}Transformer"}]
-        for i, (kind, config, module) in enumerate(parts, 1):
-            path = f"{i}_{kind}"
-            if module is not None and any(True for _ in module.parameters()):
-                write_weights(folder / path, module.state_dict())
-            write_text(folder / path / "config.json", json.dumps(config, indent=2) + "\n")
-            modules.append({"idx": i, "name": str(i), "path": path, "type": f"{base}{kind}"})
+            pooling = {**pooling_keys(settings), "word_embedding_dimension": self.width}
+            parts.append(Part(f"{_TYPES}Pooling", pooling))
+        parts += [dense_part(part, "sentence_embedding") for part in self.after_pooling]
         about: dict[str, Any] = {
             "prompts": settings.prompts,
             "default_prompt_name": settings.default_prompt_name,
@@ -332,15 +320,75 @@ class SentenceEncoder(nn.Module):
         }
         if settings.truncate_dim is not None:
             about["truncate_dim"] = settings.truncate_dim
-        write_text(folder / SETTINGS, json.dumps(about, indent=2) + "\n")
         limits: dict[str, Any] = {"do_lower_case": False}
         if settings.max_length is not None:  # the tokenizer's own limit counts otherwise
             limits["max_seq_length"] = settings.max_length
-        write_text(folder / TRANSFORMER_SETTINGS, json.dumps(limits, indent=2) + "\n")
-        write_text(folder / MODULES, json.dumps(modules, indent=2) + "\n")  # last: it makes the folder a layout
+        write_layout(Path(folder), self.model, parts, about, limits)
 
 
-def _refuse_decoder(source: Source) -> None:
+class Part(NamedTuple):
+    """A part of a layout: its class in sentence-transformers, its configuration, and its weights if it has any."""
+
+    type: str
+    config: dict[str, Any]
+    module: nn.Module | None = None
+
+
+def dense_part(part: nn.Module, where: str) -> Part:
+    """A dense layer or a normalisation, of what has this name in sentence-transformers."""
+    config: dict[str, Any] = {"module_input_name": where, "module_output_name": where}
+    if isinstance(part, Dense):
+        linear = part.linear
+        config |= {"in_features": linear.in_features, "out_features": linear.out_features}
+        config |= {"bias": linear.bias is not None, "activation_function": part.activation}
+        config |= {"use_residual": True} if part.use_residual else {}
+    return Part(f"{_TYPES}{type(part).__name__}", config, part)
+
+
+def write_layout(
+    folder: Path, model: Any, parts: Sequence[Part], about: Mapping[str, Any], limits: Mapping[str, Any]
+) -> None:
+    """Write a folder in sentence-transformers' layout.
+
+    Args:
+        folder: made where missing.
+        model: the first part, which lies in the folder itself.
+        parts: what follows it.
+        about, limits: contents of `config_sentence_transformers.json` and of `sentence_bert_config.json`.
+    """
+    model.save_pretrained(folder)
+    modules = [{"idx": 0, "name": "0", "path": "", "type": f"{_TYPES}Transformer"}]
+    for i, (kind, config, module) in enumerate(parts, 1):
+        path = f"{i}_{kind.rpartition('.')[2]}"
+        if module is not None and any(True for _ in module.parameters()):
+            write_weights(folder / path, module.state_dict())
+        write_text(folder / path / "config.json", json.dumps(config, indent=2) + "\n")
+        modules.append({"idx": i, "name": str(i), "path": path, "type": kind})
+    write_text(folder / SETTINGS, json.dumps(about, indent=2) + "\n")
+    write_text(folder / TRANSFORMER_SETTINGS, json.dumps(limits, indent=2) + "\n")
+    write_text(folder / MODULES, json.dumps(modules, indent=2) + "\n")  # last: it makes the folder a layout
+
+
+def layers_of(
+    source: Source, kind: str, config: dict[str, Any], model: ModernBertModel, others: str
+) -> list[nn.Module]:
+    """The layer of a part of a folder, on the model's device; none for dropout.
+
+    Args:
+        source: the part's own folder.
+        kind: see `kind_of_part`.
+        config: its configuration.
+        model: where its weights are and of which dtype.
+        others: the kinds that the caller knows beside these, for the error.
+    """
+    if kind == "Dense":
+        return [_dense(source, config).to(device=model.device, dtype=model.dtype)]
+    if kind not in ("Normalize", "Dropout"):
+        raise CheckpointError(f"{source.subfolder} is a {kind}; known are {others}, Dense, Normalize, Dropout")
+    return [Normalize()] if kind == "Normalize" else []
+
+
+def refuse_decoder(source: Source) -> None:
     """Raise `CheckpointError` if the model is a decoder, which has no vectors of texts here."""
     model_type = source.read_json("config.json").get("model_type")
     if model_type == ModernBertDecoderConfig.model_type:
@@ -352,8 +400,6 @@ def _refuse_decoder(source: Source) -> None:
 
 def _dense(source: Source, config: dict[str, Any]) -> Dense:
     """A dense part with its weights."""
-    if config.get("use_residual"):
-        raise CheckpointError(f"{source.subfolder} has use_residual, which is not served")
     sizes: dict[str, int] = {}
     for name in ("in_features", "out_features"):
         value = config.get(name)
@@ -363,10 +409,13 @@ def _dense(source: Source, config: dict[str, Any]) -> Dense:
     inputs, outputs = sizes.values()
     has_bias = bool(config.get("bias", True))
     shapes = {"linear.weight": (outputs, inputs)} | ({"linear.bias": (outputs,)} if has_bias else {})
+    residual = bool(config.get("use_residual"))
+    if residual and inputs != outputs:
+        shapes["residual.weight"] = (outputs, inputs)
     files = weight_files(source)
     found = {name: shape for name, (_, shape, _) in weight_names(files).items()}
     if shapes != found:  # before anything of that size is made
         raise CheckpointError(f"{source.subfolder} holds {shown(found)}; its configuration wants {shapes}")
-    part = Dense(inputs, outputs, has_bias, config.get("activation_function"))
+    part = Dense(inputs, outputs, has_bias, config.get("activation_function"), residual)
     part.load_state_dict(dict(read_weights(files, lambda name: True)))
     return part

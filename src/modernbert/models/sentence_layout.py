@@ -8,7 +8,8 @@ which it is, for everything that loads or describes a checkpoint.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from modernbert.errors import CheckpointError, ConfigError, listed, shown
 from modernbert.io.hub import Source, check_name
@@ -22,6 +23,11 @@ SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 # What a folder may hold.
 MODEL, SENTENCE_ENCODER, CROSS_ENCODER = "model", "sentence encoder", "cross-encoder"
 LATE_INTERACTION, SPARSE_ENCODER = "late-interaction encoder", "sparse encoder"
+SERVED_BY = {
+    LATE_INTERACTION: ("MultiVectorEncoder", "late-interaction"),
+    SPARSE_ENCODER: ("SparseEncoder", "sparse-embedding"),
+}
+STANFORD = "HF_ColBERT"  # the architecture that Stanford's folders of late interaction name
 _MODEL_TYPES = {  # as a folder's settings spell them
     "SentenceTransformer": SENTENCE_ENCODER,
     "CrossEncoder": CROSS_ENCODER,
@@ -74,6 +80,8 @@ class EmbeddingSettings:
         truncate_dim: how many of a vector's first dimensions are kept; None keeps all.
     """
 
+    similarities: ClassVar[tuple[str, ...]] = SIMILARITIES
+
     poolings: tuple[str, ...] = ("mean",)
     include_prompt: bool = True
     prompts: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -86,8 +94,8 @@ class EmbeddingSettings:
         for mode in self.poolings:
             if mode not in POOLINGS:
                 raise ConfigError(f"poolings holds {mode!r}; choose among {', '.join(POOLINGS)}")
-        if self.similarity not in SIMILARITIES:
-            raise ConfigError(f"similarity is {shown(self.similarity)}; choose one of {', '.join(SIMILARITIES)}")
+        if self.similarity not in self.similarities:
+            raise ConfigError(f"similarity is {shown(self.similarity)}; choose one of {', '.join(self.similarities)}")
         if self.default_prompt_name is not None and self.default_prompt_name not in list(self.prompts):
             raise ConfigError(
                 f"default_prompt_name is {shown(self.default_prompt_name)}; there are {listed(self.prompts) or 'none'}"
@@ -119,16 +127,15 @@ class Contents:
 
     def refuse_unserved(self) -> None:
         """Raise `CheckpointError` if the folder holds what needs a class of its own, or nothing here acts on."""
-        if self.kind == SPARSE_ENCODER:
-            raise CheckpointError(
-                f"{self.name} is a sparse encoder; load it by SparseEncoder, or use pipeline('sparse-embedding', ...)"
-            )
+        if self.kind in SERVED_BY:
+            model, task = SERVED_BY[self.kind]
+            raise CheckpointError(f"{self.name} is a {self.kind}; load it by {model}, or use pipeline({task!r}, ...)")
         if self.queries:
             raise CheckpointError(f"{self.name} reads queries and documents by different parts, which is not served")
-        if self.kind == LATE_INTERACTION or self.unserved:
-            what = f", with {listed(self.unserved)}" if self.unserved else ""
+        if self.unserved:
             raise CheckpointError(
-                f"{self.name} is a {self.kind}{what}, which is not served yet; its model alone loads by AutoModel"
+                f"{self.name} is a {self.kind}, with {listed(self.unserved)}, which is not served; its model alone "
+                "loads by AutoModel"
             )
 
     def refuse_cross_encoder(self) -> None:
@@ -162,7 +169,7 @@ def contents_of(source: Source) -> Contents:
     late = [key for key in _OF_LATE_INTERACTION if key in about or key in limits]
     if about.get("similarity_fn_name") in ("MaxSim", "maxsim"):
         late.append("similarity_fn_name")
-    if kind in (None, SENTENCE_ENCODER) and late:
+    if kind in (None, SENTENCE_ENCODER) and (late or STANFORD in (config.get("architectures") or ())):
         kind = LATE_INTERACTION
     elif kind is None and (
         limits.get("transformer_task") == "sequence-classification"
@@ -174,7 +181,7 @@ def contents_of(source: Source) -> Contents:
         kind = SPARSE_ENCODER
     elif kind is None:
         kind = SENTENCE_ENCODER if parts else MODEL
-    unserved = late
+    unserved: list[str] = []
     if kind == CROSS_ENCODER:  # one model that gives the scores; other parts make scores of something else
         unserved = [kind_of_part(part) for part in parts[1:]]
     return Contents(name, kind, parts, inner, about, unserved, queries)
@@ -252,8 +259,8 @@ def pooling_keys(settings: EmbeddingSettings) -> dict[str, Any]:
     return {**(older if in_order else {"pooling_mode": chosen}), "include_prompt": settings.include_prompt}
 
 
-def settings_of(source: Source, inner: str) -> dict[str, Any]:
-    """Prompts, similarity and longest text of a folder."""
+def settings_of(source: Source, inner: str, similarities: Sequence[str] = SIMILARITIES) -> dict[str, Any]:
+    """Prompts, similarity and longest text of a folder, whose similarity is one of these."""
     values: dict[str, Any] = {}
     if source.find(SETTINGS) is not None:
         about = source.read_json(SETTINGS)
@@ -263,10 +270,10 @@ def settings_of(source: Source, inner: str) -> dict[str, Any]:
         values["prompts"] = {name: text or "" for name, text in prompts.items()}
         values["default_prompt_name"] = about.get("default_prompt_name")
         similarity = about.get("similarity_fn_name")
-        if similarity is not None and similarity not in SIMILARITIES:
-            known = ", ".join(SIMILARITIES)
+        if similarity is not None and similarity not in similarities:
+            known = ", ".join(similarities)
             raise CheckpointError(f"{SETTINGS} has similarity_fn_name {shown(similarity)}; known are {known}")
-        values["similarity"] = similarity or "cosine"
+        values["similarity"] = similarity or similarities[0]
         values["truncate_dim"] = _count(SETTINGS, "truncate_dim", about.get("truncate_dim"))
     there = source.inside(inner)
     if there.find(TRANSFORMER_SETTINGS) is not None:

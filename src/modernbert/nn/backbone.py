@@ -76,12 +76,16 @@ class Backbone(nn.Module):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         cache: Cache | None = None,
+        backend: AttentionBackend | None = None,
     ) -> Hidden:
-        """Packed inputs to packed hidden states; a cache is continued and added to."""
+        """Packed inputs to packed hidden states; a cache is continued and added to.
+
+        A backend attends in this pass instead of the model's own, unless attention weights are wanted.
+        """
         config = self.config
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        backend = self._backend_with_weights() if want_weights else None
+        backend = self._backend_with_weights() if want_weights else backend
         runner, hidden = self.runner, None  # another thread may thaw the model meanwhile
         if runner is not None:
             hidden = runner.run(inputs, want_states, backend, cache)
@@ -95,11 +99,11 @@ class Backbone(nn.Module):
         return hidden
 
     def _run(
-        self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Cache | None
+        self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Cache | None
     ) -> Hidden:
-        """The plain way, module by module. A backend is given if attention weights are wanted."""
+        """The plain way, module by module. For attention weights the eager backend is given."""
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
-        weights: AttentionWeights | None = None if backend is None else {}
+        weights: AttentionWeights | None = {} if isinstance(backend, EagerAttention) else None
         shared = self.share(inputs, x_TM, backend, cache, weights)
         states: list[Tensor] = []
 

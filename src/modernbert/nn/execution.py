@@ -84,10 +84,13 @@ class Cache(Protocol):
 class Runner(Protocol):
     """Runs the layers of a frozen backbone instead of its modules."""
 
-    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden | None:
+    def run(
+        self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Any
+    ) -> Hidden | None:
         """The hidden states of packed inputs; None if the modules must run themselves.
 
-        A backend is given if attention weights are wanted, which it makes; a cache is continued and added to.
+        A backend that is given attends instead of the runner's own; the eager one makes attention weights, too. A cache
+        is continued and added to.
         """
         ...
 

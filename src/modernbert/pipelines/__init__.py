@@ -27,6 +27,7 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "feature-extraction": ("feature_extraction.FeatureExtractionPipeline", "encoder"),
     "sentence-embedding": ("sentence_embedding.SentenceEmbeddingPipeline", "encoder"),
     "sparse-embedding": ("sparse_embedding.SparseEmbeddingPipeline", None),
+    "late-interaction": ("late_interaction.LateInteractionPipeline", None),
     "text-ranking": ("text_ranking.TextRankingPipeline", "encoder"),
     "text-generation": ("text_generation.TextGenerationPipeline", "decoder"),
     "text-scoring": ("text_scoring.TextScoringPipeline", "decoder"),
@@ -69,8 +70,8 @@ def pipeline(
     Args:
         task: "fill-mask", "text-classification" (or "sentiment-analysis"), "zero-shot-classification",
             "token-classification" (or "ner"), "question-answering", "multiple-choice", "feature-extraction",
-            "sentence-embedding", "sparse-embedding", "text-ranking", "text-generation" or "text-scoring". If it is not
-            given, the task is the one that the model's head was made for.
+            "sentence-embedding", "sparse-embedding", "late-interaction", "text-ranking", "text-generation" or
+            "text-scoring". If it is not given, the task is the one that the model's head was made for.
         model: a folder, a repository on the Hub, or a model, which is put in evaluation mode and needs `tokenizer`. If
             it is not given, a small model that comes with the package is used: an encoder for fill-mask,
             feature-extraction, sentence-embedding and text-ranking, a decoder for text-generation and text-scoring.
@@ -123,19 +124,20 @@ def task_of(model: Any, kwargs: dict[str, Any]) -> str:
     """The task of a model's head."""
     from modernbert.auto import kind_of
     from modernbert.io.hub import Source
-    from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, SPARSE_ENCODER, contents_of
+    from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, SERVED_BY, contents_of
 
     if isinstance(model, str | Path):
         source = Source.pop_from(model, dict(kwargs))
         contents = contents_of(source)
         if contents.kind != MODEL:
-            return {CROSS_ENCODER: "text-ranking", SPARSE_ENCODER: "sparse-embedding"}.get(
-                contents.kind, "sentence-embedding"
-            )
+            if contents.kind == CROSS_ENCODER:
+                return "text-ranking"
+            return SERVED_BY[contents.kind][1] if contents.kind in SERVED_BY else "sentence-embedding"
         values = source.read_json("config.json")
     else:
-        if (name := type(model).__name__) in ("SentenceEncoder", "SparseEncoder"):
-            return "sentence-embedding" if name == "SentenceEncoder" else "sparse-embedding"
+        known = {"SentenceEncoder": "sentence-embedding", **dict(SERVED_BY.values())}
+        if (name := type(model).__name__) in known:
+            return known[name]
         values = {"architectures": [type(model).__name__]}
         model = type(model).__name__
     kind = kind_of(values)

@@ -228,6 +228,22 @@ class SparseEmbeddingOptions(TokenizeOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LateInteractionOptions(CuttingOptions):
+    is_query: bool = option(False, "Encode texts as queries, and not as documents.")
+    pool_factor: float | None = option(
+        None,
+        "Keep one vector for so many tokens of a document, those of similar ones averaged.",
+        least=1,
+        otherwise="the checkpoint's, or 1",
+    )
+    prompt_name: str | None = option(
+        None, "Name of the checkpoint's prompt before each text.", otherwise="query or document where there are these"
+    )
+    prompt: str | None = option(None, "Prompt before each text.", otherwise="that of prompt_name")
+    truncation: bool | str | None = _truncation("yes")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RankingOptions(TokenizeOptions):
     top_k: int | None = option(None, "Number of documents to return, the best first.", least=1, otherwise="all")
     truncation: bool | str | None = _truncation(_AS_LAYOUT)
@@ -317,6 +333,7 @@ OPTIONS: dict[str, type[Options]] = {
     "feature-extraction": FeatureExtractionOptions,
     "sentence-embedding": SentenceEmbeddingOptions,
     "sparse-embedding": SparseEmbeddingOptions,
+    "late-interaction": LateInteractionOptions,
     "text-ranking": CrossEncoderOptions,
     "text-generation": TextGenerationOptions,
     "text-scoring": TextScoringOptions,

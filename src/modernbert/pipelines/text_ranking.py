@@ -17,13 +17,15 @@ from modernbert.checks import check_text
 from modernbert.errors import CheckpointError, InputError, shown
 from modernbert.io.hub import Source
 from modernbert.models.base import PreTrainedModel
-from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, Contents, contents_of, settings_of
+from modernbert.models.sentence_layout import CROSS_ENCODER, LATE_INTERACTION, MODEL, Contents, contents_of, settings_of
 from modernbert.pipelines.base import Job, OptionsT, Pipeline, Results, Row, RowT
 from modernbert.pipelines.inputs import check_fields, check_texts
+from modernbert.pipelines.late_interaction import VectorsOfTokens, VectorsRow, scores_of
 from modernbert.pipelines.options import CrossEncoderOptions, RankingOptions
 from modernbert.pipelines.sentence_embedding import EmbeddingPipeline, SpannedRow, VectorKind
 from modernbert.pipelines.text_classification import FUNCTIONS, ClassifierPipeline
 from modernbert.retrieval.maxsim import maxsim
+from modernbert.retrieval.multi_vector import MultiVectorEncoder
 
 # What a cross-encoder's checkpoint may name to make scores of logits; only the name is read.
 _ACTIVATIONS = {
@@ -71,6 +73,10 @@ class TextRankingPipeline(Pipeline[OptionsT, RowT, torch.Tensor], abc.ABC):
                 contents.kind == MODEL and kind_of(body.read_json("config.json")) == "sequence-classification"
             ):
                 chosen = CrossEncoderRanking
+            elif contents.kind == LATE_INTERACTION:
+                chosen = LateInteractionRanking
+        elif isinstance(model, MultiVectorEncoder):
+            chosen = LateInteractionRanking
         elif isinstance(model, PreTrainedModel) and model.base_model is not model:
             chosen = CrossEncoderRanking
         return chosen.load(model, tokenizer, **kwargs)  # type: ignore[return-value]
@@ -196,6 +202,33 @@ class EmbeddingRanking(TextRankingPipeline[RankingOptions, SpannedRow], Embeddin
             return [float(score) for score in np.atleast_1d(maxsim(query, documents))]
         scores: list[float] = _SIMILARITIES[self.embedding.similarity](query[0], torch.cat(documents)).tolist()
         return scores
+
+
+class LateInteractionRanking(TextRankingPipeline[RankingOptions, VectorsRow], VectorsOfTokens[RankingOptions]):
+    """Ranks by the vectors of tokens."""
+
+    options = RankingOptions
+
+    def resolve(self, options: RankingOptions) -> RankingOptions:
+        """Texts are cut, as in `late-interaction`."""
+        return dataclasses.replace(options, truncation=True if options.truncation is None else options.truncation)
+
+    def rows(self, query: str, documents: list[str], options: RankingOptions) -> list[VectorsRow]:
+        """The query's row, then one a document."""
+        how = options.truncation, options.max_length
+        return [
+            *self.rows_of([query], True, self.prompt(True), *how),
+            *self.rows_of(documents, False, self.prompt(False), *how),
+        ]
+
+    def run(self, rows: list[VectorsRow], options: RankingOptions) -> Results[torch.Tensor]:
+        """The vectors of each row."""
+        return self.vectors(rows, self.model.settings.pool_factor)
+
+    def scores(self, results: list[torch.Tensor], options: RankingOptions) -> list[float]:
+        """Similarities of the query and the documents."""
+        query, *documents = results
+        return [float(score) for score in scores_of(self.model.settings.similarity, [query], documents)[0]]
 
 
 def _activation_of(contents: Contents, body: Source) -> str:

@@ -106,9 +106,9 @@ class CpuLayers:
             program.set(0, Normalize, out_stride=M, out_dtype=0)
             program.set(-1, Normalize, table_stride=M, table_dtype=0, out_stride=M, out_dtype=dtype)
 
-    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden:
+    def run(self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Any) -> Hidden:
         """See `nn.execution.Runner`."""
-        weights: AttentionWeights | None = None if backend is None else {}
+        weights: AttentionWeights | None = {} if isinstance(backend, EagerAttention) else None
         shared = self._shared(inputs, backend or self.backend, cache, weights)
         caches = {kind: x.attend for kind, x in shared.items() if isinstance(x.attend, Continuation)}
         steps = {kind: attend.as_steps() for kind, attend in caches.items()}

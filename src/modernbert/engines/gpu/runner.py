@@ -61,12 +61,12 @@ class GpuLayers:
         self.graphs = graphs.Graphs(self.device)
 
     @torch.no_grad()
-    def run(self, inputs: PackedInputs, want_states: bool, backend: EagerAttention | None, cache: Any) -> Hidden:
+    def run(self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Any) -> Hidden:
         """See `nn.execution.Runner`."""
         plain = not want_states and backend is None
         if cache is None and plain and (size := self._bucket(inputs)) is not None:
             return Hidden(self._recorded(size, lambda: _Short(self, size), inputs))
-        weights: AttentionWeights | None = None if backend is None else {}
+        weights: AttentionWeights | None = {} if isinstance(backend, EagerAttention) else None
         attends = attend_by_kind(self.config, inputs.packing, backend or self.backend, self.dtype, cache, weights)
         if cache is not None and plain and inputs.ids_T is not None and not self._is_dynamic:
             steps = {kind: x.as_steps() for kind, x in attends.items() if isinstance(x, Continuation)}
