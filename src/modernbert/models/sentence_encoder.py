@@ -22,6 +22,7 @@ from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.io.checkpoint import read_weights, weight_files, weight_names, write_weights
 from modernbert.io.files import write_text
 from modernbert.io.hub import Source
+from modernbert.models.adapters import with_base
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.formats import Quantization, weight_format
 from modernbert.models.sentence_layout import (
@@ -227,12 +228,14 @@ class SentenceEncoder(nn.Module):
         Args:
             pretrained_model_name_or_path: in sentence-transformers' layout, or a bare encoder's, which is pooled by the
                 mean.
-            kwargs: see `PreTrainedModel.from_pretrained`.
+            kwargs: see `PreTrainedModel.from_pretrained`. An `adapter` is the encoder's, which switches:
+                `encoder.model.set_adapter(name)`.
 
         Raises:
             NotFoundError: there is no such folder, repository or file.
             CheckpointError: the layout has parts that are not known here.
         """
+        pretrained_model_name_or_path, kwargs = with_base(pretrained_model_name_or_path, kwargs)
         quantization = kwargs.pop("quantization_config", None)
         if quantization is not None:  # with the tokenizer of the whole folder
             encoder = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -342,7 +345,7 @@ class SentenceEncoder(nn.Module):
 
 def _refuse_decoder(source: Source) -> None:
     """Raise `CheckpointError` if the model is a decoder, which has no vectors of texts here."""
-    model_type = source.read_json("config.json").get("model_type")
+    model_type = source.holding("config.json").read_json("config.json").get("model_type")
     if model_type == ModernBertDecoderConfig.model_type:
         where = source.folder or source.name_or_folder
         raise CheckpointError(
