@@ -33,6 +33,7 @@ ENVIRONMENTS = {
         *("pylate==1.6.0", "sentence-transformers==5.3.0", *OF_5_3),
         *("fast-plaid==1.4.6.2110", "fastkmeans==0.5.0", "ujson==5.12.0"),
     ),
+    "peft-0.14": ("peft==0.14.0", "huggingface_hub==0.36.2", "transformers==4.48.3", "tokenizers==0.21.4"),
     "setfit": ("setfit==1.2.0", "evaluate==0.4.6", "sentence-transformers==5.7.0", *OF_4, "datasets==4.4.1"),
     "gliner": (
         *("gliner==0.2.29", "sentencepiece==0.2.3"),

@@ -72,7 +72,8 @@ class LowRank:
 
     def moved(self, device: torch.device) -> LowRank:
         """The same on another device."""
-        return dataclasses.replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **moved)
 
     def on(self, module: Any) -> LowRank:
         """The same, ready for a layer, whose weight may be quantized."""
