@@ -57,7 +57,8 @@ TEXTS, QUERY, heads = wanted["texts"], wanted["query"], wanted["heads"]
 batch = {k: torch.from_numpy(v) for k, v in np.load(folder / "batch.npz").items()}
 found, report = {}, {"transformers": transformers.__version__}
 def answer(model, name):
-    given = {**batch, "input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, model.config.pad_token_id)}
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, model.config.pad_token_id)
+    given = {**batch, "input_ids": ids}
     given = {k: v[:, None].repeat(1, 2, 1) for k, v in given.items()} if "Choice" in name else given
     with torch.no_grad():
         out = model.eval()(**given)

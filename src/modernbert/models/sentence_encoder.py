@@ -301,7 +301,11 @@ class SentenceEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in sentence-transformers' layout; the tokenizer is saved beside it by its own method."""
-        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.save_layout(Path(folder))
+
+    def save_layout(self, folder: Path) -> None:
+        """Write all parts but the encoder, and what names them."""
         base = "sentence_transformers.models."
         parts: list[tuple[str, dict[str, Any], nn.Module | None]] = []
         settings = self.settings
@@ -320,7 +324,6 @@ class SentenceEncoder(nn.Module):
             parts.append(("Pooling", {**pooling_keys(settings), "word_embedding_dimension": self.width}, None))
         for part in self.after_pooling:
             add(part, "sentence_embedding")
-        self.model.save_pretrained(folder)
         modules = [{"idx": 0, "name": "0", "path": "", "type": f"{base}Transformer"}]
         for i, (kind, config, module) in enumerate(parts, 1):
             path = f"{i}_{kind}"

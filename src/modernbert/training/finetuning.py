@@ -15,7 +15,7 @@ from modernbert.io.files import write_text
 from modernbert.io.tables import parse_columns
 from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
-from modernbert.training.adapters import add_adapters, has_adapters, merged
+from modernbert.training.adapters import add_adapters, complete, has_adapters, merged
 from modernbert.training.examples import ExampleFeed
 from modernbert.training.model import products, stored_in
 from modernbert.training.run import Finished, started
@@ -184,6 +184,7 @@ def _save(result: Finetuned, task: Task) -> None:
     if has_adapters(result.model):
         task.save(result.model, folder / "adapter")
         result.model = merged(result.model)
+        complete(folder / "adapter", result.model)
     task.save(result.model, folder)
     if evaluation is not None and evaluation.predictions:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
