@@ -228,6 +228,19 @@ class AdapterFolder:
         shapes = [shape for name, (_, shape, _) in self.tensors.items() if _plain_name(name) == "classifier.weight"]
         return shapes[0][0] if shapes and len(shapes[0]) == 2 else None
 
+    def labelling(self, scores: int | None) -> dict[str, Any]:
+        """What a configuration is to say of labels, where its classifier gives so many scores.
+
+        A run of fine-tuning here leaves a `config.json` with their names beside the adapter.
+        """
+        if scores is None or not self.labels:
+            return {}
+        saved = self.source.read_json("config.json") if self.source.find("config.json") is not None else {}
+        names = saved.get("id2label")
+        if isinstance(names, dict) and len(names) == self.labels:
+            return {key: saved[key] for key in ("id2label", "label2id", "problem_type") if saved.get(key) is not None}
+        return {} if scores == self.labels else {"num_labels": self.labels}
+
     def _of_layer(self, field: str, otherwise: str, layer: str) -> Any:
         """A layer's rank or alpha: of the first pattern that the end of its name fits, or else that of all."""
         patterns = self.config.get(field) or {}

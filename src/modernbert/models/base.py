@@ -355,8 +355,7 @@ class PreTrainedModel(WithAdapters, Saved, nn.Module):
         if first is not None and first.labels and not config_overrides.keys() & {"num_labels", "id2label"}:
             with torch.device("meta"):
                 scores = getattr(getattr(cls(config, **more), "classifier", None), "out_features", None)
-            if scores not in (None, first.labels):
-                config = config.overridden({"num_labels": first.labels})
+            config = config.overridden(first.labelling(scores))
         record = weight_format().of_config(config)
         if quantization is not None and record is not None:
             raise ValueError(f"{origin} is quantized already, as {record.scheme}")
