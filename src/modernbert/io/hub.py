@@ -69,6 +69,13 @@ def check_name(path: str, what: str, where: object) -> None:
         raise CheckpointError(f"{where} names the {what} {shown(path)}, which can be no {what}'s name")
 
 
+def cache_folder() -> tuple[Path, bool]:
+    """Where the Hub's client keeps what it downloads, and whether it was told to stay offline."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE), bool(constants.HF_HUB_OFFLINE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A local folder or a repository on the Hub, and how to reach it.

@@ -228,6 +228,15 @@ class AdapterFolder:
         shapes = [shape for name, (_, shape, _) in self.tensors.items() if _plain_name(name) == "classifier.weight"]
         return shapes[0][0] if shapes and len(shapes[0]) == 2 else None
 
+    def summary(self) -> dict[str, Any]:
+        """What it is, in plain values."""
+        of_layers = [found for name in self.tensors if (found := _LOW_RANK.fullmatch(_plain_name(name)))]
+        layers = sorted({found[1].rpartition(".")[2] for found in of_layers})
+        numbers = sum(math.prod(shape) for _, shape, _ in self.tensors.values())
+        kinds = {"dora": self.config.get("use_dora"), "rank-stabilized": self.config.get("use_rslora")}
+        named = ", ".join(["LoRA", *(name for name, on in kinds.items() if on)])
+        return {"kind": named, "rank": self.config.get("r", 8), "layers": ", ".join(layers), "numbers": numbers}
+
     def labelling(self, scores: int | None) -> dict[str, Any]:
         """What a configuration is to say of labels, where its classifier gives so many scores.
 

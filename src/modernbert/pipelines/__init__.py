@@ -128,10 +128,12 @@ def pipeline(
 
 
 def task_of(model: Any, kwargs: dict[str, Any]) -> str:
-    """The task of a model's head."""
+    """The task of a model's head, or of the head that an adapter brings."""
     from modernbert.auto import kind_of, kind_of_adapter
+    from modernbert.models.adapters import with_base
     from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, contents_of
 
+    model, kwargs = with_base(model, kwargs)
     if isinstance(model, str | Path):
         source = Source.pop_from(model, dict(kwargs))
         contents = contents_of(source)
