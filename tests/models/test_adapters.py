@@ -233,6 +233,8 @@ def edited(folder, to, **changes):
         ({"use_dora": True}, "has none as lora magnitude_vector"),
         ({"lora_alpha": "high"}, "has lora_alpha 'high'; it must be a number"),
         ({"rank_pattern": {"(": 4}}, "has the rank_pattern '\\('"),
+        ({"alpha_pattern": {"(a+)+b": 4}}, r"has the alpha_pattern '\(a\+\)\+b'; a group in it may not be repeated"),
+        ({"rank_pattern": [4]}, r"has r \[4\]; it must be a number"),
     ],
 )  # fmt: skip
 def test_what_would_change_the_result_is_refused_by_its_name(two, tmp_path, changes, message):
@@ -251,6 +253,7 @@ def test_what_callers_get_wrong_is_one_line(two, tmp_path):
         lambda: model.load_adapter(folders["b"], "a"): "adapter_name is 'a', which is taken",
         lambda: model.save_pretrained(tmp_path / "x"): r"save_pretrained is for the weights alone, .* adapters \(a\)",
         lambda: model.prune_heads({0: [1]}): "prune_heads is for the weights alone",
+        lambda: modernbert.quantize(model, "int8"): "quantize is for the weights alone",
         lambda: load(base, adapter=[folders["a"]]): "adapter is .*; give a folder or repository, or a dict",
         lambda: load(base, adapter=folders, merge_adapter=True): "merge_adapter is True with 2 adapters",
         lambda: load(folders["a"], adapter=folders["b"]): "is an adapter itself, and adapter is given, too",

@@ -63,6 +63,11 @@ def test_an_adapter_s_folder_says_its_task_its_base_and_its_tokenizer(adapters):
     assert by_folder.task == "text-classification"
     named = pipeline("text-classification", small_model(), adapter=adapters["classifier"], dtype="float32")
     assert by_folder(TEXTS) == named(TEXTS)
+    by_folder.model.config_to_save().save_pretrained(adapters["classifier"])  # as our runs of fine-tuning leave it
+    configured = pipeline(model=adapters["classifier"], dtype="float32")
+    (adapters["classifier"] / "config.json").unlink()
+    assert configured(TEXTS) == named(TEXTS)
+    assert configured.model.adapter_names == []
     assert len(by_folder(TEXTS, top_k=9)[0]) == 3
     assert pipeline(model=adapters["vectors"]).task == "fill-mask"  # its base's, whose head it leaves
     assert modernbert.AutoTokenizer.from_pretrained(adapters["vectors"]).mask_token == "[MASK]"
@@ -85,4 +90,9 @@ def test_commands_take_an_adapter(adapters, tmp_path, capsys):
     by_folder = called(capsys, *common, adapters["writer"])
     assert by_folder == called(capsys, *common, small_model("decoder"), "--adapter", adapters["writer"])
     assert by_folder[0] == 0
+    how = ["--scheme", "int8-weight-only", "--min-cosine", "0.1", "--output", tmp_path / "int8"]
+    code, _, err = called(capsys, "quantize", adapters["vectors"], *how)
+    assert code == 0, err
+    rounded = pipeline("sentence-embedding", tmp_path / "int8")(TEXTS)
+    assert np.abs(rounded - serve(TEXTS)).mean() < 0.3 * np.abs(rounded - pipeline("sentence-embedding")(TEXTS)).mean()
     assert by_folder[1] != called(capsys, *common, small_model("decoder"))[1]

@@ -46,6 +46,7 @@ _IDLE = {
 _INITIALIZED = (True, False, "gaussian", "eva", "orthogonal")
 _LOW_RANK = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?")
 _WRAPPERS = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\.))?|\.base_layer")
+_REPEATED = re.compile(r"\)\s*[*+{]")  # of such patterns, some never end
 _HEADS = ("head.", "lm_head.", "decoder.", "classifier.")
 
 AdapterSource = str | Path | Source
@@ -254,6 +255,10 @@ class AdapterFolder:
         """A layer's rank or alpha: of the first pattern that the end of its name fits, or else that of all."""
         patterns = self.config.get(field) or {}
         for pattern, value in patterns.items():
+            if _REPEATED.search(pattern):
+                raise CheckpointError(
+                    f"{self.name} has the {field} {shown(pattern)}; a group in it may not be repeated"
+                )
             try:
                 if re.fullmatch(rf"(.*\.)?({pattern})", layer):
                     return value
@@ -288,7 +293,6 @@ class AdapterFolder:
             if found := _LOW_RANK.fullmatch(name):
                 layer, part, leaf = found.groups()
                 parts.setdefault(placed(layer), {})[part if leaf != "bias" else "bias"] = tensor
-                parts[placed(layer)]["named"] = torch.empty(0)
             elif placed(name) in parameters and keeps:
                 values[placed(name)] = tensor
             elif not (name.startswith(_HEADS) and keeps):  # of another head, as in checkpoints
@@ -572,17 +576,28 @@ class WithAdapters:
             )
 
 
+def merge_adapters(model: nn.Module) -> None:
+    """Add to the weights for good what acts beside them in a model or in its parts, such as what a folder held."""
+    for part in list(model.modules()):
+        if isinstance(part, WithAdapters) and part.adapter_names:
+            part.merge_and_unload()
+
+
 def _check_mergeable(model: Any, acting: Sequence[Adapter]) -> None:
-    users: dict[Tensor, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        users[parameter] = users.get(parameter, 0) + 1
+    tied = {*model.tied_weights, *model.tied_weights.values()} if model.config.tie_word_embeddings else set[str]()
+    for adapter in acting:
+        if shared := sorted(tied & adapter.values.keys()):
+            raise InputError(
+                f"an adapter's {shared[0]} cannot be merged; the model's embedding and output share one weight "
+                "(tie_word_embeddings). Unmerged it acts as well"
+            )
     for layer in dict.fromkeys(layer for adapter in acting for layer in adapter.low):
         module = model.get_submodule(layer)
         weight, low = module._parameters.get("weight"), [a.low[layer] for a in acting if layer in a.low]
         why = None
         if weight is None:
             why = "its weight is quantized: merge first, and quantize what comes out"
-        elif users[weight] > 1:
+        elif f"{layer}.weight" in tied:
             why = "its weight is the token embedding's, too (tie_word_embeddings)"
         elif any(one.bias_O is not None for one in low) and module._parameters.get("bias") is None:
             why = "it has no bias, and the adapter has one for it"

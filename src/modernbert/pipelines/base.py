@@ -191,7 +191,8 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             tokenizer = model if tokenizer is None else tokenizer
             cls._check_architecture(model, places, loading.get("adapter"))
             loading |= {} if config is None else {"config": config}
-            if loading.get("adapter") is not None and not isinstance(loading["adapter"], Mapping):
+            source, given = Source.pop_from(model, dict(places)), loading.get("adapter")
+            if (source.folder is not None and source.is_adapter) or (given and not isinstance(given, Mapping)):
                 loading.setdefault("merge_adapter", True)  # it is served alone, and kernels then run whole layers
             model = cls.auto_model.from_pretrained(model, device=device, dtype=dtype, **places, **loading)
             model.optimize_for_inference()

@@ -13,6 +13,7 @@ import torch
 from modernbert.errors import InputError
 from modernbert.io.files import write_text
 from modernbert.io.tables import parse_columns
+from modernbert.models.adapters import merge_adapters
 from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
 from modernbert.training.adapters import add_adapters, complete, has_adapters, merged
@@ -88,6 +89,7 @@ def finetune(
         worker.fit_labels([*train_rows, *eval_rows] if is_held_out else train_rows)
         torch.manual_seed(run.options.seed)  # of what the task needs and the checkpoint lacks
         loaded = worker.load(name, run.options)
+        merge_adapters(loaded)
         worker.set_tokenizer(worker.load_tokenizer(name, run.options), loaded.config.max_position_embeddings)
         examples = worker.prepare(train_rows, True)
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []

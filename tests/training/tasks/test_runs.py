@@ -255,6 +255,9 @@ def test_a_run_leaves_adapters_that_peft_loads_onto_transformers_models_and_we_o
         assert ours.config.id2label == run.model.config.id2label
         for model in (ours, getattr(modernbert, kind).from_pretrained(folder, adapter=adapter)):
             torch.testing.assert_close(model(x).logits, wanted, rtol=1e-4, atol=1e-4)
+    more = finetune(task, rows(20), output=tmp_path / "more", model=adapter, max_steps=1, lr=1e-9, progress=False)
+    with torch.no_grad():  # what goes on from an adapter goes on from the merged model
+        torch.testing.assert_close(more.model(x).logits, wanted, rtol=1e-4, atol=1e-3)
     serve = modernbert.pipeline(model=adapter, dtype="float32")
     assert serve.task == {"causal-lm": "text-generation"}.get(task, task)
     if task != "causal-lm":
