@@ -10,7 +10,8 @@ import modernbert
 from modernbert import quantization
 from modernbert.config import Config
 from modernbert.errors import ConfigError, InputError, shown
-from modernbert.io.hub import Source
+from modernbert.io.hub import ADAPTER, Source
+from modernbert.models.adapters import with_base
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, contents_of
@@ -55,6 +56,31 @@ def _known_class(values: Mapping[str, Any]) -> tuple[str | None, str | None]:
 def kind_of(values: Mapping[str, Any]) -> str | None:
     """The kind of model that the content of a `config.json` names under `architectures`, such as "masked-lm"."""
     return _known_class(values)[0]
+
+
+# As PEFT names the tasks of adapters that bring a head.
+_TASK_TYPES = {
+    "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "causal-lm",
+}
+
+
+def kind_of_adapter(adapter: Any) -> str | None:
+    """The kind of model that an adapter makes of its base; None where it does not say, or leaves the base's head.
+
+    Args:
+        adapter: as `from_pretrained` takes it; of several the first counts.
+    """
+    first = next(iter(adapter.values()), None) if isinstance(adapter, Mapping) else adapter
+    if not isinstance(first, str | Path | Source):
+        return None
+    source = first if isinstance(first, Source) else Source(first)
+    if source.find("config.json") is not None:
+        return kind_of(source.read_json("config.json"))
+    task = source.read_json(ADAPTER).get("task_type")
+    return _TASK_TYPES.get(task) if isinstance(task, str) else None
 
 
 class AutoConfig:
@@ -185,6 +211,7 @@ def load_as_saved(name_or_folder: str | Path, **kwargs: Any) -> Any:
     A folder of sentence-transformers' encoders becomes a `SentenceEncoder`; one of its cross-encoders keeps its head.
     For arguments and errors see `PreTrainedModel.from_pretrained`.
     """
+    name_or_folder, kwargs = with_base(name_or_folder, kwargs)
     source = Source.pop_from(name_or_folder, dict(kwargs))
     contents = contents_of(source)
     contents.refuse_unserved()
@@ -192,7 +219,7 @@ def load_as_saved(name_or_folder: str | Path, **kwargs: Any) -> Any:
         return SentenceEncoder.from_pretrained(name_or_folder, **kwargs)
     kwargs["subfolder"] = source.inside(contents.inner).subfolder
     config = AutoConfig.from_pretrained(name_or_folder, **_where(kwargs))
-    models = _MODELS[kind_of(config.extra) or "base"]
+    models = _MODELS[kind_of_adapter(kwargs.get("adapter")) or kind_of(config.extra) or "base"]
     if config.model_type not in models:
         head = shown(config.extra.get("architectures"))
         raise ConfigError(f"{name_or_folder} has model_type {config.model_type!r}, which has no {head}")

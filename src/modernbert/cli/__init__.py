@@ -11,6 +11,7 @@ import typer
 from modernbert import __version__
 from modernbert.cli.bench import bench
 from modernbert.cli.convert import convert
+from modernbert.cli.doctor import doctor
 from modernbert.cli.explain import attention, attribution
 from modernbert.cli.finetune import finetune
 from modernbert.cli.flags import Command
@@ -33,6 +34,7 @@ app.command("embed")(embed)
 app.command("score")(score)
 app.command("serve")(serve)
 app.command()(info)
+app.command()(doctor)
 app.command()(bench)
 app.command()(attention)
 app.command()(attribution)

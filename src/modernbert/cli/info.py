@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from modernbert.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def info(
@@ -32,19 +37,30 @@ def info(
         _show(found)
 
 
-def _show(found: dict[str, Any]) -> None:
+def table_of(values: Mapping[str, Any]) -> Table:
+    """Names and values in two columns; more rows may follow."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
     table.add_column(style="dim")
     table.add_column()
+    for name, value in values.items():
+        _add(table, name, value)
+    return table
 
-    def add(name: str, value: Any) -> None:
-        table.add_row(Text(printable(name)), Text(printable(_cell(value), keep="\n")))
 
+def _add(table: Table, name: str, value: Any) -> None:
+    from rich.text import Text
+
+    table.add_row(Text(printable(name)), Text(printable(_cell(value), keep="\n")))
+
+
+def _show(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    table = table_of({})
+    add = functools.partial(_add, table)
     for section, prefix in (("model", ""), ("architecture", ""), ("tokenizer", "tokenizer ")):
         for name, value in found[section].items():
             add(f"{prefix}{name}", value)
@@ -56,7 +72,7 @@ def _show(found: dict[str, Any]) -> None:
     if "labels" in found:
         labels = list(found["labels"].values())
         add("labels", f"{len(labels)}: {', '.join(labels[:12])}{', ...' if len(labels) > 12 else ''}")
-    for name in ("parts", "not served"):
+    for name in ("parts", "adapter", "not served"):
         if name in found:
             add(name, found[name])
     for name, size in found["files"].items():
@@ -74,4 +90,6 @@ def _cell(value: Any) -> str:
         return ", ".join(f"{key} {_cell(inner)}" for key, inner in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,.10g}" if isinstance(value, int | float) else str(value)

@@ -33,6 +33,7 @@ def quantize(
     from modernbert.io.files import making, write_text
     from modernbert.io.hub import Source
     from modernbert.io.tables import read_records, text_in
+    from modernbert.models.adapters import merge_adapters
     from modernbert.models.sentence_layout import CROSS_ENCODER, SETTINGS, contents_of
     from modernbert.quantization.gate import quantize as act
     from modernbert.quantization.options import QuantizationConfig
@@ -50,18 +51,20 @@ def quantize(
         rows = enumerate(read_records(texts), 1)
         given = [text_in(row, column or "text", f"{texts}, row {number},") for number, row in rows]
     tokenizer = None
-    if given is not None or Source(source, revision).find("tokenizer.json") is not None:
+    where = Source(source, revision)
+    if given is not None or where.holding("tokenizer.json").find("tokenizer.json") is not None:
         tokenizer = Tokenizer.from_pretrained(source, revision=revision)
     else:
         typer.echo(f"{source} has no tokenizer.json; the cost is measured on ids drawn at random", err=True)
     model = load_as_saved(source, revision=revision)
+    merge_adapters(model)
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     act(model, config, tokenizer=tokenizer, texts=given, report=lambda line: typer.echo(line, err=True))
     with making(output) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        contents = contents_of(Source(source, revision))
+        contents = contents_of(where.holding("config.json"))
         if contents.kind == CROSS_ENCODER and contents.about:  # its activation and its prompts
             write_text(temporary / SETTINGS, json.dumps(contents.about, indent=2) + "\n")
     after = sum(path.stat().st_size for path in output.glob("*.safetensors"))

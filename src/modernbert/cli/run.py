@@ -68,6 +68,9 @@ class Answering:
         None, "Type of the weights: auto, float32, bfloat16 or float16.", otherwise="the checkpoint's"
     )
     revision: str | None = option(None, "Branch, tag or commit of the repository.", otherwise="the newest")
+    adapter: str | None = option(
+        None, "Folder or repository of a LoRA adapter to merge into the model.", otherwise="none"
+    )
     attn_implementation: str | None = option(
         None, "Attention: eager, sdpa, native, flash_attention_2 or flex_attention.", otherwise="a fast one"
     )
@@ -86,7 +89,7 @@ class Answering:
 
         self.check()
         task = "fill-mask" if self.task is None and self.model is None else self.task
-        loading = {name: getattr(self, name) for name in ("revision", "attn_implementation", "batch_tokens")}
+        loading = {name: getattr(self, name) for name in ("revision", "adapter", "attn_implementation", "batch_tokens")}
         loading = {name: value for name, value in loading.items() if value is not None}
         serve: Any = pipeline(task, self.model, self.tokenizer, self.device, self.dtype, **loading)
         options = self.options_of(serve, given)
@@ -149,6 +152,8 @@ class Answering:
         pairs, total, job = self.inputs(serve.task)
         job |= {"task": serve.task, "model": self.model, "dtype": self.dtype, "tokenizer": self.tokenizer}
         job |= {"the model's content": checkpoint_fingerprint(self.model, self.revision), "options": options}
+        if self.adapter is not None:
+            job |= {"adapter": self.adapter, "the adapter's content": checkpoint_fingerprint(self.adapter, None)}
         tally, refused = Tally("input", "answered"), Tally("document", "ranked")
         if serve.task == "text-ranking" and (self.texts or self.fixed):
             pairs = (self.ranked(serve, pair, options, refused) for pair in pairs)

@@ -582,7 +582,8 @@ class Config(Saved, abc.ABC):
         if path.is_file() and path.suffix == ".json":
             Source.pop_from(path, kwargs)
             return read_object(path), kwargs
-        return Source.pop_from(pretrained_model_name_or_path, kwargs).read_json("config.json"), kwargs
+        source = Source.pop_from(pretrained_model_name_or_path, kwargs).holding("config.json")
+        return source.read_json("config.json"), kwargs
 
     @classmethod
     def from_json_file(cls, json_file: str | Path) -> Self:

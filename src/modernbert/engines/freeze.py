@@ -33,7 +33,13 @@ class FloatLinear:
     """How linear layers whose weight is a parameter are laid out for kernels, and restored.
 
     Other kinds of linear layers are subclasses; see `register_linear`.
+
+    Attributes:
+        in_engine: whether an engine runs layers with these weights.
+        one_by_one: whether a layer by itself is laid out, too, where no engine runs them all.
     """
+
+    in_engine = one_by_one = True
 
     def shape(self, module: Any) -> tuple[int, int]:
         """Of a layer's weight, (outputs, inputs); zeros where it has none of its own."""
@@ -67,6 +73,10 @@ class FloatLinear:
         if cpu.serving(weight_OI.dtype, weight_OI.device) is not None:
             return NativeWeight(weight_OI, bias_O, gated)
         return OneDnnWeight(weight_OI, bias_O)
+
+    def served(self, module: Any, multiply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What a layer that is laid out by itself computes, by the product with what is laid out."""
+        return multiply
 
     def restored(self, module: Any, laid: Any, outputs: slice) -> dict[str, Callable[[], Any]]:
         """By name what makes each parameter and attribute anew that a layer lost to those outputs of what is laid out.
@@ -115,7 +125,7 @@ def freeze(model: nn.Module, backbone: Backbone) -> None:
 
 
 def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone) -> None:
-    kind, inner = _LINEAR[Linear], set(backbone.modules()) - {backbone}
+    inner = set(backbone.modules()) - {backbone}
     compiled = {module for module in inner if isinstance(module, MLP)} if backbone.config.reference_compile else set()
     left_out = {module for mlp in compiled for module in mlp.modules()}  # the compiler reads plain weights
     owners: dict[Tensor, set[nn.Module]] = {}
@@ -131,13 +141,14 @@ def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone) -> None:
         own = all(owners[parameter] <= {module} | shared for parameter in _owned(module))
         return own and module not in left_out and _is_quiet(module)
 
-    linear = [m for m in model.modules() if type(m) is Linear and is_free(m) and kind.serves([m], gated=False)]
+    kinds = {module: kind for module in model.modules() if (kind := _LINEAR.get(type(module))) and kind.one_by_one}
+    linear = [m for m, kind in kinds.items() if is_free(m) and kind.serves([m], gated=False)]
     outside = set(linear) - inner
     engine = _engine_of(backbone) if table is not None and not left_out else None
     if any(not owners[p] <= {m} | (outside if m is embedding else shared) for m in inner for p in _owned(m)):
         engine = None
     # An output that shares the embedding's weight is laid out while that still has its numbers.
-    tied = {m: kind.lay_out([m], gated=False) for m in linear if any(embedding in owners[p] for p in _owned(m))}
+    tied = {m: kinds[m].lay_out([m], gated=False) for m in linear if any(embedding in owners[p] for p in _owned(m))}
     # Another output, or one of a model around this one, may compute with the embedding's weight, which then stays.
     users = {owner for parameter in _owned(embedding) for owner in owners[parameter]}
     alone = users <= {embedding, *linear} and (model is not backbone or not backbone.embeddings.is_tied)
@@ -146,9 +157,10 @@ def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone) -> None:
         frozen.guard(embedding, serve, hold=alone)
     for module in linear:
         if engine is None or module in outside:
+            kind = kinds[module]
             laid = tied[module] if module in tied else kind.lay_out([module], gated=False)
             multiply = functools.partial(_multiply, laid, kind.shape(module)[1], _owned(module)[0].dtype)
-            _take(frozen, [module], laid, multiply)
+            _take(frozen, [module], laid, kind.served(module, multiply))
     for module in model.modules():
         if type(module) is nn.LayerNorm and (engine is None or module not in inner) and is_free(module):
             weight, bias = (None if p is None else p.data for p in (module.weight, module.bias))
@@ -259,7 +271,7 @@ def _is_as_made(backbone: Backbone) -> bool:
         kind = _LINEAR.get(kinds.pop()) if len(kinds) == 1 else None
         shapes = () if kind is None else [kind.shape(part) for part in parts]
         fits = all(shape == (outputs // len(parts), inputs) for shape in shapes)
-        return kind is not None and fits and kind.serves(parts, gated)
+        return kind is not None and kind.in_engine and fits and kind.serves(parts, gated)
 
     embeddings = backbone.embeddings
     drops = [embeddings.drop]

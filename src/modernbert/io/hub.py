@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import re
@@ -70,6 +71,13 @@ def check_name(path: str, what: str, where: object) -> None:
         raise CheckpointError(f"{where} names the {what} {shown(path)}, which can be no {what}'s name")
 
 
+def cache_folder() -> tuple[Path, bool]:
+    """Where the Hub's client keeps what it downloads, and whether it was told to stay offline."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE), bool(constants.HF_HUB_OFFLINE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A local folder or a repository on the Hub, and how to reach it.
@@ -109,7 +117,8 @@ class Source:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of a `from_pretrained` that reads from here."""
-        return {"pretrained_model_name_or_path" if n == "name_or_folder" else n: v for n, v in vars(self).items()}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"pretrained_model_name_or_path": values.pop("name_or_folder"), **values}
 
     @property
     def folder(self) -> Path | None:
@@ -218,13 +227,44 @@ class Source:
             raise NotFoundError(f"{self.folder or f'repository {self.name_or_folder}'} holds no {filename}")
         return path
 
+    @functools.cached_property
+    def is_adapter(self) -> bool:
+        """Whether it holds an adapter; the Hub is asked once."""
+        return self.exists(ADAPTER)
+
     def refuse_adapter(self) -> None:
         """Raise `CheckpointError` if there is an adapter, which would be left out in silence."""
-        if self.exists(ADAPTER):
+        if self.is_adapter:
             raise CheckpointError(
-                f"{self.folder or self.name_or_folder} holds an adapter ({ADAPTER}), which is not read here; merge it "
-                "into its model with PEFT and save that: model.merge_and_unload().save_pretrained(folder)"
+                f"{self.folder or self.name_or_folder} holds an adapter ({ADAPTER}), which changes what other weights "
+                "give; load it onto its base: from_pretrained(base, adapter=...)"
             )
+
+    def base_of_adapter(self) -> Source | None:
+        """The checkpoint that an adapter says it was trained on; None if there is no adapter here.
+
+        Raises:
+            CheckpointError: it names none.
+            NotFoundError: it names a folder that is not on this disk.
+        """
+        if not self.is_adapter:
+            return None
+        values, here = self.read_json(ADAPTER), str(self.folder or self.name_or_folder)
+        base = values.get("base_model_name_or_path")
+        give = f"give its base: from_pretrained(base, adapter={here!r})"
+        if not isinstance(base, str) or not base:
+            raise CheckpointError(f"{here} holds an adapter ({ADAPTER}) with base_model_name_or_path {base!r}; {give}")
+        if not _REPOSITORY.fullmatch(base) and not Path(base).expanduser().is_dir():
+            raise NotFoundError(f"{here} holds an adapter of {shown(base)}, and there is no such folder here; {give}")
+        revision = values.get("revision")
+        revision = revision if isinstance(revision, str) else None
+        return dataclasses.replace(self, name_or_folder=base, revision=revision, subfolder="")
+
+    def holding(self, filename: str) -> Source:
+        """This source; or if it lacks a file and is an adapter, its base, which is used with that file."""
+        if self.find(filename) is not None:
+            return self
+        return self.base_of_adapter() or self
 
     def read_json(self, filename: str) -> dict[str, Any]:
         """Parse a JSON file that holds one object; raises `CheckpointError` if it does not, or there is none."""

@@ -28,6 +28,7 @@ from modernbert.io.checkpoint import (
     write_weights,
 )
 from modernbert.io.hub import Saved, Source, drop_meaningless
+from modernbert.models.adapters import AdapterSource, WithAdapters, as_named
 from modernbert.models.formats import KEY, Quantization, weight_format
 from modernbert.models.initialization import around_mean, initialize, initialize_weight
 from modernbert.models.loading import check_layers, load_weights
@@ -38,15 +39,12 @@ from modernbert.nn.recompute import Recompute
 
 logger = logging.getLogger(__name__)
 
-_WITH_PEFT = "adapters are PEFT's: peft.get_peft_model(model, peft.LoraConfig(...))"
+_WITH_PEFT = "PEFT trains adapters: peft.get_peft_model(model, peft.LoraConfig(...)); load_adapter loads what it saves"
 _MASKS = "models take the mask (batch, sequence) as it is"
 _POSITIONS = "positions are rotary, and have no embedding to resize"
 # What models of transformers have and these have not, and what serves here.
 _INSTEAD = {
-    **dict.fromkeys(
-        ("add_adapter", "set_adapter", "disable_adapters", "enable_adapters", "active_adapters"), _WITH_PEFT
-    ),
-    "load_adapter": "adapters are PEFT's: peft.PeftModel.from_pretrained(model, folder)",
+    "add_adapter": _WITH_PEFT,
     **dict.fromkeys(("get_extended_attention_mask", "invert_attention_mask"), _MASKS),
     **dict.fromkeys(("get_position_embeddings", "resize_position_embeddings"), _POSITIONS),
     "dequantize": "load the float checkpoint, which rounding has not changed",
@@ -56,7 +54,7 @@ _INSTEAD = {
 }
 
 
-class PreTrainedModel(Saved, nn.Module):
+class PreTrainedModel(WithAdapters, Saved, nn.Module):
     """Base of all models.
 
     A model with a head keeps its encoder in `model`; the encoder is its own `base_model`.
@@ -262,6 +260,8 @@ class PreTrainedModel(Saved, nn.Module):
         device_map: Any = None,
         attn_implementation: str | None = "auto",
         quantization_config: Any = None,
+        adapter: AdapterSource | Mapping[str, AdapterSource] | None = None,
+        merge_adapter: bool = False,
         load_in_8bit: bool = False,
         load_in_4bit: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
@@ -285,7 +285,7 @@ class PreTrainedModel(Saved, nn.Module):
 
         Args:
             pretrained_model_name_or_path: a folder, or a repository id such as "answerdotai/ModernBERT-base"; None with
-                `config` and `state_dict`.
+                `config` and `state_dict`. One that holds a LoRA adapter is loaded together with the base that it names.
             config: a configuration, or where to read it, to use instead of the checkpoint's own.
             dtype: a torch dtype or its name; "auto" and None take the checkpoint's, which is right for inference.
                 float16 becomes float32 on a CPU, with a warning. For training give "float32": in bfloat16 and float16
@@ -297,6 +297,11 @@ class PreTrainedModel(Saved, nn.Module):
             quantization_config: quantize after loading: "int8", "int4", "int8-weight-only", "int4-weight-only", a
                 `QuantizationConfig`, or a `BitsAndBytesConfig`. What it costs is measured, on the CPU; see
                 `modernbert.quantize`. On a GPU torchao's kernels serve, and nothing is measured.
+            adapter: a folder or repository of a LoRA adapter that PEFT saved, or a dict of several by names of your
+                own, of which the first acts until `set_adapter`; see `load_adapter`. A classifier in it says how many
+                labels there are, unless `num_labels` does.
+            merge_adapter: add the one adapter to the weights for good, before anything is quantized; see
+                `merge_and_unload`.
             load_in_8bit, load_in_4bit: older spelling of `quantization_config="int8"` and "int4".
             state_dict: weights by their names, instead of the checkpoint's.
             ignore_mismatched_sizes: give random values to weights for which the checkpoint has another shape.
@@ -329,6 +334,15 @@ class PreTrainedModel(Saved, nn.Module):
         place |= {"local_files_only": local_files_only, "force_download": force_download}
         config_overrides |= {name: value for name, value in place.items() if value is not None}
         source = Source.pop_from(pretrained_model_name_or_path or "", config_overrides)
+        base = source.base_of_adapter() if pretrained_model_name_or_path and state_dict is None else None
+        if base is not None:
+            if adapter is not None:
+                raise InputError(f"{origin} is an adapter itself, and adapter is given, too; give its base and both")
+            config = config or cls.config_class.from_pretrained(**source.holding("config.json").arguments)
+            source, adapter, origin = base, source, str(base.name_or_folder)
+        adapters = as_named(adapter)
+        if merge_adapter and len(adapters) != 1:
+            raise InputError(f"merge_adapter is True with {len(adapters)} adapters; it needs one")
         stored = None
         if pretrained_model_name_or_path and (config is None or source.find("config.json") is not None):
             stored = cls.config_class.from_dict(source.read_json("config.json"), name_or_path=origin)
@@ -337,6 +351,11 @@ class PreTrainedModel(Saved, nn.Module):
         own = {*inspect.signature(cls.__init__).parameters} & {*config_overrides} - {*config.to_dict()}
         more = {name: config_overrides.pop(name) for name in own}  # arguments of a class of somebody's own
         config = config.overridden(config_overrides)
+        first = next(iter(adapters.values()), None)
+        if first is not None and first.labels and not config_overrides.keys() & {"num_labels", "id2label"}:
+            with torch.device("meta"):
+                scores = getattr(getattr(cls(config, **more), "classifier", None), "out_features", None)
+            config = config.overridden(first.labelling(scores))
         record = weight_format().of_config(config)
         if quantization is not None and record is not None:
             raise ValueError(f"{origin} is quantized already, as {record.scheme}")
@@ -347,6 +366,8 @@ class PreTrainedModel(Saved, nn.Module):
         where = resolve_device(device_map if device is None else device)
         with torch.device("meta"):
             model = cls(config, **more)  # a class of somebody's own may take no more
+        fitting = {name: folder.fit(model) for name, folder in adapters.items()}
+        brought = next(iter(fitting.values())).values if fitting else ()
         if attn_implementation not in (None, "auto"):
             model.set_attn_implementation(attn_implementation)
         kept_in = dtype_of(names) if record is None else resolve_dtype(config.dtype, None, where)
@@ -360,13 +381,18 @@ class PreTrainedModel(Saved, nn.Module):
             given = (state_dict or {}).items()
             return read_weights(files, is_wanted) if state_dict is None else (kv for kv in given if is_wanted(kv[0]))
 
-        info = load_weights(model, origin, read, names, where, wanted, relabelled, ignore_mismatched_sizes)
+        info = load_weights(model, origin, read, names, where, wanted, relabelled, ignore_mismatched_sizes, brought)
         if pretrained_model_name_or_path:
             model.read_more(source)
         if generation_config is not None:
             model.generation_config = generation_config
         model.eval()
+        if merge_adapter:
+            model.attach_adapters(fitting)
+            model.merge_and_unload()
         model = model if quantization is None else weight_format().quantize(model, quantization, source)
+        if fitting and not merge_adapter:
+            model.attach_adapters(fitting)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]
 
     @classmethod
@@ -434,6 +460,8 @@ class PreTrainedModel(Saved, nn.Module):
     def _write(self, folder: Path, options: Mapping[str, Any]) -> list[Path]:
         plain = copy.deepcopy(self) if is_frozen(self) else self
         given, variant = options["state_dict"], options["variant"]
+        if given is None:
+            self.refuse_adapters("save_pretrained")
         weights = nn.Module.state_dict(plain) if given is None else dict(given)
         is_quantized = weight_format().state(self, weights)
         if self.config.tie_word_embeddings:
@@ -539,6 +567,7 @@ class PreTrainedModel(Saved, nn.Module):
             ValueError: the size is below 1, or leaves the padding id outside, or the model is quantized.
         """
         self._refuse_quantized("resize_token_embeddings")
+        self.refuse_adapters("resize_token_embeddings", loaded=True)
         self.thaw()
         embedding = self.get_input_embeddings()
         if new_num_tokens is not None and (not isinstance(new_num_tokens, int) or isinstance(new_num_tokens, bool)):
@@ -596,6 +625,7 @@ class PreTrainedModel(Saved, nn.Module):
             ValueError: no head would be left in a layer, or the model is quantized.
         """
         self._refuse_quantized("prune_heads")
+        self.refuse_adapters("prune_heads", loaded=True)
         pruned = {**self.config.pruned_heads}
         for layer, heads in heads_to_prune.items():
             pruned[layer] = sorted({*pruned.get(layer, []), *heads})
@@ -763,7 +793,11 @@ class PreTrainedModel(Saved, nn.Module):
                 f"an adapter was put on {name!r}, whose weight is the token embedding's (tie_word_embeddings), which "
                 f"merging it would change too; leave it out, with PEFT by exclude_modules=[{name!r}]"
             )
-        if self._frozen is not None and name not in ("_frozen", "runner") and (name != "training" or value):
+        if (
+            self._frozen is not None
+            and name not in ("_frozen", "runner", "_adapters")
+            and (name != "training" or value)
+        ):
             self._frozen.thaw(f"{name!r} of a {type(self).__name__} was set")
         super().__setattr__(name, value)
         if name == "config":

@@ -45,6 +45,7 @@ def load_weights(
     dtype: torch.dtype,
     relabelled: bool,
     ignore_mismatched_sizes: bool = False,
+    brought: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Read a checkpoint into a model on the meta device, one tensor at a time, floats as `dtype`.
 
@@ -56,6 +57,7 @@ def load_weights(
         device, dtype: of the weights.
         relabelled: whether another number of labels is wanted than it has.
         ignore_mismatched_sizes: draw weights anew for which it has another shape.
+        brought: weights that get other values afterwards, so that fresh ones are not worth a word.
 
     Returns:
         What `output_loading_info` gives: the model's names under "missing_keys", the checkpoint's under
@@ -136,7 +138,8 @@ def load_weights(
         model.requires_grad_(False)
     if missing:
         initialize(model, model.config, only=set(missing))
-        logger.warning("%s has no weights for %s; they get random values", origin, listed(missing, most=8))
+        if drawn_for_good := [name for name in missing if name not in set(brought)]:
+            logger.warning("%s has no weights for %s; they get random values", origin, listed(drawn_for_good, most=8))
     return {
         "missing_keys": set(missing) - drawn,
         "unexpected_keys": {*unexpected, *of_other_heads},

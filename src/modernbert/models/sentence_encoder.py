@@ -22,6 +22,7 @@ from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.io.checkpoint import read_weights, weight_files, weight_names, write_weights
 from modernbert.io.files import write_text
 from modernbert.io.hub import Source
+from modernbert.models.adapters import with_base
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.formats import Quantization, weight_format
 from modernbert.models.sentence_layout import (
@@ -244,12 +245,14 @@ class SentenceEncoder(nn.Module):
         Args:
             pretrained_model_name_or_path: in sentence-transformers' layout, or a bare encoder's, which is pooled by the
                 mean.
-            kwargs: see `PreTrainedModel.from_pretrained`.
+            kwargs: see `PreTrainedModel.from_pretrained`. An `adapter` is the encoder's, which switches:
+                `encoder.model.set_adapter(name)`.
 
         Raises:
             NotFoundError: there is no such folder, repository or file.
             CheckpointError: the layout has parts that are not known here.
         """
+        pretrained_model_name_or_path, kwargs = with_base(pretrained_model_name_or_path, kwargs)
         quantization = kwargs.pop("quantization_config", None)
         if quantization is not None:  # with the tokenizer of the whole folder
             encoder = cls.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -307,6 +310,11 @@ class SentenceEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder in sentence-transformers' layout; the tokenizer is saved beside it by its own method."""
+        self.model.save_pretrained(folder)
+        self.save_layout(Path(folder))
+
+    def save_layout(self, folder: Path) -> None:
+        """Write all parts but the encoder, and what names them."""
         settings = self.settings
         parts = [dense_part(part, "token_embeddings") for part in self.after_tokens]
         if settings.poolings:
@@ -323,7 +331,7 @@ class SentenceEncoder(nn.Module):
         limits: dict[str, Any] = {"do_lower_case": False}
         if settings.max_length is not None:  # the tokenizer's own limit counts otherwise
             limits["max_seq_length"] = settings.max_length
-        write_layout(Path(folder), self.model, parts, about, limits)
+        write_layout(folder, parts, about, limits)
 
 
 class Part(NamedTuple):
@@ -345,18 +353,14 @@ def dense_part(part: nn.Module, where: str) -> Part:
     return Part(f"{_TYPES}{type(part).__name__}", config, part)
 
 
-def write_layout(
-    folder: Path, model: Any, parts: Sequence[Part], about: Mapping[str, Any], limits: Mapping[str, Any]
-) -> None:
-    """Write a folder in sentence-transformers' layout.
+def write_layout(folder: Path, parts: Sequence[Part], about: Mapping[str, Any], limits: Mapping[str, Any]) -> None:
+    """Write all parts of a folder in sentence-transformers' layout but the model, and what names them.
 
     Args:
-        folder: made where missing.
-        model: the first part, which lies in the folder itself.
+        folder: holds the model, the first part.
         parts: what follows it.
         about, limits: contents of `config_sentence_transformers.json` and of `sentence_bert_config.json`.
     """
-    model.save_pretrained(folder)
     modules = [{"idx": 0, "name": "0", "path": "", "type": f"{_TYPES}Transformer"}]
     for i, (kind, config, module) in enumerate(parts, 1):
         path = f"{i}_{kind.rpartition('.')[2]}"
@@ -390,7 +394,7 @@ def layers_of(
 
 def refuse_decoder(source: Source) -> None:
     """Raise `CheckpointError` if the model is a decoder, which has no vectors of texts here."""
-    model_type = source.read_json("config.json").get("model_type")
+    model_type = source.holding("config.json").read_json("config.json").get("model_type")
     if model_type == ModernBertDecoderConfig.model_type:
         where = source.folder or source.name_or_folder
         raise CheckpointError(

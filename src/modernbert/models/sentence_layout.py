@@ -169,7 +169,7 @@ def contents_of(source: Source) -> Contents:
     late = [key for key in _OF_LATE_INTERACTION if key in about or key in limits]
     if about.get("similarity_fn_name") in ("MaxSim", "maxsim"):
         late.append("similarity_fn_name")
-    if kind in (None, SENTENCE_ENCODER) and (late or STANFORD in (config.get("architectures") or ())):
+    if kind in (None, SENTENCE_ENCODER) and (late or config.get("architectures") == [STANFORD]):
         kind = LATE_INTERACTION
     elif kind is None and (
         limits.get("transformer_task") == "sequence-classification"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import modernbert
 from modernbert.errors import InputError
+from modernbert.io.hub import Source
 
 if TYPE_CHECKING:
     from modernbert.pipelines.base import Pipeline
@@ -80,8 +81,10 @@ def pipeline(
             stays on its device.
         dtype: dtype of the weights, such as "bfloat16". If it is not given, or "auto", that of the checkpoint is used.
         torch_dtype: older name of `dtype`.
-        kwargs: `attn_implementation`, `device_map`, `quantization_config`, `revision`, `subfolder`, `cache_dir`,
-            `token` and `local_files_only`, as for `from_pretrained`, and `model_kwargs`, a dict of more of them;
+        kwargs: `adapter`, `attn_implementation`, `device_map`, `quantization_config`, `revision`, `subfolder`,
+            `cache_dir`, `token` and `local_files_only`, as for `from_pretrained`, and `model_kwargs`, a dict of more of
+            them. One adapter is merged into the weights, unless `merge_adapter=False`; of a dict of several the first
+            acts until `pipeline.model.set_adapter`;
             `config`, the model's configuration, or a folder or repository that holds it; `batch_tokens` (most tokens
             in a forward pass: 4,096 on a CPU, 65,536 on a GPU) or `batch_size`; and options of the task, as defaults
             for its calls.
@@ -96,6 +99,12 @@ def pipeline(
     if (token := kwargs.pop("use_auth_token", None)) is not None:
         kwargs.setdefault("token", token)
     task = ALIASES.get(str(task), task)
+    if isinstance(model, str | Path):
+        from modernbert.models.adapters import with_base
+
+        name, (model, kwargs) = model, with_base(model, kwargs)
+        if model != name and tokenizer is None and Source(name).find("tokenizer.json") is not None:
+            tokenizer = name
     if task is None and model is not None:
         task = task_of(model, kwargs)
     if task not in TASKS:
@@ -121,11 +130,12 @@ def pipeline(
 
 
 def task_of(model: Any, kwargs: dict[str, Any]) -> str:
-    """The task of a model's head."""
-    from modernbert.auto import kind_of
-    from modernbert.io.hub import Source
+    """The task of a model's head, or of the head that an adapter brings."""
+    from modernbert.auto import kind_of, kind_of_adapter
+    from modernbert.models.adapters import with_base
     from modernbert.models.sentence_layout import CROSS_ENCODER, MODEL, SERVED_BY, contents_of
 
+    model, kwargs = with_base(model, kwargs)
     if isinstance(model, str | Path):
         source = Source.pop_from(model, dict(kwargs))
         contents = contents_of(source)
@@ -140,7 +150,7 @@ def task_of(model: Any, kwargs: dict[str, Any]) -> str:
             return known[name]
         values = {"architectures": [type(model).__name__]}
         model = type(model).__name__
-    kind = kind_of(values)
+    kind = kind_of_adapter(kwargs.get("adapter")) or kind_of(values)
     if kind is None:
         raise InputError(
             f"task is not given, and {model} does not say what it is for; choose one of {', '.join(TASKS)}"

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from tokenizers import Encoding
 
-from modernbert.auto import TRAINED_HEADS, AutoConfig, architectures_of, kind_of
+from modernbert.auto import TRAINED_HEADS, AutoConfig, architectures_of, kind_of, kind_of_adapter
 from modernbert.checks import Options, check_text, fields_of, short
 from modernbert.engines.guard import is_frozen
 from modernbert.errors import InputError, listed, shown
@@ -37,7 +37,7 @@ from modernbert.pipelines.progress import progress_bar
 from modernbert.text.encoding import UNLIMITED
 from modernbert.text.tokenizer import Tokenizer
 
-_LOADING = ("attn_implementation", "device_map", "quantization_config")
+_LOADING = ("attn_implementation", "device_map", "quantization_config", "adapter", "merge_adapter")
 _PLACES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 _LOOK_AHEAD = 4096  # inputs that are sorted by length together, at the most
 _BUDGETS = 8  # forward passes that a window is enough for
@@ -189,8 +189,11 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             config = AutoConfig.from_pretrained(config, **places)
         if isinstance(model, str | Path):
             tokenizer = model if tokenizer is None else tokenizer
-            cls._check_architecture(model, places)
+            cls._check_architecture(model, places, loading.get("adapter"))
             loading |= {} if config is None else {"config": config}
+            source, given = Source.pop_from(model, dict(places)), loading.get("adapter")
+            if (source.folder is not None and source.is_adapter) or (given and not isinstance(given, Mapping)):
+                loading.setdefault("merge_adapter", True)  # it is served alone, and kernels then run whole layers
             model = cls.auto_model.from_pretrained(model, device=device, dtype=dtype, **places, **loading)
             model.optimize_for_inference()
             device = dtype = None
@@ -207,7 +210,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         return made
 
     @classmethod
-    def _check_architecture(cls, model: str | Path, places: dict[str, Any]) -> None:
+    def _check_architecture(cls, model: str | Path, places: dict[str, Any], adapter: Any) -> None:
         """Refuse an encoder where a decoder is needed, and the reverse, and the head of another task."""
         source = Source.pop_from(model, dict(places))
         if source.find("config.json") is None:
@@ -218,7 +221,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         if cls.architecture is not None and wrong:
             found = "an encoder" if cls.architecture == "decoder" else "a decoder"
             raise InputError(f"{cls.task} needs {cls.needs}; {model} is {found}")
-        wanted, found = getattr(cls.auto_model, "kind", "base"), kind_of(values) or "base"
+        wanted, found = getattr(cls.auto_model, "kind", "base"), kind_of_adapter(adapter) or kind_of(values) or "base"
         if wanted not in ("base", found) and found in TRAINED_HEADS:
             raise InputError(
                 f"{cls.task} needs a model with a head for {wanted}; {model} has one for {found} "

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from modernbert.auto import kind_of
+from modernbert.auto import kind_of, kind_of_adapter
 from modernbert.checks import check_text
 from modernbert.errors import CheckpointError, InputError, shown
 from modernbert.io.hub import Source
@@ -69,8 +69,9 @@ class TextRankingPipeline(Pipeline[OptionsT, RowT, torch.Tensor], abc.ABC):
             source = Source.pop_from(model, dict(kwargs))
             contents = contents_of(source)
             body = source.inside(contents.inner)
+            kind = kind_of_adapter(kwargs.get("adapter"))
             if contents.kind == CROSS_ENCODER or (
-                contents.kind == MODEL and kind_of(body.read_json("config.json")) == "sequence-classification"
+                contents.kind == MODEL and (kind or kind_of(body.read_json("config.json"))) == "sequence-classification"
             ):
                 chosen = CrossEncoderRanking
             elif contents.kind == LATE_INTERACTION:

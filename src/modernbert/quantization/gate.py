@@ -120,6 +120,7 @@ def quantize(
     if isinstance(model, SentenceEncoder):
         quantize(model.model, quantization_config, tokenizer=tokenizer, texts=texts, report=report)
         return model
+    model.refuse_adapters("quantize", loaded=True)
     config, report = resolve(quantization_config), report or logger.info
     if quantized_modules(model):
         scheme = "a part of it" if model.quantization is None else model.quantization.scheme

@@ -121,7 +121,9 @@ class QuantizedLinear(_Quantized):
 
 
 class QuantizedKind(FloatLinear):
-    """How quantized linear layers are laid out for an engine."""
+    """How quantized linear layers are laid out for an engine; by itself each is laid out already."""
+
+    one_by_one = False
 
     def shape(self, module: Any) -> tuple[int, int]:
         shape: tuple[int, int] = module.shape

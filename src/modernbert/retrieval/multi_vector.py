@@ -89,7 +89,9 @@ class Expansion:
             raise CheckpointError(
                 f"query_expansion is {shown(values)}; it must have a length, a strategy, fixed or min, attend and token"
             )
-        return cls(values.get("length", 0), values["strategy"] == "fixed", bool(values.get("attend")), values.get("token"))
+        return cls(
+            values.get("length", 0), values["strategy"] == "fixed", bool(values.get("attend")), values.get("token")
+        )
 
     def to_dict(self) -> dict[str, Any]:
         strategy = "fixed" if self.is_fixed else "min"
@@ -250,7 +252,8 @@ class MultiVectorEncoder(SentenceEncoder):
             kept = {name: value for name, value in limits.items() if value is not None}
             if settings.expansion is not None:
                 kept["query_expansion"] = settings.expansion.to_dict()
-            write_layout(folder, self.model, self._parts(), self._about(), kept)
+            self.model.save_pretrained(folder)
+            write_layout(folder, self._parts(), self._about(), kept)
             return
         longest = settings.max_length or self.config.max_position_embeddings
         expansion = settings.expansion or Expansion(settings.query_length or longest)
@@ -304,7 +307,8 @@ class MultiVectorEncoder(SentenceEncoder):
             for part in (dense_part(part, "") for part in self._dense("pylate"))
         ]
         limits = {"max_seq_length": settings.document_length or longest, "do_lower_case": False}
-        write_layout(folder, self.model, parts, about, limits)
+        self.model.save_pretrained(folder)
+        write_layout(folder, parts, about, limits)
 
     def _save_for_stanford(self, folder: Path, expansion: Expansion, longest: int) -> None:
         settings, dense = self.settings, self._dense("stanford")

@@ -170,7 +170,7 @@ class Tokenizer(Saved):
         kwargs.pop("config", None)  # a model's, which a tokenizer does not use
         for name in kwargs.keys() & _FIXED:
             _refuse_fixed(name, kwargs.pop(name))
-        source = Source.pop_from(pretrained_model_name_or_path, kwargs)
+        source = Source.pop_from(pretrained_model_name_or_path, kwargs).holding("tokenizer.json")
         cls._refuse_methods(kwargs)
         path = source.need("tokenizer.json")
         config = source.read_json("tokenizer_config.json") if source.find("tokenizer_config.json") else {}

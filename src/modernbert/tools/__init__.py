@@ -15,6 +15,7 @@ _EXPORTS = {
     "checkpoint_info": "tools.info",
     "draw_attention": "tools.attention",
     "draw_attribution": "tools.attribution",
+    "examine": "tools.doctor",
 }
 __getattr__, __dir__ = exports(__name__, _EXPORTS)
 __all__ = __dir__()

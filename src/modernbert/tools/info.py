@@ -12,7 +12,8 @@ from modernbert.engines.cpu.library import library
 from modernbert.errors import CheckpointError, listed
 from modernbert.io.checkpoint import weight_files, weight_names
 from modernbert.io.hub import Source
-from modernbert.models.sentence_layout import MODEL, contents_of, kind_of_part
+from modernbert.models.adapters import AdapterFolder, with_base
+from modernbert.models.sentence_layout import MODEL, MODULES, contents_of, kind_of_part
 from modernbert.quantization.options import Record
 from modernbert.text.tokenizer import Tokenizer
 
@@ -35,9 +36,12 @@ def checkpoint_info(name_or_folder: str, lengths: list[int], revision: str | Non
         NotFoundError, CheckpointError, ConfigError: it cannot be read.
     """
     source = Source(name_or_folder, revision)
-    contents = contents_of(source)
+    about = {} if source.find(MODULES) is not None else with_base(name_or_folder, {"revision": revision})[1]
+    contents = contents_of(source.holding("config.json") if "adapter" in about else source)
     body = source.inside(contents.inner)
     config = AutoConfig.from_pretrained(name_or_folder, revision=revision, subfolder=body.subfolder)
+    adapter = AdapterFolder(body) if body.is_adapter else None
+    body = body.base_of_adapter() or body
     files = weight_files(body)
     stored, item = 0, 0
     counts: dict[str, int] = {}
@@ -67,6 +71,8 @@ def checkpoint_info(name_or_folder: str, lengths: list[int], revision: str | Non
         out["labels"] = {str(i): label for i, label in (config.id2label or {}).items()}
         out["architecture"]["pooling"] = getattr(config, "classifier_pooling", "last token")
         out["architecture"]["problem"] = config.problem_type or "by the labels"
+    if adapter is not None:
+        out["adapter"] = {"of": str(body.name_or_folder), **adapter.summary()}
     if contents.parts:
         out["parts"] = [kind_of_part(part) for part in contents.parts]
     if contents.unserved:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modernbert.errors import InputError
+from modernbert.io.files import replacing, write_text
+from modernbert.io.hub import ADAPTER, read_object
+from modernbert.models.adapters import WEIGHTS
+from modernbert.models.sentence_encoder import SentenceEncoder
 
 _TARGETS = ("Wqkv", "q_proj", "k_proj", "v_proj", "Wo", "Wi")
 # Parts that are no head; an output layer that is tied is the embedding.
@@ -51,9 +57,26 @@ def has_adapters(model: Any) -> bool:
 
 
 def load_adapters(model: Any, folder: Path) -> None:
-    from safetensors.torch import load_file
+    _peft().set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
 
-    _peft().set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+
+def complete(folder: Path, model: Any) -> None:
+    """Write beside what PEFT saved what makes the folder speak for itself, from the merged model.
+
+    That is the configuration with the head and its labels; of a sentence encoder the layout of sentence-transformers,
+    whose first part the adapter then is, by the names that its tensors have there.
+    """
+    if not isinstance(model, SentenceEncoder):
+        model.config_to_save().save_pretrained(folder)
+        return
+    path, own = folder / WEIGHTS, "base_model.model.model."
+    kept = {n.replace(own, "base_model.model.", 1): t for n, t in load_file(path).items() if n.startswith(own)}
+    with replacing(path) as temporary:
+        save_file(kept, temporary, metadata={"format": "pt"})
+    config = read_object(folder / ADAPTER)
+    config |= {"modules_to_save": None, "base_model_name_or_path": model.model.name_or_path or None}
+    write_text(folder / ADAPTER, json.dumps(config, indent=2) + "\n")
+    model.save_layout(folder)
 
 
 def merged(model: Any) -> Any:

@@ -13,9 +13,10 @@ import torch
 from modernbert.errors import InputError
 from modernbert.io.files import write_text
 from modernbert.io.tables import parse_columns
+from modernbert.models.adapters import merge_adapters
 from modernbert.pipelines import pipeline as make_pipeline
 from modernbert.pipelines import small_model
-from modernbert.training.adapters import add_adapters, has_adapters, merged
+from modernbert.training.adapters import add_adapters, complete, has_adapters, merged
 from modernbert.training.examples import ExampleFeed
 from modernbert.training.model import products, stored_in
 from modernbert.training.run import Finished, started
@@ -88,6 +89,7 @@ def finetune(
         worker.fit_labels([*train_rows, *eval_rows] if is_held_out else train_rows)
         torch.manual_seed(run.options.seed)  # of what the task needs and the checkpoint lacks
         loaded = worker.load(name, run.options)
+        merge_adapters(loaded)
         worker.set_tokenizer(worker.load_tokenizer(name, run.options), loaded.config.max_position_embeddings)
         examples = worker.prepare(train_rows, True)
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
@@ -184,6 +186,7 @@ def _save(result: Finetuned, task: Task) -> None:
     if has_adapters(result.model):
         task.save(result.model, folder / "adapter")
         result.model = merged(result.model)
+        complete(folder / "adapter", result.model)
     task.save(result.model, folder)
     if evaluation is not None and evaluation.predictions:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]

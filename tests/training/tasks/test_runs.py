@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,7 +18,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from typer.main import get_command
 
+import modernbert
 from modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification, Tokenizer, finetune, pipeline
+from modernbert.auto import load_as_saved
 from modernbert.cli import app
 from modernbert.errors import DivergedError, InputError
 from modernbert.training.checkpoints import checkpoints, recover, write_checkpoint
@@ -219,6 +222,68 @@ def test_adapters_are_trained_resumed_saved_and_merged(base, tmp_path, moods):
     adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()
     x = torch.randint(0, 300, (2, 9))
     torch.testing.assert_close(adapted(input_ids=x).logits, run.model(x).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("text-classification", "ModernBertForSequenceClassification"),
+        ("token-classification", "ModernBertForTokenClassification"),
+        ("causal-lm", "ModernBertDecoderForCausalLM"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_leaves_adapters_that_peft_loads_onto_transformers_models_and_we_onto_ours(task, kind, base, tmp_path):
+    import peft
+    import transformers
+
+    rows, _, changes = TASK_ROWS[task]
+    folder = base(kind, **changes)
+    run = finetune(
+        task, rows(20), output=tmp_path / "run", model=folder, lora_rank=3, max_steps=6, lr=0.05, progress=False
+    )
+    adapter = tmp_path / "run" / "adapter"
+    more = {} if task == "causal-lm" else {"num_labels": run.model.config.num_labels, "ignore_mismatched_sizes": True}
+    plain = getattr(transformers, kind).from_pretrained(folder, attn_implementation="eager", **more)
+    theirs = peft.PeftModel.from_pretrained(plain, adapter).eval()
+    x = torch.randint(3, 96, (2, 9))
+    with torch.no_grad():
+        wanted = run.model(x).logits
+        torch.testing.assert_close(theirs(input_ids=x).logits, wanted, rtol=1e-4, atol=1e-4)
+        ours = load_as_saved(adapter)
+        assert type(ours) is type(run.model)
+        assert ours.config.id2label == run.model.config.id2label
+        for model in (ours, getattr(modernbert, kind).from_pretrained(folder, adapter=adapter)):
+            torch.testing.assert_close(model(x).logits, wanted, rtol=1e-4, atol=1e-4)
+    more = finetune(task, rows(20), output=tmp_path / "more", model=adapter, max_steps=1, lr=1e-9, progress=False)
+    with torch.no_grad():  # what goes on from an adapter goes on from the merged model
+        torch.testing.assert_close(more.model(x).logits, wanted, rtol=1e-4, atol=1e-3)
+    serve = modernbert.pipeline(model=adapter, dtype="float32")
+    assert serve.task == {"causal-lm": "text-generation"}.get(task, task)
+    if task != "causal-lm":
+        text = "the cat sat"
+        named = [[one.get("label", one.get("entity")) for one in of(text)] for of in (serve, run.pipeline())]
+        assert named[0] == named[1]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_a_sentence_encoder_are_a_folder_for_sentence_transformers(base, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    rows, kind, changes = TASK_ROWS["sentence-embedding"]
+    options = {"lora_rank": 3, "max_steps": 4, "lr": 0.05, "progress": False}
+    run = finetune("sentence-embedding", rows(20), output=tmp_path / "run", model=base(kind, **changes), **options)
+    texts = ["the cat sat", "a dog ran far"]
+    wanted = run.pipeline(dtype="float32")(texts)
+    ours = pipeline(model=tmp_path / "run" / "adapter", dtype="float32")
+    assert ours.task == "sentence-embedding"
+    np.testing.assert_allclose(ours(texts), wanted, rtol=0, atol=1e-5)
+    theirs = SentenceTransformer(str(tmp_path / "run" / "adapter"), device="cpu")
+    np.testing.assert_allclose(theirs.encode(texts), wanted, rtol=0, atol=1e-5)
+    plain = pipeline("sentence-embedding", base(kind, **changes), dtype="float32")(texts)
+    assert np.abs(plain - wanted).max() > 1e-3
+    theirs.save_pretrained(str(tmp_path / "again"))
+    np.testing.assert_allclose(pipeline(model=tmp_path / "again", dtype="float32")(texts), wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("task", list(TASKS))
