@@ -2,17 +2,26 @@
 
 import asyncio
 import json
+import os
 import re
 import socket
+import threading
+import time
+from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import torch
 import uvicorn
 
 from modernbert.errors import InputError
 from modernbert.serving import create_app
+from modernbert.serving.log import AccessLog
+from modernbert.serving.metrics import Metrics
 from modernbert.serving.options import ServeOptions
 from modernbert.serving.problems import RequestError
+from modernbert.serving.replies import Json, _written, pieces
 from modernbert.serving.routes import operations
 from modernbert.serving.server import Protocol
 from modernbert.serving.sockets import listening
@@ -136,6 +145,93 @@ def test_too_much_to_tokenize(pipelines):
             assert start["status"] == 413
     finally:
         app.state.serving.models.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_for_the_log_ends_no_request(pipelines, capsys):
+    app = create_app({"fill": pipelines["fill"]}, log_file="/dev/full")
+    try:
+        for _ in range(3):
+            assert call(app, "/v1/models")[0]["status"] == 200
+        app.state.serving.log.close()
+        assert b"modernbert_lost_log_lines_total 3.0" in app.state.serving.metrics.text()
+        assert capsys.readouterr().err.count("lines of the log are lost: No space left on device") == 1
+    finally:
+        app.state.serving.close()
+
+
+def test_the_log_never_waits_and_its_lines_stay_whole(tmp_path, monkeypatch, capsys):
+    metrics = Metrics()
+    with pytest.raises(InputError, match="log_file"):
+        AccessLog(str(tmp_path), metrics)
+    held, write = threading.Event(), os.write
+
+    def slow(file, line):
+        held.wait(5)
+        if b"torn" in line and not line.startswith(b"\n"):
+            write(file, line[:3])
+            raise OSError(28, "No space left on device")
+        return write(file, line[:10])  # as a socket or a nearly full disk takes it
+
+    monkeypatch.setattr(os, "write", slow)
+    log = AccessLog(str(tmp_path / "log"), metrics)
+    log.put({"torn": 0})
+    while log._lines.qsize():
+        time.sleep(0.01)
+    for number in range(10_003):
+        log.put({"number": number})
+    held.set()
+    log._thread.join(0.1)
+    while log._lines.qsize():
+        time.sleep(0.01)
+    log.close()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[0] == '{"t'
+    assert [json.loads(line)["number"] for line in lines[1:]] == list(range(10_000))
+    assert "modernbert_lost_log_lines_total 4.0" in metrics.text().decode()
+    assert "faster than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"answers": [np.arange(12, dtype=np.float32).reshape(3, 4)], "of": {"a": []}},
+        [{"index": i, "data": torch.arange(6.0).reshape(2, 3)} for i in range(3)],
+        np.random.default_rng(0).random((300, 768), np.float32),
+        [{"number": i} for i in range(1000)],
+        np.arange(24).reshape(4, 6).T,
+        [[np.zeros(3)], []],
+        {1: [float("nan")]},
+        [],
+        None,
+    ],
+)
+def test_replies_written_in_pieces_are_those_written_at_once(value):
+    whole = b"".join(pieces(value))
+    assert whole == _written(value)
+    assert json.loads(whole) is not ...
+
+
+def test_a_large_reply_lets_others_have_their_turn():
+    turns, sent = [], []
+
+    async def others():
+        while not sent:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    async def keep(message):
+        sent.append(message)
+
+    async def run():
+        rows = list(np.random.default_rng(0).random((64, 128, 768), np.float32))
+        other = asyncio.create_task(others())
+        await Json(rows)({"type": "http"}, None, keep)
+        await other
+
+    asyncio.run(run())
+    assert len(turns) > 10
+    assert int(dict(sent[0]["headers"])[b"content-length"]) == len(sent[1]["body"])
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from modernbert import __version__
 from modernbert.errors import listed, shown
 from modernbert.pipelines.base import Pipeline
 from modernbert.serving.guard import Guard
+from modernbert.serving.log import AccessLog
 from modernbert.serving.metrics import Metrics
 from modernbert.serving.models import Models
 from modernbert.serving.options import ServeOptions
@@ -49,12 +50,13 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
     """
     chosen = ServeOptions.of(options, "create_app")
     metrics = Metrics()
-    state = State(chosen, Models(chosen, metrics, dict(pipelines or {})), metrics, chosen.keys())
+    log = AccessLog(chosen.log_file, metrics) if chosen.access_log else None
+    state = State(chosen, Models(chosen, metrics, dict(pipelines or {})), metrics, chosen.keys(), log)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.get_running_loop().run_in_executor(None, state.models.close)
+        await asyncio.get_running_loop().run_in_executor(None, state.close)
 
     app = FastAPI(
         title="modernbert", version=__version__, description=_ABOUT, lifespan=lifespan, default_response_class=Json

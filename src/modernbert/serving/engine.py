@@ -68,7 +68,7 @@ class Work:
     @property
     def joins(self) -> bool:
         """Whether it is gone on with in the running batch of a model, and not computed at once."""
-        return hasattr(self.pipeline, "ongoing") and self.options.generation.num_beams == 1
+        return hasattr(self.pipeline, "ongoing")
 
     def runs_with(self, other: Work) -> bool:
         """Whether rows of both can be computed in one batch."""
@@ -204,12 +204,12 @@ class Engine:
         Args:
             pipeline: of text-generation.
             rows: what it prepared, with their numbers.
-            options: resolved, without beams.
+            options: resolved.
             deadline: seconds of the loop's clock.
             best, urgent: see `Stream`.
 
         Returns:
-            The new tokens of `num_return_sequences` texts for each row, as they come.
+            For each row the new tokens of `num_return_sequences` texts, as they come; one stream of a beam search.
 
         Raises:
             RequestError: a text can never be served.
@@ -221,7 +221,7 @@ class Engine:
                 self._continuations[pipeline.model] = Continuations(pipeline.model, self.most_cache)
             running = self._continuations[pipeline.model]
         for row in rows:
-            for copy in range(options.generation.num_return_sequences):
+            for copy in range(_streams(options)):
                 text = pipeline.ongoing(row, options, copy)
                 running.check(text)
                 streams.append(Stream(text, loop, deadline, best, urgent))
@@ -242,10 +242,11 @@ class Engine:
                 stream.text.cancelled = True
             raise
         work.began = min((s.began for s in streams if s.began is not None), default=None)
-        copies = work.options.generation.num_return_sequences
+        copies = _streams(work.options)
         for i, job in enumerate(work.jobs):
-            job.results = [new[i * copies : (i + 1) * copies]]
-        work.tokens += sum(map(len, new))
+            own = new[i * copies : (i + 1) * copies]
+            job.results = [own[0][0] if work.options.generation.num_beams > 1 else own]
+            work.tokens += sum(map(len, job.results[0]))
 
     def close(self, wait: float = 10.0) -> None:
         """End the threads. What is not computed yet fails."""
@@ -449,7 +450,13 @@ def _prepare(pipeline: Pipeline[Any, Any, Any], items: list[Any], options: Any) 
     return made
 
 
-async def _ids(stream: Stream) -> list[int]:
+def _streams(options: Any) -> int:
+    """Streams of a prompt: one of all the texts that a beam search finds, else one of each text."""
+    copies: int = options.generation.num_return_sequences
+    return 1 if options.generation.num_beams > 1 else copies
+
+
+async def _ids(stream: Stream) -> list[Any]:
     return [token async for token, _ in stream]
 
 

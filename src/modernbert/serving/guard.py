@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
-import json
 import logging
-import sys
 import time
 import uuid
 from typing import Any
@@ -137,7 +134,7 @@ class Guard:
         model = told.get("model", "")
         metrics.requests.labels(route, model, str(seen["status"])).inc()
         metrics.latency.labels(route, model).observe(took)
-        if self.state.options.access_log:
+        if self.state.log is not None:
             answered = told.get("answered")
             line: dict[str, Any] = {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -154,8 +151,7 @@ class Guard:
                 "waited": round(answered.waited, 6) if answered else 0.0,
                 "problem": told.get("problem", ""),
             }
-            with contextlib.suppress(OSError, ValueError):  # a full disk or a closed pipe ends no request
-                sys.stderr.write(json.dumps(line) + "\n")
+            self.state.log.put(line)
 
 
 def _headers_of(told: dict[str, Any], begun: float) -> dict[str, str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import orjson
 import pybase64
 from numpy.typing import NDArray
 
@@ -42,11 +40,6 @@ def check_format(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise RequestError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
     return value
-
-
-def json_list(vectors: Iterable[NDArray[Any]]) -> list[bytes]:
-    """JSON of each vector."""
-    return [orjson.dumps(np.ascontiguousarray(row), option=orjson.OPT_SERIALIZE_NUMPY) for row in vectors]
 
 
 def base64_list(vectors: NDArray[Any]) -> list[bytes]:
