@@ -41,6 +41,9 @@ def test_a_completion_is_what_the_pipeline_gives(ask, decoder):
     assert reply["choices"][0]["finish_reason"] == "length"
     read = len(decoder.tokenizer(PROMPTS[0]).input_ids)
     assert reply["usage"] == {"prompt_tokens": read, "completion_tokens": 12, "total_tokens": read + 12}
+    headers = ask("/v1/completions", {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}).headers
+    assert headers["x-compute-tokens"] == str(read + 12)
+    assert float(headers["x-inference-time"]) > 0
     sampled = ask("/v1/completions", {"prompt": PROMPTS[1], "max_tokens": 12, "temperature": 0.9, "seed": 4}).json()
     assert sampled["choices"][0]["text"] == offline(decoder, PROMPTS[1], 12, temperature=0.9, seed=4)
     ids = decoder.tokenizer(PROMPTS[0]).input_ids

@@ -168,10 +168,9 @@ def test_the_log_never_waits_and_its_lines_stay_whole(tmp_path, monkeypatch, cap
 
     def slow(file, line):
         held.wait(5)
-        if b"torn" in line and not line.startswith(b"\n"):
-            write(file, line[:3])
+        if line.endswith(b'orn": 0}\n') and not line.startswith(b"{"):
             raise OSError(28, "No space left on device")
-        return write(file, line[:10])  # as a socket or a nearly full disk takes it
+        return write(file, line[:3])  # as a nearly full disk takes it
 
     monkeypatch.setattr(os, "write", slow)
     log = AccessLog(str(tmp_path / "log"), metrics)
@@ -209,7 +208,6 @@ def test_the_log_never_waits_and_its_lines_stay_whole(tmp_path, monkeypatch, cap
 def test_replies_written_in_pieces_are_those_written_at_once(value):
     whole = b"".join(pieces(value))
     assert whole == _written(value)
-    assert json.loads(whole) is not ...
 
 
 def test_a_large_reply_lets_others_have_their_turn():
@@ -248,6 +246,7 @@ def guarded(pipelines, tmp_path):
 def test_the_key_does_not_depend_on_what_the_host_is_called(guarded, path, host):
     start = call(guarded, path, headers=[(b"host", host)])[0]
     assert start["status"] == (200 if path == "/" else 401)
+    assert call(guarded, path, headers=[(b"host", host)], body=b'{"inputs": "a"}')[0]["status"] == 401
 
 
 def test_a_body_that_never_ends_is_given_up(guarded):

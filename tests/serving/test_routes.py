@@ -102,6 +102,17 @@ def test_text_embeddings_inference(ask, pipelines):
     assert ask("/info").json()["max_input_length"] == 512
 
 
+def test_an_endpoint_does_what_its_model_was_made_for(ask, pipelines):
+    pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
+    classify = pipelines["classify"]
+    assert ask("/", {"inputs": TEXTS, "model": "classify"}).json() == classify(TEXTS, top_k=None)
+    assert ask("/", {"inputs": TEXTS[0], "model": "classify"}).json() == classify([TEXTS[0]], top_k=None)[0]
+    assert ask("/", {"inputs": [TEXTS[:2]], "model": "classify"}).json() == classify([pair], top_k=None)
+    got = ask("/", {"inputs": TEXTS, "model": "embed"}).json()
+    assert np.array_equal(np.array(got, np.float32), pipelines["embed"](TEXTS, normalize=True))
+    assert "pairs" in ask("/", {"inputs": [TEXTS[:2]], "model": "embed"}).json()["error"]
+
+
 def test_vllm(ask, pipelines):
     reply = ask("/classify", {"input": TEXTS, "model": "classify"}).json()
     for one, wanted in zip(reply["data"], pipelines["classify"](TEXTS, top_k=None), strict=True):

@@ -103,8 +103,8 @@ def test_the_cohere_client(server):
 def test_the_client_of_huggingface(server):
     from huggingface_hub import InferenceClient
 
-    client = InferenceClient(f"{server.url}/embed")
-    assert client.feature_extraction("A cat sat.").shape[0] == 1
+    for url in (server.url, f"{server.url}/embed"):
+        assert InferenceClient(url).feature_extraction(["A cat sat.", "Rain fell."]).shape[0] == 2
 
 
 def test_no_path_without_the_key(tmp_path):
@@ -119,6 +119,7 @@ def test_no_path_without_the_key(tmp_path):
                 for headers in ({}, {"authorization": "Bearer third"}, {"x-api-key": ""}):
                     status = httpx.request(method, url, headers=headers).status_code
                     assert status == (200 if path.startswith("/health") else 401), path
+        assert httpx.get(server.url).status_code == 200
         assert httpx.get(f"{server.url}/v1/models", headers={"x-api-key": "first"}).status_code == 200
         assert httpx.get(f"{server.url}/docs").status_code == 401
 

@@ -69,8 +69,10 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
     app.add_middleware(Guard, state=state)
     with contextlib.suppress(ImportError):
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+        from opentelemetry.trace import get_current_span
 
         FastAPIInstrumentor.instrument_app(app)
+        state.span = get_current_span
     return app
 
 
@@ -108,7 +110,7 @@ async def _refused(request: Request, error: Exception) -> Json:
     if status >= 500 and not isinstance(error, ServingError):
         logger.error("%s %s failed", request.method, path_of(request.scope), exc_info=error)
     if isinstance(error, ServingError):
-        headers = error.headers
+        headers = dict(error.headers)
     request.state.problem = message_of(error)
     return Json(body_of(path_of(request.scope), error), status, headers)
 

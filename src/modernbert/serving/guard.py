@@ -50,6 +50,8 @@ class Guard:
                 message["headers"] = [*message["headers"], *((k.encode(), _latin(v)) for k, v in own.items())]
             else:
                 seen["bytes"] += len(message.get("body", b""))
+                if not message.get("more_body") and self.state.span is not None:  # which ends with the last message
+                    self.state.span().set_attributes(_attributes(scope["state"]))
             async with asyncio.timeout(patience):  # of a client that does not read
                 await send(message)
 
@@ -72,7 +74,7 @@ class Guard:
             self._count(request, number, seen, time.perf_counter() - begun)
 
     def _check_key(self, request: Request) -> None:
-        if not self.state.keys or path_of(request.scope) in _OPEN:
+        if not self.state.keys or (request.method in ("GET", "HEAD") and path_of(request.scope) in _OPEN):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         key = given.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
@@ -134,8 +136,8 @@ class Guard:
         model = told.get("model", "")
         metrics.requests.labels(route, model, str(seen["status"])).inc()
         metrics.latency.labels(route, model).observe(took)
+        answered = told.get("answered")
         if self.state.log is not None:
-            answered = told.get("answered")
             line: dict[str, Any] = {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "request": number,
@@ -152,6 +154,14 @@ class Guard:
                 "problem": told.get("problem", ""),
             }
             self.state.log.put(line)
+
+
+def _attributes(told: dict[str, Any]) -> dict[str, Any]:
+    """What a span says of a request, beside what OpenTelemetry sees itself."""
+    found = {f"modernbert.{name}": told[name] for name in ("model", "problem") if name in told}
+    if answered := told.get("answered"):
+        found |= {"modernbert.tokens": answered.tokens, "modernbert.truncated": answered.cut}
+    return found
 
 
 def _headers_of(told: dict[str, Any], begun: float) -> dict[str, str]:

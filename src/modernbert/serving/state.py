@@ -29,6 +29,7 @@ class State:
     Attributes:
         keys: API keys; none where requests need none.
         log: gets a line for each request.
+        span: the one of OpenTelemetry that a request is, where that is installed.
         draining: whether new requests are refused, because the server is about to end.
         running: requests that are being answered.
         probe: finds out whether the server is ready.
@@ -39,6 +40,7 @@ class State:
     metrics: Metrics
     keys: list[bytes]
     log: AccessLog | None = None
+    span: Callable[[], Any] | None = None
     draining: bool = False
     running: int = 0
     probe: asyncio.Task[str] | None = None
