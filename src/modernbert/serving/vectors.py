@@ -8,10 +8,6 @@ import numpy as np
 import pybase64
 from numpy.typing import NDArray
 
-from modernbert.serving.problems import RequestError
-
-FORMATS = ("float", "base64")
-DTYPES = ("float32", "float16", "int8", "binary", "ubinary")
 BYTES = "application/octet-stream"
 
 
@@ -33,13 +29,6 @@ def as_dtype(vectors: NDArray[np.float32], dtype: str) -> NDArray[Any]:
         return scaled
     packed = np.packbits(vectors > 0, axis=-1)
     return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
-
-
-def check_format(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """One of the formats; raises `RequestError`."""
-    if value not in allowed:
-        raise RequestError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
-    return value
 
 
 def base64_list(vectors: NDArray[Any]) -> list[bytes]:
