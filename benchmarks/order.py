@@ -1,10 +1,10 @@
-"""In which order should texts that wait be computed? A simulation: texts come at random times at 70 % of what
-one machine computes, and each batch costs a fixed time and a time per token.
+"""In which order should texts that wait be computed? A simulation: texts come at random times at 70 % of what one
+machine computes, and each batch costs a fixed time and a time per token.
 
     python benchmarks/order.py        # half a minute
 
 It prints, for several orders, the median and the 99th percentile of the time to an answer, of all texts, short ones and
-long ones, and the least ratio of the two that any order can have: that of texts which are all alike.
+long ones, and the ratio of the two where texts are all alike and no order can prefer any.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ import numpy as np
 
 import modernbert
 from modernbert.pipelines import pipeline, small_model
+from modernbert.serving.vectors import base64_list
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.tools.bench import lengths_of
 
@@ -163,6 +164,18 @@ class Process:
         self.process.wait(60)
 
 
+def encoding() -> float:
+    """Seconds that the base64 of 1,000 vectors takes in a reply of OpenAI's shape, the least of ten times."""
+    vectors, took = np.random.default_rng(0).random((1000, 768), np.float32), []
+    for _ in range(10):
+        begun = time.perf_counter()
+        b",".join(
+            b'{"object":"embedding","index":%d,"embedding":%b}' % pair for pair in enumerate(base64_list(vectors))
+        )
+        took.append(time.perf_counter() - begun)
+    return min(took)
+
+
 def first_answers(times: int) -> list[float]:
     """Seconds from a process's start to its first vector."""
     took = []
@@ -256,6 +269,7 @@ def main() -> None:
             closest = [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in zip(
                 theirs.pop("vectors"), wanted, strict=True)]  # fmt: skip
             found[title] = {**theirs, "least cosine with ours": min(closest)}
+    found["ms to encode 1,000 vectors of 768 floats in base64"] = 1e3 * encoding()
     found["cores"] = os.cpu_count()
     print(json.dumps(found, indent=2))
 

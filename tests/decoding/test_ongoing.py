@@ -131,7 +131,7 @@ def test_a_beam_search_by_steps_is_that_of_generate(sampled):
     def generation():
         return Generation(decoder_of(model, [[3, 4, 5]]), [12], options, torch.Generator().manual_seed(2))
 
-    search, steps, found = OngoingSearch(generation()), 0, None
+    search, steps, found = OngoingSearch([3, 4, 5], 12, options, generation), 0, None
     while found is None:
         found, steps = search.step(), steps + 1
     assert found == generation().new_ids()

@@ -17,15 +17,26 @@ import uvicorn
 
 from modernbert.errors import InputError
 from modernbert.serving import create_app
+from modernbert.serving.app import _PROBLEMS
 from modernbert.serving.log import AccessLog
 from modernbert.serving.metrics import Metrics
 from modernbert.serving.options import ServeOptions
-from modernbert.serving.problems import RequestError
+from modernbert.serving.problems import (
+    DrainingError,
+    EngineError,
+    KeyRefusedError,
+    LateError,
+    OverloadedError,
+    RequestError,
+    SlowClientError,
+    TooLargeError,
+    UnknownModelError,
+)
 from modernbert.serving.replies import Json, _written, pieces
 from modernbert.serving.routes import operations
 from modernbert.serving.server import Protocol
 from modernbert.serving.sockets import listening
-from modernbert.serving.state import _count, check_options
+from modernbert.serving.state import State, _count, check_options
 
 
 def message_of(reply):
@@ -239,6 +250,84 @@ def guarded(pipelines, tmp_path):
     app = create_app({"fill": pipelines["fill"]}, **options)
     yield app
     app.state.serving.models.close()
+
+
+PROBLEMS = {
+    401: KeyRefusedError("said"), 404: UnknownModelError("said"), 408: SlowClientError("said"),
+    413: TooLargeError("said"), 422: RequestError("said"), 429: OverloadedError("said", 7), 500: EngineError("said"),
+    503: DrainingError("said"), 504: LateError("said"),
+}  # fmt: skip
+BODIES = {
+    "/v1/embeddings": {"input": "a"}, "/v1/completions": {"prompt": "a"}, "/classify": {"input": "a"},
+    "/v1/tasks/fill-mask": {"inputs": "[MASK]"}, "/v2/rerank": {"query": "a", "documents": ["b"]},
+    "/embed": {"inputs": "a"}, "/predict": {"inputs": "a"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", PROBLEMS)
+@pytest.mark.parametrize("path", BODIES)
+def test_every_problem_has_the_shape_of_the_api_that_was_called(ask, monkeypatch, path, status):
+    async def wrong(*args, **options):
+        raise PROBLEMS[status]
+
+    for name in ("answer", "generate"):
+        monkeypatch.setattr(State, name, wrong)
+    reply = ask(path, BODIES[path])
+    assert reply.status_code == status
+    found = reply.json()
+    if path in ("/embed", "/predict"):
+        assert set(found) == {"error", "error_type"}
+        assert found["error"] == "said"
+    elif path == "/v2/rerank":
+        assert found["message"] == "said"
+    else:
+        assert set(found["error"]) == {"message", "type", "param", "code"}
+        assert found["error"]["message"] == "said"
+    assert reply.headers.get("retry-after") == {429: "7", 503: "5"}.get(status)
+    assert ("www-authenticate" in reply.headers) == (status == 401)
+    assert status in _PROBLEMS
+
+
+def test_every_problem_is_promised_by_the_schema(ask):
+    assert set(PROBLEMS) == set(_PROBLEMS)
+    for path, methods in ask("/openapi.json").json()["paths"].items():
+        for method, told in methods.items():
+            assert {str(status) for status in _PROBLEMS} <= set(told["responses"]), path
+            if method == "post":
+                body = told["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+                assert ask("/openapi.json").json()["components"]["schemas"][body]["examples"], path
+
+
+def test_methods_that_a_path_has_not(ask):
+    reply = ask("/embed", method="GET")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+    assert "GET /embed" in reply.json()["error"]
+
+
+def test_an_error_of_the_server_itself_tells_nothing(ask, monkeypatch, caplog):
+    async def wrong(*args, **options):
+        raise KeyError("insides")
+
+    monkeypatch.setattr(State, "answer", wrong)
+    reply = ask("/embed", {"inputs": "a"})
+    assert reply.status_code == 500
+    assert reply.json()["error"] == "the server failed; its log says how"
+    assert "insides" in caplog.text
+
+
+def test_too_much_that_waits_is_429_over_http(pipelines):
+    app = create_app({"embed": pipelines["embed"]}, access_log=False, most_waiting=100)
+    engine = app.state.serving.models.engine(pipelines["embed"])
+    engine._waiting = 101
+    try:
+        sent = call(app, "/embed", body=b'{"inputs": "a"}')
+        assert sent[0]["status"] == 429
+        assert int(dict(sent[0]["headers"])[b"retry-after"]) >= 1
+        assert b"modernbert_refused_requests_total 1.0" in app.state.serving.metrics.text()
+        engine._waiting = 0
+        assert call(app, "/embed", body=b'{"inputs": "a"}')[0]["status"] == 200
+    finally:
+        app.state.serving.close()
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "//v1/models", "/health/../v1/models", "/docs", "/openapi.json", "/"])

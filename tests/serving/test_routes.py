@@ -84,6 +84,8 @@ def test_text_embeddings_inference(ask, pipelines):
     embed, classify = pipelines["embed"], pipelines["classify"]
     got = ask("/embed", {"inputs": TEXTS, "model": "embed"}).json()
     assert np.array_equal(np.array(got, np.float32), embed(TEXTS, normalize=True))
+    raw = ask("/embed", {"inputs": TEXTS, "model": "embed"}, headers={"accept": "application/octet-stream"})
+    assert np.array_equal(np.frombuffer(raw.content, "<f4").reshape(3, 48), embed(TEXTS, normalize=True))
     tokens = ask("/embed_all", {"inputs": TEXTS}).json()
     wanted = embed(TEXTS, multi_vector=True, normalize=False)
     assert all(np.array_equal(np.array(a, np.float32), b) for a, b in zip(tokens, wanted, strict=True))

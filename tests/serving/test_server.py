@@ -21,7 +21,8 @@ pytestmark = pytest.mark.network
 class Running:
     """`modernbert serve` with these flags, until the end of the block."""
 
-    def __init__(self, *flags, **environment):
+    def __init__(self, *flags, says=" at http", **environment):
+        self.says = says
         command = [sys.executable, "-m", "modernbert", "serve", "--port", "0", *map(str, flags)]
         self.began = time.monotonic()
         self.process = subprocess.Popen(
@@ -36,7 +37,7 @@ class Running:
     def _read(self):
         for line in self.process.stderr:
             self.lines.append(line.strip())
-            if " at http" in line:
+            if self.says in line:
                 self.listening.set()
         self.listening.set()
 
@@ -167,6 +168,16 @@ def test_flags_and_the_file_say_the_same(tmp_path, heads):
     with Running("--config", tmp_path / "serve.yaml", "--model", f"b={heads / 'MaskedLM'}:fill-mask") as server:
         assert {m["id"] for m in httpx.get(f"{server.url}/v1/models").json()["data"]} == {"b"}
         assert httpx.post(f"{server.url}/v1/tasks/fill-mask", json={"inputs": ["[MASK]"] * 3}).status_code == 413
+
+
+def test_it_listens_on_a_unix_socket(tmp_path):
+    path = tmp_path / "socket"
+    with Running("--unix-socket", path, says=f"at {path}") as server:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://server") as client:
+            assert client.post("/embed", json={"inputs": "A cat sat."}).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ Shapes: B texts, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -84,23 +84,29 @@ class OngoingSearch:
     """A beam search over one prompt that goes on by single steps, with a cache of its own.
 
     Args:
-        generation: of one prompt.
+        prompt, limit, options: see `Ongoing`.
+        begin: makes the generation, when the first step begins.
 
     Attributes:
         history: the prompt, and how many tokens may follow.
-        options, rows, cancelled: see `Ongoing`.
+        rows, cancelled: see `Ongoing`.
     """
 
-    def __init__(self, generation: Generation) -> None:
-        (prompt,), (limit,) = generation.decoder.prompts, generation.limits
+    def __init__(
+        self, prompt: Sequence[int], limit: int, options: GenerationOptions, begin: Callable[[], Generation]
+    ) -> None:
         self.history = History(list(prompt), len(prompt), limit, 0, list(prompt))
-        self.options = generation.options
-        self.rows, self.cancelled = self.options.num_beams, False
-        self._generation, self._steps = generation, generation.search()
+        self.options, self.rows, self.cancelled = options, options.num_beams, False
+        self._begin = begin
+        self._generation: Generation | None = None
+        self._steps: Iterator[None] = iter(())
 
     @torch.inference_mode()
     def step(self) -> list[list[int]] | None:
         """One token of each beam; at the end the new ids of the best texts."""
+        if self._generation is None:
+            self._generation = self._begin()
+            self._steps = self._generation.search()
         try:
             next(self._steps)
         except StopIteration:

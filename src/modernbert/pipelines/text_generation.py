@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -156,7 +157,8 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
         """A prompt's text for a running batch, or all its texts by a beam search: the same tokens as in a call."""
         generator = self._generator(options.seed, row.number, copy)
         if options.generation.num_beams > 1:
-            return OngoingSearch(self._generation([row], options, generator))
+            begin = functools.partial(self._generation, [row], options, generator)
+            return OngoingSearch(row.ids, row.limit, options.generation, begin)
         return Ongoing(row.ids, row.limit, options.generation, generator, self.tokenizer)
 
     def _generator(self, seed: int, number: int, copy: int) -> torch.Generator:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pybase64
 from numpy.typing import NDArray
+from starlette.responses import Response
 
 BYTES = "application/octet-stream"
 
@@ -29,6 +30,12 @@ def as_dtype(vectors: NDArray[np.float32], dtype: str) -> NDArray[Any]:
         return scaled
     packed = np.packbits(vectors > 0, axis=-1)
     return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+
+
+def as_bytes(vectors: NDArray[Any]) -> Response:
+    """A reply of the bytes of vectors (N, dimensions) alone; headers say how many there are, and of which type."""
+    shape = ",".join(map(str, vectors.shape))
+    return Response(vectors.tobytes(), media_type=BYTES, headers={"X-Shape": shape, "X-Dtype": str(vectors.dtype)})
 
 
 def base64_list(vectors: NDArray[Any]) -> list[bytes]:

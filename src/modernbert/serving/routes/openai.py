@@ -15,7 +15,7 @@ from modernbert.serving.bodies import Body, TextsOrIds, Whole, example
 from modernbert.serving.problems import UnknownModelError
 from modernbert.serving.replies import Encoded, Json
 from modernbert.serving.state import check_ids, state_of
-from modernbert.serving.vectors import BYTES, as_dtype, base64_list
+from modernbert.serving.vectors import BYTES, as_bytes, as_dtype, base64_list
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -55,8 +55,7 @@ async def embeddings(given: EmbeddingsRequest, request: Request) -> Response:
     )
     vectors = as_dtype(np.stack(answered.answers), given.output_dtype)
     if BYTES in request.headers.get("accept", ""):
-        shape = ",".join(map(str, vectors.shape))
-        return Response(vectors.tobytes(), media_type=BYTES, headers={"X-Shape": shape, "X-Dtype": str(vectors.dtype)})
+        return as_bytes(vectors)
     if given.encoding_format == "float":
         rows = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
         usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+import numpy as np
+from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
 from modernbert import __version__
@@ -13,6 +14,7 @@ from modernbert.serving.models import Served
 from modernbert.serving.problems import RequestError, UnknownModelError
 from modernbert.serving.replies import Json
 from modernbert.serving.state import check_options, state_of
+from modernbert.serving.vectors import BYTES, as_bytes
 
 router = APIRouter(tags=["text-embeddings-inference"])
 
@@ -114,9 +116,11 @@ async def _vectors(given: EmbedRequest | EmbedAllRequest, request: Request, **op
 
 
 @router.post("/embed", summary="Vectors of texts")
-async def embed(given: EmbedRequest, request: Request) -> Json:
-    """A list of vectors, of length one unless `normalize` is false."""
-    return Json(await _vectors(given, request, normalize=given.normalize, truncate_dim=given.dimensions))
+async def embed(given: EmbedRequest, request: Request) -> Response:
+    """A list of vectors, of length one unless `normalize` is false; with the header `Accept: application/octet-stream`
+    their bytes alone, as of `/v1/embeddings`."""
+    vectors = await _vectors(given, request, normalize=given.normalize, truncate_dim=given.dimensions)
+    return as_bytes(np.stack(vectors)) if BYTES in request.headers.get("accept", "") else Json(vectors)
 
 
 @router.post("/embed_all", summary="A vector of every token")
@@ -138,7 +142,7 @@ async def predict(given: PredictRequest, request: Request) -> Json:
 
 
 @router.post("/", summary="What the model was made for: vectors or labels of texts")
-async def endpoint(given: EndpointRequest, request: Request) -> Json:
+async def endpoint(given: EndpointRequest, request: Request) -> Response:
     """As `/predict` where the model classifies, and else as `/embed`, for clients that know an endpoint alone. A list
     of texts is several inputs."""
     classifies = "text-classification" in _served(request, given.model).pipelines
