@@ -35,6 +35,16 @@ TEXTS, QUERY = ["A cat sat on the mat.", "Rain fell.", "Prices rose by a third."
 KEY = "secret"
 
 
+def uses(*names):
+    """Give a test the library by this name, before a server is started for it; without it the test is skipped."""
+    return pytest.mark.parametrize("library", names, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def library(request):
+    return pytest.importorskip(request.param)
+
+
 @pytest.fixture(scope="module")
 def url():
     with Running("--no-access-log", MODERNBERT_API_KEY=KEY) as server:
@@ -62,15 +72,15 @@ def same(found, wanted):
         {"tiktoken_enabled": False, "tiktoken_model_name": str(small_model("encoder"))},  # the model's own token ids
     ],
 )
-def test_langchain_openai(url, asked, how):
-    library = pytest.importorskip("langchain_openai")
+@uses("langchain_openai")
+def test_langchain_openai(library, url, asked, how):
     client = library.OpenAIEmbeddings(model="small-encoder", base_url=f"{url}/v1", api_key=KEY, **how)
     assert same([*client.embed_documents(TEXTS), client.embed_query(QUERY)], asked[0])
 
 
-def test_ids_of_another_tokenizer_are_refused(url):
+@uses("langchain_openai")
+def test_ids_of_another_tokenizer_are_refused(library, url):
     """As LangChain sends them by default, where it has OpenAI's tokenizer."""
-    library = pytest.importorskip("langchain_openai")
     import openai
     import tiktoken
 
@@ -85,8 +95,8 @@ def test_ids_of_another_tokenizer_are_refused(url):
         del tiktoken.registry.ENCODINGS["cl100k_base"]
 
 
-def test_langchain_openai_generates(url):
-    library = pytest.importorskip("langchain_openai")
+@uses("langchain_openai")
+def test_langchain_openai_generates(library, url):
     client = library.OpenAI(model="small-decoder", base_url=f"{url}/v1", api_key=KEY, max_tokens=8, temperature=0)
     text = client.invoke("Once upon a time")
     assert text
@@ -94,8 +104,8 @@ def test_langchain_openai_generates(url):
     assert client.batch(["Once upon a time", "Rain"])[0] == text
 
 
-def test_langchain_huggingface(url, asked):
-    library = pytest.importorskip("langchain_huggingface")
+@uses("langchain_huggingface")
+def test_langchain_huggingface(library, url, asked):
     from huggingface_hub import InferenceClient
 
     client = library.HuggingFaceEndpointEmbeddings(model="small/encoder", huggingfacehub_api_token="none")
@@ -103,8 +113,8 @@ def test_langchain_huggingface(url, asked):
     assert same([*client.embed_documents(TEXTS), client.embed_query(QUERY)], asked[1])
 
 
-def test_langchain_cohere(url, asked):
-    library = pytest.importorskip("langchain_cohere")
+@uses("langchain_cohere")
+def test_langchain_cohere(library, url, asked):
     from langchain_core.documents import Document
 
     client = library.CohereRerank(cohere_api_key=KEY, base_url=url, model="small-encoder", top_n=2)
@@ -114,25 +124,24 @@ def test_langchain_cohere(url, asked):
     assert [one.page_content for one in documents] == [TEXTS[i] for i, _ in asked[2][:2]]
 
 
-def test_llama_index_openai(url, asked):
-    library = pytest.importorskip("llama_index.embeddings.openai")
+@uses("llama_index.embeddings.openai")
+def test_llama_index_openai(library, url, asked):
     client = library.OpenAIEmbedding(model_name="small-encoder", api_base=f"{url}/v1", api_key=KEY)
     assert same([*client.get_text_embedding_batch(TEXTS), client.get_query_embedding(QUERY)], asked[0])
 
 
-def test_llama_index_text_embeddings_inference(url, asked):
-    library = pytest.importorskip("llama_index.embeddings.text_embeddings_inference")
+@uses("llama_index.embeddings.text_embeddings_inference")
+def test_llama_index_text_embeddings_inference(library, url, asked):
     client = library.TextEmbeddingsInference(model_name="small-encoder", base_url=url, auth_token=KEY)
     client.query_instruction = client.text_instruction = ""
     assert same([*client.get_text_embedding_batch(TEXTS), client.get_query_embedding(QUERY)], asked[1])
 
 
-@pytest.mark.parametrize("kind", ["tei_rerank", "cohere_rerank"])
-def test_llama_index_reranks(url, asked, kind):
-    library = pytest.importorskip(f"llama_index.postprocessor.{kind}")
+@uses("llama_index.postprocessor.tei_rerank", "llama_index.postprocessor.cohere_rerank")
+def test_llama_index_reranks(library, url, asked):
     from llama_index.core.schema import NodeWithScore, TextNode
 
-    if kind == "tei_rerank":
+    if library.__name__.endswith("tei_rerank"):
         client = library.TextEmbeddingInference(base_url=url, top_n=2, model_name="small-encoder")
         client.auth_token = f"Bearer {KEY}"
     else:

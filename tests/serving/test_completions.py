@@ -213,7 +213,7 @@ def test_many_at_once_get_what_each_gets_alone(app, decoder):
             "temperature": chosen.choice([0, 0.7, 1.0]),
             "seed": chosen.randint(0, 99),
         }
-        for _ in range(24)
+        for _ in range(16)
     ]
 
     async def run():

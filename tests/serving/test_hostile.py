@@ -299,9 +299,10 @@ def test_every_problem_is_promised_by_the_schema(ask):
 
 
 def test_methods_that_a_path_has_not(ask):
-    reply = ask("/embed", method="GET")
-    assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
-    assert "GET /embed" in reply.json()["error"]
+    for path, allowed in (("/embed", "POST"), ("/", "POST, GET"), ("/metrics", "GET")):
+        reply = ask(path, method="PUT")
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+        assert f"PUT {path}" in reply.text
 
 
 def test_an_error_of_the_server_itself_tells_nothing(ask, monkeypatch, caplog):

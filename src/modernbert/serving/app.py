@@ -102,6 +102,8 @@ async def _refused(request: Request, error: Exception) -> Json:
         error = RequestError(_NO_JSON)  # bytes that are no text
     if isinstance(error, HTTPException):
         status, headers = error.status_code, dict(error.headers or {})
+        if status == 405 and (known := request.app.openapi()["paths"].get(path_of(request.scope))):
+            headers["Allow"] = ", ".join(map(str.upper, known))  # the error knows one of a path's routes alone
         body = body_of(
             path_of(request.scope), RequestError(f"{request.method} {path_of(request.scope)}: {error.detail}")
         )

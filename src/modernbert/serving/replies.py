@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 import torch
-from starlette.responses import Response
+from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 _ARRAYS = np.ndarray | torch.Tensor
@@ -76,7 +76,7 @@ def pieces(value: Any) -> Iterator[bytes]:
         yield _written(value)
 
 
-class Json(Response):
+class Json(JSONResponse):
     """A reply of JSON; NaN and infinite numbers become null.
 
     Args:
@@ -84,12 +84,13 @@ class Json(Response):
         status_code, headers: of the reply.
     """
 
-    media_type = "application/json"
-
     def __init__(self, content: Any, status_code: int = 200, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(None, status_code, headers)
-        del self.headers["content-length"]
         self.content = content
+
+    def render(self, content: Any) -> bytes:
+        """Nothing yet."""
+        return b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write and send it."""
@@ -104,7 +105,8 @@ class Json(Response):
         await super().__call__(scope, receive, send)
 
 
-class Encoded(Response):
+class Encoded(JSONResponse):
     """A reply of JSON that is written already."""
 
-    media_type = "application/json"
+    def render(self, content: bytes) -> bytes:
+        return content

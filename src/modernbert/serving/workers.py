@@ -86,9 +86,12 @@ class _Workers:
 
 def _serve(options: ServeOptions, sockets: list[socket.socket], **how: Any) -> int:
     gc.disable()  # imports make a million objects and no garbage; to look for it takes a fifth of the start
-    from modernbert.serving.server import serve
+    try:
+        from modernbert.serving.server import serve
 
-    return serve(options, sockets, **how)
+        return serve(options, sockets, **how)
+    finally:
+        gc.enable()
 
 
 def _work(options: ServeOptions, sockets: list[socket.socket], number: int, served: Any) -> None:
