@@ -103,7 +103,7 @@ async def _refused(request: Request, error: Exception) -> Json:
     if isinstance(error, HTTPException):
         status, headers = error.status_code, dict(error.headers or {})
         if status == 405 and (known := request.app.openapi()["paths"].get(path_of(request.scope))):
-            headers["Allow"] = ", ".join(map(str.upper, known))  # the error knows one of a path's routes alone
+            headers["Allow"] = ", ".join(sorted(map(str.upper, known)))  # the error knows one of a path's routes alone
         body = body_of(
             path_of(request.scope), RequestError(f"{request.method} {path_of(request.scope)}: {error.detail}")
         )
