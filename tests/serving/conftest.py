@@ -4,6 +4,7 @@ import asyncio
 
 import httpx
 import pytest
+import torch
 
 pytest.importorskip("fastapi")
 
@@ -30,7 +31,14 @@ def pipelines(heads):
     model = modernbert.ModernBertForSequenceClassification.from_pretrained(
         heads / "SequenceClassification", num_labels=1
     ).eval()
-    return found | {"rank": pipeline("text-ranking", model, found["classify"].tokenizer)}
+    torch.manual_seed(0)
+    body = modernbert.MultiVectorEncoder(found["embed"].model.model, modernbert.MultiVectorSettings(document_length=64))
+    made = {
+        "rank": ("text-ranking", model),
+        "sparse": ("sparse-embedding", modernbert.SparseEncoder(found["fill"].model)),
+        "late": ("late-interaction", body.eval()),
+    }
+    return found | {name: pipeline(task, one, found["classify"].tokenizer) for name, (task, one) in made.items()}
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,9 @@ def test_a_completion_is_what_the_pipeline_gives(ask, decoder):
     assert reply["choices"][0]["finish_reason"] == "length"
     read = len(decoder.tokenizer(PROMPTS[0]).input_ids)
     assert reply["usage"] == {"prompt_tokens": read, "completion_tokens": 12, "total_tokens": read + 12}
+    headers = ask("/v1/completions", {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}).headers
+    assert headers["x-compute-tokens"] == str(read + 12)
+    assert float(headers["x-inference-time"]) > 0
     sampled = ask("/v1/completions", {"prompt": PROMPTS[1], "max_tokens": 12, "temperature": 0.9, "seed": 4}).json()
     assert sampled["choices"][0]["text"] == offline(decoder, PROMPTS[1], 12, temperature=0.9, seed=4)
     ids = decoder.tokenizer(PROMPTS[0]).input_ids
@@ -149,6 +152,58 @@ def test_a_model_that_fails_ends_its_texts_and_goes_on(app, decoder, monkeypatch
     assert reply.json()["choices"][0]["text"] == offline(decoder, PROMPTS[1], 5, do_sample=False)
 
 
+def test_a_text_at_which_the_model_fails_ends_alone(app, decoder, monkeypatch):
+    score, ids = decoder.model.score_next, decoder.tokenizer(PROMPTS[3]).input_ids
+
+    def broken(inputs, cache):
+        if inputs.ids_T[-len(ids) :].tolist() == ids:
+            raise RuntimeError("insides")
+        return score(inputs, cache)
+
+    async def run():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            bodies = [{"prompt": prompt, "max_tokens": 40, "temperature": 0} for prompt in PROMPTS]
+            return await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+
+    monkeypatch.setattr(decoder.model, "score_next", broken, raising=False)
+    replies = asyncio.run(run())
+    monkeypatch.undo()
+    assert [reply.status_code for reply in replies] == [200, 200, 200, 500]
+    for prompt, reply in zip(PROMPTS[:3], replies, strict=False):
+        assert reply.json()["choices"][0]["text"] == offline(decoder, prompt, 40, do_sample=False)
+
+
+def test_a_beam_search_lets_others_in_and_is_that_of_the_pipeline(app, decoder):
+    options = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 60, "seed": 3, "do_sample": False}
+    ends = []
+
+    async def run():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+
+            async def ask(name, path, body):
+                reply = await client.post(path, json=body)
+                ends.append(name)
+                return reply.json()
+
+            beams = ask("beams", "/v1/tasks/text-generation", {"inputs": PROMPTS[:2], "options": options})
+            short = ask("short", "/v1/completions", {"prompt": PROMPTS[3], "max_tokens": 5, "temperature": 0})
+            return await asyncio.gather(beams, short)
+
+    beams, short = asyncio.run(run())
+    assert ends == ["short", "beams"]
+    assert beams["answers"] == decoder(PROMPTS[:2], **options)
+    assert beams["usage"]["tokens"] > 4 * 50
+    assert short["choices"][0]["text"] == offline(decoder, PROMPTS[3], 5, do_sample=False)
+    engine = next(iter(app.state.serving.models.engines.values()))
+    assert not any(len(one) for one in engine._continuations.values())
+
+
+def test_a_beam_search_ends_with_its_deadline(ask):
+    options = {"num_beams": 4, "max_new_tokens": 400, "do_sample": False}
+    late = ask("/v1/tasks/text-generation", {"inputs": PROMPTS[0], "options": options}, headers={"x-timeout": "0.05"})
+    assert late.status_code == 504
+
+
 def test_many_at_once_get_what_each_gets_alone(app, decoder):
     chosen = random.Random(1)
     bodies = [
@@ -158,7 +213,7 @@ def test_many_at_once_get_what_each_gets_alone(app, decoder):
             "temperature": chosen.choice([0, 0.7, 1.0]),
             "seed": chosen.randint(0, 99),
         }
-        for _ in range(24)
+        for _ in range(16)
     ]
 
     async def run():

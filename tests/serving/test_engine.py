@@ -147,6 +147,30 @@ def test_too_much_is_refused_with_the_time_to_come_back(embed):
         engine.close()
 
 
+def test_what_cannot_have_its_turns_in_time_is_refused(embed, engine):
+    """Turns count and not all that waits: a short question is answered before the rest of a long request."""
+
+    async def run():
+        for _ in range(20):
+            await engine.run(embed, ["a cat"], {}, soon())  # the speed is known
+        gate = Gate(embed)
+        many = asyncio.create_task(engine.run(embed, ["a cat sat on the mat"] * 4000, {}, soon(60)))
+        while engine.waiting < 30_000:
+            await asyncio.sleep(0.01)
+        engine._speed = 1000.0
+        question = asyncio.create_task(engine.run(embed, ["why"], {}, soon(5)))
+        with pytest.raises(OverloadedError, match=r"takes over 2.5 of the request's 5 seconds") as refused:
+            await engine.run(embed, ["why"] * 1000, {}, soon(5))
+        assert int(refused.value.headers["Retry-After"]) > 20
+        gate.open.set()
+        await question
+        many.cancel()
+        await asyncio.wait({many})
+
+    asyncio.run(run())
+    assert engine.waiting == 0
+
+
 def test_rows_of_clients_that_left_are_not_computed(embed, engine):
     gate = Gate(embed)
 

@@ -2,21 +2,41 @@
 
 import asyncio
 import json
+import os
 import re
 import socket
+import threading
+import time
+from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+import torch
 import uvicorn
 
 from modernbert.errors import InputError
 from modernbert.serving import create_app
+from modernbert.serving.app import _PROBLEMS
+from modernbert.serving.log import AccessLog
+from modernbert.serving.metrics import Metrics
 from modernbert.serving.options import ServeOptions
-from modernbert.serving.problems import RequestError
+from modernbert.serving.problems import (
+    DrainingError,
+    EngineError,
+    KeyRefusedError,
+    LateError,
+    OverloadedError,
+    RequestError,
+    SlowClientError,
+    TooLargeError,
+    UnknownModelError,
+)
+from modernbert.serving.replies import Json, _written, pieces
 from modernbert.serving.routes import operations
 from modernbert.serving.server import Protocol
 from modernbert.serving.sockets import listening
-from modernbert.serving.state import _count, check_options
+from modernbert.serving.state import State, _count, check_options
 
 
 def message_of(reply):
@@ -138,6 +158,91 @@ def test_too_much_to_tokenize(pipelines):
         app.state.serving.models.close()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_for_the_log_ends_no_request(pipelines, capsys):
+    app = create_app({"fill": pipelines["fill"]}, log_file="/dev/full")
+    try:
+        for _ in range(3):
+            assert call(app, "/v1/models")[0]["status"] == 200
+        app.state.serving.log.close()
+        assert b"modernbert_lost_log_lines_total 3.0" in app.state.serving.metrics.text()
+        assert capsys.readouterr().err.count("lines of the log are lost: No space left on device") == 1
+    finally:
+        app.state.serving.close()
+
+
+def test_the_log_never_waits_and_its_lines_stay_whole(tmp_path, monkeypatch, capsys):
+    metrics = Metrics()
+    with pytest.raises(InputError, match="log_file"):
+        AccessLog(str(tmp_path), metrics)
+    held, write = threading.Event(), os.write
+
+    def slow(file, line):
+        held.wait(5)
+        if line.endswith(b'orn": 0}\n') and not line.startswith(b"{"):
+            raise OSError(28, "No space left on device")
+        return write(file, line[:3])  # as a nearly full disk takes it
+
+    monkeypatch.setattr(os, "write", slow)
+    log = AccessLog(str(tmp_path / "log"), metrics)
+    log.put({"torn": 0})
+    while log._lines.qsize():
+        time.sleep(0.01)
+    for number in range(10_003):
+        log.put({"number": number})
+    held.set()
+    log._thread.join(0.1)
+    while log._lines.qsize():
+        time.sleep(0.01)
+    log.close()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[0] == '{"t'
+    assert [json.loads(line)["number"] for line in lines[1:]] == list(range(10_000))
+    assert "modernbert_lost_log_lines_total 4.0" in metrics.text().decode()
+    assert "faster than" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"answers": [np.arange(12, dtype=np.float32).reshape(3, 4)], "of": {"a": []}},
+        [{"index": i, "data": torch.arange(6.0).reshape(2, 3)} for i in range(3)],
+        np.random.default_rng(0).random((300, 768), np.float32),
+        [{"number": i} for i in range(1000)],
+        np.arange(24).reshape(4, 6).T,
+        [[np.zeros(3)], []],
+        {1: [float("nan")]},
+        [],
+        None,
+    ],
+)
+def test_replies_written_in_pieces_are_those_written_at_once(value):
+    whole = b"".join(pieces(value))
+    assert whole == _written(value)
+
+
+def test_a_large_reply_lets_others_have_their_turn():
+    turns, sent = [], []
+
+    async def others():
+        while not sent:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    async def keep(message):
+        sent.append(message)
+
+    async def run():
+        rows = list(np.random.default_rng(0).random((64, 128, 768), np.float32))
+        other = asyncio.create_task(others())
+        await Json(rows)({"type": "http"}, None, keep)
+        await other
+
+    asyncio.run(run())
+    assert len(turns) > 10
+    assert int(dict(sent[0]["headers"])[b"content-length"]) == len(sent[1]["body"])
+
+
 @pytest.fixture
 def guarded(pipelines, tmp_path):
     (tmp_path / "keys").write_text("secret\n")
@@ -147,11 +252,91 @@ def guarded(pipelines, tmp_path):
     app.state.serving.models.close()
 
 
+PROBLEMS = {
+    401: KeyRefusedError("said"), 404: UnknownModelError("said"), 408: SlowClientError("said"),
+    413: TooLargeError("said"), 422: RequestError("said"), 429: OverloadedError("said", 7), 500: EngineError("said"),
+    503: DrainingError("said"), 504: LateError("said"),
+}  # fmt: skip
+BODIES = {
+    "/v1/embeddings": {"input": "a"}, "/v1/completions": {"prompt": "a"}, "/classify": {"input": "a"},
+    "/v1/tasks/fill-mask": {"inputs": "[MASK]"}, "/v2/rerank": {"query": "a", "documents": ["b"]},
+    "/embed": {"inputs": "a"}, "/predict": {"inputs": "a"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("status", PROBLEMS)
+@pytest.mark.parametrize("path", BODIES)
+def test_every_problem_has_the_shape_of_the_api_that_was_called(ask, monkeypatch, path, status):
+    async def wrong(*args, **options):
+        raise PROBLEMS[status]
+
+    for name in ("answer", "generate"):
+        monkeypatch.setattr(State, name, wrong)
+    reply = ask(path, BODIES[path])
+    assert reply.status_code == status
+    found = reply.json()
+    if path in ("/embed", "/predict"):
+        assert set(found) == {"error", "error_type"}
+        assert found["error"] == "said"
+    elif path == "/v2/rerank":
+        assert found["message"] == "said"
+    else:
+        assert set(found["error"]) == {"message", "type", "param", "code"}
+        assert found["error"]["message"] == "said"
+    assert reply.headers.get("retry-after") == {429: "7", 503: "5"}.get(status)
+    assert ("www-authenticate" in reply.headers) == (status == 401)
+    assert status in _PROBLEMS
+
+
+def test_every_problem_is_promised_by_the_schema(ask):
+    assert set(PROBLEMS) == set(_PROBLEMS)
+    for path, methods in ask("/openapi.json").json()["paths"].items():
+        for method, told in methods.items():
+            assert {str(status) for status in _PROBLEMS} <= set(told["responses"]), path
+            if method == "post":
+                body = told["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+                assert ask("/openapi.json").json()["components"]["schemas"][body]["examples"], path
+
+
+def test_methods_that_a_path_has_not(ask):
+    for path, allowed in (("/embed", "POST"), ("/", "GET, POST"), ("/metrics", "GET")):
+        reply = ask(path, method="PUT")
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+        assert f"PUT {path}" in reply.text
+
+
+def test_an_error_of_the_server_itself_tells_nothing(ask, monkeypatch, caplog):
+    async def wrong(*args, **options):
+        raise KeyError("insides")
+
+    monkeypatch.setattr(State, "answer", wrong)
+    reply = ask("/embed", {"inputs": "a"})
+    assert reply.status_code == 500
+    assert reply.json()["error"] == "the server failed; its log says how"
+    assert "insides" in caplog.text
+
+
+def test_too_much_that_waits_is_429_over_http(pipelines):
+    app = create_app({"embed": pipelines["embed"]}, access_log=False, most_waiting=100)
+    engine = app.state.serving.models.engine(pipelines["embed"])
+    engine._waiting = 101
+    try:
+        sent = call(app, "/embed", body=b'{"inputs": "a"}')
+        assert sent[0]["status"] == 429
+        assert int(dict(sent[0]["headers"])[b"retry-after"]) >= 1
+        assert b"modernbert_refused_requests_total 1.0" in app.state.serving.metrics.text()
+        engine._waiting = 0
+        assert call(app, "/embed", body=b'{"inputs": "a"}')[0]["status"] == 200
+    finally:
+        app.state.serving.close()
+
+
 @pytest.mark.parametrize("path", ["/v1/models", "//v1/models", "/health/../v1/models", "/docs", "/openapi.json", "/"])
 @pytest.mark.parametrize("host", [b"a", b"a/health?", b"a/health#", b"a@b/health/live?"])
 def test_the_key_does_not_depend_on_what_the_host_is_called(guarded, path, host):
     start = call(guarded, path, headers=[(b"host", host)])[0]
     assert start["status"] == (200 if path == "/" else 401)
+    assert call(guarded, path, headers=[(b"host", host)], body=b'{"inputs": "a"}')[0]["status"] == 401
 
 
 def test_a_body_that_never_ends_is_given_up(guarded):

@@ -84,6 +84,8 @@ def test_text_embeddings_inference(ask, pipelines):
     embed, classify = pipelines["embed"], pipelines["classify"]
     got = ask("/embed", {"inputs": TEXTS, "model": "embed"}).json()
     assert np.array_equal(np.array(got, np.float32), embed(TEXTS, normalize=True))
+    raw = ask("/embed", {"inputs": TEXTS, "model": "embed"}, headers={"accept": "application/octet-stream"})
+    assert np.array_equal(np.frombuffer(raw.content, "<f4").reshape(3, 48), embed(TEXTS, normalize=True))
     tokens = ask("/embed_all", {"inputs": TEXTS}).json()
     wanted = embed(TEXTS, multi_vector=True, normalize=False)
     assert all(np.array_equal(np.array(a, np.float32), b) for a, b in zip(tokens, wanted, strict=True))
@@ -100,6 +102,30 @@ def test_text_embeddings_inference(ask, pipelines):
     assert "".join(piece["text"] for piece in pieces if not piece["special"]) == TEXTS[1]
     assert ask("/decode", {"ids": ids}).json() == [TEXTS[1]]
     assert ask("/info").json()["max_input_length"] == 512
+
+
+def test_sparse_vectors_and_vectors_of_tokens(ask, pipelines):
+    wanted = pipelines["sparse"](TEXTS)
+    got = ask("/embed_sparse", {"inputs": TEXTS}).json()
+    for pairs, answer in zip(got, wanted, strict=True):
+        assert [pair["index"] for pair in pairs] == answer["indices"].tolist()
+        assert np.array_equal(np.array([pair["value"] for pair in pairs], np.float32), answer["values"])
+    pooled = ask("/pooling", {"input": TEXTS, "model": "late", "task": "token_embed"}).json()["data"]
+    for one, vectors in zip(pooled, pipelines["late"](TEXTS), strict=True):
+        assert np.array_equal(np.array(one["data"], np.float32), vectors)
+    ranked = ask("/v1/rerank", {"query": TEXTS[0], "documents": TEXTS, "model": "late"}).json()["results"]
+    assert ranked[0]["index"] == 0
+
+
+def test_an_endpoint_does_what_its_model_was_made_for(ask, pipelines):
+    pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
+    classify = pipelines["classify"]
+    assert ask("/", {"inputs": TEXTS, "model": "classify"}).json() == classify(TEXTS, top_k=None)
+    assert ask("/", {"inputs": TEXTS[0], "model": "classify"}).json() == classify([TEXTS[0]], top_k=None)[0]
+    assert ask("/", {"inputs": [TEXTS[:2]], "model": "classify"}).json() == classify([pair], top_k=None)
+    got = ask("/", {"inputs": TEXTS, "model": "embed"}).json()
+    assert np.array_equal(np.array(got, np.float32), pipelines["embed"](TEXTS, normalize=True))
+    assert "pairs" in ask("/", {"inputs": [TEXTS[:2]], "model": "embed"}).json()["error"]
 
 
 def test_vllm(ask, pipelines):

@@ -1,6 +1,7 @@
 """A server in a process of its own: its start, its key, its end, and the clients that people use."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
+from modernbert.cli import main
 from modernbert.pipelines import pipeline
 
 pytestmark = pytest.mark.network
@@ -21,7 +23,8 @@ pytestmark = pytest.mark.network
 class Running:
     """`modernbert serve` with these flags, until the end of the block."""
 
-    def __init__(self, *flags, **environment):
+    def __init__(self, *flags, says=" at http", **environment):
+        self.says = says
         command = [sys.executable, "-m", "modernbert", "serve", "--port", "0", *map(str, flags)]
         self.began = time.monotonic()
         self.process = subprocess.Popen(
@@ -36,7 +39,7 @@ class Running:
     def _read(self):
         for line in self.process.stderr:
             self.lines.append(line.strip())
-            if " at http" in line:
+            if self.says in line:
                 self.listening.set()
         self.listening.set()
 
@@ -103,8 +106,8 @@ def test_the_cohere_client(server):
 def test_the_client_of_huggingface(server):
     from huggingface_hub import InferenceClient
 
-    client = InferenceClient(f"{server.url}/embed")
-    assert client.feature_extraction("A cat sat.").shape[0] == 1
+    for url in (server.url, f"{server.url}/embed"):
+        assert InferenceClient(url).feature_extraction(["A cat sat.", "Rain fell."]).shape[0] == 2
 
 
 def test_no_path_without_the_key(tmp_path):
@@ -113,17 +116,19 @@ def test_no_path_without_the_key(tmp_path):
     with Running("--api-key-file", keys) as server:
         paths = httpx.get(f"{server.url}/openapi.json", headers={"authorization": "Bearer second"}).json()["paths"]
         assert len(paths) > 20
-        for path, methods in paths.items():
-            for method in methods:
-                url = server.url + path.replace("{name}", "small-encoder")
-                for headers in ({}, {"authorization": "Bearer third"}, {"x-api-key": ""}):
-                    status = httpx.request(method, url, headers=headers).status_code
-                    assert status == (200 if path.startswith("/health") else 401), path
-        assert httpx.get(f"{server.url}/v1/models", headers={"x-api-key": "first"}).status_code == 200
-        assert httpx.get(f"{server.url}/docs").status_code == 401
+        paths |= {path: ["get"] for path in ("/docs", "/redoc", "/nothing")}
+        paths |= {path: ["post"] for path in ("/embeddings", "/v1/classify", "/v1/score")}
+        with httpx.Client(base_url=server.url) as client:
+            for path, methods in paths.items():
+                for method in methods:
+                    for headers in ({}, {"authorization": "Bearer third"}, {"x-api-key": ""}):
+                        reply = client.request(method, path.replace("{name}", "small-encoder"), headers=headers)
+                        is_open = path.startswith("/health") or (path, method) == ("/", "get")
+                        assert reply.status_code == (200 if is_open else 401), path
+            assert client.get("/v1/models", headers={"x-api-key": "first"}).status_code == 200
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_it_when_accepted_work_is_done(number):
     with Running() as server:
 
@@ -168,6 +173,16 @@ def test_flags_and_the_file_say_the_same(tmp_path, heads):
         assert httpx.post(f"{server.url}/v1/tasks/fill-mask", json={"inputs": ["[MASK]"] * 3}).status_code == 413
 
 
+def test_it_listens_on_a_unix_socket(tmp_path):
+    path = tmp_path / "socket"
+    with Running("--unix-socket", path, says=f"at {path}") as server:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://server") as client:
+            assert client.post("/embed", json={"inputs": "A cat sat."}).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -177,13 +192,14 @@ def test_flags_and_the_file_say_the_same(tmp_path, heads):
         (["--most-texts", "0"], "at least 1"),
     ],
 )
-def test_what_cannot_be_served_is_said_in_one_line(flags, said):
-    done = subprocess.run(
-        [sys.executable, "-m", "modernbert", "serve", *flags], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_what_cannot_be_served_is_said_in_one_line(flags, said, capfd):
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--port", "0", *flags])
+    assert ended.value.code == 2
+    told = capfd.readouterr().err
+    assert said in told
+    assert len(told.strip().splitlines()) == 1
+    assert gc.isenabled()
 
 
 def test_two_workers_serve_at_one_address_and_a_lost_one_is_replaced():

@@ -39,6 +39,9 @@ def _signature(config: Config) -> dict[str, Any]:
     }
 
 
+Mark = tuple[list[int], list[int], int]  # lengths and ends of all texts, and columns
+
+
 class LayerCache(NamedTuple):
     """Keys and values of one layer, each (texts, heads, columns, head size)."""
 
@@ -73,7 +76,8 @@ class DecoderCache:
         self.lengths: list[int] = []
         self.ends: list[int] = []
         self.columns = 0
-        self._unfinished: tuple[list[int], list[int], int] | None = None
+        self._unfinished: Mark | None = None
+        self._moving = False  # where it stays true, memory ran out while texts were moved
         if config is not None:
             self._configure(config)
 
@@ -175,7 +179,7 @@ class DecoderCache:
             raise InputError(f"past_key_values is of another model; {differ} differ")
 
     def _check_whole(self) -> None:
-        if self._unfinished is not None:
+        if self._unfinished is not None or self._moving:
             raise InputError("past_key_values was left half-written by a forward pass that failed; make a new one")
 
     def begin(
@@ -192,9 +196,11 @@ class DecoderCache:
             self.lengths, self.ends = [[0] * len(packing.lengths) for _ in range(2)]
         if len(packing.lengths) != len(self.lengths):
             raise InputError(f"the input has {len(packing.lengths)} texts; past_key_values holds {len(self.lengths)}")
+        self._moving = True
         for storage in self.kinds.values():
             storage.to(packing.positions_T.device)
             storage.make_room(self.lengths, packing.lengths)
+        self._moving = False
         last = list(packing.lengths)
         if packing.gaps:
             last = [int(p[-1]) + 1 if len(p) else 0 for p in packing.positions_T.split(packing.lengths)]
@@ -215,6 +221,25 @@ class DecoderCache:
         assert self._unfinished is not None
         self.lengths, self.ends, self.columns = self._unfinished
         self._unfinished = None
+
+    def mark(self) -> Mark:
+        """What `back` goes back to."""
+        self._check_whole()
+        return list(self.lengths), list(self.ends), self.columns
+
+    def back(self, mark: Mark) -> bool:
+        """Be as before a pass that failed, in place; whether that can be, or else the cache is lost.
+
+        It can where each text that had tokens got one at the most: that one overwrote in a local layer what no later
+        token sees, and is overwritten itself when it comes again.
+        """
+        now = self.lengths if self._unfinished is None else self._unfinished[0]
+        new = [length - old for old, length in zip(mark[0], now, strict=True) if old]
+        if self._moving or max(new, default=0) > 1 + self.slack:
+            return False
+        self.lengths, self.ends, self.columns = list(mark[0]), list(mark[1]), mark[2]
+        self._unfinished = None
+        return True
 
     # What callers do
 

@@ -73,6 +73,7 @@ class Generation:
         self.generator, self.tokenizer = generator, tokenizer
         self.scores: list[Tensor] | None = [] if keep_scores else None
         self.rules = Rules(options, handed or Handed(), getattr(decoder, "model", None))
+        self.totals: list[float] = []  # scores of the texts that a beam search found
         self.texts: list[History] = []  # as far as they are, `num_return_sequences` a prompt, one after another
 
     def new_ids(self) -> list[list[int]]:
@@ -104,6 +105,12 @@ class Generation:
 
         Beam b of prompt p is row p * `num_beams` + b; `watch` gets every step with the beams before it.
         """
+        for _ in self.search(watch):
+            pass
+        return self.totals
+
+    def search(self, watch: Callable[[Step], None] | None = None) -> Iterator[None]:
+        """`beams` by single steps, in the caller's inference mode; `texts` and `totals` are there at the end."""
         options = self.options
         number, groups, penalty = options.num_return_sequences, options.num_beam_groups, options.diversity_penalty
         size = options.num_beams // groups
@@ -136,6 +143,7 @@ class Generation:
             if active:
                 pairs = zip(firsts, going, strict=False)
                 self.decoder.select([first + beam for first, beams in pairs for beam in beams])
+                yield
                 logits_BV = self.decoder.step([history.ids[-1] for search in active for history, _ in search.running])
         best = []
         for i in range(0, len(searches), groups):
@@ -147,8 +155,7 @@ class Generation:
                     "prompt; the options leave no more"
                 )
             best += finished[:number]
-        self.texts = [history for history, _ in best]
-        return [score for _, score in best]
+        self.texts, self.totals = [history for history, _ in best], [score for _, score in best]
 
     def _show(
         self, watch: Callable[[Step], None], active: list[_Search], before: list[History], logits: Tensor, logs: Tensor

@@ -1,4 +1,4 @@
-"""Texts that join a running batch and leave it at any step, each with options of its own.
+"""Texts that join a running batch and leave it at any step, each with options of its own; beam searches by steps.
 
 A text's tokens are those of `generate` with the same options and generator, whoever else is in the batch, because what
 the model says of it does not depend on that (docs/invariance.md).
@@ -9,14 +9,14 @@ Shapes: B texts, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from modernbert.decoding.cache import DecoderCache
 from modernbert.decoding.decoders import LanguageModel
-from modernbert.decoding.loops import is_over
+from modernbert.decoding.loops import Generation, is_over
 from modernbert.decoding.options import GenerationOptions
 from modernbert.decoding.processors import Handed, Rules
 from modernbert.decoding.samplers import Draw, History
@@ -37,11 +37,14 @@ class Ongoing:
 
     Attributes:
         history: the text so far.
+        rows: how many texts of the cache it is.
         cancelled: set by the caller to have it leave the batch before its end.
 
     Raises:
         InputError: the options need beams, or a tokenizer that is not given.
     """
+
+    rows = 1
 
     def __init__(
         self,
@@ -77,6 +80,40 @@ class Ongoing:
         return is_over(self.history, self.options, self.rules, self.tokenizer)
 
 
+class OngoingSearch:
+    """A beam search over one prompt that goes on by single steps, with a cache of its own.
+
+    Args:
+        prompt, limit, options: see `Ongoing`.
+        begin: makes the generation, when the first step begins.
+
+    Attributes:
+        history: the prompt, and how many tokens may follow.
+        rows, cancelled: see `Ongoing`.
+    """
+
+    def __init__(
+        self, prompt: Sequence[int], limit: int, options: GenerationOptions, begin: Callable[[], Generation]
+    ) -> None:
+        self.history = History(list(prompt), len(prompt), limit, 0, list(prompt))
+        self.options, self.rows, self.cancelled = options, options.num_beams, False
+        self._begin = begin
+        self._generation: Generation | None = None
+        self._steps: Iterator[None] = iter(())
+
+    @torch.inference_mode()
+    def step(self) -> list[list[int]] | None:
+        """One token of each beam; at the end the new ids of the best texts."""
+        if self._generation is None:
+            self._generation = self._begin()
+            self._steps = self._generation.search()
+        try:
+            next(self._steps)
+        except StopIteration:
+            return [history.new for history in self._generation.texts]
+        return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Token:
     """One new token of a text.
@@ -84,14 +121,15 @@ class Token:
     Attributes:
         text: whose it is.
         token: its id.
-        logits_V: as the model gave them, float32.
+        logits_V: as the model gave them, float32; None where it raised an error.
         is_last: whether the text is over with it.
-        error: why the text's own options gave no token; it is over then, and `token` means nothing.
+        error: why there is no token, because of the text's own options or of the model; it is over then, and `token`
+            means nothing.
     """
 
     text: Ongoing
     token: int
-    logits_V: Tensor
+    logits_V: Tensor | None
     is_last: bool
     error: Exception | None = None
 
@@ -115,8 +153,8 @@ class OngoingBatch:
     def step(self, joining: Sequence[Ongoing] = ()) -> list[Token]:
         """One token of each text, of those that join as well; texts that are over or cancelled leave.
 
-        Raises:
-            Exception: what the model raised; the batch is then empty.
+        Where the model fails, halves of the batch are read apart, down to the texts at which it fails alone: these are
+        over, and the others have the tokens that they would have without them.
         """
         try:
             self._leave()
@@ -125,15 +163,16 @@ class OngoingBatch:
             self.cache.extend(len(joining))
             rows = [text.history.ids[-1:] for text in self.texts] + [text.history.ids for text in joining]
             self.texts += joining
-            if not self.texts:
-                return []
-            inputs = PackedInputs.of_rows(rows, self.model.device, self.cache.ends)
-            logits_BV = self.model.score_next(inputs, self.cache)
+            read = self._read(rows, range(len(rows))) if rows else []
         except BaseException:
             self.texts, self.cache = [], DecoderCache(self.model.config)
             raise
         tokens = []
-        for text, logits_1V in zip(self.texts, logits_BV.split(1), strict=True):
+        for text, logits_1V in zip(self.texts, read, strict=True):
+            if isinstance(logits_1V, Exception):
+                text.cancelled = True
+                tokens.append(Token(text, -1, None, True, logits_1V))
+                continue
             token, error = -1, None
             try:
                 token, _ = text.choose(logits_1V, self.model)
@@ -142,6 +181,21 @@ class OngoingBatch:
                 text.cancelled, error = True, caught
             tokens.append(Token(text, token, logits_1V[0], text.cancelled, error))
         return tokens
+
+    def _read(self, rows: Sequence[list[int]], texts: Sequence[int]) -> list[Tensor | Exception]:
+        """Scores (1, V) of what follows each of these texts, or why there are none."""
+        mark = self.cache.mark()
+        try:
+            new = [row if i in texts else [] for i, row in enumerate(rows)]
+            inputs = PackedInputs.of_rows(new, self.model.device, self.cache.ends)
+            return list(self.model.score_next(inputs, self.cache).split(1))
+        except Exception as error:
+            if not self.cache.back(mark):
+                raise
+            if len(texts) == 1:
+                return [error]
+        half = len(texts) // 2
+        return self._read(rows, texts[:half]) + self._read(rows, texts[half:])
 
     def _leave(self) -> None:
         going = [i for i, text in enumerate(self.texts) if not text.cancelled]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from modernbert.auto import AutoModelForCausalLM
 from modernbert.checks import check_text
 from modernbert.decoding.decoders import decoder_of
 from modernbert.decoding.loops import Generation
-from modernbert.decoding.ongoing import Ongoing
+from modernbert.decoding.ongoing import Ongoing, OngoingSearch
 from modernbert.decoding.options import GenerationOptions, has_no_meaning
 from modernbert.decoding.processors import handed_over
 from modernbert.decoding.text import TextPieces
@@ -152,9 +153,12 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
         limits = [row.limit for row in rows]
         return Generation(decoder_of(self.model, ids), limits, chosen, generators, self.tokenizer, handed)
 
-    def ongoing(self, row: Prompt, options: ResolvedOptions, copy: int = 0) -> Ongoing:
-        """A prompt's text for a running batch, which gets the same tokens as in a call."""
+    def ongoing(self, row: Prompt, options: ResolvedOptions, copy: int = 0) -> Ongoing | OngoingSearch:
+        """A prompt's text for a running batch, or all its texts by a beam search: the same tokens as in a call."""
         generator = self._generator(options.seed, row.number, copy)
+        if options.generation.num_beams > 1:
+            begin = functools.partial(self._generation, [row], options, generator)
+            return OngoingSearch(row.ids, row.limit, options.generation, begin)
         return Ongoing(row.ids, row.limit, options.generation, generator, self.tokenizer)
 
     def _generator(self, seed: int, number: int, copy: int) -> torch.Generator:

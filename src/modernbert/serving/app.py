@@ -17,6 +17,7 @@ from modernbert import __version__
 from modernbert.errors import listed, shown
 from modernbert.pipelines.base import Pipeline
 from modernbert.serving.guard import Guard
+from modernbert.serving.log import AccessLog
 from modernbert.serving.metrics import Metrics
 from modernbert.serving.models import Models
 from modernbert.serving.options import ServeOptions
@@ -49,12 +50,13 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
     """
     chosen = ServeOptions.of(options, "create_app")
     metrics = Metrics()
-    state = State(chosen, Models(chosen, metrics, dict(pipelines or {})), metrics, chosen.keys())
+    log = AccessLog(chosen.log_file, metrics) if chosen.access_log else None
+    state = State(chosen, Models(chosen, metrics, dict(pipelines or {})), metrics, chosen.keys(), log)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.get_running_loop().run_in_executor(None, state.models.close)
+        await asyncio.get_running_loop().run_in_executor(None, state.close)
 
     app = FastAPI(
         title="modernbert", version=__version__, description=_ABOUT, lifespan=lifespan, default_response_class=Json
@@ -67,8 +69,10 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
     app.add_middleware(Guard, state=state)
     with contextlib.suppress(ImportError):
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+        from opentelemetry.trace import get_current_span
 
         FastAPIInstrumentor.instrument_app(app)
+        state.span = get_current_span
     return app
 
 
@@ -98,6 +102,8 @@ async def _refused(request: Request, error: Exception) -> Json:
         error = RequestError(_NO_JSON)  # bytes that are no text
     if isinstance(error, HTTPException):
         status, headers = error.status_code, dict(error.headers or {})
+        if status == 405 and (known := request.app.openapi()["paths"].get(path_of(request.scope))):
+            headers["Allow"] = ", ".join(sorted(map(str.upper, known)))  # the error knows one of a path's routes alone
         body = body_of(
             path_of(request.scope), RequestError(f"{request.method} {path_of(request.scope)}: {error.detail}")
         )
@@ -106,7 +112,7 @@ async def _refused(request: Request, error: Exception) -> Json:
     if status >= 500 and not isinstance(error, ServingError):
         logger.error("%s %s failed", request.method, path_of(request.scope), exc_info=error)
     if isinstance(error, ServingError):
-        headers = error.headers
+        headers = dict(error.headers)
     request.state.problem = message_of(error)
     return Json(body_of(path_of(request.scope), error), status, headers)
 

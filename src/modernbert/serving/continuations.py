@@ -1,4 +1,7 @@
-"""Generation for many requests at once: prompts join the running batch of their model whenever there is memory."""
+"""Generation for many requests at once: prompts join the running batch of their model whenever there is memory.
+
+Beam searches go on beside the batch, a token of each beam at every step, so that nobody waits for a whole search.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 
-from modernbert.decoding.ongoing import Ongoing, OngoingBatch, Token, cache_bytes
+from modernbert.decoding.ongoing import Ongoing, OngoingBatch, OngoingSearch, Token, cache_bytes
 from modernbert.errors import InputError
 from modernbert.serving.problems import LateError, RequestError, failed
 
@@ -23,7 +26,7 @@ _JOINING = 2048  # tokens of prompts that are read in one step at the most, so t
 
 
 class Stream:
-    """The new tokens of one text, for whoever waits for them.
+    """The new tokens of one text, or of a beam search's texts at its end, for whoever waits for them.
 
     Args:
         text: goes on in the engine's thread.
@@ -35,7 +38,7 @@ class Stream:
 
     def __init__(
         self,
-        text: Ongoing,
+        text: Ongoing | OngoingSearch,
         loop: asyncio.AbstractEventLoop,
         deadline: float,
         best: int | None,
@@ -56,8 +59,9 @@ class Stream:
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody waits
             self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, list[tuple[int, float]]]]:
-        """Tokens as they come: the id, and with `best` its log-probability and the likely ones', it first.
+    async def __aiter__(self) -> AsyncIterator[tuple[Any, list[tuple[int, float]]]]:
+        """Tokens as they come: the id, and with `best` its log-probability and the likely ones', it first; of a beam
+        search once the ids of all texts.
 
         Raises:
             LateError: the deadline has passed.
@@ -107,9 +111,9 @@ class Continuations:
         with self.lock:
             return sum(stream.tokens for streams in self.waiting for stream in streams if not stream.text.cancelled)
 
-    def check(self, text: Ongoing) -> None:
+    def check(self, text: Ongoing | OngoingSearch) -> None:
         """Refuse what can never be served; raises `RequestError`."""
-        check_room(self.model, text.history.prompt, text.history.limit, self.most_bytes)
+        check_room(self.model, text.history.prompt, text.history.limit, self.most_bytes, text.rows)
 
     def add(self, streams: list[Stream]) -> None:
         """Have the texts of a request join when there is room, in turns with those of others."""
@@ -123,28 +127,42 @@ class Continuations:
         for stream in joining:
             stream.began = stream.loop.time()
             self.running[id(stream.text)] = stream
+        count = sum(self._search(stream) for stream in self.running.values())
         try:
-            steps = self.batch.step([stream.text for stream in joining])
-        except Exception as error:
-            wrong = failed(error)
+            steps = self.batch.step([stream.text for stream in joining if isinstance(stream.text, Ongoing)])
+        except Exception as error:  # the batch is lost; where the model fails at a text, its step has the error
+            wrong, steps = failed(error), []
             for stream in self.running.values():
-                stream.put(wrong)
-            self.running = {}
-            return 0
-        told = set()
+                if isinstance(stream.text, Ongoing):
+                    stream.put(wrong)
+                    stream.text.cancelled = True
         for step in steps:
             stream = self.running[id(step.text)]
-            told.add(id(step.text))
             if step.error is not None:
                 stream.put(_no_token(step))
                 continue
             stream.put((step.token, self._likely(step, stream.best), step.is_last))
             if step.is_last or stream.loop.time() > stream.deadline:
                 step.text.cancelled = True
-        self.running = {key: s for key, s in self.running.items() if key in told and not s.text.cancelled}
-        if not self.running:
+        self.running = {key: s for key, s in self.running.items() if not s.text.cancelled}
+        if not any(isinstance(s.text, Ongoing) for s in self.running.values()):
             self.batch = OngoingBatch(self.model)  # its memory is free, even if nobody comes any more
-        return len(steps)
+        return count + len(steps)
+
+    @staticmethod
+    def _search(stream: Stream) -> int:
+        """Go on with a beam search; how many beams got a token."""
+        search = stream.text
+        if not isinstance(search, OngoingSearch) or search.cancelled:
+            return 0
+        try:
+            if (found := search.step()) is not None:
+                stream.put((found, [], True))
+        except Exception as error:
+            stream.put(failed(error))
+            found = []
+        search.cancelled = found is not None or stream.loop.time() > stream.deadline
+        return search.rows
 
     def close(self, error: Exception) -> None:
         """Whoever waits is told that nothing more comes."""
@@ -155,7 +173,7 @@ class Continuations:
             self.waiting.clear()
 
     def _joining(self) -> list[Stream]:
-        held = sum(cache_bytes(self.model, s.tokens) for s in self.running.values() if not s.text.cancelled)
+        held = sum(self._bytes(stream) for stream in self.running.values() if not stream.text.cancelled)
         chosen: list[Stream] = []
         tokens = 0
         with self.lock:
@@ -166,7 +184,7 @@ class Continuations:
             self.waiting = collections.deque(streams for streams in wanted if streams)
             while self.waiting:
                 stream = self.waiting[0][0]
-                needed = cache_bytes(self.model, stream.tokens)
+                needed = self._bytes(stream)
                 if held and held + needed > self.most_bytes and not stream.urgent:
                     break
                 if chosen and tokens + stream.text.history.prompt > _JOINING:
@@ -180,9 +198,12 @@ class Continuations:
                 tokens += stream.text.history.prompt
         return chosen
 
+    def _bytes(self, stream: Stream) -> int:
+        return stream.text.rows * cache_bytes(self.model, stream.tokens)
+
     @staticmethod
     def _likely(step: Token, best: int | None) -> list[tuple[int, float]]:
-        if best is None:
+        if best is None or step.logits_V is None:
             return []
         with torch.inference_mode():
             logs_V = step.logits_V.log_softmax(-1)
@@ -192,9 +213,9 @@ class Continuations:
 
 
 def _no_token(step: Token) -> Exception:
-    """Why no token could be chosen: the request's options, unless what the model says is no number itself."""
+    """Why there is no token: the request's options, unless the model failed or what it says is no number itself."""
     assert step.error is not None
-    if isinstance(step.error, InputError) or not bool(step.logits_V.isfinite().all()):
+    if isinstance(step.error, InputError) or step.logits_V is None or not bool(step.logits_V.isfinite().all()):
         return failed(step.error)
     logger.info("no token can be chosen", exc_info=step.error)
     return RequestError(f"no token can be chosen by these options: {type(step.error).__name__}")

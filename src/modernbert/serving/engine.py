@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import sys
 import threading
 import time
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 _TOKENIZED_TOGETHER = 64
 _CHARACTERS = 4  # of a token, about; only for texts that are not tokenized yet
 _FIRST_GUESS = 5_000.0  # tokens a second, before anything was computed
+_MEASURED = 20  # batches after which the speed is known
+_CERTAIN = 0.5  # of a request's time, in which its turns must come, as others that come later have theirs, too
 
 Prepare = Callable[[Pipeline[Any, Any, Any], list[Any], Any], list[list[Row]]]
 
@@ -44,7 +47,7 @@ class Work:
         pipeline, options: what computes it; options are resolved.
         deadline: when its answer is no longer wanted, in seconds of the loop's clock.
         rows: what is still to be computed, as jobs and the numbers of their rows.
-        left: rows without a result.
+        count, left: rows of all, and those without a result.
         whole: whether all its texts are tokenized.
         ended: whether nobody waits for it any more.
         urgent: whether it is computed before others.
@@ -58,6 +61,7 @@ class Work:
     urgent: bool = False
     rows: collections.deque[tuple[Job[Any, Any], int]] = dataclasses.field(default_factory=collections.deque)
     jobs: list[Job[Any, Any]] = dataclasses.field(default_factory=list)
+    count: int = 0
     left: int = 0
     tokens: int = 0
     cut: int = 0
@@ -68,7 +72,7 @@ class Work:
     @property
     def joins(self) -> bool:
         """Whether it is gone on with in the running batch of a model, and not computed at once."""
-        return hasattr(self.pipeline, "ongoing") and self.options.generation.num_beams == 1
+        return hasattr(self.pipeline, "ongoing")
 
     def runs_with(self, other: Work) -> bool:
         """Whether rows of both can be computed in one batch."""
@@ -122,7 +126,7 @@ class Engine:
         self._works: collections.deque[Work] = collections.deque()  # that have rows to compute, the next one first
         self._waiting = 0  # tokens
         self._closing = False
-        self._speed = _FIRST_GUESS
+        self._speed, self._measured = _FIRST_GUESS, 0
         self._thread = threading.Thread(target=self._serve, name=f"engine {device}", daemon=True)
         self._thread.start()
 
@@ -167,7 +171,7 @@ class Engine:
         begun = loop.time()
         options = pipeline.resolve(pipeline.given(options))
         guess = guessed_tokens(items)
-        self._admit(guess, urgent)
+        self._admit(guess, urgent, len(items), deadline - begun)
         work = Work(pipeline, options, deadline, loop, loop.create_future(), urgent)
         try:
             async with asyncio.timeout_at(deadline):
@@ -204,12 +208,12 @@ class Engine:
         Args:
             pipeline: of text-generation.
             rows: what it prepared, with their numbers.
-            options: resolved, without beams.
+            options: resolved.
             deadline: seconds of the loop's clock.
             best, urgent: see `Stream`.
 
         Returns:
-            The new tokens of `num_return_sequences` texts for each row, as they come.
+            For each row the new tokens of `num_return_sequences` texts, as they come; one stream of a beam search.
 
         Raises:
             RequestError: a text can never be served.
@@ -221,7 +225,7 @@ class Engine:
                 self._continuations[pipeline.model] = Continuations(pipeline.model, self.most_cache)
             running = self._continuations[pipeline.model]
         for row in rows:
-            for copy in range(options.generation.num_return_sequences):
+            for copy in range(_streams(options)):
                 text = pipeline.ongoing(row, options, copy)
                 running.check(text)
                 streams.append(Stream(text, loop, deadline, best, urgent))
@@ -242,10 +246,11 @@ class Engine:
                 stream.text.cancelled = True
             raise
         work.began = min((s.began for s in streams if s.began is not None), default=None)
-        copies = work.options.generation.num_return_sequences
+        copies = _streams(work.options)
         for i, job in enumerate(work.jobs):
-            job.results = [new[i * copies : (i + 1) * copies]]
-        work.tokens += sum(map(len, new))
+            own = new[i * copies : (i + 1) * copies]
+            job.results = [own[0][0] if work.options.generation.num_beams > 1 else own]
+            work.tokens += sum(map(len, job.results[0]))
 
     def close(self, wait: float = 10.0) -> None:
         """End the threads. What is not computed yet fails."""
@@ -255,19 +260,26 @@ class Engine:
         self._thread.join(wait)
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _admit(self, tokens: int, urgent: bool) -> None:
+    def _admit(self, tokens: int, urgent: bool, rows: int = 0, seconds: float = math.inf) -> None:
+        """Take a request, or refuse it: too much waits, or it would take too long until its turns have come."""
         with self._condition:
-            # A request that is larger than the limit is served when nothing else waits.
+            # A request that is larger than the limits is served when nothing else waits.
             waiting = self._waiting + sum(one.pending for one in self._continuations.values())
-            full = waiting and waiting + tokens > self.most_waiting
-            if self._closing or (full and not urgent):
+            wrong = ""
+            if waiting and waiting + tokens > self.most_waiting:
+                wrong = f"{waiting:,} tokens wait and at most {self.most_waiting:,} may"
+            elif waiting and self._measured >= _MEASURED and self._turns(rows) > (most := seconds * _CERTAIN):
+                wrong = f"what comes before takes over {most:.3g} of the request's {seconds:.3g} seconds"
+            if self._closing or (wrong and not urgent):
                 self.metrics.refused.inc()
-                raise OverloadedError(
-                    f"{waiting:,} tokens wait and at most {self.most_waiting:,} may; try again later",
-                    self.retry_after,
-                )
+                raise OverloadedError(f"{wrong or 'the server is closing'}; try again later", self.retry_after)
             self._waiting += tokens
             self.metrics.waiting.set(self._waiting)
+
+    def _turns(self, rows: int) -> float:
+        """Seconds until a request of so many rows has had its turns, if no other one comes: each has as many before."""
+        before = sum(work.tokens / work.count * min(len(work.rows), rows) for work in self._works)
+        return before / self._speed
 
     def _account(self, tokens: int) -> None:
         with self._condition:
@@ -297,6 +309,7 @@ class Engine:
                         work.rows.append((job, i))
                 work.jobs.append(job)
                 work.left += len(job.rows)
+                work.count += len(job.rows)
             work.tokens += tokens
             work.cut += len(cut)
             self._waiting += 0 if work.joins else tokens
@@ -421,6 +434,7 @@ class Engine:
             return
         took = time.monotonic() - begun
         tokens = sum(len(job.rows[i].ids) for _, job, i in batch)
+        self._measured += 1
         self._speed += 0.1 * (tokens / max(took, 1e-6) - self._speed)
         self.metrics.computing.inc(took)
         for (work, job, i), result in zip(batch, got, strict=True):
@@ -449,7 +463,13 @@ def _prepare(pipeline: Pipeline[Any, Any, Any], items: list[Any], options: Any) 
     return made
 
 
-async def _ids(stream: Stream) -> list[int]:
+def _streams(options: Any) -> int:
+    """Streams of a prompt: one of all the texts that a beam search finds, else one of each text."""
+    copies: int = options.generation.num_return_sequences
+    return 1 if options.generation.num_beams > 1 else copies
+
+
+async def _ids(stream: Stream) -> list[Any]:
     return [token async for token, _ in stream]
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
-import json
 import logging
-import sys
 import time
 import uuid
 from typing import Any
@@ -53,6 +50,8 @@ class Guard:
                 message["headers"] = [*message["headers"], *((k.encode(), _latin(v)) for k, v in own.items())]
             else:
                 seen["bytes"] += len(message.get("body", b""))
+                if not message.get("more_body") and self.state.span is not None:  # which ends with the last message
+                    self.state.span().set_attributes(_attributes(scope["state"]))
             async with asyncio.timeout(patience):  # of a client that does not read
                 await send(message)
 
@@ -75,7 +74,7 @@ class Guard:
             self._count(request, number, seen, time.perf_counter() - begun)
 
     def _check_key(self, request: Request) -> None:
-        if not self.state.keys or path_of(request.scope) in _OPEN:
+        if not self.state.keys or (request.method in ("GET", "HEAD") and path_of(request.scope) in _OPEN):
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         key = given.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
@@ -137,8 +136,8 @@ class Guard:
         model = told.get("model", "")
         metrics.requests.labels(route, model, str(seen["status"])).inc()
         metrics.latency.labels(route, model).observe(took)
-        if self.state.options.access_log:
-            answered = told.get("answered")
+        answered = told.get("answered")
+        if self.state.log is not None:
             line: dict[str, Any] = {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "request": number,
@@ -154,8 +153,15 @@ class Guard:
                 "waited": round(answered.waited, 6) if answered else 0.0,
                 "problem": told.get("problem", ""),
             }
-            with contextlib.suppress(OSError, ValueError):  # a full disk or a closed pipe ends no request
-                sys.stderr.write(json.dumps(line) + "\n")
+            self.state.log.put(line)
+
+
+def _attributes(told: dict[str, Any]) -> dict[str, Any]:
+    """What a span says of a request, beside what OpenTelemetry sees itself."""
+    found = {f"modernbert.{name}": told[name] for name in ("model", "problem") if name in told}
+    if answered := told.get("answered"):
+        found |= {"modernbert.tokens": answered.tokens, "modernbert.truncated": answered.cut}
+    return found
 
 
 def _headers_of(told: dict[str, Any], begun: float) -> dict[str, str]:

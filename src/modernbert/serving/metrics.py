@@ -32,6 +32,7 @@ class Metrics:
         self.batch_rows = Histogram("batch_rows", "Rows of a batch.", buckets=_SIZES[:11], **kept)
         self.computing = Counter("computing_seconds", "Time that engines computed.", **kept)
         self.generated = Counter("generated_tokens", "Tokens generated.", **kept)
+        self.lost_lines = Counter("lost_log_lines", "Lines of the log that could not be written.", **kept)
         self.refused = Counter("refused_requests", "Requests refused because too much waited.", **kept)
         self.waiting = Gauge(
             "waiting_tokens", "Tokens accepted and not computed yet.", multiprocess_mode="livesum", **kept

@@ -25,6 +25,7 @@ _BUDGETS = {"cpu": 512, "cuda": 16384}  # tokens of a batch: short enough that o
 # What else a model can do that was loaded for a task.
 _ALSO = {
     "sentence-embedding": ("text-ranking", "feature-extraction"),
+    "late-interaction": ("text-ranking",),
     "text-classification": ("text-ranking", "zero-shot-classification"),
     "text-ranking": ("text-classification",),
     "text-generation": ("text-scoring",),
@@ -97,6 +98,11 @@ class Models:
                 served.pipelines[task] = pipeline(task, model, made.tokenizer)
             except InputError as error:
                 logger.debug("%s does not serve %s: %s", choice.name, task, error)
+
+    def does(self, name: str | None, task: str) -> bool:
+        """Whether the model of a name, or the first one, was loaded for a task."""
+        served = self.served.get(name, None) if name else next(iter(self.served.values()))
+        return served is not None and served.first.task == task
 
     def find(self, name: str | None, task: str) -> tuple[Served, Pipeline[Any, Any, Any]]:
         """The model that a request means, by name or as the first that can do its task.

@@ -54,7 +54,8 @@ class ServeOptions(Options):
         1, "Processes that serve, each with models of its own and a share of the CPU's cores.", least=1, most=64
     )
     tokenizer_threads: int = option(2, "Threads that tokenize.", least=1)
-    access_log: bool = option(True, "Write a line of JSON for each request to standard error.")
+    access_log: bool = option(True, "Write a line of JSON for each request.")
+    log_file: str | None = option(None, "File that these lines are added to.", otherwise="standard error")
     drain: float = option(
         30.0, "Seconds to finish accepted requests in after the first SIGTERM; a second signal ends at once.", least=0
     )

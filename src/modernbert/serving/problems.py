@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from modernbert import errors
@@ -20,94 +21,58 @@ class ServingError(Exception):
         headers: of the reply.
     """
 
-    status, kind = 500, "server_error"
+    status: int
+    kind: str
+    headers: Mapping[str, str]
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {}
+    def __init_subclass__(cls, status: int = 500, kind: str = "server_error", **headers: str) -> None:
+        super().__init_subclass__()
+        cls.status, cls.kind = status, kind
+        cls.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-class RequestError(ServingError):
+class RequestError(ServingError, status=422, kind="invalid_request_error"):
     """The request itself is wrong."""
 
-    status, kind = 422, "invalid_request_error"
 
-
-class KeyRefusedError(ServingError):
+class KeyRefusedError(ServingError, status=401, kind="authentication_error", WWW_Authenticate="Bearer"):
     """No API key, or a wrong one."""
 
-    status, kind = 401, "authentication_error"
 
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
-
-
-class UnknownModelError(ServingError):
+class UnknownModelError(ServingError, status=404, kind="model_not_found"):
     """There is no such model, or none for this task."""
 
-    status, kind = 404, "model_not_found"
+
+class SlowClientError(ServingError, status=408, kind="request_timeout", Connection="close"):
+    """The client took too long to send its request."""
 
 
-class TooLargeError(ServingError):
+class TooLargeError(ServingError, status=413, kind="request_too_large"):
     """More bytes or texts than the server takes."""
 
-    status, kind = 413, "request_too_large"
 
-
-class OverloadedError(ServingError):
-    """Too much waits already.
-
-    Args:
-        message: what waits.
-        seconds: after which to try again.
-    """
-
-    status, kind = 429, "overloaded"
+class OverloadedError(ServingError, status=429, kind="overloaded"):
+    """Too much waits already; `seconds` after which to try again."""
 
     def __init__(self, message: str, seconds: int) -> None:
         super().__init__(message)
-        self.seconds = seconds
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": str(self.seconds)}
-
-
-class DrainingError(ServingError):
-    """The server is about to end."""
-
-    status, kind = 503, "shutting_down"
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": "5", "Connection": "close"}
-
-
-class NotReadyError(ServingError):
-    """Texts are not computed at present."""
-
-    status, kind = 503, "not_ready"
-
-
-class SlowClientError(ServingError):
-    """The client took too long to send its request."""
-
-    status, kind = 408, "request_timeout"
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Connection": "close"}
-
-
-class LateError(ServingError):
-    """The deadline of a request has passed."""
-
-    status, kind = 504, "timeout"
+        self.headers = {"Retry-After": str(seconds)}
 
 
 class EngineError(ServingError):
     """The model failed; the log says how."""
+
+
+class DrainingError(ServingError, status=503, kind="shutting_down", Retry_After="5", Connection="close"):
+    """The server is about to end."""
+
+
+class NotReadyError(ServingError, status=503, kind="not_ready"):
+    """Texts are not computed at present."""
+
+
+class LateError(ServingError, status=504, kind="timeout"):
+    """The deadline of a request has passed."""
 
 
 def failed(error: Exception) -> Exception:
@@ -138,7 +103,7 @@ def message_of(error: Exception) -> str:
 _STYLES = {
     "openai": ("/v1/embeddings", "/v1/models", "/v1/completions", "/classify", "/score", "/pooling", "/v1/tasks"),
     "cohere": ("/rerank", "/v1/rerank", "/v2/rerank"),
-    "tei": ("/embed", "/embed_all", "/predict", "/similarity", "/tokenize", "/decode", "/info"),
+    "tei": ("/embed", "/embed_all", "/predict", "/similarity", "/tokenize", "/decode", "/info", "/"),
 }
 _TEI_KINDS = {401: "Unauthorized", 413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Unhealthy"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -104,8 +105,9 @@ class Server(uvicorn.Server):
                 port = self.servers[0].sockets[0].getsockname()[1]
                 host = f"[{options.host}]" if ":" in options.host else options.host
                 where = f"http://{host}:{port}"
-            sys.stderr.write(f"modernbert serves {names} at {where}\n")
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # a full disk is no reason not to serve
+                sys.stderr.write(f"modernbert serves {names} at {where}\n")
+                sys.stderr.flush()
 
 
 def serve(
@@ -124,6 +126,8 @@ def serve(
         NotFoundError, CheckpointError: a model cannot be loaded.
     """
     app = create_app(**vars(options))
+    gc.freeze()  # what is loaded stays: the collector need not look at it again
+    gc.enable()
     config = uvicorn.Config(
         app,
         log_level="error",  # what clients do wrong is no line of the log

@@ -15,6 +15,7 @@ from modernbert.pipelines.base import Pipeline
 from modernbert.pipelines.text_generation import Prompt
 from modernbert.serving.continuations import Stream
 from modernbert.serving.engine import Answered, Prepare, guessed_tokens
+from modernbert.serving.log import AccessLog
 from modernbert.serving.metrics import Metrics
 from modernbert.serving.models import Models
 from modernbert.serving.options import ServeOptions
@@ -27,6 +28,8 @@ class State:
 
     Attributes:
         keys: API keys; none where requests need none.
+        log: gets a line for each request.
+        span: the one of OpenTelemetry that a request is, where that is installed.
         draining: whether new requests are refused, because the server is about to end.
         running: requests that are being answered.
         probe: finds out whether the server is ready.
@@ -36,9 +39,17 @@ class State:
     models: Models
     metrics: Metrics
     keys: list[bytes]
+    log: AccessLog | None = None
+    span: Callable[[], Any] | None = None
     draining: bool = False
     running: int = 0
     probe: asyncio.Task[str] | None = None
+
+    def close(self) -> None:
+        """End the engines and the log."""
+        self.models.close()
+        if self.log is not None:
+            self.log.close()
 
     async def answer(
         self,
@@ -89,8 +100,6 @@ class State:
             if tokens > limit:
                 raise TooLargeError(f"the answers are vectors of about {tokens:,} tokens; at most {limit:,} are given")
         seconds = self._seconds(request)
-        if given.get("num_beams", 1) > 1:  # a beam search is one pass, which has to end when nobody waits any more
-            given["max_time"] = min(given.get("max_time", seconds), seconds)
         deadline = asyncio.get_running_loop().time() + seconds
         answered = await self.models.engine(pipeline).run(pipeline, items, given, deadline, prepare)
         self.metrics.tokens.labels(served.name).inc(answered.tokens)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import orjson
 import pybase64
 from numpy.typing import NDArray
+from starlette.responses import Response
 
-from modernbert.serving.problems import RequestError
-
-FORMATS = ("float", "base64")
-DTYPES = ("float32", "float16", "int8", "binary", "ubinary")
 BYTES = "application/octet-stream"
 
 
@@ -37,16 +32,10 @@ def as_dtype(vectors: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
 
 
-def check_format(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """One of the formats; raises `RequestError`."""
-    if value not in allowed:
-        raise RequestError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
-    return value
-
-
-def json_list(vectors: Iterable[NDArray[Any]]) -> list[bytes]:
-    """JSON of each vector."""
-    return [orjson.dumps(np.ascontiguousarray(row), option=orjson.OPT_SERIALIZE_NUMPY) for row in vectors]
+def as_bytes(vectors: NDArray[Any]) -> Response:
+    """A reply of the bytes of vectors (N, dimensions) alone; headers say how many there are, and of which type."""
+    shape = ",".join(map(str, vectors.shape))
+    return Response(vectors.tobytes(), media_type=BYTES, headers={"X-Shape": shape, "X-Dtype": str(vectors.dtype)})
 
 
 def base64_list(vectors: NDArray[Any]) -> list[bytes]:

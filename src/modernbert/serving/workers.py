@@ -6,6 +6,7 @@ that was lost, and ends when all of them have.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -34,9 +35,7 @@ def run(options: dict[str, Any]) -> int:
     chosen = ServeOptions.of(options, "serve")
     with listening(chosen) as sockets:
         if chosen.workers == 1:
-            from modernbert.serving.server import serve
-
-            return serve(chosen, sockets)
+            return _serve(chosen, sockets)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // chosen.workers)))
         with tempfile.TemporaryDirectory(prefix="modernbert-metrics-") as folder:
@@ -85,12 +84,20 @@ class _Workers:
                 process.terminate()
 
 
+def _serve(options: ServeOptions, sockets: list[socket.socket], **how: Any) -> int:
+    gc.disable()  # imports make a million objects and no garbage; to look for it takes a fifth of the start
+    try:
+        from modernbert.serving.server import serve
+
+        return serve(options, sockets, **how)
+    finally:
+        gc.enable()
+
+
 def _work(options: ServeOptions, sockets: list[socket.socket], number: int, served: Any) -> None:
     """One of the processes; errors, and where it serves, are said by the first alone."""
-    from modernbert.serving.server import serve
-
     try:
-        code = serve(options, sockets, says=number == 0, started=served.set)
+        code = _serve(options, sockets, says=number == 0, started=served.set)
     except (ValueError, OSError) as error:
         if number == 0:
             sys.stderr.write(f"modernbert: {' '.join(str(error).split())}\n")

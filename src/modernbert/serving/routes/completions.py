@@ -18,6 +18,7 @@ from modernbert.pipelines.base import Pipeline
 from modernbert.pipelines.text_generation import Prompt
 from modernbert.serving.bodies import Body, TextsOrIds, Whole, example
 from modernbert.serving.continuations import Stream
+from modernbert.serving.engine import Answered
 from modernbert.serving.problems import RequestError, body_of
 from modernbert.serving.replies import Json
 from modernbert.serving.state import path_of, state_of
@@ -165,6 +166,7 @@ async def completions(given: CompletionRequest, request: Request) -> Response:
         whole = await asyncio.gather(*(_whole(stream, text) for stream, text in zip(streams, texts, strict=True)))
     finally:
         _end(streams)
+    request.state.answered = _answered(read, streams, texts)
     choices = [
         {
             "index": i,
@@ -180,6 +182,13 @@ async def completions(given: CompletionRequest, request: Request) -> Response:
 def _shown(pipeline: Pipeline[Any, Any, Any], prompt: Prompt) -> str:
     text: str = pipeline.tokenizer.decode(list(prompt.ids), skip_special_tokens=True)
     return text
+
+
+def _answered(read: int, streams: list[Stream], texts: list[Text]) -> Answered:
+    """What the log and headers say of it."""
+    now, begun = streams[0].loop.time(), streams[0].begun
+    began = min((stream.began for stream in streams if stream.began is not None), default=now)
+    return Answered([], _usage(read, texts)["total_tokens"], 0, began - begun, now - began)
 
 
 def _usage(read: int, texts: list[Text]) -> dict[str, int]:
@@ -252,6 +261,7 @@ async def _events(
                 yield event(i, "", texts[i].reason, told)
             else:
                 yield event(i, piece, None, told)
+        request.state.answered = _answered(read, streams, texts)
         if usage:
             yield b"data: " + orjson.dumps({**head, "choices": [], "usage": _usage(read, texts)}) + b"\n\n"
         yield b"data: [DONE]\n\n"

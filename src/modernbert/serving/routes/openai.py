@@ -15,7 +15,7 @@ from modernbert.serving.bodies import Body, TextsOrIds, Whole, example
 from modernbert.serving.problems import UnknownModelError
 from modernbert.serving.replies import Encoded, Json
 from modernbert.serving.state import check_ids, state_of
-from modernbert.serving.vectors import BYTES, as_dtype, base64_list, json_list
+from modernbert.serving.vectors import BYTES, as_bytes, as_dtype, base64_list
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -55,10 +55,13 @@ async def embeddings(given: EmbeddingsRequest, request: Request) -> Response:
     )
     vectors = as_dtype(np.stack(answered.answers), given.output_dtype)
     if BYTES in request.headers.get("accept", ""):
-        shape = ",".join(map(str, vectors.shape))
-        return Response(vectors.tobytes(), media_type=BYTES, headers={"X-Shape": shape, "X-Dtype": str(vectors.dtype)})
-    written = base64_list(vectors) if given.encoding_format == "base64" else json_list(vectors)
-    data = b",".join(b'{"object":"embedding","index":%d,"embedding":%b}' % pair for pair in enumerate(written))
+        return as_bytes(vectors)
+    if given.encoding_format == "float":
+        rows = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+        usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
+        return Json({"object": "list", "data": rows, "model": name, "usage": usage, "truncated": answered.cut})
+    written = enumerate(base64_list(vectors))
+    data = b",".join(b'{"object":"embedding","index":%d,"embedding":%b}' % pair for pair in written)
     return Encoded(
         b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d},"truncated":%d}'
         % (data, orjson.dumps(name), answered.tokens, answered.tokens, answered.cut)

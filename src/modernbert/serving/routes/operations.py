@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import HTMLResponse
 
 from modernbert.serving.problems import DrainingError, NotReadyError, ServingError
 from modernbert.serving.replies import Json
@@ -52,7 +53,7 @@ def _page() -> tuple[bytes, dict[str, str]]:
     }
 
 
-@router.get("/", include_in_schema=False)
+@router.get("/", summary="A page to try the tasks by", response_class=HTMLResponse)
 async def page() -> Response:
     """A page in which people try the tasks of this server."""
     content, headers = _page()

@@ -28,6 +28,8 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "multiple-choice": ({"prompt": "The sky is", "choices": ["blue.", "a fish."]}, {}),
     "feature-extraction": ("A cat sat.", {}),
     "sentence-embedding": ({"text": "A cat sat. Rain fell.", "spans": [[0, 10], [11, 21]]}, {}),
+    "sparse-embedding": ("A cat sat.", {"top_k": 8, "form": "tokens"}),
+    "late-interaction": ("A cat sat.", {"is_query": True}),
     "text-ranking": ({"query": "What do plants need?", "documents": ["Plants need light.", "Rain fell."]}, {}),
     "text-generation": ("Once upon a time", {"max_new_tokens": 8, "seed": 1}),
     "text-scoring": ("A cat sat.", {}),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+import numpy as np
+from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
 from modernbert import __version__
 from modernbert.serving.bodies import Body, Id, Pair, Text, Texts, Whole, example
+from modernbert.serving.models import Served
 from modernbert.serving.problems import RequestError, UnknownModelError
 from modernbert.serving.replies import Json
 from modernbert.serving.state import check_options, state_of
+from modernbert.serving.vectors import BYTES, as_bytes
 
 router = APIRouter(tags=["text-embeddings-inference"])
 
@@ -40,12 +43,28 @@ class EmbedAllRequest(_Request):
     prompt_name: str | None = None
 
 
+class EmbedSparseRequest(_Request):
+    model_config = example(inputs="A cat sat.")
+
+    inputs: Texts
+    prompt_name: str | None = None
+
+
 class PredictRequest(_Request):
     model_config = example(inputs="I like it.")
 
     inputs: Text | Pair | Annotated[list[Pair], Field(json_schema_extra={"minItems": 1})] = Field(
         description="A text, a pair of texts, or a list of lists of one or two texts."
     )
+    raw_scores: bool = False
+
+
+class EndpointRequest(_Request):
+    model_config = example(inputs=["A cat sat.", "Rain fell."])
+
+    inputs: Texts | Annotated[list[Pair], Field(json_schema_extra={"minItems": 1})]
+    normalize: bool = True
+    prompt_name: str | None = None
     raw_scores: bool = False
 
 
@@ -95,34 +114,37 @@ def _listed(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else texts
 
 
-@router.post("/embed", summary="Vectors of texts")
-async def embed(given: EmbedRequest, request: Request) -> Json:
-    """A list of vectors, of length one unless `normalize` is false."""
-    options = {
-        "normalize": given.normalize,
-        "prompt_name": given.prompt_name,
-        "truncate_dim": given.dimensions,
-        "truncation": given.truncate,
-    }
+async def _vectors(given: EmbedRequest | EmbedAllRequest, request: Request, **options: Any) -> list[Any]:
+    options |= {"prompt_name": given.prompt_name, "truncation": given.truncate}
     _, _, answered = await state_of(request).answer(
         request, "sentence-embedding", given.model, _listed(given.inputs), options
     )
-    return Json(answered.answers)
+    return answered.answers
+
+
+@router.post("/embed", summary="Vectors of texts")
+async def embed(given: EmbedRequest, request: Request) -> Response:
+    """A list of vectors, of length one unless `normalize` is false; with the header `Accept: application/octet-stream`
+    their bytes alone, as of `/v1/embeddings`."""
+    vectors = await _vectors(given, request, normalize=given.normalize, truncate_dim=given.dimensions)
+    return as_bytes(np.stack(vectors)) if BYTES in request.headers.get("accept", "") else Json(vectors)
 
 
 @router.post("/embed_all", summary="A vector of every token")
 async def embed_all(given: EmbedAllRequest, request: Request) -> Json:
     """For each text the states of its tokens, not pooled and not scaled."""
-    options = {
-        "multi_vector": True,
-        "normalize": False,
-        "prompt_name": given.prompt_name,
-        "truncation": given.truncate,
-    }
+    return Json(await _vectors(given, request, multi_vector=True, normalize=False))
+
+
+@router.post("/embed_sparse", summary="Sparse vectors of texts")
+async def embed_sparse(given: EmbedSparseRequest, request: Request) -> Json:
+    """For each text the entries of the vocabulary that have a weight."""
+    options = {"prompt_name": given.prompt_name, "truncation": given.truncate}
     _, _, answered = await state_of(request).answer(
-        request, "sentence-embedding", given.model, _listed(given.inputs), options
+        request, "sparse-embedding", given.model, _listed(given.inputs), options
     )
-    return Json(answered.answers)
+    pairs = (zip(a["indices"].tolist(), a["values"].tolist(), strict=True) for a in answered.answers)
+    return Json([[{"index": index, "value": value} for index, value in one] for one in pairs])
 
 
 @router.post("/predict", summary="Labels of texts")
@@ -137,6 +159,23 @@ async def predict(given: PredictRequest, request: Request) -> Json:
     return Json(answers[0] if one else answers)
 
 
+@router.post("/", summary="What the model was made for: vectors or labels of texts")
+async def endpoint(given: EndpointRequest, request: Request) -> Response:
+    """As `/predict` where the model classifies, and else as `/embed`, for clients that know an endpoint alone. A list
+    of texts is several inputs."""
+    classifies = "text-classification" in _served(request, given.model).pipelines
+    inputs = [given.inputs] if isinstance(given.inputs, str) else given.inputs
+    if classifies:
+        items = [[item] if isinstance(item, str) else item for item in inputs]
+        one = isinstance(given.inputs, str)
+        return await predict(
+            PredictRequest.model_validate(vars(given) | {"inputs": items[0] if one else items}), request
+        )
+    if not all(isinstance(item, str) for item in inputs):
+        raise RequestError("inputs holds pairs; this model takes a text or a list of texts")
+    return await embed(EmbedRequest.model_validate(vars(given)), request)
+
+
 def _pair(texts: list[str]) -> Any:
     if len(texts) == 1:
         return texts[0]
@@ -148,31 +187,26 @@ def _pair(texts: list[str]) -> Any:
 @router.post("/similarity", summary="How alike sentences are to one")
 async def similarity(given: SimilarityRequest, request: Request) -> Json:
     """The cosine of the vectors of each sentence and the first one."""
-    options = {
-        "normalize": True,
-        "truncation": given.parameters.truncate,
-        "prompt_name": given.parameters.prompt_name,
-    }
     if not given.inputs.sentences:
         raise RequestError("sentences is empty; give at least one")
-    texts = [given.inputs.source_sentence, *given.inputs.sentences]
-    _, _, answered = await state_of(request).answer(request, "sentence-embedding", given.model, texts, options)
-    first, *others = answered.answers
+    of, texts = given.parameters, [given.inputs.source_sentence, *given.inputs.sentences]
+    read = {"inputs": texts, "model": given.model, "prompt_name": of.prompt_name, "truncate": of.truncate}
+    first, *others = await _vectors(EmbedRequest.model_validate(read), request, normalize=True)
     return Json([float((first * other).sum()) for other in others])
 
 
-def _tokenizer(request: Request, name: str | None) -> Any:
+def _served(request: Request, name: str | None) -> Served:
+    """A model by its name, or the first."""
     models = state_of(request).models
     if name is not None and name not in models.served:
         raise UnknownModelError(f"there is no model {name!r}; this server has {', '.join(sorted(models.served))}")
-    served = models.served[name] if name is not None else next(iter(models.served.values()))
-    return served.first
+    return models.served[name] if name is not None else next(iter(models.served.values()))
 
 
 @router.post("/tokenize", summary="Tokens of texts")
 async def tokenize(given: TokenizeRequest, request: Request) -> Json:
     """For each text its tokens with their ids and places: characters from `start` to before `stop`."""
-    pipeline = _tokenizer(request, given.model)
+    pipeline: Any = _served(request, given.model).first
     texts = _listed(given.inputs)
     if not texts:
         return Json([])
@@ -204,7 +238,7 @@ async def tokenize(given: TokenizeRequest, request: Request) -> Json:
 @router.post("/decode", summary="Texts of token ids")
 async def decode(given: DecodeRequest, request: Request) -> Json:
     """A list of texts."""
-    pipeline = _tokenizer(request, given.model)
+    pipeline: Any = _served(request, given.model).first
     several: list[Any] = [given.ids] if given.ids and isinstance(given.ids[0], int) else list(given.ids)
     size = len(pipeline.tokenizer)
     for ids in several:

@@ -105,11 +105,13 @@ async def score(given: ScoreRequest, request: Request) -> Json:
 
 @router.post("/pooling", summary="Vectors of tokens or of texts")
 async def pooling(given: PoolingRequest, request: Request) -> Json:
-    """For each text the vectors of its tokens, or with the task `embed` its own vector."""
-    tokens = given.task == "token_embed"
-    options = {"multi_vector": tokens or None, "normalize": False if tokens else None, "truncation": given.truncate}
-    name, _, answered = await state_of(request).answer(
-        request, "sentence-embedding", given.model, _listed(given.input), options
-    )
+    """For each text the vectors of its tokens, or with the task `embed` its own vector. A model of late interaction
+    gives those of documents that it compares."""
+    tokens, state = given.task == "token_embed", state_of(request)
+    options: dict[str, Any] = {"truncation": given.truncate}
+    task = "late-interaction" if tokens and state.models.does(given.model, "late-interaction") else "sentence-embedding"
+    if task == "sentence-embedding":
+        options |= {"multi_vector": tokens or None, "normalize": False if tokens else None}
+    name, _, answered = await state.answer(request, task, given.model, _listed(given.input), options)
     data = [{"index": i, "object": "pooling", "data": vectors} for i, vectors in enumerate(answered.answers)]
     return Json(_reply("pool", name, data, answered.tokens))
