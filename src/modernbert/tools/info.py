@@ -40,8 +40,8 @@ def checkpoint_info(name_or_folder: str, lengths: list[int], revision: str | Non
     contents = contents_of(source.holding("config.json") if "adapter" in about else source)
     body = source.inside(contents.inner)
     config = AutoConfig.from_pretrained(name_or_folder, revision=revision, subfolder=body.subfolder)
-    adapter = AdapterFolder(body) if body.is_adapter else None
-    body = body.base_of_adapter() or body
+    base = body.base_of_adapter()
+    adapter, body = (None, body) if base is None else (AdapterFolder(body), base)
     files = weight_files(body)
     stored, item = 0, 0
     counts: dict[str, int] = {}
