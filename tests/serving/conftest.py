@@ -32,7 +32,9 @@ def pipelines(heads):
         heads / "SequenceClassification", num_labels=1
     ).eval()
     torch.manual_seed(0)
-    body = modernbert.MultiVectorEncoder(found["embed"].model.model, modernbert.MultiVectorSettings(document_length=64))
+    body = modernbert.MultiVectorEncoder(
+        found["embed"].model.model, modernbert.MultiVectorSettings(document_length=128)
+    )
     made = {
         "rank": ("text-ranking", model),
         "sparse": ("sparse-embedding", modernbert.SparseEncoder(found["fill"].model)),

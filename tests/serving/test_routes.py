@@ -110,7 +110,8 @@ def test_sparse_vectors_and_vectors_of_tokens(ask, pipelines):
     for pairs, answer in zip(got, wanted, strict=True):
         assert [pair["index"] for pair in pairs] == answer["indices"].tolist()
         assert np.array_equal(np.array([pair["value"] for pair in pairs], np.float32), answer["values"])
-    pooled = ask("/pooling", {"input": TEXTS, "model": "late", "task": "token_embed"}).json()["data"]
+    reply = ask("/pooling", {"input": TEXTS, "model": "late", "task": "token_embed"}).json()
+    pooled = reply["data"]
     for one, vectors in zip(pooled, pipelines["late"](TEXTS), strict=True):
         assert np.array_equal(np.array(one["data"], np.float32), vectors)
     ranked = ask("/v1/rerank", {"query": TEXTS[0], "documents": TEXTS, "model": "late"}).json()["results"]
