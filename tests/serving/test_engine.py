@@ -127,6 +127,25 @@ def test_a_question_does_not_wait_for_ten_thousand_texts(embed, engine):
     assert max(sum(batch) for batch in gate.seen) <= 256
 
 
+def test_short_texts_pass_a_long_one_only_where_it_does_not_fit(embed, engine):
+    """It is in the batch after the first, whatever short ones come before and after it."""
+    gate = Gate(embed)
+
+    async def run():
+        asked = [asyncio.create_task(engine.run(embed, ["a cat sat"], {}, soon()))]
+        await asyncio.sleep(0.1)  # the engine is inside a pass
+        for text in (["why"] * 20, ["the dog ran " * 50], ["why"] * 20, ["a cat"] * 20):
+            asked.append(asyncio.create_task(engine.run(embed, text, {}, soon())))
+            await asyncio.sleep(0.1)
+        gate.open.set()
+        await asyncio.gather(*asked)
+
+    asyncio.run(run())
+    first = next(i for i, batch in enumerate(gate.seen) if max(batch) > 150)
+    assert first <= 2
+    assert len(gate.seen[first]) > 1
+
+
 def test_too_much_is_refused_with_the_time_to_come_back(embed):
     engine, gate = Engine(torch.device("cpu"), 256, 500, 2, Metrics()), Gate(embed)
 

@@ -2,8 +2,10 @@
 
 A request's texts are tokenized in a small pool of threads, and their rows wait in one queue. The engine takes rows of
 requests that can be computed together in turns, one row a request, until a batch is full, so that a request with ten
-thousand texts and one with a single question both go on. It never waits while there is a row. What a row's result is
-does not depend on its batch (docs/invariance.md), so a served answer has the bits of the offline pipeline.
+thousand texts and one with a single question both go on. The request that has waited longest comes first, and what does
+not fit beside it lets shorter rows pass; `benchmarks/order.py` compares other orders. The engine never waits while
+there is a row. What a row's result is does not depend on its batch (docs/invariance.md), so a served answer has the
+bits of the offline pipeline.
 """
 
 from __future__ import annotations

@@ -38,11 +38,17 @@ def as_bytes(vectors: NDArray[Any]) -> Response:
     return Response(vectors.tobytes(), media_type=BYTES, headers={"X-Shape": shape, "X-Dtype": str(vectors.dtype)})
 
 
-def base64_list(vectors: NDArray[Any]) -> list[bytes]:
-    """A JSON string of each vector's bytes, least significant first, in base64."""
+def base64_reply(vectors: NDArray[Any], after: bytes) -> bytes:
+    """A reply of OpenAI's API in JSON: as `data` the bytes of each vector (N, dimensions), least significant first, in
+    base64, and then `after`. Megabytes are copied once."""
     rows = np.ascontiguousarray(vectors)
-    size = rows[0].nbytes if len(rows) else 0
+    size = rows[0].nbytes
     if size % 3 == 0:  # then no vector ends within a group of four letters
-        whole, step = pybase64.b64encode(rows.tobytes()), size // 3 * 4
-        return [b'"%b"' % whole[i * step : (i + 1) * step] for i in range(len(rows))]
-    return [b'"%b"' % pybase64.b64encode(row.tobytes()) for row in rows]
+        whole, step = memoryview(pybase64.b64encode(rows.data)), size // 3 * 4
+        written = [whole[i * step : (i + 1) * step] for i in range(len(rows))]
+    else:
+        written = [memoryview(pybase64.b64encode(row.data)) for row in rows]
+    parts: list[bytes | memoryview] = [b'{"object":"list","data":[']
+    for i, letters in enumerate(written):
+        parts += (b'%b{"object":"embedding","index":%d,"embedding":"' % (b'"},' if i else b"", i), letters)
+    return b"".join([*parts, b'"}],', after])

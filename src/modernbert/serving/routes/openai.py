@@ -15,7 +15,7 @@ from modernbert.serving.bodies import Body, TextsOrIds, Whole, example
 from modernbert.serving.problems import UnknownModelError
 from modernbert.serving.replies import Encoded, Json
 from modernbert.serving.state import check_ids, state_of
-from modernbert.serving.vectors import BYTES, as_bytes, as_dtype, base64_list
+from modernbert.serving.vectors import BYTES, as_bytes, as_dtype, base64_reply
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -60,12 +60,9 @@ async def embeddings(given: EmbeddingsRequest, request: Request) -> Response:
         rows = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
         usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
         return Json({"object": "list", "data": rows, "model": name, "usage": usage, "truncated": answered.cut})
-    written = enumerate(base64_list(vectors))
-    data = b",".join(b'{"object":"embedding","index":%d,"embedding":%b}' % pair for pair in written)
-    return Encoded(
-        b'{"object":"list","data":[%b],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d},"truncated":%d}'
-        % (data, orjson.dumps(name), answered.tokens, answered.tokens, answered.cut)
-    )
+    rest = b'"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d},"truncated":%d}'
+    rest %= (orjson.dumps(name), answered.tokens, answered.tokens, answered.cut)
+    return Encoded(base64_reply(vectors, rest))
 
 
 def _inputs(given: Any) -> tuple[list[Any], Any]:
