@@ -1,5 +1,6 @@
 """LoRA adapters that PEFT saved, on our models: the outputs of transformers' models with PEFT, switched and merged."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -8,8 +9,10 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import modernbert
+import modernbert.models.adapters
 from modernbert.errors import CheckpointError, InputError, NotFoundError
 from modernbert.quantization.modules import QuantizedLinear
 from tests.conftest import model_of, padded_batch
@@ -234,7 +237,7 @@ def edited(folder, to, **changes):
         ({"lora_alpha": "high"}, "has lora_alpha 'high'; it must be a number"),
         ({"rank_pattern": {"(": 4}}, "has the rank_pattern '\\('"),
         ({"alpha_pattern": {"(a+)+b": 4}}, r"has the alpha_pattern '\(a\+\)\+b'; a group in it may not be repeated"),
-        ({"rank_pattern": [4]}, r"has r \[4\]; it must be a number"),
+        ({"rank_pattern": [4]}, r"has rank_pattern \[4\]; it must be numbers by layers' names"),
     ],
 )  # fmt: skip
 def test_what_would_change_the_result_is_refused_by_its_name(two, tmp_path, changes, message):
@@ -280,6 +283,33 @@ def test_what_callers_get_wrong_is_one_line(two, tmp_path):
     assert torch.equal(outputs(model), before)
 
 
+def test_every_odd_value_in_an_adapter_s_files_is_an_error_of_ours_or_an_adapter(two, tmp_path):
+    base, folder = two[0], edited(two[1]["a"], tmp_path / "x")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for name in config:
+        for value in (None, True, -1, 0, 2.5, "x", [], [1], {}, {"a": "b"}, {"Wqkv": -2}):
+            (folder / "adapter_config.json").write_text(json.dumps({**config, name: value}))
+            with contextlib.suppress(CheckpointError, NotFoundError):
+                modernbert.models.adapters.AdapterFolder(folder).fit(load_once(base))
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for name, tensor in tensors.items():
+        for odd in (None, tensor.int(), tensor.flatten(), tensor[:0], tensor.unsqueeze(0)):
+            changed = {n: t for n, t in {**tensors, name: odd}.items() if t is not None}
+            save_file(changed, folder / "adapter_model.safetensors")
+            with contextlib.suppress(CheckpointError):
+                load_once(base).load_adapter(folder, f"{name} {odd is None}")
+                assert odd is None or odd.shape == tensor.shape
+    (folder / "adapter_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        load(base, adapter=folder)
+
+
+@functools.cache
+def load_once(base):
+    return load(base)
+
+
 def test_a_tied_output_is_adapted_beside_its_weight_and_not_merged(tmp_path):
     base = tmp_path / "base"
     model = model_of("ModernBertForMaskedLM", initializer_range=0.2)
@@ -287,8 +317,6 @@ def test_a_tied_output_is_adapted_beside_its_weight_and_not_merged(tmp_path):
     torch.manual_seed(0)
     low = {"lora_A": torch.randn(2, 48), "lora_B": torch.randn(96, 2)}
     (tmp_path / "adapter").mkdir()
-    from safetensors.torch import save_file
-
     tensors = {f"base_model.model.decoder.{k}.weight": v for k, v in low.items()}
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": str(base)}

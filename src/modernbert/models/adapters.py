@@ -217,9 +217,11 @@ class AdapterFolder:
                 f"{self.name} has init_lora_weights {shown(initialized)}, which changes the base's weights, too; "
                 "convert it with PEFT: save_pretrained(folder, path_initial_model_for_weight_conversion=...)"
             )
-        for name in ("r", "lora_alpha"):
-            patterns = self.config.get("rank_pattern" if name == "r" else "alpha_pattern") or {}
-            for value in (self.config.get(name, 8), *(patterns.values() if isinstance(patterns, dict) else [patterns])):
+        for name, field in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            patterns = self.config.get(field) or {}
+            if not isinstance(patterns, dict):
+                raise CheckpointError(f"{self.name} has {field} {shown(patterns)}; it must be numbers by layers' names")
+            for value in (self.config.get(name, 8), *patterns.values()):
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                     raise CheckpointError(f"{self.name} has {name} {shown(value)}; it must be a number above 0")
 
@@ -290,6 +292,8 @@ class AdapterFolder:
         values: dict[str, Tensor] = {}
         for key, tensor in read_weights(self.files, lambda name: True):
             name = _plain_name(key)
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{self.name} holds {tensor.dtype} as {printable(name)}; it must be floats")
             if found := _LOW_RANK.fullmatch(name):
                 layer, part, leaf = found.groups()
                 parts.setdefault(placed(layer), {})[part if leaf != "bias" else "bias"] = tensor
