@@ -46,6 +46,7 @@ _IDLE = {
 _INITIALIZED = (True, False, "gaussian", "eva", "orthogonal")
 _LOW_RANK = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?(?:\.(weight|bias))?")
 _WRAPPERS = re.compile(r"\.modules_to_save(?:\.[^.]+(?=\.))?|\.base_layer")
+_ROWS = 256  # whose products are added at once
 _REPEATED = re.compile(r"\)\s*[*+{]")  # of such patterns, some never end
 _HEADS = ("head.", "lm_head.", "decoder.", "classifier.")
 
@@ -110,11 +111,23 @@ class LowRank:
 
 
 def _with_additions(low: Sequence[LowRank], bias_O: Tensor | None, x: Tensor, out: Tensor) -> Tensor:
-    """A layer's product and all additions to it, each row independent of the others."""
-    total = out
-    for one in low:
-        total = total + one.added(x, out, bias_O)
-    return total.to(out.dtype)
+    """A layer's product and all additions to it, each row independent of the others.
+
+    Without gradients on a CPU it is done in place, some rows after others: what is added then stays in the caches.
+    """
+
+    def add(x: Tensor, out: Tensor) -> Tensor:
+        total = out
+        for one in low:
+            total = total + one.added(x, out, bias_O)
+        return total.to(out.dtype)
+
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or out.requires_grad)
+    if wants_grad or x.dim() != 2 or len(x) <= _ROWS or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return add(x, out)
+    for some_x, some in zip(x.split(_ROWS), out.split(_ROWS), strict=True):
+        some.copy_(add(some_x, some))
+    return out
 
 
 class Adapted(nn.Module):
