@@ -27,13 +27,13 @@ ENVIRONMENTS = {
     "transformers-4.57": OF_4,
     "transformers-5": ("transformers==5.24.0",),
     "sentence-transformers-5": ("sentence-transformers==5.7.0",),
-    "sentence-transformers-5-transformers-4.57": ("sentence-transformers==5.7.0", *OF_4),
+    "sentence-transformers-5-transformers-4.57": ("sentence-transformers==5.7.0", *OF_4, "datasets==4.4.1"),
     "sentence-transformers-6": ("sentence-transformers==6.2.0", "transformers==5.24.0"),
     "pylate": (
         *("pylate==1.6.0", "sentence-transformers==5.3.0", *OF_5_3),
         *("fast-plaid==1.4.6.2110", "fastkmeans==0.5.0", "ujson==5.12.0"),
     ),
-    "setfit": ("setfit==1.2.0", "evaluate==0.4.6", "sentence-transformers==5.7.0", *OF_4),
+    "setfit": ("setfit==1.2.0", "evaluate==0.4.6", "sentence-transformers==5.7.0", *OF_4, "datasets==4.4.1"),
     "gliner": (
         *("gliner==0.2.29", "sentencepiece==0.2.3"),
         *("huggingface_hub==1.33.0", "transformers==5.16.1"),
@@ -51,7 +51,16 @@ def environment(name: str) -> Path:
         return built
     folder.mkdir(parents=True, exist_ok=True)
     making = tempfile.mkdtemp(prefix=f".{name}-", dir=folder)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-compile",
+    ]
     made = subprocess.run([*pip, "--target", making, *packages], capture_output=True, text=True) if packages else None
     if made is not None and made.returncode:
         shutil.rmtree(making)
@@ -69,7 +78,11 @@ def run_in(name: str, code: str, *arguments: str, timeout: float = 600) -> str:
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        **{"env": variables, "cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout},
+        env=variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     if done.returncode:
         raise AssertionError(f"in {name}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
