@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modernbert.config import Config
 from modernbert.engines.guard import LOCK, Frozen, FrozenWeight
 from modernbert.errors import InputError, listed
 from modernbert.interop.encoders import is_encoder, patch_encoder
-from modernbert.interop.replacing import CPU_TOKENS, LINK, Replaced, computed_in_turn, reads_padding, replace_class
+from modernbert.interop.replacing import CPU_TOKENS, LINK, Replaced, reads_padding, replace_class, row_groups, zeros
 from modernbert.models import decoder, encoder, heads
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.placement import warn_once
@@ -242,23 +243,42 @@ class Link:
             if cache is None and wanted and not theirs.training:
                 cache = _new_cache(theirs.config)
             given |= {"use_cache": cache is not None, "past_key_values": cache}
-        kinds = []
-
-        def compute(part: dict[str, Any]) -> Mapping[str, Any]:
-            output: Mapping[str, Any] = ours(**part, return_dict=True)
-            kinds.append(type(output).__name__)
-            return output
-
         if self.frozen is not None and not caches and self._divides(given):
-            by_token = _BY_TOKEN | ({"logits"} if isinstance(ours, _TOKEN_LOGITS) else set())
-            given.pop("sliding_window_mask", None)  # follows from the positions
-            lowest = {"start_logits", "end_logits"}
-            fields = computed_in_turn(compute, given, given["attention_mask"], CPU_TOKENS, by_token, lowest)
-        else:
-            fields = dict(compute(given))
+            return self._run_in_turn(given, outputs)
+        output = ours(**given, return_dict=True)
+        fields = dict(output.items())
         if caches:
             fields["past_key_values"] = cache
-        return getattr(outputs, kinds[0])(**fields)
+        return getattr(outputs, type(output).__name__)(**fields)
+
+    def _run_in_turn(self, given: Mapping[str, Any], outputs: Any) -> Any:
+        """A padded batch, a few of its texts at a time: what a pass takes fits into caches."""
+        mask = given["attention_mask"] != 0
+        rows, columns = mask.shape
+        options = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
+        tokens = {
+            name: value.expand(rows, *value.shape[1:]) if value.dim() > 1 else value.expand(rows, columns)
+            for name, value in given.items()
+            if name in ("input_ids", "inputs_embeds", "position_ids")
+        }
+        by_token = _BY_TOKEN | ({"logits"} if isinstance(self.ours, _TOKEN_LOGITS) else set())
+        whole: dict[str, Tensor] = {}
+        for group in row_groups(mask.sum(1).tolist(), CPU_TOKENS):
+            real = mask[group]
+            at = real.flatten().nonzero().squeeze(1) + group.start * columns
+            part = {name: value[group][real] for name, value in tokens.items()}
+            output = self.ours(**part, **options, cu_seqlens=F.pad(real.sum(1).cumsum(0), (1, 0)), return_dict=True)
+            for name, values in output.items():
+                if name not in whole and name in ("start_logits", "end_logits"):
+                    whole[name] = values.new_full((rows * columns,), torch.finfo(values.dtype).min)
+                elif name not in whole:
+                    whole[name] = zeros((rows * columns if name in by_token else rows, *values.shape[1:]), values)
+                if name in by_token:
+                    whole[name].index_copy_(0, at, values)
+                else:
+                    whole[name][group] = values
+        fields = {name: x.unflatten(0, (rows, columns)) if name in by_token else x for name, x in whole.items()}
+        return getattr(outputs, type(output).__name__)(**fields)
 
     def _divides(self, given: Mapping[str, Any]) -> bool:
         """Whether the rows of a batch are computed in turn."""
@@ -271,7 +291,7 @@ class Link:
         ):
             return False
         whole = {"labels", "start_positions", "end_positions", "cu_seqlens", "cu_seq_lens_q", "indices", "num_choices"}
-        return not whole & given.keys() and len(mask) > 1 and int((mask != 0).sum()) > CPU_TOKENS
+        return not whole & given.keys() and mask.dim() == 2 and len(mask) > 1 and int((mask != 0).sum()) > CPU_TOKENS
 
     def generate(self, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What their `generate` returns: by ours where it is greedy or by beams, else by theirs over our passes."""

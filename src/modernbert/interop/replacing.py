@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modernbert.engines.guard import LOCK, plain_state
 
 # Tokens that a CPU computes in one go; the rows of a larger batch are computed in turn, to the same bits.
-CPU_TOKENS = 2048
+CPU_TOKENS = 1024
 # Whether whoever calls a model may read its states at padding, which are zeros where padding is not computed.
 reads_padding: contextvars.ContextVar[bool] = contextvars.ContextVar("reads_padding", default=True)
 LINK = "_modernbert"  # the attribute of a patched object that says what it is patched with
@@ -80,7 +80,6 @@ def computed_in_turn(
     mask: Tensor,
     most: int,
     by_token: Collection[str],
-    lowest: Collection[str] = (),
 ) -> dict[str, Any]:
     """What `compute` makes of a batch, computed for groups of rows of at most so many tokens.
 
@@ -89,17 +88,16 @@ def computed_in_turn(
     Args:
         compute: takes what is given for some rows, and returns values by name.
         given: tensors whose first dimensions are those of the mask, and what is the same for all rows.
-        mask: (rows, columns), nonzero at real tokens; of more dimensions the columns are not cut.
+        mask: (rows, columns), nonzero at real tokens.
         most: tokens of a group.
         by_token: the results that have a value for each column; other tensors have one for each row.
-        lowest: the results that have the lowest finite number at padding instead.
     """
-    rows, columns = mask.shape[:2]
+    rows, columns = mask.shape
     real = mask != 0
     whole: dict[str, Any] = {}
-    for group in row_groups(real.flatten(1).sum(1).tolist(), most):
-        used = real[group].any(0).nonzero() if mask.dim() == 2 else real[:0]
-        width = int(used[-1]) + 1 if len(used) else columns if mask.dim() > 2 else 1
+    for group in row_groups(real.sum(1).tolist(), most):
+        used = real[group].any(0).nonzero()
+        width = int(used[-1]) + 1 if len(used) else 1
         cut = dict(given)
         for name, value in given.items():
             if isinstance(value, Tensor) and value.dim() and len(value) == rows:
@@ -110,8 +108,7 @@ def computed_in_turn(
                 continue
             if name not in whole:
                 shape = (rows, columns, *part.shape[2:]) if name in by_token else (rows, *part.shape[1:])
-                is_low = name in lowest
-                whole[name] = part.new_full(shape, torch.finfo(part.dtype).min) if is_low else _zeros(shape, part)
+                whole[name] = zeros(shape, part)
             if name in by_token:
                 whole[name][group, : part.shape[1]] = part
             else:
@@ -119,7 +116,7 @@ def computed_in_turn(
     return whole
 
 
-def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Zeros, on a CPU in memory that the system gives only where it is written to."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
