@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -255,6 +256,55 @@ def test_hidden_tokens_that_are_no_padding_are_computed_by_transformers(model, c
         assert torch.equal(body(**given)[0], plain(**given)[0])
 
 
+def test_passes_of_several_threads_while_somebody_asks_for_weights(model):
+    given, found = cells.batch(), []
+    with torch.no_grad():
+        expected = modernbert.patch(model)(**given)[0]
+
+    def work():
+        with torch.no_grad():
+            found.extend(model(**given)[0] for _ in range(15))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(10):
+        model.state_dict()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 45
+    for answer in found:
+        torch.testing.assert_close(answer, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_of_transformers_trains_a_patched_model(model, tmp_path, caplog):
+    rows = [{name: value[i % 5] for name, value in cells.batch().items()} | {"labels": i % 2} for i in range(12)]
+    options = {"num_train_epochs": 2, "learning_rate": 1e-3, "report_to": [], "save_strategy": "no"}
+    found = []
+    for trained in (copy.deepcopy(model), modernbert.patch(model)):
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, gradient_checkpointing=True, disable_tqdm=True, **options
+        )
+        trainer = transformers.Trainer(trained, arguments, train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        found.append(trainer.evaluate()["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert "own code" not in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_a_patched_model_is_refused_and_autocast_works(model):
+    given = cells.batch()
+    with torch.no_grad():
+        expected = modernbert.patch(model)(**given)[0]
+        with pytest.raises(InputError, match="cannot be traced or exported"):
+            torch.jit.trace(model, (given["input_ids"], given["attention_mask"]), strict=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(**given)[0].dtype == torch.bfloat16
+        torch.testing.assert_close(model(**given)[0], expected, rtol=0, atol=1e-5)
+
+
 def test_several_objects_may_share_a_model():
     body = cells.model_of("ModernBertModel")
     one, other = torch.nn.Sequential(body), torch.nn.ModuleDict({"a": body, "b": cells.model_of("ModernBertModel")})
@@ -473,6 +523,19 @@ def test_copies_of_an_encoder_are_unpatched_and_saved_whole(encoder, tmp_path):
         modernbert.unpatch(encoder)
 
 
+@pytest.mark.slow
+def test_processes_of_a_pool_encode_unpatched(encoder):
+    some = cells.texts(6)
+    expected = encoder.encode(some)
+    modernbert.patch(encoder)
+    try:
+        pool = encoder.start_multi_process_pool(["cpu", "cpu"])
+        np.testing.assert_allclose(encoder.encode(some, pool=pool), expected, rtol=0, atol=1e-5)
+        encoder.stop_multi_process_pool(pool)
+    finally:
+        modernbert.unpatch(encoder)
+
+
 # validate
 
 
@@ -496,10 +559,11 @@ def test_validate_compares_and_leaves_the_object_as_it_was(encoder, patched):
 
 
 def test_validate_counts_labels_that_changed(path):
-    model = transformers.ModernBertForSequenceClassification.from_pretrained(path, num_labels=3)
+    model = transformers.ModernBertForSequenceClassification.from_pretrained(path, num_labels=3).train()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     found = modernbert.validate(model, cells.texts(6), tokenizer=tokenizer, batch_size=4)
     assert (found.changed, found.labels) == (0, 6)
+    assert model.training
     with pytest.raises(InputError, match="texts is empty"):
         modernbert.validate(model, [])
     with pytest.raises(InputError, match="call is missing"):

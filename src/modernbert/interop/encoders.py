@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
 import inspect
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def is_encoder(module: nn.Module) -> bool:
 
 def patch_encoder(module: nn.Module) -> None:
     """Patch such an object, whose models are patched."""
-    replace_class(module, PatchedEncoder, ("encode", "predict", "forward"))
+    replace_class(module, PatchedEncoder, ("encode", "predict", "forward", "start_multi_process_pool"))
 
 
 class PatchedEncoder(Replaced):
@@ -44,6 +45,9 @@ class PatchedEncoder(Replaced):
 
     def _predict(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _run(self, "predict", args, kwargs)
+
+    def _start_multi_process_pool(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return copy.deepcopy(self).start_multi_process_pool(*args, **kwargs)  # other processes know no patched class
 
     def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plain = functools.partial(self.plain.forward, self)

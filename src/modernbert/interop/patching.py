@@ -8,8 +8,8 @@ the exact numbers back. What our model cannot compute, the object's own code com
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import functools
 import inspect
 import logging
 import sys
@@ -100,6 +100,7 @@ class Link:
         self.arguments = inspect.signature(type(theirs).forward)
         self.taken = {*inspect.signature(type(ours).forward).parameters} - {"self", "kwargs"}
         self._passes, self._wait = 0, 1  # passes since a thaw, and after how many the weights are laid out again
+        self._running = 0  # passes that run now, of all threads
 
     @property
     def frozen(self) -> Frozen | None:
@@ -152,25 +153,44 @@ class Link:
 
     # Computing
 
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """A pass: while others run as well, weights are not laid out, since those may compute with them."""
+        outermost = self.outer or self
+        with LOCK:
+            outermost._running += 1
+        try:
+            yield
+        finally:
+            with LOCK:
+                outermost._running -= 1
+
     def forward(self, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the patched forward returns."""
-        plainly = functools.partial(type(theirs).plain.forward, theirs, *args, **kwargs)
-        given = self._given(theirs, args, kwargs)
-        why = given if isinstance(given, str) else ""
-        if not why and self.frozen is None:
-            with LOCK:
-                why = self.is_in_step(theirs)
-        if isinstance(given, str) or why:
-            warn_once(f"{type(theirs).__name__} is computed by transformers' own code: {why}")
-            return plainly()
-        self._prepare(theirs, given)
-        options = {name: given.pop(name) for name in ("return_dict", "past_key_values") if name in given}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen is None):
-            output = self._run(theirs, given, options.get("past_key_values"))
-        return output if options["return_dict"] else output.to_tuple()
+        with self._counted():
+            given = self._given(theirs, args, kwargs)
+            why = given if isinstance(given, str) else ""
+            if not why and self.frozen is None:
+                with LOCK:
+                    why = self.is_in_step(theirs)
+            if isinstance(given, str) or why:
+                warn_once(f"{type(theirs).__name__} is computed by transformers' own code: {why}")
+                return type(theirs).plain.forward(theirs, *args, **kwargs)
+            self._prepare(theirs, given)
+            options = {name: given.pop(name) for name in ("return_dict", "past_key_values") if name in given}
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.frozen is None):
+                output = self._run(theirs, given, options.get("past_key_values"))
+            return output if options["return_dict"] else output.to_tuple()
 
     def _given(self, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | str:
         """The arguments of a call for our forward, or why ours cannot compute it."""
+        if torch._C._is_tracing() or torch.compiler.is_exporting():
+            raise InputError(
+                f"a patched {type(theirs).__name__} cannot be traced or exported: its weights lie in the layout of "
+                "kernels; call modernbert.unpatch on it first"
+            )
+        if torch._C._functorch.peek_interpreter_stack() or torch._C._len_torch_dispatch_stack() > 0:
+            return "it runs in a mode or transform of PyTorch"
         try:
             bound = self.arguments.bind(theirs, *args, **kwargs).arguments
         except TypeError:
@@ -183,6 +203,8 @@ class Link:
         for name in ("token_type_ids", "num_logits_to_keep", "cache_position", "seq_idx"):
             if name != "num_logits_to_keep" or not given.get(name):
                 given.pop(name, None)
+        if "num_items_in_batch" not in self.taken:  # of a loss, which a bare model has not
+            given.pop("num_items_in_batch", None)
         config = theirs.config
         for name in ("output_attentions", "output_hidden_states"):
             given.setdefault(name, bool(getattr(config, name, False)))
@@ -202,8 +224,6 @@ class Link:
         if whole and reads_padding.get() and pad is not None and bool(((mask == 0) & (ids != pad)).any()):
             # Late interaction reads the states of such tokens, which attend and are not attended to.
             return f"attention_mask hides tokens that are no padding (pad_token_id {pad})"
-        if torch._C._is_tracing() or torch.compiler.is_exporting() or torch._C._functorch.peek_interpreter_stack():
-            return "it is traced"
         if given["output_hidden_states"] and _version() < 5:
             return "transformers below 5 shows the last hidden state without its norm"
         if mask is None and "position_ids" in given and "past_key_values" not in self.taken and not flat & given.keys():
@@ -229,10 +249,11 @@ class Link:
         device = next(theirs.parameters()).device.type
         if not outermost or theirs.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device):
             return
-        self._passes += 1
-        if self._passes >= self._wait:  # whoever thaws again and again waits longer and longer
-            self._passes, self._wait = 0, self._wait * 2
-            self.freeze(theirs)
+        with LOCK:
+            self._passes += 1
+            if self._passes >= self._wait and self._running == 1:
+                self._passes, self._wait = 0, self._wait * 2  # whoever thaws again and again waits longer and longer
+                self.freeze(theirs)
 
     def _run(self, theirs: Any, given: dict[str, Any], cache: Any) -> Any:
         ours, outputs = self.ours, sys.modules["transformers.modeling_outputs"]
@@ -298,12 +319,10 @@ class Link:
         options = self._generation(theirs, args, kwargs)
         if options is None:
             return type(theirs).plain.generate(theirs, *args, **kwargs)
-        if self.frozen is None:
+        with self._counted(), torch.no_grad():
             self._prepare(theirs, {})
-            with torch.no_grad():
-                self.freeze(theirs)
-        generated: Any = self.ours
-        return generated.generate(**options)
+            generating: Any = self.ours
+            return generating.generate(**options)
 
     def _generation(self, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
@@ -366,8 +385,8 @@ def _listener(module: nn.Module) -> str:
         return "a forward of its own"
     hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
     found = [hook for kind in hooks for hook in kind.values()]
-    # Those that transformers itself keeps there record what the model returns, which ours does as well.
-    mine = all((getattr(hook, "__module__", "") or "").startswith("transformers.utils") for hook in found)
+    # Those of transformers itself record what the model returns, or let vectors have a gradient, as ours does anyway.
+    mine = all((getattr(hook, "__module__", "") or "").startswith("transformers.") for hook in found)
     return "" if mine else "hooks"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.errors import InputError
-from modernbert.interop.patching import links_in, patch, unpatch
+from modernbert.interop.patching import links_in, models_in, patch, unpatch
 
 Answers = list[np.ndarray[Any, Any]]
 
@@ -92,7 +92,10 @@ def validate(
     run, of_labels, tokenizer = _runner(obj, texts, call, tokenizer, batch_size)
     was_patched = bool(links_in(obj))
     found: dict[bool, tuple[Answers, float]] = {}
+    modes = {module: module.training for module in models_in(obj)}
     try:
+        for module in modes:
+            module.training = False
         for patched in (was_patched, not was_patched):
             if patched != bool(links_in(obj)):
                 (patch if patched else unpatch)(obj)
@@ -103,6 +106,8 @@ def validate(
     finally:
         if was_patched != bool(links_in(obj)):
             (patch if was_patched else unpatch)(obj)
+        for module, training in modes.items():
+            module.training = training
     (before, seconds), (after, patched_seconds) = found[False], found[True]
     cosines = [_cosine(a, b) for a, b in zip(before, after, strict=True)]
     changed = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(before, after, strict=True) if a.ndim)
