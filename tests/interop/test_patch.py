@@ -45,7 +45,7 @@ def is_laid_out(model):
     return link_of(model).frozen is not None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_patched_model_answers_as_before_and_unpatched_with_the_same_bits(name, dtype):
     model, seen = cells.model_of(name).to(dtype), []
@@ -245,6 +245,12 @@ def test_a_loss_in_evaluation_mode_has_its_gradients(model):
     modernbert.patch(model)
     model(**cells.batch(), labels=torch.tensor([0, 1, 2, 1, 0])).loss.backward()
     assert model.model.layers[0].mlp.Wi.weight.grad is not None
+    with torch.no_grad():
+        model.model(**cells.batch())  # a part alone lays the weights out again, too
+    assert is_laid_out(model)
+    vectors = torch.randn(1, 8, 64, requires_grad=True)
+    model(inputs_embeds=vectors).logits.sum().backward()
+    assert vectors.grad is not None
 
 
 def test_hidden_tokens_that_are_no_padding_are_computed_by_transformers(model, caplog):

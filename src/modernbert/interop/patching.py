@@ -232,28 +232,31 @@ class Link:
 
     def _prepare(self, theirs: Any, given: Mapping[str, Any]) -> None:
         """Bring our model into the state of theirs."""
-        ours, outermost = self.ours, self.outer is None
+        ours, outermost = self.ours, self.outer or self
         for name in _FOLLOWED:
             value = getattr(theirs.config, name, None)
             if hasattr(ours.config, name) and getattr(ours.config, name) != value:
                 setattr(ours.config, name, value)
         if self.frozen is not None:
-            if torch.is_grad_enabled() and any(name in given for name in ("labels", "start_positions")):
-                ours.thaw()  # a loss whose gradient may be wanted
+            vectors = given.get("inputs_embeds")
+            wanted = {"labels", "start_positions"} & given.keys() or (vectors is not None and vectors.requires_grad)
+            if torch.is_grad_enabled() and wanted:
+                ours.thaw()  # a loss or vectors whose gradient may be wanted
             return
         if ours.training != theirs.training or ours.base_model.training != theirs.training:
             ours.train(theirs.training)
         recomputes = any(getattr(module, "gradient_checkpointing", False) for module in theirs.modules())
         if recomputes != ours.base_model.is_gradient_checkpointing:
             (ours.gradient_checkpointing_enable if recomputes else ours.gradient_checkpointing_disable)()
-        device = next(theirs.parameters()).device.type
-        if not outermost or theirs.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device):
+        device, whole = next(theirs.parameters()).device.type, outermost._theirs()
+        if theirs.training or torch.is_grad_enabled() or torch.is_autocast_enabled(device):
             return
         with LOCK:
-            self._passes += 1
-            if self._passes >= self._wait and self._running == 1:
-                self._passes, self._wait = 0, self._wait * 2  # whoever thaws again and again waits longer and longer
-                self.freeze(theirs)
+            outermost._passes += 1
+            if outermost._passes >= outermost._wait and outermost._running == 1 and whole is not None:
+                outermost._passes, outermost._wait = 0, outermost._wait * 2  # who thaws often waits longer and longer
+                if outermost is self or not outermost.is_in_step(whole):
+                    outermost.freeze(whole)
 
     def _run(self, theirs: Any, given: dict[str, Any], cache: Any) -> Any:
         ours, outputs = self.ours, sys.modules["transformers.modeling_outputs"]
