@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import modernbert
-from modernbert.errors import InputError
-from modernbert.interop.patching import PatchError
+from modernbert.errors import InputError, PatchError
 from tests.interop import cells
 from tests.interop.environments import ENVIRONMENTS, run_in
 

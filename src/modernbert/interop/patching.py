@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from modernbert.config import Config
 from modernbert.engines.guard import LOCK, Frozen, FrozenWeight
-from modernbert.errors import InputError, listed
+from modernbert.errors import InputError, PatchError, listed
 from modernbert.interop.encoders import is_encoder, patch_encoder
 from modernbert.interop.replacing import CPU_TOKENS, LINK, Replaced, reads_padding, replace_class, row_groups, zeros
 from modernbert.models import decoder, encoder, heads
@@ -54,10 +54,6 @@ _CLASSES: dict[str, Any] = {
 _BY_TOKEN = {"last_hidden_state", "start_logits", "end_logits"}
 _TOKEN_LOGITS = (heads.ModernBertForMaskedLM, heads.ModernBertForTokenClassification)
 _SAMPLES = {"temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"}
-
-
-class PatchError(InputError, TypeError):
-    """An object cannot be patched; the message says why. Nothing was changed."""
 
 
 class PatchedModel(Replaced):
