@@ -71,9 +71,12 @@ _EXPORTS = {
     "finetune": "training.finetuning",
     "logging": "logging",
     "maxsim": "retrieval.maxsim",
+    "patch": "interop.patching",
     "pipeline": "pipelines",
     "quantize": "quantization.gate",
     "set_seed": "models.placement",
+    "unpatch": "interop.patching",
+    "validate": "interop.validation",
 }
 __version__ = "0.1.0"
 _find, _ = exports(__name__, _EXPORTS)

@@ -20,6 +20,10 @@ class InputError(ValueError):
     """A model, tokenizer or pipeline was given input that contradicts itself or cannot be served."""
 
 
+class PatchError(InputError, TypeError):
+    """An object cannot be patched; the message says why. Nothing was changed."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint's files are missing, malformed, of an unsafe kind, or do not fit the model."""
 

@@ -177,9 +177,12 @@ def test_exported_names():
         "finetune",
         "logging",
         "maxsim",
+        "patch",
         "pipeline",
         "quantize",
         "set_seed",
+        "unpatch",
+        "validate",
     ]
     with pytest.raises(AttributeError, match="Nonsense"):
         modernbert.Nonsense  # noqa: B018

@@ -270,7 +270,7 @@ for _name in ("__setitem__", "__delitem__", "update", "pop", "popitem", "clear",
     setattr(Watched, _name, _writing(_name))
 
 
-def _plain_state(module: nn.Module) -> dict[str, Any]:
+def plain_state(module: nn.Module) -> dict[str, Any]:
     """A module's attributes as they are where the model is not frozen."""
     plain = {name: value for name, value in module.__dict__.items() if name not in _KEPT}
     for name in ("_parameters", "_modules"):
@@ -280,7 +280,7 @@ def _plain_state(module: nn.Module) -> dict[str, Any]:
 
 
 def _unguard(module: nn.Module, frozen: Frozen) -> None:
-    module.__dict__.update(_plain_state(module))
+    module.__dict__.update(plain_state(module))
     if isinstance(module, Guarded):
         object.__setattr__(module, "__class__", module.plain)
     if isinstance(module, Backbone) and module.runner is frozen:
@@ -348,7 +348,7 @@ class Guarded(nn.Module):
                     with torch.inference_mode(False), torch.no_grad():
                         numbers = parameter.numbers().clone()
                     memo[id(parameter)] = parameter.was(numbers, requires_grad=parameter.trains)
-            memo[id(self)] = copied = copy.deepcopy(self._like(_plain_state(self)), memo)
+            memo[id(self)] = copied = copy.deepcopy(self._like(plain_state(self)), memo)
             return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:

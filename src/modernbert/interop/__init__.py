@@ -1,4 +1,4 @@
-"""What other libraries' objects need to work with our models. Nothing here imports them."""
+"""What other libraries' objects need to work with our models, and what makes them faster. Nothing here imports them."""
 
 from modernbert.interop.trainer import CheckpointCallback
 
