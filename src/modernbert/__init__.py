@@ -64,6 +64,7 @@ _EXPORTS = {
     "TokenClassificationPipeline": "pipelines.token_classification",
     "Tokenizer": "text.tokenizer",
     "ZeroShotClassificationPipeline": "pipelines.zero_shot_classification",
+    "export": "interop.exporting.run",
     "finetune": "training.finetuning",
     "logging": "logging",
     "maxsim": "pipelines.sentence_embedding",
