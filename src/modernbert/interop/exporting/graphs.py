@@ -285,8 +285,8 @@ class PaddedGraph(Graph):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         columns = input_ids.shape[-1]
-        mask_BS = attention_mask.reshape(-1, columns)
-        batch = mask_BS.shape[0] if self.task == "multiple-choice" else input_ids.shape[0]
+        mask_BS = attention_mask.flatten(0, 1) if self.task == "multiple-choice" else attention_mask
+        batch = mask_BS.shape[0]
         texts, indices_T = Texts.padded(mask_BS)
         ids_T = torch.cat((input_ids.flatten(), torch.zeros(1, dtype=torch.int64)))[indices_T]
         x_TM = self.encode(ids_T, texts)

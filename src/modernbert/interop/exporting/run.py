@@ -240,7 +240,9 @@ def _write_layout(model: Any, tokenizer: Tokenizer | None, about: dict[str, Any]
         if about:
             write_text(folder / SETTINGS, json.dumps(about, indent=2) + "\n")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        limited = copy.copy(tokenizer)  # readers want a limit, and the graph has one
+        limited.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        limited.save_pretrained(folder)
 
 
 def _write_graphs(
