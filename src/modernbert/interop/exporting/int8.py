@@ -102,14 +102,20 @@ def _look(run: Run, graph: Graph, name: str, batch: Batch) -> Seen:
 
 
 def _round(written: Path, to: Path, exclude: list[str], external: bool) -> None:
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    plain = onnx.load(written, load_external_data=False)
+    del plain.graph.value_info[:]  # shapes of weights, which rounding transposes
+    path = written.with_name(f".{written.name}")  # beside the weights, if they are in a file of their own
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it advises what has no effect on these graphs
     try:
+        onnx.save(plain, path)
         quantize_dynamic(
-            written, to, op_types_to_quantize=["MatMul", "Gemm", "Gather"], per_channel=True, reduce_range=True,
+            path, to, op_types_to_quantize=["MatMul", "Gemm", "Gather"], per_channel=True, reduce_range=True,
             weight_type=QuantType.QInt8, nodes_to_exclude=exclude, use_external_data_format=external,
         )  # fmt: skip
     finally:
         logging.disable(before)
+        path.unlink(missing_ok=True)

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 _LARGEST = 2_000_000_000  # bytes of weights that one ONNX file can hold
 _NEEDED = {  # packages, by what needs them
-    "onnx": ("onnx", "onnxscript"),
-    "openvino": ("onnx", "onnxscript", "openvino"),
+    "onnx": ("onnx", "onnx_ir", "onnxscript"),
+    "openvino": ("onnx", "onnx_ir", "onnxscript", "openvino"),
     "check": ("onnxruntime",),
     "int8": ("onnxruntime",),
 }
