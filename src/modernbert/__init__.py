@@ -68,6 +68,7 @@ _EXPORTS = {
     "TokenClassificationPipeline": "pipelines.token_classification",
     "Tokenizer": "text.tokenizer",
     "ZeroShotClassificationPipeline": "pipelines.zero_shot_classification",
+    "export": "interop.exporting.run",
     "finetune": "training.finetuning",
     "logging": "logging",
     "maxsim": "retrieval.maxsim",

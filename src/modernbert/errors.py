@@ -48,6 +48,10 @@ class QuantizationError(ValueError):
     """Quantizing a model would cost more than was allowed; the message gives what it would."""
 
 
+class ExportError(ValueError):
+    """The numbers of an exported graph are not the model's."""
+
+
 class FrozenError(RuntimeError):
     """A weight of an optimized model was used or written to where its numbers are not; the message says what to do."""
 

@@ -174,6 +174,7 @@ def test_exported_names():
         "Tokenizer",
         "ZeroShotClassificationPipeline",
         "__version__",
+        "export",
         "finetune",
         "logging",
         "maxsim",

@@ -13,6 +13,7 @@ from modernbert.cli.bench import bench
 from modernbert.cli.convert import convert
 from modernbert.cli.doctor import doctor
 from modernbert.cli.explain import attention, attribution
+from modernbert.cli.export import export
 from modernbert.cli.finetune import finetune
 from modernbert.cli.flags import Command
 from modernbert.cli.info import info
@@ -45,6 +46,7 @@ app.command("pretrain")(pretrain)
 app.command()(evaluate)
 app.command()(convert)
 app.command()(quantize)
+app.command("export")(export)
 for _registered in (*app.registered_commands, *finetune.registered_commands):
     _registered.cls = TaskCommand if _registered.name == "run" else Command
 

@@ -84,8 +84,8 @@ def pack_inputs(
     name, x, shape = _tokens(given, config, dtype)
     if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
         raise InputError(
-            "texts are packed by their lengths, which no trace of a model can hold; torch.compile works, and to "
-            "export, load the same checkpoint with transformers"
+            "texts are packed by their lengths, which no trace of a model can hold; torch.compile works, and "
+            "modernbert.export writes graphs of ONNX and OpenVINO"
         )
     packed, mask, new = given.cu_seqlens is not None, given.attention_mask, shape[1] if len(shape) > 1 else 0
     if mask is not None and mask.dim() == 4 and not packed and not columns:

@@ -95,13 +95,18 @@ class Seen(NamedTuple):
 def look(model: Any, batch: Batch) -> Seen:
     one_question = [len(batch.inputs.packing.lengths)]
     output = model.run_packed(batch.inputs, Arguments(output_hidden_states=True, num_choices=one_question))
+    return seen_in(output, list(output.hidden_states), batch)
+
+
+def seen_in(output: Any, states: list[Tensor], batch: Batch) -> Seen:
+    """What an output, whoever computed it, says of a packed batch."""
     logits, answers = getattr(output, "logits", None), None
     if getattr(output, "start_logits", None) is not None:
         pairs = (output.start_logits, output.end_logits)
         answers = torch.stack([x[a:b].argmax() for a, b in batch.inputs.packing.spans for x in pairs])
     elif logits is not None and logits.shape[-1] > 1:
         answers = (logits[batch.asked_T] if len(logits) == len(batch.asked_T) else logits).argmax(-1)
-    return Seen(list(output.hidden_states), answers)
+    return Seen(states, answers)
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -310,10 +310,14 @@ def _weigh(
 
 def _measure(model: Any, reference: Sequence[Seen], batches: Sequence[Batch]) -> Measured:
     """Run the quantized model beside what the float one showed."""
+    return compared((look(model, batch), right) for batch, right in zip(batches, reference, strict=True))
+
+
+def compared(passes: Iterable[tuple[Seen, Seen]]) -> Measured:
+    """How near what a quantized model showed of each batch is to what the float one showed."""
     cosines: list[list[Tensor]] = []
     same: list[Tensor] = []
-    for batch, right in zip(batches, reference, strict=True):
-        seen = look(model, batch)
+    for seen, right in passes:
         pairs = zip(seen.states, right.states, strict=True)
         cosines.append([F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs])
         if seen.answers is not None and right.answers is not None and len(seen.answers):
