@@ -159,8 +159,8 @@ def main():
             rows.append(row := measure(name, dtype, path, texts, options))
             print(
                 f"{name:<9} {dtype:<9} unpatched {row['unpatched']:>8.2f} s (batches of {row['batch_size']})  patched "
-                f"{row['patched']:>8.2f} s ({row['patched_batch_size']})  {row['speedup']:>5.2f} times  difference {row['largest_difference']:.0e}  "
-                f"bits of before: {row['unpatched_again_same_bits']}",
+                f"{row['patched']:>8.2f} s ({row['patched_batch_size']})  {row['speedup']:>5.2f} times  difference "
+                f"{row['largest_difference']:.0e}  bits of before: {row['unpatched_again_same_bits']}",
                 flush=True,
             )
     if options.save:
