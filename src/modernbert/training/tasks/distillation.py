@@ -68,6 +68,28 @@ def check_scores(row: Row, documents: int) -> list[float]:
     return [float(number) for number in numbers if number is not None]
 
 
+class Teacher:
+    """A cross-encoder that gives logits.
+
+    Args:
+        name: folder or Hub repository.
+        device: where it runs; None is a GPU if there is one.
+    """
+
+    def __init__(self, name: str, device: str | None) -> None:
+        self.serve = CrossEncoderRanking.load(
+            name, device=device, activation="none", truncation=True, dtype="float32"
+        )  # fmt: skip
+
+    def __call__(self, asked: list[dict[str, Any]]) -> list[list[float]]:
+        """The scores of the documents of each {"query", "documents"}, in their order."""
+        found = []
+        for answer in self.serve(asked):
+            of_query = {one["index"]: one["score"] for one in answer}
+            found.append([of_query[i] for i in range(len(of_query))])
+        return found
+
+
 def add_teacher_scores(
     rows: Sequence[Row],
     fields: tuple[str, str],
@@ -94,14 +116,10 @@ def add_teacher_scores(
     key = hashlib.sha256(json.dumps([str(options.teacher), asked]).encode()).hexdigest()
     path = folder / _FILE
     if process.is_main_process and _kept(path, key) is None:
-        serve = CrossEncoderRanking.load(
-            options.teacher, device=options.device, activation="none", truncation=True, dtype="float32"
-        )
+        teacher = Teacher(options.teacher, options.device)
         scores: list[list[float]] = []
         for first in range(0, len(asked), _TOGETHER):
-            for answer in serve(asked[first : first + _TOGETHER]):
-                of_query = {one["index"]: one["score"] for one in answer}
-                scores.append([of_query[i] for i in range(len(of_query))])
+            scores += teacher(asked[first : first + _TOGETHER])
             say(f"the teacher has scored {len(scores)} of {len(asked)} rows")
         write_text(path, json.dumps({"key": key, "scores": scores}))
     process.wait_for_everyone()

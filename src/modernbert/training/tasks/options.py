@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from modernbert.checks import Limits, option
+from modernbert.checks import Limits, Options, option
 from modernbert.errors import InputError
 from modernbert.training.options import TrainingOptions, changed
 
@@ -230,6 +230,49 @@ class TextRankingOptions(DistillationOptions):
         4, "Other rows' documents to use as wrong ones for each query, if the data has none.", least=0
     )
     loss: str = option("cross-entropy", _LOSS.format("cross-entropy"), choices=("cross-entropy", "margin-mse", "kl"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MineOptions(Options):
+    """Find hard negatives: for each query of a table of pairs the best-ranked documents that do not belong to it."""
+
+    pairs: list[str] = option([], "File of pairs; FILE#PART is one of its parts.", required=True)
+    model: str = option(
+        "", "Folder or Hub repository that ranks: of a sentence, sparse or late-interaction encoder.", required=True
+    )
+    output: str = option("", "File to write, .jsonl, .csv, .tsv or .parquet, which finetune reads.", required=True)
+    corpus: list[str] = option([], "File of the documents to choose from.", otherwise="all documents of the pairs")
+    column: list[str] = option(
+        [], "FIELD=COLUMN: the column of the anchor or positive, or of the corpus' text.", otherwise="found by names"
+    )
+    revision: str | None = option(None, "Branch, tag or commit of the model's repository.", otherwise="the newest")
+    negatives: int = option(4, "Negatives of each query.", least=1)
+    skip: int = option(0, "Leave out this many of the best-ranked documents, which may be right ones.", least=0)
+    margin: float | None = option(
+        None, "Leave out documents that score more than the positive's score minus this.", otherwise="no limit"
+    )
+    most_similar: float | None = option(
+        None, "Leave out documents that score more than this share of the positive's score.", least=0, otherwise="none"
+    )
+    teacher: str | None = option(
+        None, "Cross-encoder whose scores are written too, and may leave out documents.", otherwise="none"
+    )
+    teacher_margin: float | None = option(
+        None, "Leave out documents whose teacher's logit is above the positive's minus this.", otherwise="no limit"
+    )
+    candidates: int | None = option(
+        None, "Documents of each query that the teacher scores.", least=1, otherwise="four times the negatives"
+    )
+    device: str | None = option(None, "Device to compute on.", choices=("cpu",), otherwise="a GPU if there is one")
+    overwrite: bool = option(False, "Replace the output if it exists.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("teacher_margin", "candidates"):
+            if getattr(self, name) is not None and self.teacher is None:
+                raise InputError(f"{name} is given without a teacher; give a cross-encoder (teacher=FOLDER)")
+        if self.candidates is not None and self.candidates < self.negatives:
+            raise InputError(f"candidates is {self.candidates} and negatives {self.negatives}; give at least as many")
 
 
 # Task -> its options. The class of a task is in `modernbert.training.tasks`.
