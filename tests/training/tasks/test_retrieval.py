@@ -186,9 +186,12 @@ def test_the_penalty_makes_vectors_sparse(base, tmp_path):
             keep_best=False,
         )  # fmt: skip
         sizes.append(run.metrics["document_entries"])
-        found = pipeline("sparse-embedding", tmp_path / str(weight))("the cat sat")
-        assert len(found["indices"])
+        serve = pipeline("sparse-embedding", tmp_path / str(weight), dtype="float32")
+        assert len(serve("the cat sat")["indices"])
     assert sizes[1] < 0.8 * sizes[0]
+    peers = pytest.importorskip("sentence_transformers")
+    theirs = peers.SparseEncoder(str(tmp_path / "0.3"), device="cpu").encode(["the cat sat"]).to_dense().numpy()
+    np.testing.assert_allclose(serve.csr(["the cat sat"]).toarray(), theirs, atol=1e-5)
 
 
 def test_queries_that_were_made_longer_are_seen_in_part_and_documents_whole(base):
@@ -223,6 +226,8 @@ def test_late_interaction_starts_from_encoders_of_every_kind_and_keeps_their_set
     third = finetune("late-interaction", rows, output=tmp_path / "d", model=tmp_path / "c", **common)
     assert third.model.settings.prompts == {"document": "d "}
     assert third.pipeline()("the cat").shape[1] == 128
+    with pytest.raises(ValueError, match="is a decoder"):
+        finetune("late-interaction", rows, output=tmp_path / "e", model=base("ModernBertDecoderForCausalLM"), **common)
     with pytest.raises(InputError, match="query_length is 90; texts have at most 64 tokens"):
         finetune("late-interaction", rows, output=tmp_path / "e", model=tmp_path / "c", query_length=90, **common)
 

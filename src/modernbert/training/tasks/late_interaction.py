@@ -18,7 +18,7 @@ from modernbert.errors import InputError
 from modernbert.io.hub import Source
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.formats import refuse_to_train
-from modernbert.models.sentence_encoder import Dense, Normalize, SentenceEncoder
+from modernbert.models.sentence_encoder import Dense, Normalize, SentenceEncoder, refuse_decoder
 from modernbert.models.sentence_layout import LATE_INTERACTION, SENTENCE_ENCODER, contents_of
 from modernbert.pipelines.late_interaction import LateInteractionPipeline, scores_of
 from modernbert.retrieval.maxsim import packed_maxsim
@@ -75,6 +75,7 @@ class LateInteraction(Contrastive):
             else:
                 contents.refuse_cross_encoder()
                 contents.refuse_unserved()
+                refuse_decoder(source.inside(contents.inner))
                 body = ModernBertModel.from_pretrained(name, **how)
             dense = Dense(body.config.hidden_size, self.options.dimensions, bias=False, activation=_IDENTITY)
             model = MultiVectorEncoder(body, MultiVectorSettings(), [dense.to(body.device), Normalize()])
@@ -97,7 +98,7 @@ class LateInteraction(Contrastive):
         settings = model.settings
         for name in ("query_length", "document_length"):
             if (length := getattr(given, name)) is not None and length > self.max_length:
-                raise InputError(f"{name} is {length}; texts have at most {self.max_length} tokens")
+                raise InputError(f"{name} is {length}; texts have at most {self.max_length} tokens (max_length)")
         prompts, prefixes = {**settings.prompts, **self.prompts}, settings.prefixes
         if self.is_new and not prompts and all(prefix in known for prefix in _PREFIXES.values()):
             prompts, prefixes = dict(_PREFIXES), tuple(_PREFIXES.values())
