@@ -18,6 +18,7 @@ from modernbert.cli.finetune import finetune
 from modernbert.cli.flags import Command
 from modernbert.cli.info import info
 from modernbert.cli.messages import InterruptedCommandError, say, warnings_shown
+from modernbert.cli.mine import mine
 from modernbert.cli.pretrain import evaluate, prepare_data, pretrain, train_tokenizer
 from modernbert.cli.quantize import quantize
 from modernbert.cli.run import TaskCommand, embed, run, score
@@ -41,6 +42,7 @@ app.command()(attention)
 app.command()(attribution)
 app.command("train-tokenizer")(train_tokenizer)
 app.add_typer(finetune, name="finetune")
+app.command("mine")(mine)
 app.command("prepare-data")(prepare_data)
 app.command("pretrain")(pretrain)
 app.command()(evaluate)

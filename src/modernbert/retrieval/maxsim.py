@@ -72,6 +72,53 @@ def maxsim(queries: Any, documents: Any, lengths: Sequence[int] | None = None) -
     return scores_QB[0] if one_query else scores_QB[:, 0] if one_document else scores_QB
 
 
+def packed_maxsim(
+    query_qD: Tensor, document_TD: Tensor, query_lengths: Sequence[int], document_lengths: Sequence[int]
+) -> Tensor:
+    """Similarities (Q, B) of packed queries and documents, float32, through which gradients flow.
+
+    Args:
+        query_qD, document_TD: vectors of all queries and of all documents, end to end.
+        query_lengths, document_lengths: vectors of each; none may have none.
+    """
+    best_Bq: Tensor = _Best.apply(query_qD.float(), document_TD.float(), tuple(document_lengths))
+    return torch.stack([best_qB.sum(1) for best_qB in best_Bq.split(list(query_lengths), 1)])
+
+
+class _Best(torch.autograd.Function):
+    """For each vector of the queries its largest product with a vector of each document, (B, q).
+
+    What is kept for the gradients is which vector that was, and no products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query_qD: Tensor, document_TD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        best, places = [], []
+        for _, some in _together(document_TD.split(list(lengths)), _PRODUCTS // len(query_qD)):
+            products_Tq = torch.cat(list(some)) @ query_qD.T
+            for part_Tq in products_Tq.split([len(document) for document in some]):
+                largest = part_Tq.max(0)
+                best.append(largest.values)
+                places.append(largest.indices.int())
+        ctx.lengths = lengths
+        ctx.save_for_backward(query_qD, document_TD, torch.stack(places))
+        return torch.stack(best)
+
+    @staticmethod
+    def backward(ctx: Any, grad_Bq: Tensor) -> tuple[Tensor, Tensor, None]:
+        query_qD, document_TD, places_Bq = ctx.saved_tensors
+        grad_query_qD, grads = torch.zeros_like(query_qD), []
+        for first, some in _together(document_TD.split(list(ctx.lengths)), _PRODUCTS // len(query_qD)):
+            block_TD, sizes = torch.cat(list(some)), [len(document) for document in some]
+            # The gradients of the products: of each document those of its best vectors, else zeros.
+            products_Tq = block_TD.new_zeros(len(block_TD), len(query_qD))
+            for i, part_Tq in enumerate(products_Tq.split(sizes), first):
+                part_Tq.scatter_(0, places_Bq[i : i + 1].long(), grad_Bq[i : i + 1])
+            grads.append(products_Tq @ query_qD)
+            grad_query_qD += products_Tq.T @ block_TD
+        return grad_query_qD, torch.cat(grads), None
+
+
 def _vectors(name: str, given: Any) -> Tensor:
     vectors = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
     if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():

@@ -49,6 +49,7 @@ from modernbert.models.sentence_layout import (
 )
 from modernbert.nn.attention.contract import Reach
 from modernbert.nn.attention.sdpa import Piece, SdpaAttention, SdpaPlan, lay_out, way
+from modernbert.nn.inputs import Inputs
 from modernbert.nn.packing import PackedInputs, Packing
 
 LAYOUTS = ("sentence-transformers", "pylate", "stanford")
@@ -164,6 +165,38 @@ class MultiVectorEncoder(SentenceEncoder):
             after_tokens = [dense.to(device=model.device, dtype=model.dtype), Normalize()]
         super().__init__(model, settings or MultiVectorSettings(), after_tokens)
 
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        seen: Sequence[int] | None = None,
+    ) -> Tensor:
+        """A vector of every real token, (T, D), texts end to end; gradients reach the model through them.
+
+        Args:
+            input_ids: (B, S), or (T,) with `cu_seqlens`.
+            attention_mask: (B, S), nonzero at real tokens.
+            cu_seqlens: (B + 1,) cumulative lengths of packed texts.
+            seen: how many first tokens of each text all its tokens see; None if they see all of it.
+        """
+        inputs = self.model.pack_inputs(Inputs(input_ids, attention_mask, cu_seqlens=cu_seqlens))
+        lengths = inputs.packing.lengths
+        is_partly = [] if seen is None else [s < length for s, length in zip(seen, lengths, strict=True)]
+        if not any(is_partly) or all(is_partly):
+            return self.token_vectors(inputs, seen if any(is_partly) else None)
+        assert seen is not None
+        assert inputs.ids_T is not None
+        ids = inputs.ids_T.split(list(lengths))
+        found: dict[int, Tensor] = {}
+        for partly in (True, False):  # only short texts, queries, are worth attention by masks
+            texts = [text for text, of_text in enumerate(is_partly) if of_text == partly]
+            some = PackedInputs.of_rows([ids[text].tolist() for text in texts], self.device)
+            vectors_TD = self.token_vectors(some, [seen[text] for text in texts] if partly else None)
+            found.update(zip(texts, vectors_TD.split([lengths[text] for text in texts]), strict=True))
+        return torch.cat([found[text] for text in range(len(lengths))])
+
     def token_vectors(self, inputs: PackedInputs, seen: Sequence[int] | None = None) -> Tensor:
         """A vector of every token, (T, D).
 
@@ -247,13 +280,8 @@ class MultiVectorEncoder(SentenceEncoder):
             raise InputError(f"layout is {shown(layout)}; choose one of {', '.join(LAYOUTS)}")
         folder, settings = Path(folder), self.settings
         if layout == "sentence-transformers":
-            limits: dict[str, Any] = {"document_length": settings.document_length}
-            limits |= {"query_length": settings.query_length, "max_seq_length": settings.max_length}
-            kept = {name: value for name, value in limits.items() if value is not None}
-            if settings.expansion is not None:
-                kept["query_expansion"] = settings.expansion.to_dict()
             self.model.save_pretrained(folder)
-            write_layout(folder, self._parts(), self._about(), kept)
+            self.save_layout(folder)
             return
         longest = settings.max_length or self.config.max_position_embeddings
         expansion = settings.expansion or Expansion(settings.query_length or longest)
@@ -268,6 +296,16 @@ class MultiVectorEncoder(SentenceEncoder):
             self._save_for_pylate(folder, expansion, longest)
         else:
             self._save_for_stanford(folder, expansion, longest)
+
+    def save_layout(self, folder: Path) -> None:
+        """Write all parts but the encoder, and what names them, for sentence-transformers."""
+        settings = self.settings
+        limits: dict[str, Any] = {"document_length": settings.document_length}
+        limits |= {"query_length": settings.query_length, "max_seq_length": settings.max_length}
+        kept = {name: value for name, value in limits.items() if value is not None}
+        if settings.expansion is not None:
+            kept["query_expansion"] = settings.expansion.to_dict()
+        write_layout(folder, self._parts(), self._about(), kept)
 
     def _about(self) -> dict[str, Any]:
         settings = self.settings

@@ -23,6 +23,7 @@ _EXPORTS = {
     "denormals_flushed": "engines.cpu.library",
     "finetune": "training.finetuning",
     "fit": "training.engine",
+    "mine": "training.mining",
     "make_schedule": "training.schedules",
     "pack_rows": "training.examples",
     "parameter_groups": "training.optimizers",

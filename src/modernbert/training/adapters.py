@@ -15,6 +15,7 @@ from modernbert.io.files import replacing, write_text
 from modernbert.io.hub import ADAPTER, read_object
 from modernbert.models.adapters import WEIGHTS
 from modernbert.models.sentence_encoder import SentenceEncoder
+from modernbert.retrieval.sparse import SparseEncoder
 
 _TARGETS = ("Wqkv", "q_proj", "k_proj", "v_proj", "Wo", "Wi")
 # Parts that are no head; an output layer that is tied is the embedding.
@@ -63,10 +64,10 @@ def load_adapters(model: Any, folder: Path) -> None:
 def complete(folder: Path, model: Any) -> None:
     """Write beside what PEFT saved what makes the folder speak for itself, from the merged model.
 
-    That is the configuration with the head and its labels; of a sentence encoder the layout of sentence-transformers,
-    whose first part the adapter then is, by the names that its tensors have there.
+    That is the configuration with the head and its labels; of an encoder of texts the layout of sentence-transformers,
+    whose first part the adapter then is, by the names that its tensors have there; of a sparse encoder's model its own.
     """
-    if not isinstance(model, SentenceEncoder):
+    if not isinstance(model, SentenceEncoder | SparseEncoder):
         model.config_to_save().save_pretrained(folder)
         return
     path, own = folder / WEIGHTS, "base_model.model.model."
@@ -76,7 +77,10 @@ def complete(folder: Path, model: Any) -> None:
     config = read_object(folder / ADAPTER)
     config |= {"modules_to_save": None, "base_model_name_or_path": model.model.name_or_path or None}
     write_text(folder / ADAPTER, json.dumps(config, indent=2) + "\n")
-    model.save_layout(folder)
+    if isinstance(model, SparseEncoder):
+        model.model.config_to_save().save_pretrained(folder)
+    else:
+        model.save_layout(folder)
 
 
 def merged(model: Any) -> Any:

@@ -24,7 +24,8 @@ from modernbert.training.schedules import peak_rate
 from modernbert.training.tasks.base import Task
 from modernbert.training.tasks.catalog import TASKS
 from modernbert.training.tasks.data import Row, hold_out, read_tables, rows_of, with_parts
-from modernbert.training.tasks.options import OPTIONS, FinetuneOptions
+from modernbert.training.tasks.distillation import add_teacher_scores
+from modernbert.training.tasks.options import OPTIONS, DistillationOptions, FinetuneOptions
 
 PREDICTIONS = "predictions.jsonl"
 _PIPELINES = {"masked-lm": "fill-mask", "causal-lm": "text-generation"}  # tasks that are served under another name
@@ -58,7 +59,7 @@ def finetune(
 
     Args:
         task: "text-classification", "token-classification", "question-answering", "multiple-choice", "masked-lm",
-            "causal-lm", "sentence-embedding" or "text-ranking".
+            "causal-lm", "sentence-embedding", "text-ranking", "late-interaction" or "sparse-embedding".
         train: what to train on: a path or a list of paths, a list of dicts, or a dataset of the `datasets` library.
         eval: what to evaluate on, likewise; if not given, a share of the training rows.
         output: folder of the run. It gets checkpoints, `metrics.jsonl`, `run.yaml`, and at the end the model, its
@@ -91,6 +92,8 @@ def finetune(
         loaded = worker.load(name, run.options)
         merge_adapters(loaded)
         worker.set_tokenizer(worker.load_tokenizer(name, run.options), loaded.config.max_position_embeddings)
+        if isinstance(run.options, DistillationOptions) and run.options.teacher is not None:
+            add_teacher_scores(train_rows, worker.ranked, run.options, run.folder, run.process, run.say)
         examples = worker.prepare(train_rows, True)
         worker.held_out = worker.prepare(eval_rows, False) if eval_rows else []
         for note in dict.fromkeys((*worker.notes, stored_in(loaded.config.stored_dtype))):

@@ -104,4 +104,6 @@ TASK_ROWS = {
     "causal-lm": (text_rows, "ModernBertDecoderForCausalLM", {}),
     "sentence-embedding": (pair_rows, "ModernBertModel", {}),
     "text-ranking": (ranking_rows, "ModernBertForSequenceClassification", {"num_labels": 1}),
+    "late-interaction": (pair_rows, "ModernBertModel", {}),
+    "sparse-embedding": (pair_rows, "ModernBertForMaskedLM", {}),
 }

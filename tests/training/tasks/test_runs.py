@@ -530,7 +530,7 @@ def test_a_full_disk_names_the_file(tmp_path):
         append_metrics(tmp_path, {"step": 1})
 
 
-@pytest.mark.parametrize("name", ["pretrain", *(f"finetune {task}" for task in TASKS)])
+@pytest.mark.parametrize("name", ["pretrain", "mine", *(f"finetune {task}" for task in TASKS)])
 def test_help_says_every_default_and_what_is_required(name):
     command = get_command(app)
     for part in name.split():
@@ -539,7 +539,8 @@ def test_help_says_every_default_and_what_is_required(name):
         option.name: option.help for option in command.params if option.name not in ("config", "resume", "settings")
     }
     required = {option for option, text in said.items() if "(required)" in text}
-    assert required == ({"data", "output"} if name == "pretrain" else {"train", "output"})
+    others = {"pretrain": {"data", "output"}, "mine": {"pairs", "model", "output"}}
+    assert required == others.get(name, {"train", "output"})
     assert [option for option, text in said.items() if option not in required and "(default: " not in text] == []
     assert not any("[" in text or "None" in text or "_" in text for text in said.values())
 

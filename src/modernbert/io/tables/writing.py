@@ -39,6 +39,7 @@ class ResumableOutput:
             record; .npy has the record's "output", a vector, alone.
         job: what makes this job this one: task, model, options, input. Another job's partial file is refused.
         overwrite: whether a file of this name may be replaced, once the new one is whole.
+        flat: whether .jsonl has rows as tables have them, instead of records.
 
     Attributes:
         done: number of records in the file so far.
@@ -49,9 +50,9 @@ class ResumableOutput:
         InputError: the suffix is unknown, the file exists, the partial file is another job's, or is being written.
     """
 
-    def __init__(self, path: Path, job: Record, *, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, job: Record, *, overwrite: bool = False, flat: bool = False) -> None:
         check_output(path, overwrite)
-        self.path = path
+        self.path, self.flat = path, flat and path.suffix.lower() == ".jsonl"
         self.partial = path.with_name(path.name + ".partial")
         self.head = to_json({"job": job}, str)
         self.done = self.failed = 0
@@ -109,7 +110,7 @@ class ResumableOutput:
             InputError: the inputs are others than those that were answered before.
         """
         iterator = iter(inputs)
-        for number, record in enumerate(itertools.islice(self._records(), self.done), 1):
+        for number, record in enumerate(itertools.islice(self.records(), self.done), 1):
             item = next(iterator, iterator)
             if item is iterator or to_json(record["input"], _plain) != to_json(input_of(item), _plain):
                 raise InputError(
@@ -144,16 +145,21 @@ class ResumableOutput:
         with self._held:
             if error is None:
                 with replacing(self.path) as temporary:
-                    _WRITERS[self.path.suffix.lower()](temporary, self._records)
+                    _WRITERS[self.path.suffix.lower()](temporary, self._rows if self.flat else self.records)
             self._close()
             if error is None or not self.done:  # nothing in it to go on with
                 self.partial.unlink()
 
-    def _records(self) -> Iterator[Record]:
+    def records(self) -> Iterator[Record]:
+        """What was written so far, from the first."""
+        self.file.flush()
         with self.partial.open("rb") as lines:
             next(lines)
             for line in lines:
                 yield json.loads(line.decode("utf-8", "surrogatepass"), object_hook=_unplain)
+
+    def _rows(self) -> Iterator[Record]:
+        return map(flattened, self.records())
 
 
 def check_output(path: Path, overwrite: bool = False) -> None:

@@ -50,6 +50,7 @@ class Task(Objective):
     name: ClassVar[str]
     fields: ClassVar[tuple[Field, ...]]
     auto_model: ClassVar[Any]
+    ranked: ClassVar[tuple[str, str]]  # of tasks that a teacher serves: the fields of the query and its right document
     group_field: ClassVar[str | None] = None  # rows with equal values of it are held out together
     usual_length: ClassVar[int] = 512  # `max_length` if it is not given and the context is not shorter
     greater_is_better: bool = True
@@ -180,19 +181,28 @@ class Task(Objective):
         logits: Tensor = output.logits
         return logits.float()
 
-    def outputs(self, model: Any, examples: Sequence[Example]) -> list[Tensor]:
+    def kept(self, answers: Tensor) -> Any:
+        """What is kept of an example's `answers` until the evaluation is done."""
+        return answers
+
+    def extra_inputs(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """What the model is given in an evaluation besides the ids of rows."""
+        return {}
+
+    def outputs(self, model: Any, examples: Sequence[Example]) -> list[Any]:
         """The `answers` for each example, on the CPU; examples of similar lengths share a forward pass."""
-        found: dict[int, Tensor] = {}
+        found: dict[int, Any] = {}
         order = sorted(range(len(examples)), key=lambda i: examples[i].tokens)
         device = next(model.parameters()).device
         for group in by_tokens([examples[i].tokens for i in order], _BUDGET):
             chosen = [order[i] for i in group]
             rows = [row for i in chosen for row in examples[i].rows]
             batch = pack_rows(rows)
-            answers = self.answers(model(input_ids=batch["input_ids"].to(device), cu_seqlens=batch["cu_seqlens"])).cpu()
+            given = {"input_ids": batch["input_ids"].to(device), "cu_seqlens": batch["cu_seqlens"]}
+            answers = self.answers(model(**given, **self.extra_inputs(rows))).cpu()
             by_row = len(answers) == len(rows)
             sizes = [len(examples[i].rows) if by_row else examples[i].tokens for i in chosen]
-            found.update(zip(chosen, answers.split(sizes), strict=True))
+            found.update(zip(chosen, map(self.kept, answers.split(sizes)), strict=True))
         return [found[i] for i in range(len(examples))]
 
 

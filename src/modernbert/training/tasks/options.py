@@ -8,8 +8,10 @@ follows the model's size.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
-from modernbert.checks import Limits, option
+from modernbert.checks import Limits, Options, option
+from modernbert.errors import InputError
 from modernbert.training.options import TrainingOptions, changed
 
 PROBLEMS = ("auto", "single-label", "multi-label", "regression")
@@ -113,8 +115,35 @@ class MaskedLMOptions(LanguageModelOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SentenceEmbeddingOptions(FinetuneOptions):
-    """Make vectors that are close for texts that belong together."""
+class DistillationOptions(FinetuneOptions):
+    """Of tasks that compare a query with documents, and may learn the scores of a teacher."""
+
+    distilled: ClassVar[tuple[str, ...]] = ("margin-mse", "kl")
+
+    loss: str = option("", "")
+    teacher: str | None = option(
+        None,
+        "Cross-encoder whose scores are learned: a folder or Hub repository. It scores every row once, at the start.",
+        otherwise="the column of scores",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.teacher is not None and not self.is_distilled:
+            raise InputError(f"teacher is given, and loss is {self.loss}; give loss {' or '.join(self.distilled)}")
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether scores of a teacher are learned."""
+        return self.loss in self.distilled
+
+
+_LOSS = "{} tells right documents from wrong ones; margin-mse and kl learn a teacher's scores of a row's documents."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastiveOptions(DistillationOptions):
+    """Of tasks that make vectors, and compare each pair of a step with all others."""
 
     base_lr = 8e-5
 
@@ -128,23 +157,122 @@ class SentenceEmbeddingOptions(FinetuneOptions):
     epochs: float = changed(FinetuneOptions, "epochs", 1.0)
     warmup: float = changed(FinetuneOptions, "warmup", 0.05)
     temperature: float = option(0.05, "Divide similarities by this before the softmax of the loss.", above=0)
-    matryoshka: list[int] = option([], "Also train the first dimensions, this many, as a vector.", otherwise="none")
-    pooling: str = option("mean", "How a bare encoder's tokens become a vector.", choices=("mean", "cls", "max"))
     query_prompt: str = option(
         "", "Put before every anchor, and saved as the prompt 'query'.", otherwise="the model's own"
     )
     document_prompt: str = option(
         "", "Put before all other texts, and saved as the prompt 'document'.", otherwise="the model's own"
     )
+    loss: str = option("contrastive", _LOSS.format("contrastive"), choices=("contrastive", "margin-mse", "kl"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextRankingOptions(FinetuneOptions):
+class SentenceEmbeddingOptions(ContrastiveOptions):
+    """Make vectors that are close for texts that belong together."""
+
+    matryoshka: list[int] = option([], "Also train the first dimensions, this many, as a vector.", otherwise="none")
+    pooling: str = option("mean", "How a bare encoder's tokens become a vector.", choices=("mean", "cls", "max"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LateInteractionOptions(ContrastiveOptions):
+    """Make a vector of every token, so that queries find documents by MaxSim."""
+
+    temperature: float = changed(ContrastiveOptions, "temperature", 1.0)
+    dimensions: int = option(128, "Dimensions of the vectors, where the model has no projection yet.", least=1)
+    query_length: int | None = option(
+        None, "Tokens of a query.", least=3, otherwise="the model's own; 32 for a new projection"
+    )
+    document_length: int | None = option(
+        None, "Tokens that documents are cut to.", least=3, otherwise="the model's own; 300 for a new projection"
+    )
+    expansion: str = option(
+        "auto",
+        "Make queries longer by mask tokens: fixed cuts them, too; min does not. auto is the model's, or fixed.",
+        choices=("auto", "none", "fixed", "min"),
+    )
+    attend_expansion: bool = option(False, "Let the tokens of a query see those that made it longer.")
+    skipped_words: str | None = option(
+        None,
+        "Tokens whose vectors documents leave out, with spaces between; or punctuation, or none.",
+        otherwise="the model's own; punctuation for a new projection",
+    )
+    layout: str = option(
+        "auto",
+        "Library that the folder is written for; auto is pylate, which all read, where it can hold the model.",
+        choices=("auto", "sentence-transformers", "pylate", "stanford"),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseEmbeddingOptions(ContrastiveOptions):
+    """Make sparse vectors over the vocabulary (SPLADE) that are similar for texts that belong together."""
+
+    base_lr = 5e-5
+
+    lr: float | None = changed(FinetuneOptions, "lr", None)
+    temperature: float = changed(ContrastiveOptions, "temperature", 1.0)
+    query_flops: float = option(0.001, "Weight of the FLOPS of queries in the loss: more makes them sparser.", least=0)
+    document_flops: float = option(0.001, "Weight of the FLOPS of documents in the loss.", least=0)
+    flops_warmup: float = option(
+        0.33, "Share of the steps, 0 to 1, in which these weights rise, quadratically.", least=0, most=1
+    )
+    top_k: int | None = option(
+        None, "Most entries of a vector when the model is used.", least=1, otherwise="the model's own, or all"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextRankingOptions(DistillationOptions):
     """Score documents for a query, which is read together with each."""
 
     negatives: int = option(
         4, "Other rows' documents to use as wrong ones for each query, if the data has none.", least=0
     )
+    loss: str = option("cross-entropy", _LOSS.format("cross-entropy"), choices=("cross-entropy", "margin-mse", "kl"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MineOptions(Options):
+    """Find hard negatives: for each query of a table of pairs the best-ranked documents that do not belong to it."""
+
+    pairs: list[str] = option([], "File of pairs; FILE#PART is one of its parts.", required=True)
+    model: str = option(
+        "", "Folder or Hub repository that ranks: of a sentence, sparse or late-interaction encoder.", required=True
+    )
+    output: str = option("", "File to write, .jsonl, .csv, .tsv or .parquet, which finetune reads.", required=True)
+    corpus: list[str] = option([], "File of the documents to choose from.", otherwise="all documents of the pairs")
+    column: list[str] = option(
+        [], "FIELD=COLUMN: the column of the anchor or positive, or of the corpus' text.", otherwise="found by names"
+    )
+    revision: str | None = option(None, "Branch, tag or commit of the model's repository.", otherwise="the newest")
+    negatives: int = option(4, "Negatives of each query.", least=1)
+    skip: int = option(0, "Leave out this many of the best-ranked documents, which may be right ones.", least=0)
+    margin: float | None = option(
+        None, "Leave out documents that score more than the positive's score minus this.", otherwise="no limit"
+    )
+    most_similar: float | None = option(
+        None, "Leave out documents that score more than this share of the positive's score.", least=0, otherwise="none"
+    )
+    teacher: str | None = option(
+        None, "Cross-encoder whose scores are written too, and may leave out documents.", otherwise="none"
+    )
+    teacher_margin: float | None = option(
+        None, "Leave out documents whose teacher's logit is above the positive's minus this.", otherwise="no limit"
+    )
+    candidates: int | None = option(
+        None, "Documents of each query that the teacher scores.", least=1, otherwise="four times the negatives"
+    )
+    device: str | None = option(None, "Device to compute on.", choices=("cpu",), otherwise="a GPU if there is one")
+    overwrite: bool = option(False, "Replace the output if it exists.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("teacher_margin", "candidates"):
+            if getattr(self, name) is not None and self.teacher is None:
+                raise InputError(f"{name} is given without a teacher; give a cross-encoder (teacher=FOLDER)")
+        if self.candidates is not None and self.candidates < self.negatives:
+            raise InputError(f"candidates is {self.candidates} and negatives {self.negatives}; give at least as many")
 
 
 # Task -> its options. The class of a task is in `modernbert.training.tasks`.
@@ -157,4 +285,6 @@ OPTIONS: dict[str, type[FinetuneOptions]] = {
     "causal-lm": LanguageModelOptions,
     "sentence-embedding": SentenceEmbeddingOptions,
     "text-ranking": TextRankingOptions,
+    "late-interaction": LateInteractionOptions,
+    "sparse-embedding": SparseEmbeddingOptions,
 }

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modernbert.auto import AutoModelForSequenceClassification
 from modernbert.errors import InputError
 from modernbert.io.tables.columns import Field
-from modernbert.training.contract import Batch, Evaluation
+from modernbert.training.contract import Batch, Evaluation, Pass, summed
 from modernbert.training.examples import Example
 from modernbert.training.tasks.base import Task, texts_in, worst
 from modernbert.training.tasks.data import Row, text_of
+from modernbert.training.tasks.distillation import SCORES, check_scores, distilled
 from modernbert.training.tasks.labels import Labels, number_of
 from modernbert.training.tasks.metrics import retrieval_metrics
 
@@ -24,7 +25,8 @@ class TextRanking(Task):
     """One score for each pair, trained as the probability that the document answers the query.
 
     Rows hold a query, a document and a label from 0 to 1; or a query, the right document and perhaps wrong ones; if
-    a row has none, the documents of some other rows are taken as wrong.
+    a row has none, the documents of some other rows are taken as wrong. Or the logits of a row's documents learn a
+    teacher's scores; an example is then a query with all its documents.
 
     Source: cross-encoders, arXiv:1901.04085.
     """
@@ -36,20 +38,26 @@ class TextRanking(Task):
         Field("document", ("positive", "passage", "answer", "context", "sentence2")),
         Field("label", ("relevance", "score", "target"), required=False),
         Field("negatives", ("negative", "neg", "hard_negatives"), required=False, many=True),
+        SCORES,
     )
+    ranked = ("query", "document")
     metric = "mrr"
     group_field = "query"
 
     def fit_labels(self, rows: Sequence[Row]) -> None:
         """Rows are pairs with labels if one of them has a label."""
         self.labelled = any("label" in row.values for row in rows)
+        if self.labelled and self.options.is_distilled:
+            raise InputError(f"loss is {self.options.loss}, and the rows have labels; give each query its negatives")
 
     def config_changes(self) -> dict[str, Any]:
         """One score, the logit of a probability."""
         return {**Labels.unnamed(1).config_changes(), "problem_type": "multi_label_classification"}
 
     def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
-        """An example for each pair."""
+        """An example for each pair, or in distillation for each row."""
+        if training and self.options.is_distilled:
+            return self._prepare_rows(rows)
         pairs: list[tuple[str, str, float]] = []
         draw = random.Random(0)
         pool = sorted({text_of(row, "document") for row in rows})
@@ -69,9 +77,35 @@ class TextRanking(Task):
             for encoding, (query, document, label) in zip(encodings, pairs, strict=True)
         ]
 
+    def _prepare_rows(self, rows: Sequence[Row]) -> list[Example]:
+        """Each of a query with all its documents; labels are the teacher's scores."""
+        examples = []
+        for row in rows:
+            query, documents = text_of(row, "query"), [text_of(row, "document"), *texts_in(row, "negatives")]
+            scores = check_scores(row, len(documents))
+            ids = [encoding.ids for encoding in self.encode([query] * len(documents), documents)]
+            examples.append(Example(ids, scores, {"query": query, "document": documents[0]}))
+        return examples
+
     def labels(self, examples: Sequence[Example]) -> Batch:
-        """(B, 1) probabilities."""
+        """(B, 1) probabilities; in distillation the teacher's scores and their numbers, (B,) and (queries,)."""
+        if self.options.is_distilled:
+            sizes = torch.tensor([len(example.label) for example in examples])
+            return {"scores": torch.tensor([n for example in examples for n in example.label]), "sizes": sizes}
         return {"labels": torch.tensor([[example.label] for example in examples], dtype=torch.float32)}
+
+    def count(self, batch: Batch) -> float:
+        return float(len(batch["sizes"])) if self.options.is_distilled else super().count(batch)
+
+    def losses(self, model: nn.Module, batches: Sequence[Batch], total: float, one_pass: Pass) -> Tensor:
+        if not self.options.is_distilled:
+            return super().losses(model, batches, total, one_pass)
+        return summed(model, batches, total, one_pass, self._distilled_loss)
+
+    def _distilled_loss(self, model: nn.Module, batch: Batch, total: float) -> Tensor:
+        sizes = batch["sizes"].tolist()
+        logits = model(input_ids=batch["input_ids"], cu_seqlens=batch["cu_seqlens"]).logits.float()[:, 0]
+        return distilled(self.options.loss, logits.split(sizes), batch["scores"].split(sizes), total)
 
     def answers(self, output: Any) -> Tensor:
         return super().answers(output)[:, 0].sigmoid()
