@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted([*ROOT.glob("docs
 PUBLIC = {
     "modernbert",
     "modernbert.errors",
+    "modernbert.indexing",
     "modernbert.interop",
     "modernbert.serving",
     "modernbert.tools",
