@@ -5,8 +5,8 @@
     python benchmarks/search.py --passages 50000 --model FOLDER_OR_REPOSITORY --json search.json
 
 The passages are rows of a .jsonl file, sentences of random words drawn by Zipf's law, so that words are as common
-and as rare as in a language. Indexing runs in a process of its own and searching in another, which is warm: its model is
-loaded and it has answered a few questions. A search is timed whole: the vector of the question, both lists, the fusion.
+and as rare as in a language. Indexing runs in a process of its own and searching in another, which is warm: its model
+is loaded and it has answered a few questions. A search is timed whole: the question's vector, both lists, the fusion.
 Memory is the most that a process held (its peak), and what it held before the first passage.
 """
 

@@ -1,6 +1,8 @@
 """An index holds what the files hold, the same vectors whatever happened on the way, and finds what is asked for."""
 
+import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from modernbert import ModernBertModel, SentenceEncoder, Tokenizer, pipeline
+from modernbert import ModernBertForSequenceClassification, ModernBertModel, SentenceEncoder, Tokenizer, pipeline
 from modernbert.errors import InputError
 from modernbert.indexing import build_index, index, open_index
 from modernbert.models.sentence_layout import EmbeddingSettings
@@ -214,6 +216,18 @@ def test_another_model_other_options_and_other_folders_are_refused(made, corpus,
         open_index(corpus)
 
 
+def test_nothing_is_made_of_places_that_are_not_there_or_without_the_libraries(corpus, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="there is no file or folder"):
+        build_index([corpus, corpus / "missing"], tmp_path / "ix")
+    with pytest.raises(InputError, match="places is empty"):
+        build_index([], tmp_path / "ix")
+    for name in ("lancedb", "sentencex"):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(InputError, match=r"ix needs \w+: pip install 'modernbert\[search\]'"):
+            build_index(corpus, tmp_path / "ix")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]
+
+
 def test_a_model_that_changed_is_refused(corpus, model, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -284,3 +298,43 @@ def test_pages_and_pairs_of_signs(model, tmp_path):
 def test_marked_words(question, marked):
     text = "Quantize the models of rivets."
     assert [text[a:b] for a, b in index.marks_of(text, index._words(question))] == marked
+
+
+def test_the_server_gives_what_the_index_gives(made, heads):
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+    import asyncio
+
+    import httpx
+
+    from modernbert.serving import create_app
+
+    rank = ModernBertForSequenceClassification.from_pretrained(heads / "SequenceClassification", num_labels=1)
+    ranking = pipeline("text-ranking", rank.eval(), made.encoder.tokenizer)
+    app = create_app({"rank": ranking}, index=[f"notes={made.folder}"], access_log=False)
+
+    def ask(**body):
+        async def run():
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                return await client.post("/v1/search", json=body)
+
+        return asyncio.run(run())
+
+    def same(reply, **options):
+        wanted = [json.loads(json.dumps(dataclasses.asdict(one))) for one in made.search("otters", **options)]
+        return wanted and reply.json()["results"] == wanted
+
+    assert same(ask(query="otters", top_k=4), top_k=4)
+    assert same(ask(query="otters", index="notes", by="words", where="year > 2010"), by="words", where="year > 2010")
+    made.reranker = ranking
+    assert same(ask(query="otters", rerank="rank", reranked=7, top_k=3), reranked=7, top_k=3)
+    for status, said, body in (
+        (404, "there is no index 'x'; this server has notes", {"index": "x"}),
+        (422, "where is 'yeah'", {"where": "yeah"}),
+        (422, "where", {"where": "(" * 1001}),
+        (404, "cannot do text-ranking|there is no model", {"rerank": "nothing"}),
+    ):
+        reply = ask(query="otters", **body)
+        assert reply.status_code == status
+        assert re.search(said, reply.text)
+    app.state.serving.close()

@@ -22,6 +22,7 @@ from modernbert.indexing.passages import Span, Tokens, passages_of, windows_of
 from modernbert.indexing.store import Passage, Store
 from modernbert.io.files import locked, parse_json, write_text
 from modernbert.io.hub import Source
+from modernbert.io.tables.reading import library
 from modernbert.pipelines import pipeline, small_model
 
 if TYPE_CHECKING:
@@ -137,6 +138,10 @@ def build_index(
             or other options.
     """
     output = Path(output)
+    for name in ("sentencex", "lancedb"):
+        library(name, output, "search")
+    if not (output / MANIFEST).is_file():
+        _files(output, _roots(places), ())
     with locked(output.resolve(), f"another process writes to {output}; wait for it"):
         return Index._made(output, model, options, device).update(places, progress)
 
@@ -156,6 +161,7 @@ def open_index(
         InputError: it is no index, or the model is another one.
     """
     folder = Path(folder)
+    library("lancedb", folder, "search")
     if not (folder / MANIFEST).is_file():
         raise InputError(f"{folder} is no index; modernbert index FOLDER --output {folder} makes one")
     index = Index(folder, _read_manifest(folder), model, device)
@@ -250,18 +256,17 @@ class Index:
             )
         return self._store
 
-    def _prompt(self, name: str) -> dict[str, Any]:
+    def prompt(self, name: str) -> dict[str, Any]:
+        """The option that puts the checkpoint's prompt for a query or a document before a text, if it has that one."""
         return {"prompt_name": name} if name in self.encoder.embedding.prompts else {}
 
     # Indexing
 
     def update(self, places: str | Path | Sequence[str | Path], progress: bool = False) -> IndexReport:
         """Bring the index up to date with these folders and files; see `build_index`, which also locks it."""
-        roots = [Path(places)] if isinstance(places, str | Path) else [Path(place) for place in places]
-        if not roots:
-            raise InputError("places is empty; give folders or files")
+        roots = _roots(places)
         known = self.store.files()
-        files = self._files(roots, known)
+        files = _files(self.folder, roots, known)
         gone = [p for p in known if p not in files and any(Path(p).is_relative_to(r.resolve()) for r in roots)]
         report = IndexReport(removed=len(gone))
         self.store.remove(gone)
@@ -296,29 +301,12 @@ class Index:
         report.passages = self.store.count()
         return report
 
-    def _files(self, roots: list[Path], known: Iterable[str]) -> dict[str, Path]:
-        """The files to index, by their full names."""
-        files: dict[str, Path] = {}
-        for root in roots:
-            if root.is_dir():
-                for folder, folders, names in os.walk(root.resolve()):
-                    folders[:] = [n for n in folders if n[0] != "." and Path(folder, n) != self.folder.resolve()]
-                    paths = (Path(folder, name) for name in names if name[0] != ".")
-                    files |= {str(path): path for path in paths if path.suffix.lower() in SUFFIXES}
-            elif root.is_file():
-                if root.suffix.lower() not in SUFFIXES:
-                    raise InputError(f"{root} ends with {root.suffix or 'nothing'}; read are {', '.join(SUFFIXES)}")
-                files[str(root.resolve())] = root.resolve()
-            elif not any(Path(path).is_relative_to(root.resolve()) for path in known):
-                raise InputError(f"there is no file or folder {root}")
-        return files
-
     def _cut(self, path: str, document: Document, is_known: bool) -> Pending:
         """A document with its passages, and what the model reads of them."""
         encoder, options, text = self.encoder, self.options, document.text
         (encoding,) = encoder.tokenizer([text], add_special_tokens=False, truncation=False).encodings or ()
         tokens = Tokens(encoding.offsets)
-        prompt = encoder.prompt(self._prompt("document").get("prompt_name"))
+        prompt = encoder.prompt(self.prompt("document").get("prompt_name"))
         room = min(options.window_tokens or encoder.context, encoder.context) - _SLACK
         room -= len(encoder.tokenizer(prompt).input_ids)
         if room < 1:
@@ -337,7 +325,7 @@ class Index:
 
     def _keep(self, pending: list[Pending], done: dict[str, tuple[str, set[int]]]) -> int:
         """Embed documents and store them, then note the files that are done; how many passages were embedded."""
-        prompt = self._prompt("document")
+        prompt = self.prompt("document")
         answers = self.encoder.stream([item for one in pending for item in one.items], on_error="return", **prompt)
         passages: list[Passage] = []
         for one in pending:
@@ -374,35 +362,55 @@ class Index:
         """
         check_text(question, "a question")
         chosen = SearchOptions.of(options, "a search")
+        vector = None if chosen.by == "words" else self.encoder(question, **self.prompt("query"))
+        found = self.proposed(question, vector, chosen)
+        if self.reranker is None or not found:
+            return marked(found[: chosen.top_k], question)
+        best = found[: chosen.reranked]
+        answers = self.reranker(query=question, documents=[one.text for one in best], truncation=True)
+        return marked(reranked(best, answers)[: chosen.top_k], question)
+
+    def proposed(self, question: str, vector: Any, options: SearchOptions) -> list[Result]:
+        """What vectors and words propose, fused, the best first; no words are marked. No model is used.
+
+        Args:
+            question: any text.
+            vector: of the question; it is not used where words alone are wanted.
+            options: of the search.
+
+        Raises:
+            InputError: the condition of `where` is not understood.
+        """
+        count, where = max(options.candidates, options.top_k, options.reranked), options.where
         lists: list[tuple[float, list[dict[str, Any]]]] = []
-        count = max(chosen.candidates, chosen.top_k, chosen.reranked if self.reranker is not None else 0)
-        if chosen.by != "words":
-            vector = self.encoder(question, **self._prompt("query"))
-            lists.append((chosen.vector_weight, self.store.nearest(vector, count, chosen.where)))
-        if chosen.by != "vectors":
-            lists.append((chosen.word_weight, self.store.with_words(question, count, chosen.where)))
+        if options.by != "words":
+            lists.append((options.vector_weight, self.store.nearest(vector, count, where)))
+        if options.by != "vectors":
+            lists.append((options.word_weight, self.store.with_words(question, count, where)))
         rows = {row["id"]: row for _, found in lists for row in found}
         scores = dict.fromkeys(rows, 0.0)
         for weight, found in lists:
             for rank, row in enumerate(found, 1):
-                scores[row["id"]] += row["score"] if len(lists) == 1 else weight / (chosen.fusion_constant + rank)
-        best = sorted(rows, key=lambda key: (-scores[key], key))
-        if self.reranker is not None and best:
-            best = best[: chosen.reranked]
-            texts = [rows[key]["text"] for key in best]
-            answers = self.reranker(query=question, documents=texts, truncation=True)
-            scores = {best[answer["index"]]: answer["score"] for answer in answers}
-            best = list(scores)
-        words = _words(question)
-        return [_result(rows[key], scores[key], words) for key in best[: chosen.top_k]]
+                scores[row["id"]] += row["score"] if len(lists) == 1 else weight / (options.fusion_constant + rank)
+        return [_result(rows[key], scores[key]) for key in sorted(rows, key=lambda key: (-scores[key], key))]
 
 
-def _result(row: dict[str, Any], score: float, words: list[str]) -> Result:
-    own = {name: row[name] for name in ("text", "path", "start", "end")}
+def _result(row: dict[str, Any], score: float) -> Result:
+    own = {name: row[name] for name in ("text", "path", "start", "end", "page")}
     columns = {n: v for n, v in row.items() if n not in Store.OWN and n != "score" and v is not None}
     columns = {n: int(v) if isinstance(v, float) and v.is_integer() else v for n, v in columns.items()}
-    place = {"page": row["page"], "row": row["row"] or None}
-    return Result(**own, **place, score=float(score), columns=columns, marks=marks_of(row["text"], words))
+    return Result(**own, row=row["row"] or None, score=float(score), columns=columns, marks=[])
+
+
+def reranked(results: Sequence[Result], answers: Iterable[dict[str, Any]]) -> list[Result]:
+    """The results in the order, and with the scores, that a pipeline of text-ranking gives their texts."""
+    return [dataclasses.replace(results[answer["index"]], score=float(answer["score"])) for answer in answers]
+
+
+def marked(results: Iterable[Result], question: str) -> list[Result]:
+    """The results with marks where words of the question are."""
+    words = _words(question)
+    return [dataclasses.replace(result, marks=marks_of(result.text, words)) for result in results]
 
 
 # Words of a question that are not marked, each between spaces.
@@ -457,6 +465,31 @@ def _fingerprint(model: str | None) -> str:
     for path in files:
         whole.update(f"{path.relative_to(folder).as_posix()} {_digest(path)}\n".encode())
     return whole.hexdigest()
+
+
+def _roots(places: str | Path | Sequence[str | Path]) -> list[Path]:
+    roots = [Path(places)] if isinstance(places, str | Path) else [Path(place) for place in places]
+    if not roots:
+        raise InputError("places is empty; give folders or files")
+    return roots
+
+
+def _files(index: Path, roots: list[Path], known: Iterable[str]) -> dict[str, Path]:
+    """The files below places, by their full names; raises `InputError` for a place that is not there or never was."""
+    files: dict[str, Path] = {}
+    for root in roots:
+        if root.is_dir():
+            for folder, folders, names in os.walk(root.resolve()):
+                folders[:] = [n for n in folders if n[0] != "." and Path(folder, n) != index.resolve()]
+                paths = (Path(folder, name) for name in names if name[0] != ".")
+                files |= {str(path): path for path in paths if path.suffix.lower() in SUFFIXES}
+        elif root.is_file():
+            if root.suffix.lower() not in SUFFIXES:
+                raise InputError(f"{root} ends with {root.suffix or 'nothing'}; read are {', '.join(SUFFIXES)}")
+            files[str(root.resolve())] = root.resolve()
+        elif not any(Path(path).is_relative_to(root.resolve()) for path in known):
+            raise InputError(f"there is no file or folder {root}")
+    return files
 
 
 def _digest(path: Path) -> str:
