@@ -326,12 +326,17 @@ def test_the_server_gives_what_the_index_gives(made, heads):
 
     assert same(ask(query="otters", top_k=4), top_k=4)
     assert same(ask(query="otters", index="notes", by="words", where="year > 2010"), by="words", where="year > 2010")
+    where = "NOT (year < 2010) AND year IN (2011, 2012) AND text != 'call(it)'"
+    assert same(ask(query="otters", where=where), where=where)
     made.reranker = ranking
     assert same(ask(query="otters", rerank="rank", reranked=7, top_k=3), reranked=7, top_k=3)
     for status, said, body in (
         (404, "there is no index 'x'; this server has notes", {"index": "x"}),
         (422, "where is 'yeah'", {"where": "yeah"}),
         (422, "where", {"where": "(" * 1001}),
+        (422, r"where holds 'repeat\('", {"where": "year IN (2001) AND (repeat(text, 9)) = ''"}),
+        (422, "where holds", {"where": 'year > 1 OR "repeat" (text, 9) = text'}),
+        (422, "where holds '/\\*'", {"where": "year /**/ > 1"}),
         (404, "cannot do text-ranking|there is no model", {"rerank": "nothing"}),
     ):
         reply = ask(query="otters", **body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from typing import Literal
 
 from fastapi import APIRouter, Request
@@ -13,7 +14,7 @@ from modernbert.errors import listed
 from modernbert.indexing.index import Result, marked, reranked
 from modernbert.indexing.options import SearchOptions
 from modernbert.serving.bodies import Body, Text, Whole, example
-from modernbert.serving.problems import UnknownModelError
+from modernbert.serving.problems import RequestError, UnknownModelError
 from modernbert.serving.replies import Json
 from modernbert.serving.state import state_of
 
@@ -21,6 +22,15 @@ router = APIRouter(tags=["Search"])
 
 _MOST = 1000  # passages that are given or reranked
 _LONGEST = 1000  # characters of a condition
+
+
+# What is no comparison: comments, and calls of functions, which could make texts of any size.
+_CALLS = re.compile(r"--|/\*|(?<!\w)(?!(?:in|and|or|not|between|like)\s*\()[\w\"`]+\s*\(", re.IGNORECASE)
+
+
+def _check_condition(where: str) -> None:
+    if found := _CALLS.search(re.sub(r"'(?:[^']|'')*'", "''", where)):
+        raise RequestError(f"where holds {found[0]!r}; it may compare columns with values, and call no function")
 
 
 class SearchRequest(Body):
@@ -46,6 +56,7 @@ async def search(given: SearchRequest, request: Request) -> Json:
         asked = "no index" if name is None else f"no index {name!r}"
         raise UnknownModelError(f"there is {asked}; this server has {listed(state.indexes) or 'none'}")
     index = state.indexes[name]
+    _check_condition(given.where or "")
     chosen = SearchOptions(top_k=given.top_k, where=given.where, by=given.by, reranked=given.reranked)
     prompt = {**index.prompt("query"), "truncation": None}
     _, _, answered = await state.answer(request, "sentence-embedding", name, [given.query], prompt)
