@@ -6,6 +6,7 @@ count as one, and numbers with a point may differ a little. Comments, which a re
 
     <!-- file: reviews.csv -->            the block below is the content of this file
     <!-- not run: it needs the Hub -->    the block below is only checked: syntax, imported names, flags
+    <!-- needs: lancedb -->               the page is skipped where this package is not installed
 """
 
 import ast
@@ -27,6 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted([*ROOT.glob("docs
 PUBLIC = {
     "modernbert",
     "modernbert.errors",
+    "modernbert.indexing",
     "modernbert.interop",
     "modernbert.serving",
     "modernbert.tools",
@@ -99,6 +101,8 @@ def differs(shown, printed):
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks_run_and_print_what_the_page_shows(page, tmp_path, monkeypatch):
+    for name in re.findall(r"^<!-- needs: (\w+) -->$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        pytest.importorskip(name, reason=f"the page needs {name}")
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # pages show what a CPU prints
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ import networkx
 import pytest
 
 import modernbert
+import modernbert.indexing
 import modernbert.tools
 import modernbert.training
 
@@ -189,7 +190,9 @@ def test_exported_names():
         modernbert.Nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize("package", [modernbert, modernbert.tools, modernbert.training], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "package", [modernbert, modernbert.indexing, modernbert.tools, modernbert.training], ids=lambda p: p.__name__
+)
 def test_exported_names_are_described(package):
     for name in package.__all__:
         exported = getattr(package, name)

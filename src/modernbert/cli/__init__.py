@@ -22,6 +22,7 @@ from modernbert.cli.mine import mine
 from modernbert.cli.pretrain import evaluate, prepare_data, pretrain, train_tokenizer
 from modernbert.cli.quantize import quantize
 from modernbert.cli.run import TaskCommand, embed, run, score
+from modernbert.cli.search import index, search
 from modernbert.cli.serve import serve
 
 app = typer.Typer(
@@ -35,6 +36,8 @@ app.command("run")(run)
 app.command("embed")(embed)
 app.command("score")(score)
 app.command("serve")(serve)
+app.command("index")(index)
+app.command("search")(search)
 app.command()(info)
 app.command()(doctor)
 app.command()(bench)

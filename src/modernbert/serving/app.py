@@ -19,11 +19,11 @@ from modernbert.pipelines.base import Pipeline
 from modernbert.serving.guard import Guard
 from modernbert.serving.log import AccessLog
 from modernbert.serving.metrics import Metrics
-from modernbert.serving.models import Models
+from modernbert.serving.models import Models, open_indexes
 from modernbert.serving.options import ServeOptions
 from modernbert.serving.problems import RequestError, ServingError, body_of, message_of, status_of
 from modernbert.serving.replies import Json
-from modernbert.serving.routes import cohere, completions, openai, operations, tasks, tei, vllm
+from modernbert.serving.routes import cohere, completions, openai, operations, search, tasks, tei, vllm
 from modernbert.serving.state import State, path_of
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,9 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
     chosen = ServeOptions.of(options, "create_app")
     metrics = Metrics()
     log = AccessLog(chosen.log_file, metrics) if chosen.access_log else None
-    state = State(chosen, Models(chosen, metrics, dict(pipelines or {})), metrics, chosen.keys(), log)
+    indexes = open_indexes(chosen)
+    given = {**(pipelines or {}), **{name: index.encoder for name, index in indexes.items()}}
+    state = State(chosen, Models(chosen, metrics, given), metrics, chosen.keys(), log, indexes=indexes)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -62,7 +64,7 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
         title="modernbert", version=__version__, description=_ABOUT, lifespan=lifespan, default_response_class=Json
     )
     app.state.serving = state
-    for part in (openai, completions, cohere, tei, vllm, tasks, operations):
+    for part in (openai, completions, cohere, tei, vllm, search, tasks, operations):
         app.include_router(part.router, responses=_PROBLEMS)
     for kind in (ServingError, ValueError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refused)

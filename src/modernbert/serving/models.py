@@ -6,11 +6,13 @@ import dataclasses
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from modernbert.errors import InputError, listed
+from modernbert.indexing.index import Index, open_index
 from modernbert.models.placement import resolve_device
 from modernbert.pipelines import pipeline, small_model, task_of
 from modernbert.pipelines.base import Pipeline
@@ -154,6 +156,23 @@ class Models:
         """End the engines."""
         for engine in self.engines.values():
             engine.close()
+
+
+def open_indexes(options: ServeOptions) -> dict[str, Index]:
+    """The indexes that are searched, by name, each with its model loaded.
+
+    Raises:
+        InputError: one is no index, or two have the same name.
+    """
+    found: dict[str, Index] = {}
+    for text in options.index:
+        name, _, folder = text.rpartition("=") if not Path(text).exists() else ("", "", text)
+        name = name or Path(folder).name
+        if name in found:
+            raise InputError(f"two indexes are called {name!r}; give one of them another NAME=")
+        found[name] = open_index(folder, device=_device(options))
+        found[name].encoder  # noqa: B018 (loads it)
+    return found
 
 
 def _device(options: ServeOptions) -> torch.device | None:

@@ -24,6 +24,11 @@ class ServeOptions(Options):
         "Model to serve, as [NAME=]FOLDER_OR_REPOSITORY[:TASK]; without a task it serves all that its head can.",
         otherwise="the package's small models",
     )
+    index: list[str] = option(
+        [],
+        "Index to search at /v1/search, as [NAME=]FOLDER; its model is served, too, by the same name.",
+        otherwise="none",
+    )
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 is all of the machine's.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.", least=0, most=65535)
     unix_socket: str | None = option(None, "Listen on this Unix socket instead of a port.", otherwise="none")

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Request
 from starlette.types import Scope
 
+from modernbert.indexing.index import Index
 from modernbert.pipelines.base import Pipeline
 from modernbert.pipelines.text_generation import Prompt
 from modernbert.serving.continuations import Stream
@@ -33,6 +34,7 @@ class State:
         draining: whether new requests are refused, because the server is about to end.
         running: requests that are being answered.
         probe: finds out whether the server is ready.
+        indexes: to search, by the names of their models.
     """
 
     options: ServeOptions
@@ -44,6 +46,7 @@ class State:
     draining: bool = False
     running: int = 0
     probe: asyncio.Task[str] | None = None
+    indexes: dict[str, Index] = dataclasses.field(default_factory=dict)
 
     def close(self) -> None:
         """End the engines and the log."""
