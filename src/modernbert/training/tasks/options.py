@@ -212,8 +212,8 @@ class SparseEmbeddingOptions(ContrastiveOptions):
 
     lr: float | None = changed(FinetuneOptions, "lr", None)
     temperature: float = changed(ContrastiveOptions, "temperature", 1.0)
-    query_flops: float = option(0.001, "Weight of the FLOPS of queries in the loss: more makes them sparser.", least=0)
-    document_flops: float = option(0.001, "Weight of the FLOPS of documents in the loss.", least=0)
+    query_flops: float = option(0.0003, "Weight of the FLOPS of queries in the loss: more makes them sparser.", least=0)
+    document_flops: float = option(0.0001, "Weight of the FLOPS of documents in the loss.", least=0)
     flops_warmup: float = option(
         0.33, "Share of the steps, 0 to 1, in which these weights rise, quadratically.", least=0, most=1
     )
