@@ -332,7 +332,7 @@ class Link:
             return None
         # Theirs knows how what is given, the given configuration and the model's own go together.
         config, others = theirs._prepare_generation_config(config, **given)
-        usual = getattr(config, "_get_default_generation_params", dict)()
+        usual: dict[str, Any] = getattr(config, "_get_default_generation_params", dict)()
         chosen = {name: value for name, value in config.to_diff_dict().items() if value != usual.get(name)}
         for name in ("transformers_version", "_from_model_config", *(() if chosen.get("do_sample") else _SAMPLES)):
             chosen.pop(name, None)
