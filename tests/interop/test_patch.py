@@ -11,6 +11,7 @@ import torch
 
 import modernbert
 from modernbert.errors import InputError, PatchError
+from modernbert.interop.patching import PatchedModel
 from tests.interop import cells
 from tests.interop.environments import ENVIRONMENTS, run_in
 
@@ -382,6 +383,27 @@ def test_our_own_models_are_refused_with_what_to_call():
     ours = modernbert.ModernBertModel(modernbert.ModernBertConfig(**cells.CONFIG))
     with pytest.raises(PatchError, match="optimize_for_inference"):
         modernbert.patch(ours)
+
+
+@pytest.mark.parametrize("how", ["a module with both", "the bare model first", "one after the other"])
+def test_several_heads_may_share_a_model(model, how):
+    other, given = cells.model_of("ModernBertForTokenClassification"), cells.batch()
+    other.model, real = model.model, given["attention_mask"].bool()
+
+    def logits():
+        with torch.no_grad():
+            return model(**given).logits, other(**given).logits[real]
+
+    before = logits()
+    parts = [model, other] if how != "the bare model first" else [model.model, model, other]
+    things = parts if how == "one after the other" else [torch.nn.ModuleList(parts)]
+    for thing in things:
+        modernbert.patch(thing)
+    assert isinstance(model.model, PatchedModel)
+    for one, expected in zip(logits(), before, strict=True):
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-5)
+    modernbert.unpatch(things[0])
+    assert all(torch.equal(one, expected) for one, expected in zip(logits(), before, strict=True))
 
 
 def test_weights_shared_with_another_module_are_refused(model):

@@ -499,13 +499,19 @@ def links_in(thing: Any) -> list[tuple[Any, Link]]:
 
 
 def _find(thing: Any) -> list[Any]:
-    """The models of transformers in an object, without those that are parts of others."""
+    """The models of transformers in an object, without those that are parts of others.
+
+    Of several heads over one model only the first counts; the others' own code computes them over the patched model.
+    """
     found, inside = [], set[int]()
     for module in models_in(thing):
         kind = type(module)
         if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
             raise PatchError("the model is compiled by torch.compile; patch what it was made of instead")
-        if id(module) not in inside and not isinstance(module, Replaced) and _class_of(module) is not None:
+        if id(module) in inside or isinstance(module, Replaced) or _class_of(module) is None:
+            continue
+        body: Any = module.base_model
+        if id(body) not in inside and not isinstance(body, Replaced):
             found.append(module)
             inside |= {id(part) for part in module.modules()}
     return found
@@ -532,8 +538,8 @@ def patch(obj: ObjT) -> ObjT:
     Raises:
         PatchError: it holds no such model, or one that cannot be patched; the message says why, and nothing is changed.
     """
-    found, already = _find(obj), links_in(obj)
-    if not found and not already:
+    found = _find(obj)
+    if not found and not any(isinstance(module, PatchedModel) for module in models_in(obj)):
         raise PatchError(
             f"a {type(obj).__name__} holds no ModernBert or ModernBertDecoder model of transformers"
             + (" (it is one of this package: call optimize_for_inference())" if _is_ours(obj) else "")
