@@ -645,6 +645,13 @@ def test_validate_counts_labels_that_changed(path):
         modernbert.validate(torch.nn.Sequential(model), ["a text"])
 
 
+def test_validate_takes_answers_of_zeros_as_equal_and_states_as_no_labels():
+    model = cells.model_of("ModernBertDecoderModel")
+    assert modernbert.validate(model, ["a", "b"], lambda thing, texts: np.zeros((len(texts), 3))).least_cosine == 1
+    batch = {name: value[:1] for name, value in cells.batch().items()}
+    assert modernbert.validate(model, ["a"], tokenizer=lambda texts, **options: batch).changed is None
+
+
 def test_what_was_patched_is_logged(model, caplog):
     with caplog.at_level(logging.INFO, "modernbert"):
         modernbert.patch(model)
