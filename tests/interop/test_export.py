@@ -13,6 +13,7 @@ import torch
 import modernbert
 from modernbert.cli import main
 from modernbert.errors import ExportError, InputError, QuantizationError
+from modernbert.io.checkpoint import write_weights
 from modernbert.models.sentence_encoder import Dense, Normalize, SentenceEncoder
 from modernbert.models.sentence_layout import EmbeddingSettings
 from tests.conftest import DATA, model_of, padded_batch, with_biases
@@ -196,6 +197,28 @@ def test_what_cannot_be_exported_is_refused(change, options, message, tmp_path):
     with pytest.raises(InputError, match=message):
         modernbert.export(change(model) if change else model, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_are_added_to_the_weights_of_a_folder_and_refused_beside_those_of_a_model(tmp_path):
+    encoder, base, adapted = sentence_encoder(), tmp_path / "base", tmp_path / "adapted"
+    encoder.save_pretrained(adapted)
+    base.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (adapted / name).rename(base / name)
+    layer = "base_model.model.layers.0.attn.Wqkv"
+    write_weights(
+        adapted, {f"{layer}.lora_A.weight": torch.randn(1, 48), f"{layer}.lora_B.weight": torch.randn(144, 1)}
+    )
+    (adapted / "model.safetensors").rename(adapted / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "base_model_name_or_path": str(base)}
+    (adapted / "adapter_config.json").write_text(json.dumps(settings))
+    plain, encoder = encoder, SentenceEncoder.from_pretrained(adapted)
+    feed = dict(zip(("input_ids", "attention_mask"), padded_batch([40, 7]), strict=True))
+    assert not torch.allclose(encoder(**feed), plain(**feed), atol=1e-2)
+    with pytest.raises(InputError, match=r"export is for the weights alone, and there are adapters \(default\)"):
+        modernbert.export(encoder, tmp_path / "out")
+    modernbert.export(adapted, tmp_path / "out", longest=64)
+    compare(tmp_path / "out", "onnx/model.onnx", encoder, [feed])
 
 
 def test_a_folder_that_holds_something_and_a_missing_package_are_refused(tmp_path, monkeypatch):

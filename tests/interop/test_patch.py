@@ -11,6 +11,7 @@ import torch
 
 import modernbert
 from modernbert.errors import InputError, PatchError
+from modernbert.interop.patching import PatchedModel
 from tests.interop import cells
 from tests.interop.environments import ENVIRONMENTS, run_in
 
@@ -384,6 +385,27 @@ def test_our_own_models_are_refused_with_what_to_call():
         modernbert.patch(ours)
 
 
+@pytest.mark.parametrize("how", ["a module with both", "the bare model first", "one after the other"])
+def test_several_heads_may_share_a_model(model, how):
+    other, given = cells.model_of("ModernBertForTokenClassification"), cells.batch()
+    other.model, real = model.model, given["attention_mask"].bool()
+
+    def logits():
+        with torch.no_grad():
+            return model(**given).logits, other(**given).logits[real]
+
+    before = logits()
+    parts = [model, other] if how != "the bare model first" else [model.model, model, other]
+    things = parts if how == "one after the other" else [torch.nn.ModuleList(parts)]
+    for thing in things:
+        modernbert.patch(thing)
+    assert isinstance(model.model, PatchedModel)
+    for one, expected in zip(logits(), before, strict=True):
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-5)
+    modernbert.unpatch(things[0])
+    assert all(torch.equal(one, expected) for one, expected in zip(logits(), before, strict=True))
+
+
 def test_weights_shared_with_another_module_are_refused(model):
     holder = torch.nn.ModuleDict({"a": model, "b": torch.nn.Linear(64, 200)})
     holder["b"].weight = model.get_input_embeddings().weight
@@ -415,6 +437,54 @@ def test_generate_gives_the_tokens_of_the_unpatched_model(options):
     assert type(found[0]) is type(found[1])
     assert torch.equal(*ids)
     assert is_laid_out(patched)
+
+
+CONFIGURED = [  # of the model, of a configuration that is handed over, of the call
+    ({"eos_token_id": 174}, {"max_new_tokens": 12}, {}),
+    ({"eos_token_id": 174, "pad_token_id": None}, None, {"max_new_tokens": 12}),
+    ({"eos_token_id": 174}, None, {"max_new_tokens": 12, "eos_token_id": None}),
+    ({"repetition_penalty": 5.0, "max_new_tokens": 9}, {"num_beams": 2}, {}),
+    ({"max_length": 11}, {}, {}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("of_model", "handed", "of_call"), CONFIGURED, ids=str)
+def test_generate_reads_all_configurations_as_the_unpatched_model(of_model, handed, of_call):
+    plain = cells.model_of("ModernBertDecoderForCausalLM")
+    patched, ids = modernbert.patch(copy.deepcopy(plain)), cells.batch((7, 7))["input_ids"]
+    found = []
+    ends = int(plain.generate(ids, max_new_tokens=4, eos_token_id=None)[0, -1])  # so that generation ends there
+    of_model = {name: ends if value == 174 else value for name, value in of_model.items()}
+    for model in (plain, patched):
+        for name, value in of_model.items():
+            setattr(model.generation_config, name, value)
+        config = None if handed is None else transformers.GenerationConfig(**handed)
+        found.append(model.generate(ids, generation_config=config, **of_call))
+    assert torch.equal(*found)
+    ours = link_of(patched)._generation(patched, (ids,), {"generation_config": config, **of_call})
+    assert ours is not None  # by our own code
+
+
+@pytest.mark.parametrize("rows", ["of another shape", "without tokens"])
+@pytest.mark.filterwarnings("ignore")
+def test_generate_takes_every_mask_that_the_unpatched_model_takes(rows):
+    plain = cells.model_of("ModernBertDecoderForCausalLM")
+    patched, ids = modernbert.patch(copy.deepcopy(plain)), cells.batch((7, 7))["input_ids"]
+    mask = torch.ones(1, 7).long() if rows == "of another shape" else torch.tensor([[0] * 7, [1] * 7])
+    found = [model.generate(ids, attention_mask=mask, max_new_tokens=4) for model in (plain, patched)]
+    assert found[0].shape == found[1].shape
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_losses_count_the_labels_of_other_batches_where_those_of_transformers_do(name):
+    from tests.interop.batches import batch_of
+
+    plain = cells.model_of(name)
+    patched, given = modernbert.patch(copy.deepcopy(plain)), batch_of(name, 3)
+    one, other = (model(**given, num_items_in_batch=7).loss for model in (plain, patched))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_their_cache_is_gone_on_with():
@@ -573,6 +643,13 @@ def test_validate_counts_labels_that_changed(path):
         modernbert.validate(model, [])
     with pytest.raises(InputError, match="call is missing"):
         modernbert.validate(torch.nn.Sequential(model), ["a text"])
+
+
+def test_validate_takes_answers_of_zeros_as_equal_and_states_as_no_labels():
+    model = cells.model_of("ModernBertDecoderModel")
+    assert modernbert.validate(model, ["a", "b"], lambda thing, texts: np.zeros((len(texts), 3))).least_cosine == 1
+    batch = {name: value[:1] for name, value in cells.batch().items()}
+    assert modernbert.validate(model, ["a"], tokenizer=lambda texts, **options: batch).changed is None
 
 
 def test_what_was_patched_is_logged(model, caplog):

@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -342,3 +343,47 @@ def test_adapters_move_and_are_cast_with_their_model(two):
     assert exact.dtype == torch.float64
     close(outputs(model.to(torch.float32)).double(), exact)
     assert all(low.a_RI.dtype == torch.float32 for module in model.modules() for low in getattr(module, "low", ()))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_base_is_cast_along_while_something_stands_for_its_parameters(tmp_path, merged):
+    base, folder, _ = adapted_by_peft(tmp_path, "ModernBertForSequenceClassification", "classifier")
+    model, plain = load(base, adapter=folder), load(base).to(torch.float64)
+    if merged:
+        model.merge_adapter()
+    model.to(torch.float64).disable_adapters()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert torch.equal(outputs(model), outputs(plain))
+
+
+def test_threads_may_switch_at_once(two):
+    model, failed = load(two[0], adapter=two[1]), []
+
+    def switch():
+        try:
+            for name in [*two[1]] * 10:
+                model.set_adapter(name)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=switch) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for name, folder in two[1].items():
+        model.set_adapter(name)
+        assert torch.equal(outputs(model), outputs(load(two[0], adapter=folder)))
+
+
+@pytest.mark.parametrize("name", [3, None, ""])
+def test_names_that_are_none_are_refused(two, name):
+    model = load(two[0])
+    with pytest.raises(InputError, match=r"adapter_name is .*; it must be a name"):
+        model.load_adapter(two[1]["a"], name)
+    model.load_adapter(two[1]["a"])
+    for call in (model.set_adapter, model.delete_adapter):
+        with pytest.raises(InputError, match="adapter_name is "):
+            call(name)
+    assert model.active_adapters() == ["default"]

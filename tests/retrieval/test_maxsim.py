@@ -1,5 +1,6 @@
 """MaxSim: the sums of the definition, whatever is compared together, without products that are held."""
 
+import math
 import subprocess
 import sys
 
@@ -47,6 +48,31 @@ def test_takes_arrays_and_mixed_dtypes():
     assert maxsim([query, query], []).shape == (2, 0)
 
 
+@pytest.mark.parametrize("kernels", ["kernels", "without"])
+@pytest.mark.parametrize("number", [1, 17])
+def test_a_vector_with_nan_makes_its_own_similarities_nan(number, kernels, monkeypatch):
+    if kernels == "without":
+        monkeypatch.setattr("modernbert.engines.cpu.library.library", lambda: None)
+    queries, documents = vectors([3, number]), vectors([5, number, 9], seed=1)
+    whole = maxsim(queries, documents)
+    documents[1][number // 2, 3] = math.nan
+    found = maxsim(queries, documents)
+    assert np.isnan(found[:, 1]).all()
+    assert (found[:, [0, 2]] == whole[:, [0, 2]]).all()
+    queries[1][0, 0] = math.nan
+    found = maxsim(queries, documents)
+    assert np.isnan(found).tolist() == [[False, True, False], [True] * 3]
+
+
+def test_arrays_are_read_however_they_lie_in_memory():
+    query, document = (x.numpy() for x in vectors([5, 9]))
+    expected = maxsim(query, document)
+    fixed = document.copy()
+    fixed.flags.writeable = False
+    for one in (document[::-1], np.asfortranarray(document), document.astype(">f4"), fixed):
+        assert maxsim(query, one) == expected
+
+
 def test_refuses_what_cannot_be_compared():
     query, document = vectors([5, 9])
     for given, expected in (
@@ -55,6 +81,11 @@ def test_refuses_what_cannot_be_compared():
         ((query, document[:, :12]), "12 dimensions on cpu and 48 dimensions on cpu"),
         ((query, "text"), "documents holds a str; give floats"),
         ((query, document, [4, 4]), "lengths add up to 8; documents has 9 vectors"),
+        ((query, document, [12, -3]), "lengths add up to 9 and hold -3; documents has 9 vectors"),
+        ((query, document, [4.0, 5.0]), r"lengths is \[4.0, 5.0\]; give the number of vectors"),
+        ((query, document, 9), "lengths is 9; give the number of vectors"),
+        ((query, document.to_sparse()), "documents holds a Tensor of shape"),
+        ((query, document.numpy()[None]), r"documents holds a ndarray of shape \(1, 9, 48\)"),
     ):
         with pytest.raises(InputError, match=expected):
             maxsim(*given)

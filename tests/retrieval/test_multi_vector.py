@@ -200,3 +200,12 @@ def test_the_command_line_ranks_and_writes_vectors(theirs, tmp_path, capsys):
     )
     assert code == 0
     assert json.loads(out)["output"][0]["text"] == "a cat."
+
+
+def test_a_token_that_makes_queries_longer_must_be_known():
+    model = ModernBertModel.from_pretrained(small_model())
+    tokenizer = Tokenizer.from_pretrained(small_model())
+    settings = MultiVectorSettings(expansion=Expansion(8, token="no such token"))
+    asked = pipeline("late-interaction", MultiVectorEncoder(model, settings).eval(), tokenizer)
+    with pytest.raises(InputError, match="queries are made longer by no such token, which the tokenizer has not"):
+        asked("a city", is_query=True)

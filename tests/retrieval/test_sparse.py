@@ -177,6 +177,17 @@ def test_static_weights_may_stand_token_by_token_in_a_file(theirs, tmp_path):
         SparseEncoder.from_pretrained(tmp_path)
 
 
+def test_no_texts_and_tokens_without_a_static_weight(small_model_folder):
+    from modernbert import AutoModelForMaskedLM, AutoTokenizer
+
+    model = AutoModelForMaskedLM.from_pretrained(small_model_folder)
+    encoder = SparseEncoder(model, None, torch.ones(10)).eval()
+    assert encoder(torch.zeros(0, 3, dtype=torch.long)).shape == (0, encoder.dimensions)
+    asked = pipeline("sparse-embedding", encoder, AutoTokenizer.from_pretrained(small_model_folder))
+    with pytest.raises(InputError, match=r"a query has the token [0-9]+; there are static weights of 10"):
+        asked("in the city", is_query=True)
+
+
 def test_other_folders_are_refused_in_a_line(theirs, tmp_path, small_model_folder):
     ours = pipeline("sparse-embedding", theirs[1])
     for task in ("sentence-embedding", "text-ranking"):

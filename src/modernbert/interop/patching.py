@@ -9,7 +9,6 @@ the exact numbers back. What our model cannot compute, the object's own code com
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import logging
 import sys
@@ -95,6 +94,7 @@ class Link:
         self.inner: Link | None = None
         self.arguments = inspect.signature(type(theirs).forward)
         self.taken = {*inspect.signature(type(ours).forward).parameters} - {"self", "kwargs"}
+        self.counts_labels = "loss_function" in inspect.unwrap(type(theirs).forward).__code__.co_names
         self._passes, self._wait = 0, 1  # passes since a thaw, and after how many the weights are laid out again
         self._running = 0  # passes that run now, of all threads
 
@@ -199,7 +199,7 @@ class Link:
         for name in ("token_type_ids", "num_logits_to_keep", "cache_position", "seq_idx"):
             if name != "num_logits_to_keep" or not given.get(name):
                 given.pop(name, None)
-        if "num_items_in_batch" not in self.taken:  # of a loss, which a bare model has not
+        if not self.counts_labels:  # their loss is a mean, or they have none
             given.pop("num_items_in_batch", None)
         config = theirs.config
         for name in ("output_attentions", "output_hidden_states"):
@@ -330,21 +330,28 @@ class Link:
         mask, config = given.pop("attention_mask", None), given.pop("generation_config", None)
         if theirs.training or not isinstance(ids, Tensor) or ids.dim() != 2 or self.is_in_step_or_frozen(theirs):
             return None
-        config = copy.deepcopy(theirs.generation_config if config is None else config)
-        others = config.update(**{name: value for name, value in given.items() if value is not None})
-        chosen = config.to_diff_dict()
+        # Theirs knows how what is given, the given configuration and the model's own go together.
+        config, others = theirs._prepare_generation_config(config, **given)
+        usual: dict[str, Any] = getattr(config, "_get_default_generation_params", dict)()
+        chosen = {name: value for name, value in config.to_diff_dict().items() if value != usual.get(name)}
         for name in ("transformers_version", "_from_model_config", *(() if chosen.get("do_sample") else _SAMPLES)):
             chosen.pop(name, None)
         chosen = {k: v for k, v in chosen.items() if v is not None and (k in _OF_GENERATE or v is not False)}
-        if others or chosen.keys() - _OF_GENERATE or chosen.get("do_sample") or chosen.get("use_cache") is False:
+        unknown = any(value is not None for value in others.values()) or chosen.keys() - _OF_GENERATE
+        if unknown or chosen.get("do_sample") or chosen.get("use_cache") is False:
             return None
         if type(self.ours).__name__ != type(theirs).__name__ or chosen.get("early_stopping") not in (None, True, False):
             return None
         for name in ("do_sample", "bos_token_id"):  # prompts begin texts
             chosen.pop(name, None)
+        ends, pad = config.eos_token_id, config.pad_token_id
+        ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
         if mask is None:
-            pad = chosen.get("pad_token_id")
-            mask = torch.ones_like(ids) if pad is None or not bool((ids == pad).any()) else ids != pad
+            mask = torch.ones_like(ids) if pad is None or pad in ends else ids != pad
+            mask |= ~mask.any(1, keepdim=True)
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape or not bool((mask != 0).any(1).all()):
+            return None
+        chosen |= {"eos_token_id": ends, "pad_token_id": next(iter(ends), 0) if pad is None else pad}
         return {"input_ids": ids, "attention_mask": mask, **chosen}
 
     def is_in_step_or_frozen(self, theirs: Any) -> bool:
@@ -492,13 +499,19 @@ def links_in(thing: Any) -> list[tuple[Any, Link]]:
 
 
 def _find(thing: Any) -> list[Any]:
-    """The models of transformers in an object, without those that are parts of others."""
+    """The models of transformers in an object, without those that are parts of others.
+
+    Of several heads over one model only the first counts; the others' own code computes them over the patched model.
+    """
     found, inside = [], set[int]()
     for module in models_in(thing):
         kind = type(module)
         if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch."):
             raise PatchError("the model is compiled by torch.compile; patch what it was made of instead")
-        if id(module) not in inside and not isinstance(module, Replaced) and _class_of(module) is not None:
+        if id(module) in inside or isinstance(module, Replaced) or _class_of(module) is None:
+            continue
+        body: Any = module.base_model
+        if id(body) not in inside and not isinstance(body, Replaced):
             found.append(module)
             inside |= {id(part) for part in module.modules()}
     return found
@@ -525,8 +538,8 @@ def patch(obj: ObjT) -> ObjT:
     Raises:
         PatchError: it holds no such model, or one that cannot be patched; the message says why, and nothing is changed.
     """
-    found, already = _find(obj), links_in(obj)
-    if not found and not already:
+    found = _find(obj)
+    if not found and not any(isinstance(module, PatchedModel) for module in models_in(obj)):
         raise PatchError(
             f"a {type(obj).__name__} holds no ModernBert or ModernBertDecoder model of transformers"
             + (" (it is one of this package: call optimize_for_inference())" if _is_ours(obj) else "")

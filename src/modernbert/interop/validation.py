@@ -145,7 +145,7 @@ def _runner(
         raise InputError(f"call is missing; what a {type(obj).__name__} computes of texts is not known here")
     if own is None:
         own = _tokenizer_of(obj)
-    return lambda some: _states(obj, own, some, batch_size), type(obj).__name__ != "ModernBertModel", own
+    return lambda some: _states(obj, own, some, batch_size), "For" in type(obj).__name__, own
 
 
 def _tokenizer_of(model: Any) -> Any:
@@ -181,6 +181,8 @@ def _arrays(answers: Any, texts: int) -> Answers:
 
 def _cosine(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
     a, b = one.ravel(), other.ravel()
+    if np.array_equal(a, b):  # zeros have no direction
+        return 1.0
     if a.size < 2:  # a single score has no direction
         return 1.0 if np.allclose(a, b) else float(a.sum() * b.sum() > 0)
     return float(a @ b / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-300))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from modernbert.engines.freeze import FloatLinear, register_linear
-from modernbert.engines.guard import is_frozen, thaw
+from modernbert.engines.guard import LOCK, is_frozen, thaw
 from modernbert.errors import CheckpointError, InputError, listed, printable, shown
 from modernbert.io.checkpoint import read_weights, weight_names
 from modernbert.io.hub import ADAPTER, Source
@@ -485,6 +485,8 @@ class WithAdapters:
     def attach_adapters(self, adapters: Mapping[str, Adapter]) -> None:
         """Add adapters that fit, and make the first one the active one."""
         state = self._adapters or _State()
+        if wrong := [name for name in adapters if not isinstance(name, str) or not name]:
+            raise InputError(f"adapter_name is {shown(wrong[0])}; it must be a name")
         if taken := [name for name in adapters if name in state.loaded]:
             raise InputError(f"adapter_name is {taken[0]!r}, which is taken; choose another, or delete_adapter first")
         loaded = {**state.loaded, **adapters}
@@ -493,9 +495,10 @@ class WithAdapters:
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Let this adapter act instead of those that act now; or several, whose changes add up.
 
-        The outputs are the same bits as of a model with that adapter alone. An optimized model stays optimized.
+        The outputs are the same bits as of a model with that adapter alone. An optimized model stays optimized. While
+        adapters are switched, in whichever way, no other thread may compute with the model.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = _names(adapter_name)
         self._known(names)
         if not names or len(set(names)) < len(names):
             raise InputError(f"adapter_name is {list(names)}; give one name, or several that differ")
@@ -523,7 +526,7 @@ class WithAdapters:
 
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Forget adapters; if none of the active ones is left, the base computes until `set_adapter`."""
-        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        names = _names(adapter_names)
         state = self._known(names)
         loaded = {name: adapter for name, adapter in state.loaded.items() if name not in names}
         active = tuple(name for name in state.active if name not in names)
@@ -571,6 +574,10 @@ class WithAdapters:
 
     def _change(self, **changes: Any) -> None:
         """Change what acts, all or nothing; what was optimized is optimized again."""
+        with LOCK:
+            self._change_alone(**changes)
+
+    def _change_alone(self, **changes: Any) -> None:
         model: Any = self
         state = dataclasses.replace(self._adapters or _State(), **changes)
         acting = [state.loaded[name] for name in state.active] if state.enabled else []
@@ -583,6 +590,14 @@ class WithAdapters:
             state.realize(model)
             self._adapters = state
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        model: Any = super()
+        model._apply(fn, recurse)
+        with torch.no_grad():
+            for parameter in self._adapters.base.values() if self._adapters is not None else ():
+                parameter.data = fn(parameter.data)
+        return self
+
     def refuse_adapters(self, what: str, loaded: bool = False) -> None:
         """Raise `InputError` where adapters act beside the weights, or are `loaded`, and something knows none."""
         names = self.adapter_names if loaded else self.active_adapters()
@@ -591,6 +606,14 @@ class WithAdapters:
                 f"{what} is for the weights alone, and there are adapters ({listed(names)}); merge_and_unload() adds "
                 "them to the weights, unload() leaves them out"
             )
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    if not isinstance(given, list | tuple) or not all(isinstance(name, str) for name in given):
+        raise InputError(f"adapter_name is {shown(given)}; give a name or a list of names")
+    return tuple(given)
 
 
 def merge_adapters(model: nn.Module) -> None:

@@ -104,7 +104,7 @@ class VectorsOfTokens(Pipeline[OptionsT, VectorsRow, torch.Tensor]):
         """The id that makes queries longer."""
         known = self.tokenizer
         found = known.convert_tokens_to_ids(token) if token is not None else known.mask_token_id or known.eos_token_id
-        if found is None:
+        if found is None or (found == known.unk_token_id and token not in (None, known.unk_token)):
             raise InputError(f"queries are made longer by {token or '[MASK]'}, which the tokenizer has not")
         return int(found)
 

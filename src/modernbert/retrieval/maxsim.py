@@ -8,6 +8,9 @@ Shapes: Q queries, q vectors of all of them, B documents, T vectors of all of th
 
 from __future__ import annotations
 
+import math
+import operator
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor
 from modernbert.engines.cpu import library as cpu
 from modernbert.engines.cpu.operations import NativeWeight, maxima
 from modernbert.engines.gpu import operations as gpu
-from modernbert.errors import InputError
+from modernbert.errors import InputError, shown
 from modernbert.nn.linear import linear
 
 _QUERY_VECTORS = 1024  # multiplied together
@@ -38,10 +41,11 @@ def maxsim(queries: Any, documents: Any, lengths: Sequence[int] | None = None) -
 
     Returns:
         A number for one query and one document; (B,) for one query, (Q, B) for several, float32. Each has the same bits
-        whatever else is compared, on a CPU.
+        whatever else of its dtype is compared, on a CPU; vectors of several dtypes are compared in float32. Where a
+        vector has a NaN, it is NaN.
 
     Raises:
-        InputError: a query or document has no vectors, or dimensions or dtypes differ.
+        InputError: a query or document has no vectors, or dimensions or devices differ.
 
     Source: ColBERT, arXiv:2004.12832.
     """
@@ -49,9 +53,14 @@ def maxsim(queries: Any, documents: Any, lengths: Sequence[int] | None = None) -
     asked = [_vectors("queries", x) for x in ([queries] if one_query else queries)]
     if lengths is not None:
         one_document, packed = False, _vectors("documents", documents)
-        if sum(lengths) != len(packed) or min(lengths, default=1) < 0:
-            raise InputError(f"lengths add up to {sum(lengths)}; documents has {len(packed)} vectors")
-        found: Sequence[Tensor] = packed.split(list(lengths))
+        try:
+            counts = [operator.index(length) for length in lengths]
+        except TypeError as error:
+            raise InputError(f"lengths is {shown(lengths)}; give the number of vectors of each document") from error
+        if sum(counts) != len(packed) or min(counts, default=1) < 0:
+            least = "" if min(counts, default=1) >= 0 else f" and hold {min(counts)}"
+            raise InputError(f"lengths add up to {sum(counts)}{least}; documents has {len(packed)} vectors")
+        found: Sequence[Tensor] = packed.split(counts)
     else:
         found = [_vectors("documents", x) for x in ([documents] if one_document else documents)]
     for name, vectors in (("queries", asked), ("documents", found)):
@@ -120,12 +129,21 @@ class _Best(torch.autograd.Function):
 
 
 def _vectors(name: str, given: Any) -> Tensor:
-    vectors = torch.from_numpy(given) if isinstance(given, np.ndarray) else given
-    if not isinstance(vectors, Tensor) or vectors.dim() != 2 or not vectors.is_floating_point():
-        shape = f" of shape {tuple(vectors.shape)}" if isinstance(vectors, Tensor) else ""
+    vectors = _tensor(given) if isinstance(given, np.ndarray) and given.dtype.kind == "f" else given
+    is_dense = isinstance(vectors, Tensor) and vectors.layout == torch.strided
+    if not is_dense or vectors.dim() != 2 or not vectors.is_floating_point():
+        shape = f" of shape {tuple(vectors.shape)}" if isinstance(vectors, Tensor | np.ndarray) else ""
         what = f"{type(given).__name__}{shape}"
         raise InputError(f"{name} holds a {what}; give floats of shape (tokens, dimensions), or a list of such")
     return vectors.detach()
+
+
+def _tensor(given: NDArray[Any]) -> Tensor:
+    """An array's numbers, without a copy where PyTorch can have them; they are only read."""
+    if not given.dtype.isnative or min(given.strides, default=0) < 0:
+        given = given.astype(given.dtype.newbyteorder("="))
+    with warnings.catch_warnings(action="ignore"):  # of arrays that cannot be written to
+        return torch.from_numpy(given)
 
 
 def _together(texts: Sequence[Tensor], most: int) -> Iterator[tuple[int, Sequence[Tensor]]]:
@@ -140,6 +158,14 @@ def _together(texts: Sequence[Tensor], most: int) -> Iterator[tuple[int, Sequenc
         yield first, texts[first:]
 
 
+def _with_nan(vectors_TD: Tensor, lengths: Sequence[int]) -> list[int]:
+    """Numbers of the texts with a NaN in a vector."""
+    if not bool(vectors_TD.sum().isnan()):
+        return []
+    found = vectors_TD.isnan().any(1).split(list(lengths))
+    return [number for number, some in enumerate(found) if bool(some.any())]
+
+
 @torch.no_grad()
 def _scores(queries: Sequence[Tensor], documents: Sequence[Tensor]) -> NDArray[np.float32]:
     """(Q, B) of some queries."""
@@ -148,6 +174,7 @@ def _scores(queries: Sequence[Tensor], documents: Sequence[Tensor]) -> NDArray[n
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     query_qD = query_qD.to(dtype)
     weight = NativeWeight(query_qD) if cpu.serving(dtype, query_qD.device) is not None else None
+    nan_q = query_qD.isnan().any(1)
     count = torch.tensor([len(query) for query in queries], device=query_qD.device)
     parts = []
     most, size = _MAXIMA // len(query_qD) + 1, _PRODUCTS // len(query_qD)
@@ -161,6 +188,9 @@ def _scores(queries: Sequence[Tensor], documents: Sequence[Tensor]) -> NDArray[n
             products_Tq = gpu.product(document_TD, query_qD) if on_card else linear(document_TD, query_qD)
             of_texts = torch.tensor(lengths, device=document_TD.device)
             best_Bq = torch.segment_reduce(products_Tq.float(), "max", lengths=of_texts, axis=0)
+        # A kernel that keeps the largest passes over products that are none.
+        best_Bq[_with_nan(document_TD, lengths)] = math.nan
+        best_Bq[:, nan_q] = math.nan
         # One after the other, so that a query's sum does not depend on the other queries.
         parts.append(torch.segment_reduce(best_Bq.T.contiguous(), "sum", lengths=count, axis=0).cpu())
     return torch.cat(parts, 1).numpy()

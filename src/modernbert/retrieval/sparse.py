@@ -190,7 +190,8 @@ class SparseEncoder(nn.Module):
         """
         body = self.model.base_model
         inputs = body.pack_inputs(Inputs(input_ids, attention_mask, cu_seqlens=cu_seqlens))
-        return torch.stack(list(self.weigh(inputs)))
+        weights = list(self.weigh(inputs))
+        return torch.stack(weights) if weights else torch.zeros(0, self.dimensions, device=self.device)
 
     def weigh(self, inputs: PackedInputs) -> Iterator[Tensor]:
         """The weights (V,) of each packed text, one text after the other."""
@@ -221,6 +222,8 @@ class SparseEncoder(nn.Module):
     def of_ids(self, ids: Sequence[int]) -> Tensor:
         """The weights (V,) of a query by its tokens alone, without a forward pass."""
         assert self.static_V is not None
+        if unknown := [i for i in ids if not 0 <= i < len(self.static_V)]:
+            raise InputError(f"a query has the token {unknown[0]}; there are static weights of {len(self.static_V)}")
         weights_V = torch.zeros(self.dimensions)
         index = torch.tensor(sorted(set(ids)), dtype=torch.long)
         weights_V[index] = self.static_V.detach().cpu()[index]

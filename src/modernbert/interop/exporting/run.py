@@ -22,6 +22,7 @@ from modernbert.interop.exporting.graphs import GRAPHS, Graph, task_of
 from modernbert.interop.exporting.options import ExportOptions
 from modernbert.io.files import making, write_text
 from modernbert.io.hub import Source
+from modernbert.models.adapters import merge_adapters
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import CROSS_ENCODER, SETTINGS, contents_of
@@ -153,6 +154,7 @@ def export(
         if tokenizer is None and source.find("tokenizer.json") is not None:
             tokenizer = Tokenizer.from_pretrained(str(model), revision=revision)
         model = _load(str(model), chosen.task, revision)
+        merge_adapters(model)
     elif chosen.task is not None:
         raise InputError("task chooses the class of a checkpoint, and a model was given; leave it out")
     _check_model(model)
@@ -206,6 +208,7 @@ def _load(name: str, task: str | None, revision: str | None) -> Any:
 def _check_model(model: Any) -> None:
     task_of(model)
     body: PreTrainedModel = model.model if isinstance(model, SentenceEncoder) else model
+    body.refuse_adapters("export")
     if body.quantization is not None:
         raise InputError("the model is quantized; export the float checkpoint, with int8 if that is wanted")
     if model.dtype != torch.float32 or model.device.type != "cpu":
