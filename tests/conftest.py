@@ -178,4 +178,8 @@ def heads(tmp_path_factory):
         torch.manual_seed(0)
         getattr(modernbert, cls)(decoder_config if head in DECODER_HEADS else config).save_pretrained(root / head)
         tokenizer.save_pretrained(root / head)
+    torch.manual_seed(0)
+    late = modernbert.MultiVectorEncoder(modernbert.ModernBertModel.from_pretrained(root / "Model"))
+    late.save_pretrained(root / "MultiVector")
+    tokenizer.save_pretrained(root / "MultiVector")
     return root

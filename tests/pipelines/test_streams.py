@@ -21,6 +21,8 @@ CASES = {
     "multiple-choice": ("MultipleChoice", {}, lambda t: {"prompt": t, "choices": t.split()}),
     "feature-extraction": ("Model", {}, lambda t: t),
     "sentence-embedding": ("Model", {}, lambda t: t),
+    "sparse-embedding": ("MaskedLM", {"form": "tokens"}, lambda t: t),
+    "late-interaction": ("MultiVector", {}, lambda t: t),
     "text-ranking": ("Model", {}, lambda t: {"query": t, "documents": t.split()}),
     "text-generation": ("CausalLM", {"do_sample": False, "max_new_tokens": 5}, lambda t: t),
     "text-scoring": ("CausalLM", {"max_length": 8, "stride": 3}, lambda t: t),
@@ -111,7 +113,7 @@ def test_bad_inputs_are_one_clear_error(case, bad, message):
 
 
 def test_two_hundred_thousand_words(case):
-    """Refused where a text must fit the context; read in windows where the task can do that."""
+    """Refused where a text must fit the context; read in windows where the task can do that, cut where it is usual."""
     task, serve, make = case
     text = "word " * 200_000
     if task == "token-classification":
@@ -123,6 +125,8 @@ def test_two_hundred_thousand_words(case):
         assert serve(text, max_length=512, stride=400)["tokens"] == len(serve.tokenizer(text).input_ids) - 2
     elif task == "question-answering":
         assert set(serve({"question": "Which?", "context": text}, top_k=1)) == {"score", "start", "end", "answer"}
+    elif task == "late-interaction":
+        assert len(serve(text)) == 512
     elif task in ("multiple-choice", "text-ranking"):
         key = next(iter(make("x")))
         with pytest.raises(InputError, match="tokens and the model's context holds 512"):
