@@ -50,6 +50,7 @@ def maxsim(queries: Any, documents: Any, lengths: Sequence[int] | None = None) -
     Source: ColBERT, arXiv:2004.12832.
     """
     one_query, one_document = not isinstance(queries, list | tuple), not isinstance(documents, list | tuple)
+    packed: Tensor | None = None
     asked = [_vectors("queries", x) for x in ([queries] if one_query else queries)]
     if lengths is not None:
         one_document, packed = False, _vectors("documents", documents)
@@ -75,7 +76,7 @@ def maxsim(queries: Any, documents: Any, lengths: Sequence[int] | None = None) -
     # PyTorch's products depend on how many vectors a query is multiplied together with; the kernels' do not.
     together = _QUERY_VECTORS if cpu.library() is not None else 1
     for first, some in _together(asked, together) if found else ():
-        scores_QB[first : first + len(some)] = _scores(some, found)
+        scores_QB[first : first + len(some)] = _scores(some, found, packed)
     if one_query and one_document:
         return float(scores_QB[0, 0])
     return scores_QB[0] if one_query else scores_QB[:, 0] if one_document else scores_QB
@@ -167,8 +168,10 @@ def _with_nan(vectors_TD: Tensor, lengths: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def _scores(queries: Sequence[Tensor], documents: Sequence[Tensor]) -> NDArray[np.float32]:
-    """(Q, B) of some queries."""
+def _scores(
+    queries: Sequence[Tensor], documents: Sequence[Tensor], packed_TD: Tensor | None = None
+) -> NDArray[np.float32]:
+    """(Q, B) of some queries; the documents may lie end to end already."""
     query_qD = torch.cat(list(queries))
     dtypes = {x.dtype for x in (query_qD, *documents)}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -176,11 +179,13 @@ def _scores(queries: Sequence[Tensor], documents: Sequence[Tensor]) -> NDArray[n
     weight = NativeWeight(query_qD) if cpu.serving(dtype, query_qD.device) is not None else None
     nan_q = query_qD.isnan().any(1)
     count = torch.tensor([len(query) for query in queries], device=query_qD.device)
-    parts = []
+    parts, row = [], 0
     most, size = _MAXIMA // len(query_qD) + 1, _PRODUCTS // len(query_qD)
     texts = (documents[i : i + most] for i in range(0, len(documents), most))
     for some in texts if weight is not None else (some for _, some in _together(documents, size)):
-        lengths, document_TD = [len(text) for text in some], torch.cat(list(some)).to(dtype)
+        lengths = [len(text) for text in some]
+        rows = slice(row, row := row + sum(lengths))
+        document_TD = (torch.cat(list(some)) if packed_TD is None else packed_TD[rows]).to(dtype)
         if weight is not None:
             best_Bq = maxima(weight, document_TD, lengths)
         else:
