@@ -152,9 +152,9 @@ class _Reader(html.parser.HTMLParser):
 def _page(path: Path) -> str:
     content = path.read_bytes()
     named = re.search(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?\s*([\w-]+)", content[:4096], re.IGNORECASE)
-    is_utf8 = named is None or content.startswith(b"\xef\xbb\xbf")
+    encoding = "utf-8-sig" if named is None or content.startswith(b"\xef\xbb\xbf") else named[1].decode()
     reader = _Reader()
-    reader.feed(_decoded(path, content, "utf-8-sig" if is_utf8 else named[1].decode()))  # type: ignore[index]
+    reader.feed(_decoded(path, content, encoding))
     reader.close()
     lines = (" ".join("".join(line).split()) for line in reader.lines)
     return "\n".join(line for line in lines if line)

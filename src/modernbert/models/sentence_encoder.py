@@ -95,7 +95,50 @@ class Normalize(nn.Module):
         return F.normalize(x, dim=-1)
 
 
-class SentenceEncoder(nn.Module):
+class Encoder(nn.Module):
+    """A model of this package with parts after it: what it says of itself is what the model says."""
+
+    model: Any
+    settings: Any
+    is_layout = False  # whether it came from a folder of its own kind, in sentence-transformers' layout
+
+    @property
+    def config(self) -> Any:
+        """The encoder's configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.model.dtype
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the encoder is quantized; None if its weights are floats."""
+        return self.model.quantization
+
+    def optimize_for_inference(self) -> Self:
+        """Make it ready to serve; see `PreTrainedModel.optimize_for_inference`."""
+        self.eval()
+        self.model.optimize_for_inference()
+        return self
+
+    def thaw(self) -> None:
+        """Undo `optimize_for_inference`, except for the mode."""
+        self.model.thaw()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Let all parameters have gradients, or none; ends `optimize_for_inference` if they are to have some."""
+        self.model.requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
+
+class SentenceEncoder(Encoder):
     """The encoder and what makes vectors of its states.
 
     Args:
@@ -120,27 +163,6 @@ class SentenceEncoder(nn.Module):
         self.settings = settings or EmbeddingSettings()
         self.after_tokens = nn.ModuleList(after_tokens)
         self.after_pooling = nn.ModuleList(after_pooling)
-        self.is_layout = False  # whether it came from a folder in sentence-transformers' layout
-
-    @property
-    def config(self) -> Any:
-        """The encoder's configuration."""
-        return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights."""
-        return self.model.dtype
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """How the encoder is quantized; None if its weights are floats."""
-        return self.model.quantization
 
     @property
     def width(self) -> int:
@@ -158,21 +180,6 @@ class SentenceEncoder(nn.Module):
         """Dimensions that a vector has before `truncate_dim` of the settings takes its first ones."""
         dense = [part.linear.out_features for part in self.after_pooling if isinstance(part, Dense)]
         return int(dense[-1] if dense else self.width * max(len(self.settings.poolings), 1))
-
-    def optimize_for_inference(self) -> Self:
-        """Make it ready to serve; see `PreTrainedModel.optimize_for_inference`."""
-        self.eval()
-        self.model.optimize_for_inference()
-        return self
-
-    def thaw(self) -> None:
-        """Undo `optimize_for_inference`, except for the mode."""
-        self.model.thaw()
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
-        """Let all parameters have gradients, or none; ends `optimize_for_inference` if they are to have some."""
-        self.model.requires_grad_(requires_grad)
-        return super().requires_grad_(requires_grad)
 
     def encode(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: this model takes ids, and has no tokenizer for texts.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from modernbert.checks import described
-from modernbert.errors import InputError, printable, shown
+from modernbert.errors import InputError, listed, printable, shown
 
 logger = logging.getLogger(__name__)
 
@@ -95,3 +95,25 @@ def watched(inputs: Iterable[Any]) -> Iterator[Any]:
 
 def _named(keys: Iterable[Any]) -> str:
     return printable(", ".join(map(str, keys)), limit=200) or "nothing"
+
+
+def choose_prompt(prompts: Mapping[str, str], usual: Sequence[str | None], name: str | None, given: str | None) -> str:
+    """The text before each text: what is given, or one of the checkpoint's prompts.
+
+    Args:
+        prompts: the checkpoint's, by name.
+        usual: names to take if none is named: the first that there is, else the last, where None is no prompt.
+        name, given: what the caller chose.
+
+    Raises:
+        InputError: both are given, or there is no prompt of that name.
+    """
+    if given is not None:
+        if name is not None:
+            raise InputError("prompt and prompt_name are given; give one of them")
+        return given
+    if name is None:
+        name = next((one for one in usual if one in prompts), usual[-1])
+    if name is not None and name not in prompts:
+        raise InputError(f"prompt_name is {shown(name)}; the checkpoint has {listed(prompts) or 'no prompts'}")
+    return "" if name is None else prompts[name]

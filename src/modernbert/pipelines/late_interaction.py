@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken
 
 from modernbert.checks import check_text
-from modernbert.errors import InputError, listed, shown
+from modernbert.errors import InputError
 from modernbert.io.hub import Source
 from modernbert.models.sentence_layout import contents_of
 from modernbert.pipelines.base import Job, OptionsT, Pipeline, Results, Row, read
+from modernbert.pipelines.inputs import choose_prompt
 from modernbert.pipelines.options import LateInteractionOptions
 from modernbert.retrieval.maxsim import maxsim
 from modernbert.retrieval.multi_vector import MultiVectorEncoder
@@ -147,16 +148,8 @@ class VectorsOfTokens(Pipeline[OptionsT, VectorsRow, torch.Tensor]):
     def prompt(self, is_query: bool, name: str | None = None, given: str | None = None) -> str:
         """The text before each text: what is given, or one of the checkpoint's prompts."""
         settings = self.model.settings
-        if given is not None:
-            if name is not None:
-                raise InputError("prompt and prompt_name are given; give one of them")
-            return given
-        usual = "query" if is_query else "document"
-        name = (usual if usual in settings.prompts else settings.default_prompt_name) if name is None else name
-        if name is not None and name not in settings.prompts:
-            known = listed(settings.prompts) or "no prompts"
-            raise InputError(f"prompt_name is {shown(name)}; the checkpoint has {known}")
-        return "" if name is None else str(settings.prompts[name])
+        usual = ("query" if is_query else "document", settings.default_prompt_name)
+        return choose_prompt(settings.prompts, usual, name, given)
 
 
 class LateInteractionPipeline(VectorsOfTokens[LateInteractionOptions]):

@@ -17,7 +17,7 @@ from tokenizers import Encoding
 from modernbert.auto import TRAINED_HEADS, AutoConfig, kind_of
 from modernbert.checks import check_text, check_value, kinds_of
 from modernbert.config import ModernBertConfig
-from modernbert.errors import CheckpointError, InputError, listed, shown
+from modernbert.errors import CheckpointError, InputError, shown
 from modernbert.io.hub import Source
 from modernbert.models.encoder import ModernBertModel
 from modernbert.models.placement import resolve_device
@@ -25,7 +25,7 @@ from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import MODEL, EmbeddingSettings, contents_of
 from modernbert.nn.packing import Packing
 from modernbert.pipelines.base import Job, OptionsT, Pipeline, Results, Row, read
-from modernbert.pipelines.inputs import check_fields, check_iterable
+from modernbert.pipelines.inputs import check_fields, check_iterable, choose_prompt
 from modernbert.pipelines.options import BatchOptions, SentenceEmbeddingOptions
 from modernbert.text.tokenizer import Tokenizer
 
@@ -109,15 +109,7 @@ class EmbeddingPipeline(Pipeline[OptionsT, SpannedRow, torch.Tensor]):
 
     def prompt(self, name: str | None, given: str | None = None) -> str:
         """The text that goes before a text: one of the checkpoint's prompts (by default its own), or what is given."""
-        if given is not None:
-            if name is not None:
-                raise InputError("prompt and prompt_name are given; give one of them")
-            return given
-        prompts = self.embedding.prompts
-        name = self.embedding.default_prompt_name if name is None else name
-        if name is not None and name not in prompts:
-            raise InputError(f"prompt_name is {shown(name)}; the checkpoint has {listed(prompts) or 'no prompts'}")
-        return "" if name is None else prompts[name]
+        return choose_prompt(self.embedding.prompts, [self.embedding.default_prompt_name], name, given)
 
     def skipped(self, prompt: str) -> int:
         """Tokens at the beginning of a text that are not pooled."""

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from modernbert.checks import check_text
-from modernbert.errors import InputError, listed, shown
 from modernbert.io.hub import Source
 from modernbert.models.heads import ModernBertForMaskedLM
 from modernbert.models.sentence_layout import SPARSE_ENCODER, contents_of
 from modernbert.pipelines.base import Job, Pipeline, Results, Row
+from modernbert.pipelines.inputs import choose_prompt
 from modernbert.pipelines.options import SparseEmbeddingOptions
 from modernbert.retrieval.sparse import SparseEncoder, SparseVector, to_csr
 from modernbert.text.tokenizer import Tokenizer
@@ -65,16 +65,8 @@ class SparseEmbeddingPipeline(Pipeline[SparseEmbeddingOptions, Row, SparseVector
     def resolve(self, options: SparseEmbeddingOptions) -> SparseEmbeddingOptions:
         """Options with the checkpoint's prompt and number of weights."""
         settings = self.model.settings
-        if options.prompt is not None and options.prompt_name is not None:
-            raise InputError("prompt and prompt_name are given; give one of them")
-        name = options.prompt_name
-        if name is None:
-            own = (one for one in _PROMPTS[options.is_query] if one in settings.prompts)
-            name = next(own, settings.default_prompt_name)
-        if name is not None and name not in settings.prompts:
-            known = listed(settings.prompts) or "no prompts"
-            raise InputError(f"prompt_name is {shown(name)}; the checkpoint has {known}")
-        prompt = options.prompt if options.prompt is not None else "" if name is None else settings.prompts[name]
+        usual = (*_PROMPTS[options.is_query], settings.default_prompt_name)
+        prompt = choose_prompt(settings.prompts, usual, options.prompt_name, options.prompt)
         cut = (self.model.is_layout or None) if options.truncation is None else options.truncation
         top_k = settings.top_k if options.top_k is None else options.top_k
         return dataclasses.replace(options, prompt=prompt, prompt_name=None, truncation=cut, top_k=top_k)

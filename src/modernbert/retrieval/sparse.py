@@ -24,8 +24,9 @@ from modernbert.errors import CheckpointError, InputError, listed, shown
 from modernbert.io.checkpoint import read_weights, weight_files, weight_names, write_weights
 from modernbert.io.files import write_text
 from modernbert.io.hub import Source
-from modernbert.models.formats import Quantization, weight_format
+from modernbert.models.formats import weight_format
 from modernbert.models.heads import ModernBertForMaskedLM
+from modernbert.models.sentence_encoder import Encoder
 from modernbert.models.sentence_layout import (
     LATE_INTERACTION,
     MODULES,
@@ -119,7 +120,7 @@ class SparseSettings(Options):
     similarity: str = "dot"
 
 
-class SparseEncoder(nn.Module):
+class SparseEncoder(Encoder):
     """A masked language model whose logits become sparse vectors, and static weights for queries where there are any.
 
     Args:
@@ -138,42 +139,11 @@ class SparseEncoder(nn.Module):
         super().__init__()
         self.model, self.settings = model, settings or SparseSettings()
         self.static_V = None if static_V is None else nn.Parameter(static_V.float())
-        self.is_layout = False  # whether it came from a folder of a sparse encoder
-
-    @property
-    def config(self) -> Any:
-        """The configuration of the masked language model."""
-        return self.model.config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the model's weights."""
-        return self.model.dtype
-
-    @property
-    def quantization(self) -> Quantization | None:
-        """How the model is quantized; None if its weights are floats."""
-        return self.model.quantization
 
     @property
     def dimensions(self) -> int:
         """Size of the vocabulary, V."""
         return int(max(self.config.vocab_size, 0 if self.static_V is None else len(self.static_V)))
-
-    def optimize_for_inference(self) -> Self:
-        """Make it ready to serve; see `PreTrainedModel.optimize_for_inference`."""
-        self.eval()
-        self.model.optimize_for_inference()
-        return self
-
-    def thaw(self) -> None:
-        """Undo `optimize_for_inference`, except for the mode."""
-        self.model.thaw()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, cu_seqlens: Tensor | None = None

@@ -11,6 +11,7 @@ N blocks of Q queries each.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -151,7 +152,7 @@ def _filled(x_T: Tensor, extra: Any) -> Tensor:
     return torch.cat((x_T, x_T[-1:].expand(extra, *x_T.shape[1:])))
 
 
-class Graph(nn.Module):
+class Graph(nn.Module, abc.ABC):
     """What is traced. Its parameters have the names of the checkpoint.
 
     Its last output is `STATE`, which is no output of the file: what rounding costs is measured there.
@@ -192,9 +193,9 @@ class Graph(nn.Module):
         """What was given."""
         return self._of[0]
 
+    @abc.abstractmethod
     def example(self) -> tuple[Tensor, ...]:
         """Inputs to trace it with."""
-        raise NotImplementedError
 
     def encode(self, ids_T: Tensor, texts: Texts) -> Tensor:
         """Hidden states (T, M) of packed ids."""
