@@ -1,1 +1,1 @@
-"""Retrieval: sparse vectors of texts."""
+"""Models that search: sparse vectors of texts, vectors of tokens, and the similarity of these."""
