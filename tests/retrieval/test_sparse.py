@@ -188,6 +188,26 @@ def test_no_texts_and_tokens_without_a_static_weight(small_model_folder):
         asked("in the city", is_query=True)
 
 
+def test_texts_get_as_many_entries_as_are_asked_for_and_probabilities_stay(small_model_folder):
+    from modernbert import AutoModelForMaskedLM, AutoTokenizer
+
+    model = AutoModelForMaskedLM.from_pretrained(small_model_folder, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(small_model_folder)
+    encoder = SparseEncoder(model).eval()
+    rows = tokenizer(TEXTS)["input_ids"]
+    ids = tokenizer(TEXTS[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        before = model(ids).logits
+        assert (encoder(ids) > 0).float().mean() > 0.5  # logits of a masked language model have no natural zero
+        constant = encoder.thin_out(rows, 100)
+        after = model(ids).logits
+        entries = [int((encoder(torch.tensor([row])) > 0).sum()) for row in rows]
+    assert constant > 0
+    assert sum(entries) == 100 * len(rows)
+    torch.testing.assert_close(after.softmax(-1), before.softmax(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(after, before - constant)
+
+
 def test_other_folders_are_refused_in_a_line(theirs, tmp_path, small_model_folder):
     ours = pipeline("sparse-embedding", theirs[1])
     for task in ("sentence-embedding", "text-ranking"):

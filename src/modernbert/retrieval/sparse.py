@@ -189,6 +189,32 @@ class SparseEncoder(Encoder):
         weights = logits.float().relu().log1p()
         return weights.log1p() if self.settings.activation == "log1p_relu" else weights
 
+    @torch.no_grad()
+    def thin_out(self, texts: Sequence[Sequence[int]], entries: int) -> float:
+        """Subtract a constant from all logits, so that texts have this many entries on average.
+
+        The softmax of a masked language model does not change with such a constant, so a model that was trained by it
+        may have positive logits for its whole vocabulary; where to cut is free. The constant goes into the decoder's
+        bias.
+
+        Args:
+            texts: ids of each.
+            entries: mean number of weights that are left, with the pooling "max".
+
+        Returns:
+            The constant; 0 if the decoder has no bias.
+        """
+        bias_V = self.model.decoder.bias
+        if bias_V is None:
+            return 0.0
+        inputs = (PackedInputs.of_rows([ids], self.device) for ids in texts)
+        states = (self.model.base_model.encode(one).last_TM for one in inputs)
+        largest_BV = torch.stack([self.model.score(states_TM).float().amax(0).cpu() for states_TM in states])
+        place = largest_BV.numel() - entries * len(largest_BV)
+        constant = 0.0 if place < 1 else float(largest_BV.flatten().kthvalue(place).values)
+        bias_V.sub_(constant)
+        return constant
+
     def of_ids(self, ids: Sequence[int]) -> Tensor:
         """The weights (V,) of a query by its tokens alone, without a forward pass."""
         assert self.static_V is not None

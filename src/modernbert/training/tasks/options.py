@@ -217,6 +217,12 @@ class SparseEmbeddingOptions(ContrastiveOptions):
     flops_warmup: float = option(
         0.33, "Share of the steps, 0 to 1, in which these weights rise, quadratically.", least=0, most=1
     )
+    start_entries: int = option(
+        256,
+        "Mean number of weights of a document when a masked language model becomes a sparse encoder: a constant is "
+        "subtracted from its logits, which changes none of its probabilities; 0 does not.",
+        least=0,
+    )
     top_k: int | None = option(
         None, "Most entries of a vector when the model is used.", least=1, otherwise="the model's own, or all"
     )

@@ -18,8 +18,12 @@ from modernbert.models.formats import refuse_to_train
 from modernbert.retrieval.sparse import SparseEncoder, SparseVector, to_csr
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.contract import Batch
+from modernbert.training.examples import Example
 from modernbert.training.tasks.contrastive import Contrastive
+from modernbert.training.tasks.data import Row
 from modernbert.training.tasks.options import FinetuneOptions
+
+_SAMPLE = 64  # documents by which the zero of logits is set
 
 
 class SparseEmbedding(Contrastive):
@@ -50,8 +54,18 @@ class SparseEmbedding(Contrastive):
         if self.options.max_length is not None:
             changes["max_length"] = self.options.max_length
         model.settings = dataclasses.replace(model.settings, **changes)
-        self.settings = model.settings
+        self.settings, self.model = model.settings, model
         return model
+
+    def prepare(self, rows: Sequence[Row], training: bool) -> list[Example]:
+        """Also set the zero of the logits, of which a masked language model has none, by some of the documents."""
+        examples = super().prepare(rows, training)
+        if training and examples and not self.model.is_layout and self.options.start_entries:
+            step = -(-len(examples) // _SAMPLE)
+            texts = [example.rows[1] for example in examples[::step]]
+            constant = self.model.thin_out(texts, self.options.start_entries)
+            self.notes.append(f"{constant:.2f} is subtracted from all logits: documents begin with few weights")
+        return examples
 
     def set_tokenizer(self, tokenizer: Tokenizer, context: int) -> None:
         super().set_tokenizer(tokenizer, min(context, self.settings.max_length or context))
