@@ -205,9 +205,13 @@ def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Op
     return cast(torch.optim.Optimizer, OPTIMIZERS[options.optimizer](groups, **settings))
 
 
-def freeze(model: nn.Module, embeddings: bool, layers: int) -> None:
-    """Leave the token embeddings, or this many first layers and the embeddings, out of training."""
+def freeze(model: nn.Module, embeddings: bool, layers: int | str) -> None:
+    """Leave the token embeddings out of training, with this many first layers, or with "all" that is below the head."""
     body: Any = next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embeddings"))
+    if layers == "all":
+        body.requires_grad_(False)
+        return
+    assert isinstance(layers, int)
     if layers > len(body.layers):
         raise InputError(f"freeze_layers is {layers}; the model has {len(body.layers)} layers")
     if embeddings or layers:
