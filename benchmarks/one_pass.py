@@ -5,6 +5,7 @@ python benchmarks/one_pass.py [small|base] [TEXTS] [WORDS] [DTYPE]
 
 from __future__ import annotations
 
+import gc
 import sys
 import tempfile
 import time
@@ -59,7 +60,7 @@ def best(call, times: int = 3) -> float:
 
 
 def main() -> None:
-    size, count, words, dtype = (sys.argv[1:] + ["small", "64", "60", "float32"][len(sys.argv) - 1 :])[:4]
+    size, count, words, dtype = [*sys.argv[1:], *["small", "64", "60", "float32"][len(sys.argv) - 1 :]]
     torch.manual_seed(0)
     tokenizer = Tokenizer.from_pretrained(small_model())
     base = ModernBertConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, bos_token_id=1, cls_token_id=1)
@@ -76,15 +77,19 @@ def main() -> None:
         for folder in ("dense", "sparse", "late"):
             tokenizer.save_pretrained(root / folder)
         del model
-        before = resident()
-        begun = time.perf_counter()
-        own = {folder: pipeline(None, root / folder, dtype=dtype) for folder in ("dense", "sparse", "late")}
-        print(
-            f"three pipelines: loaded in {time.perf_counter() - begun:.2f} s, {(resident() - before) / 2**20:,.0f} MB"
-        )
-        begun = time.perf_counter()
-        one = OnePass({folder: root / folder for folder in own}, dtype=dtype)
-        print(f"one pass: loaded in {time.perf_counter() - begun:.2f} s")
+        places = {folder: root / folder for folder in ("dense", "sparse", "late")}
+        loads = {
+            "one pass": lambda: OnePass(places, dtype=dtype),
+            "three pipelines": lambda: {name: pipeline(None, place, dtype=dtype) for name, place in places.items()},
+        }
+        made = {}
+        for what, load in loads.items():
+            gc.collect()
+            before, begun = resident(), time.perf_counter()
+            made[what] = load()
+            gc.collect()
+            print(f"{what}: loaded in {time.perf_counter() - begun:.2f} s, {(resident() - before) / 2**20:,.0f} MB")
+        one, own = made["one pass"], made["three pipelines"]
         alone = {folder: best(lambda serve=serve: serve(texts)) for folder, serve in own.items()}
         together = best(lambda: one(texts))
         tokens = sum(len(ids) for ids in tokenizer(texts).input_ids)

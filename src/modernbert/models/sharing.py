@@ -101,11 +101,6 @@ class SharedEncoder:
         self._models: list[PreTrainedModel] = []
         self._was_frozen = self._has_changed = False
 
-    def takes(self, model: Any) -> bool:
-        """Whether a model can join."""
-        body = encoder_of(model)
-        return body is not None and (self.encoder is None or not (_adapters(model) or difference(self.encoder, body)))
-
     def add(self, name: str, model: Any) -> Any:
         """Have a model join; gives the model, which is the shared encoder itself if it has no head.
 
@@ -142,7 +137,7 @@ class SharedEncoder:
         return model
 
     def finish(self, frozen: bool = False) -> None:
-        """Freeze all models together if `frozen` asks for it, or if one of them was frozen and encoders were replaced."""
+        """Freeze all models together if `frozen` asks for it, or one of them was frozen and encoders were replaced."""
         if self.encoder is not None and (frozen or (self._has_changed and self._was_frozen)):
             self._each("eval")
             freeze(nn.ModuleList([self.encoder, *self._models]), self.encoder, self._models)

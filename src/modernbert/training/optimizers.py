@@ -199,7 +199,10 @@ def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Op
     lr = peak_rate(options, model)
     groups = parameter_groups(model, options.weight_decay, lr, options.layer_decay)
     if not groups:
-        raise InputError("every parameter is frozen, as optimize_for_inference leaves them; there is nothing to train")
+        raise InputError(
+            "every parameter is frozen, by freeze_layers or as optimize_for_inference leaves them; nothing is left to "
+            "train"
+        )
     fused = {"fused": True} if options.optimizer == "adamw" else {}
     settings = {"lr": lr, "betas": (options.beta1, options.beta2), "eps": options.eps, **fused}
     return cast(torch.optim.Optimizer, OPTIMIZERS[options.optimizer](groups, **settings))

@@ -55,7 +55,7 @@ class TrainingOptions(Options):
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0 does not.", least=0)
     layer_decay: float = option(1.0, "Learning rate of a layer, as a share of the next one's.", above=0, most=1)
     freeze_embeddings: bool = option(False, "Do not train the token embeddings.")
-    freeze_layers: int | str = option(
+    freeze_layers: str | int = option(
         0,
         "Do not train the embeddings and this many layers, the first ones; all leaves the whole encoder as it is, so "
         "that models of several tasks can share it.",
