@@ -47,6 +47,7 @@ _EXPORTS = {
     "ModernBertPreTrainedModel": "models.encoder",
     "MultiVectorEncoder": "retrieval.multi_vector",
     "MultiVectorSettings": "retrieval.multi_vector",
+    "OnePass": "pipelines.one_pass",
     "Pipeline": "pipelines.base",
     "PreTrainedConfig": "config",
     "PreTrainedModel": "models.base",

@@ -153,6 +153,7 @@ def test_exported_names():
         "ModernBertPreTrainedModel",
         "MultiVectorEncoder",
         "MultiVectorSettings",
+        "OnePass",
         "Pipeline",
         "PreTrainedConfig",
         "PreTrainedModel",

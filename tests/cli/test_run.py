@@ -83,3 +83,31 @@ def test_a_reader_that_leaves_is_no_error():
     done = subprocess.run(["bash", "-c", command], input=texts.encode(), capture_output=True, check=False)
     assert json.loads(done.stdout)["input"].startswith("Sentence 0")
     assert not done.stderr, done.stderr
+
+
+def test_models_that_share_an_encoder_answer_together(heads, tmp_path, capsys):
+    models = ["--model", f"mask={heads / 'MaskedLM'}", "--also", f"vector={heads / 'Model'}:sentence-embedding"]
+    texts = ["The dog ran across the [MASK].", "A [MASK] ran."]
+    options = ["--option", 'options={"mask": {"top_k": 2}}']
+    code, out, err = called(capsys, "run", "--json", *models, *options, *texts)
+    assert code == 0, err
+    mask = rows_of(called(capsys, "run", "--json", "--model", heads / "MaskedLM", "--top-k", "2", *texts)[1])
+    vector = ["--task", "sentence-embedding", "--model", heads / "Model"]
+    vectors = rows_of(called(capsys, "run", "--json", *vector, *texts)[1])
+    wanted = [{"mask": one["output"], "vector": other["output"]} for one, other in zip(mask, vectors, strict=True)]
+    assert [row["output"] for row in rows_of(out)] == wanted
+    shown = called(capsys, "run", *models, *options, texts[1])[1]
+    assert shown.index("mask: A [MASK] ran.") < shown.index("vector: A [MASK] ran.")
+    file = tmp_path / "answers.jsonl"
+    assert called(capsys, "run", *models, *options, *texts, "--output", file)[0] == 0
+    assert [row["output"] for row in rows_of(file.read_text())] == wanted
+    for more, said in (
+        (["--top-k", "2"], "--top-k is of one task; with --also give it as --option"),
+        (["--task", "fill-mask"], "--task is for one model; with --also give NAME=FOLDER:TASK"),
+        (["--also", f"mask={heads / 'Model'}"], "two models are called 'mask'"),
+    ):
+        code, _, err = called(capsys, "run", *models, *more, texts[0])
+        assert code == 2
+        assert said in err
+        assert len(err.splitlines()) == 1
+    assert "--also is given without --model" in called(capsys, "run", "--also", heads / "Model", texts[0])[2]

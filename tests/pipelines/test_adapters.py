@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import modernbert
-from modernbert import pipeline
+from modernbert import OnePass, pipeline
 from modernbert.errors import InputError
 from modernbert.pipelines import small_model
 from tests.commands import called
@@ -96,3 +96,13 @@ def test_commands_take_an_adapter(adapters, tmp_path, capsys):
     rounded = pipeline("sentence-embedding", tmp_path / "int8")(TEXTS)
     assert np.abs(rounded - serve(TEXTS)).mean() < 0.3 * np.abs(rounded - pipeline("sentence-embedding")(TEXTS)).mean()
     assert by_folder[1] != called(capsys, *common, small_model("decoder"))[1]
+
+
+def test_a_shared_pass_needs_adapters_that_are_merged_and_then_an_encoder_of_their_own(adapters):
+    fill = pipeline("fill-mask", small_model())
+    kept = pipeline("sentence-embedding", small_model(), adapter=adapters["vectors"], merge_adapter=False)
+    with pytest.raises(InputError, match=r"^vector has adapters \(default\), which change its encoder"):
+        OnePass({"mask": fill, "vector": kept})
+    merged = pipeline("sentence-embedding", small_model(), adapter=adapters["vectors"])
+    with pytest.raises(InputError, match=r"^mask and vector have different encoders: layers\.5\.mlp\.Wi\.weight holds"):
+        OnePass({"mask": fill, "vector": merged})

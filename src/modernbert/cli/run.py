@@ -45,6 +45,12 @@ class Answering:
     vectors: bool = False  # whether files of vectors may be written
     task: str | None = option(None, "Task, one of those above.", otherwise="the model's own, or fill-mask")
     model: str | None = option(None, "Model, a folder or Hub repository.", otherwise="the package's small model")
+    also: list[str] = option(
+        [],
+        "Also give the answer of this model, [NAME=]FOLDER_OR_REPOSITORY[:TASK], from the same pass; it must share the "
+        "encoder of --model, which can then have a name and a task like this.",
+        otherwise="none",
+    )
     tokenizer: str | None = option(None, "Tokenizer, a folder or Hub repository.", otherwise="the model's")
     file: str | None = option(
         None,
@@ -91,11 +97,32 @@ class Answering:
         task = "fill-mask" if self.task is None and self.model is None else self.task
         loading = {name: getattr(self, name) for name in ("revision", "adapter", "attn_implementation", "batch_tokens")}
         loading = {name: value for name, value in loading.items() if value is not None}
-        serve: Any = pipeline(task, self.model, self.tokenizer, self.device, self.dtype, **loading)
+        serve: Any
+        if self.also:
+            serve = self.together(loading)
+        else:
+            serve = pipeline(task, self.model, self.tokenizer, self.device, self.dtype, **loading)
         options = self.options_of(serve, given)
         to_people = self.output is None and not self.as_json and sys.stdout.isatty()
         streams = serve.task == "text-generation" and to_people and serve.can_stream(**options)
         self.answer(serve, options, Streamed(serve) if streams else serve)
+
+    def together(self, loading: dict[str, Any]) -> Any:
+        """What answers for several models from one pass."""
+        from modernbert.pipelines.one_pass import OnePass
+        from modernbert.serving.options import ModelChoice
+
+        only = ("task", "tokenizer", "revision", "adapter", "attn_implementation")
+        if given := [name for name in only if getattr(self, name) is not None]:
+            raise InputError(f"--{given[0].replace('_', '-')} is for one model; with --also give NAME=FOLDER:TASK")
+        if self.model is None:
+            raise InputError("--also is given without --model, whose encoder it shares")
+        choices = [ModelChoice.parse(text) for text in (self.model, *self.also)]
+        names = [choice.name for choice in choices]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise InputError(f"two models are called {twice[0]!r}; give one of them another NAME=")
+        models = {choice.name: (choice.task, choice.source) if choice.task else choice.source for choice in choices}
+        return OnePass(models, device=self.device, dtype=self.dtype, **loading)
 
     def check(self) -> None:
         """Refuse what cannot be read or written before a model is loaded for it."""
@@ -134,6 +161,11 @@ class Answering:
             there = ", ".join(flags[name] for name in known)
             raise InputError(f"{serve.task} has no --option {', --option '.join(foreign)}; there are {there}")
         for name in named:
+            if name not in known and self.also:
+                raise InputError(
+                    f"{flags[name]} is of one task; with --also give it as --option "
+                    f'\'options={{"NAME": {{"{name}": ...}}}}\''
+                )
             if name not in known:
                 raise InputError(f"{flags[name]} is not an option of {serve.task}")
             if name in options:
@@ -152,6 +184,11 @@ class Answering:
         pairs, total, job = self.inputs(serve.task)
         job |= {"task": serve.task, "model": self.model, "dtype": self.dtype, "tokenizer": self.tokenizer}
         job |= {"the model's content": checkpoint_fingerprint(self.model, self.revision), "options": options}
+        if self.also:
+            from modernbert.serving.options import ModelChoice
+
+            sources = [ModelChoice.parse(text).source for text in (str(self.model), *self.also)]
+            job |= {"also": self.also, "the model's content": [checkpoint_fingerprint(one, None) for one in sources]}
         if self.adapter is not None:
             job |= {"adapter": self.adapter, "the adapter's content": checkpoint_fingerprint(self.adapter, None)}
         tally, refused = Tally("input", "answered"), Tally("document", "ranked")
@@ -185,6 +222,9 @@ class Answering:
                         sink.write(record if row is None else {**record, "row": row})
                     elif self.as_json:
                         sys.stdout.write(to_json(record, as_lists) + "\n")
+                    elif self.also and not isinstance(answer, InputError):
+                        for name, one in answer.items():
+                            show(f"{name}: {item}", one)
                     elif by is serve:
                         show(item, answer)
                     progress.advance(drawn)
@@ -395,7 +435,7 @@ score = _command(
     """,
     "text-scoring",
     _flags("text-scoring"),
-    ("task", "tokenizer", "question", "query", "options"),
+    ("task", "also", "tokenizer", "question", "query", "options"),
 )
 embed = _command(
     """Write a vector for each text, from arguments, a file or standard input.
@@ -406,5 +446,5 @@ embed = _command(
     """,
     "sentence-embedding",
     [inspect.Parameter("output", _KEYWORD, annotation=_VECTORS), *_flags("sentence-embedding")],
-    ("task", "tokenizer", "question", "query", "options", "as_json", "output"),
+    ("task", "also", "tokenizer", "question", "query", "options", "as_json", "output"),
 )

@@ -107,24 +107,25 @@ def register_embedding(cls: type[nn.Module], function: Callable[[Any], Embedding
     _EMBEDDINGS[cls] = function
 
 
-def freeze(model: nn.Module, backbone: Backbone) -> None:
+def freeze(model: nn.Module, backbone: Backbone, models: Sequence[nn.Module] = ()) -> None:
     """Freeze a model in place: its layers into one engine where that serves them all, else module by module.
 
     Args:
         model: in evaluation mode.
         backbone: its layers; the model itself where it has no head.
+        models: those around the one backbone where `model` is several, which share it.
     """
     with LOCK, torch.no_grad():
         thaw(model)
         frozen = Frozen()
         try:
-            _freeze(frozen, model, backbone)
+            _freeze(frozen, model, backbone, models)
         except BaseException:
             frozen.thaw()
             raise
 
 
-def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone) -> None:
+def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone, models: Sequence[nn.Module]) -> None:
     inner = set(backbone.modules()) - {backbone}
     compiled = {module for module in inner if isinstance(module, MLP)} if backbone.config.reference_compile else set()
     left_out = {module for mlp in compiled for module in mlp.modules()}  # the compiler reads plain weights
@@ -134,7 +135,9 @@ def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone) -> None:
             owners.setdefault(parameter, set()).add(module)
     embedding: nn.Module = backbone.embeddings.tok_embeddings
     table = _table(embedding)
-    shared = set() if table is None else {embedding}  # an output may share an embedding's weight
+    # Outputs may share an embedding's weight; there are several where several models share the backbone.
+    tying = {owner for p in _owned(embedding) for owner in owners[p] if type(owner) in _LINEAR and owner not in inner}
+    shared = set() if table is None else {embedding, *tying}
 
     def is_free(module: nn.Module) -> bool:
         """Whether it can be frozen by itself: nobody listens, and nobody else computes with its weights."""
@@ -180,7 +183,7 @@ def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone) -> None:
                 frozen.guard(module)
         backbone.runner = frozen
     frozen.switch_off(parameter for parameter in model.parameters() if alone or embedding not in owners[parameter])
-    for module in {model, backbone}:
+    for module in {model, backbone, *models}:
         frozen.watch(module)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from modernbert.errors import CheckpointError, ConfigError, listed, shown
 from modernbert.io.hub import Source, check_name
 from modernbert.nn.pooling import POOLINGS
+from modernbert.text.tokenizer import Tokenizer
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -185,6 +187,24 @@ def contents_of(source: Source) -> Contents:
     if kind == CROSS_ENCODER:  # one model that gives the scores; other parts make scores of something else
         unserved = [kind_of_part(part) for part in parts[1:]]
     return Contents(name, kind, parts, inner, about, unserved, queries)
+
+
+def load_tokenizer(name_or_folder: str | Path, **places: Any) -> Tokenizer:
+    """The tokenizer of a folder or repository; a layout may keep it in the folder of its first part.
+
+    Args:
+        name_or_folder: what holds it.
+        places: where to look; see `modernbert.io.hub.Source`.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    source = Source.pop_from(name_or_folder, dict(places))
+    if source.find("tokenizer.json") is None:
+        parts, _ = _routed(source, read_parts(source))
+        if parts and parts[0]["path"]:
+            return Tokenizer.from_pretrained(**source.inside(parts[0]["path"]).arguments)
+    return Tokenizer.from_pretrained(name_or_folder, **places)
 
 
 def _routed(source: Source, parts: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -80,12 +80,15 @@ class Backbone(nn.Module):
     ) -> Hidden:
         """Packed inputs to packed hidden states; a cache is continued and added to.
 
-        A backend attends in this pass instead of the model's own, unless attention weights are wanted.
+        A backend attends in this pass instead of the model's own, unless attention weights are wanted. Inputs that
+        bring their last states have them back, unless more than these is wanted.
         """
         config = self.config
         want_weights = config.output_attentions if output_attentions is None else output_attentions
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         backend = self._backend_with_weights() if want_weights else backend
+        if inputs.states_TM is not None and backend is None and not want_states:
+            return Hidden(inputs.states_TM)
         runner, hidden = self.runner, None  # another thread may thaw the model meanwhile
         if runner is not None:
             hidden = runner.run(inputs, want_states, backend, cache)

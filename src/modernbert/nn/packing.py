@@ -125,6 +125,8 @@ class PackedInputs:
             other follows from the packing's own.
         outer_shape: leading shape of the caller's input: (B, S), (T,) or (1, T).
         came_packed: whether the caller packed it. Outputs then stay packed, unless a padded grid was described.
+        states_TM: (T, M) last hidden states, where another pass over the same texts has given them; a backbone gives
+            these instead of computing them again.
     """
 
     ids_T: Tensor | None
@@ -133,6 +135,7 @@ class PackedInputs:
     rope_positions_T: Tensor
     outer_shape: tuple[int, ...]
     came_packed: bool
+    states_TM: Tensor | None = None
 
     @classmethod
     def of_rows(

@@ -30,6 +30,7 @@ from modernbert.engines.guard import is_frozen
 from modernbert.errors import InputError, listed, shown
 from modernbert.io.hub import Source
 from modernbert.models.placement import resolve_device, resolve_dtype
+from modernbert.models.sentence_layout import load_tokenizer
 from modernbert.nn.packing import PackedInputs
 from modernbert.pipelines.inputs import as_list, check_iterable, check_no_tables, watched
 from modernbert.pipelines.options import BatchOptions, TokenizeOptions, own_options
@@ -43,7 +44,7 @@ _LOOK_AHEAD = 4096  # inputs that are sorted by length together, at the most
 _BUDGETS = 8  # forward passes that a window is enough for
 _TOKENIZED_TOGETHER = 64
 _PINNED = 2**26  # bytes of pinned memory that a batch's results may stay in
-_CPU_BUDGET, _GPU_BUDGET = 4096, 65536  # tokens of a forward pass
+CPU_BUDGET, GPU_BUDGET = 4096, 65536  # tokens of a forward pass
 
 
 @dataclasses.dataclass
@@ -53,10 +54,12 @@ class Row:
     Attributes:
         ids: its tokens.
         number: of its input in the stream, those that cannot be answered counted too.
+        states: (tokens, hidden size) the encoder's last states of it, while another task's pass has given them.
     """
 
     ids: Sequence[int]
     number: int = dataclasses.field(default=0, kw_only=True)
+    states: torch.Tensor | None = dataclasses.field(default=None, kw_only=True, repr=False, compare=False)
 
 
 OptionsT = TypeVar("OptionsT")  # options of a call, resolved
@@ -166,7 +169,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
         sizes = BatchOptions(batch_tokens=batch_tokens, batch_size=batch_size)
-        self.batch_tokens = sizes.batch_tokens or (_CPU_BUDGET if model.device.type == "cpu" else _GPU_BUDGET)
+        self.batch_tokens = sizes.batch_tokens or (CPU_BUDGET if model.device.type == "cpu" else GPU_BUDGET)
         self.batch_size = sizes.batch_size
         self.defaults: dict[str, Any] = {}
         self.defaults = self.accepted(defaults)
@@ -195,14 +198,15 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             if (source.folder is not None and source.is_adapter) or (given and not isinstance(given, Mapping)):
                 loading.setdefault("merge_adapter", True)  # it is served alone, and kernels then run whole layers
             model = cls.auto_model.from_pretrained(model, device=device, dtype=dtype, **places, **loading)
-            model.optimize_for_inference()
+            if not _PLAIN.get():
+                model.optimize_for_inference()
             device = dtype = None
         elif tokenizer is None:
             raise InputError("model is loaded already, so its tokenizer cannot be guessed; give tokenizer=")
         elif loading or config not in (None, getattr(model, "config", None)):
             raise InputError(f"{', '.join(loading) or 'config'} is for loading, and model is loaded already")
         if isinstance(tokenizer, str | Path):
-            tokenizer = Tokenizer.from_pretrained(tokenizer, **places)
+            tokenizer = load_tokenizer(tokenizer, **places)
         made = cls(model, tokenizer, device=device, dtype=dtype, **kwargs)
         if made.defaults:
             with torch.random.fork_rng(devices=[]):  # a task may draw a seed
@@ -495,6 +499,10 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         """What a row counts for in the token budget."""
         return len(row.ids)
 
+    def reads_states(self, row: RowT, options: OptionsT) -> bool:
+        """Whether a row's result follows from the encoder's last states of its ids, as a pass for any task has them."""
+        return True
+
     @abc.abstractmethod
     def prepare(self, items: list[Any], options: OptionsT) -> list[list[RowT]]:
         """The rows of each input; raises `InputError` where one of them cannot be answered."""
@@ -564,8 +572,12 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         return limits
 
     def pack(self, rows: Sequence[RowT]) -> PackedInputs:
-        """Texts packed on the model's device."""
-        return PackedInputs.of_rows([row.ids for row in rows], self.model.device)
+        """Texts packed on the model's device, with their states where these are known."""
+        inputs = PackedInputs.of_rows([row.ids for row in rows], self.model.device)
+        states = [row.states for row in rows if row.states is not None]
+        if rows and len(states) == len(rows):
+            return dataclasses.replace(inputs, states_TM=torch.cat(states))
+        return inputs
 
 
 _CUT: contextvars.ContextVar[list[str] | None] = contextvars.ContextVar("cut", default=None)
@@ -580,6 +592,19 @@ def cut_texts() -> Iterator[list[str]]:
         yield found
     finally:
         _CUT.reset(token)
+
+
+_PLAIN: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def left_plain() -> Iterator[None]:
+    """In this block, models that pipelines load are not optimized for inference, because that is done later."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
 
 
 _MOST: contextvars.ContextVar[int | None] = contextvars.ContextVar("most", default=None)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +15,11 @@ from tokenizers import AddedToken
 
 from modernbert.checks import check_text
 from modernbert.errors import InputError
-from modernbert.io.hub import Source
-from modernbert.models.sentence_layout import contents_of
 from modernbert.pipelines.base import Job, OptionsT, Pipeline, Results, Row, read
 from modernbert.pipelines.inputs import choose_prompt
 from modernbert.pipelines.options import LateInteractionOptions
 from modernbert.retrieval.maxsim import maxsim
 from modernbert.retrieval.multi_vector import MultiVectorEncoder
-from modernbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +57,6 @@ class VectorsOfTokens(Pipeline[OptionsT, VectorsRow, torch.Tensor]):
             token = next((one for one in (prefix, prefix.split()[0]) if one in vocabulary), None)
             if token is not None and self.tokenizer.tokenize(token) != [token]:
                 self.tokenizer.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
-
-    @classmethod
-    def load(cls, model: Any, tokenizer: Any = None, **kwargs: Any) -> Self:
-        """Like `Pipeline.load`; a layout may keep the tokenizer in its first part's folder."""
-        if isinstance(model, str | Path) and tokenizer is None:
-            source = Source.pop_from(model, dict(kwargs))
-            inner = contents_of(source).inner
-            if inner and source.find("tokenizer.json") is None:
-                tokenizer = Tokenizer.from_pretrained(**source.inside(inner).arguments)
-        return super().load(model, tokenizer, **kwargs)
 
     @property
     def dimensions(self) -> int:
@@ -124,9 +110,9 @@ class VectorsOfTokens(Pipeline[OptionsT, VectorsRow, torch.Tensor]):
 
     def _vectors(self, rows: list[VectorsRow], pool_factor: float) -> Results[torch.Tensor]:
         """Of queries alone, or of documents alone."""
-        expansion, are_queries = self.model.settings.expansion, rows[0].is_query
-        is_partly_seen = are_queries and expansion is not None and not expansion.attend
-        vectors_TD = self.model.token_vectors(self.pack(rows), [row.seen for row in rows] if is_partly_seen else None)
+        are_queries = rows[0].is_query
+        seen = [row.seen for row in rows] if self._is_partly_seen(rows[0]) else None
+        vectors_TD = self.model.token_vectors(self.pack(rows), seen)
 
         def finish(vectors_TD: torch.Tensor) -> list[torch.Tensor]:
             parts = vectors_TD.split([len(row.ids) for row in rows])
@@ -134,6 +120,14 @@ class VectorsOfTokens(Pipeline[OptionsT, VectorsRow, torch.Tensor]):
             return kept if are_queries or pool_factor <= 1 else [self._pooled(part, pool_factor) for part in kept]
 
         return read(vectors_TD.float(), finish)
+
+    def reads_states(self, row: VectorsRow, options: OptionsT) -> bool:
+        """Queries whose tokens do not see what was added have a pass with a mask of their own."""
+        return not self._is_partly_seen(row)
+
+    def _is_partly_seen(self, row: VectorsRow) -> bool:
+        expansion = self.model.settings.expansion
+        return row.is_query and expansion is not None and not expansion.attend
 
     def _pooled(self, vectors_TD: torch.Tensor, factor: float) -> torch.Tensor:
         """Vectors of similar tokens averaged, by Ward's clustering of their cosine distances."""

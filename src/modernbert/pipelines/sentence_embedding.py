@@ -27,7 +27,6 @@ from modernbert.nn.packing import Packing
 from modernbert.pipelines.base import Job, OptionsT, Pipeline, Results, Row, read
 from modernbert.pipelines.inputs import check_fields, check_iterable, choose_prompt
 from modernbert.pipelines.options import BatchOptions, SentenceEmbeddingOptions
-from modernbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class EmbeddingPipeline(Pipeline[OptionsT, SpannedRow, torch.Tensor]):
 
     @classmethod
     def load(cls, model: Any, tokenizer: Any = None, **kwargs: Any) -> Self:
-        """Like `Pipeline.load`; a layout may keep the tokenizer in its first part's folder.
+        """Like `Pipeline.load`.
 
         Raises:
             CheckpointError: the folder holds a cross-encoder, which has no vectors.
@@ -78,11 +77,8 @@ class EmbeddingPipeline(Pipeline[OptionsT, SpannedRow, torch.Tensor]):
             source = Source.pop_from(model, dict(kwargs))
             contents = contents_of(source)
             contents.refuse_cross_encoder()
-            inner = contents.inner
             if contents.kind == MODEL:
                 _check_head(model, source)
-            if tokenizer is None and inner and source.find("tokenizer.json") is None:
-                tokenizer = Tokenizer.from_pretrained(**source.inside(inner).arguments)
         pipeline = super().load(model, tokenizer, **kwargs)
         if isinstance(model, str | Path) and not pipeline.model.is_layout:
             logger.info(

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from modernbert.checks import check_text
-from modernbert.io.hub import Source
 from modernbert.models.heads import ModernBertForMaskedLM
-from modernbert.models.sentence_layout import SPARSE_ENCODER, contents_of
 from modernbert.pipelines.base import Job, Pipeline, Results, Row
 from modernbert.pipelines.inputs import choose_prompt
 from modernbert.pipelines.options import SparseEmbeddingOptions
 from modernbert.retrieval.sparse import SparseEncoder, SparseVector, to_csr
-from modernbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +43,7 @@ class SparseEmbeddingPipeline(Pipeline[SparseEmbeddingOptions, Row, SparseVector
 
     @classmethod
     def load(cls, model: Any, tokenizer: Any = None, **kwargs: Any) -> Self:
-        """Like `Pipeline.load`; a folder with routes keeps the tokenizer in the part that reads documents."""
-        if isinstance(model, str | Path) and tokenizer is None:
-            source = Source.pop_from(model, dict(kwargs))
-            contents = contents_of(source)
-            if contents.kind == SPARSE_ENCODER and contents.inner and source.find("tokenizer.json") is None:
-                tokenizer = Tokenizer.from_pretrained(**source.inside(contents.inner).arguments)
+        """Like `Pipeline.load`."""
         pipeline = super().load(model, tokenizer, **kwargs)
         if isinstance(model, str | Path) and not pipeline.model.is_layout:
             logger.info("%s has no settings for sparse vectors, which are good only if it was trained for them", model)
@@ -78,6 +70,10 @@ class SparseEmbeddingPipeline(Pipeline[SparseEmbeddingOptions, Row, SparseVector
         if self._is_static(options):
             how |= {"add_special_tokens": False}
         return [[Row(encoding.ids)] for encoding in self.tokenize(texts, **how)]
+
+    def reads_states(self, row: Row, options: SparseEmbeddingOptions) -> bool:
+        """Queries by static weights need no pass at all."""
+        return not self._is_static(options)
 
     def _is_static(self, options: SparseEmbeddingOptions) -> bool:
         return options.is_query and self.model.static_V is not None

@@ -23,7 +23,7 @@ from modernbert.serving.models import Models, open_indexes
 from modernbert.serving.options import ServeOptions
 from modernbert.serving.problems import RequestError, ServingError, body_of, message_of, status_of
 from modernbert.serving.replies import Json
-from modernbert.serving.routes import cohere, completions, openai, operations, search, tasks, tei, vllm
+from modernbert.serving.routes import answers, cohere, completions, openai, operations, search, tasks, tei, vllm
 from modernbert.serving.state import State, path_of
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def create_app(pipelines: Mapping[str, Pipeline[Any, Any, Any]] | None = None, *
         title="modernbert", version=__version__, description=_ABOUT, lifespan=lifespan, default_response_class=Json
     )
     app.state.serving = state
-    for part in (openai, completions, cohere, tei, vllm, search, tasks, operations):
+    for part in (openai, completions, cohere, tei, vllm, search, tasks, answers, operations):
         app.include_router(part.router, responses=_PROBLEMS)
     for kind in (ServingError, ValueError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _refused)

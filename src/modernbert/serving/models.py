@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from modernbert.errors import InputError, listed
 from modernbert.indexing.index import Index, open_index
 from modernbert.models.placement import resolve_device
+from modernbert.models.sharing import SharedEncoder, encoder_of
 from modernbert.pipelines import pipeline, small_model, task_of
-from modernbert.pipelines.base import Pipeline
+from modernbert.pipelines.base import Pipeline, left_plain
+from modernbert.pipelines.one_pass import OnePass
 from modernbert.serving.engine import Engine
 from modernbert.serving.metrics import Metrics
 from modernbert.serving.options import ModelChoice, ServeOptions
-from modernbert.serving.problems import UnknownModelError
+from modernbert.serving.problems import RequestError, UnknownModelError
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +36,11 @@ _ALSO = {
     "text-ranking": ("text-classification",),
     "text-generation": ("text-scoring",),
 }
+# What reads one text, so that several of them can answer from one pass.
+ONE_TEXT = (
+    *("sentence-embedding", "sparse-embedding", "late-interaction", "text-classification", "token-classification"),
+    *("fill-mask", "feature-extraction"),
+)
 
 
 @dataclasses.dataclass
@@ -54,8 +63,27 @@ class Served:
         return self.first.context
 
 
+class Chosen(NamedTuple):
+    """What gives one of several answers."""
+
+    served: Served
+    task: str
+
+    @property
+    def key(self) -> str:
+        """The name of its answer in what computes several."""
+        return f"{self.served.name}:{self.task}"
+
+    @property
+    def pipeline(self) -> Pipeline[Any, Any, Any]:
+        """What computes it alone."""
+        return self.served.pipelines[self.task]
+
+
 class Models:
     """All models of a server, loaded, and the engines that compute them.
+
+    Models whose encoders hold the same weights share one in memory; of those that are given, those that do already.
 
     Args:
         options: of the server.
@@ -79,15 +107,80 @@ class Models:
                 ("decoder", "text-generation"),
             ):
                 choices.append(ModelChoice(f"small-{name}", str(small_model(name)), task, alone=False))
+        shared: list[SharedEncoder] = []
         for name, made in given.items():
             self._add(ModelChoice(name, type(made.model).__name__), made)
         for choice in choices:
             if choice.name in self.served and self.served[choice.name].source != choice.source:
                 raise InputError(f"two models are called {choice.name!r}; give one of them another NAME=")
             dtype = options.dtype or (None if choice.alone else "float32")  # as the package's small models are run
-            self._add(
-                choice, pipeline(choice.task or _wanted(choice), choice.source, device=_device(options), dtype=dtype)
-            )
+            with left_plain():
+                made = pipeline(choice.task or _wanted(choice), choice.source, device=_device(options), dtype=dtype)
+            _share(shared, choice.name, made)
+            self._add(choice, made)
+        for one in shared:
+            one.finish(frozen=True)
+        self.together = self._together()
+
+    def _together(self) -> list[OnePass]:
+        """For each encoder all that can answer from one pass."""
+        groups: dict[int, dict[str, Pipeline[Any, Any, Any]]] = {}
+        for served in self.served.values():
+            for task, one in served.pipelines.items():
+                body = encoder_of(one.model)
+                if task in ONE_TEXT and body is not None:
+                    groups.setdefault(id(body), {})[Chosen(served, task).key] = one
+        found = []
+        for group in groups.values():
+            with contextlib.suppress(InputError):  # of a model with adapters, which has no pass that others could use
+                found.append(OnePass(group))
+        return found
+
+    @property
+    def sharing(self) -> list[list[str]]:
+        """The names of models that share an encoder, where there are several."""
+        names = [list(dict.fromkeys(key.rpartition(":")[0] for key in one.pipelines)) for one in self.together]
+        return [some for some in names if len(some) > 1]
+
+    def find_together(self, wanted: Sequence[tuple[str | None, str | None]]) -> tuple[OnePass, list[Chosen]]:
+        """What gives several answers from one pass.
+
+        Args:
+            wanted: the model and the task of each, either of which may be None; if there are none, all models that
+                share an encoder, or that the first model shares.
+
+        Raises:
+            UnknownModelError: there is no such model, or no such task of it.
+            RequestError: they share no encoder.
+        """
+        if not wanted:
+            if not self.together:
+                raise UnknownModelError(
+                    f"no model of this server answers from a shared pass; it serves {self._offers()}"
+                )
+            most = max(self.together, key=lambda one: len({key.rpartition(":")[0] for key in one.pipelines}))
+            names = list(dict.fromkeys(key.rpartition(":")[0] for key in most.pipelines))
+            return most, [self._able(name, None, most)[0] for name in names]
+        for name, task in wanted:  # what is unknown is said before what does not go together
+            self.find(name, task or (self.served[name].first.task if name in self.served else ""))
+        each = [[self._able(name, task, one) for name, task in wanted] for one in self.together]
+        for one, able in zip(self.together, each, strict=True):
+            if all(able):
+                return one, [some[0] for some in able]
+        shared = "; ".join(", ".join(one.pipelines) for one in self.together) or "none"
+        asked = ", ".join(":".join(filter(None, one)) for one in wanted)
+        raise RequestError(f"{asked} are not answered from one pass; what shares an encoder here is {shared}")
+
+    def _able(self, name: str | None, task: str | None, one: OnePass) -> list[Chosen]:
+        """What of one encoder gives an answer, what was made for it first."""
+        found = [
+            Chosen(served, own)
+            for served in self.served.values()
+            if name in (None, "", served.name)
+            for own in served.pipelines
+            if task in (None, own) and Chosen(served, own).key in one.pipelines
+        ]
+        return sorted(found, key=lambda chosen: chosen.served.first.task != chosen.task)
 
     def _add(self, choice: ModelChoice, made: Pipeline[Any, Any, Any]) -> None:
         served = self.served.setdefault(choice.name, Served(choice.name, choice.source, {}, int(time.time())))
@@ -173,6 +266,22 @@ def open_indexes(options: ServeOptions) -> dict[str, Index]:
         found[name] = open_index(folder, device=_device(options))
         found[name].encoder  # noqa: B018 (loads it)
     return found
+
+
+def _share(shared: list[SharedEncoder], name: str, made: Pipeline[Any, Any, Any]) -> None:
+    """Have a model that was just loaded use an encoder that is there already, if its own is the same."""
+    if encoder_of(made.model) is None:
+        made.model.optimize_for_inference()
+        return
+    for one in shared:
+        try:
+            made.model = one.add(name, made.model)
+        except InputError as error:
+            logger.debug("%s", error)
+        else:
+            return
+    shared.append(SharedEncoder())
+    made.model = shared[-1].add(name, made.model)
 
 
 def _device(options: ServeOptions) -> torch.device | None:

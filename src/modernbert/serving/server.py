@@ -100,6 +100,7 @@ class Server(uvicorn.Server):
         if self.started and self.says:
             options = self.state.options
             names = ", ".join(f"{one.name} ({', '.join(one.pipelines)})" for one in self.state.models.served.values())
+            names += "".join(f"; {', '.join(some)} share one encoder" for some in self.state.models.sharing)
             where = options.unix_socket
             if where is None:
                 port = self.servers[0].sockets[0].getsockname()[1]

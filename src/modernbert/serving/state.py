@@ -13,12 +13,13 @@ from starlette.types import Scope
 
 from modernbert.indexing.index import Index
 from modernbert.pipelines.base import Pipeline
+from modernbert.pipelines.one_pass import OnePass
 from modernbert.pipelines.text_generation import Prompt
 from modernbert.serving.continuations import Stream
 from modernbert.serving.engine import Answered, Prepare, guessed_tokens
 from modernbert.serving.log import AccessLog
 from modernbert.serving.metrics import Metrics
-from modernbert.serving.models import Models
+from modernbert.serving.models import Chosen, Models
 from modernbert.serving.options import ServeOptions
 from modernbert.serving.problems import DrainingError, LateError, RequestError, TooLargeError
 
@@ -79,11 +80,58 @@ class State:
         Raises:
             ServingError, InputError: it cannot be answered.
         """
+        self._refuse_draining()
+        served, pipeline = self.models.find(model, task)
+        given = {name: value for name, value in options.items() if value is not None}
+        items, count = self._checked(task, pipeline, items, given, texts)
+        answered = await self._computed(request, {served.name: count}, pipeline, items, given, prepare)
+        return served.name, pipeline, answered
+
+    async def answer_together(
+        self, request: Request, one: OnePass, wanted: Sequence[tuple[Chosen, dict[str, Any]]], texts: Sequence[str]
+    ) -> Answered:
+        """Compute several answers to texts from one pass, in dicts by their keys.
+
+        Args:
+            request: see `answer`.
+            one: what gives them all.
+            wanted: each with the options of its call.
+            texts: what all of them read.
+
+        Raises:
+            ServingError, InputError: it cannot be answered.
+        """
+        self._refuse_draining()
+        items: list[dict[str, Any]] = [{} for _ in texts]
+        counts: dict[str, int] = {}
+        options: dict[str, Any] = {}
+        for chosen, of_one in wanted:
+            given = options[chosen.key] = {name: value for name, value in of_one.items() if value is not None}
+            own, count = self._checked(chosen.task, chosen.pipeline, texts, given)
+            counts[chosen.served.name] = counts.get(chosen.served.name, 0) + count
+            for item, text in zip(items, own, strict=True):
+                item[chosen.key] = text
+        self._check_count(sum(counts.values()))
+        given = {"answers": list(options), "options": options}
+        return await self._computed(request, counts, one, items, given)
+
+    def _refuse_draining(self) -> None:
         if self.draining:
             raise DrainingError("the server is about to end; ask another one")
-        served, pipeline = self.models.find(model, task)
-        request.state.model = served.name
-        given = {name: value for name, value in options.items() if value is not None}
+
+    def _checked(
+        self,
+        task: str,
+        pipeline: Pipeline[Any, Any, Any],
+        items: Sequence[Any],
+        given: dict[str, Any],
+        texts: int | None = None,
+    ) -> tuple[list[Any], int]:
+        """The inputs of a task, and how many texts they hold; the server's own default is added to its options.
+
+        Raises:
+            ServingError: there are none, or too much is asked.
+        """
         if not items:
             raise RequestError("there is no text; give at least one")
         count = max(texts or 0, _count(items, given))
@@ -102,16 +150,30 @@ class State:
             tokens, limit = guessed_tokens(items), self.options.most_waiting
             if tokens > limit:
                 raise TooLargeError(f"the answers are vectors of about {tokens:,} tokens; at most {limit:,} are given")
-        seconds = self._seconds(request)
-        deadline = asyncio.get_running_loop().time() + seconds
+        return items, count
+
+    async def _computed(
+        self,
+        request: Request,
+        counts: dict[str, int],
+        pipeline: Pipeline[Any, Any, Any],
+        items: Sequence[Any],
+        given: dict[str, Any],
+        prepare: Prepare | None = None,
+    ) -> Answered:
+        """The answers to a request, counted; `counts` are the texts of each model, the first of which reads them."""
+        name = next(iter(counts))
+        request.state.model = ",".join(counts)
+        deadline = asyncio.get_running_loop().time() + self._seconds(request)
         answered = await self.models.engine(pipeline).run(pipeline, items, given, deadline, prepare)
-        self.metrics.tokens.labels(served.name).inc(answered.tokens)
-        self.metrics.texts.labels(served.name).inc(count)
+        self.metrics.tokens.labels(name).inc(answered.tokens)
+        for one, count in counts.items():
+            self.metrics.texts.labels(one).inc(count)
         self.metrics.queued.observe(answered.waited)
         if answered.cut:
-            self.metrics.truncated.labels(served.name).inc(answered.cut)
+            self.metrics.truncated.labels(name).inc(answered.cut)
         request.state.answered = answered
-        return served.name, pipeline, answered
+        return answered
 
     async def generate(
         self, request: Request, model: str | None, given: Any, options: dict[str, Any], best: int | None
@@ -127,8 +189,7 @@ class State:
         Raises:
             ServingError, InputError: it cannot be answered.
         """
-        if self.draining:
-            raise DrainingError("the server is about to end; ask another one")
+        self._refuse_draining()
         served, pipeline = self.models.find(model, "text-generation")
         request.state.model = served.name
         several = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)

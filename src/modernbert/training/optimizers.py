@@ -199,15 +199,22 @@ def make_optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Op
     lr = peak_rate(options, model)
     groups = parameter_groups(model, options.weight_decay, lr, options.layer_decay)
     if not groups:
-        raise InputError("every parameter is frozen, as optimize_for_inference leaves them; there is nothing to train")
+        raise InputError(
+            "every parameter is frozen, by freeze_layers or as optimize_for_inference leaves them; nothing is left to "
+            "train"
+        )
     fused = {"fused": True} if options.optimizer == "adamw" else {}
     settings = {"lr": lr, "betas": (options.beta1, options.beta2), "eps": options.eps, **fused}
     return cast(torch.optim.Optimizer, OPTIMIZERS[options.optimizer](groups, **settings))
 
 
-def freeze(model: nn.Module, embeddings: bool, layers: int) -> None:
-    """Leave the token embeddings, or this many first layers and the embeddings, out of training."""
+def freeze(model: nn.Module, embeddings: bool, layers: int | str) -> None:
+    """Leave the token embeddings out of training, with this many first layers, or with "all" that is below the head."""
     body: Any = next(m for m in model.modules() if hasattr(m, "layers") and hasattr(m, "embeddings"))
+    if layers == "all":
+        body.requires_grad_(False)
+        return
+    assert isinstance(layers, int)
     if layers > len(body.layers):
         raise InputError(f"freeze_layers is {layers}; the model has {len(body.layers)} layers")
     if embeddings or layers:

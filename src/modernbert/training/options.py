@@ -55,7 +55,13 @@ class TrainingOptions(Options):
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0 does not.", least=0)
     layer_decay: float = option(1.0, "Learning rate of a layer, as a share of the next one's.", above=0, most=1)
     freeze_embeddings: bool = option(False, "Do not train the token embeddings.")
-    freeze_layers: int = option(0, "Do not train the embeddings and this many layers, the first ones.", least=0)
+    freeze_layers: str | int = option(
+        0,
+        "Do not train the embeddings and this many layers, the first ones; all leaves the whole encoder as it is, so "
+        "that models of several tasks can share it.",
+        choices=("all",),
+        least=0,
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass, to save memory.")
     activation_memory: float | None = option(
         None, "GiB of activations to keep for the backward pass; other layers are recomputed.", least=0, otherwise="all"

@@ -19,7 +19,15 @@ from safetensors.torch import load_file
 from typer.main import get_command
 
 import modernbert
-from modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification, Tokenizer, finetune, pipeline
+from modernbert import (
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    ModernBertForTokenClassification,
+    OnePass,
+    Tokenizer,
+    finetune,
+    pipeline,
+)
 from modernbert.auto import load_as_saved
 from modernbert.cli import app
 from modernbert.errors import DivergedError, InputError
@@ -297,6 +305,33 @@ def test_adapters_serve_every_task(task, base, tmp_path):
     assert run.metrics
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
     assert not any("lora" in name for name in run.model.state_dict())
+
+
+def test_models_trained_on_one_frozen_encoder_answer_from_one_pass(base, tmp_path, capsys, moods):
+    folder = base("ModernBertForMaskedLM")
+    options = {"max_steps": 2, "batch_size": 4, "progress": False, "freeze_layers": "all"}
+    rows = {task: TASK_ROWS[task][0] for task in ("token-classification", "late-interaction", "sentence-embedding")}
+    tasks = ("token-classification", "late-interaction")
+    for task in tasks:
+        finetune(task, rows[task](8), output=tmp_path / task, model=folder, **options)
+    few = [*with_options(COMMAND, max_steps=2), "--freeze-layers", "all"]
+    code, _, err = called(
+        capsys, *few, "--model", folder, "--train", moods, "--output", tmp_path / "text-classification"
+    )
+    assert code == 0, err
+    places = {task: tmp_path / task for task in (*tasks, "text-classification")} | {"fill-mask": folder}
+    one = OnePass(places)
+    assert len({id(serve.model) for serve in one.pipelines.values()}) == len(places)
+    trained = ModernBertForTokenClassification.from_pretrained(tmp_path / tasks[0]).head.dense.weight
+    assert not torch.equal(trained, ModernBertForMaskedLM.from_pretrained(folder).head.dense.weight)
+    text = "the day was lovely [MASK]"
+    for task, place in places.items():
+        wanted, got = pipeline(task, place)([text]), one([text])[task]
+        assert str(got) == str(wanted)
+    with pytest.raises(InputError, match="every parameter is frozen, by freeze_layers"):
+        finetune(
+            "sentence-embedding", rows["sentence-embedding"](8), output=tmp_path / "nothing", model=folder, **options
+        )
 
 
 def test_two_processes_train_as_one(base, tmp_path, moods, capsys):

@@ -35,7 +35,7 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
     "text-scoring": ("A cat sat.", {}),
 }
 # Options that mean something in Python alone.
-_UNSERVED = (
+UNSERVED = (
     "padding",
     "return_tensors",
     "logits_processor",
@@ -97,7 +97,7 @@ def _inputs(task: str) -> dict[str, Any]:
 
 
 def _add(task: str) -> None:
-    fields = [field for field in fields_of(OPTIONS[task]) if field.name not in _UNSERVED]
+    fields = [field for field in fields_of(OPTIONS[task]) if field.name not in UNSERVED]
     shape = "".join(word.capitalize() for word in task.split("-"))
     strict = ConfigDict(extra="forbid", strict=True)
     described: dict[str, Any] = {
@@ -133,11 +133,11 @@ for _task in OPTIONS:
 
 @router.get("/v1/tasks", summary="Tasks of this server")
 async def tasks(request: Request) -> Json:
-    """The models of each task that this server can do, and the names of its options."""
+    """The models of each task that this server can do, the names of its options, and which models share an encoder."""
     served = state_of(request).models.served.values()
     found: dict[str, Any] = {}
     for task in OPTIONS:
         if names := [one.name for one in served if task in one.pipelines]:
-            options = [field.name for field in dataclasses.fields(OPTIONS[task]) if field.name not in _UNSERVED]
+            options = [field.name for field in dataclasses.fields(OPTIONS[task]) if field.name not in UNSERVED]
             found[task] = {"models": names, "options": options}
-    return Json({"tasks": found})
+    return Json({"tasks": found, "sharing": state_of(request).models.sharing})

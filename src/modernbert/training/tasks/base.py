@@ -22,6 +22,7 @@ from modernbert.config import Config
 from modernbert.errors import InputError
 from modernbert.io.tables.columns import Field
 from modernbert.models.formats import refuse_to_train
+from modernbert.models.sentence_layout import load_tokenizer
 from modernbert.nn.losses import IGNORED
 from modernbert.text.tokenizer import Tokenizer
 from modernbert.training.adapters import has_adapters, load_adapters
@@ -93,7 +94,7 @@ class Task(Objective):
 
     def load_tokenizer(self, name: str | Path, options: FinetuneOptions) -> Tokenizer:
         """The tokenizer of the model."""
-        return Tokenizer.from_pretrained(name, revision=options.revision)
+        return load_tokenizer(name, revision=options.revision)
 
     def set_tokenizer(self, tokenizer: Tokenizer, context: int) -> None:
         """Set the tokenizer and `max_length`, which a context of so many tokens must hold."""

@@ -83,14 +83,6 @@ class LateInteraction(Contrastive):
         self.model = model
         return model
 
-    def load_tokenizer(self, name: str | Path, options: FinetuneOptions) -> Tokenizer:
-        """The tokenizer; a layout may keep it in the folder of its first part."""
-        source = Source(str(name), options.revision)
-        inner = contents_of(source).inner
-        if inner and source.find("tokenizer.json") is None:
-            return Tokenizer.from_pretrained(**source.inside(inner).arguments)
-        return super().load_tokenizer(name, options)
-
     def set_tokenizer(self, tokenizer: Tokenizer, context: int) -> None:
         """Also set what the encoder's folder will say: lengths, prompts, expansion, skipped words."""
         super().set_tokenizer(tokenizer, context)
