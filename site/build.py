@@ -77,7 +77,9 @@ def build(url: str, out: Path) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000/", help="where the site will stand")
-    parser.add_argument("--output", type=Path, default=ROOT / "build", help="folder for the site and what it is made of")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "build", help="folder for the site and what it is made of"
+    )
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     sys.exit(build(given.url, given.output.resolve()))
