@@ -54,7 +54,7 @@ def page(source: Path, places: dict[Path, Path]) -> str:
 
 
 def build(url: str, out: Path) -> int:
-    """Write the site to `out`/site; the exit code of Zensical."""
+    """Write the site to `out`/site; 0 if nothing was complained of."""
     places, pages = sources(), out / "pages"
     for folder in (pages, out / "site", out / ".cache"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,7 +71,16 @@ def build(url: str, out: Path) -> int:
     paths = [str(SITE), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--config-file", str(out / "zensical.toml")]
-    return subprocess.run(command, env=environment, cwd=out).returncode
+    done = subprocess.run(
+        command, env=environment, cwd=out, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(done.stdout, end="")
+    return done.returncode or int(bool(warnings_of(done.stdout)))
+
+
+def warnings_of(output: str) -> list[str]:
+    """What was complained of; Zensical's strict mode knows nothing of docstrings that griffe cannot read."""
+    return [line for line in output.splitlines() if re.match(r"(griffe|mkdocstrings|.*warning)\b", line, re.IGNORECASE)]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
+import yaml
 
 import modernbert
 import modernbert.errors
@@ -88,6 +89,25 @@ def test_every_public_name_stands_on_a_page_of_the_reference():
         if inspect.isclass(value) and issubclass(value, Exception):
             assert f"modernbert.errors.{name}" in described
             assert f"`{name}`" in (ROOT / "docs/errors.md").read_text(encoding="utf-8"), f"errors.md lacks {name}"
+
+
+def test_docstrings_that_cannot_be_read_fail_the_build():
+    line = "griffe: src/modernbert/text/tokenizer.py:550: Failed to get 'name: description' pair"
+    assert build.warnings_of(f"Build started\n{line}\nNo issues found\n") == [line]
+    assert build.warnings_of("\x1b[33mWarning:\x1b[0m page does not exist\n")
+    assert not build.warnings_of("Build started\nNo issues found\nBuild finished in 9.1s\n")
+
+
+def test_files_for_visitors_of_the_repository_say_what_is_true():
+    read = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github").rglob("*.yml")}
+    steps = [step.get("run", "") for job in read["check.yml"]["jobs"].values() for step in job["steps"]]
+    assert "./check" in steps
+    assert "site/build" in steps
+    for name in ("bug.yml", "slow.yml", "wish.yml"):
+        assert {part["type"] for part in read[name]["body"]} <= {"textarea", "input", "checkboxes"}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == modernbert.__version__
+    assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
