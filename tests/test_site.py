@@ -19,6 +19,7 @@ import modernbert.interop
 import modernbert.serving
 import modernbert.tools
 import modernbert.training
+from modernbert.serving.app import _PROBLEMS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
@@ -89,6 +90,11 @@ def test_every_public_name_stands_on_a_page_of_the_reference():
         if inspect.isclass(value) and issubclass(value, Exception):
             assert f"modernbert.errors.{name}" in described
             assert f"`{name}`" in (ROOT / "docs/errors.md").read_text(encoding="utf-8"), f"errors.md lacks {name}"
+
+
+def test_the_page_of_errors_has_every_status_of_the_server():
+    statuses = re.findall(r"^\| (\d{3}) \|", (ROOT / "docs/errors.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(map(int, statuses)) == sorted(_PROBLEMS)
 
 
 def test_docstrings_that_cannot_be_read_fail_the_build():
