@@ -4,7 +4,7 @@ for, signatures and docstrings that are made when a class is, and the sentences 
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import griffe
@@ -52,6 +52,19 @@ class PublicNames(griffe.Extension):
                         describe(loader.modules_collection[target], value, docstring)
                     else:
                         sign(loader.modules_collection[target], value, docstring)
+        for value in without_a_name():
+            describe(loader.modules_collection[f"{value.__module__}.{value.__qualname__}"], value, docstring)
+
+
+def without_a_name() -> Iterator[type]:
+    """Classes that are made by a task's name and not imported: pipelines, and the options of fine-tuning."""
+    from modernbert.pipelines import TASKS
+    from modernbert.training.tasks.options import OPTIONS, MineOptions
+
+    for place, _ in TASKS.values():
+        module, name = place.split(".")
+        yield getattr(importlib.import_module(f"modernbert.pipelines.{module}"), name)
+    yield from {*OPTIONS.values(), MineOptions, *(parent for task in OPTIONS.values() for parent in task.__mro__[1:-2])}
 
 
 def describe(found: griffe.Class, real: type, docstring: Callable[..., griffe.Docstring]) -> None:
