@@ -1,5 +1,6 @@
 """The documentation site: its navigation, its reference and its pictures; and, slowly, the built site itself."""
 
+import fnmatch
 import html.parser
 import importlib.util
 import inspect
@@ -50,10 +51,13 @@ def pages_of(nav):
         yield from [inside] if isinstance(inside, str) else pages_of(inside)
 
 
-def test_every_page_is_in_the_navigation_once():
-    config = tomllib.loads((ROOT / "site" / "zensical.toml").read_text())
+def test_every_page_is_in_the_navigation_once_and_those_for_users_in_llms_txt():
+    project = tomllib.loads((ROOT / "site" / "zensical.toml").read_text())["project"]
     pages = [str(place) for place in build.sources().values() if place.suffix == ".md"]
-    assert sorted(pages_of(config["project"]["nav"])) == sorted(pages)
+    assert sorted(pages_of(project["nav"])) == sorted(pages)
+    patterns = [pattern for patterns in project["plugins"]["llmstxt"]["sections"].values() for pattern in patterns]
+    missing = {page for page in pages if not any(fnmatch.fnmatch(page, pattern) for pattern in patterns)}
+    assert missing == {"changelog.md", "contributing.md", "security.md", "small-decoder.md", "small-encoder.md"}
 
 
 @pytest.mark.parametrize("source", [p for p in build.sources() if p.suffix == ".md"], ids=lambda p: p.name)
