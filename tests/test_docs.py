@@ -24,7 +24,12 @@ import typer.main
 from modernbert.cli import app, main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.md")])]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.md")]),
+]
 PUBLIC = {
     "modernbert",
     "modernbert.errors",
@@ -138,6 +143,15 @@ def test_pages_import_public_names_alone(block):
             assert node.module in PUBLIC, f"{block.place}: {node.module}"
             module = importlib.import_module(node.module)
             assert all(hasattr(module, name.name) for name in node.names), f"{block.place}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_blocks_are_of_a_kind_that_is_run_or_only_shown(page):
+    """A block that is run in no test is a file, an output, settings of other programs, or marked with the reason."""
+    kinds = re.findall(
+        r"(<!-- (?:file|not run): .*-->\n)?^```(.*)\n(?:.|\n)*?^```$", page.read_text("utf-8"), re.MULTILINE
+    )
+    assert {kind for mark, kind in kinds if not mark} <= {"python", "bash", "text", "yaml", "ini"}
 
 
 def anchors_of(page):

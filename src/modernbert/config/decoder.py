@@ -20,7 +20,7 @@ class ModernBertDecoderConfig(Config):
 
     Args:
         use_cache: whether a forward pass in evaluation mode returns a cache of keys and values.
-        and: every argument of `modernbert.config.Config`.
+        **kwargs: every argument of `modernbert.PreTrainedConfig`.
 
     Raises:
         ConfigError: a value is impossible; the message names the field.

@@ -23,7 +23,7 @@ class ModernBertConfig(Config):
         sparse_prediction: with labels, compute masked-LM logits at labelled tokens only.
         sparse_pred_ignore_index: the label that marks unlabelled tokens for `sparse_prediction`.
         repad_logits_with_grad: False detaches masked-LM logits that are repadded while labels are given.
-        and: every argument of `modernbert.config.Config`.
+        **kwargs: every argument of `modernbert.PreTrainedConfig`.
 
     Raises:
         ConfigError: a value is impossible; the message names the field.

@@ -547,8 +547,8 @@ class Tokenizer(Saved):
                 multiple.
             padding_side: "left" or "right" instead of the tokenizer's own.
             return_tensors: "pt" or "np"; rows must then be equally long. None returns lists.
-            return_attention_mask, return_token_type_ids, return_special_tokens_mask, return_offsets_mapping,
-                return_length: what else to return; the first two by `model_input_names`.
+            return_attention_mask, return_token_type_ids: also return these; `model_input_names` decides if not given.
+            return_special_tokens_mask, return_offsets_mapping, return_length: also return these.
             return_overflowing_tokens: return what truncation cuts as rows of their own, and
                 `overflow_to_sample_mapping`, the number of the text that each row is of.
             split_special_tokens: read special tokens in a text as any other characters; by default the setting of the
