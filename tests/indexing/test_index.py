@@ -103,11 +103,20 @@ def test_words_and_both(made):
     first, *_ = made.search("when is the rent due?", by="words")
     assert (first.text, first.place.split(", ")[1]) == ("# Rent\n\nThe rent is due on Monday.", "characters 0-34")
     assert [first.text[a:b] for a, b in first.marks] == ["Rent", "rent", "due"]
-    fused = made.search("when is the rent due?", top_k=3)
-    lists = [[r.text for r in made.search("when is the rent due?", top_k=100, by=by)] for by in ("vectors", "words")]
-    for result in fused:
-        ranks = [found.index(result.text) + 1 for found in lists if result.text in found]
+    found = [made.search("when is the rent due?", top_k=100, by=by) for by in ("vectors", "words")]
+    lists = [[result.text for result in one] for one in found]
+    for result in made.search("when is the rent due?", top_k=3, fusion="ranks"):
+        ranks = [one.index(result.text) + 1 for one in lists if result.text in one]
         assert result.score == pytest.approx(sum(1 / (60 + rank) for rank in ranks))
+    spans = [(one[-1].score, one[0].score - one[-1].score) for one in found]
+    scaled = [
+        {result.text: (result.score - last) / span if span else 1 for result in one}
+        for one, (last, span) in zip(found, spans, strict=True)
+    ]
+    for weight, how in ((1, {}), (3, {"vector_weight": 3})):
+        for result in made.search("when is the rent due?", top_k=3, **how):
+            wanted = weight * scaled[0].get(result.text, 0) + scaled[1].get(result.text, 0)
+            assert result.score == pytest.approx(wanted)
     assert made.search("the of", by="words") == []
 
 
@@ -271,10 +280,14 @@ def test_commands(made, corpus, capsys):
     assert err.count("\n") == 1
 
 
-def test_without_a_model_the_small_encoder_serves_and_a_warning_says_so(corpus, tmp_path, log):
+def test_without_a_model_the_small_encoder_serves_and_its_vectors_weigh_half(corpus, tmp_path):
     build_index(corpus / "inner", tmp_path / "ix")
-    assert "no model is given" in log.text
-    assert open_index(tmp_path / "ix").search("rent", by="words")
+    index = open_index(tmp_path / "ix")
+    (usual, *_), (half, *_), (whole, *_) = (
+        index.search("rent", **how) for how in ({}, {"vector_weight": 0.5}, {"vector_weight": 1})
+    )
+    assert usual == half
+    assert usual.score < whole.score
 
 
 def test_pages_and_pairs_of_signs(model, tmp_path):

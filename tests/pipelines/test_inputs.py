@@ -125,12 +125,13 @@ def warnings_of_pipelines(log):
     return [record.getMessage() for record in warned if record.name.startswith("modernbert.pipelines")]
 
 
-def test_the_small_encoder_says_that_it_never_was_trained_to_compare(log):
-    for task in ("sentence-embedding", "text-ranking"):
+def test_only_an_encoder_that_was_not_trained_to_compare_says_how_vectors_are_made(log):
+    for task in ("sentence-embedding", "text-ranking", "late-interaction", "sparse-embedding"):
         log.clear()
         pipeline(task)
-        (warning,) = warnings_of_pipelines(log)
-        assert f"{task} uses the package's small encoder, which was trained to fill masks" in warning
+        assert not [record for record in log.records if "means of its states" in record.getMessage()]
+        assert not warnings_of_pipelines(log)
+    for task in ("sentence-embedding", "text-ranking"):
         log.clear()
         pipeline(task, small_model())  # chosen by the caller
         assert [record.levelname for record in log.records if "means of its states" in record.getMessage()] == ["INFO"]

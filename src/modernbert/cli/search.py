@@ -28,7 +28,7 @@ def _index(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Encoder, a folder or Hub repository. (default: the index's, or the package's small encoder)"
+            help="Encoder, a folder or Hub repository. (default: the index's, or the package's sentence encoder)"
         ),
     ] = None,
     device: _DEVICE = None,

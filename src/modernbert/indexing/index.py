@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "modernbert-index.json"
 _FORMAT = 1
 _TOGETHER = 256  # passages that are embedded and stored in one step, which is what an interruption costs
+_SMALL_WEIGHT = 0.5  # of the list that the package's small encoder gives, which knows less than words do
 _SLACK = 16  # tokens that a part of a text may have more alone than within it
 _CONTENT = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "modules.json"),
@@ -128,7 +129,7 @@ def build_index(
             names begin with a dot are left out.
         output: folder of the index, made where missing.
         model: encoder, a folder or a Hub repository; by default the one that the index was made with, or the small
-            encoder of the package, which has not learnt to compare texts.
+            sentence encoder of the package.
         device: where to compute.
         progress: draw a progress bar on standard error.
         options: those of `IndexOptions`; by default those that the index was made with.
@@ -236,7 +237,7 @@ class Index:
         """Raise `InputError` if weights, tokenizer or settings are not those that the index was made with."""
         expected = self.manifest["fingerprint"]
         if expected is not None and _fingerprint(self.model_name) != expected:
-            named, own = (name or "the package's small encoder" for name in (self.model_name, self.manifest["model"]))
+            named, own = (name or "the package's own" for name in (self.model_name, self.manifest["model"]))
             raise InputError(
                 f"model is {named}, and {self.folder} was made with {own}, of other weights, another tokenizer or "
                 "other settings; give the model that it was made with, or make another index"
@@ -350,8 +351,8 @@ class Index:
     def search(self, question: str, **options: Any) -> list[Result]:
         """The passages that answer a question best, the best first.
 
-        Vectors are compared with all passages, exactly. What they propose and what the words propose (BM25) is fused by
-        reciprocal ranks; a reranker, if the index was opened with one, then orders the best of these.
+        Vectors are compared with all passages, exactly. What they propose and what the words propose (BM25) is fused; a
+        reranker, if the index was opened with one, then orders the best of these.
 
         Args:
             question: any text.
@@ -382,17 +383,34 @@ class Index:
             InputError: the condition of `where` is not understood.
         """
         count, where = max(options.candidates, options.top_k, options.reranked), options.where
+        weight = options.vector_weight
+        if weight is None:
+            weight = _SMALL_WEIGHT if self.manifest["model"] is None else 1.0
         lists: list[tuple[float, list[dict[str, Any]]]] = []
         if options.by != "words":
-            lists.append((options.vector_weight, self.store.nearest(vector, count, where)))
+            lists.append((weight, self.store.nearest(vector, count, where)))
         if options.by != "vectors":
             lists.append((options.word_weight, self.store.with_words(question, count, where)))
         rows = {row["id"]: row for _, found in lists for row in found}
         scores = dict.fromkeys(rows, 0.0)
         for weight, found in lists:
-            for rank, row in enumerate(found, 1):
-                scores[row["id"]] += row["score"] if len(lists) == 1 else weight / (options.fusion_constant + rank)
+            for key, score in _parts(found, weight, options, is_fused=len(lists) > 1):
+                scores[key] += score
         return [_result(rows[key], scores[key]) for key in sorted(rows, key=lambda key: (-scores[key], key))]
+
+
+def _parts(
+    found: Sequence[dict[str, Any]], weight: float, options: SearchOptions, is_fused: bool
+) -> Iterator[tuple[str, float]]:
+    """What a list adds to the score of each of its passages."""
+    lowest, highest = (found[-1]["score"], found[0]["score"]) if found else (0.0, 0.0)
+    for rank, row in enumerate(found, 1):
+        if not is_fused:
+            yield row["id"], row["score"]
+        elif options.fusion == "ranks":
+            yield row["id"], weight / (options.fusion_constant + rank)
+        else:
+            yield row["id"], weight * (row["score"] - lowest) / (highest - lowest) if highest > lowest else weight
 
 
 def _result(row: dict[str, Any], score: float) -> Result:
@@ -454,7 +472,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _fingerprint(model: str | None) -> str:
     """A hash of everything that decides a model's vectors: weights, tokenizer, settings."""
-    root = Source(small_model("encoder") if model is None else model)
+    root = Source(small_model("sentence-encoder") if model is None else model)
     folder = root.folder
     if folder is None:
         found = root.find("modules.json") or root.need("config.json")

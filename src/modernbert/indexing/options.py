@@ -76,8 +76,19 @@ class SearchOptions(Options):
     by: str = option("both", "What is compared.", choices=("both", "vectors", "words"))
     candidates: int = option(100, "Passages that vectors, and words, propose before they are fused.", least=1)
     reranked: int = option(50, "Passages that a reranker reads, the best ones.", least=1)
-    fusion_constant: float = option(
-        60.0, "Reciprocal rank fusion: a passage scores weight / (constant + rank) in each list.", least=0
+    fusion: str = option(
+        "scores",
+        "How the lists of vectors and words are fused: by scores, those of a list scaled to 0 to 1, or by ranks "
+        "(reciprocal rank fusion).",
+        choices=("scores", "ranks"),
     )
-    vector_weight: float = option(1.0, "Weight of the list that vectors give.", least=0)
+    fusion_constant: float = option(
+        60.0, "fusion by ranks: a passage scores weight / (constant + rank) in each list.", least=0
+    )
+    vector_weight: float | None = option(
+        None,
+        "Weight of the list that vectors give.",
+        least=0,
+        otherwise="1, or 0.5 where the package's small encoder makes the vectors",
+    )
     word_weight: float = option(1.0, "Weight of the list that words give.", least=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,6 @@ from modernbert.io.hub import Source
 if TYPE_CHECKING:
     from modernbert.pipelines.base import Pipeline
 
-logger = logging.getLogger(__name__)
-
 # Task -> its class, and the small model that comes with the package and serves where none is named, if one does.
 TASKS: dict[str, tuple[str, str | None]] = {
     "fill-mask": ("fill_mask.FillMaskPipeline", "encoder"),
@@ -26,14 +23,13 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "question-answering": ("question_answering.QuestionAnsweringPipeline", None),
     "multiple-choice": ("multiple_choice.MultipleChoicePipeline", None),
     "feature-extraction": ("feature_extraction.FeatureExtractionPipeline", "encoder"),
-    "sentence-embedding": ("sentence_embedding.SentenceEmbeddingPipeline", "encoder"),
-    "sparse-embedding": ("sparse_embedding.SparseEmbeddingPipeline", None),
-    "late-interaction": ("late_interaction.LateInteractionPipeline", None),
-    "text-ranking": ("text_ranking.TextRankingPipeline", "encoder"),
+    "sentence-embedding": ("sentence_embedding.SentenceEmbeddingPipeline", "sentence-encoder"),
+    "sparse-embedding": ("sparse_embedding.SparseEmbeddingPipeline", "sparse-encoder"),
+    "late-interaction": ("late_interaction.LateInteractionPipeline", "multi-vector-encoder"),
+    "text-ranking": ("text_ranking.TextRankingPipeline", "reranker"),
     "text-generation": ("text_generation.TextGenerationPipeline", "decoder"),
     "text-scoring": ("text_scoring.TextScoringPipeline", "decoder"),
 }
-_COMPARING = ("sentence-embedding", "text-ranking")  # what takes a model that was trained to compare
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 # The task of a checkpoint's own head, where nobody names one.
 _USUAL = {
@@ -48,7 +44,7 @@ _USUAL = {
 
 
 def small_model(name: str = "encoder") -> Path:
-    """Folder of the small checkpoint that comes with the package."""
+    """Folder of a small checkpoint that comes with the package, by the name that `TASKS` gives it."""
     return Path(str(files("modernbert"))) / "small" / name
 
 
@@ -74,8 +70,9 @@ def pipeline(
             "sentence-embedding", "sparse-embedding", "late-interaction", "text-ranking", "text-generation" or
             "text-scoring". If it is not given, the task is the one that the model's head was made for.
         model: a folder, a repository on the Hub, or a model, which is put in evaluation mode and needs `tokenizer`. If
-            it is not given, a small model that comes with the package is used: an encoder for fill-mask,
-            feature-extraction, sentence-embedding and text-ranking, a decoder for text-generation and text-scoring.
+            it is not given, a small model that comes with the package is used, if there is one for the task: for
+            fill-mask and feature-extraction, sentence-embedding, sparse-embedding, late-interaction, text-ranking,
+            text-generation and text-scoring.
         tokenizer: a tokenizer, or a folder or repository that holds one. If it is not given, that of the model.
         device: such as "cpu", "cuda:0", or 0 for the first GPU. If it is not given, the CPU is used; a loaded model
             stays on its device.
@@ -119,12 +116,6 @@ def pipeline(
                 f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository"
             )
         model = small_model(small)
-        if task in _COMPARING:
-            logger.warning(
-                "no model is given, so %s uses the package's small encoder, which was trained to fill masks and not to "
-                "compare texts: results are poor; name a model that was trained for this",
-                task,
-            )
         dtype = "float32" if dtype is None else dtype
     return cls.load(model, tokenizer, device=device, dtype=dtype, **kwargs)
 

@@ -17,7 +17,7 @@ from modernbert.errors import InputError, listed
 from modernbert.indexing.index import Index, open_index
 from modernbert.models.placement import resolve_device
 from modernbert.models.sharing import SharedEncoder, encoder_of
-from modernbert.pipelines import pipeline, small_model, task_of
+from modernbert.pipelines import TASKS, pipeline, small_model, task_of
 from modernbert.pipelines.base import Pipeline, left_plain
 from modernbert.pipelines.one_pass import OnePass
 from modernbert.serving.engine import Engine
@@ -101,11 +101,8 @@ class Models:
         self.served: dict[str, Served] = {}
         choices = [ModelChoice.parse(text) for text in options.model]
         if not choices and not given:
-            for name, task in (
-                ("encoder", "fill-mask"),
-                ("encoder", "sentence-embedding"),
-                ("decoder", "text-generation"),
-            ):
+            first = {name: task for task, (_, name) in reversed(TASKS.items()) if name is not None}
+            for name, task in reversed(first.items()):
                 choices.append(ModelChoice(f"small-{name}", str(small_model(name)), task, alone=False))
         shared: list[SharedEncoder] = []
         for name, made in given.items():
