@@ -28,6 +28,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
+    ROOT / "examples" / "README.md",
     *sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.md")]),
 ]
 PUBLIC = {

@@ -1,0 +1,51 @@
+"""Find the sentence of some documents that answers a question: search, rerank, answer.
+
+An index proposes passages quickly, because their vectors and words are stored. A reranker reads the question together
+with each of the few proposed ones, which is slower and more precise; at the end it reads the sentences of the best one.
+
+    pip install '.[search]'
+    python examples/answer_questions.py
+    python examples/answer_questions.py "When is breakfast served?"    # questions of your own about the guest house
+
+It takes six seconds on two processor cores, and prints:
+
+    OUTPUT
+
+The models are the small ones of the package. In earnest take `model="Alibaba-NLP/gte-modernbert-base"` for the index
+and `pipeline("text-ranking", "Alibaba-NLP/gte-reranker-modernbert-base")`; a model of question-answering, such as
+`rankyx/ModernBERT-QnA-base-squad`, gives the words of the answer instead of its sentence.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from modernbert import pipeline
+from modernbert.indexing import build_index, open_index
+
+FOLDER = Path(__file__).parent / "data" / "guesthouse"
+QUESTIONS = [
+    "Who pays for a repair of the boiler?",
+    "What is the network called?",
+    "How much is a room in November?",
+    "When was the house built?",
+    "Where is the nearest vet?",
+]
+
+
+def main(*questions: str) -> None:
+    rank = pipeline("text-ranking")
+    with tempfile.TemporaryDirectory() as place:  # a real index stays on the disk
+        build_index(FOLDER, Path(place) / "index")
+        index = open_index(Path(place) / "index")
+        for question in questions or QUESTIONS:
+            found = index.search(question, top_k=4)
+            best = rank(question, [one.text for one in found])[0]
+            sentences = re.split(r"(?<=[.?!])\s+", found[best["index"]].text.partition("\n\n")[2])
+            answer = rank(question, sentences)[0]
+            print(f"{question} {answer['text']} ({Path(found[best['index']].path).name})")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
