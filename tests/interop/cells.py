@@ -124,7 +124,7 @@ def sentence_transformers():
         moved(encoder, lambda model: model.encode(some)),
         moved(encoder, lambda model: model.encode(some, batch_size=4, prompt="query: ", normalize_embeddings=True)),
         moved(them.CrossEncoder(path, num_labels=1, device="cpu"), lambda model: model.predict(pairs)),
-        moved(them.SparseEncoder(path, device="cpu"), lambda model: model.encode(some), 5e-5),
+        moved(them.SparseEncoder(path, device="cpu"), lambda model: model.encode(some)),
     ]
     kinds = ["SentenceTransformer", "CrossEncoder", "SparseEncoder"]
     if hasattr(them, "MultiVectorEncoder"):

@@ -180,6 +180,19 @@ def test_tokens_that_nobody_sees_change_nothing_for_the_others(dtype, optimized)
             assert torch.isfinite(x.float()).all()
 
 
+def test_under_autocast_a_projection_and_lengths_are_computed_in_float32():
+    """MaxSim adds up 32 cosines, and vectors rounded to bfloat16 are longer or shorter than one by up to 0.3 %."""
+    encoder = MultiVectorEncoder(model_of("ModernBertModel")).eval()
+    packed = PackedInputs.of_rows([list(range(3, 43)), [3, 4, 5]])
+    with torch.no_grad():
+        plain = encoder.token_vectors(packed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            vectors = encoder.token_vectors(packed)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-6, rtol=0)
+    assert 0 < (vectors - plain).abs().max() < 0.05
+
+
 def test_projections_with_a_residual(tmp_path):
     torch.manual_seed(0)
     identity = "torch.nn.modules.linear.Identity"

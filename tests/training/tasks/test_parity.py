@@ -226,5 +226,6 @@ def test_products_in_bfloat16_give_the_losses_of_float32_but_for_their_rounding(
         losses[precision] = [row["loss"] for row in history(output)]
         assert {value.dtype for value in load_file(output / "model.safetensors").values()} == {torch.float32}
         assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
+    # A loss far below 1 moves by more of itself: it is a difference of larger numbers.
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2, abs=1e-2)
     assert losses["bfloat16"] != losses["float32"]
