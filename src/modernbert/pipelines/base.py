@@ -279,6 +279,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         progress: bool = False,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
+        adapter_names: Sequence[str] | None = None,
         **options: Any,
     ) -> Any:
         """Answer one input, a list of inputs (with a list), or any other iterable (with an iterator).
@@ -293,6 +294,9 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
                 gives the `InputError` instead of its answer and continues.
             progress: draw a progress bar on standard error.
             batch_size, batch_tokens: instead of those of the pipeline.
+            adapter_names: for each input of a list the adapter that acts on it, "__base__" for none. Inputs of an
+                adapter are computed together, and get the bits of a call with that adapter alone. The model is switched
+                meanwhile, so other threads must not use it.
             options: the task's own; those of tokenizing may be given as a dict, too, `tokenizer_kwargs`.
 
         Raises:
@@ -305,6 +309,8 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         inputs = self._joined(inputs, {name: options.pop(name, None) for name in self.fields})
         settings = {"on_error": on_error, "progress": progress, **options}
         settings |= {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        if adapter_names is not None and (isinstance(inputs, str | dict) or isinstance(adapter_names, str)):
+            raise InputError(f"adapter_names is {shown(adapter_names)}; give a list of inputs and a list of names")
         if isinstance(inputs, str | dict):
             check_no_tables(inputs)
             return next(self.stream([inputs], **settings))
@@ -312,8 +318,37 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         if isinstance(inputs, list | tuple):
             if not inputs:
                 raise InputError("inputs is an empty list; give at least one")
+            if adapter_names is not None:
+                return self.gather(self._by_adapter(inputs, list(adapter_names), settings))
             return self.gather(list(self.stream(inputs, **settings)))
+        if adapter_names is not None:
+            raise InputError("adapter_names needs a list of inputs, one for each name")
         return self.stream(watched(check_iterable("inputs", inputs)), **settings)
+
+    def _by_adapter(self, inputs: Sequence[Any], names: list[str], settings: dict[str, Any]) -> list[Any]:
+        """Answers in the order of the inputs, computed for one adapter after the other."""
+        owners = (self.model, getattr(self.model, "model", None))
+        adapted: Any = next((owner for owner in owners if getattr(owner, "adapter_names", None)), None)
+        known = [] if adapted is None else adapted.adapter_names
+        if len(names) != len(inputs):
+            raise InputError(f"adapter_names has {len(names)} names and there are {len(inputs)} inputs")
+        if unknown := [name for name in names if name not in (*known, "__base__")]:
+            raise InputError(f"adapter_names holds {shown(unknown[0])}; the model has {listed(known) or 'no adapters'}")
+        if adapted is None:
+            return list(self.stream(inputs, **settings))
+        before, answers = adapted.active_adapters(), dict[int, Any]()
+        try:
+            for name in dict.fromkeys(names):
+                own = [i for i, other in enumerate(names) if other == name]
+                if name == "__base__":
+                    adapted.disable_adapters()
+                elif adapted.active_adapters() != [name]:
+                    adapted.set_adapter(name)
+                answers.update(zip(own, self.stream([inputs[i] for i in own], **settings), strict=True))
+        finally:
+            if adapted.active_adapters() != before:
+                adapted.set_adapter(before) if before else adapted.disable_adapters()
+        return [answers[i] for i in range(len(inputs))]
 
     def predict(self, X: Any, **options: Any) -> Any:
         """The same as a call, under the name that scikit-learn has for it."""
