@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from modernbert.checks import kinds_of
 from modernbert.corpus.contract import Record, make_engine, parse_engine_options
 from modernbert.corpus.inputs import find_files
 from modernbert.corpus.keys import KeySet
-from modernbert.corpus.manifest import MANIFEST, check_same, identity, keys_of, manifest, records_of
+from modernbert.corpus.manifest import MANIFEST, check_same, identity, kept, keys_of, manifest, records_of
 from modernbert.corpus.options import CorpusOptions
 from modernbert.corpus.output import Output
 from modernbert.corpus.plan import Met, Plan, shard_size_of
 from modernbert.corpus.progress import Progress
 from modernbert.corpus.settings import Settings
-from modernbert.corpus.work import Work
+from modernbert.corpus.work import RUN, Work
 from modernbert.errors import InputError
 from modernbert.io.files import locked
 from modernbert.pipelines import ALIASES, TASKS, task_of
@@ -104,7 +105,9 @@ def run(
         about: dict[str, Any] = {"model": settings.model, "settings": dataclasses.asdict(settings), "inputs": named}
         about |= {"columns": chosen.column}
         folder.write_json(MANIFEST, manifest(made_with, {**about, "is complete": False}, []))
-        records = records_of(folder)
+        run = uuid.uuid4().hex
+        folder.write_json(RUN, {"run": run})
+        records = records_of(folder, chosen.retry_failed)
         keys = KeySet(Path(folder.root) if folder.is_local else None)
         stack.callback(keys.close)
         for some in keys_of(folder, records):
@@ -112,13 +115,12 @@ def run(
         size = shard_size_of(chosen.shard_size, settings)
         plan = Plan(files, settings, chosen.column, chosen.keep, size, keys, folder)
         teller = stack.enter_context(Progress(folder, plan.met, engine, progress))
-        before = len(records)
-        for record in engine.run(plan.units(), Work(settings, folder)):
-            records[record["name"]] = record
+        for record in engine.run(plan.units(), Work(settings, folder, run)):
+            records[record["name"]] = kept(record)
             teller.tell(record)
         if not plan.met.rows:
             raise InputError(next(iter(plan.met.files.values()), f"{', '.join(named)} hold no text"))
-        report = _report(str(output), plan.met, list(records.values()), before)
+        report = _report(str(output), plan.met, list(records.values()))
         about |= {"counts": _counts(report), "is complete": True}
         folder.write_json(MANIFEST, manifest(made_with, about, list(records.values())))
     return report
@@ -152,7 +154,7 @@ def _absolute(name: Any) -> str:
     return str(path.resolve()) if path.is_dir() else str(name)
 
 
-def _report(output: str, met: Met, records: list[Record], before: int) -> CorpusReport:
+def _report(output: str, met: Met, records: list[Record]) -> CorpusReport:
     sums = {name: sum(record[name] for record in records) for name in ("texts", "failed", "tokens", "truncated")}
     return CorpusReport(
         output, met.rows, met.unreadable, met.duplicates, computed=met.new, files=dict(met.files), **sums
