@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import uuid
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from modernbert.checks import kinds_of
 from modernbert.corpus.contract import Record, make_engine, parse_engine_options
 from modernbert.corpus.inputs import find_files
 from modernbert.corpus.keys import KeySet
-from modernbert.corpus.manifest import MANIFEST, check_same, identity, kept, keys_of, manifest, records_of
+from modernbert.corpus.lance import add_shards, check_lance
+from modernbert.corpus.manifest import MANIFEST, check_same, errors_in, identity, kept, keys_of, manifest, records_of
 from modernbert.corpus.options import CorpusOptions
 from modernbert.corpus.output import Output
 from modernbert.corpus.plan import Met, Plan, shard_size_of
@@ -23,11 +25,12 @@ from modernbert.corpus.settings import Settings
 from modernbert.corpus.work import RUN, Work
 from modernbert.errors import InputError
 from modernbert.io.files import locked
-from modernbert.pipelines import ALIASES, TASKS, task_of
+from modernbert.pipelines import ALIASES, COMPARING, TASKS, task_of, warn_of_small_model
 from modernbert.pipelines.options import OPTIONS
 
 logger = logging.getLogger(__name__)
 
+_LISTED = 10  # reasons in a report
 _LOADING = ("device", "dtype", "revision", "adapter", "attn_implementation", "batch_tokens")
 
 
@@ -44,6 +47,7 @@ class CorpusReport:
         texts, failed: distinct texts that the output holds an answer for, and those that could not be answered.
         tokens, truncated: tokens of the answered texts, and how many of these were cut.
         files: that could not be read, with the reason.
+    reasons: why rows could not be read and texts could not be answered, some of each.
     """
 
     output: str
@@ -56,6 +60,7 @@ class CorpusReport:
     tokens: int
     truncated: int
     files: dict[str, str]
+    reasons: list[str]
 
 
 def run(
@@ -95,6 +100,8 @@ def run(
     settings = settings_of(task, model, tokenizer, options, chosen.store)
     engine = make_engine(chosen.engine, parse_engine_options(chosen.engine_options))
     folder = Output(str(output))
+    if chosen.format == "lance":
+        check_lance(folder)
     files = find_files(named, folder.root)
     with contextlib.ExitStack() as stack:
         if folder.is_local:
@@ -120,7 +127,10 @@ def run(
             teller.tell(record)
         if not plan.met.rows:
             raise InputError(next(iter(plan.met.files.values()), f"{', '.join(named)} hold no text"))
-        report = _report(str(output), plan.met, list(records.values()))
+        folder.remove("work")
+        if chosen.format == "lance":
+            add_shards(folder, [name for name, record in records.items() if record["texts"]])
+        report = _report(folder, str(output), plan.met, list(records.values()))
         about |= {"counts": _counts(report), "is complete": True}
         folder.write_json(MANIFEST, manifest(made_with, about, list(records.values())))
     return report
@@ -135,6 +145,8 @@ def settings_of(
     task = ALIASES.get(task, task)
     if task not in TASKS:
         raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
+    if model is None and task in COMPARING:
+        warn_of_small_model(task)
     if model is None and TASKS[task][1] is None:
         raise InputError(f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository")
     rest = {name: value for name, value in options.items() if value is not None}
@@ -154,10 +166,19 @@ def _absolute(name: Any) -> str:
     return str(path.resolve()) if path.is_dir() else str(name)
 
 
-def _report(output: str, met: Met, records: list[Record]) -> CorpusReport:
+def _report(folder: Output, output: str, met: Met, records: list[Record]) -> CorpusReport:
     sums = {name: sum(record[name] for record in records) for name in ("texts", "failed", "tokens", "truncated")}
+    lost = (error for record in records if record["failed"] for error in errors_in(folder, record["name"]))
+    reasons = [*met.reasons, *(error["error"] for error in itertools.islice(lost, _LISTED))]
     return CorpusReport(
-        output, met.rows, met.unreadable, met.duplicates, computed=met.new, files=dict(met.files), **sums
+        output,
+        met.rows,
+        met.unreadable,
+        met.duplicates,
+        computed=met.new,
+        files=dict(met.files),
+        reasons=reasons,
+        **sums,
     )
 
 

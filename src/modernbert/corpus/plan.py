@@ -22,6 +22,7 @@ from modernbert.errors import InputError
 from modernbert.io.tables.columns import Field, parse_columns
 
 _SHARD_BYTES, _TEXT_BYTES = 4 * 2**20, 1024  # of texts in a shard at the most; more where it is to have more texts
+_LISTED = 5  # reasons
 _LONG, _SHORT = 4096, 256  # texts of a shard by default; the second where each token has a vector
 
 
@@ -35,7 +36,8 @@ class Met:
         duplicates: rows whose text an earlier row of this run had.
         new: distinct texts that were not computed before.
         size, total: bytes of the files read so far, and of all.
-        files: that could not be read, or not to their end, with the reason.
+        reasons: why rows could not be read, the first of them.
+    files: that could not be read, or not to their end, with the reason.
     """
 
     rows: int = 0
@@ -44,6 +46,7 @@ class Met:
     new: int = 0
     size: int = 0
     total: int = 0
+    reasons: list[str] = dataclasses.field(default_factory=list)
     files: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -115,6 +118,7 @@ class Plan:
                         if isinstance(row, InputError):
                             errors.write(_error_line(file.name, batch.first + i, str(row)))
                             about["unreadable"] += 1
+                            self.met.reasons += [str(row)] * (len(self.met.reasons) < _LISTED)
                     about["rows"] += len(batch.rows)
                     self.met.rows += len(batch.rows)
                     self.met.unreadable += len(batch.rows) - len(readable)

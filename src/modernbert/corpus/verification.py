@@ -138,7 +138,7 @@ def _read(
     found: dict[Key, tuple[Any, ...]] = {}
     left = dict(keys)
     try:
-        (file,) = find_files([name], "")
+        (file,) = find_files([name])
         for batch in read_batches(file, settings.form, columns_of(column, settings.form), []):
             for i in [i for i in range(len(batch.rows)) if batch.first + i in left]:
                 row, key = batch.rows[i], left.pop(batch.first + i)
