@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modernbert.checks import kinds_of
+from modernbert.checks import fields_of, kinds_of
 from modernbert.corpus.contract import Record, make_engine, parse_engine_options
 from modernbert.corpus.inputs import find_files
 from modernbert.corpus.keys import KeySet
@@ -149,7 +149,8 @@ def settings_of(
         warn_of_small_model(task)
     if model is None and TASKS[task][1] is None:
         raise InputError(f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository")
-    rest = {name: value for name, value in options.items() if value is not None}
+    meant = {field.name for field in fields_of(OPTIONS[task]) if field.default is not None}  # where None says something
+    rest = {name: value for name, value in options.items() if value is not None or name in meant}
     loading = {name: rest.pop(name) for name in _LOADING if name in rest}
     fixed: dict[str, str] = {name: rest.pop(name) for name in ("query", "question") if name in rest}
     own = kinds_of(OPTIONS[task])

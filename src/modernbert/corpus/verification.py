@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from modernbert.corpus.contract import Record
 from modernbert.corpus.inputs import find_files, read_batches
 from modernbert.corpus.keys import AGAIN, KeySet
-from modernbert.corpus.machine import machine_of
 from modernbert.corpus.manifest import MANIFEST, check_same, identity
 from modernbert.corpus.output import Output
 from modernbert.corpus.plan import columns_of
@@ -136,7 +135,7 @@ def _read(
 ) -> dict[Key, tuple[Any, ...]]:
     """Texts of rows of a file that still have the keys that they had."""
     found: dict[Key, tuple[Any, ...]] = {}
-    left = dict(keys)
+    left, there = dict(keys), 0
     try:
         (file,) = find_files([name])
         for batch in read_batches(file, settings.form, columns_of(column, settings.form), []):
@@ -144,11 +143,12 @@ def _read(
                 row, key = batch.rows[i], left.pop(batch.first + i)
                 if isinstance(row, tuple) and settings.keys([row])[0] == key:
                     found[key] = row
+                    there += 1
             if not left:
                 break
     except InputError:
         pass  # they count as changed
-    report.changed += len(keys) - len(found)
+    report.changed += len(keys) - there
     return found
 
 
@@ -163,7 +163,7 @@ def _compare(
         pa.table({"key": pa.array(list(chosen), pa.binary(32)), **{n: list(v) for n, v in columns.items()}})
     )
     here = dict(contents_of(table))
-    machine = machine_of(transform.pipeline)
+    machine = transform.machine
     for name, about in manifest["shards"].items():
         if about["sha256"] is None or f"{name}.parquet" in report.damaged:
             continue

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from modernbert.corpus.contract import Record, Unit
-from modernbert.corpus.machine import machine_of
 from modernbert.corpus.output import CorpusError, Output
 from modernbert.corpus.settings import Settings
 from modernbert.corpus.transform import Transform
@@ -74,7 +73,7 @@ class Work:
             "truncated": int(pa.compute.sum(answers["truncated"]).as_py() or 0),
             "sha256": None,
             "bytes": 0,
-            "machine": machine_of(self.transform.pipeline),
+            "machine": self.transform.machine,
         }
         if (self.output.read_json(RUN) or {}).get("run") != self.run:
             raise CorpusError(f"another run writes to {self.output.place} now; this one ends")
