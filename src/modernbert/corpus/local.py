@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -22,6 +23,7 @@ from modernbert.errors import printable
 from modernbert.training.threads import cores, quota
 
 _HEAD = struct.Struct("<Q")  # bytes of a message
+_PATIENCE = 10.0  # seconds in which a thread ends once its process is gone
 _STARTS = 3  # of a process that dies before it has loaded the model
 
 
@@ -79,6 +81,8 @@ class LocalEngine:
             feed.stop()
             for worker in pool:
                 worker.end()
+            for thread in threads:
+                thread.join(_PATIENCE)
             self.workers = []
 
 
@@ -118,7 +122,8 @@ class _Worker:
 
     @property
     def number(self) -> int:
-        return self._process.pid if self._process is not None else 0
+        process = self._process
+        return process.pid if process is not None else 0
 
     def ask(self, unit: Unit) -> Record:
         """The record of a unit; raises `EOFError` if the process died."""
@@ -169,17 +174,27 @@ class _Worker:
 
     def _last_words(self, process: subprocess.Popen[bytes]) -> str:
         code = process.wait()
-        self._process = None
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()
+        self.close()
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
+    def close(self) -> None:
+        """End the process and let go of it; for the thread that asks it."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    if stream is not None:
+                        stream.close()
+
     def end(self) -> None:
+        """Have the process end, whatever it does; for other threads."""
         with self._lock:
             self._ended = True
-            if self._process is not None:
-                self._process.kill()
+            process = self._process
+            if process is not None:
+                process.kill()
 
 
 def _drive(worker: _Worker, feed: _Feed, done: queue.SimpleQueue[Any]) -> None:
@@ -187,12 +202,13 @@ def _drive(worker: _Worker, feed: _Feed, done: queue.SimpleQueue[Any]) -> None:
     try:
         while (unit := feed.next()) is not None:
             done.put(_tried(worker, unit))
-        worker.end()
         done.put(None)
     except _EndedError:
         done.put(None)
     except BaseException as error:  # of the reader of the corpus, or of the work
         done.put(error)
+    finally:
+        worker.close()
 
 
 def _tried(worker: _Worker, unit: Unit) -> Record:

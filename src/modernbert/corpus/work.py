@@ -126,7 +126,8 @@ class Work:
             self.output.write_json(note, {**state, "now": step})
             parts.append(self.transform(unit.table.take(step)))
         order = [row for step in ([sorted(bad)] if bad else []) + steps for row in step]
-        return pa.concat_tables(parts).take(sorted(rows, key=order.index))
+        place = {row: i for i, row in enumerate(order)}
+        return pa.concat_tables(parts).take([place[row] for row in rows])
 
     def _refused(self, table: Any) -> Any:
         """Errors for all texts of a table."""
