@@ -50,9 +50,7 @@ class LocalEngine:
     options = LocalOptions
 
     def __init__(self, processes: int | None = None, threads: int | None = None) -> None:
-        usable = min(cores(), int(quota() or cores()) or 1)
-        self.processes = max(1, usable // 4) if processes is None else processes
-        self.threads = threads or max(1, usable // max(1, self.processes))
+        self.processes, self.threads = processes, threads
         self.workers: list[int] = []
 
     def run(self, units: Iterator[Unit], work: Callable[[Unit], Record]) -> Iterator[Record]:
@@ -60,9 +58,13 @@ class LocalEngine:
         if self.processes == 0:
             yield from map(work, units)
             return
+        gpus = _gpus(getattr(work, "device", None))
+        usable = max(1, min(cores(), int(quota() or cores())))
+        processes = self.processes or gpus or max(1, usable // 4)
+        threads_each = self.threads or max(1, usable // processes)
         done: queue.SimpleQueue[Record | BaseException | None] = queue.SimpleQueue()
         feed = _Feed(units)
-        pool = [_Worker(work, self.threads, i, self.processes) for i in range(self.processes)]
+        pool = [_Worker(work, threads_each, i % gpus if gpus > 1 else None) for i in range(processes)]
         threads = [threading.Thread(target=_drive, args=(worker, feed, done), daemon=True) for worker in pool]
         for thread in threads:
             thread.start()
@@ -86,6 +88,15 @@ class LocalEngine:
             self.workers = []
 
 
+def _gpus(device: str | None) -> int:
+    """How many GPUs there are to share out; 0 where none is wanted, or one that is named."""
+    if device not in ("cuda", "gpu"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
 class _EndedError(Exception):
     """The job ended while a process was to be started."""
 
@@ -107,8 +118,8 @@ class _Feed:
 class _Worker:
     """A process that computes units one after another, and is started again if it dies."""
 
-    def __init__(self, work: Callable[[Unit], Record], threads: int, index: int, of: int) -> None:
-        self._work, self._index, self._ended = pickle.dumps(work), index, False
+    def __init__(self, work: Callable[[Unit], Record], threads: int, gpu: int | None) -> None:
+        self._work, self._ended = pickle.dumps(work), False
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._environment = {
@@ -117,8 +128,10 @@ class _Worker:
             "OMP_NUM_THREADS": str(threads),
             "OMP_WAIT_POLICY": "passive",
             "RAYON_NUM_THREADS": str(threads),
-            "MODERNBERT_CORPUS_WORKER": f"{index}/{of}",
         }
+        if gpu is not None:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            self._environment["CUDA_VISIBLE_DEVICES"] = seen[gpu] if seen != [""] else str(gpu)
 
     @property
     def number(self) -> int:

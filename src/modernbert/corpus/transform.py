@@ -121,9 +121,12 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 def _load(settings: Settings) -> tuple[Any, Answers]:
     """The pipeline, and how its answers are stored."""
-    from modernbert.pipelines import pipeline
+    from modernbert.pipelines import TASKS, pipeline, small_model
 
-    made: Any = pipeline(settings.task, settings.model, settings.tokenizer, **settings.loading)
+    model, loading = settings.model, dict(settings.loading)
+    if model is None:  # which whoever began the job was warned of
+        model, loading = str(small_model(TASKS[settings.task][1] or "encoder")), {"dtype": "float32", **loading}
+    made: Any = pipeline(settings.task, model, settings.tokenizer, **loading)
     options = _options(settings)
     made.resolve(made.given(options))  # a wrong option is an error of the job, and not of each text
     return made, _kind(settings, made, options)

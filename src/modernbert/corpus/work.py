@@ -46,6 +46,12 @@ class Work:
     def __init__(self, settings: Settings, output: Output, run: str) -> None:
         self.transform, self.output, self.run = Transform(settings), output, run
 
+    @property
+    def device(self) -> str | None:
+        """Where models compute, as it was given."""
+        given = self.transform.settings.loading.get("device")
+        return None if given is None else str(given)
+
     def prepare(self) -> None:
         """Load the model, which the first call does otherwise; raises what a call raises for it."""
         self.transform.schema  # noqa: B018
