@@ -6,8 +6,8 @@
     python benchmarks/corpus.py peer --texts 200 --size small  # at length: --texts 20000 --size base --words 200
     python benchmarks/corpus.py stream --engine local --engine ray:actors=2
 
-Texts are random words drawn by Zipf's law, of 1 to 2 x `--words` words, a hundredth of them duplicates; `--size base` has
-random weights.
+Texts are random words drawn by Zipf's law, of 1 to 2 x `--words` words, a hundredth of them duplicates. `--size base`
+has random weights.
 
 - digests: the SHA-256 over sorted keys and vectors of a pipeline called in this process, of each engine, of another
   shard size, of another order of files, and of a job that is killed (-9) at random moments and run again.
@@ -155,7 +155,7 @@ def stream(arguments, folder):
     out = {"bare": bare(folder / "in", model)}
     print(f"{'bare pipeline':<30}{out['bare']['texts_per_second']:>12,.0f} texts/s")
     for engine in arguments.engine:
-        _, lines = job(folder / "in", folder / "out", model, engine)
+        _, lines = job(folder / "in", folder / "out", model, engine, shard_size=shard_size(arguments))
         last = lines[-1]
         first_seconds, first_texts = lines[0]["seconds"], lines[0]["texts"]  # up to the first shard the model is loaded
         rate = (last["texts"] - first_texts) / max(1e-9, last["seconds"] - first_seconds)
@@ -178,6 +178,11 @@ def stream(arguments, folder):
         )
         shutil.rmtree(folder / "out")
     return out
+
+
+def shard_size(arguments):
+    """That of jobs, or less, so that there are some shards after the first."""
+    return max(16, min(4096, arguments.texts // 20))
 
 
 def bare(places, model):
@@ -211,7 +216,7 @@ def peer(arguments, folder):
             subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1]
         )
     for engine in arguments.engine:
-        _, lines = job(folder / "in", folder / engine, model, engine, shard_size=max(16, arguments.texts // 20))
+        _, lines = job(folder / "in", folder / engine, model, engine, shard_size=shard_size(arguments))
         rate = (lines[-1]["texts"] - lines[0]["texts"]) / max(1e-9, lines[-1]["seconds"] - lines[0]["seconds"])
         out[engine] = {"texts_per_second": rate}
     best = max(value["texts_per_second"] for name, value in out.items() if name.startswith("datasets"))
