@@ -114,6 +114,7 @@ def run(
         folder.write_json(MANIFEST, manifest(made_with, {**about, "is complete": False}, []))
         run = uuid.uuid4().hex
         folder.write_json(RUN, {"run": run})
+        folder.tidy()
         records = records_of(folder, chosen.retry_failed)
         keys = KeySet(Path(folder.root) if folder.is_local else None)
         stack.callback(keys.close)

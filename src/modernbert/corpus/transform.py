@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from modernbert.corpus.settings import Settings
 from modernbert.errors import InputError, printable
 
 _LOADED: dict[str, tuple[Any, Answers]] = {}  # models of this process, by their settings: each is loaded once
+_MOST = 2  # models that are kept
 _LOADING = threading.Lock()
 _LONGEST = 500  # characters of a reason
 
@@ -110,6 +110,8 @@ class Transform:
         known = self.settings.to_json()
         with _LOADING:
             if known not in _LOADED:
+                while len(_LOADED) >= _MOST:
+                    _LOADED.pop(next(iter(_LOADED)))
                 _LOADED[known] = _load(self.settings)
             return _LOADED[known]
 
@@ -176,8 +178,3 @@ def _bare(pipeline: Any, answer: Any) -> Any:
 def _reason(error: Exception) -> str:
     name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
     return printable(" ".join(f"{name}{error}".split()), limit=_LONGEST)
-
-
-def describe(settings: Settings) -> str:
-    """The settings for a schema's metadata."""
-    return json.dumps({"task": settings.task, "model": settings.model, "store": settings.store})
