@@ -32,6 +32,7 @@ PAGES = [
 ]
 PUBLIC = {
     "modernbert",
+    "modernbert.corpus",
     "modernbert.errors",
     "modernbert.indexing",
     "modernbert.interop",
