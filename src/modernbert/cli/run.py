@@ -21,15 +21,14 @@ from modernbert.cli.inputs import (
     check_arguments,
     checkpoint_fingerprint,
     fingerprint,
-    form_of,
     from_arguments,
     from_records,
-    main_of,
     parse_options,
 )
 from modernbert.cli.messages import InterruptedCommandError, counted, in_flags, say
 from modernbert.errors import InputError, printable
 from modernbert.pipelines import ALIASES
+from modernbert.pipelines.forms import form_of, main_of
 from modernbert.pipelines.options import OPTIONS
 
 _LISTED = 10  # inputs that could not be answered, at the end

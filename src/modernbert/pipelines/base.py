@@ -80,6 +80,7 @@ class Job(Generic[RowT, ResultT]):
     rows: list[RowT] = dataclasses.field(default_factory=list)
     results: list[ResultT] = dataclasses.field(default_factory=list)
     error: InputError | None = None
+    is_cut: bool = False  # whether a text of it was cut, if that was asked for
     given: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the caller, if it calls step by step
 
 
@@ -377,8 +378,18 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         sizes = BatchOptions(batch_tokens=batch_tokens or self.batch_tokens, batch_size=batch_size or self.batch_size)
         items = inputs if isinstance(inputs, list | tuple) else check_iterable("inputs", inputs)
         total = len(inputs) if isinstance(inputs, Sized) else None
-        answers = self._stream(items, resolved, on_error == "return", itertools.count(first), sizes)
+        jobs = self._stream(items, resolved, on_error == "return", itertools.count(first), sizes)
+        answers = (answer for _, answer in jobs)
         return progress_bar(answers, total, self.task) if progress else answers
+
+    def stream_with_jobs(self, inputs: Iterable[Any], **options: Any) -> Iterator[tuple[Job[RowT, ResultT], Any]]:
+        """As `stream` with on_error="return", and each answer with its job: what the model saw, and whether it was cut.
+
+        It costs a second look at texts that were cut, and at those tokenized together with them.
+        """
+        sizes = BatchOptions(batch_tokens=self.batch_tokens, batch_size=self.batch_size)
+        resolved = self.resolve(self.given(options))
+        return self._stream(inputs, resolved, True, itertools.count(), sizes, marks_cut=True)
 
     def given(self, options: dict[str, Any]) -> Any:
         """The options of a call, over those that were given when the pipeline was made; raises `InputError`."""
@@ -389,27 +400,40 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         return own_options(options, self.task, self.options)
 
     def _stream(
-        self, inputs: Iterable[Any], options: OptionsT, go_on: bool, numbers: Iterator[int], sizes: BatchOptions
-    ) -> Iterator[Any]:
+        self,
+        inputs: Iterable[Any],
+        options: OptionsT,
+        go_on: bool,
+        numbers: Iterator[int],
+        sizes: BatchOptions,
+        marks_cut: bool = False,
+    ) -> Iterator[tuple[Job[RowT, ResultT], Any]]:
+        """Jobs with their answers, or with the `InputError` of those that have none."""
         iterator = iter(inputs)
         broken: Exception | None = None
         while broken is None:
-            window, broken = self._window(iterator, options, go_on, numbers, sizes.batch_tokens or 1)
+            window, broken = self._window(iterator, options, go_on, numbers, sizes.batch_tokens or 1, marks_cut)
             if not window and broken is None:
                 return
             self._run(window, options, sizes)
             while window:
                 job = window.popleft()
                 if job.error is None:
-                    yield self.finish(job, options)
+                    yield job, self.finish(job, options)
                 elif go_on:
-                    yield job.error
+                    yield job, job.error
                 else:
                     raise job.error
         raise broken
 
     def _window(
-        self, iterator: Iterator[Any], options: OptionsT, go_on: bool, numbers: Iterator[int], budget: int
+        self,
+        iterator: Iterator[Any],
+        options: OptionsT,
+        go_on: bool,
+        numbers: Iterator[int],
+        budget: int,
+        marks_cut: bool,
     ) -> tuple[collections.deque[Job[RowT, ResultT]], Exception | None]:
         """The next jobs, enough for several forward passes; up to an error where it ends the stream.
 
@@ -425,7 +449,8 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
                     items.append(item)
             except Exception as error:
                 broken = error
-            for job in self._prepared(items, options) if items else ():
+            prepared = self._marked if marks_cut else self._prepared
+            for job in prepared(items, options) if items else ():
                 number = next(numbers)
                 for row in job.rows:
                     row.number = number
@@ -448,6 +473,16 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             if len(items) == 1:
                 return [Job(items[0], error=error)]
         return [job for item in items for job in self._prepared([item], options)]
+
+    def _marked(self, items: list[Any], options: OptionsT) -> list[Job[RowT, ResultT]]:
+        """As `_prepared`, and each job says whether a text of it was cut."""
+        with cut_texts() as cut:
+            jobs = self._prepared(items, options)
+        for job in jobs if cut else ():
+            with cut_texts() as own:
+                self._prepared([job.item], options)
+            job.is_cut = bool(own)
+        return jobs
 
     def _run(self, window: collections.deque[Job[RowT, ResultT]], options: OptionsT, sizes: BatchOptions) -> None:
         rows = [(job, i) for job in window for i in range(len(job.rows))]
