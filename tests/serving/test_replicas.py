@@ -161,11 +161,12 @@ def asked_front(handle, retries=2):
     scope = {"type": "http", "method": "GET", "path": "/v1/models", "query_string": b"", "headers": [], "server": None}
 
     async def run():
-        sent = []
+        sent, read = [], []
 
         async def receive():
-            if sent:
-                await asyncio.Event().wait()
+            if read:
+                await asyncio.Event().wait()  # the client stays
+            read.append(True)
             return {"type": "http.request", "body": b"", "more_body": False}
 
         async def send(message):
