@@ -41,7 +41,9 @@ def check_arguments(texts: list[str]) -> None:
             if Path(text).is_file():
                 raise InputError(f"{text} is a file; did you mean --file {text}? ({stdin})")
             if Path(text).is_dir() and os.sep in text:
-                raise InputError(f"{text} is a folder; give a file with --file ({stdin})")
+                raise InputError(
+                    f"{text} is a folder; give a file with --file, or a folder with --output for a corpus ({stdin})"
+                )
         if text.lower().endswith(SUFFIXES) and not any(map(str.isspace, text)):
             raise InputError(f"{text} is an argument that ends like a file, and there is no such file ({stdin})")
 

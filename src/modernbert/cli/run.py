@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from modernbert.checks import OptionField, Options, fields_of, kinds_of, option
+from modernbert.cli.corpus import are_places, run_corpus
 from modernbert.cli.flags import Command, flag, with_signature
 from modernbert.cli.inputs import (
     check_arguments,
@@ -26,7 +27,9 @@ from modernbert.cli.inputs import (
     parse_options,
 )
 from modernbert.cli.messages import InterruptedCommandError, counted, in_flags, say
+from modernbert.corpus.options import CorpusOptions
 from modernbert.errors import InputError, printable
+from modernbert.io.tables.writing import WRITTEN
 from modernbert.pipelines import ALIASES
 from modernbert.pipelines.forms import form_of, main_of
 from modernbert.pipelines.options import OPTIONS
@@ -95,6 +98,21 @@ class Answering:
         to_people = self.output is None and not self.as_json and sys.stdout.isatty()
         streams = serve.task == "text-generation" and to_people and serve.can_stream(**options)
         self.answer(serve, options, Streamed(serve) if streams else serve)
+
+    def run_corpus(self, of_corpora: dict[str, Any], given: dict[str, Any]) -> None:
+        """Answer the files of folders with these options."""
+        if self.file is not None:
+            raise InputError("texts are given both as arguments and by --file; give one of them")
+        for name in ("as_json", "overwrite"):
+            if getattr(self, name):
+                raise InputError(f"--{'json' if name == 'as_json' else name} is for texts and files, not for folders")
+        loading = {n: getattr(self, n) for n in ("revision", "adapter", "attn_implementation", "batch_tokens")}
+        loading |= {n: getattr(self, n) for n in ("task", "model", "tokenizer", "device", "dtype")}
+        loading |= {**self.fixed, **of_corpora, "column": self.column}
+        named = parse_options(self.options) | {n: value for n, value in given.items() if value not in (None, [])}
+        run_corpus(
+            self.texts or [], Path(self.output or ""), {n: v for n, v in loading.items() if v is not None} | named
+        )
 
     def check(self) -> None:
         """Refuse what cannot be read or written before a model is loaded for it."""
@@ -335,15 +353,28 @@ _VECTORS = Annotated[Path, typer.Option(help="Write to this .npy (texts x dimens
 
 def _command(doc: str, task: str | None, own: list[inspect.Parameter], without: tuple[str, ...]) -> Callable[..., None]:
     """A command on texts; its flags are the fields of `Answering` and options of its own."""
+    corpora = {field.name: field for field in fields_of(CorpusOptions) if field.name != "column"}
+    if task == "text-scoring":
+        corpora = {}
     shared = [field for field in fields_of(Answering) if field.name not in ("texts", "vectors", *without)]
 
     def run(**given: Any) -> None:
+        of_corpora = {name: value for name in corpora if (value := given.pop(name)) not in (None, [], False)}
         names = [field.name for field in fields_of(Answering) if field.name in given]
         common = {name: value for name in names if (value := given.pop(name)) is not None}
-        Answering(**{"task": task, **common}, vectors=task == "sentence-embedding").run(given)
+        answering = Answering(**{"task": task, **common}, vectors=task == "sentence-embedding")
+        if are_places(answering.texts, answering.output, list(WRITTEN)):
+            answering.run_corpus(of_corpora, given)
+        elif of_corpora:
+            raise InputError(
+                f"--{next(iter(of_corpora)).replace('_', '-')} is for folders, globs and files given as arguments, "
+                "with a folder as --output"
+            )
+        else:
+            answering.run(given)
 
     texts = inspect.Parameter("texts", _KEYWORD, default=None, annotation=_TEXTS)
-    return with_signature(run, [texts, *map(flag, shared), *own], doc)
+    return with_signature(run, [texts, *map(flag, shared), *own, *map(flag, corpora.values())], doc)
 
 
 def _flagged(options: type[Options]) -> list[tuple[OptionField, str]]:
@@ -379,6 +410,9 @@ run = _command(
     `modernbert run --task TASK --help` lists the options of a task. An interrupted command that has --output continues
     where it was when it is run again.
 
+    Folders, globs and files as arguments, with a folder as --output, are a corpus: distinct texts are answered once,
+    into shards of Parquet.
+
     Example: modernbert run "The capital of France is [MASK]."
     """,
     None,
@@ -398,6 +432,9 @@ score = _command(
 )
 embed = _command(
     """Write a vector for each text, from arguments, a file or standard input.
+
+    Folders, globs and files as arguments, with a folder as --output, are a corpus: distinct texts are computed once,
+    into shards of Parquet, and an interrupted command continues when it is run again.
 
     With --skip-errors, a text that cannot be embedded gets NaN in .npy, and its error message in other files.
 

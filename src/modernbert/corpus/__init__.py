@@ -12,12 +12,13 @@ _EXPORTS = {
     "CorpusReport": "corpus.job",
     "Settings": "corpus.settings",
     "Transform": "corpus.transform",
-    "VerifyReport": "corpus.verify",
+    "CorpusError": "corpus.output",
+    "VerifyReport": "corpus.verification",
     "answers": "corpus.results",
     "digest": "corpus.results",
     "digest_of": "corpus.results",
     "run": "corpus.job",
-    "verify": "corpus.verify",
+    "verify": "corpus.verification",
 }
 __getattr__, __dir__ = exports(__name__, _EXPORTS)
 __all__ = __dir__()

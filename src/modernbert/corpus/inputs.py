@@ -74,7 +74,7 @@ class Batch(NamedTuple):
     size: int
 
 
-def find_files(places: Sequence[str], without: str) -> list[File]:
+def find_files(places: Sequence[str], without: str | None = None) -> list[File]:
     """The files of folders, globs and names, each once, in the order of their names.
 
     Args:
@@ -94,7 +94,7 @@ def find_files(places: Sequence[str], without: str) -> list[File]:
         files = {
             _full(system, name): File(_full(system, name), system, name, int(about.get("size") or 0))
             for name, about in names.items()
-            if not _full(system, name).startswith(without.rstrip("/") + "/")
+            if without is None or not name.startswith(without.rstrip("/") + "/")
         }
         wrong = [name for name, file in files.items() if file.suffix not in READ]
         if names and len(names) == 1 and wrong and path in names:

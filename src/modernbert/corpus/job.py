@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modernbert.checks import kinds_of
+from modernbert.checks import fields_of, kinds_of
 from modernbert.corpus.contract import Record, make_engine, parse_engine_options
 from modernbert.corpus.inputs import find_files
 from modernbert.corpus.keys import KeySet
-from modernbert.corpus.manifest import MANIFEST, check_same, identity, keys_of, manifest, records_of
+from modernbert.corpus.lance import add_shards, check_lance
+from modernbert.corpus.manifest import MANIFEST, check_same, errors_in, identity, kept, keys_of, manifest, records_of
 from modernbert.corpus.options import CorpusOptions
 from modernbert.corpus.output import Output
 from modernbert.corpus.plan import Met, Plan, shard_size_of
 from modernbert.corpus.progress import Progress
 from modernbert.corpus.settings import Settings
-from modernbert.corpus.work import Work
+from modernbert.corpus.work import RUN, Work
 from modernbert.errors import InputError
 from modernbert.io.files import locked
-from modernbert.pipelines import ALIASES, TASKS, task_of
+from modernbert.pipelines import ALIASES, COMPARING, TASKS, task_of, warn_of_small_model
 from modernbert.pipelines.options import OPTIONS
 
 logger = logging.getLogger(__name__)
 
+_LISTED = 10  # reasons in a report
 _LOADING = ("device", "dtype", "revision", "adapter", "attn_implementation", "batch_tokens")
 
 
@@ -43,6 +47,7 @@ class CorpusReport:
         texts, failed: distinct texts that the output holds an answer for, and those that could not be answered.
         tokens, truncated: tokens of the answered texts, and how many of these were cut.
         files: that could not be read, with the reason.
+    reasons: why rows could not be read and texts could not be answered, some of each.
     """
 
     output: str
@@ -55,6 +60,7 @@ class CorpusReport:
     tokens: int
     truncated: int
     files: dict[str, str]
+    reasons: list[str]
 
 
 def run(
@@ -94,6 +100,8 @@ def run(
     settings = settings_of(task, model, tokenizer, options, chosen.store)
     engine = make_engine(chosen.engine, parse_engine_options(chosen.engine_options))
     folder = Output(str(output))
+    if chosen.format == "lance":
+        check_lance(folder)
     files = find_files(named, folder.root)
     with contextlib.ExitStack() as stack:
         if folder.is_local:
@@ -104,7 +112,9 @@ def run(
         about: dict[str, Any] = {"model": settings.model, "settings": dataclasses.asdict(settings), "inputs": named}
         about |= {"columns": chosen.column}
         folder.write_json(MANIFEST, manifest(made_with, {**about, "is complete": False}, []))
-        records = records_of(folder)
+        run = uuid.uuid4().hex
+        folder.write_json(RUN, {"run": run})
+        records = records_of(folder, chosen.retry_failed)
         keys = KeySet(Path(folder.root) if folder.is_local else None)
         stack.callback(keys.close)
         for some in keys_of(folder, records):
@@ -112,13 +122,15 @@ def run(
         size = shard_size_of(chosen.shard_size, settings)
         plan = Plan(files, settings, chosen.column, chosen.keep, size, keys, folder)
         teller = stack.enter_context(Progress(folder, plan.met, engine, progress))
-        before = len(records)
-        for record in engine.run(plan.units(), Work(settings, folder)):
-            records[record["name"]] = record
+        for record in engine.run(plan.units(), Work(settings, folder, run)):
+            records[record["name"]] = kept(record)
             teller.tell(record)
         if not plan.met.rows:
             raise InputError(next(iter(plan.met.files.values()), f"{', '.join(named)} hold no text"))
-        report = _report(str(output), plan.met, list(records.values()), before)
+        folder.remove("work")
+        if chosen.format == "lance":
+            add_shards(folder, [name for name, record in records.items() if record["texts"]])
+        report = _report(folder, str(output), plan.met, list(records.values()))
         about |= {"counts": _counts(report), "is complete": True}
         folder.write_json(MANIFEST, manifest(made_with, about, list(records.values())))
     return report
@@ -133,9 +145,12 @@ def settings_of(
     task = ALIASES.get(task, task)
     if task not in TASKS:
         raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
+    if model is None and task in COMPARING:
+        warn_of_small_model(task)
     if model is None and TASKS[task][1] is None:
         raise InputError(f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository")
-    rest = {name: value for name, value in options.items() if value is not None}
+    meant = {field.name for field in fields_of(OPTIONS[task]) if field.default is not None}  # where None says something
+    rest = {name: value for name, value in options.items() if value is not None or name in meant}
     loading = {name: rest.pop(name) for name in _LOADING if name in rest}
     fixed: dict[str, str] = {name: rest.pop(name) for name in ("query", "question") if name in rest}
     own = kinds_of(OPTIONS[task])
@@ -152,10 +167,19 @@ def _absolute(name: Any) -> str:
     return str(path.resolve()) if path.is_dir() else str(name)
 
 
-def _report(output: str, met: Met, records: list[Record], before: int) -> CorpusReport:
+def _report(folder: Output, output: str, met: Met, records: list[Record]) -> CorpusReport:
     sums = {name: sum(record[name] for record in records) for name in ("texts", "failed", "tokens", "truncated")}
+    lost = (error for record in records if record["failed"] for error in errors_in(folder, record["name"]))
+    reasons = [*met.reasons, *(error["error"] for error in itertools.islice(lost, _LISTED))]
     return CorpusReport(
-        output, met.rows, met.unreadable, met.duplicates, computed=met.new, files=dict(met.files), **sums
+        output,
+        met.rows,
+        met.unreadable,
+        met.duplicates,
+        computed=met.new,
+        files=dict(met.files),
+        reasons=reasons,
+        **sums,
     )
 
 

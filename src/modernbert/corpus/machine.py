@@ -24,7 +24,7 @@ def machine_of(pipeline: Any) -> dict[str, Any]:
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         kernels, processor, features = "cuda", f"{about.name}, capability {about.major}.{about.minor}", []
-    backend = getattr(getattr(pipeline.model, "base_model", pipeline.model), "backend", None)
+    backend = next((m.backend for m in pipeline.model.modules() if hasattr(m, "backend")), None)
     return {
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "device": device.type,

@@ -73,15 +73,24 @@ def check_same(before: Mapping[str, Any] | None, now: Mapping[str, Any], place: 
         )
 
 
-def records_of(output: Output) -> dict[str, Record]:
-    """Records of the shards that are finished, by their names; what is left of others is removed."""
+def records_of(output: Output, without_failed: bool = False) -> dict[str, Record]:
+    """Records of the shards that are finished, by their names; what is left of others is removed.
+
+    Args:
+        output: of the job.
+        without_failed: forget the texts that failed, so that they are tried again.
+    """
     found = {}
     there = {name.removesuffix(".parquet") for name in output.names("data")}
     for file in output.names("shards"):
         record = output.read_json(f"shards/{file}")
         name = file.removesuffix(".json")
-        if isinstance(record, dict) and (name in there or not record.get("texts")):
-            found[name] = record
+        if isinstance(record, dict) and without_failed and record["failed"]:
+            output.remove(f"errors/{name}.jsonl")
+            record["failed"] = 0
+            output.write_json(f"shards/{file}", record)
+        if isinstance(record, dict) and (name in there if record["texts"] else record["failed"]):
+            found[name] = kept(record)
         else:
             output.remove(f"shards/{file}")
     for name in there - set(found):
@@ -91,6 +100,15 @@ def records_of(output: Output) -> dict[str, Record]:
             output.remove(f"errors/{file}")
     output.remove("work")
     return found
+
+
+_MACHINES: dict[str, Any] = {}
+
+
+def kept(record: Record) -> Record:
+    """A record that is held in memory with all others: what many have in common is there once."""
+    machine = record["machine"]
+    return record | {"machine": _MACHINES.setdefault(json.dumps(machine), machine)}
 
 
 def keys_of(output: Output, records: Mapping[str, Record]) -> Iterator[list[Key]]:

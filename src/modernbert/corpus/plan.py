@@ -21,7 +21,8 @@ from modernbert.corpus.work import unit_of
 from modernbert.errors import InputError
 from modernbert.io.tables.columns import Field, parse_columns
 
-_SHARD_BYTES = 4 * 2**20  # of texts in a shard, at the most
+_SHARD_BYTES, _TEXT_BYTES = 4 * 2**20, 1024  # of texts in a shard at the most; more where it is to have more texts
+_LISTED = 5  # reasons
 _LONG, _SHORT = 4096, 256  # texts of a shard by default; the second where each token has a vector
 
 
@@ -35,7 +36,8 @@ class Met:
         duplicates: rows whose text an earlier row of this run had.
         new: distinct texts that were not computed before.
         size, total: bytes of the files read so far, and of all.
-        files: that could not be read, or not to their end, with the reason.
+        reasons: why rows could not be read, the first of them.
+    files: that could not be read, or not to their end, with the reason.
     """
 
     rows: int = 0
@@ -44,6 +46,7 @@ class Met:
     new: int = 0
     size: int = 0
     total: int = 0
+    reasons: list[str] = dataclasses.field(default_factory=list)
     files: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -70,8 +73,7 @@ class Plan:
         output: Output,
     ) -> None:
         form = settings.form
-        main = next((f.name for f in form if "text" in (f.name, *f.others)), None)
-        self.named = parse_columns(column, form, main) if column else {}
+        self.named = columns_of(column, form)
         self.files, self.settings, self.keep, self.known = files, settings, list(keep), known
         self.output, self.form, self.shard_size = output, form, shard_size
         self.met = Met(total=sum(file.size for file in files))
@@ -81,11 +83,11 @@ class Plan:
         """The units, made as the files are read."""
         keys: list[Key] = []
         rows: list[tuple[Any, ...]] = []
-        held = 0
+        held, most = 0, max(_SHARD_BYTES, self.shard_size * _TEXT_BYTES)
         for file in self.files:
             for key, row in self._new_texts(file):
                 size = _size(row)
-                if keys and (len(keys) == self.shard_size or held + size > _SHARD_BYTES):
+                if keys and (len(keys) == self.shard_size or held + size > most):
                     yield self._unit(keys, rows)
                     keys, rows, held = [], [], 0
                 keys.append(key)
@@ -116,6 +118,7 @@ class Plan:
                         if isinstance(row, InputError):
                             errors.write(_error_line(file.name, batch.first + i, str(row)))
                             about["unreadable"] += 1
+                            self.met.reasons += [str(row)] * (len(self.met.reasons) < _LISTED)
                     about["rows"] += len(batch.rows)
                     self.met.rows += len(batch.rows)
                     self.met.unreadable += len(batch.rows) - len(readable)
@@ -138,8 +141,7 @@ class Plan:
 class Rows:
     """The file that says which row has which key, and holds the columns that are kept.
 
-    Kept columns of .parquet keep their types; those of lines of text are strings, numbers or truth values as long as
-    all of the first rows are, and JSON where a later row has something else.
+    Kept columns of .parquet keep their types; those of lines of text are strings, as any row may have another type.
     """
 
     def __init__(self, stream: Any, name: str) -> None:
@@ -185,6 +187,12 @@ def _arrow(field: Field) -> Any:
 
 def _size(row: tuple[Any, ...]) -> int:
     return sum(sum(map(len, v)) if isinstance(v, list) else len(v or "") for v in row)
+
+
+def columns_of(column: Sequence[str], form: Sequence[Field]) -> dict[str, list[str]]:
+    """The columns that a user named for the fields of a task; raises `InputError` for a field that there is not."""
+    main = next((field.name for field in form if "text" in (field.name, *field.others)), None)
+    return parse_columns(column, form, main)
 
 
 def shard_size_of(given: int | None, settings: Settings) -> int:

@@ -50,14 +50,15 @@ def digest_of(tables: Any, parts: int = 1) -> str:
     for part in range(max(1, parts)):
         lines: list[tuple[bytes, bytes]] = []
         for table in again():
-            lines += _lines(table, part, max(1, parts))
+            lines += contents_of(table, part, max(1, parts))
         for key, content in sorted(lines):
             whole.update(key)
             whole.update(content)
     return whole.hexdigest()
 
 
-def _lines(table: Any, part: int, parts: int) -> Iterator[tuple[bytes, bytes]]:
+def contents_of(table: Any, part: int = 0, parts: int = 1) -> Iterator[tuple[bytes, bytes]]:
+    """The key and the bytes of the answer of each row that has one, of those that belong to a part of all keys."""
     if "error" in table.column_names:
         table = table.filter(table["error"].is_null())
     keys = table["key"].to_pylist()

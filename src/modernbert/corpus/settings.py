@@ -71,7 +71,10 @@ class Settings:
 
 
 def _bytes_of(values: Sequence[Any]) -> bytes:
-    """One text as it is; anything else as JSON, which begins differently."""
+    """One text as it is; anything else as JSON, which begins differently. Fields that end it and are not there go."""
+    values = list(values)
+    while len(values) > 1 and values[-1] is None:
+        values.pop()
     if len(values) == 1 and isinstance(values[0], str):
         return b"T" + values[0].encode("utf-8", "surrogatepass")
     return b"J" + json.dumps(list(values), ensure_ascii=True).encode()

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from modernbert.corpus.columns import Answers, Json, Label, Labels, Score, Sparse, Tags, Vectors
+from modernbert.corpus.machine import machine_of
 from modernbert.corpus.settings import Settings
 from modernbert.errors import InputError, printable
 
@@ -35,6 +36,13 @@ class Transform:
     def pipeline(self) -> Any:
         """The loaded pipeline; one a process for the same settings."""
         return self._loaded()[0]
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What computes, as far as it decides the bits of the numbers, and the prompt before each text."""
+        pipeline = self.pipeline
+        resolved = pipeline.resolve(pipeline.given(_options(self.settings)))
+        return machine_of(pipeline) | {"prompt": getattr(resolved, "prompt", None)}
 
     @property
     def schema(self) -> Any:

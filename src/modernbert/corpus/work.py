@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from modernbert.corpus.contract import Record, Unit
-from modernbert.corpus.machine import machine_of
-from modernbert.corpus.output import Output
+from modernbert.corpus.output import CorpusError, Output
 from modernbert.corpus.settings import Settings
 from modernbert.corpus.transform import Transform
 
+RUN = "run.json"  # the run that writes to an output
 _PLAIN_ATTEMPTS = 2  # before a unit is computed in steps
 _STEP = 64  # texts that are computed together then
 _LAST = 20  # the attempt that computes nothing more
@@ -40,10 +40,11 @@ class Work:
     Args:
         settings: what is computed.
         output: where shards are written.
+        run: name of the run that this is for. A worker that outlives its run writes nothing into the next one's output.
     """
 
-    def __init__(self, settings: Settings, output: Output) -> None:
-        self.transform, self.output = Transform(settings), output
+    def __init__(self, settings: Settings, output: Output, run: str) -> None:
+        self.transform, self.output, self.run = Transform(settings), output, run
 
     def prepare(self) -> None:
         """Load the model, which the first call does otherwise; raises what a call raises for it."""
@@ -72,8 +73,10 @@ class Work:
             "truncated": int(pa.compute.sum(answers["truncated"]).as_py() or 0),
             "sha256": None,
             "bytes": 0,
-            "machine": machine_of(self.transform.pipeline),
+            "machine": self.transform.machine,
         }
+        if (self.output.read_json(RUN) or {}).get("run") != self.run:
+            raise CorpusError(f"another run writes to {self.output.place} now; this one ends")
         if answers.num_rows:
             content = self._parquet(answers.drop_columns(["error"]))
             record |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}

@@ -33,7 +33,7 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "text-generation": ("text_generation.TextGenerationPipeline", "decoder"),
     "text-scoring": ("text_scoring.TextScoringPipeline", "decoder"),
 }
-_COMPARING = ("sentence-embedding", "text-ranking")  # what takes a model that was trained to compare
+COMPARING = ("sentence-embedding", "text-ranking")  # what takes a model that was trained to compare
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 # The task of a checkpoint's own head, where nobody names one.
 _USUAL = {
@@ -119,14 +119,19 @@ def pipeline(
                 f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository"
             )
         model = small_model(small)
-        if task in _COMPARING:
-            logger.warning(
-                "no model is given, so %s uses the package's small encoder, which was trained to fill masks and not to "
-                "compare texts: results are poor; name a model that was trained for this",
-                task,
-            )
+        if task in COMPARING:
+            warn_of_small_model(task)
         dtype = "float32" if dtype is None else dtype
     return cls.load(model, tokenizer, device=device, dtype=dtype, **kwargs)
+
+
+def warn_of_small_model(task: str) -> None:
+    """Log that a task that compares texts runs on a model that was not trained for it."""
+    logger.warning(
+        "no model is given, so %s uses the package's small encoder, which was trained to fill masks and not to "
+        "compare texts: results are poor; name a model that was trained for this",
+        task,
+    )
 
 
 def task_of(model: Any, kwargs: dict[str, Any]) -> str:
