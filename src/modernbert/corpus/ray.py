@@ -241,7 +241,9 @@ class _Pool:
                 time.sleep(_WAIT)
                 continue
             for call in self._ray.wait(calls, num_returns=1, timeout=_WAIT)[0]:
-                if (record := self._taken(call)) is not None:
+                record = self._taken(call)
+                self._give()  # before the record is dealt with
+                if record is not None:
                     yield record
             if any(member.pid for member in self.members) or not self.members:
                 placed = time.monotonic()
