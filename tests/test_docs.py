@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted([*ROOT.glob("docs/**/*.md"), *ROOT.glob("src/**/*.md")])]
 PUBLIC = {
     "modernbert",
+    "modernbert.corpus",
     "modernbert.errors",
     "modernbert.indexing",
     "modernbert.interop",

@@ -61,10 +61,16 @@ def test_files_and_rows_that_cannot_be_read_leave_the_others(run, tmp_path):
     )
     (folder / "empty.txt").write_text("")
     (folder / "packed.txt.gz").write_bytes(gzip.compress(b"a packed text\n"))
+    (folder / "bad.txt.gz").write_bytes(gzip.compress(b"a bad text\n" * 9999)[:40] + b"\xff" * 60)
     (folder / "torn.txt.gz").write_bytes(gzip.compress(b"a torn text\n" * 9999)[:60])
     report = run(folder)
     assert report.texts == 3
-    assert {file.rpartition("/")[2] for file in report.files} == {"torn.parquet", "other.csv", "torn.txt.gz"}
+    assert {file.rpartition("/")[2] for file in report.files} == {
+        "torn.parquet",
+        "other.csv",
+        "torn.txt.gz",
+        "bad.txt.gz",
+    }
     assert all("\n" not in reason for reason in report.files.values())
     assert report.files[str(folder / "other.csv")].startswith(f"{folder}/other.csv has the columns title, year; none")
     assert report.unreadable == 6

@@ -78,7 +78,9 @@ def check_resumed(run, places, output, model, engine, moments):
     write_corpus(places, texts)
     was_killed = [killed_after(shards, places, output, model, engine) for shards in moments]
     assert all(was_killed)
+    (output / ".keys-left").mkdir()
     report = run(places, output, shard_size=16)
+    assert not list(output.rglob(".*"))  # nothing is left of the runs that were killed
     assert 0 < report.computed < len(texts)
     assert report.texts == len(texts)
     whole = output.with_name("whole")

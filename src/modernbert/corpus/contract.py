@@ -48,7 +48,7 @@ class Engine(Protocol):
         - `units` is taken from lazily, from one thread at a time: it reads the corpus as it goes. An engine keeps as
           many units as its workers need to be busy, and no more.
         - A unit whose worker dies is run again as it is, by a new worker, up to `ATTEMPTS` times; then
-          `modernbert.corpus.work.CorpusError` is raised. A unit may be run twice: the second run writes the same files.
+          `modernbert.corpus.CorpusError` is raised. A unit may be run twice: the second run writes the same files.
         - What `work` raises ends the job: it is raised here, as itself or as `CorpusError` with its message.
         - When the iterator is closed, workers are ended.
         """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import lzma
 import posixpath
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,7 +150,7 @@ def read_batches(
         raise
     except FileNotFoundError:
         raise InputError(f"{file.name} is not there any more") from None
-    except (OSError, EOFError, ValueError, NotImplementedError, ImportError) as error:
+    except (OSError, EOFError, ValueError, NotImplementedError, ImportError, zlib.error, lzma.LZMAError) as error:
         raise InputError(f"{file.name} cannot be read: {_line(error)}") from None
 
 

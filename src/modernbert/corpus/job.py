@@ -114,6 +114,7 @@ def run(
         folder.write_json(MANIFEST, manifest(made_with, {**about, "is complete": False}, []))
         run = uuid.uuid4().hex
         folder.write_json(RUN, {"run": run})
+        folder.tidy()
         records = records_of(folder, chosen.retry_failed)
         keys = KeySet(Path(folder.root) if folder.is_local else None)
         stack.callback(keys.close)
@@ -122,7 +123,8 @@ def run(
         size = shard_size_of(chosen.shard_size, settings)
         plan = Plan(files, settings, chosen.column, chosen.keep, size, keys, folder)
         teller = stack.enter_context(Progress(folder, plan.met, engine, progress))
-        for record in engine.run(plan.units(), Work(settings, folder, run)):
+        units = stack.enter_context(contextlib.closing(plan.units()))
+        for record in engine.run(units, Work(settings, folder, run)):
             records[record["name"]] = kept(record)
             teller.tell(record)
         if not plan.met.rows:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from modernbert.corpus.output import CorpusError
+from modernbert.corpus.output import KEYS, CorpusError
 from modernbert.corpus.settings import Key
 
 _CACHE = 32 * 1024  # KiB of memory for pages; the system keeps more of the file where it has room
@@ -23,7 +23,7 @@ class KeySet:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=".keys-", dir=folder, ignore_cleanup_errors=True)
+        self._folder = tempfile.TemporaryDirectory(prefix=KEYS, dir=folder, ignore_cleanup_errors=True)
         self._database = sqlite3.connect(
             Path(self._folder.name) / "keys", isolation_level=None, check_same_thread=False
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -22,6 +23,7 @@ from modernbert.errors import printable
 from modernbert.training.threads import cores, quota
 
 _HEAD = struct.Struct("<Q")  # bytes of a message
+_PATIENCE = 10.0  # seconds in which a thread ends once its process is gone
 _STARTS = 3  # of a process that dies before it has loaded the model
 
 
@@ -48,9 +50,7 @@ class LocalEngine:
     options = LocalOptions
 
     def __init__(self, processes: int | None = None, threads: int | None = None) -> None:
-        usable = min(cores(), int(quota() or cores()) or 1)
-        self.processes = max(1, usable // 4) if processes is None else processes
-        self.threads = threads or max(1, usable // max(1, self.processes))
+        self.processes, self.threads = processes, threads
         self.workers: list[int] = []
 
     def run(self, units: Iterator[Unit], work: Callable[[Unit], Record]) -> Iterator[Record]:
@@ -58,9 +58,13 @@ class LocalEngine:
         if self.processes == 0:
             yield from map(work, units)
             return
+        gpus = _gpus(getattr(work, "device", None))
+        usable = max(1, min(cores(), int(quota() or cores())))
+        processes = self.processes or gpus or max(1, usable // 4)
+        threads_each = self.threads or max(1, usable // processes)
         done: queue.SimpleQueue[Record | BaseException | None] = queue.SimpleQueue()
         feed = _Feed(units)
-        pool = [_Worker(work, self.threads, i, self.processes) for i in range(self.processes)]
+        pool = [_Worker(work, threads_each, i % gpus if gpus > 1 else None) for i in range(processes)]
         threads = [threading.Thread(target=_drive, args=(worker, feed, done), daemon=True) for worker in pool]
         for thread in threads:
             thread.start()
@@ -79,7 +83,18 @@ class LocalEngine:
             feed.stop()
             for worker in pool:
                 worker.end()
+            for thread in threads:
+                thread.join(_PATIENCE)
             self.workers = []
+
+
+def _gpus(device: str | None) -> int:
+    """How many GPUs there are to share out; 0 where none is wanted, or one that is named."""
+    if device not in ("cuda", "gpu"):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 class _EndedError(Exception):
@@ -103,8 +118,8 @@ class _Feed:
 class _Worker:
     """A process that computes units one after another, and is started again if it dies."""
 
-    def __init__(self, work: Callable[[Unit], Record], threads: int, index: int, of: int) -> None:
-        self._work, self._index, self._ended = pickle.dumps(work), index, False
+    def __init__(self, work: Callable[[Unit], Record], threads: int, gpu: int | None) -> None:
+        self._work, self._ended = pickle.dumps(work), False
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._environment = {
@@ -113,12 +128,15 @@ class _Worker:
             "OMP_NUM_THREADS": str(threads),
             "OMP_WAIT_POLICY": "passive",
             "RAYON_NUM_THREADS": str(threads),
-            "MODERNBERT_CORPUS_WORKER": f"{index}/{of}",
         }
+        if gpu is not None:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            self._environment["CUDA_VISIBLE_DEVICES"] = seen[gpu] if seen != [""] else str(gpu)
 
     @property
     def number(self) -> int:
-        return self._process.pid if self._process is not None else 0
+        process = self._process
+        return process.pid if process is not None else 0
 
     def ask(self, unit: Unit) -> Record:
         """The record of a unit; raises `EOFError` if the process died."""
@@ -169,17 +187,27 @@ class _Worker:
 
     def _last_words(self, process: subprocess.Popen[bytes]) -> str:
         code = process.wait()
-        self._process = None
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()
+        self.close()
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
+    def close(self) -> None:
+        """End the process and let go of it; for the thread that asks it."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    if stream is not None:
+                        stream.close()
+
     def end(self) -> None:
+        """Have the process end, whatever it does; for other threads."""
         with self._lock:
             self._ended = True
-            if self._process is not None:
-                self._process.kill()
+            process = self._process
+            if process is not None:
+                process.kill()
 
 
 def _drive(worker: _Worker, feed: _Feed, done: queue.SimpleQueue[Any]) -> None:
@@ -187,12 +215,13 @@ def _drive(worker: _Worker, feed: _Feed, done: queue.SimpleQueue[Any]) -> None:
     try:
         while (unit := feed.next()) is not None:
             done.put(_tried(worker, unit))
-        worker.end()
         done.put(None)
     except _EndedError:
         done.put(None)
     except BaseException as error:  # of the reader of the corpus, or of the work
         done.put(error)
+    finally:
+        worker.close()
 
 
 def _tried(worker: _Worker, unit: Unit) -> Record:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import posixpath
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 from modernbert.errors import InputError, printable
 from modernbert.io.files import parse_json
 from modernbert.io.tables.reading import library
+
+KEYS = ".keys-"  # how the name of a folder begins that holds the keys of a run
 
 
 class CorpusError(RuntimeError):
@@ -144,6 +147,14 @@ class Output:
         """Remove a file or a folder, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self.system.rm(self.path(name), recursive=True)
+
+    def tidy(self) -> None:
+        """Remove what a run that was killed left: files that it was writing, and its keys."""
+        if self.is_local:
+            for path in [*Path(self.root).glob("*/.*.tmp"), *Path(self.root).glob(".*.tmp")]:
+                path.unlink(missing_ok=True)
+            for folder in Path(self.root).glob(f"{KEYS}*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def open(self, name: str) -> Any:
         """Open a file to read it."""

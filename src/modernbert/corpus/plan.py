@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -79,7 +79,7 @@ class Plan:
         self.met = Met(total=sum(file.size for file in files))
         self._schema = pa.schema([("key", pa.binary(32)), *((f.name, _arrow(f)) for f in form)])
 
-    def units(self) -> Iterator[Unit]:
+    def units(self) -> Generator[Unit, None, None]:
         """The units, made as the files are read."""
         keys: list[Key] = []
         rows: list[tuple[Any, ...]] = []

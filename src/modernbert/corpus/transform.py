@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from modernbert.corpus.settings import Settings
 from modernbert.errors import InputError, printable
 
 _LOADED: dict[str, tuple[Any, Answers]] = {}  # models of this process, by their settings: each is loaded once
+_MOST = 2  # models that are kept
 _LOADING = threading.Lock()
 _LONGEST = 500  # characters of a reason
 
@@ -110,6 +110,8 @@ class Transform:
         known = self.settings.to_json()
         with _LOADING:
             if known not in _LOADED:
+                while len(_LOADED) >= _MOST:
+                    _LOADED.pop(next(iter(_LOADED)))
                 _LOADED[known] = _load(self.settings)
             return _LOADED[known]
 
@@ -121,9 +123,12 @@ def _options(settings: Settings) -> dict[str, Any]:
 
 def _load(settings: Settings) -> tuple[Any, Answers]:
     """The pipeline, and how its answers are stored."""
-    from modernbert.pipelines import pipeline
+    from modernbert.pipelines import TASKS, pipeline, small_model
 
-    made: Any = pipeline(settings.task, settings.model, settings.tokenizer, **settings.loading)
+    model, loading = settings.model, dict(settings.loading)
+    if model is None:  # which whoever began the job was warned of
+        model, loading = str(small_model(TASKS[settings.task][1] or "encoder")), {"dtype": "float32", **loading}
+    made: Any = pipeline(settings.task, model, settings.tokenizer, **loading)
     options = _options(settings)
     made.resolve(made.given(options))  # a wrong option is an error of the job, and not of each text
     return made, _kind(settings, made, options)
@@ -173,8 +178,3 @@ def _bare(pipeline: Any, answer: Any) -> Any:
 def _reason(error: Exception) -> str:
     name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
     return printable(" ".join(f"{name}{error}".split()), limit=_LONGEST)
-
-
-def describe(settings: Settings) -> str:
-    """The settings for a schema's metadata."""
-    return json.dumps({"task": settings.task, "model": settings.model, "store": settings.store})

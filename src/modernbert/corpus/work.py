@@ -46,6 +46,12 @@ class Work:
     def __init__(self, settings: Settings, output: Output, run: str) -> None:
         self.transform, self.output, self.run = Transform(settings), output, run
 
+    @property
+    def device(self) -> str | None:
+        """Where models compute, as it was given."""
+        given = self.transform.settings.loading.get("device")
+        return None if given is None else str(given)
+
     def prepare(self) -> None:
         """Load the model, which the first call does otherwise; raises what a call raises for it."""
         self.transform.schema  # noqa: B018
@@ -126,7 +132,8 @@ class Work:
             self.output.write_json(note, {**state, "now": step})
             parts.append(self.transform(unit.table.take(step)))
         order = [row for step in ([sorted(bad)] if bad else []) + steps for row in step]
-        return pa.concat_tables(parts).take(sorted(rows, key=order.index))
+        place = {row: i for i, row in enumerate(order)}
+        return pa.concat_tables(parts).take([place[row] for row in rows])
 
     def _refused(self, table: Any) -> Any:
         """Errors for all texts of a table."""
