@@ -47,7 +47,7 @@ class RayOptions(Options):
     store: int = option(300_000_000, "Bytes of the store of an instance that is started here.", least=80_000_000)
     timeout: float = option(60.0, "Seconds to reach the cluster in, and to wait for room in it.", above=0)
     copy_after: float = option(
-        2.0, "Times the usual seconds of a unit, after which idle actors compute it as well; 0 for never.", least=0
+        1.5, "Times the usual seconds of a unit, after which idle actors compute it as well; 0 for never.", least=0
     )
 
 
