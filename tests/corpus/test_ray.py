@@ -283,7 +283,7 @@ def test_a_job_that_is_killed_leaves_no_process_and_continues(run, model, folder
     )
     output = tmp_path / "out"
     job = subprocess.Popen([sys.executable, "-c", code, str(folder), str(output), str(model)])
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while len(list((output / "data").glob("[!.]*"))) < 5:
         assert job.poll() is None
         assert time.monotonic() < until
@@ -291,6 +291,7 @@ def test_a_job_that_is_killed_leaves_no_process_and_continues(run, model, folder
     started = children(job.pid)
     job.kill()
     job.wait()
+    until = time.monotonic() + 180  # the last of them notice after a minute that the others are gone
     while any(os.path.exists(f"/proc/{number}/exe") for number in started):  # noqa: PTH110
         assert time.monotonic() < until
         time.sleep(0.1)

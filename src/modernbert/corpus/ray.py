@@ -67,7 +67,9 @@ class RayEngine:
         self.given = RayOptions.of(options, "the engine ray")
         try:
             import ray
-        except ImportError as error:
+
+            ray.init  # noqa: B018 (a folder called ray is a package without it)
+        except (ImportError, AttributeError) as error:
             raise InputError("the engine ray needs ray: pip install 'modernbert[ray]'") from error
         self._ray = ray
         self._pool: _Pool | None = None
