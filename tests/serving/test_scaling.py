@@ -1,4 +1,4 @@
-"""Replicas on a Ray cluster that scale by the tokens that wait; a file of its own, as a process has one Ray instance."""
+"""Replicas on a Ray cluster scale by the tokens that wait. A file of its own: a process has one Ray instance."""
 
 import asyncio
 import time
