@@ -159,12 +159,12 @@ def stream(arguments, folder):
         last = lines[-1]
         first_seconds, first_texts = lines[0]["seconds"], lines[0]["texts"]  # up to the first shard the model is loaded
         rate = (last["texts"] - first_texts) / max(1e-9, last["seconds"] - first_seconds)
-        middle = next((line for line in lines[1:] if line["memory_of_workers"]), lines[0])
+        alive = [line for line in lines if line["memory_of_workers"]] or lines  # processes end before the last line
         out[engine] = {
             "texts_per_second": rate,
             "of_bare": rate / out["bare"]["texts_per_second"],
-            "memory_early": [middle["memory"], *middle["memory_of_workers"]],
-            "memory_at_end": [last["memory"], *last["memory_of_workers"]],
+            "memory_early": [alive[0]["memory"], *alive[0]["memory_of_workers"]],
+            "memory_at_end": [alive[-1]["memory"], *alive[-1]["memory_of_workers"]],
             "most": [
                 max(line["memory"] for line in lines),
                 max((sum(n["memory_of_workers"]) for n in lines), default=0),

@@ -347,8 +347,11 @@ class TaskCommand(Command):
 
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
-_TEXTS = Annotated[list[str] | None, typer.Argument(help="Texts. (default: --file, or else standard input)")]
-_VECTORS = Annotated[Path, typer.Option(help="Write to this .npy (texts x dimensions), .parquet or .jsonl.")]
+_TEXTS_HELP = "Texts; or folders, globs and files of a corpus. (default: --file, or else standard input)"
+_TEXTS = Annotated[list[str] | None, typer.Argument(help=_TEXTS_HELP)]
+_VECTORS = Annotated[
+    Path, typer.Option(help="Write to this .npy (texts x dimensions), .parquet or .jsonl, or a corpus to this folder.")
+]
 
 
 def _command(doc: str, task: str | None, own: list[inspect.Parameter], without: tuple[str, ...]) -> Callable[..., None]:
