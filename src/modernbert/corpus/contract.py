@@ -54,7 +54,7 @@ class Engine(Protocol):
         """
 
 
-ENGINES = {"local": "corpus.local.LocalEngine"}
+ENGINES = {"local": "corpus.local.LocalEngine", "ray": "corpus.ray.RayEngine"}
 
 
 def make_engine(name: str, given: Mapping[str, Any]) -> Engine:
