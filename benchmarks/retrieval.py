@@ -252,36 +252,41 @@ def by_index(folder, documents, queries, sentence, reranker, reranked):
 
 
 def rows_of(results):
-    """Numbers of documents, of which one may have several passages."""
-    return list(dict.fromkeys(result.row - 1 for result in results))
+    """Numbers of documents with their scores, the best first; the best passage of a document counts."""
+    found = {}
+    for result in results:
+        found.setdefault(result.row - 1, result.score)
+    return list(found.items())
 
 
 def by_vectors(task, model, documents, queries):
-    """The ranking of all documents by a model alone."""
+    """The best documents by a model alone."""
     import numpy as np
 
     from modernbert import pipeline
 
-    serve = pipeline(task, model)
+    serve = pipeline(task, model, dtype="float32")
     if task == "sparse-embedding":
-        asked, known = serve(queries, is_query=True, form="csr"), serve(documents, is_query=False, form="csr")
+        asked, known = serve.csr(queries, is_query=True), serve.csr(documents, is_query=False)
         scores = (asked @ known.T).toarray()
-        print(f"entries of a query {asked.nnz / asked.shape[0]:.0f}, of a document {known.nnz / known.shape[0]:.0f}")
+        print(f"  weights: {asked.nnz / asked.shape[0]:.0f} a query, {known.nnz / known.shape[0]:.0f} a document")
     else:
         known = serve(documents, is_query=False)
         scores = serve.similarity(serve(queries, is_query=True), known)
-    return np.argsort(-scores, axis=1, kind="stable")[:, :100].tolist()
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :100]
+    return [list(zip(best.tolist(), own[best].tolist(), strict=True)) for best, own in zip(order, scores, strict=True)]
 
 
-def fused(*rankings):
-    """Reciprocal rank fusion, as `modernbert search` does it."""
+def fused(weights, *rankings):
+    """Lists of scores that are scaled to 0 to 1 and added up, as `modernbert search` does it."""
     out = []
     for lists in zip(*rankings, strict=True):
         scores = defaultdict(float)
-        for found in lists:
-            for rank, number in enumerate(found, 1):
-                scores[number] += 1 / (60 + rank)
-        out.append(sorted(scores, key=lambda number: (-scores[number], number)))
+        for weight, found in zip(weights, lists, strict=True):
+            lowest, highest = (found[-1][1], found[0][1]) if found else (0, 0)
+            for number, score in found:
+                scores[number] += weight * ((score - lowest) / (highest - lowest) if highest > lowest else 1)
+        out.append(sorted(scores.items(), key=lambda found: (-found[1], found[0])))
     return out
 
 
@@ -289,7 +294,7 @@ def metrics(rankings, rights):
     """Mean recall (of at most ten) and nDCG at 10."""
     recalls, gains = [], []
     for found, right in zip(rankings, rights, strict=True):
-        hits = [number in right for number in found[:10]]
+        hits = [number in right for number, _ in found[:10]]
         most = min(10, len(right))
         recalls.append(sum(hits) / most)
         best = sum(1 / math.log2(rank + 2) for rank in range(most))
@@ -316,8 +321,7 @@ def table(given):
         ):
             if model is not None:
                 found[kind] = by_vectors(task, model, documents, queries)
-                found[f"words + {kind}"] = fused(found["words (BM25)"], found[kind])
-                found[f"words + dense + {kind}"] = fused(found["words (BM25)"], found["dense"], found[kind])
+                found[f"words + {kind}"] = fused((1, 1), found["words (BM25)"], found[kind])
         for way, rankings in found.items():
             recall, gain = metrics(rankings, rights)
             lines[way].append((recall, gain))

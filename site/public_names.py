@@ -11,6 +11,7 @@ import griffe
 
 ROOMS = (
     "modernbert",
+    "modernbert.corpus",
     "modernbert.indexing",
     "modernbert.interop",
     "modernbert.serving",

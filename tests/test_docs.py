@@ -33,6 +33,7 @@ PAGES = [
 ]
 PUBLIC = {
     "modernbert",
+    "modernbert.corpus",
     "modernbert.errors",
     "modernbert.indexing",
     "modernbert.interop",

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import modernbert
+import modernbert.corpus
 import modernbert.errors
 import modernbert.indexing
 import modernbert.interop
@@ -26,6 +27,7 @@ from modernbert.serving.app import _PROBLEMS
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     modernbert,
+    modernbert.corpus,
     modernbert.indexing,
     modernbert.interop,
     modernbert.serving,

@@ -14,6 +14,7 @@ import networkx
 import pytest
 
 import modernbert
+import modernbert.corpus
 import modernbert.indexing
 import modernbert.tools
 import modernbert.training
@@ -192,7 +193,9 @@ def test_exported_names():
 
 
 @pytest.mark.parametrize(
-    "package", [modernbert, modernbert.indexing, modernbert.tools, modernbert.training], ids=lambda p: p.__name__
+    "package",
+    [modernbert, modernbert.corpus, modernbert.indexing, modernbert.tools, modernbert.training],
+    ids=lambda p: p.__name__,
 )
 def test_exported_names_are_described(package):
     for name in package.__all__:

@@ -33,6 +33,12 @@ ENVIRONMENTS = {
         *("pylate==1.6.0", "sentence-transformers==5.3.0", *OF_5_3),
         *("fast-plaid==1.4.6.2110", "fastkmeans==0.5.0", "ujson==5.12.0"),
     ),
+    "colbert": (
+        *("colbert-ai==0.2.22", "bitarray==3.12.3", "ujson==6.1.0", "gitpython==3.2.1", "gitdb==4.0.12"),
+        *("smmap==5.0.3", "python-dotenv==1.2.4", "ninja==1.13.2", "flask==3.1.3", "werkzeug==3.1.9"),
+        *("itsdangerous==2.2.0", "blinker==1.9.0"),
+        *("huggingface_hub==0.36.2", "transformers==4.48.3", "tokenizers==0.21.4"),
+    ),
     "peft-0.14": ("peft==0.14.0", "huggingface_hub==0.36.2", "transformers==4.48.3", "tokenizers==0.21.4"),
     "setfit": ("setfit==1.2.0", "evaluate==0.4.6", "sentence-transformers==5.7.0", *OF_4, "datasets==4.4.1"),
     "gliner": (

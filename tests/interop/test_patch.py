@@ -552,6 +552,34 @@ def test_all_features_of_a_text_keep_their_shapes(encoder):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("length", [32, 100])
+def test_queries_filled_up_outside_of_the_mask_are_computed_packed(length, caplog):
+    them = pytest.importorskip("sentence_transformers")
+    if not hasattr(them, "MultiVectorEncoder"):
+        pytest.skip("sentence-transformers 6 has MultiVectorEncoder")
+    encoder = them.MultiVectorEncoder(cells.folder(), device="cpu")
+    encoder[0].query_expansion = {"strategy": "fixed", "attend": False, "token": None, "length": length}
+    some = [text.rsplit(" ", 40)[0] for text in cells.texts(80)]  # more tokens than are computed in one go
+
+    def look(patched):
+        alone = patched.encode_query(some[7])
+        assert np.array_equal(alone, patched.encode_query(some)[7])
+
+    with caplog.at_level(logging.WARNING, "modernbert"):
+        cells.moved(encoder, lambda model: model.encode_query(some), look=look)
+    assert "own code" not in caplog.text
+
+
+def test_what_is_hidden_before_what_is_seen_is_computed_by_their_code(caplog):
+    model, rows = cells.model_of("ModernBertModel"), cells.batch()
+    rows["input_ids"][:, 0], rows["attention_mask"][:, 0] = 7, 0
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "modernbert"):
+        expected = model(**rows).last_hidden_state
+        modernbert.patch(model)
+        assert torch.equal(model(**rows).last_hidden_state, expected)
+    assert "they are not behind those that are seen" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["CrossEncoder", "SparseEncoder", "MultiVectorEncoder"])
 def test_other_encoders_answer_as_before(path, kind, monkeypatch):
     import sentence_transformers

@@ -106,3 +106,57 @@ def test_a_shared_pass_needs_adapters_that_are_merged_and_then_an_encoder_of_the
     merged = pipeline("sentence-embedding", small_model(), adapter=adapters["vectors"])
     with pytest.raises(InputError, match=r"^mask and vector have different encoders: layers\.5\.mlp\.Wi\.weight holds"):
         OnePass({"mask": fill, "vector": merged})
+
+
+def test_texts_of_several_adapters_in_one_call_get_the_bits_of_each_alone(adapters):
+    folders = {name: adapters[name] for name in ("vectors", "others")}
+    both = pipeline("sentence-embedding", small_model(), dtype="float32", adapter=folders)
+    texts, names = [*TEXTS, "A third text.", TEXTS[0]], ["others", "__base__", "vectors", "vectors"]
+    found = both(texts, adapter_names=names)
+    assert both.model.model.active_adapters() == ["vectors"]
+    for text, name, vector in zip(texts, names, found, strict=True):
+        how = {} if name == "__base__" else {"adapter": folders[name], "merge_adapter": False}
+        np.testing.assert_array_equal(
+            pipeline("sentence-embedding", small_model(), dtype="float32", **how)(text), vector
+        )
+    both.model.model.disable_adapters()
+    np.testing.assert_array_equal(both(texts, adapter_names=names), found)
+    assert both.model.model.active_adapters() == []
+    for inputs, given, what in (
+        (texts, names[:3], "adapter_names has 3 names and there are 4 inputs"),
+        (TEXTS, ["vectors", "film"], "adapter_names holds 'film'; the model has vectors, others"),
+        (TEXTS[0], "vectors", "adapter_names is 'vectors'; give a list of inputs and a list of names"),
+        (iter(TEXTS), ["vectors"], "adapter_names needs a list of inputs"),
+    ):
+        with pytest.raises(InputError, match=what):
+            both(inputs, adapter_names=given)
+    with pytest.raises(InputError, match="adapter_names holds 'film'; the model has no adapters"):
+        pipeline("sentence-embedding")(TEXTS, adapter_names=["film"] * 2)
+
+
+def test_a_server_has_a_model_with_each_adapter_by_its_name(adapters):
+    pytest.importorskip("fastapi")
+    from modernbert.serving import create_app
+
+    app = create_app(
+        model=[f"base={small_model()}:sentence-embedding"], dtype="float32", access_log=False,
+        adapter=[f"one={adapters['vectors']}", str(adapters["others"])],
+    )  # fmt: skip
+    models = app.state.serving.models
+    try:
+        assert list(models.served) == ["base", "one", "o"]
+        for name, folder in (("base", None), ("one", adapters["vectors"]), ("o", adapters["others"])):
+            found = models.find(name, "sentence-embedding")[1](TEXTS)
+            how = {} if folder is None else {"adapter": folder}
+            alone = pipeline("sentence-embedding", small_model(), dtype="float32", **how)
+            np.testing.assert_array_equal(found, alone(TEXTS))
+    finally:
+        models.close()
+    for options, what in (
+        ({"model": [small_model(), f"b={small_model()}"], "adapter": ["x"]}, "adapter is 'x' and there are 2 models"),
+        ({"adapter": ["x"]}, "adapter is 'x' and there are 0 models"),
+        ({"model": [str(small_model())], "adapter": ["=x"]}, "adapter is '=x'; give"),
+        ({"model": [f"x={small_model()}"], "adapter": ["x=y"]}, "two models are called 'x'"),
+    ):
+        with pytest.raises(InputError, match=what):
+            create_app(**{**options, "model": [str(m) for m in options.get("model", [])]}, access_log=False)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import string
 
 import numpy as np
@@ -33,6 +34,7 @@ KINDS = {
         "skiplist_words": list(string.punctuation),
     },
     "attended": {"query_expansion": {"strategy": "fixed", "attend": True, "length": 16}, "pool_factor": 2},
+    "far beyond": {"query_expansion": {"strategy": "fixed", "attend": False, "length": 100}},
     "at least": {"query_expansion": {"strategy": "min", "attend": False, "length": 12}, "query_length": 40},
 }
 
@@ -93,9 +95,7 @@ def test_has_the_numbers_of_sentence_transformers(theirs, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_of_every_layout_are_read_as_they_were_meant(theirs, tmp_path, kind, layout):
     ours = pipeline("late-interaction", theirs[kind][1])
-    if (layout, kind) in {("stanford", "plain")} or (
-        layout != "sentence-transformers" and kind not in ("plain", "expanded")
-    ):
+    if layout == "stanford" or (layout == "pylate" and kind in ("attended", "at least")):
         with pytest.raises(InputError, match=f"the layout of {layout}"):
             ours.model.save_pretrained(tmp_path, layout)
         assert not any(tmp_path.iterdir())
@@ -111,19 +111,52 @@ def test_folders_of_every_layout_are_read_as_they_were_meant(theirs, tmp_path, k
             np.testing.assert_allclose(x, z, atol=1e-5)
 
 
-def test_a_single_token_before_texts_is_one_where_the_folder_means_one(tmp_path):
+@pytest.mark.parametrize("layout", ["sentence-transformers", "pylate", "stanford"])
+@pytest.mark.parametrize("says_so", ["the settings", "the tokenizer"])
+def test_a_single_token_before_texts_is_one_where_the_folder_means_one(tmp_path, layout, says_so):
+    prompts = {"query": "[Q] ", "document": "[D] "}
     tokenizer = Tokenizer.from_pretrained(small_model())
-    tokenizer.add_tokens(["[Q] ", "[D] "])
+    tokenizer.add_tokens(list(prompts.values()))
+    tokenizer.pad_token = tokenizer.mask_token  # as PyLate leaves it
     model = ModernBertModel.from_pretrained(small_model(), dtype="float32")
     model.resize_token_embeddings(len(tokenizer))
-    settings = MultiVectorSettings(prompts={"query": "[Q] ", "document": "[D] "}, expansion=Expansion(8))
-    MultiVectorEncoder(model, settings).save_pretrained(tmp_path, "pylate")
-    tokenizer.save_pretrained(tmp_path)
-    ours, read = pipeline("late-interaction", tmp_path), st.MultiVectorEncoder(str(tmp_path), device="cpu")
+    prefixes = tuple(prompts.values()) if says_so == "the settings" else ()
+    encoder = MultiVectorEncoder(model, MultiVectorSettings(prompts=prompts, prefixes=prefixes, expansion=Expansion(8)))
+    encoder.save_pretrained(tmp_path, layout, tokenizer)
+    made, ours = pipeline("late-interaction", encoder.eval(), tokenizer), pipeline("late-interaction", tmp_path)
     assert ours.tokenizer("[Q] a cat").input_ids[1] == tokenizer.convert_tokens_to_ids("[Q] ")
+    assert ours.tokenizer.pad_token == ("[PAD]" if layout == "stanford" else "[MASK]")
+    about = json.loads((tmp_path / ("artifact.metadata" if layout == "stanford" else "config.json")).read_text())
+    assert layout != "stanford" or about["query_token_id"] == "[Q] "
+    read = None if layout == "stanford" else st.MultiVectorEncoder(str(tmp_path), device="cpu")
     for is_query in (True, False):
-        for x, y in zip(ours(TEXTS, is_query=is_query), encoded(read, TEXTS, is_query), strict=True):
-            np.testing.assert_allclose(x, y, atol=1e-5)
+        # sentence-transformers puts a space after the token of Stanford's folders, which this tokenizer counts.
+        for library in (made, read):
+            if library is not None:
+                expected = made(TEXTS, is_query=is_query) if library is made else encoded(read, TEXTS, is_query)
+                for x, y in zip(ours(TEXTS, is_query=is_query), expected, strict=True):
+                    np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_settings_that_another_library_has_no_word_for_are_refused(tmp_path):
+    model = ModernBertModel.from_pretrained(small_model(), dtype="float32")
+    tokens = {"prompts": {"query": "[unused0]", "document": "[unused1]"}, "prefixes": ("[unused0]", "[unused1]")}
+    expanded = tokens | {"expansion": Expansion(8), "skipped_words": tuple(string.punctuation)}
+    for layout, says, what in (
+        ("pylate", {"similarity": "meanmaxsim"}, "similarity meanmaxsim"),
+        ("pylate", {"skipped_words": ("the",), "skipped_in": ("query",)}, "words that are skipped in query"),
+        ("pylate", {"expansion": Expansion(8, False)}, "query expansion that is not to a fixed length"),
+        ("stanford", {"pool_factor": 2}, "pool_factor"),
+        ("stanford", {"expansion": None}, "queries that are not made longer"),
+        ("stanford", {"skipped_words": ("the",)}, "skipped words but punctuation"),
+        ("stanford", {"prompts": {"query": "[unused0]"}}, "prompt '' of a document, which must be one token"),
+        ("stanford", {"prompts": {"query": "a ", "document": "[unused1]"}}, "prompt 'a ' of a query, which must be"),
+    ):
+        encoder = MultiVectorEncoder(model, MultiVectorSettings(**expanded | says))
+        with pytest.raises(InputError, match=f"the layout of {layout} has no {re.escape(what)}"):
+            encoder.save_pretrained(tmp_path, layout)
+    assert not any(tmp_path.iterdir())
+    MultiVectorEncoder(model, MultiVectorSettings(**expanded)).save_pretrained(tmp_path, "stanford")
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
@@ -145,6 +178,19 @@ def test_tokens_that_nobody_sees_change_nothing_for_the_others(dtype, optimized)
             torch.testing.assert_close(x[: len(y)], y, atol=tolerance, rtol=0)
             torch.testing.assert_close(y, z, atol=tolerance, rtol=0)
             assert torch.isfinite(x.float()).all()
+
+
+def test_under_autocast_a_projection_and_lengths_are_computed_in_float32():
+    """MaxSim adds up 32 cosines, and vectors rounded to bfloat16 are longer or shorter than one by up to 0.3 %."""
+    encoder = MultiVectorEncoder(model_of("ModernBertModel")).eval()
+    packed = PackedInputs.of_rows([list(range(3, 43)), [3, 4, 5]])
+    with torch.no_grad():
+        plain = encoder.token_vectors(packed)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            vectors = encoder.token_vectors(packed)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-6, rtol=0)
+    assert 0 < (vectors - plain).abs().max() < 0.05
 
 
 def test_projections_with_a_residual(tmp_path):

@@ -74,7 +74,7 @@ def same(found, wanted):
 )
 @uses("langchain_openai")
 def test_langchain_openai(library, url, asked, how):
-    client = library.OpenAIEmbeddings(model="small-encoder", base_url=f"{url}/v1", api_key=KEY, **how)
+    client = library.OpenAIEmbeddings(model="small-sentence-encoder", base_url=f"{url}/v1", api_key=KEY, **how)
     assert same([*client.embed_documents(TEXTS), client.embed_query(QUERY)], asked[0])
 
 
@@ -88,7 +88,7 @@ def test_ids_of_another_tokenizer_are_refused(library, url):
     encoding = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=bytes_alone, special_tokens={})
     tiktoken.registry.ENCODINGS["cl100k_base"] = encoding
     try:
-        client = library.OpenAIEmbeddings(model="small-encoder", base_url=f"{url}/v1", api_key=KEY)
+        client = library.OpenAIEmbeddings(model="small-sentence-encoder", base_url=f"{url}/v1", api_key=KEY)
         with pytest.raises(openai.UnprocessableEntityError, match="vocabulary"):
             client.embed_documents(TEXTS)
     finally:
@@ -117,7 +117,7 @@ def test_langchain_huggingface(library, url, asked):
 def test_langchain_cohere(library, url, asked):
     from langchain_core.documents import Document
 
-    client = library.CohereRerank(cohere_api_key=KEY, base_url=url, model="small-encoder", top_n=2)
+    client = library.CohereRerank(cohere_api_key=KEY, base_url=url, model="small-sentence-encoder", top_n=2)
     found = client.rerank(TEXTS, QUERY)
     assert [(one["index"], one["relevance_score"]) for one in found] == asked[2][:2]
     documents = client.compress_documents([Document(text) for text in TEXTS], QUERY)
@@ -126,13 +126,13 @@ def test_langchain_cohere(library, url, asked):
 
 @uses("llama_index.embeddings.openai")
 def test_llama_index_openai(library, url, asked):
-    client = library.OpenAIEmbedding(model_name="small-encoder", api_base=f"{url}/v1", api_key=KEY)
+    client = library.OpenAIEmbedding(model_name="small-sentence-encoder", api_base=f"{url}/v1", api_key=KEY)
     assert same([*client.get_text_embedding_batch(TEXTS), client.get_query_embedding(QUERY)], asked[0])
 
 
 @uses("llama_index.embeddings.text_embeddings_inference")
 def test_llama_index_text_embeddings_inference(library, url, asked):
-    client = library.TextEmbeddingsInference(model_name="small-encoder", base_url=url, auth_token=KEY)
+    client = library.TextEmbeddingsInference(model_name="small-sentence-encoder", base_url=url, auth_token=KEY)
     client.query_instruction = client.text_instruction = ""
     assert same([*client.get_text_embedding_batch(TEXTS), client.get_query_embedding(QUERY)], asked[1])
 
@@ -142,10 +142,10 @@ def test_llama_index_reranks(library, url, asked):
     from llama_index.core.schema import NodeWithScore, TextNode
 
     if library.__name__.endswith("tei_rerank"):
-        client = library.TextEmbeddingInference(base_url=url, top_n=2, model_name="small-encoder")
+        client = library.TextEmbeddingInference(base_url=url, top_n=2, model_name="small-sentence-encoder")
         client.auth_token = f"Bearer {KEY}"
     else:
-        client = library.CohereRerank(api_key=KEY, base_url=url, top_n=2, model="small-encoder")
+        client = library.CohereRerank(api_key=KEY, base_url=url, top_n=2, model="small-sentence-encoder")
     nodes = [NodeWithScore(node=TextNode(text=text)) for text in TEXTS]
     found = client.postprocess_nodes(nodes, query_str=QUERY)
     assert [(one.text, one.score) for one in found] == [(TEXTS[i], score) for i, score in asked[2][:2]]
@@ -181,8 +181,8 @@ app.state.serving.close()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [
-        "POST /embed b7ad6b7169203331 /embed small-encoder 7 0 200 False",
-        "POST /embed None /embed small-encoder None None 422 True",
+        "POST /embed b7ad6b7169203331 /embed small-sentence-encoder 7 0 200 False",
+        "POST /embed None /embed small-sentence-encoder None None 422 True",
     ]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from modernbert.cli import main
-from modernbert.pipelines import pipeline
+from modernbert.pipelines import TASKS, pipeline
 
 pytestmark = pytest.mark.network
 
@@ -73,7 +73,7 @@ def test_a_request_is_a_line_of_json_in_the_log(server):
     httpx.post(f"{server.url}/embed", json={"inputs": "A cat sat."}, headers={"x-request-id": "mine"})
     time.sleep(0.2)
     line = next(json.loads(line) for line in server.lines if '"mine"' in line)
-    assert (line["path"], line["status"], line["model"]) == ("/embed", 200, "small-encoder")
+    assert (line["path"], line["status"], line["model"]) == ("/embed", 200, "small-sentence-encoder")
     assert line["tokens"] == 7
 
 
@@ -88,9 +88,10 @@ def test_a_client_that_leaves_is_noticed(server):
 def test_the_openai_client(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    found = client.embeddings.create(model="small-encoder", input=["A cat sat.", "Rain fell."])
+    found = client.embeddings.create(model="small-sentence-encoder", input=["A cat sat.", "Rain fell."])
     assert len(found.data[1].embedding) == len(found.data[0].embedding) > 8
-    assert {model.id for model in client.models.list()} == {"small-encoder", "small-decoder"}
+    names = {f"small-{name}" for _, name in TASKS.values() if name is not None}
+    assert {model.id for model in client.models.list()} == names
     with pytest.raises(openai.NotFoundError, match="small-encoder"):
         client.embeddings.create(model="none", input="a")
 
@@ -98,7 +99,9 @@ def test_the_openai_client(server):
 def test_the_cohere_client(server):
     cohere = pytest.importorskip("cohere")
     client = cohere.ClientV2(api_key="none", base_url=server.url)
-    found = client.rerank(model="small-encoder", query="What sat?", documents=["A cat sat.", "Rain fell."], top_n=1)
+    found = client.rerank(
+        model="small-sentence-encoder", query="What sat?", documents=["A cat sat.", "Rain fell."], top_n=1
+    )
     assert len(found.results) == 1
 
 

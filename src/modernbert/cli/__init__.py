@@ -11,6 +11,7 @@ import typer
 from modernbert import __version__
 from modernbert.cli.bench import bench
 from modernbert.cli.convert import convert
+from modernbert.cli.corpus import verify
 from modernbert.cli.doctor import doctor
 from modernbert.cli.explain import attention, attribution
 from modernbert.cli.export import export
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command("run")(run)
 app.command("embed")(embed)
 app.command("score")(score)
+app.command("verify")(verify)
 app.command("serve")(serve)
 app.command("index")(index)
 app.command("search")(search)

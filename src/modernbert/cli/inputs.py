@@ -14,25 +14,7 @@ from modernbert.errors import CheckpointError, InputError
 from modernbert.io.hub import Source
 from modernbert.io.tables.columns import Field, choose_columns, value_in
 from modernbert.io.tables.reading import SUFFIXES, Record, Records
-
-# The fields of a task's inputs. The one that may be called "text" is what an argument or a line of text stands for.
-Form = tuple[Field, ...]
-FORMS: dict[str, Form] = {
-    "text-classification": (Field("text"), Field("text_pair", required=False)),
-    "question-answering": (Field("question"), Field("context", ("text",))),
-    "multiple-choice": (Field("prompt"), Field("choices", ("text",), many=True, alone=False)),
-    "text-ranking": (Field("query"), Field("documents", ("text",), many=True)),
-}
-
-
-def form_of(task: str) -> Form:
-    """The form of a task's inputs; a text, unless it is one of `FORMS`."""
-    return FORMS.get(task, (Field("text"),))
-
-
-def main_of(form: Form) -> Field:
-    """The field that an argument or a line of text stands for."""
-    return next(field for field in form if "text" in (field.name, *field.others))
+from modernbert.pipelines.forms import Form, main_of
 
 
 def from_arguments(texts: list[str], form: Form, fixed: Record) -> Iterator[Any]:
@@ -59,7 +41,9 @@ def check_arguments(texts: list[str]) -> None:
             if Path(text).is_file():
                 raise InputError(f"{text} is a file; did you mean --file {text}? ({stdin})")
             if Path(text).is_dir() and os.sep in text:
-                raise InputError(f"{text} is a folder; give a file with --file ({stdin})")
+                raise InputError(
+                    f"{text} is a folder; give a file with --file, or a folder with --output for a corpus ({stdin})"
+                )
         if text.lower().endswith(SUFFIXES) and not any(map(str.isspace, text)):
             raise InputError(f"{text} is an argument that ends like a file, and there is no such file ({stdin})")
 

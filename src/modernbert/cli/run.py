@@ -16,20 +16,22 @@ from typing import Annotated, Any
 import typer
 
 from modernbert.checks import OptionField, Options, fields_of, kinds_of, option
+from modernbert.cli.corpus import are_places, run_corpus
 from modernbert.cli.flags import Command, flag, with_signature
 from modernbert.cli.inputs import (
     check_arguments,
     checkpoint_fingerprint,
     fingerprint,
-    form_of,
     from_arguments,
     from_records,
-    main_of,
     parse_options,
 )
 from modernbert.cli.messages import InterruptedCommandError, counted, in_flags, say
+from modernbert.corpus.options import CorpusOptions
 from modernbert.errors import InputError, printable
+from modernbert.io.tables.writing import WRITTEN
 from modernbert.pipelines import ALIASES
+from modernbert.pipelines.forms import form_of, main_of
 from modernbert.pipelines.options import OPTIONS
 
 _LISTED = 10  # inputs that could not be answered, at the end
@@ -123,6 +125,21 @@ class Answering:
             raise InputError(f"two models are called {twice[0]!r}; give one of them another NAME=")
         models = {choice.name: (choice.task, choice.source) if choice.task else choice.source for choice in choices}
         return OnePass(models, device=self.device, dtype=self.dtype, **loading)
+
+    def run_corpus(self, of_corpora: dict[str, Any], given: dict[str, Any]) -> None:
+        """Answer the files of folders with these options."""
+        if self.file is not None:
+            raise InputError("texts are given both as arguments and by --file; give one of them")
+        for name in ("as_json", "overwrite"):
+            if getattr(self, name):
+                raise InputError(f"--{'json' if name == 'as_json' else name} is for texts and files, not for folders")
+        loading = {n: getattr(self, n) for n in ("revision", "adapter", "attn_implementation", "batch_tokens")}
+        loading |= {n: getattr(self, n) for n in ("task", "model", "tokenizer", "device", "dtype")}
+        loading |= {**self.fixed, **of_corpora, "column": self.column}
+        named = parse_options(self.options) | {n: value for n, value in given.items() if value not in (None, [])}
+        run_corpus(
+            self.texts or [], Path(self.output or ""), {n: v for n, v in loading.items() if v is not None} | named
+        )
 
     def check(self) -> None:
         """Refuse what cannot be read or written before a model is loaded for it."""
@@ -370,21 +387,37 @@ class TaskCommand(Command):
 
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
-_TEXTS = Annotated[list[str] | None, typer.Argument(help="Texts. (default: --file, or else standard input)")]
-_VECTORS = Annotated[Path, typer.Option(help="Write to this .npy (texts x dimensions), .parquet or .jsonl.")]
+_TEXTS_HELP = "Texts; or folders, globs and files of a corpus. (default: --file, or else standard input)"
+_TEXTS = Annotated[list[str] | None, typer.Argument(help=_TEXTS_HELP)]
+_VECTORS = Annotated[
+    Path, typer.Option(help="Write to this .npy (texts x dimensions), .parquet or .jsonl, or a corpus to this folder.")
+]
 
 
 def _command(doc: str, task: str | None, own: list[inspect.Parameter], without: tuple[str, ...]) -> Callable[..., None]:
     """A command on texts; its flags are the fields of `Answering` and options of its own."""
+    corpora = {field.name: field for field in fields_of(CorpusOptions) if field.name != "column"}
+    if task == "text-scoring":
+        corpora = {}
     shared = [field for field in fields_of(Answering) if field.name not in ("texts", "vectors", *without)]
 
     def run(**given: Any) -> None:
+        of_corpora = {name: value for name in corpora if (value := given.pop(name)) not in (None, [], False)}
         names = [field.name for field in fields_of(Answering) if field.name in given]
         common = {name: value for name in names if (value := given.pop(name)) is not None}
-        Answering(**{"task": task, **common}, vectors=task == "sentence-embedding").run(given)
+        answering = Answering(**{"task": task, **common}, vectors=task == "sentence-embedding")
+        if are_places(answering.texts, answering.output, list(WRITTEN)):
+            answering.run_corpus(of_corpora, given)
+        elif of_corpora:
+            raise InputError(
+                f"--{next(iter(of_corpora)).replace('_', '-')} is for folders, globs and files given as arguments, "
+                "with a folder as --output"
+            )
+        else:
+            answering.run(given)
 
     texts = inspect.Parameter("texts", _KEYWORD, default=None, annotation=_TEXTS)
-    return with_signature(run, [texts, *map(flag, shared), *own], doc)
+    return with_signature(run, [texts, *map(flag, shared), *own, *map(flag, corpora.values())], doc)
 
 
 def _flagged(options: type[Options]) -> list[tuple[OptionField, str]]:
@@ -420,6 +453,9 @@ run = _command(
     `modernbert run --task TASK --help` lists the options of a task. An interrupted command that has --output continues
     where it was when it is run again.
 
+    Folders, globs and files as arguments, with a folder as --output, are a corpus: distinct texts are answered once,
+    into shards of Parquet.
+
     Example: modernbert run "The capital of France is [MASK]."
     """,
     None,
@@ -439,6 +475,9 @@ score = _command(
 )
 embed = _command(
     """Write a vector for each text, from arguments, a file or standard input.
+
+    Folders, globs and files as arguments, with a folder as --output, are a corpus: distinct texts are computed once,
+    into shards of Parquet, and an interrupted command continues when it is run again.
 
     With --skip-errors, a text that cannot be embedded gets NaN in .npy, and its error message in other files.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -21,6 +20,8 @@ from modernbert.indexing.options import IndexOptions, SearchOptions
 from modernbert.indexing.passages import Span, Tokens, passages_of, windows_of
 from modernbert.indexing.store import Passage, Store
 from modernbert.io.files import locked, parse_json, write_text
+from modernbert.io.fingerprint import digest as digest_of_file
+from modernbert.io.fingerprint import fingerprint
 from modernbert.io.hub import Source
 from modernbert.io.tables.reading import library
 from modernbert.pipelines import pipeline, small_model
@@ -35,10 +36,6 @@ _FORMAT = 1
 _TOGETHER = 256  # passages that are embedded and stored in one step, which is what an interruption costs
 _SMALL_WEIGHT = 0.5  # of the list that the package's small encoder gives, which knows less than words do
 _SLACK = 16  # tokens that a part of a text may have more alone than within it
-_CONTENT = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "modules.json"),
-    *("config_sentence_transformers.json", "sentence_bert_config.json"),
-)
 
 
 @dataclasses.dataclass
@@ -276,7 +273,7 @@ class Index:
         begun = self.store.begun() - set(gone)
         for path in _watched(sorted(files), progress):
             try:
-                digest = _digest(files[path])
+                digest = digest_of_file(files[path])
                 if known.get(path) == digest:
                     report.unchanged += 1
                     continue
@@ -472,17 +469,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _fingerprint(model: str | None) -> str:
     """A hash of everything that decides a model's vectors: weights, tokenizer, settings."""
-    root = Source(small_model("sentence-encoder") if model is None else model)
-    folder = root.folder
-    if folder is None:
-        found = root.find("modules.json") or root.need("config.json")
-        folder = found.parent
-    files = [p for p in sorted(folder.rglob("*")) if p.suffix == ".safetensors" or p.name in _CONTENT]
-    files = [p for p in files if not any(part.startswith("checkpoint-") for part in p.relative_to(folder).parts)]
-    whole = hashlib.sha256()
-    for path in files:
-        whole.update(f"{path.relative_to(folder).as_posix()} {_digest(path)}\n".encode())
-    return whole.hexdigest()
+    return fingerprint(Source(small_model("sentence-encoder") if model is None else model))
 
 
 def _roots(places: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -508,11 +495,6 @@ def _files(index: Path, roots: list[Path], known: Iterable[str]) -> dict[str, Pa
         elif not any(Path(path).is_relative_to(root.resolve()) for path in known):
             raise InputError(f"there is no file or folder {root}")
     return files
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _watched(paths: list[str], progress: bool) -> Iterable[str]:

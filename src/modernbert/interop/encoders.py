@@ -15,11 +15,13 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modernbert.interop.replacing import CPU_TOKENS, Replaced, computed_in_turn, reads_padding, replace_class
 
 _BASES = {"SentenceTransformer", "CrossEncoder", "SparseEncoder", "MultiVectorEncoder"}
+_LATE = {"MultiVectorEncoder", "ColBERT"}
 _TEXTS = 256  # that are tokenized together, if `batch_size` is no larger
 _GPU_TOKENS = 65536  # of a group of rows
 _BY_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "token_embeddings", "token_scores", "mlm_logits"}
@@ -58,6 +60,9 @@ class PatchedEncoder(Replaced):
         most = CPU_TOKENS if mask.device.type == "cpu" else _GPU_TOKENS
         if int((mask != 0).sum()) <= most or len(features.get("input_ids", ())) != len(mask):
             return plain(*args, **kwargs)
+        # Of queries that are filled up with tokens outside of the mask, no column is padding.
+        kinds = {cls.__name__ for cls in type(self).__mro__} if reads_padding.get() else set()
+        mask = torch.ones_like(mask) if kinds & _LATE else mask
         return computed_in_turn(lambda part: plain(part, *args[1:], **kwargs), features, mask, most, _BY_TOKEN)
 
 

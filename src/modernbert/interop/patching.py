@@ -28,6 +28,8 @@ from modernbert.interop.replacing import CPU_TOKENS, LINK, Replaced, reads_paddi
 from modernbert.models import decoder, encoder, heads
 from modernbert.models.base import PreTrainedModel
 from modernbert.models.placement import warn_once
+from modernbert.nn.packing import PackedInputs
+from modernbert.retrieval.multi_vector import PartlySeen
 
 logger = logging.getLogger(__name__)
 
@@ -217,14 +219,32 @@ class Link:
             return f"attention_mask is no tensor of shape {grid}"
         pad = getattr(config, "pad_token_id", None)
         whole = mask is not None and "input_ids" in given and mask.shape == ids.shape
-        if whole and reads_padding.get() and pad is not None and bool(((mask == 0) & (ids != pad)).any()):
-            # Late interaction reads the states of such tokens, which attend and are not attended to.
-            return f"attention_mask hides tokens that are no padding (pad_token_id {pad})"
+        hides = whole and reads_padding.get() and pad is not None and bool(((mask == 0) & (ids != pad)).any())
+        # Late interaction reads the states of such tokens, which attend and are not attended to.
+        if hides and (why := self._reads_hidden(theirs, given, pad)):
+            return f"attention_mask hides tokens that are no padding (pad_token_id {pad}), {why}"
         if given["output_hidden_states"] and _version() < 5:
             return "transformers below 5 shows the last hidden state without its norm"
         if mask is None and "position_ids" in given and "past_key_values" not in self.taken and not flat & given.keys():
             given["attention_mask"] = torch.ones(grid, dtype=torch.bool, device=ids.device)  # each row is one text
         return given
+
+    def _reads_hidden(self, theirs: Any, given: dict[str, Any], pad: Any) -> str:
+        """Let tokens that nobody sees be computed after those that all see; why ours cannot, empty where it can."""
+        mask, ids = given["attention_mask"] != 0, given["input_ids"]
+        others = {name for name in given if given[name] is not False} - {"input_ids", "attention_mask", "return_dict"}
+        if not isinstance(self.ours, encoder.ModernBertModel) or mask.dim() != 2 or others:
+            return "and more than the last states are wanted"
+        seen, places = mask.sum(1), torch.arange(mask.shape[1], device=mask.device)
+        lengths = ((mask | (ids != pad)) * (places + 1)).amax(1)
+        if not bool((mask == (places < seen[:, None])).all()) or not bool(seen.all()):
+            return "and they are not behind those that are seen"
+        reach = self.ours.config.local_attention // 2
+        zeros_there = _version() >= 5 and theirs.config._attn_implementation == "sdpa"
+        if not zeros_there and bool((lengths > seen + reach).any()):
+            return "and some are too far from all that is seen"
+        given["seen"], given["lengths"] = seen.tolist(), lengths.tolist()
+        return ""
 
     def _prepare(self, theirs: Any, given: Mapping[str, Any]) -> None:
         """Bring our model into the state of theirs."""
@@ -256,6 +276,8 @@ class Link:
 
     def _run(self, theirs: Any, given: dict[str, Any], cache: Any) -> Any:
         ours, outputs = self.ours, sys.modules["transformers.modeling_outputs"]
+        if "seen" in given:
+            return self._run_partly_seen(given, outputs)
         caches = "past_key_values" in self.taken
         if caches:
             wanted = given.pop("use_cache", None)
@@ -270,6 +292,20 @@ class Link:
         if caches:
             fields["past_key_values"] = cache
         return getattr(outputs, type(output).__name__)(**fields)
+
+    def _run_partly_seen(self, given: Mapping[str, Any], outputs: Any) -> Any:
+        """Rows whose last tokens nobody sees, as those that make queries of late interaction longer."""
+        ids, body = given["input_ids"], self.ours
+        assert isinstance(body, encoder.ModernBertModel)
+        lengths = given["lengths"]
+        rows = [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)]
+        packed = PackedInputs.of_rows(rows, ids.device)
+        states_TM = body.encode(packed, backend=PartlySeen(given["seen"])).last_TM
+        held = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        states = states_TM.new_zeros(ids.numel(), states_TM.shape[-1])
+        at = held.flatten().nonzero().squeeze(1).to(ids.device)
+        states = states.index_copy(0, at, states_TM).unflatten(0, tuple(ids.shape))
+        return outputs.BaseModelOutput(last_hidden_state=states)
 
     def _run_in_turn(self, given: Mapping[str, Any], outputs: Any) -> Any:
         """A padded batch, a few of its texts at a time: what a pass takes fits into caches."""

@@ -83,6 +83,7 @@ class Job(Generic[RowT, ResultT]):
     rows: list[RowT] = dataclasses.field(default_factory=list)
     results: list[ResultT] = dataclasses.field(default_factory=list)
     error: InputError | None = None
+    is_cut: bool = False  # whether a text of it was cut, if that was asked for
     given: dict[str, Any] = dataclasses.field(default_factory=dict)  # options of the caller, if it calls step by step
 
 
@@ -279,6 +280,7 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         progress: bool = False,
         batch_size: int | None = None,
         batch_tokens: int | None = None,
+        adapter_names: Sequence[str] | None = None,
         **options: Any,
     ) -> Any:
         """Answer one input, a list of inputs (with a list), or any other iterable (with an iterator).
@@ -293,6 +295,9 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
                 gives the `InputError` instead of its answer and continues.
             progress: draw a progress bar on standard error.
             batch_size, batch_tokens: instead of those of the pipeline.
+            adapter_names: for each input of a list the adapter that acts on it, "__base__" for none. Inputs of an
+                adapter are computed together, and get the bits of a call with that adapter alone. The model is switched
+                meanwhile, so other threads must not use it.
             options: the task's own; those of tokenizing may be given as a dict, too, `tokenizer_kwargs`.
 
         Raises:
@@ -305,6 +310,8 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         inputs = self._joined(inputs, {name: options.pop(name, None) for name in self.fields})
         settings = {"on_error": on_error, "progress": progress, **options}
         settings |= {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        if adapter_names is not None and (isinstance(inputs, str | dict) or isinstance(adapter_names, str)):
+            raise InputError(f"adapter_names is {shown(adapter_names)}; give a list of inputs and a list of names")
         if isinstance(inputs, str | dict):
             check_no_tables(inputs)
             return next(self.stream([inputs], **settings))
@@ -312,8 +319,37 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         if isinstance(inputs, list | tuple):
             if not inputs:
                 raise InputError("inputs is an empty list; give at least one")
+            if adapter_names is not None:
+                return self.gather(self._by_adapter(inputs, list(adapter_names), settings))
             return self.gather(list(self.stream(inputs, **settings)))
+        if adapter_names is not None:
+            raise InputError("adapter_names needs a list of inputs, one for each name")
         return self.stream(watched(check_iterable("inputs", inputs)), **settings)
+
+    def _by_adapter(self, inputs: Sequence[Any], names: list[str], settings: dict[str, Any]) -> list[Any]:
+        """Answers in the order of the inputs, computed for one adapter after the other."""
+        owners = (self.model, getattr(self.model, "model", None))
+        adapted: Any = next((owner for owner in owners if getattr(owner, "adapter_names", None)), None)
+        known = [] if adapted is None else adapted.adapter_names
+        if len(names) != len(inputs):
+            raise InputError(f"adapter_names has {len(names)} names and there are {len(inputs)} inputs")
+        if unknown := [name for name in names if name not in (*known, "__base__")]:
+            raise InputError(f"adapter_names holds {shown(unknown[0])}; the model has {listed(known) or 'no adapters'}")
+        if adapted is None:
+            return list(self.stream(inputs, **settings))
+        before, answers = adapted.active_adapters(), dict[int, Any]()
+        try:
+            for name in dict.fromkeys(names):
+                own = [i for i, other in enumerate(names) if other == name]
+                if name == "__base__":
+                    adapted.disable_adapters()
+                elif adapted.active_adapters() != [name]:
+                    adapted.set_adapter(name)
+                answers.update(zip(own, self.stream([inputs[i] for i in own], **settings), strict=True))
+        finally:
+            if adapted.active_adapters() != before:
+                adapted.set_adapter(before) if before else adapted.disable_adapters()
+        return [answers[i] for i in range(len(inputs))]
 
     def predict(self, X: Any, **options: Any) -> Any:
         """The same as a call, under the name that scikit-learn has for it."""
@@ -381,8 +417,18 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         sizes = BatchOptions(batch_tokens=batch_tokens or self.batch_tokens, batch_size=batch_size or self.batch_size)
         items = inputs if isinstance(inputs, list | tuple) else check_iterable("inputs", inputs)
         total = len(inputs) if isinstance(inputs, Sized) else None
-        answers = self._stream(items, resolved, on_error == "return", itertools.count(first), sizes)
+        jobs = self._stream(items, resolved, on_error == "return", itertools.count(first), sizes)
+        answers = (answer for _, answer in jobs)
         return progress_bar(answers, total, self.task) if progress else answers
+
+    def stream_with_jobs(self, inputs: Iterable[Any], **options: Any) -> Iterator[tuple[Job[RowT, ResultT], Any]]:
+        """As `stream` with on_error="return", and each answer with its job: what the model saw, and whether it was cut.
+
+        It costs a second look at texts that were cut, and at those tokenized together with them.
+        """
+        sizes = BatchOptions(batch_tokens=self.batch_tokens, batch_size=self.batch_size)
+        resolved = self.resolve(self.given(options))
+        return self._stream(inputs, resolved, True, itertools.count(), sizes, marks_cut=True)
 
     def given(self, options: dict[str, Any]) -> Any:
         """The options of a call, over those that were given when the pipeline was made; raises `InputError`."""
@@ -393,27 +439,40 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         return own_options(options, self.task, self.options)
 
     def _stream(
-        self, inputs: Iterable[Any], options: OptionsT, go_on: bool, numbers: Iterator[int], sizes: BatchOptions
-    ) -> Iterator[Any]:
+        self,
+        inputs: Iterable[Any],
+        options: OptionsT,
+        go_on: bool,
+        numbers: Iterator[int],
+        sizes: BatchOptions,
+        marks_cut: bool = False,
+    ) -> Iterator[tuple[Job[RowT, ResultT], Any]]:
+        """Jobs with their answers, or with the `InputError` of those that have none."""
         iterator = iter(inputs)
         broken: Exception | None = None
         while broken is None:
-            window, broken = self._window(iterator, options, go_on, numbers, sizes.batch_tokens or 1)
+            window, broken = self._window(iterator, options, go_on, numbers, sizes.batch_tokens or 1, marks_cut)
             if not window and broken is None:
                 return
             self._run(window, options, sizes)
             while window:
                 job = window.popleft()
                 if job.error is None:
-                    yield self.finish(job, options)
+                    yield job, self.finish(job, options)
                 elif go_on:
-                    yield job.error
+                    yield job, job.error
                 else:
                     raise job.error
         raise broken
 
     def _window(
-        self, iterator: Iterator[Any], options: OptionsT, go_on: bool, numbers: Iterator[int], budget: int
+        self,
+        iterator: Iterator[Any],
+        options: OptionsT,
+        go_on: bool,
+        numbers: Iterator[int],
+        budget: int,
+        marks_cut: bool,
     ) -> tuple[collections.deque[Job[RowT, ResultT]], Exception | None]:
         """The next jobs, enough for several forward passes; up to an error where it ends the stream.
 
@@ -429,7 +488,8 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
                     items.append(item)
             except Exception as error:
                 broken = error
-            for job in self._prepared(items, options) if items else ():
+            prepared = self._marked if marks_cut else self._prepared
+            for job in prepared(items, options) if items else ():
                 number = next(numbers)
                 for row in job.rows:
                     row.number = number
@@ -452,6 +512,16 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             if len(items) == 1:
                 return [Job(items[0], error=error)]
         return [job for item in items for job in self._prepared([item], options)]
+
+    def _marked(self, items: list[Any], options: OptionsT) -> list[Job[RowT, ResultT]]:
+        """As `_prepared`, and each job says whether a text of it was cut."""
+        with cut_texts() as cut:
+            jobs = self._prepared(items, options)
+        for job in jobs if cut else ():
+            with cut_texts() as own:
+                self._prepared([job.item], options)
+            job.is_cut = bool(own)
+        return jobs
 
     def _run(self, window: collections.deque[Job[RowT, ResultT]], options: OptionsT, sizes: BatchOptions) -> None:
         rows = [(job, i) for job in window for i in range(len(job.rows))]

@@ -70,9 +70,10 @@ class VectorsOfTokens(Pipeline[OptionsT, VectorsRow, torch.Tensor]):
         settings = self.model.settings
         expansion = settings.expansion if is_query else None
         limit = settings.query_length if is_query else settings.document_length
+        limit = settings.max_length if limit is None else limit
         if expansion is not None:
             limit = expansion.length if expansion.is_fixed else max(limit or self.context, expansion.length)
-        limits = [n for n in (longest, limit, settings.max_length) if n is not None]
+        limits = [n for n in (longest, limit) if n is not None]
         how = {"truncation": truncation, "max_length": min(limits) if limits else None}
         encodings = self.tokenize([prompt + text for text in texts], **how)
         skipped = self.skipped if ("query" if is_query else "document") in settings.skipped_in else set()

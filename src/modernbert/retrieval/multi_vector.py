@@ -8,10 +8,11 @@ Shapes: B texts, T tokens of all texts together, D dimensions of a vector.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import string
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -206,8 +207,13 @@ class MultiVectorEncoder(SentenceEncoder):
         """
         backend = None if seen is None else PartlySeen(seen)
         states_TD = self.model.encode(inputs, backend=backend).last_TM
-        for part in self.after_tokens:
-            states_TD = part(states_TD)
+        # MaxSim adds up as many products as a query has vectors: in training, most of the rounding of a score would be
+        # that of a projection and of lengths in bfloat16, which take next to no time in float32.
+        with torch.autocast(states_TD.device.type, enabled=False):
+            if states_TD.dtype != self.dtype and self.dtype == torch.float32:
+                states_TD = states_TD.float()
+            for part in self.after_tokens:
+                states_TD = part(states_TD)
         return states_TD
 
     # Folders
@@ -266,36 +272,65 @@ class MultiVectorEncoder(SentenceEncoder):
             encoder.model = weight_format().quantize(encoder.model, weight_format().resolve(quantization), source)
         return encoder.eval()
 
-    def save_pretrained(self, folder: str | Path, layout: str = "sentence-transformers") -> None:
-        """Write a folder; the tokenizer is saved beside it by its own method.
+    def save_pretrained(self, folder: str | Path, layout: str = "sentence-transformers", tokenizer: Any = None) -> None:
+        """Write a folder.
 
         Args:
             folder: made where missing.
             layout: whose: "sentence-transformers" (6 and later), "pylate" or "stanford".
+            tokenizer: saved beside it. It also says which prompts are single tokens, as those of the settings'
+                `prefixes` are; PyLate and Stanford's library put these before a text's ids.
 
         Raises:
             InputError: the layout cannot hold what this encoder has.
         """
         if layout not in LAYOUTS:
             raise InputError(f"layout is {shown(layout)}; choose one of {', '.join(LAYOUTS)}")
-        folder, settings = Path(folder), self.settings
+        folder = Path(folder)
         if layout == "sentence-transformers":
             self.model.save_pretrained(folder)
             self.save_layout(folder)
-            return
-        longest = settings.max_length or self.config.max_position_embeddings
-        expansion = settings.expansion or Expansion(settings.query_length or longest)
-        if layout == "stanford" and settings.expansion is None:
-            raise InputError("the layout of stanford makes all queries longer; choose sentence-transformers or pylate")
-        if not expansion.is_fixed or expansion.token is not None or settings.pool_factor > 1:
-            what = (
-                "pool_factor" if settings.pool_factor > 1 else "query expansion that is not to a fixed length by [MASK]"
-            )
-            raise InputError(f"the layout of {layout} has no {what}; choose sentence-transformers")
-        if layout == "pylate":
-            self._save_for_pylate(folder, expansion, longest)
         else:
-            self._save_for_stanford(folder, expansion, longest)
+            known = {} if tokenizer is None else tokenizer.get_vocab()
+            prefixes = {name: self._prefix(name, known) for name in ("query", "document")}
+            if lacking := self._lacking(layout, prefixes):
+                raise InputError(f"the layout of {layout} has no {lacking}; choose sentence-transformers")
+            (self._save_for_pylate if layout == "pylate" else self._save_for_stanford)(folder, prefixes)
+        if tokenizer is not None:
+            if layout == "stanford" and tokenizer.pad_token == tokenizer.mask_token:
+                # As PyLate sets it; Stanford's library would take the [MASK] of longer queries for padding.
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.config.pad_token_id)
+            tokenizer.save_pretrained(folder)
+
+    def _prefix(self, name: str, known: Container[str]) -> str:
+        """The single token that a prompt begins with, if it does."""
+        prompt = self.settings.prompts.get(name, "")
+        tokens = [prefix for prefix in self.settings.prefixes if prompt.startswith(prefix)]
+        return max(tokens, key=len) if tokens else prompt if prompt and prompt in known else ""
+
+    def _lacking(self, layout: str, prefixes: Mapping[str, str]) -> str:
+        """What of the settings a layout of another library cannot hold."""
+        settings, expansion = self.settings, self.settings.expansion
+        if settings.pool_factor > 1:
+            return "pool_factor"
+        if expansion is not None and (not expansion.is_fixed or expansion.token is not None):
+            return "query expansion that is not to a fixed length by [MASK]"
+        if settings.similarity != "maxsim":
+            return f"similarity {settings.similarity}"
+        if settings.skipped_words and set(settings.skipped_in) != {"document"}:
+            return f"words that are skipped in {listed(settings.skipped_in)}"
+        if layout == "pylate":
+            return ""
+        if expansion is None:
+            return "queries that are not made longer"
+        if settings.skipped_words and set(settings.skipped_words) != set(string.punctuation):
+            return "skipped words but punctuation"
+        for name, prefix in prefixes.items():
+            if not prefix or settings.prompts.get(name, "").rstrip() != prefix.rstrip():
+                prompt = settings.prompts.get(name, "")
+                return f"prompt {shown(prompt)} of a {name}, which must be one token (give the tokenizer)"
+        return ""
 
     def save_layout(self, folder: Path) -> None:
         """Write all parts but the encoder, and what names them, for sentence-transformers."""
@@ -331,12 +366,15 @@ class MultiVectorEncoder(SentenceEncoder):
             raise InputError(f"the layout of {layout} has dense parts, then one normalisation, and nothing else")
         return dense
 
-    def _save_for_pylate(self, folder: Path, expansion: Expansion, longest: int) -> None:
+    def _save_for_pylate(self, folder: Path, prefixes: Mapping[str, str]) -> None:
         settings = self.settings
-        prompts = {name: settings.prompts.get(name, "") for name in ("query", "document")}
-        about: dict[str, Any] = {"prompts": {}, "default_prompt_name": None, "model_type": "ColBERT"}
-        about["similarity_fn_name"] = "MaxSim"
-        about |= {f"{name}_prefix": prompt for name, prompt in prompts.items()}
+        longest = settings.max_length or self.config.max_position_embeddings
+        expansion = settings.expansion or Expansion(settings.query_length or longest)
+        # PyLate puts a prefix before all texts, and a prompt where its `prompt_name` is given.
+        prompts = {n: text.removeprefix(prefixes.get(n, "")) for n, text in settings.prompts.items()}
+        about: dict[str, Any] = {"prompts": prompts, "default_prompt_name": settings.default_prompt_name}
+        about |= {"model_type": "ColBERT", "similarity_fn_name": "MaxSim"}
+        about |= {f"{name}_prefix": prefix for name, prefix in prefixes.items()}
         about |= {"query_length": expansion.length, "document_length": settings.document_length or longest}
         about |= {"attend_to_expansion_tokens": expansion.attend, "skiplist_words": list(settings.skipped_words)}
         about["do_query_expansion"] = settings.expansion is not None
@@ -348,23 +386,23 @@ class MultiVectorEncoder(SentenceEncoder):
         self.model.save_pretrained(folder)
         write_layout(folder, parts, about, limits)
 
-    def _save_for_stanford(self, folder: Path, expansion: Expansion, longest: int) -> None:
+    def _save_for_stanford(self, folder: Path, prefixes: Mapping[str, str]) -> None:
         settings, dense = self.settings, self._dense("stanford")
         if len(dense) != 1 or dense[0].linear._parameters.get("bias") is not None or dense[0].activation != _IDENTITY:
             raise InputError("the layout of stanford has one projection without a bias or an activation")
+        assert settings.expansion is not None
+        longest = settings.max_length or self.config.max_position_embeddings
         self.model.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         write_text(folder / "config.json", json.dumps(config | {"architectures": [STANFORD]}, indent=2) + "\n")
         saved = read_weights(weight_files(Source(folder)), lambda name: True)
         weights = {f"model.{name}": weight.clone() for name, weight in saved}
         write_weights(folder, weights | {"linear.weight": dense[0].linear.weight.detach()})
-        metadata: dict[str, Any] = {
-            "query_token_id": settings.prompts.get("query", "").strip() or None,
-            "dim": self.width,
-        }
-        metadata |= {"doc_token_id": settings.prompts.get("document", "").strip() or None}
-        metadata |= {"query_maxlen": expansion.length, "doc_maxlen": settings.document_length or longest}
-        metadata |= {"attend_to_mask_tokens": expansion.attend, "mask_punctuation": bool(settings.skipped_words)}
+        metadata: dict[str, Any] = {"query_token_id": prefixes["query"], "doc_token_id": prefixes["document"]}
+        metadata |= {"dim": self.width, "query_maxlen": settings.expansion.length}
+        metadata["doc_maxlen"] = settings.document_length or longest
+        metadata["attend_to_mask_tokens"] = settings.expansion.attend
+        metadata["mask_punctuation"] = bool(settings.skipped_words)
         write_text(folder / _METADATA, json.dumps(metadata, indent=2) + "\n")
 
 
@@ -406,7 +444,7 @@ def _stanford_settings(source: Source) -> dict[str, Any]:
     prefixes = {name: metadata.get(key) or usual for name, (key, usual) in names.items()}
     expansion = Expansion(metadata.get("query_maxlen") or 32, attend=bool(metadata.get("attend_to_mask_tokens")))
     return {
-        "prompts": {name: f"{prefix} " for name, prefix in prefixes.items()},
+        "prompts": prefixes,  # the token alone: nothing parts it from a text's first token
         "prefixes": tuple(prefixes.values()),
         "document_length": metadata.get("doc_maxlen"),
         "expansion": expansion,
@@ -426,10 +464,19 @@ def _stanford_layers(source: Source, model: ModernBertModel) -> list[nn.Module]:
     return [dense.to(device=model.device, dtype=model.dtype), Normalize()]
 
 
+@dataclasses.dataclass(frozen=True)
+class PartlySeenPlan(SdpaPlan):
+    """Also the tokens that are too far from all that is seen, if there are any: attention gives them zeros."""
+
+    blind_T: Tensor | None = None
+
+
 class PartlySeen(SdpaAttention):
     """Attention to the first tokens of each text alone, by all its tokens: what was added to a query is not seen.
 
-    Texts are attended whole, which is for short ones; their numbers do not depend on their batch.
+    A token that has nothing within its reach gets zeros, as from PyTorch's attention, by which PyLate and
+    sentence-transformers compute. Texts are attended whole, which is for short ones; their numbers do not depend on
+    their batch.
 
     Args:
         seen: how many first tokens of each text are seen.
@@ -439,7 +486,7 @@ class PartlySeen(SdpaAttention):
         super().__init__()
         self.seen = seen
 
-    def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> SdpaPlan:
+    def plan(self, packing: Packing, reach: Reach, dtype: torch.dtype) -> PartlySeenPlan:
         """Pieces of texts of the same length, rounded up, each with a mask."""
         groups: dict[int, list[int]] = {}
         for text, length in enumerate(packing.lengths):
@@ -456,9 +503,24 @@ class PartlySeen(SdpaAttention):
                 ahead_QK <= (width if right is None else right)
             )
             seen_NQK = shown_NK[:, None, :] & near_QK
-            # What sees nothing within its reach, as slots without a token, sees all that is shown: otherwise NaN.
+            # What sees nothing within its reach, as slots without a token, sees all that is shown: on some devices its
+            # numbers were NaN otherwise.
             seen_NQK |= ~seen_NQK.any(2, keepdim=True) & shown_NK[:, None, :]
             bias = torch.zeros(seen_NQK.shape, dtype=dtype).masked_fill_(~seen_NQK, float("-inf"))
             pieces.append(Piece(width, False, bias[:, None].to(layout.held.device)))
             layouts.append(layout)
-        return SdpaPlan(pieces, [len(layout.tokens) for layout in layouts], *way(layouts, packing))
+        sizes = [len(layout.tokens) for layout in layouts]
+        return PartlySeenPlan(pieces, sizes, *way(layouts, packing), self._blind(packing, left))
+
+    def _blind(self, packing: Packing, left: int | None) -> Tensor | None:
+        """Whether each token is farther behind all that is seen of its text than it sees."""
+        spans = zip(packing.lengths, self.seen, strict=True)
+        if left is None or all(length <= seen + left for length, seen in spans):
+            return None
+        parts = [torch.arange(length) >= seen + left for length, seen in zip(packing.lengths, self.seen, strict=True)]
+        return torch.cat(parts).to(packing.positions_T.device)
+
+    def attend(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, plan: SdpaPlan, dropout: float = 0.0) -> Tensor:
+        out_THD = super().attend(q_THD, k_THD, v_THD, plan, dropout)
+        blind_T = plan.blind_T if isinstance(plan, PartlySeenPlan) else None
+        return out_THD if blind_T is None else out_THD.masked_fill(blind_T[:, None, None], 0)

@@ -1,7 +1,13 @@
-"""A server for models: `modernbert serve`, or `create_app` for a server of your own."""
+"""A server for models: `modernbert serve`, `create_app` for a server of your own, or `ray_app` for a cluster."""
 
 from modernbert.lazy import exports
 
-__all__ = ["ServeOptions", "create_app"]
+__all__ = ["ReplicaOptions", "ServeOptions", "create_app", "ray_app"]
 
-__getattr__, __dir__ = exports(__name__, {"create_app": "serving.app", "ServeOptions": "serving.options"})
+_EXPORTS = {
+    "create_app": "serving.app",
+    "ray_app": "serving.replicas",
+    "ReplicaOptions": "serving.replicas",
+    "ServeOptions": "serving.options",
+}
+__getattr__, __dir__ = exports(__name__, _EXPORTS)

@@ -117,6 +117,8 @@ class Models:
             self._add(choice, made)
         for one in shared:
             one.finish(frozen=True)
+        for text in options.adapter:
+            self._add_adapted(text, [choice for choice in choices if choice.alone])
         self.together = self._together()
 
     def _together(self) -> list[OnePass]:
@@ -178,6 +180,21 @@ class Models:
             if task in (None, own) and Chosen(served, own).key in one.pipelines
         ]
         return sorted(found, key=lambda chosen: chosen.served.first.task != chosen.task)
+
+    def _add_adapted(self, text: str, choices: list[ModelChoice]) -> None:
+        """Load a model once more with an adapter, which is merged, so that no request waits for a switch."""
+        adapted = ModelChoice.of_adapter(text)
+        if len(choices) != 1:
+            raise InputError(
+                f"adapter is {text!r} and there are {len(choices)} models; give one model, or the adapter's folder as "
+                f"a model: --model {text}"
+            )
+        if adapted.name in self.served:
+            raise InputError(f"two models are called {adapted.name!r}; give one of them another NAME=")
+        source, how = choices[0].source, {"adapter": adapted.source}
+        task = choices[0].task or _wanted(choices[0], **how)
+        made = pipeline(task, source, device=_device(self.options), dtype=self.options.dtype, **how)
+        self._add(dataclasses.replace(adapted, task=choices[0].task), made)
 
     def _add(self, choice: ModelChoice, made: Pipeline[Any, Any, Any]) -> None:
         served = self.served.setdefault(choice.name, Served(choice.name, choice.source, {}, int(time.time())))
@@ -286,7 +303,7 @@ def _device(options: ServeOptions) -> torch.device | None:
     return None if given is None else resolve_device(int(given) if given.isdecimal() else given)
 
 
-def _wanted(choice: ModelChoice) -> str | None:
+def _wanted(choice: ModelChoice, **kwargs: Any) -> str | None:
     """The task that a model is loaded for: a bare encoder for vectors of texts, others for what their head says."""
-    task = task_of(choice.source, {})
+    task = task_of(choice.source, kwargs)
     return "sentence-embedding" if task == "feature-extraction" else task

@@ -24,6 +24,11 @@ class ServeOptions(Options):
         "Model to serve, as [NAME=]FOLDER_OR_REPOSITORY[:TASK]; without a task it serves all that its head can.",
         otherwise="the package's small models",
     )
+    adapter: list[str] = option(
+        [],
+        "Adapter of PEFT for the one model, as [NAME=]FOLDER: the model with it is served, too, by that name.",
+        otherwise="none",
+    )
     index: list[str] = option(
         [],
         "Index to search at /v1/search, as [NAME=]FOLDER; its model is served, too, by the same name.",
@@ -94,6 +99,14 @@ class ModelChoice:
     source: str
     task: str | None = None
     alone: bool = True
+
+    @classmethod
+    def of_adapter(cls, given: str) -> ModelChoice:
+        """Read `[NAME=]FOLDER` of an adapter; raises `InputError`."""
+        name, is_named, folder = given.rpartition("=")
+        if not folder or (is_named and not name):
+            raise InputError(f"adapter is {given!r}; give [NAME=]FOLDER")
+        return cls(name or Path(folder).name or folder, folder)
 
     @classmethod
     def parse(cls, given: str) -> ModelChoice:

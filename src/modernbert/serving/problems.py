@@ -75,6 +75,14 @@ class LateError(ServingError, status=504, kind="timeout"):
     """The deadline of a request has passed."""
 
 
+class LostError(ServingError, status=503, kind="lost", Retry_After="5"):
+    """Replicas on a cluster were lost while they answered."""
+
+
+class NoMetricsError(ServingError, status=404, kind="not_found"):
+    """There is nothing to count here."""
+
+
 def failed(error: Exception) -> Exception:
     """What a client is told of an error that the model raised, which the log has as a whole."""
     if isinstance(error, InputError):

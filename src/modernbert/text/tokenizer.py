@@ -236,7 +236,8 @@ class Tokenizer(Saved):
         elif isinstance(self.chat_template, Mapping):
             config["chat_template"] = [{"name": k, "template": v} for k, v in self.chat_template.items()]
         config.pop("name_or_path", None)
-        config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+        if config.get("tokenizer_class") in (None, "TokenizersBackend"):  # the name in transformers 5, which reads both
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.setdefault("clean_up_tokenization_spaces", False)
         with self._lock:
             text = self.backend.to_str(pretty=True)

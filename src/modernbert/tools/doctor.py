@@ -148,7 +148,6 @@ def _processor(report: Report, cores: int, quota: float | None) -> dict[str, Any
     for line in _lines("/proc/cpuinfo"):
         name, _, value = line.partition(":")
         values.setdefault(name.strip(), value.strip())
-    flags = set((values.get("flags") or values.get("Features") or "").split())
     threads, usable = torch.get_num_threads(), cores if quota is None else max(1, min(cores, int(quota)))
     variables = {name: value for name, value in sorted(os.environ.items()) if _VARIABLES.match(name)}
     if threads > usable:
@@ -166,7 +165,7 @@ def _processor(report: Report, cores: int, quota: float | None) -> dict[str, Any
         report.advice.append("OMP_WAIT_POLICY is active, and other processes share the cores: set it to passive")
     return {
         "name": values.get("model name") or platform.processor() or platform.machine(),
-        "features": [name for name in _FEATURES if name in flags],
+        "features": processor_features(),
         "bfloat16 products": "made for it" if multiplies_bfloat16() else "computed as float32",
         "processors": cores,
         "allowed": "no limit" if quota is None else f"{quota:g} cores' worth of time",
@@ -370,5 +369,11 @@ def _advise(report: Report, stored: str, devices: list[str], parameters: int) ->
 
 
 def _processor_flags() -> set[str]:
-    line = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
+    line = next((line for line in _lines("/proc/cpuinfo") if line.startswith(("flags", "Features"))), "")
     return set(line.partition(":")[2].split())
+
+
+def processor_features() -> list[str]:
+    """What the processor can do that kernels are chosen by, such as "avx512_bf16"."""
+    flags = _processor_flags()
+    return [name for name in _FEATURES if name in flags]

@@ -221,12 +221,11 @@ def test_products_in_bfloat16_give_the_losses_of_float32_but_for_their_rounding(
     folder, losses = base(kind, **changes), {}
     for precision in ("float32", "bfloat16"):
         options = {**OPTIONS_OF_RUN, "precision": precision, "max_steps": 3, "lr": 1e-3}
-        if task == "late-interaction":  # a similarity adds up 32 cosines, and the loss is as many times as steep
-            options["temperature"] = 16.0
         output = tmp_path / precision
         run = finetune(task, rows(16), output=output, model=folder, **options)
         losses[precision] = [row["loss"] for row in history(output)]
         assert {value.dtype for value in load_file(output / "model.safetensors").values()} == {torch.float32}
         assert {parameter.dtype for parameter in run.model.parameters()} == {torch.float32}
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2)
+    # A loss far below 1 moves by more of itself: it is a difference of larger numbers.
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=2e-2, abs=1e-2)
     assert losses["bfloat16"] != losses["float32"]

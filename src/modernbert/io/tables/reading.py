@@ -58,6 +58,24 @@ def read_in_place(path: Path | None, part: str | None = None) -> Records:
         yield record
 
 
+def read_stream(stream: BinaryIO, name: str, suffix: str) -> Records:
+    """Rows of an open file of lines, an error for each line that is no row; blank lines are left out.
+
+    Args:
+        stream: binary, read from where it is.
+        name: of the file, for messages.
+        suffix: .jsonl, .csv, .tsv, or one of plain text.
+
+    Raises:
+        InputError: the rest of the file makes no sense, such as a table after an open quote.
+    """
+    if suffix in _DELIMITERS:
+        found = _read_table(stream, Path(name), None)
+    else:
+        found = _by_line(stream, name, _object if suffix == ".jsonl" else _text)
+    return (record for record in found if not isinstance(record, _Blank))
+
+
 def count_records(path: Path | None) -> int | None:
     """How many rows `read_in_place` gives, where it is cheap to find out."""
     suffix = path.suffix.lower() if path is not None and path.is_file() else None

@@ -300,6 +300,7 @@ def _write_npy(path: Path, records: Again) -> None:
             file.write(np.asarray(record.get("output", np.full(width, np.nan)), "<f4").tobytes())
 
 
+WRITTEN = (".jsonl", ".csv", ".tsv", ".parquet", ".npy")  # suffixes of files that are written
 _WRITERS: dict[str, Callable[[Path, Again], None]] = {
     ".jsonl": _write_jsonl,
     ".csv": _write_table,

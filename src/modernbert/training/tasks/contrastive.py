@@ -49,6 +49,11 @@ class Contrastive(Task):
         given = {"query": options.query_prompt, "document": options.document_prompt}
         self.prompts = {name: prompt for name, prompt in given.items() if prompt}
 
+    @property
+    def temperature(self) -> float:
+        """What similarities are divided by."""
+        return float(self.options.temperature)
+
     def rows_of(self, texts: Sequence[str], is_query: bool) -> list[Any]:
         """The ids of anchors, or of documents."""
         prompt = self.prompts.get("query" if is_query else "document", "")
@@ -138,7 +143,7 @@ class Contrastive(Task):
         loss = vectors.new_zeros((), dtype=torch.float32)
         with torch.autocast(vectors.device.type, enabled=False):
             for similarity_BN in self.similarities(vectors, is_anchor_R, step):
-                scores_BN = similarity_BN / self.options.temperature
+                scores_BN = similarity_BN / self.temperature
                 if self.options.is_distilled:
                     starts = right_B.tolist()
                     own = [slice(a, b) for a, b in zip(starts, [*starts[1:], len(numbers_N)], strict=True)]

@@ -32,6 +32,7 @@ from modernbert.training.tasks.options import FinetuneOptions
 
 _QUERY_LENGTH, _DOCUMENT_LENGTH = 32, 300  # of a new projection
 _PREFIXES = {"query": "[unused0]", "document": "[unused1]"}  # of a new projection, where the tokenizer has these
+_TEMPERATURE, _TEMPERATURE_OF_MEAN = 1.0, 0.05
 _IDENTITY = "torch.nn.modules.linear.Identity"
 
 
@@ -129,6 +130,13 @@ class LateInteraction(Contrastive):
         self.serve = LateInteractionPipeline(model, tokenizer)
         model.train(training)
 
+    @property
+    def temperature(self) -> float:
+        """What is given, or what suits a sum of cosines or their mean."""
+        given = self.options.temperature
+        is_mean = self.model.settings.similarity == "meanmaxsim"
+        return float(given) if given is not None else _TEMPERATURE_OF_MEAN if is_mean else _TEMPERATURE
+
     def rows_of(self, texts: Sequence[str], is_query: bool) -> list[Any]:
         """As the pipeline reads them."""
         prompt, rows = self.serve.prompt(is_query), []
@@ -192,5 +200,4 @@ class LateInteraction(Contrastive):
             plain = settings.expansion is None or (settings.expansion.is_fixed and settings.expansion.token is None)
             held = plain and settings.pool_factor == 1 and settings.similarity == "maxsim"
             layout = "pylate" if held and all(prompt in known for prompt in prompts) else "sentence-transformers"
-        model.save_pretrained(folder, layout)
-        self.tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder, layout, self.tokenizer)

@@ -178,7 +178,10 @@ class SentenceEmbeddingOptions(ContrastiveOptions):
 class LateInteractionOptions(ContrastiveOptions):
     """Make a vector of every token, so that queries find documents by MaxSim."""
 
-    temperature: float = changed(ContrastiveOptions, "temperature", 1.0)
+    # MaxSim adds up a query's cosines: 1 for the sum of 20 to 32 is 0.03 to 0.05 for their mean.
+    temperature: float | None = changed(  # type: ignore[assignment]
+        ContrastiveOptions, "temperature", None, otherwise="1; 0.05 for a model of the similarity meanmaxsim"
+    )
     dimensions: int = option(128, "Dimensions of the vectors, where the model has no projection yet.", least=1)
     query_length: int | None = option(
         None, "Tokens of a query.", least=3, otherwise="the model's own; 32 for a new projection"

@@ -1,0 +1,104 @@
+"""`modernbert run` and `embed` over folders, and `modernbert verify`."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modernbert.cli.messages import InterruptedCommandError, counted, in_flags, say
+from modernbert.errors import InputError
+
+_LISTED = 5  # reasons of a kind
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")
+
+
+def are_places(texts: Sequence[str] | None, output: Path | None, suffixes: Sequence[str]) -> bool:
+    """Whether a command's texts are the folders and files of a corpus, because its output is a folder."""
+    if not texts or output is None or (output.suffix.lower() in suffixes and not output.is_dir()):
+        return False
+    return any(_ADDRESS.match(text) or _is_there(text) for text in texts)
+
+
+def _is_there(text: str) -> bool:
+    if os.sep in text and not any(map(str.isspace, text)):
+        return True  # meant as a path
+    try:
+        return Path(text).exists() or any(glob.iglob(text))  # noqa: PTH207
+    except (OSError, ValueError):  # no name of a file
+        return False
+
+
+def run_corpus(places: Sequence[str], output: Path, given: Mapping[str, Any]) -> None:
+    """Answer a corpus, and say what became of it; exit code 1 where texts have no answer."""
+    from modernbert.corpus import run
+    from modernbert.corpus.output import CorpusError
+
+    place = _ADDRESS.sub(r"\1://", str(output), count=1)  # a path holds no two slashes
+    try:
+        report = run(list(places), place, progress=True, **given)
+    except CorpusError as error:
+        say(error)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        raise InterruptedCommandError(
+            f"interrupted; what is finished stays in {place}, and the same command continues after it"
+        ) from None
+    known = report.texts + report.failed - report.computed
+    details = [f"{report.duplicates:,} duplicates"] * bool(report.duplicates)
+    details += [f"{report.truncated:,} cut to the model's context"] * bool(report.truncated)
+    details += [f"{known:,} from before"] * bool(known)
+    more = f" ({', '.join(details)})" if details else ""
+    say(f"{report.rows:,} rows read, {report.texts:,} distinct texts answered in {place}{more}")
+    for reason in list(report.files.values())[:_LISTED]:
+        say(in_flags(reason))
+    for reason in report.reasons[:_LISTED]:
+        say(in_flags(reason))
+    if report.unreadable:
+        say(f"{counted(report.unreadable, 'row')} could not be read; {place}/unreadable says why")
+    if report.failed:
+        say(
+            f"{counted(report.failed, 'text')} could not be answered; {place}/errors has the key and the reason of each"
+        )
+    if report.failed or report.unreadable or report.files:
+        raise typer.Exit(1)
+
+
+def verify(
+    folder: Annotated[str, typer.Argument(help="Output of `modernbert run` or `embed` over a corpus.")],
+    sample: Annotated[int, typer.Option(min=0, help="Texts to compute anew; 0 checks hashes alone.")] = 64,
+    seed: Annotated[int, typer.Option(help="Random seed of the sample.")] = 0,
+    device: Annotated[str | None, typer.Option(help="Where to compute. (default: where the job did)")] = None,
+) -> None:
+    """Check the shards of a corpus by their hashes, and compute a sample of the texts anew.
+
+    On a machine of the kind that computed them, the numbers have to be the same bits; on another one the largest
+    difference is shown. The exit code is 1 if anything is not as it was written.
+
+    Example: modernbert verify vectors/
+    """
+    from modernbert.corpus import verify
+
+    report = verify(folder, sample=sample, seed=seed, device=device)
+    broken = (
+        f", {len(report.damaged)} damaged: {', '.join(report.damaged[:_LISTED])}" if report.damaged else ", all whole"
+    )
+    typer.echo(f"shards      {report.shards}{broken}")
+    if report.repeated:
+        typer.echo(f"repeated    {counted(report.repeated, 'text')} in more than one shard")
+    if sample:
+        where = "" if report.is_same_machine else "; another kind of machine or version computed them"
+        typer.echo(f"sample      {counted(report.texts, 'text')}, {report.identical} with the same bits{where}")
+        if report.identical < report.texts:
+            typer.echo(f"difference  {report.largest:.3g} at the most")
+        if report.changed:
+            typer.echo(f"changed     {counted(report.changed, 'row')} of the sample whose text is not there any more")
+    if not report.ok:
+        raise typer.Exit(1)
+    if sample and not report.texts:
+        raise InputError(f"none of the texts of {folder} could be read again; --sample 0 checks hashes alone")

@@ -1,0 +1,81 @@
+"""What an engine is: it moves units of work to workers that are alive, and hands back what they say of them.
+
+Which texts are computed, what a unit is called, where it is written, and what becomes of texts that fail is the same
+code for all engines (`job`, `work`), so that the result cannot depend on the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from modernbert.checks import Options
+from modernbert.errors import InputError
+
+ATTEMPTS = 24  # of a unit whose worker dies; the work itself makes sure that it ends before (see `work`)
+Record = dict[str, Any]  # what is known of a finished unit, plain values
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Texts that are computed by one worker and written as one shard.
+
+    Attributes:
+        name: made from the keys, so that the same unit has the same name whoever makes it.
+        table: `key` (32 bytes) and the fields of the task, an Arrow table.
+    """
+
+    name: str
+    table: Any
+
+
+class Engine(Protocol):
+    """What runs units.
+
+    An engine is made with its options as keyword arguments, which its class names in `options`.
+    """
+
+    options: type[Options]
+
+    def run(self, units: Iterator[Unit], work: Callable[[Unit], Record]) -> Iterator[Record]:
+        """Give the record of each unit, in any order, as units are finished.
+
+        - `work` is picklable, and so are units and records. A worker keeps its copy of `work` as long as it lives: the
+          model is loaded with the first unit.
+        - `units` is taken from lazily, from one thread at a time: it reads the corpus as it goes. An engine keeps as
+          many units as its workers need to be busy, and no more.
+        - A unit whose worker dies is run again as it is, by a new worker, up to `ATTEMPTS` times; then
+          `modernbert.corpus.CorpusError` is raised. A unit may be run twice: the second run writes the same files.
+        - What `work` raises ends the job: it is raised here, as itself or as `CorpusError` with its message.
+        - When the iterator is closed, workers are ended.
+        """
+
+
+ENGINES = {"local": "corpus.local.LocalEngine", "ray": "corpus.ray.RayEngine"}
+
+
+def make_engine(name: str, given: Mapping[str, Any]) -> Engine:
+    """An engine with these options; raises `InputError` for one that is not known, or whose packages are missing."""
+    if name not in ENGINES:
+        raise InputError(f"engine is {name!r}; choose one of {', '.join(ENGINES)}")
+    module, _, cls = ENGINES[name].rpartition(".")
+    engine: type[Any] = getattr(importlib.import_module(f"modernbert.{module}"), cls)
+    made: Engine = engine(**engine.options.of(given, f"the engine {name}").__dict__)
+    return made
+
+
+def parse_engine_options(given: list[str]) -> dict[str, Any]:
+    """NAME=VALUE options of an engine; a value is JSON where it can be, and a text otherwise."""
+    out: dict[str, Any] = {}
+    for entry in given:
+        name, equals, value = entry.partition("=")
+        if not equals or not name:
+            raise InputError(f"engine_options has {entry!r}; write NAME=VALUE, such as processes=2")
+        try:
+            out[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            out[name.replace("-", "_")] = value
+    return out

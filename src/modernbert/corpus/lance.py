@@ -1,0 +1,73 @@
+"""The answers of an output as a Lance dataset beside its shards, for searches."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from modernbert.corpus.output import CorpusError, Output
+from modernbert.errors import InputError
+from modernbert.io.tables.reading import library
+
+TABLE = "corpus"  # the dataset is the folder corpus.lance
+_NOTE = "lance.json"  # which shards are in it, and which were being added when a run ended
+_TOGETHER = 16  # shards that are added in one version of the dataset
+_AN_HOUR = datetime.timedelta(hours=1)
+
+
+def check_lance(output: Output) -> None:
+    """Raise `InputError` if a Lance dataset cannot be written there."""
+    if not output.is_local:
+        raise InputError(f"a Lance dataset is written to a folder of this machine, and not to {output.place}")
+    library("lancedb", Path(output.root), "search")
+
+
+def add_shards(output: Output, names: Iterable[str]) -> int:
+    """Add the shards that the dataset does not hold yet; gives the number of its rows.
+
+    An interruption adds nothing twice: keys that were being added are compared first.
+
+    Raises:
+        CorpusError: the dataset cannot be written.
+    """
+    os.environ.setdefault("LANCE_LOG", "error")
+    lancedb = library("lancedb", Path(output.root), "search")
+    database = lancedb.connect(output.root)
+    note = output.read_json(_NOTE) or {"shards": [], "adding": []}
+    there, doubtful = set(note["shards"]), set(note["adding"])
+    new = iter([name for name in names if name not in there])
+    is_made = any(Path(output.root, f"{TABLE}.lance", "_versions").glob("*.manifest"))
+    table = database.open_table(TABLE) if is_made else None
+    try:
+        while some := list(itertools.islice(new, _TOGETHER)):
+            output.write_json(_NOTE, {"shards": sorted(there), "adding": some})
+            rows = pa.concat_tables([_read(output, name) for name in some])
+            if table is None:
+                table = database.create_table(TABLE, rows)
+            elif doubtful.intersection(some):
+                table.merge_insert("key").when_not_matched_insert_all().execute(rows)
+            else:
+                table.add(rows)
+            there |= set(some)
+            output.write_json(_NOTE, {"shards": sorted(there), "adding": []})
+        if table is not None:
+            table.optimize(cleanup_older_than=_AN_HOUR)
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, CorpusError):
+            raise
+        raise CorpusError(
+            f"the dataset {output.root}/{TABLE}.lance cannot be written: {' '.join(str(error).split())[:300]}; all "
+            "shards are there, and the same call continues"
+        ) from error
+    return 0 if table is None else int(table.count_rows())
+
+
+def _read(output: Output, name: str) -> pa.Table:
+    with output.open(f"data/{name}.parquet") as stream:
+        return pq.read_table(stream)

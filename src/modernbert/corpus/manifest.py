@@ -1,0 +1,141 @@
+"""What is written beside the shards: what they were made with, how many there are, and their hashes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from modernbert.corpus.contract import Record
+from modernbert.corpus.output import Output
+from modernbert.corpus.settings import Key, Settings
+from modernbert.errors import InputError
+from modernbert.io.checkpoint import weight_files
+from modernbert.io.fingerprint import contents
+from modernbert.io.hub import Source
+from modernbert.io.tables.writing import differences
+from modernbert.models.sentence_layout import contents_of
+from modernbert.pipelines import TASKS, small_model
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+def identity(settings: Settings, form: str) -> dict[str, Any]:
+    """What has to be the same for all shards of an output: the model by the hashes of its files, task and options.
+
+    Args:
+        settings: what is computed.
+        form: of the output.
+
+    Raises:
+        NotFoundError, CheckpointError: the model cannot be found.
+    """
+    loading = settings.loading
+    model = settings.model or str(small_model(TASKS[settings.task][1] or "encoder"))
+    found: dict[str, Any] = {
+        "task": settings.task,
+        "options": dict(settings.options),
+        "fixed": dict(settings.fixed),
+        "store": settings.store,
+        "format": form,
+        "dtype": loading.get("dtype"),
+        "attention": loading.get("attn_implementation"),
+        "the model's files": _files(Source(model, loading.get("revision"))),
+    }
+    others = {"tokenizer": settings.tokenizer, "adapter": loading.get("adapter")}
+    return found | {f"the {name}'s files": _files(Source(place)) for name, place in others.items() if place}
+
+
+def _files(source: Source) -> dict[str, str]:
+    if source.folder is None and not source.is_adapter:  # have the Hub's files here
+        weight_files(source.inside(contents_of(source).inner))
+        source.find("tokenizer.json")
+    base = source.base_of_adapter()
+    files = {} if base is None else {f"base: {name}": found for name, found in contents(base).items()}
+    return files | contents(source)
+
+
+def check_same(before: Mapping[str, Any] | None, now: Mapping[str, Any], place: str) -> None:
+    """Refuse to add shards to an output that was made with something else; `InputError` says what differs."""
+    if before is None:
+        return
+    if before.get("manifest") != _FORMAT or not isinstance(before.get("made with"), dict):
+        raise InputError(f"{place}/{MANIFEST} is of no corpus of format {_FORMAT}; name another output")
+    plain = json.loads(json.dumps(now))
+    if before["made with"] != plain:
+        changed = differences(before["made with"], plain)
+        raise InputError(
+            f"{place} was made with something else: {changed}; vectors of two kinds do not go together, so name "
+            "another output"
+        )
+
+
+def records_of(output: Output, without_failed: bool = False) -> dict[str, Record]:
+    """Records of the shards that are finished, by their names; what is left of others is removed.
+
+    Args:
+        output: of the job.
+        without_failed: forget the texts that failed, so that they are tried again.
+    """
+    found = {}
+    there = {name.removesuffix(".parquet") for name in output.names("data")}
+    for file in output.names("shards"):
+        record = output.read_json(f"shards/{file}")
+        name = file.removesuffix(".json")
+        if isinstance(record, dict) and without_failed and record["failed"]:
+            output.remove(f"errors/{name}.jsonl")
+            record["failed"] = 0
+            output.write_json(f"shards/{file}", record)
+        if isinstance(record, dict) and (name in there if record["texts"] else record["failed"]):
+            found[name] = kept(record)
+        else:
+            output.remove(f"shards/{file}")
+    for name in there - set(found):
+        output.remove(f"data/{name}.parquet")
+    for file in output.names("errors"):
+        if file.removesuffix(".jsonl") not in found:
+            output.remove(f"errors/{file}")
+    output.remove("work")
+    return found
+
+
+_MACHINES: dict[str, Any] = {}
+
+
+def kept(record: Record) -> Record:
+    """A record that is held in memory with all others: what many have in common is there once."""
+    machine = record["machine"]
+    return record | {"machine": _MACHINES.setdefault(json.dumps(machine), machine)}
+
+
+def keys_of(output: Output, records: Mapping[str, Record]) -> Iterator[list[Key]]:
+    """Keys of the texts of finished shards, those that failed too, shard by shard."""
+    for name, record in records.items():
+        if record["texts"]:
+            with output.open(f"data/{name}.parquet") as stream:
+                yield pq.read_table(stream, columns=["key"])["key"].to_pylist()
+        if record["failed"]:
+            yield [bytes.fromhex(error["key"]) for error in errors_in(output, name)]
+
+
+def errors_in(output: Output, name: str) -> list[dict[str, Any]]:
+    """The texts of a shard that could not be answered: keys and reasons."""
+    return [json.loads(line) for line in (output.read(f"errors/{name}.jsonl") or b"").splitlines()]
+
+
+def manifest(made_with: Mapping[str, Any], about: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+    """The manifest of an output."""
+    machines: list[Any] = []
+    shards: dict[str, Any] = {}
+    for record in sorted(records, key=lambda record: record["name"]):
+        if record["machine"] not in machines:
+            machines.append(record["machine"])
+        shards[record["name"]] = {
+            "sha256": record["sha256"],
+            **{name: record[name] for name in ("texts", "failed", "bytes")},
+            "machine": machines.index(record["machine"]),
+        }
+    return {"manifest": _FORMAT, "made with": made_with, **about, "machines": machines, "shards": shards}

@@ -1,0 +1,165 @@
+"""The folder that a job writes to: files appear whole or not at all, on a disk or wherever fsspec writes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import posixpath
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from modernbert.errors import InputError, printable
+from modernbert.io.files import parse_json
+from modernbert.io.tables.reading import library
+
+KEYS = ".keys-"  # how the name of a folder begins that holds the keys of a run
+
+
+class CorpusError(RuntimeError):
+    """A job ended before its corpus did; what is finished stays, and the same call continues after it."""
+
+
+def filesystem(place: str) -> tuple[Any, str]:
+    """What reads and writes a place, and the place's path there.
+
+    Raises:
+        InputError: the place names a protocol that fsspec does not know, or whose package is not installed.
+    """
+    library("fsspec", Path(place), "corpus")
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path = url_to_fs(place)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{place} cannot be opened: {printable(' '.join(str(error).split()), limit=200)}") from None
+    return system, str(path)
+
+
+class Output:
+    """A folder for shards and what is known of them.
+
+    - `data/NAME.parquet`: a row for each distinct text that was answered: `key`, the answer, `tokens`, `truncated`.
+    - `errors/NAME.jsonl`: a line for each that was not: its key and the reason.
+    - `shards/NAME.json`: what is known of a finished shard; a shard without it is not finished.
+    - `rows/`: which row of which file has which key, and the columns that are kept.
+    - `manifest.json`, `metrics.jsonl`.
+
+    Args:
+        place: a path, or an address that fsspec writes to.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self._open()
+
+    def _open(self) -> None:
+        self.system, self.root = filesystem(self.place)
+        self.is_local = "file" in _protocols(self.system)
+        if self.is_local:
+            self.place = self.root  # workers may run elsewhere in the tree of folders
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.place = state["place"]
+        self._open()
+
+    def path(self, name: str) -> str:
+        """The path of a file, for `system`."""
+        return posixpath.join(self.root, name)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Any]:
+        """Give a binary file that gets its name once it is written whole.
+
+        Raises:
+            CorpusError: it cannot be written, such as on a full disk.
+        """
+        path = self.path(name)
+        # A store of objects shows an object once it is whole; a disk needs another name until then.
+        other = posixpath.join(posixpath.dirname(path), f".{uuid.uuid4().hex}.tmp") if self.is_local else path
+        try:
+            self.system.makedirs(posixpath.dirname(path), exist_ok=True)
+            with self.system.open(other, "wb") as file:
+                yield file
+            if self.is_local:
+                os.replace(other, path)  # noqa: PTH105
+        except OSError as error:
+            what = error.strerror or " ".join(str(error).split())
+            hint = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise CorpusError(f"{path} cannot be written: {what}{hint}, and the same call continues") from error
+        finally:
+            if self.is_local:
+                with contextlib.suppress(OSError):
+                    os.unlink(other)  # noqa: PTH108
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """Write a file whole or not at all."""
+        with self.writing(name) as file:
+            file.write(content)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+    def append(self, name: str, line: str) -> None:
+        """Add a line to a file; where nothing can be appended, the file is written anew."""
+        path = self.path(name)
+        if self.is_local:
+            with self.system.open(path, "ab") as file:
+                file.write(line.encode() + b"\n")
+            return
+        before = self.system.cat_file(path) if self.system.exists(path) else b""
+        self.write(name, before + line.encode() + b"\n")
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content; None where there is none."""
+        try:
+            return bytes(self.system.cat_file(self.path(name)))
+        except FileNotFoundError:
+            return None
+
+    def read_json(self, name: str) -> Any:
+        """A file's JSON; None where there is none, or where it is damaged."""
+        content = self.read(name)
+        try:
+            return None if content is None else parse_json(content)
+        except ValueError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        """The names of the files in a folder, sorted, without hidden ones."""
+        try:
+            found = self.system.ls(self.path(folder), detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        except TypeError:  # of a system that caches nothing
+            found = self.system.ls(self.path(folder), detail=False)
+        names = (posixpath.basename(str(path).rstrip("/")) for path in found)
+        return sorted(name for name in names if name and not name.startswith("."))
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.system.rm(self.path(name), recursive=True)
+
+    def tidy(self) -> None:
+        """Remove what a run that was killed left: files that it was writing, and its keys."""
+        if self.is_local:
+            for path in [*Path(self.root).glob("*/.*.tmp"), *Path(self.root).glob(".*.tmp")]:
+                path.unlink(missing_ok=True)
+            for folder in Path(self.root).glob(f"{KEYS}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def open(self, name: str) -> Any:
+        """Open a file to read it."""
+        return self.system.open(self.path(name), "rb")
+
+
+def _protocols(system: Any) -> tuple[str, ...]:
+    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)

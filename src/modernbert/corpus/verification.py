@@ -1,0 +1,207 @@
+"""A look at an output: are its shards whole, and are its answers those that this machine gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from modernbert.corpus.contract import Record
+from modernbert.corpus.inputs import find_files, read_batches
+from modernbert.corpus.keys import AGAIN, KeySet
+from modernbert.corpus.manifest import MANIFEST, check_same, identity
+from modernbert.corpus.output import Output
+from modernbert.corpus.plan import columns_of
+from modernbert.corpus.results import contents_of
+from modernbert.corpus.settings import Key, Settings
+from modernbert.corpus.transform import Transform
+from modernbert.errors import InputError
+
+_FILES = 8  # files that a sample is taken from, at the most
+
+
+@dataclasses.dataclass
+class VerifyReport:
+    """What was found in an output.
+
+    Attributes:
+        shards: that the manifest names.
+        damaged: those whose file is missing or has another hash, and files that no manifest names.
+        repeated: texts that stand in more than one shard.
+        texts: that were computed anew.
+        identical: those whose answer has the same bits.
+        largest: the largest difference of a number of the others; infinite where something else than a number differs.
+        changed: rows of the sample whose text is another one now, or is not there.
+        is_same_machine: whether a machine like this one, with these versions, computed all shards of the sample.
+    """
+
+    shards: int = 0
+    damaged: list[str] = dataclasses.field(default_factory=list)
+    repeated: int = 0
+    texts: int = 0
+    identical: int = 0
+    largest: float = 0.0
+    changed: int = 0
+    is_same_machine: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is as it was written; bits may differ where another machine or version computed them."""
+        is_same = self.identical == self.texts or (not self.is_same_machine and np.isfinite(self.largest))
+        return not self.damaged and not self.repeated and bool(is_same)
+
+
+def verify(folder: str | Path, *, sample: int = 64, seed: int = 0, device: Any = None) -> VerifyReport:
+    """Check the hash of each shard, and compute a sample of the texts anew, from the files that they came from.
+
+    Args:
+        folder: output of a job.
+        sample: how many texts are computed; 0 checks hashes alone.
+        seed: chooses the sample.
+        device: where to compute; by default where the job did.
+
+    Raises:
+        InputError: it is no output, its job is not finished, or the model is another one now.
+    """
+    output = Output(str(folder))
+    manifest = output.read_json(MANIFEST)
+    if not isinstance(manifest, dict) or "made with" not in manifest:
+        raise InputError(f"{folder} is no output of a corpus: it has no {MANIFEST}")
+    if not manifest.get("is complete"):
+        raise InputError(f"the job that writes {folder} is not finished; run it again, and it goes on")
+    settings = Settings(**manifest["settings"])
+    check_same(manifest, identity(settings, manifest["made with"]["format"]), str(folder))
+    if device is not None:
+        settings = dataclasses.replace(settings, loading={**settings.loading, "device": device})
+    report = VerifyReport(shards=len(manifest["shards"]))
+    _check_files(output, manifest["shards"], report)
+    if sample:
+        chosen = _sample(output, manifest, settings, sample, random.Random(seed), report)
+        _compare(output, manifest, settings, chosen, report)
+    return report
+
+
+def _check_files(output: Output, shards: dict[str, Record], report: VerifyReport) -> None:
+    known = KeySet()
+    try:
+        for name in output.names("data"):
+            if name.removesuffix(".parquet") not in shards:
+                report.damaged.append(name)
+        for name, about in shards.items():
+            if about["sha256"] is None:
+                continue
+            content = output.read(f"data/{name}.parquet")
+            if content is None or hashlib.sha256(content).hexdigest() != about["sha256"]:
+                report.damaged.append(f"{name}.parquet")
+                continue
+            keys = pq.read_table(pa.BufferReader(content), columns=["key"])["key"].to_pylist()
+            report.repeated += sum(how == AGAIN for how in known.meet(keys))
+    finally:
+        known.close()
+
+
+def _sample(
+    output: Output, manifest: Any, settings: Settings, count: int, chance: random.Random, report: VerifyReport
+) -> dict[Key, tuple[Any, ...]]:
+    """Texts of some rows of some files, by their keys."""
+    places = output.names("files")
+    chance.shuffle(places)
+    chosen: dict[Key, tuple[Any, ...]] = {}
+    taken = 0
+    for place in places:
+        about = output.read_json(f"files/{place}")
+        rows = about["rows"] - about["unreadable"] if isinstance(about, dict) else 0
+        if not rows:
+            continue
+        taken += 1
+        wanted = sorted(chance.sample(range(rows), min(rows, -(-count // min(_FILES, len(places))))))
+        with output.open(f"rows/{place.removesuffix('.json')}.parquet") as stream:
+            table = pq.read_table(stream, columns=["row", "key"]).take(wanted)
+        keys = dict(zip(table["row"].to_pylist(), table["key"].to_pylist(), strict=True))
+        chosen |= _read(about["name"], manifest["columns"], settings, keys, report)
+        if len(chosen) >= count or taken == _FILES:
+            break
+    return dict(list(chosen.items())[:count])
+
+
+def _read(
+    name: str, column: list[str], settings: Settings, keys: dict[int, Key], report: VerifyReport
+) -> dict[Key, tuple[Any, ...]]:
+    """Texts of rows of a file that still have the keys that they had."""
+    found: dict[Key, tuple[Any, ...]] = {}
+    left, there = dict(keys), 0
+    try:
+        (file,) = find_files([name])
+        for batch in read_batches(file, settings.form, columns_of(column, settings.form), []):
+            for i in [i for i in range(len(batch.rows)) if batch.first + i in left]:
+                row, key = batch.rows[i], left.pop(batch.first + i)
+                if isinstance(row, tuple) and settings.keys([row])[0] == key:
+                    found[key] = row
+                    there += 1
+            if not left:
+                break
+    except InputError:
+        pass  # they count as changed
+    report.changed += len(keys) - there
+    return found
+
+
+def _compare(
+    output: Output, manifest: Any, settings: Settings, chosen: dict[Key, tuple[Any, ...]], report: VerifyReport
+) -> None:
+    if not chosen:
+        return
+    transform = Transform(settings)
+    columns = dict(zip((f.name for f in settings.form), zip(*chosen.values(), strict=True), strict=True))
+    table = transform(
+        pa.table({"key": pa.array(list(chosen), pa.binary(32)), **{n: list(v) for n, v in columns.items()}})
+    )
+    here = dict(contents_of(table))
+    machine = transform.machine
+    for name, about in manifest["shards"].items():
+        if about["sha256"] is None or f"{name}.parquet" in report.damaged:
+            continue
+        with output.open(f"data/{name}.parquet") as stream:
+            file = pq.ParquetFile(stream)
+            keys = file.read(columns=["key"])["key"].to_pylist()
+            rows = [i for i, key in enumerate(keys) if key in here]
+            if not rows:
+                continue
+            stored = file.read().take(rows)
+        report.is_same_machine &= manifest["machines"][about["machine"]] == machine
+        for key, content in contents_of(stored):
+            report.texts += 1
+            report.identical += content == here[key]
+            if content != here[key]:
+                row = table.filter(pa.compute.equal(table["key"], pa.scalar(key, pa.binary(32))))
+                before = stored.filter(pa.compute.equal(stored["key"], pa.scalar(key, pa.binary(32))))
+                report.largest = max(report.largest, _distance(before, row))
+
+
+def _distance(before: Any, now: Any) -> float:
+    """The largest difference of numbers of one row; infinite where its other values, or its lengths, differ."""
+    largest = 0.0
+    for name in before.column_names:
+        if name in ("key", "tokens", "truncated"):
+            continue
+        values = [_flat(table[name].combine_chunks()) for table in (before, now)]
+        if len(values[0]) != len(values[1]):
+            return float("inf")
+        if pa.types.is_floating(values[0].type) or pa.types.is_integer(values[0].type):
+            one, other = (value.to_numpy(zero_copy_only=False).astype(np.float64) for value in values)
+            largest = max(largest, float(np.abs(one - other).max(initial=0)))
+        elif not values[0].equals(values[1]):
+            return float("inf")
+    return largest
+
+
+def _flat(column: Any) -> Any:
+    while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        column = column.flatten()
+    return column
