@@ -42,7 +42,8 @@ def main(*questions: str) -> None:
         for question in questions or QUESTIONS:
             found = index.search(question, top_k=4)
             best = rank(question, [one.text for one in found])[0]
-            sentences = re.split(r"(?<=[.?!])\s+", found[best["index"]].text.partition("\n\n")[2])
+            text = " ".join(best["text"].partition("\n\n")[2].split())  # without the heading
+            sentences = re.split(r"(?<=[.?!]) ", text)
             answer = rank(question, sentences)[0]
             print(f"{question} {answer['text']} ({Path(found[best['index']].path).name})")
 
