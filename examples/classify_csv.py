@@ -8,7 +8,7 @@ of the rows is held out to evaluate on. The trained model is a folder, which `pi
     python examples/classify_csv.py
     python examples/classify_csv.py --epochs 1    # faster, and worse
 
-It takes 15 seconds on two processor cores, and prints:
+It takes less than a minute on two processor cores, and prints:
 
     96 rows
     accuracy on held-out rows ... (guessing: 0.25)

@@ -7,7 +7,7 @@ evaluate on have foods that no row to train on has, so the tagger must know a fo
     python examples/tag_words.py
     python examples/tag_words.py --epochs 1    # faster, and worse
 
-It takes 15 seconds on two processor cores, and prints:
+It takes less than a minute on two processor cores, and prints:
 
     120 rows; 30 more, of other foods, to evaluate on
     entities found with the right bounds and tag (F1): ...
