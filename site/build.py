@@ -23,6 +23,9 @@ ELSEWHERE = {
     "SECURITY.md": "security.md",
     "src/modernbert/small/encoder/README.md": "small-encoder.md",
     "src/modernbert/small/decoder/README.md": "small-decoder.md",
+    "src/modernbert/small/sentence-encoder/README.md": "small-sentence-encoder.md",
+    "src/modernbert/small/sparse-encoder/README.md": "small-sparse-encoder.md",
+    "src/modernbert/small/multi-vector-encoder/README.md": "small-multi-vector-encoder.md",
 }
 _LINK = re.compile(r"(?<=\]\()(?!https?://|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 _REFERENCE = re.compile(r"^<!-- reference: ([\w.]+) -->$", re.MULTILINE)

@@ -26,7 +26,7 @@ TASKS: dict[str, tuple[str, str | None]] = {
     "sentence-embedding": ("sentence_embedding.SentenceEmbeddingPipeline", "sentence-encoder"),
     "sparse-embedding": ("sparse_embedding.SparseEmbeddingPipeline", "sparse-encoder"),
     "late-interaction": ("late_interaction.LateInteractionPipeline", "multi-vector-encoder"),
-    "text-ranking": ("text_ranking.TextRankingPipeline", "reranker"),
+    "text-ranking": ("text_ranking.TextRankingPipeline", "multi-vector-encoder"),
     "text-generation": ("text_generation.TextGenerationPipeline", "decoder"),
     "text-scoring": ("text_scoring.TextScoringPipeline", "decoder"),
 }
