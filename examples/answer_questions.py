@@ -1,7 +1,8 @@
 """Find the sentence of some documents that answers a question: search, rerank, answer.
 
-An index proposes passages quickly, because their vectors and words are stored. A reranker reads the question together
-with each of the few proposed ones, which is slower and more precise; at the end it reads the sentences of the best one.
+An index proposes passages quickly, because their vectors and words are stored. A reranker compares the question with
+each of the few proposed ones more closely, which is slower and more precise; at the end it ranks the sentences of the
+best passage.
 
     pip install '.[search]'
     python examples/answer_questions.py
@@ -9,10 +10,22 @@ with each of the few proposed ones, which is slower and more precise; at the end
 
 It takes six seconds on two processor cores, and prints:
 
-    OUTPUT
+    Who pays for a repair of the boiler?
+        A repair of the boiler is paid by the owner. (heating.md)
+    What is the network called?
+        The network is called Guests, and its password hangs behind the door of every room. (internet.md)
+    How much is a room in November?
+        A room is 70 euros a night, and 60 from November to March. (money.md)
+    Where is the nearest vet?
+        The nearest vet is in the village, beside the chemist. (dogs.md)
+    When does the lorry come?
+        The lorry comes on Tuesday at six in the morning, so put the bins at the street on Monday night. (rubbish.md)
+    Where can I park my car?
+        ...
 
-The models are the small ones of the package. In earnest take `model="Alibaba-NLP/gte-modernbert-base"` for the index
-and `pipeline("text-ranking", "Alibaba-NLP/gte-reranker-modernbert-base")`; a model of question-answering, such as
+The models are the small ones of the package, a sentence encoder and a multi-vector encoder, which compares words; they
+miss the answer to the last question. In earnest take `model="Alibaba-NLP/gte-modernbert-base"` for the index and
+`pipeline("text-ranking", "Alibaba-NLP/gte-reranker-modernbert-base")`. A model of question-answering, such as
 `rankyx/ModernBERT-QnA-base-squad`, gives the words of the answer instead of its sentence.
 """
 
@@ -29,8 +42,9 @@ QUESTIONS = [
     "Who pays for a repair of the boiler?",
     "What is the network called?",
     "How much is a room in November?",
-    "When was the house built?",
     "Where is the nearest vet?",
+    "When does the lorry come?",
+    "Where can I park my car?",
 ]
 
 
@@ -45,7 +59,7 @@ def main(*questions: str) -> None:
             text = " ".join(best["text"].partition("\n\n")[2].split())  # without the heading
             sentences = re.split(r"(?<=[.?!]) ", text)
             answer = rank(question, sentences)[0]
-            print(f"{question} {answer['text']} ({Path(found[best['index']].path).name})")
+            print(f"{question}\n    {answer['text']} ({Path(found[best['index']].path).name})")
 
 
 if __name__ == "__main__":
