@@ -23,8 +23,10 @@ It takes six seconds on two processor cores, and prints:
     Where can I park my car?
         ...
 
-The models are the small ones of the package, a sentence encoder and a multi-vector encoder, which compares words; they
-miss the answer to the last question. In earnest take `model="Alibaba-NLP/gte-modernbert-base"` for the index and
+The models are the small ones of the package, a sentence encoder and a multi-vector encoder, which compares words. The
+questions were picked from thirteen that were tried, of which eleven were answered; the last one was not.
+
+In earnest take `model="Alibaba-NLP/gte-modernbert-base"` for the index and
 `pipeline("text-ranking", "Alibaba-NLP/gte-reranker-modernbert-base")`. A model of question-answering, such as
 `rankyx/ModernBERT-QnA-base-squad`, gives the words of the answer instead of its sentence.
 """

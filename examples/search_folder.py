@@ -25,8 +25,9 @@ It takes five seconds on two processor cores, and prints:
         ...
 
 The package's small sentence encoder makes the vectors. It is good enough to try this, but often misses what shares no
-word with the question, as with the last one, which history.md answers. In earnest give `build_index` a model of the
-Hub: `model="Alibaba-NLP/gte-modernbert-base"`.
+word with the question, as with the last one, which history.md answers. The questions were picked from twelve that were
+tried, of which ten found the right file. In earnest give `build_index` a model of the Hub:
+`model="Alibaba-NLP/gte-modernbert-base"`.
 """
 
 import sys
