@@ -9,9 +9,10 @@ import torch
 
 from modernbert import SparseEncoder, SparseVector, Tokenizer, pipeline
 from modernbert.errors import CheckpointError, InputError
+from modernbert.pipelines import small_model
 from modernbert.retrieval.sparse import SparseSettings
 from tests.commands import called
-from tests.conftest import model_of, padded_batch
+from tests.conftest import DATA, model_of, padded_batch
 
 TEXTS = ["Paris is the capital of France. " * 40, "a cat", "The dog ran across the road."]
 
@@ -29,8 +30,6 @@ def masked_lm(tmp_path_factory, small_model_folder):
 
 @pytest.fixture(scope="module")
 def small_model_folder():
-    from modernbert.pipelines import small_model
-
     return small_model()
 
 
@@ -240,3 +239,24 @@ def test_the_command_line_writes_entries_and_weights(theirs, tmp_path, capsys):
         written = json.loads(line)["output"]
         assert written["indices"] == answer["indices"].tolist()
         assert all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(written["values"], answer["values"], strict=True))
+
+
+def test_real_questions_rank_real_paragraphs_as_by_sentence_transformers():
+    peers = pytest.importorskip("sentence_transformers")
+    path = DATA / "question_answering" / "squad-v1-dev.json"
+    if not path.is_file():
+        pytest.skip("needs ../shared/data")
+    articles = json.loads(path.read_text(encoding="utf-8"))["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]][::5]
+    documents, questions = [p["context"] for p in paragraphs], [p["qas"][0]["question"] for p in paragraphs]
+    ours = pipeline("sparse-embedding")  # the package's trained one
+    theirs = peers.SparseEncoder(str(small_model("sparse-encoder")), device="cpu").float()
+    mine = [ours.csr(texts, is_query=query).toarray() for texts, query in ((questions, True), (documents, False))]
+    other = [theirs.encode_query(questions).to_dense().numpy(), theirs.encode_document(documents).to_dense().numpy()]
+    for one, two in zip(mine, other, strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-5 * two.max())
+    scores, wanted = (queries @ texts.T for queries, texts in (mine, other))
+    np.testing.assert_allclose(scores, wanted, rtol=0, atol=1e-4)
+    for own, right in zip(scores, wanted, strict=True):
+        order = np.argsort(-own, kind="stable")
+        assert (np.diff(right[order]) <= 1e-4).all()  # but for ties
