@@ -40,9 +40,10 @@ def check_arguments(texts: list[str]) -> None:
         with contextlib.suppress(OSError):  # too long for a name
             if Path(text).is_file():
                 raise InputError(f"{text} is a file; did you mean --file {text}? ({stdin})")
-            if Path(text).is_dir() and os.sep in text:
+            if Path(text).is_dir():
                 raise InputError(
-                    f"{text} is a folder; give a file with --file, or a folder with --output for a corpus ({stdin})"
+                    f"{text} is a folder; give a file with --file, or, for the files of a folder, an --output that is a "
+                    f"folder, too: without .jsonl or the like ({stdin})"
                 )
         if text.lower().endswith(SUFFIXES) and not any(map(str.isspace, text)):
             raise InputError(f"{text} is an argument that ends like a file, and there is no such file ({stdin})")

@@ -108,9 +108,15 @@ def run(
             refusal = f"another process writes to {output}; wait for it"
             stack.enter_context(locked(Path(folder.root), refusal))
         made_with = identity(settings, chosen.format)
-        check_same(folder.read_json(MANIFEST), made_with, str(output))
+        before = folder.read_json(MANIFEST)
+        check_same(before, made_with, str(output))
+        if before is not None and before.get("keep", chosen.keep) != chosen.keep:
+            raise InputError(
+                f"keep is {chosen.keep}, and {output} was made with keep={before['keep']}, so its rows would differ; "
+                "give the same columns, or name another output"
+            )
         about: dict[str, Any] = {"model": settings.model, "settings": dataclasses.asdict(settings), "inputs": named}
-        about |= {"columns": chosen.column}
+        about |= {"columns": chosen.column, "keep": chosen.keep}
         folder.write_json(MANIFEST, manifest(made_with, {**about, "is complete": False}, []))
         run = uuid.uuid4().hex
         folder.write_json(RUN, {"run": run})

@@ -9,6 +9,7 @@ import hashlib
 import html
 import html.parser
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -166,6 +167,7 @@ def _page(path: Path) -> str:
 def _pdf(path: Path) -> tuple[str, tuple[int, ...]]:
     """The text of all pages, one after another, and where each begins."""
     pypdf = library("pypdf", path, "search")
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what is wrong with a file is said once, with its name
     begins, texts, length = [], [], 0
     try:
         for page in pypdf.PdfReader(path).pages:

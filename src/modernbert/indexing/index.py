@@ -195,8 +195,8 @@ class Index:
                 now, then = getattr(options, name), getattr(index.options, name)
                 if now != then and given[name] is not None:
                     raise InputError(
-                        f"{name} is {shown(now)}, and {folder} was made with {shown(then)}; "
-                        "leave it out, or make another index"
+                        f"{name} is {shown(now)}, and {folder} was made with {shown(then)}, which it keeps; "
+                        "leave it out, or name another folder for another index"
                     )
             if index.model_name is None or Path(index.model_name).is_dir():
                 index.check_model()

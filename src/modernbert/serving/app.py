@@ -134,8 +134,10 @@ def _line(problems: Sequence[Mapping[str, Any]]) -> str:
         place = ".".join(map(str, parts)) or "the body"
         key = str(parts[0]) if parts else ""
         given = "" if problem["type"] == "missing" else f" is {shown(problem['input'])}"
-        known = f", among {listed(problem['input'])}" if problem["type"] == "missing" and problem["input"] else ""
         said = problem["msg"][0].lower() + problem["msg"][1:]
+        known = (
+            f"; the body has {listed(problem['input'])}" if problem["type"] == "missing" and problem["input"] else ""
+        )
         rank = 0 if not problem["type"].endswith("_type") else 1
         if key not in found or rank < found[key][0]:
             found[key] = rank, f"{place}{given}: {said}{known}"

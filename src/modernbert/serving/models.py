@@ -80,6 +80,11 @@ class Chosen(NamedTuple):
         return self.served.pipelines[self.task]
 
 
+def _entails(model: Any) -> bool:
+    """Whether a classifier was trained on entailment, by the names of its labels."""
+    return any(label.lower().startswith("entail") for label in model.config.label2id)
+
+
 class Models:
     """All models of a server, loaded, and the engines that compute them.
 
@@ -200,7 +205,7 @@ class Models:
         served = self.served.setdefault(choice.name, Served(choice.name, choice.source, {}, int(time.time())))
         served.pipelines[made.task] = made
         for task in _ALSO.get(made.task, ()) if choice.task is None or not choice.alone else ():
-            if task in served.pipelines:
+            if task in served.pipelines or (task == "zero-shot-classification" and not _entails(made.model)):
                 continue
             try:
                 model = made.model.model if task == "feature-extraction" else made.model  # the encoder of sentences'
