@@ -253,15 +253,6 @@ def test_a_loss_in_evaluation_mode_has_its_gradients(model):
     assert vectors.grad is not None
 
 
-def test_hidden_tokens_that_are_no_padding_are_computed_by_transformers(model, caplog):
-    body, given = model.model, cells.batch()
-    given["input_ids"][given["attention_mask"] == 0] = 7  # as queries of late interaction are filled up
-    plain = copy.deepcopy(body)
-    modernbert.patch(model)
-    with torch.no_grad():
-        assert torch.equal(body(**given)[0], plain(**given)[0])
-
-
 def test_passes_of_several_threads_while_somebody_asks_for_weights(model):
     given, found = cells.batch(), []
     with torch.no_grad():

@@ -321,9 +321,9 @@ def test_pipelines_serve_quantized_models(tmp_path):
     fill.tokenizer.save_pretrained(tmp_path)
     again = pipeline("fill-mask", tmp_path)
     assert again("She opened the [MASK].") == fill("She opened the [MASK].")
-    embed = pipeline("sentence-embedding", quantization_config="int8")
+    embed = pipeline("sentence-embedding", small_model(), dtype="float32", quantization_config="int8")
     assert embed.model.quantization.measured["texts"] == "the package's own"
-    plain = pipeline("sentence-embedding")
+    plain = pipeline("sentence-embedding", small_model(), dtype="float32")
     texts = own_texts()[:8]
     a, b = (torch.as_tensor(p(texts)) for p in (embed, plain))
     assert torch.cosine_similarity(a, b, dim=-1).min() > 0.999
