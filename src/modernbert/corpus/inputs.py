@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import itertools
 import lzma
 import posixpath
@@ -20,6 +21,7 @@ from modernbert.io.tables.reading import library, read_stream
 _LINES = (".txt", ".text", ".md", ".jsonl", ".csv", ".tsv")
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 READ = (*_LINES, ".parquet")
+_BROKEN = (OSError, EOFError, ValueError, NotImplementedError, ImportError, zlib.error, lzma.LZMAError)
 _ROWS, _BYTES = 1024, 4 * 2**20  # of a batch, at the most
 
 
@@ -150,7 +152,7 @@ def read_batches(
         raise
     except FileNotFoundError:
         raise InputError(f"{file.name} is not there any more") from None
-    except (OSError, EOFError, ValueError, NotImplementedError, ImportError, zlib.error, lzma.LZMAError) as error:
+    except _BROKEN as error:
         raise InputError(f"{file.name} cannot be read: {_line(error)}") from None
 
 
@@ -164,6 +166,8 @@ def _of_parquet(
         chosen = choose_columns(names, form, named, file.name)
         _check_kept(names, keep, file.name)
         wanted = list(dict.fromkeys([*(c for some in chosen.values() for c in some), *keep]))
+        if twice := [name for name in wanted if names.count(name) > 1]:
+            raise InputError(f"{file.name} has more than one column called {', '.join(twice)}")
         first, total = 0, table.metadata.num_rows
         for batch in table.iter_batches(256, columns=wanted):
             columns = {name: batch[name].to_pylist() for name in wanted if name not in keep or _is_in(chosen, name)}
@@ -195,37 +199,45 @@ def _of_lines(
     first = 0
     with file.open() as (raw, stream):
         records = read_stream(stream, file.name, file.suffix)
-        while True:
+        damage: Exception | None = None
+        while damage is None:
             rows: list[tuple[Any, ...] | InputError] = []
             kept: dict[str, list[Any]] = {name: [] for name in keep}
             held = 0
-            for record in itertools.islice(records, _ROWS):
-                where = f"{file.name}, row {first + len(rows)},"
-                row: tuple[Any, ...] | InputError
-                if isinstance(record, InputError):
-                    row = record
-                else:
-                    try:
-                        if list(record) != columns:
-                            chosen = choose_columns(list(record), form, named, file.name if is_table else where)
-                            if is_table:
-                                _check_kept(list(record), keep, file.name)
-                            columns = list(record)
-                        row = _row(record, form, chosen, where)
-                    except InputError as error:
-                        if is_table and columns is None:
-                            raise
-                        row = error
-                rows.append(row)
-                for name, values in kept.items():
-                    values.append(None if isinstance(record, InputError) else record.get(name))
-                held += sum(len(value) for value in row if isinstance(value, str)) if isinstance(row, tuple) else 0
-                if held > _BYTES:
-                    break
-            if not rows:
+            try:
+                for record in itertools.islice(records, _ROWS):
+                    where = f"{file.name}, row {first + len(rows)},"
+                    row: tuple[Any, ...] | InputError
+                    if isinstance(record, InputError):
+                        row = record
+                    else:
+                        try:
+                            if list(record) != columns:
+                                chosen = choose_columns(list(record), form, named, file.name if is_table else where)
+                                if is_table:
+                                    _check_kept(list(record), keep, file.name)
+                                columns = list(record)
+                            row = _row(record, form, chosen, where)
+                        except InputError as error:
+                            if is_table and columns is None:
+                                raise
+                            row = error
+                    rows.append(row)
+                    for name, values in kept.items():
+                        values.append(None if isinstance(record, InputError) else record.get(name))
+                    held += sum(len(value) for value in row if isinstance(value, str)) if isinstance(row, tuple) else 0
+                    if held > _BYTES:
+                        break
+            except (zlib.error, lzma.LZMAError, gzip.BadGzipFile):  # rows before it may be garbled already
+                raise
+            except _BROKEN as error:  # what was read before it counts
+                damage = error
+            if rows:
+                first += len(rows)
+                yield Batch(first - len(rows), rows, kept, min(file.size, raw.tell()))
+            elif damage is None:
                 return
-            first += len(rows)
-            yield Batch(first - len(rows), rows, kept, min(file.size, raw.tell()))
+        raise damage
 
 
 def _check_kept(names: Sequence[str], keep: Sequence[str], where: str) -> None:
@@ -244,7 +256,7 @@ def _row(
             value = value_in(record, chosen[field.name], field, where) if field.name in chosen else None
             if field.required and value is None:
                 raise InputError(f"{where} has nothing in {chosen[field.name][0]!r}")
-            for text in value if isinstance(value, list) else [value]:
+            for text in value if field.many and isinstance(value, list) else [value]:
                 _check(text, field, chosen, where)
             values.append(value)
         return tuple(values)

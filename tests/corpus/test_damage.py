@@ -1,0 +1,93 @@
+"""Odd files, damaged outputs and wrong names: each has its line, and the rest of the job goes on."""
+
+import bz2
+import gzip
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from modernbert.corpus import Settings, Transform
+from modernbert.corpus.inputs import find_files, read_batches
+from modernbert.errors import InputError
+
+
+def rows_of(output):
+    return [row for file in (output / "rows").iterdir() for row in pq.read_table(file).to_pylist()]
+
+
+def test_packed_tables_are_read_as_what_is_in_them(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.csv.gz").write_bytes(gzip.compress(b'id,text\n1,"one, two"\n'))
+    (folder / "b.tsv.bz2").write_bytes(bz2.compress(b"id\ttext\n2\tthree\n"))
+    (folder / "c.csv.gz").write_bytes(gzip.compress(b"id;text\n2;three\n"))
+    report = run(folder, keep=["id"])
+    assert report.texts == 2
+    assert {row["id"] for row in rows_of(tmp_path / "out")} == {"1", "2"}
+    assert report.files[str(folder / "c.csv.gz")].endswith("A .csv file is separated by commas")
+
+
+@pytest.mark.parametrize("name", ["file", "row", "key"])
+def test_columns_that_would_hide_those_of_the_join_are_refused(run, tmp_path, name):
+    with pytest.raises(InputError, match=f"^keep names '{name}', which rows/ has itself; rename the column$"):
+        run(keep=["id", name])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_trained_again_at_its_place_is_loaded_again(model, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    transform, batch = Transform(Settings("sentence-embedding", str(tmp_path / "model"))), pa.table({"text": ["a dog"]})
+    before, served = transform(batch)["vector"], transform.pipeline
+    assert transform.pipeline is served
+    changed = {
+        name: value * 1.5 if name.endswith("norm.weight") else value for name, value in load_file(weights).items()
+    }
+    save_file(changed, tmp_path / "new", {"format": "pt"})
+    (tmp_path / "new").replace(weights)
+    assert transform(batch)["vector"] != before
+
+
+def test_a_list_where_a_text_belongs_is_a_row_that_cannot_be_read(run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a dog"}\n{"text": ["a", "cat"]}\n{"text": [1]}\n{"text": "a cat"}\n')
+    report = run(tmp_path / "in.jsonl")
+    assert (report.texts, report.unreadable) == (2, 2)
+    assert report.reasons[0].endswith("row 1, has list in 'text'; texts are read")
+
+
+def test_a_file_with_two_columns_of_one_name_leaves_the_others(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    table = pa.table([["a dog"], ["a cat"], [1]], names=["text", "text", "id"])
+    pq.write_table(table, folder / "a.parquet")
+    pq.write_table(table.rename_columns(["other", "text", "other"]), folder / "b.parquet")
+    report = run(folder)
+    assert report.texts == 1
+    assert report.files == {str(folder / "a.parquet"): f"{folder}/a.parquet has more than one column called text"}
+
+
+def test_rows_before_the_damage_of_a_file_are_answered(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "bytes.csv").write_bytes(b'id,text\n1,one\n2,tw\xff\n3,"th\xffr\nee"\n4,four\n')
+    (folder / "quote.csv").write_bytes(b'id,text\n1,five\n2,"six\n')
+    (folder / "header.csv").write_bytes(b"id,text,\xff\n1,seven,x\n")
+    whole = gzip.compress("".join(f"{i} dogs and {i * i % 977} cats\n" for i in range(9000)).encode())
+    (folder / "torn.txt.gz").write_bytes(whole[: len(whole) // 2])
+    report = run(folder / "*.csv", keep=["id"])
+    assert {row["id"] for row in rows_of(tmp_path / "out") if row["file"].endswith("bytes.csv")} == {"1", "4"}
+    assert (report.texts, report.unreadable) == (3, 2)
+    assert {name.rpartition("/")[2] for name in report.files} == {"quote.csv", "header.csv"}
+    assert report.reasons == [f"{folder}/bytes.csv, line {n}, is not UTF-8: invalid start byte" for n in (3, 4)]
+    form = Settings("sentence-embedding").form
+    (file,) = find_files([str(folder / "torn.txt.gz")])
+    batches, rows = read_batches(file, form, {}, []), []
+    with pytest.raises(InputError, match=r"torn\.txt\.gz cannot be read"):
+        rows.extend(row for batch in batches for row in batch.rows)
+    assert len(rows) % 1024
+    assert rows == [(f"{i} dogs and {i * i % 977} cats",) for i in range(len(rows))]
