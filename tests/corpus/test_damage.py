@@ -2,14 +2,18 @@
 
 import bz2
 import gzip
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from modernbert.corpus import Settings, Transform
+from modernbert import corpus
+from modernbert.corpus import CorpusError, Settings, Transform
 from modernbert.corpus.inputs import find_files, read_batches
+from modernbert.corpus.output import Output
 from modernbert.errors import InputError
+from tests.corpus.conftest import TEXTS
 
 
 def rows_of(output):
@@ -36,8 +40,6 @@ def test_columns_that_would_hide_those_of_the_join_are_refused(run, tmp_path, na
 
 
 def test_a_model_that_is_trained_again_at_its_place_is_loaded_again(model, tmp_path):
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(model, tmp_path / "model")
@@ -91,3 +93,69 @@ def test_rows_before_the_damage_of_a_file_are_answered(run, tmp_path):
         rows.extend(row for batch in batches for row in batch.rows)
     assert len(rows) % 1024
     assert rows == [(f"{i} dogs and {i * i % 977} cats",) for i in range(len(rows))]
+
+
+def shards_of(output):
+    return sorted((output / "data").iterdir())
+
+
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_torn_shard_is_computed_again(run, tmp_path, notebook, left):
+    run(shard_size=60)
+    torn = shards_of(tmp_path / "out")[1]
+    torn.write_bytes(torn.read_bytes()[:left])
+    assert 0 < run(shard_size=60).computed < 160
+    assert corpus.digest(tmp_path / "out") == notebook
+
+
+def test_a_shard_that_was_overwritten_with_zeros_is_named(run, tmp_path):
+    run()
+    (shard,) = shards_of(tmp_path / "out")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(CorpusError, match=f"^{shard} is damaged; delete it, and the same call computes it again$"):
+        run()
+    shard.unlink()
+    assert run().computed == 160
+
+
+def test_a_first_try_without_any_answer_decides_nothing(run, folder):
+    with pytest.raises(InputError, match="and no 'nothing'"):
+        run(folder / "c.csv", store="int8", keep=["id"], column=["nothing"])
+    report = run()
+    assert report.texts == 160
+    with pytest.raises(InputError, match="store was 'float32' and is 'int8'"):
+        run(store="int8")
+
+
+def test_errors_are_forgotten_once_their_record_is(run, tmp_path, monkeypatch):
+    (tmp_path / "in.txt").write_text("a dog\n" + "word " * 600 + "\n")
+    run(tmp_path / "in.txt")
+    (file,) = (tmp_path / "out" / "errors").iterdir()
+    remove = Output.remove
+    monkeypatch.setattr(Output, "remove", lambda self, name: interrupt() if "errors" in name else remove(self, name))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "in.txt", retry_failed=True)
+    monkeypatch.undo()
+    assert file.exists()
+    assert run(tmp_path / "in.txt").computed == 1
+    assert not file.exists()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_a_lance_dataset_that_is_gone_or_whose_shards_changed_holds_each_text_once(run, tmp_path):
+    lancedb = pytest.importorskip("lancedb")
+    (tmp_path / "in.txt").write_text("\n".join(TEXTS[:60]) + "\n")
+
+    def rows():
+        return lancedb.connect(str(tmp_path / "out")).open_table("corpus").to_arrow()
+
+    run(tmp_path / "in.txt", format="lance", shard_size=20)
+    shards_of(tmp_path / "out")[0].unlink()
+    run(tmp_path / "in.txt", format="lance", shard_size=7)
+    assert (rows().num_rows, corpus.digest_of([rows()])) == (60, corpus.digest(tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out" / "corpus.lance")
+    run(tmp_path / "in.txt", format="lance")
+    assert (rows().num_rows, corpus.digest_of([rows()])) == (60, corpus.digest(tmp_path / "out"))

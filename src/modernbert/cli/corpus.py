@@ -89,6 +89,8 @@ def verify(
         f", {len(report.damaged)} damaged: {', '.join(report.damaged[:_LISTED])}" if report.damaged else ", all whole"
     )
     typer.echo(f"shards      {report.shards}{broken}")
+    if report.damaged:
+        typer.echo("            delete them from data/ and run the same command; it computes them again")
     if report.repeated:
         typer.echo(f"repeated    {counted(report.repeated, 'text')} in more than one shard")
     if sample:

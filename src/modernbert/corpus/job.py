@@ -16,7 +16,17 @@ from modernbert.corpus.contract import Record, make_engine, parse_engine_options
 from modernbert.corpus.inputs import find_files
 from modernbert.corpus.keys import KeySet
 from modernbert.corpus.lance import add_shards, check_lance
-from modernbert.corpus.manifest import MANIFEST, check_same, errors_in, identity, kept, keys_of, manifest, records_of
+from modernbert.corpus.manifest import (
+    MANIFEST,
+    check_format,
+    check_same,
+    errors_in,
+    identity,
+    kept,
+    keys_of,
+    manifest,
+    records_of,
+)
 from modernbert.corpus.options import CorpusOptions
 from modernbert.corpus.output import Output
 from modernbert.corpus.plan import Met, Plan, shard_size_of
@@ -109,12 +119,17 @@ def run(
             stack.enter_context(locked(Path(folder.root), refusal))
         made_with = identity(settings, chosen.format)
         before = folder.read_json(MANIFEST)
-        check_same(before, made_with, str(output))
-        if before is not None and before.get("keep", chosen.keep) != chosen.keep:
-            raise InputError(
-                f"keep is {chosen.keep}, and {output} was made with keep={before['keep']}, so its rows would differ; "
-                "give the same columns, or name another output"
-            )
+        check_format(before, str(output))
+        if before is not None and folder.names("shards"):  # a first try that made none decides nothing
+            check_same(before, made_with, str(output))
+            if before.get("keep", chosen.keep) != chosen.keep:
+                raise InputError(
+                    f"keep is {chosen.keep}, and {output} was made with keep={before['keep']}, so its rows would "
+                    "differ; give the same columns, or name another output"
+                )
+        elif before is not None:
+            for name in ("rows", "files", "unreadable"):
+                folder.remove(name)
         about: dict[str, Any] = {"model": settings.model, "settings": dataclasses.asdict(settings), "inputs": named}
         about |= {"columns": chosen.column, "keep": chosen.keep}
         folder.write_json(MANIFEST, manifest(made_with, {**about, "is complete": False}, []))

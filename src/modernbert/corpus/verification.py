@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from modernbert.corpus.contract import Record
 from modernbert.corpus.inputs import find_files, read_batches
 from modernbert.corpus.keys import AGAIN, KeySet
-from modernbert.corpus.manifest import MANIFEST, check_same, identity
+from modernbert.corpus.manifest import MANIFEST, check_format, check_same, identity
 from modernbert.corpus.output import Output
 from modernbert.corpus.plan import columns_of
 from modernbert.corpus.results import contents_of
@@ -75,6 +75,7 @@ def verify(folder: str | Path, *, sample: int = 64, seed: int = 0, device: Any =
         raise InputError(f"{folder} is no output of a corpus: it has no {MANIFEST}")
     if not manifest.get("is complete"):
         raise InputError(f"the job that writes {folder} is not finished; run it again, and it goes on")
+    check_format(manifest, str(folder))
     settings = Settings(**manifest["settings"])
     check_same(manifest, identity(settings, manifest["made with"]["format"]), str(folder))
     if device is not None:
