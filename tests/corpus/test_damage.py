@@ -2,8 +2,11 @@
 
 import bz2
 import gzip
+import hashlib
+import json
 import shutil
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +16,7 @@ from modernbert.corpus import CorpusError, Settings, Transform
 from modernbert.corpus.inputs import find_files, read_batches
 from modernbert.corpus.output import Output
 from modernbert.errors import InputError
+from tests.commands import called
 from tests.corpus.conftest import TEXTS
 
 
@@ -159,3 +163,84 @@ def test_a_lance_dataset_that_is_gone_or_whose_shards_changed_holds_each_text_on
     shutil.rmtree(tmp_path / "out" / "corpus.lance")
     run(tmp_path / "in.txt", format="lance")
     assert (rows().num_rows, corpus.digest_of([rows()])) == (60, corpus.digest(tmp_path / "out"))
+
+
+def change(output, edit):
+    """Edit an output's manifest."""
+    manifest = json.loads((output / "manifest.json").read_text())
+    edit(manifest)
+    (output / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_verifying_finds_answers_that_are_missing(run, tmp_path):
+    (tmp_path / "in.txt").write_text("\n".join([*TEXTS[:40], "word " * 600]) + "\n")
+    run(tmp_path / "in.txt", shard_size=10)
+    output = tmp_path / "out"
+    whole = corpus.verify(output, sample=100)
+    assert (whole.ok, whole.missing, whole.texts, whole.identical) == (True, 0, 40, 40)
+    lost = shards_of(output)[0]
+    texts = pq.read_metadata(lost).num_rows
+    lost.unlink()
+    change(output, lambda manifest: manifest["shards"].pop(lost.stem))
+    report = corpus.verify(output, sample=0)
+    assert (report.ok, report.damaged) == (False, [])
+    assert report.missing >= texts
+    change(output, lambda manifest: manifest.pop("counts"))
+    assert corpus.verify(output, sample=100).missing >= texts
+
+
+def test_a_shard_without_a_hash_is_damaged(run, tmp_path):
+    run()
+    (shard,) = shards_of(tmp_path / "out")
+    change(tmp_path / "out", lambda manifest: manifest["shards"][shard.stem].update(sha256=None))
+    assert corpus.verify(tmp_path / "out", sample=0).damaged == [shard.name]
+
+
+def test_a_sample_that_nothing_could_be_read_of_is_not_ok(run, tmp_path, capsys):
+    (tmp_path / "in.txt").write_text("a dog\na cat\n")
+    run(tmp_path / "in.txt")
+    (tmp_path / "in.txt").unlink()
+    report = corpus.verify(tmp_path / "out")
+    assert (report.ok, report.texts, report.changed, report.missing) == (False, 0, 2, 0)
+    assert corpus.verify(tmp_path / "out", sample=0).ok
+    code, _, err = called(capsys, "verify", tmp_path / "out")
+    assert code == 1
+    assert "could be read again; --sample 0 checks hashes alone" in err
+
+
+@pytest.mark.parametrize("folder", ["rows", "files"])
+def test_what_is_known_of_rows_is_gone(run, folder, tmp_path):
+    (tmp_path / "in.txt").write_text("a dog\na cat\n")
+    run(tmp_path / "in.txt")
+    shutil.rmtree(tmp_path / "out" / folder)
+    with pytest.raises(InputError, match=r"a sample of 0 checks shards alone$"):
+        corpus.verify(tmp_path / "out")
+    with pytest.raises(InputError, match="sample is -1; it must be 0 or more"):
+        corpus.verify(tmp_path / "out", sample=-1)
+    assert corpus.verify(tmp_path / "out", sample=0).ok
+    run(tmp_path / "in.txt")
+    assert corpus.verify(tmp_path / "out").ok
+
+
+def test_a_shard_of_another_machine_excuses_no_other(run, tmp_path):
+    run(shard_size=80)
+    one, other = shards_of(tmp_path / "out")
+    table = pq.read_table(one)
+    vectors = table["vector"].combine_chunks()
+    moved = pa.FixedSizeListArray.from_arrays(pa.array(vectors.flatten().to_numpy() + np.float32(0.25)), 48)
+    pq.write_table(table.set_column(1, "vector", moved), one)
+
+    def moves(machine):
+        def edit(manifest):
+            manifest["machines"] = [manifest["machines"][0], {"processor": "another"}]
+            manifest["shards"][one.stem] |= {"machine": machine, "sha256": hashlib.sha256(one.read_bytes()).hexdigest()}
+            manifest["shards"][other.stem]["machine"] = 1 - machine
+
+        return edit
+
+    change(tmp_path / "out", moves(0))
+    report = corpus.verify(tmp_path / "out", sample=1000)
+    assert (report.ok, report.is_same_machine, report.wrong) == (False, False, 80)
+    change(tmp_path / "out", moves(1))
+    report = corpus.verify(tmp_path / "out", sample=1000)
+    assert (report.ok, report.wrong, report.texts - report.identical) == (True, 0, 80)
