@@ -4,12 +4,14 @@ import bz2
 import gzip
 import hashlib
 import json
+import os
 import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from modernbert import corpus
 from modernbert.corpus import CorpusError, Settings, Transform
@@ -244,3 +246,49 @@ def test_a_shard_of_another_machine_excuses_no_other(run, tmp_path):
     change(tmp_path / "out", moves(1))
     report = corpus.verify(tmp_path / "out", sample=1000)
     assert (report.ok, report.wrong, report.texts - report.identical) == (True, 0, 80)
+
+
+def test_names_and_kept_values_that_are_not_utf8_stop_no_job(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    try:
+        (folder / os.fsdecode(b"caf\xe9.txt")).write_text("a dog\n")
+        (folder / os.fsdecode(b"caf\xe8.txt")).write_text("a bird\n")
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    (folder / "in.jsonl").write_text('{"id": "\\ud800x", "text": "a cat"}\n{"id": ["\\udfff"], "text": "two"}\n')
+    report = run(folder, keep=["id"])
+    assert (report.texts, report.unreadable) == (4, 0)
+    found = {row["file"].rpartition("/")[2]: row["id"] for row in rows_of(tmp_path / "out") if row["row"] == 0}
+    assert found == {"caf\\xe9.txt": None, "caf\\xe8.txt": None, "in.jsonl": "?x"}
+    assert run(folder, keep=["id"]).computed == 0
+
+
+def test_an_output_is_no_input_by_whichever_link_it_is_reached(run, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "in.txt").write_text("a dog\n")
+    (tmp_path / "link").symlink_to(folder)
+    for _ in range(2):
+        assert run(tmp_path / "link", folder / "out").rows == 1
+        assert run(folder, tmp_path / "link" / "out").rows == 1
+
+
+def test_a_dtype_and_a_device_are_what_their_names_are(model):
+    loading = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "batch_tokens": 64}
+    one = Settings("sentence-embedding", str(model), loading=loading)
+    assert one == Settings("sentence-embedding", str(model), loading={**loading, "dtype": "bfloat16", "device": "cpu"})
+    assert Transform(one)(pa.table({"text": ["a dog"]}))["error"].null_count == 1
+
+
+def test_tables_that_are_given_once_are_not_hashed_in_parts():
+    table = pa.table({"key": pa.array([b"a" * 32], pa.binary(32)), "score": pa.array([1.0])})
+    assert corpus.digest_of([table], parts=2) == corpus.digest_of(iter([table]))
+    with pytest.raises(InputError, match="parts is 2 and tables can be gone through only once"):
+        corpus.digest_of(iter([table]), parts=2)
+
+
+@pytest.mark.parametrize("name", ["error", "tokens", "vector", "truncated"])
+def test_columns_called_like_the_answers_are_refused(model, name):
+    with pytest.raises(InputError, match=f"has the column {name}, and so has its answer; rename it"):
+        Transform(Settings("sentence-embedding", str(model)))(pa.table({"text": ["a"], name: [1]}))

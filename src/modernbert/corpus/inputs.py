@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gzip
 import itertools
 import lzma
+import os
 import posixpath
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,7 @@ class File:
     """A file of a corpus.
 
     Attributes:
-        name: its full path, or its address.
+        name: its full path, or its address; bytes of it that are not UTF-8 are escaped.
         system, path: what opens it.
         size: its bytes.
     """
@@ -95,10 +97,11 @@ def find_files(places: Sequence[str], without: str | None = None) -> list[File]:
             names = _below(system, path)
         except (OSError, ImportError) as error:
             raise InputError(f"{place} cannot be listed: {_line(error)}") from None
+        outside = _outside(system, without)
         files = {
             _full(system, name): File(_full(system, name), system, name, int(about.get("size") or 0))
             for name, about in names.items()
-            if without is None or not name.startswith(without.rstrip("/") + "/")
+            if outside(name)
         }
         wrong = [name for name, file in files.items() if file.suffix not in READ]
         if names and len(names) == 1 and wrong and path in names:
@@ -128,8 +131,21 @@ def _below(system: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 def _full(system: Any, path: str) -> str:
-    protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
-    return path if "file" in protocols else str(system.unstrip_protocol(path))
+    full = path if _is_local(system) else str(system.unstrip_protocol(path))
+    return full if full.isascii() else full.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _outside(system: Any, folder: str | None) -> Callable[[str], bool]:
+    """Whether a path is not in a folder, by whatever links it is reached."""
+    if folder is None:
+        return lambda path: True
+    resolved = functools.cache(os.path.realpath) if _is_local(system) else str
+    inside = resolved(folder).rstrip("/") + "/"
+    return lambda path: not (resolved(posixpath.dirname(path)) + "/").startswith(inside)
+
+
+def _is_local(system: Any) -> bool:
+    return "file" in ((system.protocol,) if isinstance(system.protocol, str) else system.protocol)
 
 
 def read_batches(

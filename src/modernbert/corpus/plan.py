@@ -174,7 +174,8 @@ class Rows:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() else text.encode(errors="replace").decode()  # lone surrogates are no Unicode
 
 
 def _error_line(file: str, row: int | None, reason: str) -> bytes:

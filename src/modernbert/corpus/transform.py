@@ -65,7 +65,7 @@ class Transform:
             cannot be answered has its reason in `error`, and nothing in the columns of the answer.
 
         Raises:
-            InputError: the batch lacks a column of the task.
+            InputError: the batch lacks a column of the task, or has one that is called like one of the answer's.
         """
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
         form = self.settings.form
@@ -75,14 +75,16 @@ class Transform:
                 f"a batch has the columns {', '.join(table.column_names) or 'none'} and lacks {', '.join(missing)}"
             )
         fields = [field.name for field in form if field.name in table.column_names]
+        names = list(self.schema.names)
+        if taken := [name for name in table.column_names if name in names and name not in (*fields, "key")]:
+            raise InputError(f"a batch has the column {taken[0]}, and so has its answer; rename it")
         rows = list(zip(*(table[name].to_pylist() for name in fields), strict=True))
         if "key" in table.column_names:
             keys = table["key"].cast(pa.binary(32)).combine_chunks()
         else:
             keys = pa.array(self.settings.keys(rows), pa.binary(32))
         columns = [keys, *self._answered([self._item(fields, row) for row in rows])]
-        names = list(self.schema.names)
-        others = [name for name in table.column_names if name not in (*fields, *names)]
+        others = [name for name in table.column_names if name not in (*fields, "key")]
         return pa.table(columns + [table[name] for name in others], names=names + others)
 
     def _item(self, fields: Sequence[str], row: Sequence[Any]) -> Any:
