@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from modernbert.cli.messages import InterruptedCommandError, counted, in_flags, say
+from modernbert.errors import InputError, printable
 
 _LISTED = 5  # reasons of a kind
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")
@@ -21,7 +22,15 @@ def are_places(texts: Sequence[str] | None, output: Path | None, suffixes: Seque
     """Whether a command's texts are the folders and files of a corpus, because its output is a folder."""
     if not texts or output is None or (output.suffix.lower() in suffixes and not output.is_dir()):
         return False
-    return any(_ADDRESS.match(text) or _is_there(text) for text in texts)
+    if any(_ADDRESS.match(text) or _is_there(text) for text in texts):
+        return True
+    if (not output.suffix or output.is_dir()) and not any(
+        map(str.isspace, texts[0])
+    ):  # a folder is to be written: of what?
+        raise InputError(
+            f"there is no folder or file {printable(texts[0], limit=100)}; texts are answered to {', '.join(suffixes)}"
+        )
+    return False
 
 
 def _is_there(text: str) -> bool:
@@ -48,10 +57,10 @@ def run_corpus(places: Sequence[str], output: Path, given: Mapping[str, Any]) ->
         raise InterruptedCommandError(
             f"interrupted; what is finished stays in {place}, and the same command continues after it"
         ) from None
-    known = report.texts + report.failed - report.computed
-    details = [f"{report.duplicates:,} duplicates"] * bool(report.duplicates)
+    plural = "" if report.duplicates == 1 else "s"
+    details = [f"{report.duplicates:,} duplicate{plural}"] * bool(report.duplicates)
     details += [f"{report.truncated:,} cut to the model's context"] * bool(report.truncated)
-    details += [f"{known:,} from before"] * bool(known)
+    details += [f"{report.before:,} from before"] * bool(report.before)
     more = f" ({', '.join(details)})" if details else ""
     say(f"{report.rows:,} rows read, {report.texts:,} distinct texts answered in {place}{more}")
     for reason in list(report.files.values())[:_LISTED]:

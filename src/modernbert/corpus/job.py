@@ -55,9 +55,10 @@ class CorpusReport:
         duplicates: rows whose text an earlier row had.
         computed: distinct texts that this run computed, those that failed too.
         texts, failed: distinct texts that the output holds an answer for, and those that could not be answered.
+        before: texts of these that earlier runs answered.
         tokens, truncated: tokens of the answered texts, and how many of these were cut.
         files: that could not be read, with the reason.
-    reasons: why rows could not be read and texts could not be answered, some of each.
+        reasons: why rows could not be read and texts could not be answered, some of each.
     """
 
     output: str
@@ -65,6 +66,7 @@ class CorpusReport:
     unreadable: int
     duplicates: int
     computed: int
+    before: int
     texts: int
     failed: int
     tokens: int
@@ -153,7 +155,7 @@ def run(
         folder.remove("work")
         if chosen.format == "lance":
             add_shards(folder, [name for name, record in records.items() if record["texts"]])
-        report = _report(folder, str(output), plan.met, list(records.values()))
+        report = _report(folder, str(output), plan.met, list(records.values()), teller.texts)
         about |= {"counts": _counts(report), "is complete": True}
         folder.write_json(MANIFEST, manifest(made_with, about, list(records.values())))
     return report
@@ -188,7 +190,7 @@ def _absolute(name: Any) -> str:
     return str(path.resolve()) if path.is_dir() else str(name)
 
 
-def _report(folder: Output, output: str, met: Met, records: list[Record]) -> CorpusReport:
+def _report(folder: Output, output: str, met: Met, records: list[Record], answered: int) -> CorpusReport:
     sums = {name: sum(record[name] for record in records) for name in ("texts", "failed", "tokens", "truncated")}
     lost = (error for record in records if record["failed"] for error in errors_in(folder, record["name"]))
     reasons = [*met.reasons, *(error["error"] for error in itertools.islice(lost, _LISTED))]
@@ -198,6 +200,7 @@ def _report(folder: Output, output: str, met: Met, records: list[Record]) -> Cor
         met.unreadable,
         met.duplicates,
         computed=met.new,
+        before=sums["texts"] - answered,
         files=dict(met.files),
         reasons=reasons,
         **sums,

@@ -37,7 +37,7 @@ class Met:
         new: distinct texts that were not computed before.
         size, total: bytes of the files read so far, and of all.
         reasons: why rows could not be read, the first of them.
-    files: that could not be read, or not to their end, with the reason.
+        files: that could not be read, or not to their end, with the reason.
     """
 
     rows: int = 0
