@@ -135,6 +135,7 @@ def test_an_argument_that_names_a_file_is_not_a_text(heads, paras, tmp_path, cap
         ("paras.txt", "paras.txt is a file; did you mean --file paras.txt?"),
         (str(paras), f"{paras} is a file; did you mean --file {paras}?"),
         ("folder/", "folder/ is a folder; give a file with --file"),
+        ("folder", "folder is a folder; give a file with --file, or for its files an --output that is a folder, too"),
         ("para.txt", "para.txt is an argument that ends like a file, and there is no such file"),
         ("data/Rows.JSONL", "ends like a file"),
     ]:
@@ -143,7 +144,7 @@ def test_an_argument_that_names_a_file_is_not_a_text(heads, paras, tmp_path, cap
             assert (code, out) == (2, "")
             assert message in err
             assert len(err.splitlines()) == 1
-    for text in ("folder", "see paras.txt", "the end.", "word " * 2000):
+    for text in ("a folder", "see paras.txt", "the end.", "word " * 2000):
         assert called(capsys, *embed(heads, "--output", "out.npy", "--overwrite"), "--truncation", text)[0] == 0, text
 
 

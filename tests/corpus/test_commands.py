@@ -71,7 +71,7 @@ def test_any_task_runs_over_a_folder(capsys, folder, heads, tmp_path):
         (["embed", "{}", "--output", "out", "--overwrite"], "--overwrite is for texts and files, not for folders"),
         (["embed", "{}", "--output", "out", "--keep", "x", "--engine", "ox"], "--engine is 'ox'; choose one of local"),
         (["embed", "a text", "--output", "x.npy", "--keep", "id"], "--keep is for folders, globs and files"),
-        (["embed", "{}/", "--output", "x.npy"], "or a folder with --output for a corpus"),
+        (["embed", "{}/", "--output", "x.npy"], "or for its files an --output that is a folder, too, without .jsonl"),
         (["verify", "{}"], "is no output of a corpus"),
     ],
 )

@@ -108,7 +108,8 @@ def test_words_and_both(made):
     for result in made.search("when is the rent due?", top_k=3, fusion="ranks"):
         ranks = [one.index(result.text) + 1 for one in lists if result.text in one]
         assert result.score == pytest.approx(sum(1 / (60 + rank) for rank in ranks))
-    spans = [(one[-1].score, one[0].score - one[-1].score) for one in found]
+    lowest = [found[0][-1].score, 0.0]  # passages that are not in the list of words have none of them
+    spans = [(least, one[0].score - least) for least, one in zip(lowest, found, strict=True)]
     scaled = [
         {result.text: (result.score - last) / span if span else 1 for result in one}
         for one, (last, span) in zip(found, spans, strict=True)

@@ -248,6 +248,14 @@ def test_pipelines_before_the_one_that_is_refused_work_on(folders, alone):
     assert all(equal(serve(TEXTS), alone[name](TEXTS)) for name, serve in made.items())
 
 
+def test_a_pipeline_that_left_for_other_models_is_named(folders):
+    first = OnePass({name: folders / name for name in ("vector", "topic")})
+    OnePass({"tags": folders / "tags", "topic": first["topic"]})
+    with pytest.raises(InputError, match="the model of 'topic' has another encoder than when it was put together"):
+        first(TEXTS)
+    assert equal(first(TEXTS, answers=["vector"]), {"vector": first["vector"](TEXTS)})
+
+
 def test_what_no_pass_serves_is_refused(folders):
     with pytest.raises(InputError, match=r"^story is a ModernBertDecoderForCausalLM; only encoders share a pass"):
         OnePass({"mask": folders / "mask", "story": ("text-generation", small_model("decoder"))})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +41,8 @@ def check_arguments(texts: list[str]) -> None:
                 raise InputError(f"{text} is a file; did you mean --file {text}? ({stdin})")
             if Path(text).is_dir():
                 raise InputError(
-                    f"{text} is a folder; give a file with --file, or, for the files of a folder, an --output that is a "
-                    f"folder, too: without .jsonl or the like ({stdin})"
+                    f"{text} is a folder; give a file with --file, or for its files an --output that is a folder, too, "
+                    f"without .jsonl or the like ({stdin})"
                 )
         if text.lower().endswith(SUFFIXES) and not any(map(str.isspace, text)):
             raise InputError(f"{text} is an argument that ends like a file, and there is no such file ({stdin})")

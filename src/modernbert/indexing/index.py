@@ -390,17 +390,21 @@ class Index:
             lists.append((options.word_weight, self.store.with_words(question, count, where)))
         rows = {row["id"]: row for _, found in lists for row in found}
         scores = dict.fromkeys(rows, 0.0)
-        for weight, found in lists:
-            for key, score in _parts(found, weight, options, is_fused=len(lists) > 1):
+        for number, (weight, found) in enumerate(lists):
+            lowest = (
+                0.0 if number and len(found) < count else None
+            )  # passages without the words have 0, none is missing
+            for key, score in _parts(found, weight, options, lowest, is_fused=len(lists) > 1):
                 scores[key] += score
         return [_result(rows[key], scores[key]) for key in sorted(rows, key=lambda key: (-scores[key], key))]
 
 
 def _parts(
-    found: Sequence[dict[str, Any]], weight: float, options: SearchOptions, is_fused: bool
+    found: Sequence[dict[str, Any]], weight: float, options: SearchOptions, lowest: float | None, is_fused: bool
 ) -> Iterator[tuple[str, float]]:
-    """What a list adds to the score of each of its passages."""
-    lowest, highest = (found[-1]["score"], found[0]["score"]) if found else (0.0, 0.0)
+    """What a list adds to the score of each of its passages; the lowest score that there is, if it is not the last."""
+    last, highest = (found[-1]["score"], found[0]["score"]) if found else (0.0, 0.0)
+    lowest = last if lowest is None else lowest
     for rank, row in enumerate(found, 1):
         if not is_fused:
             yield row["id"], row["score"]

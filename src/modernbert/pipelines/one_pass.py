@@ -16,7 +16,7 @@ import torch
 
 from modernbert.checks import Options, described, option
 from modernbert.errors import InputError, listed, shown
-from modernbert.models.sharing import SharedEncoder
+from modernbert.models.sharing import SharedEncoder, encoder_of
 from modernbert.nn.packing import PackedInputs
 from modernbert.pipelines import pipeline
 from modernbert.pipelines.base import CPU_BUDGET, GPU_BUDGET, Job, Pipeline, Results, Row, left_plain
@@ -237,6 +237,12 @@ class OnePass(Pipeline[Resolved, SharedRow, list[Any]]):
 
     def run(self, rows: list[SharedRow], options: Resolved) -> Results[list[Any]]:
         """What each task's own `run` gives for its rows; of each row a result a part."""
+        for name in options:
+            if encoder_of(self.pipelines[name].model) is not self.model:
+                raise InputError(
+                    f"the model of {name!r} has another encoder than when it was put together, as after joining other "
+                    "models; make the OnePass again"
+                )
         read = {tuple(row.ids): row for row in rows if row.is_read}
         states: dict[tuple[int, ...], torch.Tensor] = {}
         if read:

@@ -191,7 +191,7 @@ class SparseEncoder(Encoder):
 
     @torch.no_grad()
     def thin_out(self, texts: Sequence[Sequence[int]], entries: int) -> float:
-        """Subtract a constant from all logits, so that texts have this many entries on average.
+        """Subtract a constant from all logits, so that texts have no more than this many entries on average.
 
         The softmax of a masked language model does not change with such a constant, so a model that was trained by it
         may have positive logits for its whole vocabulary; where to cut is free. The constant goes into the decoder's
@@ -202,7 +202,7 @@ class SparseEncoder(Encoder):
             entries: mean number of weights that are left, with the pooling "max".
 
         Returns:
-            The constant; 0 if the decoder has no bias.
+            The constant; 0 if the decoder has no bias, or texts have fewer entries already.
         """
         bias_V = self.model.decoder.bias
         if bias_V is None:
@@ -211,7 +211,7 @@ class SparseEncoder(Encoder):
         states = (self.model.base_model.encode(one).last_TM for one in inputs)
         largest_BV = torch.stack([self.model.score(states_TM).float().amax(0).cpu() for states_TM in states])
         place = largest_BV.numel() - entries * len(largest_BV)
-        constant = 0.0 if place < 1 else float(largest_BV.flatten().kthvalue(place).values)
+        constant = 0.0 if place < 1 else max(0.0, float(largest_BV.flatten().kthvalue(place).values))
         bias_V.sub_(constant)
         return constant
 
