@@ -101,7 +101,7 @@ def verify(
         typer.echo("            delete them from data/ and run the same command; it computes them again")
     if report.repeated:
         typer.echo(f"repeated    {counted(report.repeated, 'text')} in more than one shard")
-    if report.missing:
+    if report.missing and not report.damaged:  # those of damaged shards are not known
         typer.echo(f"missing     {counted(report.missing, 'text')} with neither an answer nor an error")
     if sample:
         where = "" if report.is_same_machine else "; another kind of machine or version computed them"
