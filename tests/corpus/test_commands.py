@@ -24,6 +24,7 @@ def test_a_folder_is_embedded_and_verified(capsys, folder, model, tmp_path, note
     code, out, _ = called(capsys, "verify", tmp_path / "out", "--sample", 0)
     assert code == 1
     assert out.startswith("shards      4, 1 damaged: part-")
+    assert "delete them from data/ and run the same command" in out
 
 
 def test_texts_that_fail_are_told_by_the_exit_code(capsys, model, tmp_path):
@@ -34,6 +35,15 @@ def test_texts_that_fail_are_told_by_the_exit_code(capsys, model, tmp_path):
     assert "1 row could not be read" in err
     assert "1 text could not be answered" in err
     assert "a text is empty or only spaces" in err
+
+
+def test_what_was_answered_before_is_told_without_what_failed(capsys, model, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("a dog", "a dog", " ", "two")))
+    arguments = ("embed", tmp_path / "*.jsonl", "--model", model, "--output", tmp_path / "out", *HERE)
+    assert "4 rows read, 2 distinct texts answered in" in (err := called(capsys, *arguments)[2])
+    assert "(1 duplicate)" in err
+    assert "(1 duplicate, 2 from before)" in called(capsys, *arguments)[2]
+    assert "(1 duplicate, 2 from before)" in called(capsys, *arguments, "--retry-failed")[2]
 
 
 def test_any_task_runs_over_a_folder(capsys, folder, heads, tmp_path):
@@ -54,6 +64,8 @@ def test_any_task_runs_over_a_folder(capsys, folder, heads, tmp_path):
     ("arguments", "message"),
     [
         (["embed", "not/there/", "--output", "out"], "not/there/ is not there; give folders, globs or files"),
+        (["embed", "nofolder", "--output", "out"], "there is no folder or file nofolder; texts are answered to"),
+        (["embed", "a text", "--output", "out"], "out ends with nothing"),
         (["embed", "{}", "--output", "out", "--json"], "No such option"),
         (["run", "{}", "--output", "out", "--json"], "--json is for texts and files, not for folders"),
         (["embed", "{}", "--output", "out", "--overwrite"], "--overwrite is for texts and files, not for folders"),

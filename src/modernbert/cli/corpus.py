@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from modernbert.cli.messages import InterruptedCommandError, counted, in_flags, say
-from modernbert.errors import InputError
+from modernbert.errors import InputError, printable
 
 _LISTED = 5  # reasons of a kind
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(?=[^/])")
@@ -22,7 +22,15 @@ def are_places(texts: Sequence[str] | None, output: Path | None, suffixes: Seque
     """Whether a command's texts are the folders and files of a corpus, because its output is a folder."""
     if not texts or output is None or (output.suffix.lower() in suffixes and not output.is_dir()):
         return False
-    return any(_ADDRESS.match(text) or _is_there(text) for text in texts)
+    if any(_ADDRESS.match(text) or _is_there(text) for text in texts):
+        return True
+    if (not output.suffix or output.is_dir()) and not any(
+        map(str.isspace, texts[0])
+    ):  # a folder is to be written: of what?
+        raise InputError(
+            f"there is no folder or file {printable(texts[0], limit=100)}; texts are answered to {', '.join(suffixes)}"
+        )
+    return False
 
 
 def _is_there(text: str) -> bool:
@@ -49,10 +57,10 @@ def run_corpus(places: Sequence[str], output: Path, given: Mapping[str, Any]) ->
         raise InterruptedCommandError(
             f"interrupted; what is finished stays in {place}, and the same command continues after it"
         ) from None
-    known = report.texts + report.failed - report.computed
-    details = [f"{report.duplicates:,} duplicates"] * bool(report.duplicates)
+    plural = "" if report.duplicates == 1 else "s"
+    details = [f"{report.duplicates:,} duplicate{plural}"] * bool(report.duplicates)
     details += [f"{report.truncated:,} cut to the model's context"] * bool(report.truncated)
-    details += [f"{known:,} from before"] * bool(known)
+    details += [f"{report.before:,} from before"] * bool(report.before)
     more = f" ({', '.join(details)})" if details else ""
     say(f"{report.rows:,} rows read, {report.texts:,} distinct texts answered in {place}{more}")
     for reason in list(report.files.values())[:_LISTED]:
@@ -89,8 +97,12 @@ def verify(
         f", {len(report.damaged)} damaged: {', '.join(report.damaged[:_LISTED])}" if report.damaged else ", all whole"
     )
     typer.echo(f"shards      {report.shards}{broken}")
+    if report.damaged:
+        typer.echo("            delete them from data/ and run the same command; it computes them again")
     if report.repeated:
         typer.echo(f"repeated    {counted(report.repeated, 'text')} in more than one shard")
+    if report.missing and not report.damaged:  # those of damaged shards are not known
+        typer.echo(f"missing     {counted(report.missing, 'text')} with neither an answer nor an error")
     if sample:
         where = "" if report.is_same_machine else "; another kind of machine or version computed them"
         typer.echo(f"sample      {counted(report.texts, 'text')}, {report.identical} with the same bits{where}")
@@ -98,7 +110,7 @@ def verify(
             typer.echo(f"difference  {report.largest:.3g} at the most")
         if report.changed:
             typer.echo(f"changed     {counted(report.changed, 'row')} of the sample whose text is not there any more")
+    if not report.is_sampled:
+        say(f"none of the texts of {folder} could be read again; --sample 0 checks hashes alone")
     if not report.ok:
         raise typer.Exit(1)
-    if sample and not report.texts:
-        raise InputError(f"none of the texts of {folder} could be read again; --sample 0 checks hashes alone")

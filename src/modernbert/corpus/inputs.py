@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import gzip
 import itertools
 import lzma
+import os
 import posixpath
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +23,7 @@ from modernbert.io.tables.reading import library, read_stream
 _LINES = (".txt", ".text", ".md", ".jsonl", ".csv", ".tsv")
 _PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 READ = (*_LINES, ".parquet")
+_BROKEN = (OSError, EOFError, ValueError, NotImplementedError, ImportError, zlib.error, lzma.LZMAError)
 _ROWS, _BYTES = 1024, 4 * 2**20  # of a batch, at the most
 
 
@@ -28,7 +32,7 @@ class File:
     """A file of a corpus.
 
     Attributes:
-        name: its full path, or its address.
+        name: its full path, or its address; bytes of it that are not UTF-8 are escaped.
         system, path: what opens it.
         size: its bytes.
     """
@@ -93,10 +97,11 @@ def find_files(places: Sequence[str], without: str | None = None) -> list[File]:
             names = _below(system, path)
         except (OSError, ImportError) as error:
             raise InputError(f"{place} cannot be listed: {_line(error)}") from None
+        outside = _outside(system, without)
         files = {
             _full(system, name): File(_full(system, name), system, name, int(about.get("size") or 0))
             for name, about in names.items()
-            if without is None or not name.startswith(without.rstrip("/") + "/")
+            if outside(name)
         }
         wrong = [name for name, file in files.items() if file.suffix not in READ]
         if names and len(names) == 1 and wrong and path in names:
@@ -126,8 +131,21 @@ def _below(system: Any, path: str) -> dict[str, dict[str, Any]]:
 
 
 def _full(system: Any, path: str) -> str:
-    protocols = (system.protocol,) if isinstance(system.protocol, str) else system.protocol
-    return path if "file" in protocols else str(system.unstrip_protocol(path))
+    full = path if _is_local(system) else str(system.unstrip_protocol(path))
+    return full if full.isascii() else full.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _outside(system: Any, folder: str | None) -> Callable[[str], bool]:
+    """Whether a path is not in a folder, by whatever links it is reached."""
+    if folder is None:
+        return lambda path: True
+    resolved = functools.cache(os.path.realpath) if _is_local(system) else str
+    inside = resolved(folder).rstrip("/") + "/"
+    return lambda path: not (resolved(posixpath.dirname(path)) + "/").startswith(inside)
+
+
+def _is_local(system: Any) -> bool:
+    return "file" in ((system.protocol,) if isinstance(system.protocol, str) else system.protocol)
 
 
 def read_batches(
@@ -150,7 +168,7 @@ def read_batches(
         raise
     except FileNotFoundError:
         raise InputError(f"{file.name} is not there any more") from None
-    except (OSError, EOFError, ValueError, NotImplementedError, ImportError, zlib.error, lzma.LZMAError) as error:
+    except _BROKEN as error:
         raise InputError(f"{file.name} cannot be read: {_line(error)}") from None
 
 
@@ -164,6 +182,8 @@ def _of_parquet(
         chosen = choose_columns(names, form, named, file.name)
         _check_kept(names, keep, file.name)
         wanted = list(dict.fromkeys([*(c for some in chosen.values() for c in some), *keep]))
+        if twice := [name for name in wanted if names.count(name) > 1]:
+            raise InputError(f"{file.name} has more than one column called {', '.join(twice)}")
         first, total = 0, table.metadata.num_rows
         for batch in table.iter_batches(256, columns=wanted):
             columns = {name: batch[name].to_pylist() for name in wanted if name not in keep or _is_in(chosen, name)}
@@ -195,37 +215,45 @@ def _of_lines(
     first = 0
     with file.open() as (raw, stream):
         records = read_stream(stream, file.name, file.suffix)
-        while True:
+        damage: Exception | None = None
+        while damage is None:
             rows: list[tuple[Any, ...] | InputError] = []
             kept: dict[str, list[Any]] = {name: [] for name in keep}
             held = 0
-            for record in itertools.islice(records, _ROWS):
-                where = f"{file.name}, row {first + len(rows)},"
-                row: tuple[Any, ...] | InputError
-                if isinstance(record, InputError):
-                    row = record
-                else:
-                    try:
-                        if list(record) != columns:
-                            chosen = choose_columns(list(record), form, named, file.name if is_table else where)
-                            if is_table:
-                                _check_kept(list(record), keep, file.name)
-                            columns = list(record)
-                        row = _row(record, form, chosen, where)
-                    except InputError as error:
-                        if is_table and columns is None:
-                            raise
-                        row = error
-                rows.append(row)
-                for name, values in kept.items():
-                    values.append(None if isinstance(record, InputError) else record.get(name))
-                held += sum(len(value) for value in row if isinstance(value, str)) if isinstance(row, tuple) else 0
-                if held > _BYTES:
-                    break
-            if not rows:
+            try:
+                for record in itertools.islice(records, _ROWS):
+                    where = f"{file.name}, row {first + len(rows)},"
+                    row: tuple[Any, ...] | InputError
+                    if isinstance(record, InputError):
+                        row = record
+                    else:
+                        try:
+                            if list(record) != columns:
+                                chosen = choose_columns(list(record), form, named, file.name if is_table else where)
+                                if is_table:
+                                    _check_kept(list(record), keep, file.name)
+                                columns = list(record)
+                            row = _row(record, form, chosen, where)
+                        except InputError as error:
+                            if is_table and columns is None:
+                                raise
+                            row = error
+                    rows.append(row)
+                    for name, values in kept.items():
+                        values.append(None if isinstance(record, InputError) else record.get(name))
+                    held += sum(len(value) for value in row if isinstance(value, str)) if isinstance(row, tuple) else 0
+                    if held > _BYTES:
+                        break
+            except (zlib.error, lzma.LZMAError, gzip.BadGzipFile):  # rows before it may be garbled already
+                raise
+            except _BROKEN as error:  # what was read before it counts
+                damage = error
+            if rows:
+                first += len(rows)
+                yield Batch(first - len(rows), rows, kept, min(file.size, raw.tell()))
+            elif damage is None:
                 return
-            first += len(rows)
-            yield Batch(first - len(rows), rows, kept, min(file.size, raw.tell()))
+        raise damage
 
 
 def _check_kept(names: Sequence[str], keep: Sequence[str], where: str) -> None:
@@ -244,7 +272,7 @@ def _row(
             value = value_in(record, chosen[field.name], field, where) if field.name in chosen else None
             if field.required and value is None:
                 raise InputError(f"{where} has nothing in {chosen[field.name][0]!r}")
-            for text in value if isinstance(value, list) else [value]:
+            for text in value if field.many and isinstance(value, list) else [value]:
                 _check(text, field, chosen, where)
             values.append(value)
         return tuple(values)

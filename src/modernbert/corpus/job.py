@@ -16,7 +16,17 @@ from modernbert.corpus.contract import Record, make_engine, parse_engine_options
 from modernbert.corpus.inputs import find_files
 from modernbert.corpus.keys import KeySet
 from modernbert.corpus.lance import add_shards, check_lance
-from modernbert.corpus.manifest import MANIFEST, check_same, errors_in, identity, kept, keys_of, manifest, records_of
+from modernbert.corpus.manifest import (
+    MANIFEST,
+    check_format,
+    check_same,
+    errors_in,
+    identity,
+    kept,
+    keys_of,
+    manifest,
+    records_of,
+)
 from modernbert.corpus.options import CorpusOptions
 from modernbert.corpus.output import Output
 from modernbert.corpus.plan import Met, Plan, shard_size_of
@@ -45,9 +55,10 @@ class CorpusReport:
         duplicates: rows whose text an earlier row had.
         computed: distinct texts that this run computed, those that failed too.
         texts, failed: distinct texts that the output holds an answer for, and those that could not be answered.
+        before: texts of these that earlier runs answered.
         tokens, truncated: tokens of the answered texts, and how many of these were cut.
         files: that could not be read, with the reason.
-    reasons: why rows could not be read and texts could not be answered, some of each.
+        reasons: why rows could not be read and texts could not be answered, some of each.
     """
 
     output: str
@@ -55,6 +66,7 @@ class CorpusReport:
     unreadable: int
     duplicates: int
     computed: int
+    before: int
     texts: int
     failed: int
     tokens: int
@@ -109,12 +121,17 @@ def run(
             stack.enter_context(locked(Path(folder.root), refusal))
         made_with = identity(settings, chosen.format)
         before = folder.read_json(MANIFEST)
-        check_same(before, made_with, str(output))
-        if before is not None and before.get("keep", chosen.keep) != chosen.keep:
-            raise InputError(
-                f"keep is {chosen.keep}, and {output} was made with keep={before['keep']}, so its rows would differ; "
-                "give the same columns, or name another output"
-            )
+        check_format(before, str(output))
+        if before is not None and folder.names("shards"):  # a first try that made none decides nothing
+            check_same(before, made_with, str(output))
+            if before.get("keep", chosen.keep) != chosen.keep:
+                raise InputError(
+                    f"keep is {chosen.keep}, and {output} was made with keep={before['keep']}, so its rows would "
+                    "differ; give the same columns, or name another output"
+                )
+        elif before is not None:
+            for name in ("rows", "files", "unreadable"):
+                folder.remove(name)
         about: dict[str, Any] = {"model": settings.model, "settings": dataclasses.asdict(settings), "inputs": named}
         about |= {"columns": chosen.column, "keep": chosen.keep}
         folder.write_json(MANIFEST, manifest(made_with, {**about, "is complete": False}, []))
@@ -138,7 +155,7 @@ def run(
         folder.remove("work")
         if chosen.format == "lance":
             add_shards(folder, [name for name, record in records.items() if record["texts"]])
-        report = _report(folder, str(output), plan.met, list(records.values()))
+        report = _report(folder, str(output), plan.met, list(records.values()), teller.texts)
         about |= {"counts": _counts(report), "is complete": True}
         folder.write_json(MANIFEST, manifest(made_with, about, list(records.values())))
     return report
@@ -173,7 +190,7 @@ def _absolute(name: Any) -> str:
     return str(path.resolve()) if path.is_dir() else str(name)
 
 
-def _report(folder: Output, output: str, met: Met, records: list[Record]) -> CorpusReport:
+def _report(folder: Output, output: str, met: Met, records: list[Record], answered: int) -> CorpusReport:
     sums = {name: sum(record[name] for record in records) for name in ("texts", "failed", "tokens", "truncated")}
     lost = (error for record in records if record["failed"] for error in errors_in(folder, record["name"]))
     reasons = [*met.reasons, *(error["error"] for error in itertools.islice(lost, _LISTED))]
@@ -183,6 +200,7 @@ def _report(folder: Output, output: str, met: Met, records: list[Record]) -> Cor
         met.unreadable,
         met.duplicates,
         computed=met.new,
+        before=sums["texts"] - answered,
         files=dict(met.files),
         reasons=reasons,
         **sums,

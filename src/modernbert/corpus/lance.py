@@ -31,7 +31,9 @@ def check_lance(output: Output) -> None:
 def add_shards(output: Output, names: Iterable[str]) -> int:
     """Add the shards that the dataset does not hold yet; gives the number of its rows.
 
-    An interruption adds nothing twice: keys that were being added are compared first.
+    An interruption adds nothing twice: keys that were being added are compared first. So are all keys where shards
+    that were added are not there any more, as texts of theirs were computed again into others. A dataset that is gone
+    is made anew.
 
     Raises:
         CorpusError: the dataset cannot be written.
@@ -40,22 +42,26 @@ def add_shards(output: Output, names: Iterable[str]) -> int:
     lancedb = library("lancedb", Path(output.root), "search")
     database = lancedb.connect(output.root)
     note = output.read_json(_NOTE) or {"shards": [], "adding": []}
-    there, doubtful = set(note["shards"]), set(note["adding"])
-    new = iter([name for name in names if name not in there])
     is_made = any(Path(output.root, f"{TABLE}.lance", "_versions").glob("*.manifest"))
     table = database.open_table(TABLE) if is_made else None
+    there, doubtful = (set(note["shards"]), set(note["adding"])) if is_made else (set(), set())
+    names = list(names)
+    gone = (there | doubtful).difference(names)
+    new = iter([name for name in names if name not in there])
     try:
         while some := list(itertools.islice(new, _TOGETHER)):
-            output.write_json(_NOTE, {"shards": sorted(there), "adding": some})
+            output.write_json(_NOTE, {"shards": sorted(there), "adding": sorted({*some, *doubtful & gone})})
             rows = pa.concat_tables([_read(output, name) for name in some])
             if table is None:
                 table = database.create_table(TABLE, rows)
-            elif doubtful.intersection(some):
+            elif gone or doubtful.intersection(some):
                 table.merge_insert("key").when_not_matched_insert_all().execute(rows)
             else:
                 table.add(rows)
             there |= set(some)
-            output.write_json(_NOTE, {"shards": sorted(there), "adding": []})
+            output.write_json(_NOTE, {"shards": sorted(there), "adding": sorted(doubtful & gone)})
+        if gone:
+            output.write_json(_NOTE, {"shards": sorted(there.intersection(names)), "adding": []})
         if table is not None:
             table.optimize(cleanup_older_than=_AN_HOUR)
     except (OSError, RuntimeError, ValueError) as error:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from modernbert.corpus.contract import Record
-from modernbert.corpus.output import Output
+from modernbert.corpus.output import CorpusError, Output
 from modernbert.corpus.settings import Key, Settings
 from modernbert.errors import InputError
 from modernbert.io.checkpoint import weight_files
@@ -58,12 +58,16 @@ def _files(source: Source) -> dict[str, str]:
     return files | contents(source)
 
 
-def check_same(before: Mapping[str, Any] | None, now: Mapping[str, Any], place: str) -> None:
-    """Refuse to add shards to an output that was made with something else; `InputError` says what differs."""
+def check_format(before: Mapping[str, Any] | None, place: str) -> None:
+    """Raise `InputError` where a manifest is of no corpus, or of another format."""
     if before is None:
         return
     if before.get("manifest") != _FORMAT or not isinstance(before.get("made with"), dict):
         raise InputError(f"{place}/{MANIFEST} is of no corpus of format {_FORMAT}; name another output")
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
+    """Refuse to add shards to an output that was made with something else; `InputError` says what differs."""
     plain = json.loads(json.dumps(now))
     if before["made with"] != plain:
         changed = differences(before["made with"], plain)
@@ -80,26 +84,32 @@ def records_of(output: Output, without_failed: bool = False) -> dict[str, Record
         output: of the job.
         without_failed: forget the texts that failed, so that they are tried again.
     """
-    found = {}
-    there = {name.removesuffix(".parquet") for name in output.names("data")}
+    found: dict[str, Record] = {}
+    there = {name.removesuffix(".parquet"): size for name, size in output.sizes("data").items()}
     for file in output.names("shards"):
         record = output.read_json(f"shards/{file}")
         name = file.removesuffix(".json")
         if isinstance(record, dict) and without_failed and record["failed"]:
-            output.remove(f"errors/{name}.jsonl")
             record["failed"] = 0
             output.write_json(f"shards/{file}", record)
-        if isinstance(record, dict) and (name in there if record["texts"] else record["failed"]):
+        if isinstance(record, dict) and _is_there(record, there):
             found[name] = kept(record)
         else:
             output.remove(f"shards/{file}")
-    for name in there - set(found):
+    for name in set(there) - set(found):
         output.remove(f"data/{name}.parquet")
     for file in output.names("errors"):
-        if file.removesuffix(".jsonl") not in found:
+        if not found.get(file.removesuffix(".jsonl"), {"failed": 0})["failed"]:
             output.remove(f"errors/{file}")
     output.remove("work")
     return found
+
+
+def _is_there(record: Record, sizes: Mapping[str, int | None]) -> bool:
+    """Whether a record's shard is as long as it was written; a torn one is computed again."""
+    if not record["texts"]:
+        return bool(record["failed"])
+    return record["name"] in sizes and sizes[record["name"]] in (None, record["bytes"])
 
 
 _MACHINES: dict[str, Any] = {}
@@ -115,8 +125,13 @@ def keys_of(output: Output, records: Mapping[str, Record]) -> Iterator[list[Key]
     """Keys of the texts of finished shards, those that failed too, shard by shard."""
     for name, record in records.items():
         if record["texts"]:
-            with output.open(f"data/{name}.parquet") as stream:
-                yield pq.read_table(stream, columns=["key"])["key"].to_pylist()
+            try:
+                with output.open(f"data/{name}.parquet") as stream:
+                    keys = pq.read_table(stream, columns=["key"])["key"].to_pylist()
+            except ValueError as error:
+                path = output.path(f"data/{name}.parquet")
+                raise CorpusError(f"{path} is damaged; delete it, and the same call computes it again") from error
+            yield keys
         if record["failed"]:
             yield [bytes.fromhex(error["key"]) for error in errors_in(output, name)]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from modernbert.checks import Options, option
+from modernbert.errors import InputError
 
+OF_ROWS = ("file", "row", "key")  # columns that rows/ has itself
 STORED = ("float32", "float16", "int8", "bits")
 
 
@@ -25,3 +27,9 @@ class CorpusOptions(Options):
     engine_options: list[str] = option(
         [], "NAME=VALUE sets an option of the engine, such as processes=2.", flag="engine-option"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.keep:
+            if name in OF_ROWS:
+                raise InputError(f"keep names {name!r}, which rows/ has itself; rename the column")

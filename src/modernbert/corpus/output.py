@@ -89,6 +89,8 @@ class Output:
             with self.system.open(other, "wb") as file:
                 yield file
             if self.is_local:
+                with open(other, "rb+") as written:  # noqa: PTH123
+                    os.fsync(written.fileno())  # or a name may outlive a loss of power, and its content not
                 os.replace(other, path)  # noqa: PTH105
         except OSError as error:
             what = error.strerror or " ".join(str(error).split())
@@ -134,14 +136,18 @@ class Output:
 
     def names(self, folder: str) -> list[str]:
         """The names of the files in a folder, sorted, without hidden ones."""
+        return list(self.sizes(folder))
+
+    def sizes(self, folder: str) -> dict[str, int | None]:
+        """The bytes of each file in a folder, where the system says them; sorted by name, without hidden ones."""
         try:
-            found = self.system.ls(self.path(folder), detail=False, refresh=True)
+            found = self.system.ls(self.path(folder), detail=True, refresh=True)
         except FileNotFoundError:
-            return []
+            return {}
         except TypeError:  # of a system that caches nothing
-            found = self.system.ls(self.path(folder), detail=False)
-        names = (posixpath.basename(str(path).rstrip("/")) for path in found)
-        return sorted(name for name in names if name and not name.startswith("."))
+            found = self.system.ls(self.path(folder), detail=True)
+        sizes = {posixpath.basename(str(about["name"]).rstrip("/")): about.get("size") for about in found}
+        return {name: sizes[name] for name in sorted(sizes) if name and not name.startswith(".")}
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder, if it is there."""

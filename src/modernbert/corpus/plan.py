@@ -37,7 +37,7 @@ class Met:
         new: distinct texts that were not computed before.
         size, total: bytes of the files read so far, and of all.
         reasons: why rows could not be read, the first of them.
-    files: that could not be read, or not to their end, with the reason.
+        files: that could not be read, or not to their end, with the reason.
     """
 
     rows: int = 0
@@ -174,7 +174,8 @@ class Rows:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if text.isascii() else text.encode(errors="replace").decode()  # lone surrogates are no Unicode
 
 
 def _error_line(file: str, row: int | None, reason: str) -> bytes:

@@ -44,7 +44,15 @@ def digest_of(tables: Any, parts: int = 1) -> str:
     Args:
         tables: `pyarrow.Table`s as `Transform` gives them, or a function that gives them, each time anew.
         parts: how often they are gone through, with so little of them in memory at once.
+
+    Raises:
+        InputError: the tables can be gone through only once, and there are several parts.
     """
+    if parts > 1 and isinstance(tables, Iterator):
+        raise InputError(
+            f"parts is {parts} and tables can be gone through only once; give a list of tables, or a function that "
+            "gives them each time anew"
+        )
     again = tables if callable(tables) else (lambda: tables)
     whole = hashlib.sha256()
     for part in range(max(1, parts)):

@@ -43,6 +43,11 @@ class Settings:
     def __post_init__(self) -> None:
         if self.task in _UNSERVED:
             raise InputError(f"{self.task} is not run over corpora: {_UNSERVED[self.task]}")
+        plain = {
+            name: value if value is None or isinstance(value, bool | int | str) else str(value).removeprefix("torch.")
+            for name, value in self.loading.items()
+        }  # of a dtype or a device its name, which travels
+        object.__setattr__(self, "loading", plain)
 
     @property
     def form(self) -> tuple[Field, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from modernbert.corpus.machine import machine_of
 from modernbert.corpus.settings import Settings
 from modernbert.errors import InputError, printable
 
-_LOADED: dict[str, tuple[Any, Answers]] = {}  # models of this process, by their settings: each is loaded once
+_LOADED: dict[str, tuple[Any, Answers]] = {}  # models of this process, by settings and files: each is loaded once
 _MOST = 2  # models that are kept
 _LOADING = threading.Lock()
 _LONGEST = 500  # characters of a reason
@@ -63,7 +65,7 @@ class Transform:
             cannot be answered has its reason in `error`, and nothing in the columns of the answer.
 
         Raises:
-            InputError: the batch lacks a column of the task.
+            InputError: the batch lacks a column of the task, or has one that is called like one of the answer's.
         """
         table = pa.Table.from_batches([batch]) if isinstance(batch, pa.RecordBatch) else batch
         form = self.settings.form
@@ -73,14 +75,16 @@ class Transform:
                 f"a batch has the columns {', '.join(table.column_names) or 'none'} and lacks {', '.join(missing)}"
             )
         fields = [field.name for field in form if field.name in table.column_names]
+        names = list(self.schema.names)
+        if taken := [name for name in table.column_names if name in names and name not in (*fields, "key")]:
+            raise InputError(f"a batch has the column {taken[0]}, and so has its answer; rename it")
         rows = list(zip(*(table[name].to_pylist() for name in fields), strict=True))
         if "key" in table.column_names:
             keys = table["key"].cast(pa.binary(32)).combine_chunks()
         else:
             keys = pa.array(self.settings.keys(rows), pa.binary(32))
         columns = [keys, *self._answered([self._item(fields, row) for row in rows])]
-        names = list(self.schema.names)
-        others = [name for name in table.column_names if name not in (*fields, *names)]
+        others = [name for name in table.column_names if name not in (*fields, "key")]
         return pa.table(columns + [table[name] for name in others], names=names + others)
 
     def _item(self, fields: Sequence[str], row: Sequence[Any]) -> Any:
@@ -107,7 +111,7 @@ class Transform:
         return kind.columns(answers) + rest
 
     def _loaded(self) -> tuple[Any, Answers]:
-        known = self.settings.to_json()
+        known = self.settings.to_json() + _files_of(self.settings)
         with _LOADING:
             if known not in _LOADED:
                 while len(_LOADED) >= _MOST:
@@ -119,6 +123,19 @@ class Transform:
 def _options(settings: Settings) -> dict[str, Any]:
     tensors = {"return_tensors": True} if settings.task == "feature-extraction" else {}
     return {**settings.options, **tensors}
+
+
+def _files_of(settings: Settings) -> str:
+    """Names, sizes and times of the files of a model's folders: another model may be written to the same place."""
+    found = []
+    for place in (settings.model, settings.tokenizer, settings.loading.get("adapter")):
+        folder = Path(str(place))
+        if place is not None and folder.is_dir():
+            for path in (*folder.iterdir(), *folder.glob("[!.]*/*")):  # parts of a sentence encoder lie one deeper
+                with contextlib.suppress(OSError):
+                    about = path.stat()
+                    found.append((str(path), about.st_size, about.st_mtime_ns) if path.is_file() else ())
+    return repr(sorted(filter(None, found)))
 
 
 def _load(settings: Settings) -> tuple[Any, Answers]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from modernbert.corpus.contract import Record
 from modernbert.corpus.inputs import find_files, read_batches
 from modernbert.corpus.keys import AGAIN, KeySet
-from modernbert.corpus.manifest import MANIFEST, check_same, identity
+from modernbert.corpus.manifest import MANIFEST, check_format, check_same, errors_in, identity
 from modernbert.corpus.output import Output
 from modernbert.corpus.plan import columns_of
 from modernbert.corpus.results import contents_of
@@ -34,27 +34,34 @@ class VerifyReport:
         shards: that the manifest names.
         damaged: those whose file is missing or has another hash, and files that no manifest names.
         repeated: texts that stand in more than one shard.
+        missing: texts that have neither an answer nor an error: those of the sample, or as many as the counts of the
+            manifest are short of.
         texts: that were computed anew.
         identical: those whose answer has the same bits.
+        wrong: those whose answer has other bits although a machine like this one, with these versions, computed it.
         largest: the largest difference of a number of the others; infinite where something else than a number differs.
         changed: rows of the sample whose text is another one now, or is not there.
+        is_sampled: whether any text of the sample could be read again.
         is_same_machine: whether a machine like this one, with these versions, computed all shards of the sample.
     """
 
     shards: int = 0
     damaged: list[str] = dataclasses.field(default_factory=list)
     repeated: int = 0
+    missing: int = 0
     texts: int = 0
     identical: int = 0
+    wrong: int = 0
     largest: float = 0.0
     changed: int = 0
+    is_sampled: bool = True
     is_same_machine: bool = True
 
     @property
     def ok(self) -> bool:
         """Whether all is as it was written; bits may differ where another machine or version computed them."""
-        is_same = self.identical == self.texts or (not self.is_same_machine and np.isfinite(self.largest))
-        return not self.damaged and not self.repeated and bool(is_same)
+        is_same = not self.wrong and bool(np.isfinite(self.largest))
+        return not (self.damaged or self.repeated or self.missing) and is_same and self.is_sampled
 
 
 def verify(folder: str | Path, *, sample: int = 64, seed: int = 0, device: Any = None) -> VerifyReport:
@@ -67,51 +74,62 @@ def verify(folder: str | Path, *, sample: int = 64, seed: int = 0, device: Any =
         device: where to compute; by default where the job did.
 
     Raises:
-        InputError: it is no output, its job is not finished, or the model is another one now.
+        InputError: it is no output, its job is not finished, what it knows of its rows is gone, or the model is another
+            one now.
     """
+    if sample < 0:
+        raise InputError(f"sample is {sample}; it must be 0 or more")
     output = Output(str(folder))
     manifest = output.read_json(MANIFEST)
     if not isinstance(manifest, dict) or "made with" not in manifest:
         raise InputError(f"{folder} is no output of a corpus: it has no {MANIFEST}")
     if not manifest.get("is complete"):
         raise InputError(f"the job that writes {folder} is not finished; run it again, and it goes on")
+    check_format(manifest, str(folder))
     settings = Settings(**manifest["settings"])
     check_same(manifest, identity(settings, manifest["made with"]["format"]), str(folder))
     if device is not None:
         settings = dataclasses.replace(settings, loading={**settings.loading, "device": device})
     report = VerifyReport(shards=len(manifest["shards"]))
-    _check_files(output, manifest["shards"], report)
+    _check_files(output, manifest, report)
     if sample:
-        chosen = _sample(output, manifest, settings, sample, random.Random(seed), report)
-        _compare(output, manifest, settings, chosen, report)
+        asked, chosen = _sample(output, manifest, settings, sample, random.Random(seed), report)
+        report.is_sampled = bool(chosen)
+        _compare(output, manifest, settings, asked, chosen, report)
     return report
 
 
-def _check_files(output: Output, shards: dict[str, Record], report: VerifyReport) -> None:
+def _check_files(output: Output, manifest: Any, report: VerifyReport) -> None:
+    shards: dict[str, Record] = manifest["shards"]
+    counts, there = manifest.get("counts", {}), 0
     known = KeySet()
     try:
         for name in output.names("data"):
             if name.removesuffix(".parquet") not in shards:
                 report.damaged.append(name)
         for name, about in shards.items():
-            if about["sha256"] is None:
+            there += len(errors_in(output, name)) if about["failed"] else 0
+            if not about["texts"]:
                 continue
+            there += about["texts"]
             content = output.read(f"data/{name}.parquet")
-            if content is None or hashlib.sha256(content).hexdigest() != about["sha256"]:
+            if content is None or about["sha256"] is None or hashlib.sha256(content).hexdigest() != about["sha256"]:
                 report.damaged.append(f"{name}.parquet")
                 continue
             keys = pq.read_table(pa.BufferReader(content), columns=["key"])["key"].to_pylist()
             report.repeated += sum(how == AGAIN for how in known.meet(keys))
     finally:
         known.close()
+    report.missing = max(0, counts.get("texts", 0) + counts.get("failed", 0) - there)
 
 
 def _sample(
     output: Output, manifest: Any, settings: Settings, count: int, chance: random.Random, report: VerifyReport
-) -> dict[Key, tuple[Any, ...]]:
-    """Texts of some rows of some files, by their keys."""
+) -> tuple[set[Key], dict[Key, tuple[Any, ...]]]:
+    """Keys of some rows of some files, and the texts of those that are still there."""
     places = output.names("files")
     chance.shuffle(places)
+    asked: set[Key] = set()
     chosen: dict[Key, tuple[Any, ...]] = {}
     taken = 0
     for place in places:
@@ -121,13 +139,26 @@ def _sample(
             continue
         taken += 1
         wanted = sorted(chance.sample(range(rows), min(rows, -(-count // min(_FILES, len(places))))))
-        with output.open(f"rows/{place.removesuffix('.json')}.parquet") as stream:
-            table = pq.read_table(stream, columns=["row", "key"]).take(wanted)
+        name = f"rows/{place.removesuffix('.json')}.parquet"
+        try:
+            with output.open(name) as stream:
+                table = pq.read_table(stream, columns=["row", "key"]).take(wanted)
+        except (OSError, ValueError, IndexError):
+            raise InputError(
+                f"{output.path(name)} is not there or damaged; the same command that made the output writes it anew, "
+                "and a sample of 0 checks shards alone"
+            ) from None
         keys = dict(zip(table["row"].to_pylist(), table["key"].to_pylist(), strict=True))
+        asked |= set(keys.values())
         chosen |= _read(about["name"], manifest["columns"], settings, keys, report)
         if len(chosen) >= count or taken == _FILES:
             break
-    return dict(list(chosen.items())[:count])
+    if not asked and manifest["shards"]:
+        raise InputError(
+            f"{output.path('files')} names no rows; the same command that made the output writes them anew, and a "
+            "sample of 0 checks shards alone"
+        )
+    return asked, dict(list(chosen.items())[:count])
 
 
 def _read(
@@ -153,35 +184,48 @@ def _read(
 
 
 def _compare(
-    output: Output, manifest: Any, settings: Settings, chosen: dict[Key, tuple[Any, ...]], report: VerifyReport
+    output: Output,
+    manifest: Any,
+    settings: Settings,
+    asked: set[Key],
+    chosen: dict[Key, tuple[Any, ...]],
+    report: VerifyReport,
 ) -> None:
-    if not chosen:
-        return
-    transform = Transform(settings)
-    columns = dict(zip((f.name for f in settings.form), zip(*chosen.values(), strict=True), strict=True))
-    table = transform(
-        pa.table({"key": pa.array(list(chosen), pa.binary(32)), **{n: list(v) for n, v in columns.items()}})
-    )
-    here = dict(contents_of(table))
-    machine = transform.machine
+    table: Any = None
+    machine: Any = None
+    here: dict[Key, bytes] = {}
+    if chosen:
+        transform = Transform(settings)
+        columns = dict(zip((f.name for f in settings.form), zip(*chosen.values(), strict=True), strict=True))
+        table = transform(
+            pa.table({"key": pa.array(list(chosen), pa.binary(32)), **{n: list(v) for n, v in columns.items()}})
+        )
+        here, machine = dict(contents_of(table)), transform.machine
+    missing = set(asked)
     for name, about in manifest["shards"].items():
-        if about["sha256"] is None or f"{name}.parquet" in report.damaged:
+        if about["failed"]:
+            missing -= {bytes.fromhex(error["key"]) for error in errors_in(output, name)}
+        if not about["texts"] or f"{name}.parquet" in report.damaged:
             continue
         with output.open(f"data/{name}.parquet") as stream:
             file = pq.ParquetFile(stream)
             keys = file.read(columns=["key"])["key"].to_pylist()
-            rows = [i for i, key in enumerate(keys) if key in here]
+            missing.difference_update(keys)
+            rows = [i for i, key in enumerate(keys) if key in chosen]
             if not rows:
                 continue
             stored = file.read().take(rows)
-        report.is_same_machine &= manifest["machines"][about["machine"]] == machine
+        is_same_machine = manifest["machines"][about["machine"]] == machine
+        report.is_same_machine &= is_same_machine
         for key, content in contents_of(stored):
             report.texts += 1
-            report.identical += content == here[key]
-            if content != here[key]:
+            report.identical += content == here.get(key)
+            if content != here.get(key):
+                report.wrong += is_same_machine
                 row = table.filter(pa.compute.equal(table["key"], pa.scalar(key, pa.binary(32))))
                 before = stored.filter(pa.compute.equal(stored["key"], pa.scalar(key, pa.binary(32))))
-                report.largest = max(report.largest, _distance(before, row))
+                report.largest = max(report.largest, _distance(before, row) if key in here else float("inf"))
+    report.missing = max(report.missing, len(missing))
 
 
 def _distance(before: Any, now: Any) -> float:

@@ -70,7 +70,7 @@ def read_stream(stream: BinaryIO, name: str, suffix: str) -> Records:
         InputError: the rest of the file makes no sense, such as a table after an open quote.
     """
     if suffix in _DELIMITERS:
-        found = _read_table(stream, Path(name), None)
+        found = _read_table(stream, Path(name), suffix, None)
     else:
         found = _by_line(stream, name, _object if suffix == ".jsonl" else _text)
     return (record for record in found if not isinstance(record, _Blank))
@@ -159,7 +159,7 @@ def _read(path: Path, part: str | None, header: Sequence[str] | None) -> _Found:
     else:
         with path.open("rb") as stream:
             if suffix in _DELIMITERS:
-                yield from _read_table(stream, path, header)
+                yield from _read_table(stream, path, suffix, header)
             elif suffix in _CONLL:
                 yield from _read_conll(stream, path)
             else:
@@ -230,18 +230,23 @@ def _read_conll(stream: BinaryIO, path: Path) -> _Found:
             tags.append(cells[-1].strip())
 
 
-def _read_table(stream: BinaryIO, path: Path, header: Sequence[str] | None) -> _Found:
+def _read_table(stream: BinaryIO, path: Path, suffix: str, header: Sequence[str] | None) -> _Found:
     csv.field_size_limit(2**31 - 1)
-    delimiter, others = _DELIMITERS[path.suffix.lower()]
+    delimiter, others = _DELIMITERS[suffix]
     # Tabs leave quotes alone in most files that have no header.
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" and header is not None else csv.QUOTE_MINIMAL
-    lines = (_decoded(line, path, number) for number, line in enumerate(stream, 1))
-    rows = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
+    wrong: list[InputError] = []  # of lines since the last row
+    rows = csv.reader(_lines_of(stream, path, wrong), delimiter=delimiter, strict=True, quoting=quoting)
     try:
         names = next(filter(None, rows), []) if header is None else list(header)
-        _check_header(path, names, others if header is None else "")
+        if wrong:
+            raise wrong[0]
+        _check_header(path, suffix, names, others if header is None else "")
         for row in rows:
-            if len(row) == len(names):
+            if wrong:
+                yield wrong[0]
+                wrong.clear()
+            elif len(row) == len(names):
                 yield dict(zip(names, row, strict=True))
             elif not row:
                 yield _Blank(_wrong(path, rows.line_num, _IS_BLANK))
@@ -252,14 +257,24 @@ def _read_table(stream: BinaryIO, path: Path, header: Sequence[str] | None) -> _
         raise _wrong(path, rows.line_num, f"is no table: {printable(str(error))}") from error
 
 
-def _check_header(path: Path, names: Sequence[str], others: str) -> None:
+def _lines_of(stream: BinaryIO, path: Path, wrong: list[InputError]) -> Iterator[str]:
+    """The lines of a table; one that is not UTF-8 is noted in `wrong`, and its row ends where it does all the same."""
+    for number, line in enumerate(stream, 1):
+        try:
+            yield _decoded(line, path, number)
+        except InputError as error:
+            wrong.append(error)
+            yield line.decode(errors="surrogateescape")
+
+
+def _check_header(path: Path, suffix: str, names: Sequence[str], others: str) -> None:
     """Raise `InputError` for a header that has one of the other delimiters, or a name twice."""
     other = next((mark for mark in others if len(names) == 1 and mark in names[0]), None)
     if other is not None:
-        wanted = "tabs" if path.suffix.lower() == ".tsv" else "commas"
+        wanted = "tabs" if suffix == ".tsv" else "commas"
         raise InputError(
             f"{path} has a header of one column, {shown(names[0])}; is it separated by {shown(other)}? "
-            f"A {path.suffix.lower()} file is separated by {wanted}"
+            f"A {suffix} file is separated by {wanted}"
         )
     twice = {name for name in names if names.count(name) > 1}
     if twice:
