@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from modernbert.corpus.output import CorpusError, Output
+from modernbert.corpus.output import CorpusError, Output, read_parquet
 from modernbert.errors import InputError
 from modernbert.io.tables.reading import library
 
@@ -76,4 +75,4 @@ def add_shards(output: Output, names: Iterable[str]) -> int:
 
 def _read(output: Output, name: str) -> pa.Table:
     with output.open(f"data/{name}.parquet") as stream:
-        return pq.read_table(stream)
+        return read_parquet(stream)

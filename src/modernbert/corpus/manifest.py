@@ -6,10 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from modernbert.corpus.contract import Record
-from modernbert.corpus.output import CorpusError, Output
+from modernbert.corpus.output import CorpusError, Output, read_parquet
 from modernbert.corpus.settings import Key, Settings
 from modernbert.errors import InputError
 from modernbert.io.checkpoint import weight_files
@@ -127,7 +125,7 @@ def keys_of(output: Output, records: Mapping[str, Record]) -> Iterator[list[Key]
         if record["texts"]:
             try:
                 with output.open(f"data/{name}.parquet") as stream:
-                    keys = pq.read_table(stream, columns=["key"])["key"].to_pylist()
+                    keys = read_parquet(stream, ["key"])["key"].to_pylist()
             except ValueError as error:
                 path = output.path(f"data/{name}.parquet")
                 raise CorpusError(f"{path} is damaged; delete it, and the same call computes it again") from error

@@ -169,3 +169,13 @@ class Output:
 
 def _protocols(system: Any) -> tuple[str, ...]:
     return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
+
+
+def read_parquet(stream: Any, columns: list[str] | None = None) -> Any:
+    """The table of a file that is open, or some of its columns.
+
+    No thread of pyarrow reads ahead: one that still runs when Python ends would abort the process.
+    """
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(stream).read(columns=columns, use_threads=False)

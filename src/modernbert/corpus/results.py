@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from modernbert.corpus.output import Output
+from modernbert.corpus.output import Output, read_parquet
 from modernbert.errors import InputError
 
 _PART = 256 * 2**20  # bytes of answers that are sorted together
@@ -25,7 +24,7 @@ def answers(folder: str | Path) -> Iterator[Any]:
         raise InputError(f"{folder} is no output of a corpus")
     for name in names:
         with output.open(f"data/{name}") as stream:
-            yield pq.read_table(stream)
+            yield read_parquet(stream)
 
 
 def digest(folder: str | Path) -> str:

@@ -16,7 +16,7 @@ from modernbert.corpus.contract import Record
 from modernbert.corpus.inputs import find_files, read_batches
 from modernbert.corpus.keys import AGAIN, KeySet
 from modernbert.corpus.manifest import MANIFEST, check_format, check_same, errors_in, identity
-from modernbert.corpus.output import Output
+from modernbert.corpus.output import Output, read_parquet
 from modernbert.corpus.plan import columns_of
 from modernbert.corpus.results import contents_of
 from modernbert.corpus.settings import Key, Settings
@@ -116,7 +116,7 @@ def _check_files(output: Output, manifest: Any, report: VerifyReport) -> None:
             if content is None or about["sha256"] is None or hashlib.sha256(content).hexdigest() != about["sha256"]:
                 report.damaged.append(f"{name}.parquet")
                 continue
-            keys = pq.read_table(pa.BufferReader(content), columns=["key"])["key"].to_pylist()
+            keys = read_parquet(pa.BufferReader(content), ["key"])["key"].to_pylist()
             report.repeated += sum(how == AGAIN for how in known.meet(keys))
     finally:
         known.close()
@@ -142,7 +142,7 @@ def _sample(
         name = f"rows/{place.removesuffix('.json')}.parquet"
         try:
             with output.open(name) as stream:
-                table = pq.read_table(stream, columns=["row", "key"]).take(wanted)
+                table = read_parquet(stream, ["row", "key"]).take(wanted)
         except (OSError, ValueError, IndexError):
             raise InputError(
                 f"{output.path(name)} is not there or damaged; the same command that made the output writes it anew, "
@@ -209,12 +209,12 @@ def _compare(
             continue
         with output.open(f"data/{name}.parquet") as stream:
             file = pq.ParquetFile(stream)
-            keys = file.read(columns=["key"])["key"].to_pylist()
+            keys = file.read(columns=["key"], use_threads=False)["key"].to_pylist()
             missing.difference_update(keys)
             rows = [i for i, key in enumerate(keys) if key in chosen]
             if not rows:
                 continue
-            stored = file.read().take(rows)
+            stored = file.read(use_threads=False).take(rows)
         is_same_machine = manifest["machines"][about["machine"]] == machine
         report.is_same_machine &= is_same_machine
         for key, content in contents_of(stored):
