@@ -123,7 +123,7 @@ def test_a_question_does_not_wait_for_ten_thousand_texts(embed, engine):
         assert len((await many).answers) == 2000
         return passed
 
-    assert asyncio.run(run()) <= 4
+    assert asyncio.run(run()) <= 8  # of more than fifty
     assert max(sum(batch) for batch in gate.seen) <= 256
 
 

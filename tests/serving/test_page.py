@@ -49,7 +49,8 @@ def start(app):
 def address(pipelines, heads):
     """Of a server with a model for each task."""
     generate = pipeline("text-generation", heads / "CausalLM", dtype="float32")
-    url, end = start(create_app({"<i>generate</i>": generate, **pipelines}, access_log=False))
+    sort = pipeline("zero-shot-classification", heads / "SequenceClassification", dtype="float32")
+    url, end = start(create_app({"<i>generate</i>": generate, "sort": sort, **pipelines}, access_log=False))
     yield url
     end()
 
