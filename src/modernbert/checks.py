@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import numbers
 import types
@@ -272,6 +273,32 @@ def _noun(kind: Any, limits: str) -> str:
 
 def _article(noun: str) -> str:
     return "an" if noun[0] in "aeiouAEIOU" else "a"
+
+
+def parse_values(given: Sequence[str], place: str, form: str) -> dict[str, Any]:
+    """Values by name of texts such as "top_k=3": JSON or one of Python's constants where it can be, and else a text.
+
+    Args:
+        given: the texts; a dash in a name counts as an underscore.
+        place: where they were given, for messages.
+        form: what one looks like, for messages.
+
+    Raises:
+        InputError: one is not of this form, or a name is there twice.
+    """
+    out: dict[str, Any] = {}
+    for entry in given:
+        name, equals, value = entry.partition("=")
+        if not equals or not name:
+            raise InputError(f"{place} {entry!r}: write {form}")
+        name = name.replace("-", "_")
+        if name in out:
+            raise InputError(f"{place} {name} is given twice; give it once")
+        try:
+            out[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            out[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return out
 
 
 def described(value: Any) -> str:

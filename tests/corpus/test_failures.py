@@ -128,7 +128,7 @@ def deadly(work, poison):
     whole = work.transform
 
     class Deadly:
-        schema, machine = whole.schema, whole.machine
+        schema, machine, prepare = whole.schema, whole.machine, whole.prepare
 
         def __call__(self, table):
             if poison.intersection(table["text"].to_pylist()):

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -129,11 +130,11 @@ class SlowWork:
         self.work.prepare()
 
     def __call__(self, unit):
-        mark = self.work.output.path(f"work/{unit.name}.begun")
-        os.makedirs(os.path.dirname(mark), exist_ok=True)  # noqa: PTH103, PTH120
-        with open(mark, "w"):  # noqa: PTH123
-            time.sleep(1)
-        os.remove(mark)  # noqa: PTH107
+        mark = Path(self.work.output.path(f"work/{unit.name}.begun"))
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        time.sleep(1)
+        mark.unlink()
         return self.work(unit)
 
 
@@ -172,9 +173,9 @@ class Straggling(Plain):
     """The first that computes the third unit takes much longer than others."""
 
     def __call__(self, unit):
-        mark = os.path.join(self.folder, unit.name)  # noqa: PTH118
-        is_first = not os.path.exists(mark)  # noqa: PTH110
-        with open(mark, "a") as file:  # noqa: PTH123
+        mark = Path(self.folder) / unit.name
+        is_first = not mark.exists()
+        with mark.open("a") as file:
             file.write("x")
         time.sleep(60 if unit.name == "part-3" and is_first else 0.1)
         return {"name": unit.name}

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -93,4 +94,31 @@ def run_in(name: str, code: str, *arguments: str, timeout: float = 600) -> str:
     )
     if done.returncode:
         raise AssertionError(f"in {name}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+    return done.stdout
+
+
+def pytest_over(name: str, packages: Sequence[str], arguments: Sequence[str | Path], where: Path) -> str:
+    """What pytest prints of tests that passed in an environment with more packages over those that are installed here.
+
+    Args:
+        name: of the environment, which is kept below `MODERNBERT_ENVIRONMENTS` if that is set.
+        packages: that are added, with what they need.
+        arguments: of pytest.
+        where: folder for the environment otherwise.
+    """
+    folder = Path(os.environ.get("MODERNBERT_ENVIRONMENTS", where)) / name
+    python = folder / "bin" / "python"
+    if not (folder / "whole").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        (site,) = folder.glob("lib/python*/site-packages")
+        (site / "base.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        made = subprocess.run([*pip, *packages], capture_output=True, text=True, check=False)
+        if made.returncode:
+            pytest.skip(f"they cannot be installed here: {made.stderr.strip().splitlines()[-1]}")
+        (folder / "whole").touch()
+    command = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
     return done.stdout

@@ -4,16 +4,15 @@ They are too large for the packages of these tests: without them a test is skipp
 environment of their own.
 """
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
 from modernbert.pipelines import small_model
+from tests.interop.environments import pytest_over
 from tests.serving.test_server import Running
 
 pytestmark = [
@@ -189,26 +188,5 @@ app.state.serving.close()
 @pytest.mark.slow
 def test_all_of_them_in_an_environment_of_their_own(tmp_path):
     """Over the packages that are installed here."""
-    folder = Path(os.environ.get("MODERNBERT_ENVIRONMENTS", tmp_path)) / "clients"
-    python = folder / "bin" / "python"
-    if not (folder / "whole").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        (site,) = folder.glob("lib/python*/site-packages")
-        (site / "base.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        made = subprocess.run([*pip, *PACKAGES], capture_output=True, text=True, check=False)
-        if made.returncode:
-            pytest.skip(f"they cannot be installed here: {made.stderr.strip().splitlines()[-1]}")
-        (folder / "whole").touch()
-    root = Path(__file__).parents[2]
-    command = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__, "-p", "no:xdist"]
-    done = subprocess.run(
-        command,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": f"{root / 'src'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "1 skipped" in done.stdout, done.stdout[-2000:]  # this one
+    shown = pytest_over("clients", PACKAGES, [__file__], tmp_path)
+    assert "1 skipped" in shown, shown[-2000:]  # this one

@@ -24,9 +24,8 @@ def are_places(texts: Sequence[str] | None, output: Path | None, suffixes: Seque
         return False
     if any(_ADDRESS.match(text) or _is_there(text) for text in texts):
         return True
-    if (not output.suffix or output.is_dir()) and not any(
-        map(str.isspace, texts[0])
-    ):  # a folder is to be written: of what?
+    is_word = not any(map(str.isspace, texts[0]))
+    if is_word and (not output.suffix or output.is_dir()):  # a folder is to be written, and of nothing
         raise InputError(
             f"there is no folder or file {printable(texts[0], limit=100)}; texts are answered to {', '.join(suffixes)}"
         )
@@ -37,7 +36,7 @@ def _is_there(text: str) -> bool:
     if os.sep in text and not any(map(str.isspace, text)):
         return True  # meant as a path
     try:
-        return Path(text).exists() or any(glob.iglob(text))  # noqa: PTH207
+        return Path(text).exists() or any(glob.iglob(text))  # noqa: PTH207 (Path.glob takes no absolute pattern)
     except (OSError, ValueError):  # no name of a file
         return False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,23 +105,6 @@ def _values(
                 raise
             values = error
         yield values, row
-
-
-def parse_options(given: list[str]) -> dict[str, Any]:
-    """`name=value` options; a value is JSON or one of Python's constants where it can be, and a text otherwise."""
-    out: dict[str, Any] = {}
-    for entry in given:
-        name, equals, value = entry.partition("=")
-        if not equals or not name:
-            raise InputError(f"--option {entry!r}: write name=value, such as top_k=3")
-        name = name.replace("-", "_")
-        if name in out:
-            raise InputError(f"--option {name} is given twice; give it once")
-        try:
-            out[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            out[name] = {"True": True, "False": False, "None": None}.get(value, value)
-    return out
 
 
 def fingerprint(path: Path | None) -> Any:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modernbert.checks import OptionField, Options, fields_of, kinds_of, option
+from modernbert.checks import OptionField, Options, fields_of, kinds_of, option, parse_values
 from modernbert.cli.corpus import are_places, run_corpus
 from modernbert.cli.flags import Command, flag, with_signature
 from modernbert.cli.inputs import (
@@ -24,7 +24,6 @@ from modernbert.cli.inputs import (
     fingerprint,
     from_arguments,
     from_records,
-    parse_options,
 )
 from modernbert.cli.messages import InterruptedCommandError, counted, in_flags, say
 from modernbert.corpus.options import CorpusOptions
@@ -36,6 +35,7 @@ from modernbert.pipelines.options import OPTIONS
 
 _LISTED = 10  # inputs that could not be answered, at the end
 _FEW = 20  # inputs that need no progress bar
+_FORM = "name=value, such as top_k=3"
 Pair = tuple[Any, Any]  # an input, and the row that it was read from if that has more than a text
 
 
@@ -136,7 +136,9 @@ class Answering:
         loading = {n: getattr(self, n) for n in ("revision", "adapter", "attn_implementation", "batch_tokens")}
         loading |= {n: getattr(self, n) for n in ("task", "model", "tokenizer", "device", "dtype")}
         loading |= {**self.fixed, **of_corpora, "column": self.column}
-        named = parse_options(self.options) | {n: value for n, value in given.items() if value not in (None, [])}
+        named = parse_values(self.options, "--option", _FORM) | {
+            n: value for n, value in given.items() if value not in (None, [])
+        }
         run_corpus(
             self.texts or [], Path(self.output or ""), {n: v for n, v in loading.items() if v is not None} | named
         )
@@ -173,7 +175,7 @@ class Answering:
         flags |= {name: f"--option {name}" for name in kinds_of(serve.options) if name not in flags}
         known = list(kinds_of(serve.options))
         named = {name: value for name, value in given.items() if value not in (None, [])}
-        options = parse_options(self.options)
+        options = parse_values(self.options, "--option", _FORM)
         if foreign := sorted(set(options) - set(known)):
             there = ", ".join(flags[name] for name in known)
             raise InputError(f"{serve.task} has no --option {', --option '.join(foreign)}; there are {there}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -65,17 +64,3 @@ def make_engine(name: str, given: Mapping[str, Any]) -> Engine:
     engine: type[Any] = getattr(importlib.import_module(f"modernbert.{module}"), cls)
     made: Engine = engine(**engine.options.of(given, f"the engine {name}").__dict__)
     return made
-
-
-def parse_engine_options(given: list[str]) -> dict[str, Any]:
-    """NAME=VALUE options of an engine; a value is JSON where it can be, and a text otherwise."""
-    out: dict[str, Any] = {}
-    for entry in given:
-        name, equals, value = entry.partition("=")
-        if not equals or not name:
-            raise InputError(f"engine_options has {entry!r}; write NAME=VALUE, such as processes=2")
-        try:
-            out[name.replace("-", "_")] = json.loads(value)
-        except ValueError:
-            out[name.replace("-", "_")] = value
-    return out

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modernbert.checks import fields_of, kinds_of
-from modernbert.corpus.contract import Record, make_engine, parse_engine_options
+from modernbert.checks import fields_of, kinds_of, parse_values
+from modernbert.corpus.contract import Record, make_engine
 from modernbert.corpus.inputs import find_files
 from modernbert.corpus.keys import KeySet
 from modernbert.corpus.lance import add_shards, check_lance
@@ -35,7 +35,7 @@ from modernbert.corpus.settings import Settings
 from modernbert.corpus.work import RUN, Work
 from modernbert.errors import InputError
 from modernbert.io.files import locked
-from modernbert.pipelines import ALIASES, TASKS, task_of
+from modernbert.pipelines import ALIASES, TASKS, small_model_of, task_of
 from modernbert.pipelines.options import OPTIONS
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,9 @@ def run(
     known = kinds_of(CorpusOptions)
     chosen = CorpusOptions.of({name: options.pop(name) for name in list(options) if name in known}, "a corpus")
     settings = settings_of(task, model, tokenizer, options, chosen.store)
-    engine = make_engine(chosen.engine, parse_engine_options(chosen.engine_options))
+    engine = make_engine(
+        chosen.engine, parse_values(chosen.engine_options, "engine_options", "NAME=VALUE, such as processes=2")
+    )
     folder = Output(str(output))
     if chosen.format == "lance":
         check_lance(folder)
@@ -170,8 +172,8 @@ def settings_of(
     task = ALIASES.get(task, task)
     if task not in TASKS:
         raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
-    if model is None and TASKS[task][1] is None:
-        raise InputError(f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository")
+    if model is None:
+        small_model_of(task)  # there has to be one
     meant = {field.name for field in fields_of(OPTIONS[task]) if field.default is not None}  # where None says something
     rest = {name: value for name, value in options.items() if value is not None or name in meant}
     loading = {name: rest.pop(name) for name in _LOADING if name in rest}

@@ -15,7 +15,7 @@ from modernbert.io.fingerprint import contents
 from modernbert.io.hub import Source
 from modernbert.io.tables.writing import differences
 from modernbert.models.sentence_layout import contents_of
-from modernbert.pipelines import TASKS, small_model
+from modernbert.pipelines import small_model_of
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -32,7 +32,7 @@ def identity(settings: Settings, form: str) -> dict[str, Any]:
         NotFoundError, CheckpointError: the model cannot be found.
     """
     loading = settings.loading
-    model = settings.model or str(small_model(TASKS[settings.task][1] or "encoder"))
+    model = settings.model or str(small_model_of(settings.task))
     found: dict[str, Any] = {
         "task": settings.task,
         "options": dict(settings.options),

@@ -89,9 +89,9 @@ class Output:
             with self.system.open(other, "wb") as file:
                 yield file
             if self.is_local:
-                with open(other, "rb+") as written:  # noqa: PTH123
+                with Path(other).open("rb+") as written:
                     os.fsync(written.fileno())  # or a name may outlive a loss of power, and its content not
-                os.replace(other, path)  # noqa: PTH105
+                Path(other).replace(path)
         except OSError as error:
             what = error.strerror or " ".join(str(error).split())
             hint = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
@@ -99,7 +99,7 @@ class Output:
         finally:
             if self.is_local:
                 with contextlib.suppress(OSError):
-                    os.unlink(other)  # noqa: PTH108
+                    Path(other).unlink()
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file whole or not at all."""

@@ -67,10 +67,10 @@ class RayEngine:
         self.given = RayOptions.of(options, "the engine ray")
         try:
             import ray
-
-            ray.init  # noqa: B018 (a folder called ray is a package without it)
-        except (ImportError, AttributeError) as error:
-            raise InputError("the engine ray needs ray: pip install 'modernbert[ray]'") from error
+        except ImportError:
+            ray = None
+        if not hasattr(ray, "init"):  # a folder called ray is a package without it
+            raise InputError("the engine ray needs ray: pip install 'modernbert[ray]'")
         self._ray = ray
         self._pool: _Pool | None = None
 

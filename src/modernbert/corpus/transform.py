@@ -49,9 +49,11 @@ class Transform:
     @property
     def schema(self) -> Any:
         """The columns that a call adds: `key`, the answer's, `tokens`, `truncated` and `error`."""
-        own = [pa.field("key", pa.binary(32)), *self._loaded()[1].schema]
-        own += [pa.field("tokens", pa.int32()), pa.field("truncated", pa.bool_()), pa.field("error", pa.string())]
-        return pa.schema(own)
+        return _schema_of(self._loaded()[1])
+
+    def prepare(self) -> None:
+        """Load the model, which the first call does otherwise."""
+        self._loaded()
 
     def __call__(self, batch: Any) -> Any:
         """Answer the rows of a batch.
@@ -75,7 +77,8 @@ class Transform:
                 f"a batch has the columns {', '.join(table.column_names) or 'none'} and lacks {', '.join(missing)}"
             )
         fields = [field.name for field in form if field.name in table.column_names]
-        names = list(self.schema.names)
+        pipeline, kind = self._loaded()
+        names = list(_schema_of(kind).names)
         if taken := [name for name in table.column_names if name in names and name not in (*fields, "key")]:
             raise InputError(f"a batch has the column {taken[0]}, and so has its answer; rename it")
         rows = list(zip(*(table[name].to_pylist() for name in fields), strict=True))
@@ -83,7 +86,7 @@ class Transform:
             keys = table["key"].cast(pa.binary(32)).combine_chunks()
         else:
             keys = pa.array(self.settings.keys(rows), pa.binary(32))
-        columns = [keys, *self._answered([self._item(fields, row) for row in rows])]
+        columns = [keys, *self._answered(pipeline, kind, [self._item(fields, row) for row in rows])]
         others = [name for name in table.column_names if name not in (*fields, "key")]
         return pa.table(columns + [table[name] for name in others], names=names + others)
 
@@ -95,8 +98,7 @@ class Transform:
             return {"query": values.get("query"), "documents": [values.get("document")]}
         return values.get("text") if set(values) <= {"text"} else values
 
-    def _answered(self, items: list[Any]) -> list[Any]:
-        pipeline, kind = self._loaded()
+    def _answered(self, pipeline: Any, kind: Answers, items: list[Any]) -> list[Any]:
         answers: list[Any] = []
         tokens: list[int] = []
         cut: list[bool] = []
@@ -120,6 +122,12 @@ class Transform:
             return _LOADED[known]
 
 
+def _schema_of(kind: Answers) -> Any:
+    own = [pa.field("key", pa.binary(32)), *kind.schema]
+    own += [pa.field("tokens", pa.int32()), pa.field("truncated", pa.bool_()), pa.field("error", pa.string())]
+    return pa.schema(own)
+
+
 def _options(settings: Settings) -> dict[str, Any]:
     tensors = {"return_tensors": True} if settings.task == "feature-extraction" else {}
     return {**settings.options, **tensors}
@@ -140,12 +148,9 @@ def _files_of(settings: Settings) -> str:
 
 def _load(settings: Settings) -> tuple[Any, Answers]:
     """The pipeline, and how its answers are stored."""
-    from modernbert.pipelines import TASKS, pipeline, small_model
+    from modernbert.pipelines import pipeline
 
-    model, loading = settings.model, dict(settings.loading)
-    if model is None:  # which whoever began the job was warned of
-        model, loading = str(small_model(TASKS[settings.task][1] or "encoder")), {"dtype": "float32", **loading}
-    made: Any = pipeline(settings.task, model, settings.tokenizer, **loading)
+    made: Any = pipeline(settings.task, settings.model, settings.tokenizer, **settings.loading)
     options = _options(settings)
     made.resolve(made.given(options))  # a wrong option is an error of the job, and not of each text
     return made, _kind(settings, made, options)

@@ -54,7 +54,7 @@ class Work:
 
     def prepare(self) -> None:
         """Load the model, which the first call does otherwise; raises what a call raises for it."""
-        self.transform.schema  # noqa: B018
+        self.transform.prepare()
 
     def __call__(self, unit: Unit) -> Record:
         """Compute a unit and write its shard, whole or not at all.

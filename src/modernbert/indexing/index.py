@@ -24,7 +24,7 @@ from modernbert.io.fingerprint import digest as digest_of_file
 from modernbert.io.fingerprint import fingerprint
 from modernbert.io.hub import Source
 from modernbert.io.tables.reading import library
-from modernbert.pipelines import pipeline, small_model
+from modernbert.pipelines import pipeline, small_model_of
 
 if TYPE_CHECKING:
     from modernbert.pipelines.sentence_embedding import SentenceEmbeddingPipeline
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "modernbert-index.json"
 _FORMAT = 1
 _TOGETHER = 256  # passages that are embedded and stored in one step, which is what an interruption costs
-_SMALL_WEIGHT = 0.5  # of the list that the package's small encoder gives, which knows less than words do
+_SMALL_WEIGHT = 0.5  # of the list that the package's sentence encoder gives, which knows less than words do
 _SLACK = 16  # tokens that a part of a text may have more alone than within it
 
 
@@ -473,7 +473,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _fingerprint(model: str | None) -> str:
     """A hash of everything that decides a model's vectors: weights, tokenizer, settings."""
-    return fingerprint(Source(small_model("sentence-encoder") if model is None else model))
+    return fingerprint(Source(small_model_of("sentence-embedding") if model is None else model))
 
 
 def _roots(places: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -89,6 +89,6 @@ class SearchOptions(Options):
         None,
         "Weight of the list that vectors give.",
         least=0,
-        otherwise="1, or 0.5 where the package's small encoder makes the vectors",
+        otherwise="1, or 0.5 where the package's sentence encoder makes the vectors",
     )
     word_weight: float = option(1.0, "Weight of the list that words give.", least=0)

@@ -8,15 +8,8 @@ from pathlib import Path
 from modernbert.io.hub import Source
 
 _CONTENT = (
-    *(
-        "config.json",
-        "adapter_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "modules.json",
-    ),
-    *("config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
 )
 
 

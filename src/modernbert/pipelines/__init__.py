@@ -48,6 +48,14 @@ def small_model(name: str = "encoder") -> Path:
     return Path(str(files("modernbert"))) / "small" / name
 
 
+def small_model_of(task: str) -> Path:
+    """Folder of the small checkpoint for a task; raises `InputError` if none comes with the package."""
+    name = TASKS[task][1]
+    if name is None:
+        raise InputError(f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository")
+    return small_model(name)
+
+
 def pipeline(
     task: str | None = None,
     model: Any = None,
@@ -106,16 +114,12 @@ def pipeline(
         task = task_of(model, kwargs)
     if task not in TASKS:
         raise InputError(f"task is {task!r}; choose one of {', '.join([*TASKS, *ALIASES])}")
-    path, small = TASKS[task]
+    path = TASKS[task][0]
     module, _, name = path.rpartition(".")
     cls: type[Pipeline[Any, Any, Any]] = getattr(importlib.import_module(f"modernbert.pipelines.{module}"), name)
     dtype = torch_dtype if dtype is None else dtype
     if model is None:
-        if small is None:
-            raise InputError(
-                f"model is not given; {task} needs one that was trained for it, a folder or a Hub repository"
-            )
-        model = small_model(small)
+        model = small_model_of(str(task))
         dtype = "float32" if dtype is None else dtype
     return cls.load(model, tokenizer, device=device, dtype=dtype, **kwargs)
 
