@@ -124,10 +124,16 @@ def test_what_generate_takes_without_effect(generate, log):
     expected = generate(TEXTS[0], seed=0)
     assert generate(TEXTS[0], seed=0, use_cache=True, synced_gpus=False, assistant_model=None) == expected
     assert not log.text
-    assert generate(TEXTS[0], seed=0, prompt_lookup_num_tokens=3) == expected
-    assert "prompt_lookup_num_tokens changes nothing" in log.text
+    assert generate(TEXTS[0], seed=0, assistant_early_exit=3) == expected
+    assert "assistant_early_exit changes nothing" in log.text
     with pytest.raises(InputError, match=r"penalty_alpha is 0.6; contrastive search is not served"):
         generate(TEXTS[0], penalty_alpha=0.6)
+
+
+def test_what_guesses_tokens_changes_none(generate):
+    expected = generate(TEXTS, seed=0)
+    assert generate(TEXTS, seed=0, prompt_lookup_num_tokens=3) == expected
+    assert generate(TEXTS, seed=0, assistant_model=generate.model, num_assistant_tokens=2) == expected
 
 
 def test_lengths(generate, heads):

@@ -77,6 +77,7 @@ class DecoderCache:
         self.ends: list[int] = []
         self.columns = 0
         self._unfinished: Mark | None = None
+        self.one_by_one = False  # compute several new tokens of a text as if each had come by itself
         self._moving = False  # where it stays true, memory ran out while texts were moved
         if config is not None:
             self._configure(config)
@@ -208,7 +209,8 @@ class DecoderCache:
         lengths = [length + n for length, n in zip(self.lengths, packing.lengths, strict=True)]
         columns = self.columns + packing.grid[1] if packing.grid is not None else max(lengths, default=0)
         self._unfinished = (lengths, ends, columns)
-        new = Pass(packing, list(self.lengths), list(self.ends), backend, dtype, gather, weights)
+        past, ends_before = list(self.lengths), list(self.ends)
+        new = Pass(packing, past, ends_before, backend, dtype, gather, weights, self.one_by_one)
         return {kind: Continuation(new, storage) for kind, storage in self.kinds.items()}
 
     def reserve(self, tokens: int) -> None:
@@ -282,8 +284,12 @@ class DecoderCache:
         Raises:
             InputError: a local layer no longer holds what tokens before the cut would see. `slack` keeps more.
         """
-        self._check_whole()
         wanted = [min(n, max_length) if max_length >= 0 else max(n + max_length, 0) for n in self.lengths]
+        return self.cut(wanted, f"max_length is {max_length}")
+
+    def cut(self, wanted: Sequence[int], given: str = "") -> Self:
+        """Forget all but the first `wanted` tokens of each text, in place; as `crop`, which cuts all alike."""
+        self._check_whole()
         texts = list(enumerate(zip(wanted, self.lengths, strict=True)))
         for storage in self.kinds.values():
             left = storage.reach.left
@@ -291,7 +297,7 @@ class DecoderCache:
                 kept = storage.regions[i].kept(length)
                 if left is not None and to < length and kept > max(0, to - left):
                     raise InputError(
-                        f"max_length is {max_length}; a text of {length} tokens can be cropped to "
+                        f"{given or f'{to} tokens are to stay'}; a text of {length} tokens can be cropped to "
                         f"{kept + left} at the least, because local layers keep a window alone. "
                         "DecoderCache(config, slack=...) keeps more"
                     )
@@ -302,7 +308,7 @@ class DecoderCache:
                     last = storage.slots([(storage.regions[i], max(0, to - 1), to)])
                     self.ends[i] = int(storage.positions_R[last]) + 1 if to else 0
         self.columns = max(0, self.columns - max((length - to for _, (to, length) in texts), default=0))
-        self.lengths = wanted
+        self.lengths = list(wanted)
         return self
 
     def to(self, device: torch.device | str) -> Self:

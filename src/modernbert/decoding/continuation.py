@@ -193,19 +193,22 @@ class Pass:
     """What the layers of all kinds share in a forward pass: new tokens, after `past` ones of each text, from `ends` on.
 
     The other arguments are those of `nn.execution.Cache.begin`.
+
+    Args:
+        one_by_one: compute several new tokens of a text as if each had come by itself. Our own kernels alone can.
     """
 
     def __init__(
         self, packing: Packing, past: list[int], ends: list[int], backend: AttentionBackend, dtype: torch.dtype,
-        gather: bool, weights: AttentionWeights | None,
+        gather: bool, weights: AttentionWeights | None, one_by_one: bool = False,
     ) -> None:  # fmt: skip
         self.packing, self.past, self.device = packing, past, packing.positions_T.device
         self.backend, self.dtype, self.gather, self.weights = backend, dtype, gather, weights
         self.positions_T = packing.positions_T + on_device(ends, self.device)[packing.text_T]
         new = list(enumerate(packing.lengths))
         self.fresh = [i for i, n in new if n and not past[i]]
-        self.steps = [i for i, n in new if n == 1 and past[i]]
-        self.later = [i for i, n in new if n > 1 and past[i]]
+        self.steps = [i for i, n in new if past[i] and (n == 1 or (n and one_by_one))]
+        self.later = [i for i, n in new if n > 1 and past[i] and not one_by_one]
 
     def of(self, texts: list[int]) -> slice | Tensor:
         """Which of the T tokens are those of these texts, one text after another."""
@@ -224,13 +227,17 @@ class Pass:
 
 
 class Steps(NamedTuple):
-    """One new token each of N texts, for kernels of our own."""
+    """New tokens that each go on from what is stored, for kernels of our own: N of them, usually one a text."""
 
     of_N: Tensor | None  # which of the new tokens they are; None where they are all of them
     slots_N: Tensor  # that each goes to
-    first_N: Tensor  # the first slot that each attends to
-    length_N: Tensor  # how many slots that is, free ones of a ring included
+    first_N: Tensor  # the first slot of its text
+    length_N: Tensor  # how many slots may hold what it attends to, free ones of a ring included
     most: int  # the largest of them
+    skip_N: Tensor  # how many slots after the first that it attends to lies; then they follow in the order of tokens
+    held_N: Tensor  # how many tokens it attends to, at the most
+    ring: int  # after so many slots the first one of the text follows; 0 where that does not happen
+    in_order: bool  # some are of one text, and attend to those before them
     positions_N: Tensor
     storage: Storage
     left: int | None  # how far back a token sees; None is all of its text, whose slots then hold nothing else
@@ -329,17 +336,28 @@ class Continuation:
         return out_THD if self.back is None else out_THD.index_select(0, self.back)
 
     def as_steps(self) -> Steps | None:
-        """What our own kernels need for the texts that go on by one token; None where there are none."""
+        """What our own kernels need for the texts that go on by single tokens; None where there are none."""
         new, storage = self.new, self.storage
         if new.gather or not new.steps:
             return None
-        of, slots_N = new.of(new.steps), self.slots
+        of, slots_N, regions = new.of(new.steps), self.slots, storage.regions
+        counts = [new.packing.lengths[i] for i in new.steps]
         if isinstance(of, Tensor):
-            slots_N = storage.slots((storage.regions[i], new.past[i], new.past[i] + 1) for i in new.steps)
-        lengths = [storage.ring or new.past[i] + 1 for i in new.steps]
-        first_N, length_N = (torch.tensor(x) for x in ([storage.regions[i].start for i in new.steps], lengths))
+            grown = zip(new.steps, counts, strict=True)
+            slots_N = storage.slots((regions[i], new.past[i], new.past[i] + n) for i, n in grown)
+        tokens = [(regions[i], new.past[i] + k) for i, n in zip(new.steps, counts, strict=True) for k in range(n)]
+        lengths = [storage.ring or at + 1 for _, at in tokens]
+        left = storage.reach.left
+        begins = [0 if left is None else max(0, region.first, at - left) for region, at in tokens]
+        skips = [begin % region.capacity for (region, _), begin in zip(tokens, begins, strict=True)]
+        held = [at + 1 - begin for (_, at), begin in zip(tokens, begins, strict=True)]
+        starts = [region.start for region, _ in tokens]
+        first_N, length_N, skip_N, held_N = (torch.tensor(x) for x in (starts, lengths, skips, held))
         of_N, positions_N = None if isinstance(of, slice) else of, _take(new.positions_T, of)
-        return Steps(of_N, slots_N, first_N, length_N, max(lengths), positions_N, storage, storage.reach.left)
+        return Steps(
+            of_N, slots_N, first_N, length_N, max(lengths), skip_N, held_N, storage.ring or 0, max(counts) > 1,
+            positions_N, storage, left,
+        )  # fmt: skip
 
     @functools.cached_property
     def in_place(self) -> list[InPlace]:

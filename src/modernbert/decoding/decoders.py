@@ -6,7 +6,7 @@ Shapes: B texts, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,8 +25,16 @@ class LanguageModel(Protocol):
     dtype: Any
     training: bool
 
-    def score_next(self, inputs: PackedInputs, cache: DecoderCache | None) -> Tensor:
-        """Scores (B, V), float32, of what follows each text that has tokens in the input; the cache gets those."""
+    @property
+    def goes_one_by_one(self) -> bool:
+        """Whether several new tokens of a text can be scored as if each had come by itself, bit for bit."""
+        ...
+
+    def score_next(self, inputs: PackedInputs, cache: DecoderCache | None, every: bool = False) -> Tensor:
+        """Scores (B, V), float32, of what follows each text that has tokens in the input; the cache gets those.
+
+        With `every` of what follows each token.
+        """
         ...
 
 
@@ -126,8 +134,12 @@ def decoder_of(
     cache: DecoderCache | None = None,
     keep_texts: bool = False,
     embeds: Sequence[Tensor] = (),
+    speculate: Callable[..., CachedDecoder] | None = None,
 ) -> CachedDecoder | UncachedDecoder:
     """What goes on with prompts: without a cache, with one that is given and keeps all texts, or with a new one.
+
+    Args:
+        speculate: makes it where tokens are guessed, from a model, prompts, a cache or None, and `keep_texts`.
 
     Raises:
         InputError: the cache is none, does not fit, or the model is in training mode.
@@ -140,6 +152,8 @@ def decoder_of(
         if embeds:
             raise InputError("inputs_embeds are gone on with from a cache; leave use_cache=False out")
         return UncachedDecoder(model, prompts)
+    if speculate is not None and not embeds:
+        return speculate(model, prompts, cache, keep_texts or cache is not None)
     if cache is None:
         return CachedDecoder(model, prompts, DecoderCache(model.config), keep_texts, embeds)
     return CachedDecoder(model, prompts, cache, keep_texts=True, embeds=embeds)

@@ -23,6 +23,7 @@ from modernbert.decoding.loops import Generation, Step
 from modernbert.decoding.options import NO_EFFECT, REFUSED, GenerateOptions, GenerationOptions, shows_options
 from modernbert.decoding.processors import handed_over
 from modernbert.decoding.samplers import Generators
+from modernbert.decoding.speculation import SpeculatingDecoder, speculation
 from modernbert.decoding.states import States
 from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, listed
@@ -99,11 +100,19 @@ class GenerationMixin:
         else:
             (folder / FILE).unlink(missing_ok=True)
 
-    def score_next(self, inputs: PackedInputs, cache: DecoderCache | None) -> Tensor:
-        """Scores (B, V), float32, of what follows each text that has tokens in the input; the cache gets those."""
+    @property
+    def goes_one_by_one(self) -> bool:
+        """Whether several new tokens of a text can be scored as if each had come by itself, bit for bit."""
+        return self.model.runner is not None and self.model.runner.goes_one_by_one
+
+    def score_next(self, inputs: PackedInputs, cache: DecoderCache | None, every: bool = False) -> Tensor:
+        """Scores (B, V), float32, of what follows each text that has tokens in the input; the cache gets those.
+
+        With `every` of what follows each token.
+        """
         x_TM = self.model.encode(inputs, False, False, cache).last_TM
         ends = [end - 1 for start, end in inputs.packing.spans if end > start]
-        if len(ends) < len(x_TM):
+        if len(ends) < len(x_TM) and not every:
             x_TM = x_TM.index_select(0, on_device(ends, x_TM.device))
         scores_BV: Tensor = self.score(x_TM).float()
         return scores_BV
@@ -127,6 +136,7 @@ class GenerationMixin:
         past_key_values: Any = None,
         cache: Any = None,
         generator: Generators = None,
+        assistant_model: Any = None,
         **options: Any,
     ) -> Tensor | GenerateOutput:
         """Go on with prompts.
@@ -156,6 +166,8 @@ class GenerationMixin:
                 with, and then holds all tokens but the last one of each text. With several beams or sequences a
                 prompt it is read and left as it is. What other libraries keep keys and values in is read and added to.
             cache: another name of `past_key_values`.
+            assistant_model: a smaller decoder with the same vocabulary, which guesses tokens ahead; the text is the
+                same, and comes sooner where the guesses are right. On a CPU with compiled kernels.
             generator: draws for the whole batch from one, or for each text from its own of a list (one a returned
                 text); None takes PyTorch's global one.
             options: of `GenerateOptions`, which says what each means; `token_type_ids` is accepted and ignored,
@@ -204,7 +216,10 @@ class GenerationMixin:
             held = read_cache(past, self.config, prompts.mask_BS)
         if held is not None and max(beams, copies) > 1:
             held = held.copy()
-        decoder = decoder_of(self, prompts.ids, chosen.use_cache, held, chosen.return_dict_in_generate, prompts.embeds)
+        decoder = decoder_of(
+            self, prompts.ids, chosen.use_cache, held, chosen.return_dict_in_generate, prompts.embeds,
+            speculation(self, chosen, assistant_model),
+        )  # fmt: skip
         keep = chosen.output_scores
         generation = Generation(decoder, [limit] * len(prompts.ids), chosen, generator, tokenizer, handed, keep)
         output, steps, logits, scores = GenerateOutput(), list[Step](), list[Tensor](), generation.scores
@@ -231,6 +246,8 @@ class GenerationMixin:
                         logits.append(step.of_all(step.logits_BV, texts))
         new = [history.new for history in generation.texts]
         width = max(map(len, new))
+        if isinstance(decoder, SpeculatingDecoder):
+            decoder.settle()
         if isinstance(decoder, CachedDecoder) and beams == 1:
             decoder.cache.columns = columns + width - 1
             output.past_key_values = decoder.cache
@@ -352,7 +369,8 @@ class GenerationMixin:
         if len(prompts.ids) * chosen.num_return_sequences > 1 or chosen.num_beams > 1:
             raise InputError("stream goes on with one text, without beams")
         limit = self._limit(prompts.columns, chosen)
-        decoder = decoder_of(self, prompts.ids, cache=past_key_values)
+        speculate = speculation(self, chosen)
+        decoder = decoder_of(self, prompts.ids, cache=past_key_values, speculate=speculate)
         generation = Generation(decoder, [limit], chosen, generator, tokenizer)
         return TextPieces(tokenizer, skip_special_tokens).of(generation.tokens())
 

@@ -28,10 +28,9 @@ NO_EFFECT = {
         "the cache is laid out by this library": "cache_implementation cache_config max_cache_len prefill_chunk_size "
         "low_memory cache_position",
         "steps run as they always do": "compile_config disable_compile synced_gpus continuous_batching_config use_mtp",
-        "tokens are chosen by this model alone, and are the same": "assistant_model prompt_lookup_num_tokens "
-        "num_assistant_tokens max_matching_ngram_size assistant_early_exit assistant_confidence_threshold is_assistant "
-        "assistant_ensemble_weight assistant_lookbehind target_lookbehind assistant_tokenizer speculation_type "
-        "num_assistant_tokens_schedule",
+        "as many tokens are guessed as were right before": "assistant_early_exit assistant_confidence_threshold "
+        "is_assistant assistant_ensemble_weight assistant_lookbehind target_lookbehind assistant_tokenizer "
+        "speculation_type num_assistant_tokens_schedule",
         "the last token alone is scored": "logits_to_keep num_logits_to_keep",
         "there is no encoder": "decoder_start_token_id",
         "a prompt begins a text": "bos_token_id",
@@ -130,6 +129,18 @@ class GenerationOptions(Options):
     num_beam_groups: int = option(1, "Groups of beams, each kept from repeating what those before it chose.", least=1)
     diversity_penalty: float = option(0.0, "Taken from a token's score for each earlier group's beam with it.")
     renormalize_logits: bool = option(False, "Make log-probabilities of the scores that remain.")
+    prompt_lookup_num_tokens: int = option(
+        0,
+        "Guess up to this many tokens ahead, by where the last ones stood before; the text is the same, and comes "
+        "sooner where it repeats itself or its prompt. On a CPU with compiled kernels.",
+        least=0,
+    )
+    max_matching_ngram_size: int = option(
+        2, "How many of the last tokens prompt_lookup_num_tokens looks for, at the most.", least=1
+    )
+    num_assistant_tokens: int = option(
+        20, "How many tokens the assistant_model of generate guesses at a time, at the most.", least=1
+    )
     remove_invalid_values: bool = option(False, "Take 0 for scores that are NaN, and the largest number for infinite.")
 
     @classmethod

@@ -199,6 +199,11 @@ class Frozen:
         transformed = torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack()
         return bool(transformed) or torch._C._len_torch_dispatch_stack() > 0
 
+    @property
+    def goes_one_by_one(self) -> bool:
+        """See `nn.execution.Runner`."""
+        return self.layers is not None and self.layers.goes_one_by_one
+
     def run(
         self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Cache | None
     ) -> Hidden | None:
@@ -206,6 +211,8 @@ class Frozen:
         layers = self.layers
         given = inputs.ids_T if inputs.embeds_TM is None else inputs.embeds_TM
         if layers is None or self.yields(given) or nn.modules.module._has_any_global_hook():
+            if cache is not None:
+                cache.one_by_one = False
             self.thaw("gradients, autocast, a tracer or hooks need its modules")
             return None
         return layers.run(inputs, want_states, backend, cache)

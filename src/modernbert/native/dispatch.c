@@ -1,9 +1,12 @@
 /* The library's door: which kernels serve on this processor, and their tasks shared out among threads.
  *
  * Threads are PyTorch's own where it runs on an OpenMP whose `GOMP_parallel` could be found: two pools of threads would
- * wait for each other's cores. Elsewhere they are started for each operation.
+ * wait for each other's cores. Elsewhere they are started for each call. They start once for all operations of a call,
+ * and wait for each other in between without the system's help: a pass over a short text is a hundred operations of
+ * some tens of microseconds.
  */
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -83,18 +86,34 @@ typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 static Parallel openmp = 0;
 void modernbert_share_threads(Parallel gomp_parallel) { openmp = gomp_parallel; }
 
+/* A thread's share of an operation's tasks. Each thread takes its own share in order, then what others left of theirs. */
+typedef struct {
+  int64_t next, end;
+  char apart[48]; /* each on a cache line of its own */
+} Share;
+
+/* One operation on its way. */
 typedef struct Job Job;
 struct Job {
-  void (*run)(Job *, int64_t task, Scratch *);
+  void (*run)(Job *, int64_t task, const char *after, Scratch *);
   const Kernels *kernels;
   const void *operation;
   Plan plan;
   int64_t serial;
   const int64_t *chunks; /* of attention: (text, first query of it) pairs */
   int64_t chunk;         /* queries of each */
-  int64_t next;
-  int failed;
+  Share *shares;
+  const Job *after; /* the next product of one block of rows, whose weights are read ahead; or 0 */
+  char apart[64];
+  int64_t done; /* tasks */
 };
+
+/* Operations that threads run together, one after another: nobody begins one before all tasks of the one before are
+ * done. No thread is waited for that has not begun a task, so there may be fewer of them than shares. */
+typedef struct {
+  Job *jobs;
+  int64_t count, threads, bytes, joined;
+} Team;
 
 static pthread_key_t key;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -125,18 +144,73 @@ static Scratch *scratch_of(int64_t bytes) {
   return scratch;
 }
 
-static void work(void *argument) {
-  Job *job = argument;
-  if (__atomic_load_n(&job->next, __ATOMIC_RELAXED) >= job->plan.tasks) return;
-  Scratch *scratch = scratch_of(job->plan.bytes);
-  if (!scratch) {
-    __atomic_store_n(&job->failed, 1, __ATOMIC_RELAXED);
-    return;
+/* Where the weights of a product's task lie. */
+static const char *weights_at(const Job *job, int64_t task) {
+  return job->kernels->weights_of(job->operation, &job->plan, task);
+}
+
+/* Memory that a thread reads soon. It is asked for while the thread works on what needs no memory, or waits. */
+enum { SOON = 256 * 1024, LINE = 64 };
+typedef struct {
+  const char *at, *end;
+} Soon;
+
+static Soon soon_of(const Job *job, int64_t share) {
+  Soon soon = {0, 0};
+  if (!job) return soon;
+  const Share *own = &job->shares[share];
+  int64_t end = own->end < job->plan.tasks ? own->end : job->plan.tasks - 1;
+  soon.at = weights_at(job, own->next);
+  soon.end = weights_at(job, end);
+  if (soon.end - soon.at > SOON) soon.end = soon.at + SOON;
+  return soon;
+}
+
+static void ask_for(Soon *soon, int64_t lines) {
+  for (; lines > 0 && soon->at < soon->end; lines--, soon->at += LINE) __builtin_prefetch(soon->at, 0, 2);
+}
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+/* Until all tasks of an operation are done: at first awake, then leaving the core to others. */
+static void wait_for(const Job *job, Soon *soon) {
+  for (int64_t turn = 0; __atomic_load_n(&job->done, __ATOMIC_ACQUIRE) < job->plan.tasks; turn++) {
+    if (soon->at < soon->end) ask_for(soon, 16);
+    else if (turn < 4096) relax();
+    else sched_yield();
   }
-  for (;;) {
-    int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
-    if (task >= job->plan.tasks) return;
-    job->run(job, task, scratch);
+}
+
+static void work(void *argument) {
+  Team *team = argument;
+  const int64_t threads = team->threads, me = __atomic_fetch_add(&team->joined, 1, __ATOMIC_RELAXED) % threads;
+  Scratch *scratch = scratch_of(team->bytes);
+  if (!scratch) return; /* the others do its share */
+  for (int64_t i = 0; i < team->count; i++) {
+    Job *job = team->jobs + i;
+    Soon soon = soon_of(job->after, me);
+    const char *next_weights = soon.at;
+    const int64_t reads = job->plan.blocks; /* of a product: it asks for memory by itself */
+    int64_t done = 0;
+    for (int64_t share = 0; share < threads; share++) {
+      Share *from = &job->shares[(me + share) % threads];
+      while (__atomic_load_n(&from->next, __ATOMIC_RELAXED) < from->end) {
+        int64_t task = __atomic_fetch_add(&from->next, 1, __ATOMIC_RELAXED);
+        if (task >= from->end) break;
+        if (!reads) ask_for(&soon, 512);
+        const char *after = !reads ? 0 : task + 1 < from->end ? weights_at(job, task + 1) : next_weights;
+        job->run(job, task, after, scratch);
+        done++;
+      }
+    }
+    if (done) __atomic_add_fetch(&job->done, done, __ATOMIC_RELEASE);
+    wait_for(job, &soon);
   }
 }
 
@@ -145,23 +219,49 @@ static void *work_alone(void *argument) {
   return 0;
 }
 
-static int run(Job *job, int64_t threads) {
+/* Run jobs one after another. */
+static int run(Job *jobs, int64_t count, int64_t threads) {
   static int64_t serial = 0;
-  job->serial = __atomic_add_fetch(&serial, 1, __ATOMIC_RELAXED);
-  if (threads > job->plan.tasks) threads = job->plan.tasks;
-  if (threads <= 1) {
-    work(job);
+  Team team = {.jobs = jobs, .count = count, .threads = threads};
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; i++) {
+    if (jobs[i].plan.tasks > most) most = jobs[i].plan.tasks;
+    if (jobs[i].plan.bytes > team.bytes) team.bytes = jobs[i].plan.bytes;
+  }
+  if (!most) return OK;
+  if (team.threads > most) team.threads = most;
+  if (team.threads < 1) team.threads = 1;
+  Share *shares = 0;
+  if (posix_memalign((void **)&shares, LINE, (size_t)(count * team.threads) * sizeof *shares)) return NO_MEMORY;
+  const Job *after = 0;
+  for (int64_t i = count - 1; i >= 0; i--) {
+    Job *job = jobs + i;
+    job->serial = __atomic_add_fetch(&serial, 1, __ATOMIC_RELAXED);
+    job->shares = shares + i * team.threads;
+    job->after = after;
+    for (int64_t t = 0; t < team.threads; t++) {
+      job->shares[t].next = job->plan.tasks * t / team.threads;
+      job->shares[t].end = job->plan.tasks * (t + 1) / team.threads;
+    }
+    if (job->plan.blocks == 1 && job->plan.tasks) after = job;
+    else if (job->plan.blocks) after = 0;
+  }
+  if (team.threads == 1) {
+    work(&team);
   } else if (openmp) {
-    openmp(work, job, (unsigned)threads, 0);
+    openmp(work, &team, (unsigned)team.threads, 0);
   } else {
     pthread_t others[256];
     int64_t started = 0;
-    while (started < threads - 1 && started < 256 && !pthread_create(&others[started], 0, work_alone, job)) started++;
-    work(job);
+    while (started < team.threads - 1 && started < 256 && !pthread_create(&others[started], 0, work_alone, &team))
+      started++;
+    work(&team);
     for (int64_t i = 0; i < started; i++) pthread_join(others[i], 0);
   }
-  /* A thread without memory leaves its tasks to the others. */
-  return job->failed && job->next < job->plan.tasks ? NO_MEMORY : OK;
+  free(shares);
+  for (int64_t i = 0; i < count; i++)
+    if (jobs[i].done < jobs[i].plan.tasks) return NO_MEMORY; /* no thread had any */
+  return OK;
 }
 
 /* Numbers below the normal ones are taken as zero, or as what they are. They cost a hundred times a normal number, and
@@ -187,19 +287,19 @@ void modernbert_flush_denormals(int on, int64_t threads) {
 
 /* ---- operations ---- */
 
-static void run_product(Job *job, int64_t task, Scratch *scratch) {
-  job->kernels->product(job->operation, &job->plan, job->serial, task, scratch);
+static void run_product(Job *job, int64_t task, const char *after, Scratch *scratch) {
+  job->kernels->product(job->operation, &job->plan, job->serial, task, after, scratch);
 }
 
-static int product(const Kernels *k, const Product *op, int64_t threads) {
-  if (op->rows <= 0 || op->weight.outputs <= 0) return OK;
-  Job job = {.run = run_product, .kernels = k, .operation = op, .plan = k->plan_product(op, threads)};
-  return run(&job, threads);
+static void plan_product(Job *job, const Product *op, int64_t threads) {
+  job->run = run_product;
+  if (op->rows > 0 && op->weight.outputs > 0) job->plan = job->kernels->plan_product(op, threads);
 }
 
-static void run_attention(Job *job, int64_t task, Scratch *scratch) {
+static void run_attention(Job *job, int64_t task, const char *after, Scratch *scratch) {
   const Attention *op = job->operation;
   const int64_t *chunk = job->chunks + task / op->heads * 2;
+  (void)after;
   job->kernels->attention(op, chunk[0], chunk[1], job->chunk, task % op->heads, scratch);
 }
 
@@ -209,7 +309,8 @@ static int64_t count_chunks(const Attention *op, int64_t chunk) {
   return number;
 }
 
-static int attention(const Kernels *k, const Attention *op, int64_t threads) {
+static int plan_attention(Job *job, const Attention *op, int64_t threads) {
+  const Kernels *k = job->kernels;
   int64_t chunk = k->queries, number = count_chunks(op, chunk);
   if (!number) return OK;
   while (chunk > k->panel && number * op->heads < 4 * threads) chunk /= 2, number = count_chunks(op, chunk);
@@ -217,41 +318,43 @@ static int attention(const Kernels *k, const Attention *op, int64_t threads) {
   if (!chunks) return NO_MEMORY;
   for (int64_t i = 0; i < op->texts; i++)
     for (int64_t query = 0; query < op->starts[i + 1] - op->starts[i]; query += chunk) *at++ = i, *at++ = query;
-  Job job = {.run = run_attention, .kernels = k, .operation = op, .chunks = chunks, .chunk = chunk};
-  job.plan.tasks = number * op->heads;
-  job.plan.bytes = k->attention_bytes(op);
-  int result = run(&job, threads);
-  free(chunks);
-  return result;
+  job->run = run_attention;
+  job->chunks = chunks;
+  job->chunk = chunk;
+  job->plan.tasks = number * op->heads;
+  job->plan.bytes = k->attention_bytes(op);
+  return OK;
 }
 
-enum { NORM_ROWS = 64 };
+enum { NORM_ROWS = 16 };
 
-static void run_normalize(Job *job, int64_t task, Scratch *scratch) {
+static void run_normalize(Job *job, int64_t task, const char *after, Scratch *scratch) {
   const Normalize *op = job->operation;
   int64_t first = task * NORM_ROWS, last = first + NORM_ROWS < op->rows ? first + NORM_ROWS : op->rows;
+  (void)after;
   scratch->serial = 0;
   job->kernels->normalize(op, first, last, (float *)scratch->memory);
 }
 
-static int normalize(const Kernels *k, const Normalize *op, int64_t threads) {
-  Job job = {.run = run_normalize, .kernels = k, .operation = op};
-  job.plan.tasks = (op->rows + NORM_ROWS - 1) / NORM_ROWS;
-  job.plan.bytes = op->width * 4 + 64;
-  return run(&job, threads);
+static void plan_normalize(Job *job, const Normalize *op) {
+  job->run = run_normalize;
+  job->plan.tasks = (op->rows + NORM_ROWS - 1) / NORM_ROWS;
+  job->plan.bytes = op->width * 4 + 64;
 }
 
-static void run_step(Job *job, int64_t task, Scratch *scratch) {
+static void run_step(Job *job, int64_t task, const char *after, Scratch *scratch) {
   const Step *op = job->operation;
+  (void)after;
   scratch->serial = 0;
-  job->kernels->step(op, task / op->heads, task % op->heads, (float *)scratch->memory);
+  if (!op->in_order) job->kernels->step(op, task / op->heads, task % op->heads, (float *)scratch->memory);
+  else
+    for (int64_t text = 0; text < op->texts; text++) job->kernels->step(op, text, task, (float *)scratch->memory);
 }
 
-static int step(const Kernels *k, const Step *op, int64_t threads) {
-  Job job = {.run = run_step, .kernels = k, .operation = op};
-  job.plan.tasks = op->texts * op->heads;
-  job.plan.bytes = k->step_bytes(op);
-  return run(&job, threads);
+static void plan_step(Job *job, const Step *op) {
+  job->run = run_step;
+  job->plan.tasks = op->texts && op->in_order ? op->heads : op->texts * op->heads;
+  job->plan.bytes = job->kernels->step_bytes(op);
 }
 
 /* The product of one text's rows alone. */
@@ -265,37 +368,45 @@ static Product of_text(const Maxima *op, int64_t text) {
 }
 
 /* A text is one task, so that no two threads write its maxima. */
-static void run_maxima(Job *job, int64_t task, Scratch *scratch) {
+static void run_maxima(Job *job, int64_t task, const char *after, Scratch *scratch) {
   Product part = of_text(job->operation, task);
   Plan plan = job->kernels->plan_product(&part, 1);
   float *out = part.out.data;
+  (void)after;
   for (int64_t i = 0; i < part.weight.outputs; i++) out[i] = -__builtin_inff();
   for (int64_t i = 0; i < plan.tasks; i++) {
     scratch->serial = 0; /* what it holds are another text's rows */
-    job->kernels->product(&part, &plan, job->serial, i, scratch);
+    job->kernels->product(&part, &plan, job->serial, i, 0, scratch);
   }
 }
 
-static int maxima(const Kernels *k, const Maxima *op, int64_t threads) {
-  Job job = {.run = run_maxima, .kernels = k, .operation = op, .plan = {.tasks = op->texts}};
+static void plan_maxima(Job *job, const Maxima *op) {
+  job->run = run_maxima;
+  job->plan.tasks = op->texts;
   for (int64_t i = 0; i < op->texts; i++) {
     Product part = of_text(op, i);
-    int64_t bytes = k->plan_product(&part, 1).bytes;
-    if (bytes > job.plan.bytes) job.plan.bytes = bytes;
+    int64_t bytes = job->kernels->plan_product(&part, 1).bytes;
+    if (bytes > job->plan.bytes) job->plan.bytes = bytes;
   }
-  return run(&job, threads);
 }
 
 /* Run operations one after another; 0, or what went wrong. */
 int modernbert_run(const Kernels *k, const Operation *operations, int64_t count, int64_t threads) {
-  for (int64_t i = 0; i < count; i++) {
+  Job *jobs = calloc((size_t)count, sizeof *jobs);
+  int result = jobs || !count ? OK : NO_MEMORY;
+  for (int64_t i = 0; i < count && result == OK; i++) {
     const Operation *op = operations + i;
-    int result = op->kind == PRODUCT     ? product(k, &op->product, threads)
-                 : op->kind == NORMALIZE ? normalize(k, &op->normalize, threads)
-                 : op->kind == STEP      ? step(k, &op->step, threads)
-                 : op->kind == MAXIMA    ? maxima(k, &op->maxima, threads)
-                                         : attention(k, &op->attention, threads);
-    if (result != OK) return result;
+    jobs[i].kernels = k;
+    jobs[i].operation = &op->product; /* where each of them begins */
+    if (op->kind == PRODUCT) plan_product(jobs + i, &op->product, threads);
+    else if (op->kind == NORMALIZE) plan_normalize(jobs + i, &op->normalize);
+    else if (op->kind == STEP) plan_step(jobs + i, &op->step);
+    else if (op->kind == MAXIMA) plan_maxima(jobs + i, &op->maxima);
+    else result = plan_attention(jobs + i, &op->attention, threads);
   }
-  return OK;
+  if (result == OK && count) result = run(jobs, count, threads);
+  if (jobs)
+    for (int64_t i = 0; i < count; i++) free((void *)jobs[i].chunks);
+  free(jobs);
+  return result;
 }

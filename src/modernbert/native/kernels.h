@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-enum { LAYOUT = 5 }; /* counts changes of what is below; library.py knows it */
+enum { LAYOUT = 6 }; /* counts changes of what is below; library.py knows it */
 enum { F32 = 0, BF16 = 1, S8 = 2, S4 = 3 }; /* the last two: weights of 8 and 4 bits */
 enum { WRITE = 0, ADD = 1, GATE = 2, LARGEST = 3 };
 enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
@@ -84,7 +84,10 @@ typedef struct {
   int64_t texts, heads, head_dim;
   const int64_t *rows;          /* (texts,) where the new keys and values go */
   const int64_t *first;         /* (texts,) first stored row of each text */
-  const int64_t *length;        /* (texts,) how many there are, the new one among them */
+  const int64_t *length;        /* (texts,) how many there are, the new one, which is the last, among them */
+  const int64_t *skip;          /* (texts,) where a ring begins: its row i is first + (skip + i) % ring; 0 without one */
+  int64_t ring;                 /* rows of a ring, or 0 */
+  int64_t in_order;             /* several of these are tokens of one text, each of which sees those before it */
   int64_t most;                 /* the largest length */
   const int64_t *positions;     /* (texts,) of the new tokens; 0: they see all of these rows */
   const int64_t *key_positions; /* of all stored rows */
@@ -139,7 +142,10 @@ typedef struct {
   void (*pack)(const Weight *);
   void (*unpack)(const Weight *);
   Plan (*plan_product)(const Product *, int64_t threads);
-  void (*product)(const Product *, const Plan *, int64_t serial, int64_t task, Scratch *);
+  /* Where the weights begin that a task reads first; of the task after the last one, where they end. */
+  const char *(*weights_of)(const Product *, const Plan *, int64_t task);
+  /* `after` is what the thread reads when the task is done, or 0. */
+  void (*product)(const Product *, const Plan *, int64_t serial, int64_t task, const char *after, Scratch *);
   int64_t (*attention_bytes)(const Attention *);
   void (*attention)(const Attention *, int64_t text, int64_t query, int64_t most, int64_t head, Scratch *);
   int64_t (*step_bytes)(const Step *);

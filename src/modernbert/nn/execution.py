@@ -56,6 +56,7 @@ class Cache(Protocol):
     """What a cache is to the layers."""
 
     lengths: list[int]  # tokens of each text that it holds; empty before the first pass
+    one_by_one: bool  # whether several new tokens of a text are computed as if each had come by itself
 
     def begin(
         self,
@@ -82,7 +83,14 @@ class Cache(Protocol):
 
 
 class Runner(Protocol):
-    """Runs the layers of a frozen backbone instead of its modules."""
+    """Runs the layers of a frozen backbone instead of its modules.
+
+    Attributes:
+        goes_one_by_one: whether several new tokens of a text can be computed as if each had come by itself; see
+            `DecoderCache.one_by_one`.
+    """
+
+    goes_one_by_one: bool
 
     def run(
         self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Any

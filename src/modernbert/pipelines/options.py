@@ -295,6 +295,7 @@ class ContinuationOptions(Options):
     stopping_criteria: Any = option(None, "Callables that take ids and say which texts end.")
     prefix_allowed_tokens_fn: Any = option(None, "Takes the number of a text and ids, returns allowed ids.")
     streamer: Any = option(None, "Gets the ids of one text as they come, such as a TextStreamer.")
+    assistant_model: Any = option(None, "A smaller decoder with the same vocabulary, which guesses tokens ahead.")
 
 
 _USUAL = {

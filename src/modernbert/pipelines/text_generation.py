@@ -17,6 +17,7 @@ from modernbert.decoding.loops import Generation
 from modernbert.decoding.ongoing import Ongoing, OngoingSearch
 from modernbert.decoding.options import GenerationOptions, has_no_meaning
 from modernbert.decoding.processors import handed_over
+from modernbert.decoding.speculation import speculation
 from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, shown
 from modernbert.models.decoder import ModernBertDecoderForCausalLM
@@ -151,7 +152,8 @@ class TextGenerationPipeline(Pipeline[ResolvedOptions, Prompt, list[list[int]]])
             without=[row[-1:] for row in ids], pad=pad,
         )  # fmt: skip
         limits = [row.limit for row in rows]
-        return Generation(decoder_of(self.model, ids), limits, chosen, generators, self.tokenizer, handed)
+        decoder = decoder_of(self.model, ids, speculate=speculation(self.model, chosen, options.assistant_model))
+        return Generation(decoder, limits, chosen, generators, self.tokenizer, handed)
 
     def ongoing(self, row: Prompt, options: ResolvedOptions, copy: int = 0) -> Ongoing | OngoingSearch:
         """A prompt's text for a running batch, or all its texts by a beam search: the same tokens as in a call."""

@@ -29,7 +29,7 @@ FILE = Path(__file__).parents[2] / "native" / "_kernels.so"
 _NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WRITE, ADD, GATE, LARGEST = 0, 1, 2, 3
-_LAYOUT = 5  # of kernels.h
+_LAYOUT = 6  # of kernels.h
 PRODUCT, NORMALIZE, ATTENTION, STEP, MAXIMA = 0, 1, 2, 3, 4
 # The activations that the kernels know, by configurations' names.
 ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
@@ -82,7 +82,7 @@ class Attention(ctypes.Structure):
 
 class Step(ctypes.Structure):
     _fields_: ClassVar = _fields(
-        "texts heads head_dim rows first length most positions key_positions left cos sin scale "
+        "texts heads head_dim rows first length skip ring in_order most positions key_positions left cos sin scale "
         + _rows("q", "k", "v", "out", "keys", "values")
     )
 

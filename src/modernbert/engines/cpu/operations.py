@@ -198,7 +198,7 @@ def attention(
 
 
 def attend_step(qkv_N3HD: Tensor, angles: Angles, step: Steps, layer: int) -> Tensor:
-    """Attention of one new token of each of N texts, after its key and value were rotated and stored: (N, H, D).
+    """Attention of N new tokens that go on from what is stored, each once its key and value are there: (N, H, D).
 
     Args:
         qkv_N3HD: of the new tokens, not rotated; contiguous.
@@ -208,7 +208,8 @@ def attend_step(qkv_N3HD: Tensor, angles: Angles, step: Steps, layer: int) -> Te
     """
     texts, _, heads, head_dim = qkv_N3HD.shape
     struct = native.Step(texts=texts, heads=heads, head_dim=head_dim, scale=head_dim**-0.5, most=step.most)
-    struct.rows, struct.first, struct.length = (t.data_ptr() for t in (step.slots_N, step.first_N, step.length_N))
+    struct.rows, struct.first, struct.length = (t.data_ptr() for t in (step.slots_N, step.first_N, step.held_N))
+    struct.skip, struct.ring, struct.in_order = step.skip_N.data_ptr(), step.ring, step.in_order
     if step.left is not None:
         struct.positions, struct.key_positions = step.positions_N.data_ptr(), step.storage.positions_R.data_ptr()
         struct.left = step.left

@@ -60,6 +60,8 @@ class CpuLayers:
         backend: the attention that was asked for; another one than the kernels' runs between them.
     """
 
+    goes_one_by_one = True
+
     def __init__(self, config: Config, weights: BackboneWeights[NativeWeight], backend: AttentionBackend) -> None:
         self.config, self.dtype, self.embedding = config, weights.dtype, weights.embedding
         self.backend, self.frequencies = backend, frequencies(config, weights.device)
@@ -226,7 +228,8 @@ class CpuLayers:
             if step.left is not None:
                 at = step.storage.positions_R
                 seen = {"positions": step.positions_N, "key_positions": at, "left": step.left}
-            where = {"rows": step.slots_N, "first": step.first_N, "length": step.length_N, "most": step.most}
+            where = {"rows": step.slots_N, "first": step.first_N, "length": step.held_N, "most": step.most}
+            where |= {"skip": step.skip_N, "ring": step.ring, "in_order": int(step.in_order)}
             self._aim(run, kind, Step, texts=len(step.slots_N), cos=cos, sin=sin, **where, **seen)
             pairs = [step.storage.layers[i] for i in numbers]
             for name, stored in zip(("keys", "values"), zip(*pairs, strict=True), strict=True):

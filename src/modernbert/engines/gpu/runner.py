@@ -50,6 +50,8 @@ class GpuLayers:
         backend: attends.
     """
 
+    goes_one_by_one = False
+
     def __init__(self, config: Config, weights: BackboneWeights[TritonWeight], backend: AttentionBackend) -> None:
         assert isinstance(weights.embedding, Tensor)
         self.config, self.dtype, self.device, self.backend = config, weights.dtype, weights.device, backend
