@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modernbert.config import Config
 from modernbert.engines.cpu import library as cpu
 from modernbert.engines.cpu.attention import NativeAttention
+from modernbert.engines.cpu.memory import weights_together
 from modernbert.engines.cpu.onednn import OneDnnWeight
 from modernbert.engines.cpu.operations import NativeWeight
 from modernbert.engines.cpu.runner import CpuLayers
@@ -115,7 +116,7 @@ def freeze(model: nn.Module, backbone: Backbone, models: Sequence[nn.Module] = (
         backbone: its layers; the model itself where it has no head.
         models: those around the one backbone where `model` is several, which share it.
     """
-    with LOCK, torch.no_grad():
+    with LOCK, torch.no_grad(), weights_together():
         thaw(model)
         frozen = Frozen()
         try:

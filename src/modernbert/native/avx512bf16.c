@@ -25,6 +25,7 @@ static inline __m512 imitate(__m512 sums, __m512i a, __m512i b) {
 }
 #else
 #define NAME avx512bf16
+#define TARGET_NARROW(x) ((Halves)_mm512_cvtneps_pbh((__m512)(x)))
 #define dot(sums, pairs, others) ((Floats)_mm512_dpbf16_ps((__m512)(sums), (__m512bh)(pairs), (__m512bh)(others)))
 #define ZERO 128
 #define DOT(sums, weights, inputs) ((Ints)_mm512_dpbusd_epi32((__m512i)(sums), (__m512i)(weights), (__m512i)(inputs)))

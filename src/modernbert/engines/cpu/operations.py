@@ -19,6 +19,7 @@ from torch import Tensor
 
 from modernbert.decoding.continuation import Steps
 from modernbert.engines.cpu import library as native
+from modernbert.engines.cpu.memory import memory_for
 from modernbert.engines.weights import Norm
 
 Angles = tuple[Tensor, Tensor]  # of `nn.rotary.rope_tables`: cosines, and sines with their sign, (T, 1, D) float32
@@ -82,8 +83,8 @@ class NativeWeight:
 
     def _lay_out(self, plain: Tensor, bias_O: Tensor | None) -> None:
         bias = None if bias_O is None else bias_O.detach().float().contiguous()
-        self._memory = torch.empty(_library().size(self.struct) + 64, dtype=torch.uint8, device="cpu")
-        self.struct.packed = -(-self._memory.data_ptr() // 64) * 64
+        self._memory = memory_for(_library().size(self.struct))
+        self.struct.packed = self._memory.data_ptr()
         self.struct.plain = plain.data_ptr()
         self.struct.bias = None if bias is None else bias.data_ptr()
         _library().lay_out("pack", self.struct)
