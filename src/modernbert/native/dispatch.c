@@ -100,8 +100,10 @@ struct Job {
   const void *operation;
   Plan plan;
   int64_t serial;
+  void *prepared;        /* of a product whose rows the job before it prepares, and of that job; or 0 */
   const int64_t *chunks; /* of attention: (text, first query of it) pairs */
   int64_t chunk;         /* queries of each */
+  void *owned;           /* freed when all are done */
   Share *shares;
   const Job *after; /* the next product of one block of rows, whose weights are read ahead; or 0 */
   char apart[64];
@@ -288,12 +290,38 @@ void modernbert_flush_denormals(int on, int64_t threads) {
 /* ---- operations ---- */
 
 static void run_product(Job *job, int64_t task, const char *after, Scratch *scratch) {
-  job->kernels->product(job->operation, &job->plan, job->serial, task, after, scratch);
+  job->kernels->product(job->operation, &job->plan, job->serial, task, after, job->prepared, scratch);
 }
 
-static void plan_product(Job *job, const Product *op, int64_t threads) {
+static void run_prepare(Job *job, int64_t task, const char *after, Scratch *scratch) {
+  const Product *op = job->operation;
+  (void)after;
+  scratch->serial = 0;
+  job->kernels->prepare(op, op->rows * task / job->plan.tasks, op->rows * (task + 1) / job->plan.tasks, job->prepared, scratch);
+}
+
+/* Where several threads compute with the same few rows, they prepare them together first, in a job of its own. */
+static int plan_product(Job **next, const Product *op, int64_t threads) {
+  Job *job = *next;
+  if (op->rows <= 0 || op->weight.outputs <= 0) return OK;
+  Plan plan = job->kernels->plan_product(op, threads);
+  int64_t bytes = threads > 1 && op->rows > 1 && plan.blocks == 1 ? job->kernels->prepared_bytes(op) : 0;
+  void *prepared = 0;
+  if (bytes) {
+    if (posix_memalign(&prepared, LINE, (size_t)bytes)) return NO_MEMORY;
+    job->run = run_prepare;
+    job->plan.tasks = op->rows < 4 * threads ? op->rows : 4 * threads;
+    job->plan.bytes = plan.bytes;
+    job->prepared = prepared;
+    job[1].kernels = job->kernels;
+    job[1].operation = job->operation;
+    *next = ++job;
+    job->owned = prepared;
+  }
   job->run = run_product;
-  if (op->rows > 0 && op->weight.outputs > 0) job->plan = job->kernels->plan_product(op, threads);
+  job->plan = plan;
+  job->prepared = prepared;
+  return OK;
 }
 
 static void run_attention(Job *job, int64_t task, const char *after, Scratch *scratch) {
@@ -319,7 +347,7 @@ static int plan_attention(Job *job, const Attention *op, int64_t threads) {
   for (int64_t i = 0; i < op->texts; i++)
     for (int64_t query = 0; query < op->starts[i + 1] - op->starts[i]; query += chunk) *at++ = i, *at++ = query;
   job->run = run_attention;
-  job->chunks = chunks;
+  job->chunks = job->owned = chunks;
   job->chunk = chunk;
   job->plan.tasks = number * op->heads;
   job->plan.bytes = k->attention_bytes(op);
@@ -376,7 +404,7 @@ static void run_maxima(Job *job, int64_t task, const char *after, Scratch *scrat
   for (int64_t i = 0; i < part.weight.outputs; i++) out[i] = -__builtin_inff();
   for (int64_t i = 0; i < plan.tasks; i++) {
     scratch->serial = 0; /* what it holds are another text's rows */
-    job->kernels->product(&part, &plan, job->serial, i, 0, scratch);
+    job->kernels->product(&part, &plan, job->serial, i, 0, 0, scratch);
   }
 }
 
@@ -392,21 +420,21 @@ static void plan_maxima(Job *job, const Maxima *op) {
 
 /* Run operations one after another; 0, or what went wrong. */
 int modernbert_run(const Kernels *k, const Operation *operations, int64_t count, int64_t threads) {
-  Job *jobs = calloc((size_t)count, sizeof *jobs);
-  int result = jobs || !count ? OK : NO_MEMORY;
-  for (int64_t i = 0; i < count && result == OK; i++) {
+  Job *jobs = calloc((size_t)(2 * count + 1), sizeof *jobs), *job = jobs; /* products may take two */
+  int result = jobs ? OK : NO_MEMORY;
+  for (int64_t i = 0; i < count && result == OK; i++, job++) {
     const Operation *op = operations + i;
-    jobs[i].kernels = k;
-    jobs[i].operation = &op->product; /* where each of them begins */
-    if (op->kind == PRODUCT) plan_product(jobs + i, &op->product, threads);
-    else if (op->kind == NORMALIZE) plan_normalize(jobs + i, &op->normalize);
-    else if (op->kind == STEP) plan_step(jobs + i, &op->step);
-    else if (op->kind == MAXIMA) plan_maxima(jobs + i, &op->maxima);
-    else result = plan_attention(jobs + i, &op->attention, threads);
+    job->kernels = k;
+    job->operation = &op->product; /* where each of them begins */
+    if (op->kind == PRODUCT) result = plan_product(&job, &op->product, threads);
+    else if (op->kind == NORMALIZE) plan_normalize(job, &op->normalize);
+    else if (op->kind == STEP) plan_step(job, &op->step);
+    else if (op->kind == MAXIMA) plan_maxima(job, &op->maxima);
+    else result = plan_attention(job, &op->attention, threads);
   }
-  if (result == OK && count) result = run(jobs, count, threads);
+  if (result == OK && count) result = run(jobs, job - jobs, threads);
   if (jobs)
-    for (int64_t i = 0; i < count; i++) free((void *)jobs[i].chunks);
+    for (int64_t i = 0; i <= 2 * count; i++) free(jobs[i].owned);
   free(jobs);
   return result;
 }

@@ -144,8 +144,11 @@ typedef struct {
   Plan (*plan_product)(const Product *, int64_t threads);
   /* Where the weights begin that a task reads first; of the task after the last one, where they end. */
   const char *(*weights_of)(const Product *, const Plan *, int64_t task);
-  /* `after` is what the thread reads when the task is done, or 0. */
-  void (*product)(const Product *, const Plan *, int64_t serial, int64_t task, const char *after, Scratch *);
+  int64_t (*prepared_bytes)(const Product *);
+  void (*prepare)(const Product *, int64_t first, int64_t last, void *prepared, Scratch *);
+  /* `after` is what the thread reads when the task is done, or 0. `prepared`: all rows, from their first one on; or 0. */
+  void (*product)(const Product *, const Plan *, int64_t serial, int64_t task, const char *after, const void *prepared,
+                  Scratch *);
   int64_t (*attention_bytes)(const Attention *);
   void (*attention)(const Attention *, int64_t text, int64_t query, int64_t most, int64_t head, Scratch *);
   int64_t (*step_bytes)(const Step *);
