@@ -352,7 +352,7 @@ class Continuation:
         skips = [begin % region.capacity for (region, _), begin in zip(tokens, begins, strict=True)]
         held = [at + 1 - begin for (_, at), begin in zip(tokens, begins, strict=True)]
         starts = [region.start for region, _ in tokens]
-        first_N, length_N, skip_N, held_N = (torch.tensor(x) for x in (starts, lengths, skips, held))
+        first_N, length_N, skip_N, held_N = torch.tensor([starts, lengths, skips, held])
         of_N, positions_N = None if isinstance(of, slice) else of, _take(new.positions_T, of)
         return Steps(
             of_N, slots_N, first_N, length_N, max(lengths), skip_N, held_N, storage.ring or 0, max(counts) > 1,

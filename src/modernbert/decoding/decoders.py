@@ -57,7 +57,7 @@ class CachedDecoder:
         embeds: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
         self.model, self.prompts, self.cache, self.keep_texts = model, prompts, cache, keep_texts
-        self.embeds = embeds
+        self.device, self.embeds = model.device, embeds
         self.active = list(range(len(prompts)))  # texts of the cache that are gone on with
         self._past()
 
@@ -106,7 +106,7 @@ class CachedDecoder:
         return past
 
     def _read(self, new: Sequence[Sequence[int]]) -> Tensor:
-        return self.model.score_next(PackedInputs.of_rows(new, self.model.device, self.cache.ends), self.cache)
+        return self.model.score_next(PackedInputs.of_rows(new, self.device, self.cache.ends), self.cache)
 
 
 class UncachedDecoder:

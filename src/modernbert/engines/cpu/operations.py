@@ -233,6 +233,8 @@ def _column(struct: type[ctypes.Structure], name: str) -> int:
 class Program:
     """Operations that run one after another in one call, as a table whose cells can be set.
 
+    Cells that differ from pass to pass are bound to variables, which are set all at once.
+
     Args:
         structs: what is to be run.
     """
@@ -240,11 +242,26 @@ class Program:
     def __init__(self, structs: list[ctypes.Structure]) -> None:
         table = b"".join(bytes(_operation(struct)) for struct in structs)
         self._words = np.frombuffer(table, dtype=np.int64).reshape(len(structs), -1).copy()
+        self.variables: dict[str, int] = {}  # their numbers
+        empty = np.empty(0, np.int64)
+        self._cells, self._variable, self._offset = empty, empty, empty  # of each bound cell
 
-    def begin(self) -> Program:
-        """A copy for one pass, so that several threads may run one program."""
+    def bind(self, variable: str, rows: Any, struct: type[ctypes.Structure], field: str, offsets: Any = 0) -> None:
+        """Have a field of rows that hold such a structure be a variable, plus an offset for each row."""
+        number = self.variables.setdefault(variable, len(self.variables))
+        width = self._words.shape[1]
+        cells = np.arange(len(self._words))[rows] * width + _column(struct, field)
+        cells = cells.reshape(-1)
+        self._cells = np.concatenate([self._cells, cells])
+        self._variable = np.concatenate([self._variable, np.full(len(cells), number)])
+        self._offset = np.concatenate([self._offset, np.broadcast_to(np.asarray(offsets, np.int64), cells.shape)])
+
+    def begin(self, values: dict[str, int]) -> Program:
+        """A copy for one pass, so that several threads may run one program; variables without a value are 0."""
         new = object.__new__(Program)
         new._words = self._words.copy()
+        given = np.array([values.get(name, 0) for name in self.variables], np.int64)
+        new._words.reshape(-1)[self._cells] = given[self._variable] + self._offset
         return new
 
     def set(self, rows: Any, struct: type[ctypes.Structure], /, **cells: Any) -> None:

@@ -8,6 +8,7 @@ Shapes: T tokens of all texts together, M hidden size, I intermediate size, H he
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -39,6 +40,11 @@ from modernbert.nn.packing import PackedInputs
 from modernbert.nn.rotary import split_rotated
 
 _LAYER = 5  # operations of a layer: q, k, v; attention; its output; the gate; the MLP's output
+_OF_TEXTS = ("texts", "starts", "positions", "key_positions", "cos", "sin")  # fields of attention that differ by pass
+_OF_STEPS = (
+    "texts", "rows", "first", "length", "skip", "ring", "in_order", "most", "positions", "key_positions", "left", "cos",
+    "sin",
+)  # fmt: skip
 _PARTS = ("qkv", "attention", "out", "gate", "down")
 
 
@@ -48,7 +54,7 @@ class _Pass(NamedTuple):
     program: Program
     x_TM: Tensor
     work: Tensor
-    kept: tuple[Tensor | None, ...]
+    kept: tuple[Any, ...]
 
 
 class CpuLayers:
@@ -107,6 +113,33 @@ class CpuLayers:
             program.set(attention, struct, **strides, **dtypes)
             program.set(0, Normalize, out_stride=M, out_dtype=0)
             program.set(-1, Normalize, table_stride=M, table_dtype=0, out_stride=M, out_dtype=dtype)
+            self._bind(program, struct)
+
+    def _bind(self, program: Program, struct: type[Attention | Step]) -> None:
+        """The variables of a pass; see `_begin`, `_attention_values` and `_step_values`."""
+        for field in ("rows", "ids", "table_data", "table_stride", "table_dtype"):
+            program.bind(field, 0, Normalize, field)
+        program.bind("x", 0, Normalize, "out_data")
+        for first, x, out in ((1, "x", "work"), (3, "work", "x"), (4, "x", "work"), (5, "work", "x")):
+            rows = slice(first, -1, _LAYER)
+            program.bind("rows", rows, native.Product, "rows")
+            program.bind(x, rows, native.Product, "x_data")
+            program.bind(out, rows, native.Product, "out_data")
+        fields = _OF_TEXTS if struct is Attention else _OF_STEPS
+        for kind, (numbers, rows, own) in self.of_kind.items():
+            for field in fields:
+                program.bind(f"{kind} {field}", rows, struct, field)
+            for times, name in enumerate("qkv"):
+                program.bind("work", rows, struct, f"{name}_data", times * own)
+            program.bind("work", rows, struct, "out_data")
+            if struct is Attention:
+                program.bind(f"{kind} cos", rows, struct, "key_cos")
+                program.bind(f"{kind} sin", rows, struct, "key_sin")
+                continue
+            for name, (number, row) in itertools.product(("keys", "values"), zip(numbers, rows, strict=True)):
+                program.bind(f"{name} {number}", row, struct, f"{name}_data")
+                for field in ("stride", "dtype"):
+                    program.bind(f"{name} {field} {number}", row, struct, f"{name}_{field}")
 
     def run(self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Any) -> Hidden:
         """See `nn.execution.Runner`."""
@@ -115,15 +148,15 @@ class CpuLayers:
         caches = {kind: x.attend for kind, x in shared.items() if isinstance(x.attend, Continuation)}
         steps = {kind: attend.as_steps() for kind, attend in caches.items()}
         all_steps = bool(steps) and all(step is not None and step.of_N is None for step in steps.values())
-        run = self._begin(inputs, self.stepping if all_steps else self.program)
         states: list[Tensor] | None = [] if want_states else None
         if all_steps:
-            self._aim_steps(run, shared, steps)
+            run = self._begin(inputs, self.stepping, self._step_values(shared, steps), steps)
             self._run_through(run, states)
         elif not steps and all(isinstance(getattr(x.attend, "plan", None), NativePlan) for x in shared.values()):
-            self._aim_attention(run, shared)
+            run = self._begin(inputs, self.program, self._attention_values(shared), shared)
             self._run_through(run, states)
         else:
+            run = self._begin(inputs, self.program, {}, shared)
             self._run_between(run, shared, steps, states)
         last_TM = self._finish(run)
         shown = () if states is None else tuple(inputs.restore(x_TM) for x_TM in (*states, last_TM))
@@ -146,8 +179,7 @@ class CpuLayers:
         and last norm.
         """
         shared = self._shared(inputs, NativeAttention(), None, None)
-        run = self._begin(inputs, self.program)
-        self._aim_attention(run, shared)  # which the program points into
+        run = self._begin(inputs, self.program, self._attention_values(shared), shared)
         seconds: dict[str, float] = {}
         for row in range(len(self.kinds) * _LAYER + 1):
             number, part = divmod(row - 1, _LAYER)
@@ -169,8 +201,13 @@ class CpuLayers:
         tables = rope_tables_by_kind(self.config, inputs.rope_positions_T, inputs.packing.text_T, self.frequencies)
         return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
-    def _begin(self, inputs: PackedInputs, program: Program) -> _Pass:
-        """Memory for one pass, and the program that knows of it, but for the attention and the last norm."""
+    def _begin(self, inputs: PackedInputs, program: Program, values: dict[str, int], kept: Any) -> _Pass:
+        """Memory for one pass, and the program that knows of it, but for the last norm.
+
+        Args:
+            values: of the variables of attention.
+            kept: what has the memory that they point to.
+        """
         T = inputs.packing.tokens
         x_TM = torch.empty(T, self.config.hidden_size, dtype=torch.float32, device="cpu")
         work = torch.empty(T * self.width, dtype=self.dtype, device="cpu")
@@ -182,15 +219,12 @@ class CpuLayers:
             assert not isinstance(self.embedding, Tensor)
             ids_T, table = None, self.embedding(inputs.ids_T)
         table = table.contiguous()
-        program = program.begin()
-        program.set(0, Normalize, rows=T, table_data=table, table_stride=table.stride(0), out_data=x_TM)
-        program.set(0, Normalize, table_dtype=DTYPES[table.dtype])
+        values |= {"rows": T, "x": x_TM.data_ptr(), "work": work.data_ptr(), "table_data": table.data_ptr()}
+        values |= {"table_stride": table.stride(0), "table_dtype": DTYPES[table.dtype]}
         if ids_T is not None:
             ids_T = ids_T.long().contiguous()
-            program.set(0, Normalize, ids=ids_T)
-        for start, x, out in ((1, x_TM, work), (3, work, x_TM), (4, x_TM, work), (5, work, x_TM)):
-            program.set(slice(start, -1, _LAYER), native.Product, rows=T, x_data=x, out_data=out)
-        return _Pass(program, x_TM, work, (table, ids_T))
+            values["ids"] = ids_T.data_ptr()
+        return _Pass(program.begin(values), x_TM, work, (table, ids_T, kept))
 
     def _finish(self, run: _Pass) -> Tensor:
         """The last norm: over x itself where its dtype is wanted, else after giving back the memory in between."""
@@ -202,42 +236,39 @@ class CpuLayers:
         run.program.run(-1)
         return last_TM
 
-    def _aim(self, run: _Pass, kind: str, struct: type[Attention | Step], **cells: Any) -> None:
-        """Point the attention of all layers of a kind at the queries, keys and values in `work`, and at other cells."""
-        _, rows, own = self.of_kind[kind]
-        start = run.work.data_ptr()
-        run.program.set(rows, struct, q_data=start, k_data=start + own, v_data=start + 2 * own, out_data=start, **cells)
-
-    def _aim_attention(self, run: _Pass, shared: dict[str, Shared]) -> None:
-        """Have all layers attend within the texts."""
+    @staticmethod
+    def _attention_values(shared: dict[str, Shared]) -> dict[str, int]:
+        """Of the variables where all layers attend within the texts."""
+        values: dict[str, int] = {}
         for kind, (attend, cos, sin) in shared.items():
             assert isinstance(attend, Planned)
-            plan, seen = attend.plan, {}
+            plan = attend.plan
+            found = {"texts": len(plan.starts) - 1, "starts": plan.starts.data_ptr()}
+            found |= {"cos": cos.data_ptr(), "sin": sin.data_ptr()}
             if tuple(plan.reach) != (None, None):
-                seen = {"positions": plan.positions_T, "key_positions": plan.positions_T}
-            self._aim(run, kind, Attention, texts=len(plan.starts) - 1, starts=plan.starts, cos=cos, sin=sin, **seen)
-            run.program.set(self.of_kind[kind][1], Attention, key_cos=cos, key_sin=sin)
+                found["positions"] = found["key_positions"] = plan.positions_T.data_ptr()
+            values |= {f"{kind} {name}": value for name, value in found.items()}
+        return values
 
-    def _aim_steps(self, run: _Pass, shared: dict[str, Shared], steps: Mapping[str, Steps | None]) -> None:
-        """Have all layers attend to the caches: a new token of each text goes in, and looks back."""
+    def _step_values(self, shared: dict[str, Shared], steps: Mapping[str, Steps | None]) -> dict[str, int]:
+        """Of the variables where all layers attend to caches: new tokens go in, and look back."""
+        values: dict[str, int] = {}
         for kind, (_, cos, sin) in shared.items():
-            numbers, rows, _ = self.of_kind[kind]
             step = steps[kind]
             assert step is not None
-            seen: dict[str, Any] = {}
+            found = {"texts": len(step.slots_N), "rows": step.slots_N.data_ptr(), "first": step.first_N.data_ptr()}
+            found |= {"length": step.held_N.data_ptr(), "most": step.most, "skip": step.skip_N.data_ptr()}
+            found |= {"ring": step.ring, "in_order": int(step.in_order), "cos": cos.data_ptr(), "sin": sin.data_ptr()}
             if step.left is not None:
-                at = step.storage.positions_R
-                seen = {"positions": step.positions_N, "key_positions": at, "left": step.left}
-            where = {"rows": step.slots_N, "first": step.first_N, "length": step.held_N, "most": step.most}
-            where |= {"skip": step.skip_N, "ring": step.ring, "in_order": int(step.in_order)}
-            self._aim(run, kind, Step, texts=len(step.slots_N), cos=cos, sin=sin, **where, **seen)
-            pairs = [step.storage.layers[i] for i in numbers]
-            for name, stored in zip(("keys", "values"), zip(*pairs, strict=True), strict=True):
-                cells = {
-                    f"{name}_data": [x.data_ptr() for x in stored],
-                    f"{name}_stride": [x.stride(0) for x in stored],
-                }
-                run.program.set(rows, Step, **cells, **{f"{name}_dtype": DTYPES[stored[0].dtype]})
+                found |= {"left": step.left, "positions": step.positions_N.data_ptr()}
+                found["key_positions"] = step.storage.positions_R.data_ptr()
+            values |= {f"{kind} {name}": value for name, value in found.items()}
+            for number in self.of_kind[kind][0]:
+                for name, stored in zip(("keys", "values"), step.storage.layers[number], strict=True):
+                    values[f"{name} {number}"] = stored.data_ptr()
+                    values[f"{name} stride {number}"] = stored.stride(0)
+                    values[f"{name} dtype {number}"] = DTYPES[stored.dtype]
+        return values
 
     def _run_between(
         self, run: _Pass, shared: dict[str, Shared], steps: Mapping[str, Steps | None], states: list[Tensor] | None
