@@ -12,7 +12,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-FLAGS = ["-std=gnu11", "-O3", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno"]
+FLAGS = ["-std=gnu11", "-O3", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno"]
 SHARED = ["-fPIC", "-shared", "-pthread"]
 
 

@@ -504,7 +504,8 @@ def test_an_output_of_another_class_may_share_the_embedding(small_model):
     output.weight = small_model.get_input_embeddings().weight
     small_model.decoder = output
     expected = small_model(x).logits
-    torch.testing.assert_close(small_model.optimize_for_inference()(x).logits, expected)
+    logits = small_model.optimize_for_inference()(x).logits  # of about 10
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=5e-5)
 
 
 @torch.no_grad()

@@ -15,18 +15,27 @@ from modernbert.engines.cpu import library as cpu
 from modernbert.engines.cpu.attention import NativeAttention
 from modernbert.engines.cpu.memory import weights_together
 from modernbert.engines.cpu.onednn import OneDnnWeight
-from modernbert.engines.cpu.operations import NativeWeight
+from modernbert.engines.cpu.operations import LayerNorm, NativeWeight, activate
 from modernbert.engines.cpu.runner import CpuLayers
 from modernbert.engines.gpu import operations as gpu
 from modernbert.engines.gpu.operations import TritonWeight
 from modernbert.engines.gpu.runner import GpuLayers
-from modernbert.engines.guard import LOCK, Frozen, thaw
+from modernbert.engines.guard import LOCK, Frozen, Guarded, thaw
 from modernbert.engines.weights import BackboneWeights, Embedding, LaidOut, LayerWeights, Norm
-from modernbert.nn.activations import activation
+from modernbert.nn.activations import ACTIVATIONS, activation
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.backbone import Backbone
 from modernbert.nn.execution import Runner
-from modernbert.nn.layers import MLP, Attention, DecoderAttention, Embeddings, EncoderAttention, Layer, Linear
+from modernbert.nn.layers import (
+    MLP,
+    Attention,
+    DecoderAttention,
+    Embeddings,
+    EncoderAttention,
+    Layer,
+    Linear,
+    PredictionHead,
+)
 from modernbert.nn.linear import onednn_serves
 
 
@@ -174,7 +183,13 @@ def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone, models: Sequen
                 "bias": bias,
                 "eps": module.eps,
             }
-            frozen.guard(module, functools.partial(F.layer_norm, **numbers))
+            norm: Callable[[Tensor], Tensor] = functools.partial(F.layer_norm, **numbers)
+            if weight is not None and weight.dim() == 1 and cpu.serving(weight.dtype, weight.device) is not None:
+                norm = LayerNorm(Norm.of(module))
+            frozen.guard(module, norm)
+    for module in model.modules():
+        if type(module) is PredictionHead and _is_quiet(module) and (predict := _prediction_of(module)) is not None:
+            frozen.guard(module, predict)
     if engine is not None and table is not None:
         is_left_to_us = engine is CpuLayers and backbone.attn_implementation == "auto"
         backend = NativeAttention() if is_left_to_us else backbone.backend
@@ -229,6 +244,22 @@ def _multiply(laid: LaidOut, inputs: int, dtype: torch.dtype, x: Tensor) -> Tens
 
 def _itself(value: Any) -> Any:
     return value
+
+
+def _prediction_of(head: PredictionHead) -> Callable[[Tensor], Tensor] | None:
+    """What a head computes where the kernels have its activation, too; None where a part of it is not frozen."""
+    name = next((name for name in cpu.ACTIVATIONS if ACTIVATIONS[name] is head.act), None)
+    weight = head.norm._parameters.get("weight")
+    if name is None or weight is None or cpu.serving(weight.dtype, weight.device) is None:
+        return None
+    if not isinstance(head.dense, Guarded) or not isinstance(head.norm, Guarded):
+        return None
+    return functools.partial(_predict, head.dense, functools.partial(activate, name), head.norm)
+
+
+def _predict(dense: nn.Module, act: Callable[[Tensor], Tensor], norm: nn.Module, x: Tensor) -> Tensor:
+    out: Tensor = norm(act(dense(x)))
+    return out
 
 
 # A backbone that one engine runs

@@ -40,7 +40,7 @@ from modernbert.nn.activations import activation
 from modernbert.nn.inputs import Inputs
 from modernbert.nn.layers import Linear
 from modernbert.nn.packing import PackedInputs
-from modernbert.nn.pooling import pool
+from modernbert.nn.pooling import pool, unit
 
 _TYPES = "sentence_transformers.models."
 # Functions that a folder may name; only the name is read, nothing is imported.
@@ -92,7 +92,7 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (..., D)."""
-        return F.normalize(x, dim=-1)
+        return unit(x)
 
 
 class Encoder(nn.Module):

@@ -10,6 +10,7 @@
 #define LANES 8
 #define HEIGHT 6
 #define MULTIPLIES 0
+#define TARGET_FMA(a, b, c) ((Floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define TARGET_MAX(a, b) ((Floats)_mm256_max_ps((__m256)(a), (__m256)(b)))
 #define TARGET_MIN(a, b) ((Floats)_mm256_min_ps((__m256)(a), (__m256)(b)))
 /* The signs move to the inputs, so that pairs of products fit in 16 bits. */

@@ -10,6 +10,7 @@
 #define LANES 16
 #define HEIGHT 12
 #define MULTIPLIES 0
+#define TARGET_FMA(a, b, c) ((Floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define TARGET_MAX(a, b) ((Floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define TARGET_MIN(a, b) ((Floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
 /* The signs move to the inputs, so that pairs of products fit in 16 bits. */

@@ -12,6 +12,7 @@
 #define LANES 16
 #define HEIGHT 12
 #define MULTIPLIES 1
+#define TARGET_FMA(a, b, c) ((Floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define TARGET_MAX(a, b) ((Floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
 #define TARGET_MIN(a, b) ((Floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #if defined(IMITATE_BF16)

@@ -12,6 +12,12 @@
 
 #include "kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
 #if !defined(WITHOUT_BF16) /* compilers that do not know the instruction */
@@ -21,7 +27,16 @@ extern const Kernels kernels_avx512bf16, kernels_avx512vnni;
 extern const Kernels kernels_imitated;
 #endif
 #endif
+#if defined(__aarch64__)
+extern const Kernels kernels_neon;
+#if !defined(WITHOUT_BF16)
+extern const Kernels kernels_neondot, kernels_neonbf16;
+#endif
+#endif
 extern const Kernels kernels_portable;
+#if !FUSES
+extern const Kernels kernels_exact;
+#endif
 
 enum { OK = 0, NO_MEMORY = 1 };
 
@@ -41,8 +56,37 @@ static const struct {
     {"avx512", &kernels_avx512},
     {"avx2", &kernels_avx2},
 #endif
+#if defined(__aarch64__)
+#if !defined(WITHOUT_BF16)
+    {"neonbf16", &kernels_neonbf16},
+    {"neondot", &kernels_neondot},
+#endif
+    {"neon", &kernels_neon},
+#endif
     {"portable", &kernels_portable},
+#if !FUSES
+    {"exact", &kernels_exact}, /* never the first */
+#endif
 };
+
+#if defined(__aarch64__)
+/* Whether the processor has an instruction: by Linux's bit of a word, or by Apple's name. */
+static int has(unsigned long word, int bit, const char *name) {
+#if defined(__linux__)
+  (void)name;
+  return getauxval(word) >> bit & 1;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof found;
+  (void)word, (void)bit;
+  return !sysctlbyname(name, &found, &size, 0, 0) && found;
+#else
+  (void)word, (void)bit, (void)name;
+  return 0;
+#endif
+}
+enum { HWCAP = 16, HWCAP2 = 26 }; /* of getauxval */
+#endif
 
 static int runs_here(const char *name) {
 #if defined(__x86_64__)
@@ -57,7 +101,13 @@ static int runs_here(const char *name) {
   if (!strcmp(name, "avx512") || !strcmp(name, "imitated")) return avx512;
   if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return !strcmp(name, "portable");
+#if defined(__aarch64__)
+  int sums_of_bytes = has(HWCAP, 20, "hw.optional.arm.FEAT_DotProd");
+  if (!strcmp(name, "neonbf16")) return sums_of_bytes && has(HWCAP2, 14, "hw.optional.arm.FEAT_BF16");
+  if (!strcmp(name, "neondot")) return sums_of_bytes;
+  if (!strcmp(name, "neon")) return 1;
+#endif
+  return !strcmp(name, "portable") || !strcmp(name, "exact");
 }
 
 /* The kernels of a name, or the best that run here for an empty one; 0 where they do not run. `found` gets their name. */
@@ -370,6 +420,27 @@ static void plan_normalize(Job *job, const Normalize *op) {
   job->plan.bytes = op->width * 4 + 64;
 }
 
+static void run_tables(Job *job, int64_t task, const char *after, Scratch *scratch) {
+  const Tables *op = job->operation;
+  int64_t first = task * NORM_ROWS, last = first + NORM_ROWS < op->rows ? first + NORM_ROWS : op->rows;
+  (void)after, (void)scratch;
+  job->kernels->tables(op, first, last);
+}
+
+static void run_activate(Job *job, int64_t task, const char *after, Scratch *scratch) {
+  const Activate *op = job->operation;
+  int64_t first = task * NORM_ROWS, last = first + NORM_ROWS < op->rows ? first + NORM_ROWS : op->rows;
+  (void)after, (void)scratch;
+  job->kernels->activate(op, first, last);
+}
+
+/* Rows by which no memory is needed. */
+static void plan_rows(Job *job, int64_t rows, void (*run)(Job *, int64_t, const char *, Scratch *)) {
+  job->run = run;
+  job->plan.tasks = (rows + NORM_ROWS - 1) / NORM_ROWS;
+  job->plan.bytes = 64;
+}
+
 static void run_step(Job *job, int64_t task, const char *after, Scratch *scratch) {
   const Step *op = job->operation;
   (void)after;
@@ -430,6 +501,8 @@ int modernbert_run(const Kernels *k, const Operation *operations, int64_t count,
     else if (op->kind == NORMALIZE) plan_normalize(job, &op->normalize);
     else if (op->kind == STEP) plan_step(job, &op->step);
     else if (op->kind == MAXIMA) plan_maxima(job, &op->maxima);
+    else if (op->kind == TABLES) plan_rows(job, op->tables.rows, run_tables);
+    else if (op->kind == ACTIVATE) plan_rows(job, op->activate.rows, run_activate);
     else result = plan_attention(job, &op->attention, threads);
   }
   if (result == OK && count) result = run(jobs, job - jobs, threads);

@@ -9,7 +9,14 @@
 
 #include <stdint.h>
 
-enum { LAYOUT = 6 }; /* counts changes of what is below; library.py knows it */
+/* Whether all processors that this is compiled for multiply and add with one rounding. */
+#if defined(__FP_FAST_FMAF) || defined(__FMA__) || defined(__aarch64__)
+#define FUSES 1
+#else
+#define FUSES 0
+#endif
+
+enum { LAYOUT = 7 }; /* counts changes of what is below; library.py knows it */
 enum { F32 = 0, BF16 = 1, S8 = 2, S4 = 3 }; /* the last two: weights of 8 and 4 bits */
 enum { WRITE = 0, ADD = 1, GATE = 2, LARGEST = 3 };
 enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
@@ -105,7 +112,24 @@ typedef struct {
   Product product;       /* of all rows; its epilogue is LARGEST */
 } Maxima;
 
-enum { PRODUCT = 0, NORMALIZE = 1, ATTENTION = 2, STEP = 3, MAXIMA = 4 };
+/* Cosines and sines of positions times frequencies, as attention takes them: both halves of a row have the same angles,
+ * and the sines of the first half are negated. */
+typedef struct {
+  int64_t rows, half;
+  const int64_t *positions; /* (rows,) */
+  const float *frequencies; /* (half,) */
+  float scale;              /* of both */
+  float *cos, *sin;         /* (rows, 2 half) */
+} Tables;
+
+/* out = activation(x) */
+typedef struct {
+  int64_t rows, width;
+  int64_t activation;
+  Rows x, out;
+} Activate;
+
+enum { PRODUCT = 0, NORMALIZE = 1, ATTENTION = 2, STEP = 3, MAXIMA = 4, TABLES = 5, ACTIVATE = 6 };
 
 /* One operation of several that run one after another. */
 typedef struct {
@@ -116,6 +140,8 @@ typedef struct {
     Attention attention;
     Step step;
     Maxima maxima;
+    Tables tables;
+    Activate activate;
   };
 } Operation;
 
@@ -154,6 +180,8 @@ typedef struct {
   int64_t (*step_bytes)(const Step *);
   void (*step)(const Step *, int64_t text, int64_t head, float *scratch);
   void (*normalize)(const Normalize *, int64_t first, int64_t last, float *scratch);
+  void (*tables)(const Tables *, int64_t first, int64_t last);
+  void (*activate)(const Activate *, int64_t first, int64_t last);
 } Kernels;
 
 #endif

@@ -1,4 +1,5 @@
-/* For any processor: what the compiler makes of vectors of four. NEON and SSE2 have those. */
+/* For any processor: what the compiler makes of vectors of four. SSE2 and NEON have those. */
+#include "kernels.h"
 #define NAME portable
 #define LANES 4
 #define MULTIPLIES 0
@@ -7,5 +8,4 @@
 #else
 #define HEIGHT 6
 #endif
-#include "kernels.h"
 #include "kernels.inc"

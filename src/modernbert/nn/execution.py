@@ -6,7 +6,7 @@ Shapes: T real tokens of all texts together, M hidden size, H heads, D head size
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -149,8 +149,12 @@ def rope_tables_by_kind(
     positions_T: Tensor,
     text_T: Tensor | None = None,
     known: Mapping[str, tuple[Tensor, float]] = MappingProxyType({}),
+    tables_of: Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]] = angle_tables,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Rotary tables of each kind of layer, see `rotary.rope_tables`; callers may keep `frequencies`, then `known`."""
+    """Rotary tables of each kind of layer, see `rotary.rope_tables`.
+
+    Callers may keep `frequencies`, which are then `known`, and have a kernel for `angle_tables`.
+    """
     tables: dict[str, tuple[Tensor, Tensor]] = {}
     ropes = config.rope_parameters or {}
     for kind in dict.fromkeys(config.layer_types or ()):
@@ -158,7 +162,7 @@ def rope_tables_by_kind(
         if like is not None:
             tables[kind] = tables[like]
         elif kind in known:
-            tables[kind] = angle_tables(*known[kind], positions_T)
+            tables[kind] = tables_of(*known[kind], positions_T)
         else:
             context = config.max_position_embeddings
             tables[kind] = rope_tables(ropes[kind], config.head_dim, positions_T, max_positions=context, text_T=text_T)

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modernbert.errors import InputError
@@ -61,6 +62,23 @@ def pool(
         count_B = count_B.sqrt()
     sum_BM = torch.segment_reduce(states, "sum", lengths=lengths_B, axis=0)
     return (sum_BM / count_B[:, None]).to(x_TM.dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length one, (..., D) to (..., D); zeros stay zeros.
+
+    Squares are added in halves, because PyTorch's own sums within a vector depend on the processor; where gradients are
+    wanted, PyTorch computes them.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return F.normalize(x, dim=-1)
+    wide = x.float()
+    sums = wide * wide
+    sums = F.pad(sums, (0, (1 << max(sums.shape[-1] - 1, 0).bit_length()) - sums.shape[-1]))
+    while sums.shape[-1] > 1:
+        first, second = sums.chunk(2, dim=-1)
+        sums = first + second
+    return (wide / sums.sqrt().clamp_min(1e-12)).to(x.dtype)
 
 
 def _gather(values_T: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:

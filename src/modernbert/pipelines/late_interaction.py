@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from tokenizers import AddedToken
 
 from modernbert.checks import check_text
 from modernbert.errors import InputError
+from modernbert.nn.pooling import unit
 from modernbert.pipelines.base import Job, OptionsT, Pipeline, Results, Row, read
 from modernbert.pipelines.inputs import choose_prompt
 from modernbert.pipelines.options import LateInteractionOptions
@@ -138,7 +138,7 @@ class VectorsOfTokens(Pipeline[OptionsT, VectorsRow, torch.Tensor]):
         if clusters < len(rest):
             rest = _clustered(rest, clusters)
         vectors_TD = torch.cat([kept, rest])
-        return F.normalize(vectors_TD, dim=-1) if settings.pool_normalizes else vectors_TD
+        return unit(vectors_TD) if settings.pool_normalizes else vectors_TD
 
     def prompt(self, is_query: bool, name: str | None = None, given: str | None = None) -> str:
         """The text before each text: what is given, or one of the checkpoint's prompts."""

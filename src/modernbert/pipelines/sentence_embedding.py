@@ -10,7 +10,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from tokenizers import Encoding
 
@@ -24,6 +23,7 @@ from modernbert.models.placement import resolve_device
 from modernbert.models.sentence_encoder import SentenceEncoder
 from modernbert.models.sentence_layout import MODEL, EmbeddingSettings, contents_of
 from modernbert.nn.packing import Packing
+from modernbert.nn.pooling import unit
 from modernbert.pipelines.base import Job, OptionsT, Pipeline, Results, Row, read
 from modernbert.pipelines.inputs import check_fields, check_iterable, choose_prompt
 from modernbert.pipelines.options import BatchOptions, SentenceEmbeddingOptions
@@ -125,7 +125,7 @@ class EmbeddingPipeline(Pipeline[OptionsT, SpannedRow, torch.Tensor]):
         width = kind.truncate_dim or self.embedding.truncate_dim
         if width is not None:
             vectors = vectors[:, :width]
-        vectors = F.normalize(vectors, dim=-1) if kind.normalize else vectors
+        vectors = unit(vectors) if kind.normalize else vectors
         return read(vectors, lambda vectors: vectors.split(counts))
 
     def _pooled(

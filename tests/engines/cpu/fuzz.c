@@ -2,7 +2,11 @@
  * as large as the operation may touch, so that a sanitizer sees every number read or written beside it.
  *
  * Each result may stray by what its arithmetic can lose at most: a sum by a share of its terms' sizes, not of itself,
- * for large terms may cancel. So there is no false alarm, however many rounds are run. */
+ * for large terms may cancel. So there is no false alarm, however many rounds are run.
+ *
+ * All kernels do the same random operations, and a line says of each kind: its name, whether all was right, a digest of
+ * the bits of results in float32 and with integers, one of those with bfloat16 weights or attention, and whether it
+ * multiplies bfloat16 numbers as such. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,6 +58,16 @@ static float *floats(int64_t count) {
   for (int64_t i = 0; i < count; i++) x[i] = (float)number();
   return x;
 }
+/* Compilers take the arguments of a call in orders of their own, and numbers have to be the same everywhere. */
+static Rows any_rows(int64_t rows, int64_t width) {
+  int64_t gap = below(3);
+  return rows_of(rows, width, gap, below(2));
+}
+static Norm any_norm(int64_t width) {
+  Norm norm = {floats(width), 0, 1e-5f};
+  if (below(2)) norm.bias = floats(width);
+  return norm;
+}
 static Rows copy_of(const Rows *x, int64_t rows, int64_t width) {
   Rows y = rows_of(rows, width, 0, F32);
   for (int64_t r = 0; r < rows; r++)
@@ -67,6 +81,19 @@ static void expect(const char *what, double got, double wanted, double lost, int
   double limit = lost + (fabs(wanted) + lost) * (dtype == BF16 ? HALF : SINGLE) + 1e-7;
   if (fabs(got - wanted) <= limit) return;
   if (wrong++ < 10) printf("%s: %g where %g is right, within %g\n", what, got, wanted, limit);
+}
+
+/* Of what every kind has to give the same bits of, and of what those that do not multiply bfloat16 have to. */
+static uint64_t digests[2];
+static void digest(const Rows *x, int64_t rows, int64_t width, int of_bfloat16) {
+  uint64_t *at = &digests[of_bfloat16];
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t c = 0; c < width; c++) {
+      int64_t place = r * x->stride + c;
+      uint32_t bits = x->dtype == F32 ? ((uint32_t *)x->data)[place] : ((uint16_t *)x->data)[place];
+      *at = (*at ^ bits) * 1099511628211u;
+      *at ^= *at >> 29;
+    }
 }
 
 static void run(const Kernels *k, Operation *op) {
@@ -109,13 +136,14 @@ static void fuzz_product(const Kernels *k) {
   back.plain = malloc((size_t)(outputs * inputs * (dtype == F32 ? 4 : 2)));
   modernbert_unpack(k, &back);
   if (memcmp(back.plain, plain.data, (size_t)(outputs * inputs * (dtype == F32 ? 4 : 2)))) wrong++, printf("unpack\n");
-  p->x = rows_of(rows, inputs, below(3), below(2));
-  if (below(2)) p->norm = (Norm){floats(inputs), below(2) ? floats(inputs) : 0, 1e-5f};
+  p->x = any_rows(rows, inputs);
+  if (below(2)) p->norm = any_norm(inputs);
   p->epilogue = gated ? GATE : below(2) ? ADD : WRITE;
   p->activation = below(4);
-  p->out = rows_of(rows, width, below(3), below(2));
+  p->out = any_rows(rows, width);
   Rows before = copy_of(&p->out, rows, width);
   run(k, &op);
+  digest(&p->out, rows, width, dtype == BF16);
   double rounding = (double)(inputs + 8) * SINGLE + (dtype == BF16 && k->multiplies ? HALF : 0);
   double *sums = malloc((size_t)outputs * 8), *lost = malloc((size_t)outputs * 8), *x = malloc((size_t)inputs * 8);
   for (int64_t r = 0; r < rows; r++) {
@@ -136,6 +164,39 @@ static void fuzz_product(const Kernels *k) {
   free(lost);
   free(sums), free(x), free(plain.data), free((void *)p->weight.bias), free(p->weight.packed), free((void *)back.plain);
   free(p->x.data), free((void *)p->norm.weight), free((void *)p->norm.bias), free(p->out.data), free(before.data);
+}
+
+/* The largest product of each output with the rows of each text. */
+static void fuzz_maxima(const Kernels *k) {
+  int64_t starts[6] = {0}, dtype = below(2), inputs = 1 + below(90), outputs = 1 + below(100);
+  Operation op = {.kind = MAXIMA};
+  Maxima *m = &op.maxima;
+  m->texts = 1 + below(5), m->starts = starts;
+  for (int64_t t = 0; t < m->texts; t++) starts[t + 1] = starts[t] + 1 + below(40);
+  int64_t rows = starts[m->texts];
+  Rows plain = rows_of(outputs, inputs, 0, dtype);
+  Product *p = &m->product;
+  p->rows = rows, p->epilogue = LARGEST;
+  p->weight = (Weight){outputs, inputs, 0, dtype, 0, plain.data};
+  p->weight.packed = aligned_alloc(64, (size_t)(modernbert_packed_bytes(k, &p->weight) + 63) / 64 * 64);
+  modernbert_pack(k, &p->weight);
+  p->x = rows_of(rows, inputs, below(3), dtype), p->out = rows_of(m->texts, outputs, below(3), F32);
+  run(k, &op);
+  digest(&p->out, m->texts, outputs, dtype == BF16);
+  for (int64_t t = 0; t < m->texts; t++)
+    for (int64_t o = 0; o < outputs; o++) {
+      double top = -INFINITY, lost = 0;
+      for (int64_t r = starts[t]; r < starts[t + 1]; r++) {
+        double sum = 0, size = 0;
+        for (int64_t i = 0; i < inputs; i++) {
+          double term = get(&p->x, r, i) * get(&plain, o, i);
+          sum += term, size += fabs(term);
+        }
+        top = fmax(top, sum), lost = fmax(lost, size * (double)(inputs + 8) * SINGLE);
+      }
+      expect("maxima", get(&p->out, t, o), top, lost, F32);
+    }
+  free(plain.data), free(p->weight.packed), free(p->x.data), free(p->out.data);
 }
 
 /* Weights of 8 and 4 bits. Rows that become bytes stray from floats by half a step. */
@@ -162,7 +223,8 @@ static void fuzz_integers(const Kernels *k) {
   Rows kept_floats = copy_of(&kept_rows, outputs, kept), scale_floats = copy_of(&scale_rows, outputs, groups);
   float *scales = scale_floats.data, *kept_weights = kept_floats.data;
   p->weight = (Weight){outputs, inputs, gated, halves ? S4 : S8, 0, plain, below(2) ? floats(outputs) : 0,
-                       group, scales, kept, columns, kept_weights, below(3) == 0};
+                       group, scales, kept, columns, kept_weights, 0};
+  p->weight.float_rows = below(3) == 0;
   size_t packed = (size_t)modernbert_packed_bytes(k, &p->weight);
   p->weight.packed = aligned_alloc(64, (packed + 63) / 64 * 64);
   modernbert_pack(k, &p->weight);
@@ -170,13 +232,14 @@ static void fuzz_integers(const Kernels *k) {
   back.plain = malloc(bytes);
   modernbert_unpack(k, &back);
   if (memcmp(back.plain, plain, bytes)) wrong++, printf("unpack integers\n");
-  p->x = rows_of(rows, inputs, below(3), below(2));
-  if (below(2)) p->norm = (Norm){floats(inputs), below(2) ? floats(inputs) : 0, 1e-5f};
+  p->x = any_rows(rows, inputs);
+  if (below(2)) p->norm = any_norm(inputs);
   p->epilogue = gated ? GATE : below(2) ? ADD : WRITE;
   p->activation = below(4);
   p->out = rows_of(rows, width, below(3), F32);
   Rows before = copy_of(&p->out, rows, width);
   run(k, &op);
+  digest(&p->out, rows, width, 0);
   double *sums = malloc((size_t)outputs * 8), *lost = malloc((size_t)outputs * 8), *x = malloc((size_t)inputs * 8);
   double rounding = (double)(inputs + 8) * 2 * SINGLE;
   for (int64_t r = 0; r < rows; r++) {
@@ -218,11 +281,12 @@ static void fuzz_normalize(const Kernels *k) {
   n->rows = below(150), n->width = 1 + below(100);
   int64_t *ids = malloc((size_t)n->rows * 8);
   for (int64_t i = 0; i < n->rows; i++) ids[i] = below(table);
-  n->table = rows_of(table, n->width, below(3), below(2));
+  n->table = any_rows(table, n->width);
   if (n->rows > table || below(2)) n->ids = ids;
-  n->norm = (Norm){floats(n->width), below(2) ? floats(n->width) : 0, 1e-5f};
-  n->out = rows_of(n->rows, n->width, below(3), below(2));
+  n->norm = any_norm(n->width);
+  n->out = any_rows(n->rows, n->width);
   run(k, &op);
+  digest(&n->out, n->rows, n->width, 0);
   double *x = malloc((size_t)n->width * 8);
   for (int64_t r = 0; r < n->rows; r++) {
     double lost = normed(&n->norm, &n->table, n->ids ? ids[r] : r, n->width, x);
@@ -230,6 +294,41 @@ static void fuzz_normalize(const Kernels *k) {
   }
   free(x);
   free(ids), free(n->table.data), free((void *)n->norm.weight), free((void *)n->norm.bias), free(n->out.data);
+}
+
+static void fuzz_tables(const Kernels *k) {
+  Operation op = {.kind = TABLES};
+  Tables *t = &op.tables;
+  t->rows = below(150), t->half = 1 + below(50), t->scale = below(3) ? 1 : 1.25f;
+  int64_t *positions = malloc((size_t)t->rows * 8), width = 2 * t->half;
+  for (int64_t i = 0; i < t->rows; i++) positions[i] = below(below(2) ? 100 : 100000);
+  float *frequencies = floats(t->half);
+  Rows cosines = rows_of(t->rows, width, 0, F32), sines = rows_of(t->rows, width, 0, F32);
+  t->positions = positions, t->frequencies = frequencies, t->cos = cosines.data, t->sin = sines.data;
+  run(k, &op);
+  digest(&cosines, t->rows, width, 0), digest(&sines, t->rows, width, 0);
+  for (int64_t r = 0; r < t->rows; r++)
+    for (int64_t i = 0; i < width; i++) {
+      float angle = (float)positions[r] * frequencies[i % t->half];
+      expect("cosine", get(&cosines, r, i), cos(angle) * t->scale, 1e-10, F32);
+      expect("sine", get(&sines, r, i), (i < t->half ? -1 : 1) * sin(angle) * t->scale, 1e-10, F32);
+    }
+  free(positions), free(frequencies), free(cosines.data), free(sines.data);
+}
+
+static void fuzz_activate(const Kernels *k) {
+  Operation op = {.kind = ACTIVATE};
+  Activate *a = &op.activate;
+  a->rows = below(150), a->width = 1 + below(100), a->activation = below(4);
+  a->x = any_rows(a->rows, a->width), a->out = any_rows(a->rows, a->width);
+  run(k, &op);
+  digest(&a->out, a->rows, a->width, 0);
+  for (int64_t r = 0; r < a->rows; r++)
+    for (int64_t i = 0; i < a->width; i++) {
+      double lost = 0, wanted = gated_by(a->activation, get(&a->x, r, i), 1, &lost, 0);
+      expect("activate", get(&a->out, r, i), wanted, lost, a->out.dtype);
+    }
+  free(a->x.data), free(a->out.data);
 }
 
 static double rotated(const Rows *x, const float *cos, const float *sin, int64_t row, int64_t column, int64_t d, int64_t dim) {
@@ -271,6 +370,7 @@ static void fuzz_attention(const Kernels *k) {
   Rows before = copy_of(&a->q, tokens, width);
   a->out = below(2) ? a->q : rows_of(tokens, width, 0, dtype);
   run(k, &op);
+  digest(&a->out, tokens, width, dtype == BF16);
   double *weights = malloc((size_t)(tokens + 1) * 8);
   int rounded = dtype == BF16 && k->multiplies;
   for (int64_t t = 0; t < a->texts; t++)
@@ -344,6 +444,7 @@ static void fuzz_step(const Kernels *k) {
     }
   s->out = below(2) ? s->q : rows_of(s->texts, width, 0, dtype);
   run(k, &op);
+  digest(&s->out, s->texts, width, 0);
   for (int64_t j = 0; j < stored; j++)
     for (int64_t d = 0; d < width; d++) {
       if (isnan(get(&keys, j, d)) && isnan(get(&s->keys, j, d))) continue;
@@ -379,16 +480,21 @@ static void fuzz_step(const Kernels *k) {
 }
 
 int main(int count, char **arguments) {
-  static const char *names[] = {"avx512bf16", "imitated", "avx512vnni", "avx512", "avx2", "portable"};
+  static const char *names[] = {"avx512bf16", "imitated", "avx512vnni", "avx512",   "avx2",
+                                "neonbf16",   "neondot",  "neon",       "portable", "exact"};
   int64_t rounds = count > 1 ? atol(arguments[1]) : 100;
-  for (int i = 0; i < 6; i++) {
+  int all = 0;
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
     const char *name = 0;
     const Kernels *k = modernbert_kernels(names[i], &name);
     if (!k) continue;
+    state = 1, wrong = 0, digests[0] = digests[1] = 0;
     for (int64_t r = 0; r < rounds; r++) {
-      fuzz_product(k), fuzz_integers(k), fuzz_normalize(k), fuzz_attention(k), fuzz_step(k);
+      fuzz_product(k), fuzz_integers(k), fuzz_normalize(k), fuzz_attention(k), fuzz_step(k), fuzz_maxima(k), fuzz_tables(k), fuzz_activate(k);
     }
-    printf("%s %s\n", name, wrong ? "wrong" : "right");
+    printf("%s %s %016llx %016llx %d\n", name, wrong ? "wrong" : "right", (unsigned long long)digests[0],
+           (unsigned long long)digests[1], (int)k->multiplies);
+    all += wrong;
   }
-  return wrong != 0;
+  return all != 0;
 }

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 
 from modernbert import ModernBertConfig, ModernBertForMaskedLM, ModernBertModel
 from modernbert.engines.cpu import library as native
-from modernbert.engines.cpu.operations import NativeWeight, Product, Program, attention, point_norm
+from modernbert.engines.cpu.operations import NativeWeight, Product, Program, angle_tables, attention, point_norm
 from modernbert.engines.cpu.runner import CpuLayers
 from modernbert.engines.weights import Norm
 from modernbert.errors import BackendError
+from modernbert.nn import rotary
 from modernbert.nn.attention import choose_backend
 from modernbert.nn.packing import Packing
-from modernbert.nn.rotary import apply_rope, rope_tables
+from modernbert.nn.rotary import apply_rope, rope_frequencies, rope_tables
 from tests.conftest import SMALL, padded_batch, threads
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="installed without the kernels")
@@ -119,6 +120,15 @@ def test_layer_norm_of_a_table():
     program.run()
     assert torch.equal(kept.weight, norm.weight)
     torch.testing.assert_close(out, F.layer_norm(table[ids], (45,), norm.weight, norm.bias, 1e-5))
+
+
+@pytest.mark.parametrize("theta", [1e4, 1.6e5])
+def test_angles_are_those_of_the_plain_path(theta):
+    positions = torch.tensor([0, 1, 2, 63, 64, 511, 8191, 100_000])
+    frequencies, scale = rope_frequencies({"rope_type": "default", "rope_theta": theta}, 64, torch.device("cpu"))
+    found = angle_tables(frequencies, scale, positions)
+    for table, plain in zip(found, rotary.angle_tables(frequencies, scale, positions), strict=True):
+        torch.testing.assert_close(table, plain, rtol=0, atol=2e-7)
 
 
 def model_of(dtype=torch.float32, kind=ModernBertModel, **changes):
@@ -292,7 +302,7 @@ def test_without_kernels_pytorch_serves_and_says_so_once(tmp_path):
     done = run(SAY.format(missing=""), MODERNBERT_KERNELS="none")
     assert (done.stdout, done.stderr) == ("True False\n", "")
     assert (
-        "choose one of avx512bf16, avx512vnni, avx512, avx2, portable, none"
+        f"choose one of {', '.join(native._NAMES)}, none"
         in run(SAY.format(missing=""), MODERNBERT_KERNELS="sse").stderr
     )
 

@@ -13,7 +13,7 @@ from modernbert.engines.cpu import library
 SOURCES = library.FILE.parent
 COMPILER = os.environ.get("CC") or shutil.which("cc")
 # bfloat16 products are imitated where the processor has none, so that their layout is seen as well.
-FLAGS = ["-std=gnu11", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=fast", "-fno-math-errno", "-pthread"]
+FLAGS = ["-std=gnu11", "-O1", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
 FLAGS += ["-DIMITATE_BF16"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 

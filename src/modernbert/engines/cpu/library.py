@@ -2,9 +2,11 @@
 
 The library is built when the package is installed, where there is a C compiler; without it everything runs on PyTorch
 alone. Which vector instructions serve is chosen when it is loaded. `MODERNBERT_KERNELS` names others: avx512bf16,
-avx512vnni, avx512, avx2, portable, or none for PyTorch alone.
+avx512vnni, avx512, avx2; neonbf16, neondot, neon on ARM; portable, exact, or none for PyTorch alone.
 
-Every row of a result depends on its own inputs alone, bit for bit, whatever the batch and the number of threads.
+Every row of a result depends on its own inputs alone, bit for bit, whatever the batch and the number of threads. In
+float32 and with integers all kernels give the same bits, except that "portable" rounds once more on x86, where a
+processor may lack the instruction that does not; "exact" imitates it there, slowly (docs/invariance.md).
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from modernbert.errors import BackendError
 logger = logging.getLogger(__name__)
 
 FILE = Path(__file__).parents[2] / "native" / "_kernels.so"
-_NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "portable")
+_NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "neonbf16", "neondot", "neon", "portable", "exact")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WRITE, ADD, GATE, LARGEST = 0, 1, 2, 3
-_LAYOUT = 6  # of kernels.h
-PRODUCT, NORMALIZE, ATTENTION, STEP, MAXIMA = 0, 1, 2, 3, 4
+_LAYOUT = 7  # of kernels.h
+PRODUCT, NORMALIZE, ATTENTION, STEP, MAXIMA, TABLES, ACTIVATE = 0, 1, 2, 3, 4, 5, 6
 # The activations that the kernels know, by configurations' names.
 ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
 
@@ -38,7 +40,7 @@ ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "sil
 # The structures of kernels.h, which says what each field is. Nested ones are spelled out; all fields take eight bytes.
 _POINTERS = (
     "data", "ids", "packed", "plain", "bias", "norm_weight", "norm_bias", "positions", "starts", "scales", "columns",
-    "kept_weights", "cos", "sin"
+    "kept_weights", "cos", "sin", "frequencies"
 )  # fmt: skip
 
 
@@ -91,6 +93,14 @@ class Maxima(ctypes.Structure):
     _fields_: ClassVar = [*_fields("texts starts"), ("product", Product)]
 
 
+class Tables(ctypes.Structure):
+    _fields_: ClassVar = _fields("rows half positions frequencies scale cos sin")
+
+
+class Activate(ctypes.Structure):
+    _fields_: ClassVar = _fields(f"rows width activation {_rows('x', 'out')}")
+
+
 class _Body(ctypes.Union):
     _fields_: ClassVar = [
         ("product", Product),
@@ -98,6 +108,8 @@ class _Body(ctypes.Union):
         ("attention", Attention),
         ("step", Step),
         ("maxima", Maxima),
+        ("tables", Tables),
+        ("activate", Activate),
     ]
 
 

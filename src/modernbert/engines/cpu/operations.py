@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modernbert.decoding.continuation import Steps
@@ -29,6 +30,8 @@ _KINDS = {
     native.Attention: ("attention", native.ATTENTION),
     native.Step: ("step", native.STEP),
     native.Maxima: ("maxima", native.MAXIMA),
+    native.Tables: ("tables", native.TABLES),
+    native.Activate: ("activate", native.ACTIVATE),
 }
 
 
@@ -221,6 +224,55 @@ def attend_step(qkv_N3HD: Tensor, angles: Angles, step: Steps, layer: int) -> Te
         _point(struct, name, x)
     _run(_operation(struct))
     return out_NHD
+
+
+class LayerNorm:
+    """LayerNorm of the last dimension, of a tensor of the norm's dtype.
+
+    Args:
+        norm: its numbers.
+    """
+
+    def __init__(self, norm: Norm) -> None:
+        self.width, self.dtype = len(norm.weight), norm.weight.dtype
+        self.struct = native.Normalize(width=self.width)
+        self.norm = point_norm(self.struct, norm)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., M) to (..., M)."""
+        if x.dtype != self.dtype or x.dim() < 1 or x.shape[-1] != self.width:
+            weight, bias = (None if part is None else part.to(self.dtype) for part in self.norm[:2])
+            return F.layer_norm(x, (self.width,), weight, bias, self.norm.eps)  # which says what does not fit
+        operation = _operation(self.struct)
+        struct, x = operation.body.normalize, x.contiguous()
+        out = torch.empty_like(x)
+        struct.rows = x.numel() // self.width
+        _point(struct, "table", x.view(-1, self.width))
+        _point(struct, "out", out.view(-1, self.width))
+        _run(operation)
+        return out
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """An activation, a key of `ACTIVATIONS`, of each number."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    width = x.shape[-1] if x.dim() else 1
+    struct = native.Activate(rows=x.numel() // max(width, 1), width=width, activation=native.ACTIVATIONS[name])
+    _point(struct, "x", x.view(-1, max(width, 1)))
+    _point(struct, "out", out.view(-1, max(width, 1)))
+    _run(_operation(struct))
+    return out
+
+
+def angle_tables(frequencies: Tensor, scale: float, positions_T: Tensor) -> Angles:
+    """Those of `nn.rotary.angle_tables` by frequencies (D / 2,), with the same bits on every processor."""
+    positions_T, half = positions_T.long().contiguous(), len(frequencies)
+    cos, sin = (torch.empty(len(positions_T), 1, 2 * half, dtype=torch.float32, device="cpu") for _ in range(2))
+    struct = native.Tables(rows=len(positions_T), half=half, scale=scale, positions=positions_T.data_ptr())
+    struct.frequencies, struct.cos, struct.sin = (x.data_ptr() for x in (frequencies, cos, sin))
+    _run(_operation(struct))
+    return cos, sin
 
 
 @functools.cache

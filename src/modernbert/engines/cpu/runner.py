@@ -22,7 +22,7 @@ from modernbert.decoding.continuation import Continuation, Steps
 from modernbert.engines.cpu import library as native
 from modernbert.engines.cpu.attention import NativeAttention, NativePlan
 from modernbert.engines.cpu.library import DTYPES, Attention, Normalize, Step
-from modernbert.engines.cpu.operations import NativeWeight, Product, Program, attend_step, point_norm
+from modernbert.engines.cpu.operations import NativeWeight, Product, Program, angle_tables, attend_step, point_norm
 from modernbert.engines.weights import BackboneWeights, LayerWeights, Norm
 from modernbert.nn.attention import AttentionBackend
 from modernbert.nn.attention.eager import EagerAttention
@@ -198,7 +198,8 @@ class CpuLayers:
         self, inputs: PackedInputs, backend: AttentionBackend, cache: Any, weights: AttentionWeights | None
     ) -> dict[str, Shared]:
         attends = attend_by_kind(self.config, inputs.packing, backend, self.dtype, cache, weights)
-        tables = rope_tables_by_kind(self.config, inputs.rope_positions_T, inputs.packing.text_T, self.frequencies)
+        positions_T, text_T = inputs.rope_positions_T, inputs.packing.text_T
+        tables = rope_tables_by_kind(self.config, positions_T, text_T, self.frequencies, angle_tables)
         return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def _begin(self, inputs: PackedInputs, program: Program, values: dict[str, int], kept: Any) -> _Pass:
