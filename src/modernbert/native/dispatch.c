@@ -4,6 +4,7 @@
  * wait for each other's cores. Elsewhere they are started for each operation.
  */
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -91,7 +92,7 @@ struct Job {
   Plan plan;
   int64_t serial;
   const int64_t *chunks; /* of attention: (text, first query of it) pairs */
-  int64_t chunk;         /* queries of each */
+  int64_t chunk;         /* queries of each; of training the phase */
   int64_t next;
   int failed;
 };
@@ -209,19 +210,27 @@ static int64_t count_chunks(const Attention *op, int64_t chunk) {
   return number;
 }
 
-static int attention(const Kernels *k, const Attention *op, int64_t threads) {
+static int plan_attention(const Kernels *k, const Attention *op, int64_t threads, Job *job) {
   int64_t chunk = k->queries, number = count_chunks(op, chunk);
+  *job = (Job){.run = run_attention, .kernels = k, .operation = op};
   if (!number) return OK;
   while (chunk > k->panel && number * op->heads < 4 * threads) chunk /= 2, number = count_chunks(op, chunk);
   int64_t *chunks = malloc((size_t)number * 2 * sizeof *chunks), *at = chunks;
   if (!chunks) return NO_MEMORY;
   for (int64_t i = 0; i < op->texts; i++)
     for (int64_t query = 0; query < op->starts[i + 1] - op->starts[i]; query += chunk) *at++ = i, *at++ = query;
-  Job job = {.run = run_attention, .kernels = k, .operation = op, .chunks = chunks, .chunk = chunk};
-  job.plan.tasks = number * op->heads;
-  job.plan.bytes = k->attention_bytes(op);
-  int result = run(&job, threads);
-  free(chunks);
+  job->chunks = chunks;
+  job->chunk = chunk;
+  job->plan.tasks = number * op->heads;
+  job->plan.bytes = k->attention_bytes(op);
+  return OK;
+}
+
+static int attention(const Kernels *k, const Attention *op, int64_t threads) {
+  Job job;
+  int result = plan_attention(k, op, threads, &job);
+  if (result == OK) result = run(&job, threads);
+  free((void *)job.chunks);
   return result;
 }
 
@@ -234,10 +243,15 @@ static void run_normalize(Job *job, int64_t task, Scratch *scratch) {
   job->kernels->normalize(op, first, last, (float *)scratch->memory);
 }
 
+static void plan_normalize(const Kernels *k, const Normalize *op, Job *job) {
+  *job = (Job){.run = run_normalize, .kernels = k, .operation = op};
+  job->plan.tasks = (op->rows + NORM_ROWS - 1) / NORM_ROWS;
+  job->plan.bytes = op->width * 4 + 64;
+}
+
 static int normalize(const Kernels *k, const Normalize *op, int64_t threads) {
-  Job job = {.run = run_normalize, .kernels = k, .operation = op};
-  job.plan.tasks = (op->rows + NORM_ROWS - 1) / NORM_ROWS;
-  job.plan.bytes = op->width * 4 + 64;
+  Job job;
+  plan_normalize(k, op, &job);
   return run(&job, threads);
 }
 
@@ -286,8 +300,113 @@ static int maxima(const Kernels *k, const Maxima *op, int64_t threads) {
   return run(&job, threads);
 }
 
+static void run_training(Job *job, int64_t task, Scratch *scratch) {
+  job->kernels->train(job->operation, job->chunk, task, scratch);
+}
+
+/* Operations of training are many and short. Threads start once for all of them: each goes through the jobs in order,
+ * takes what tasks are left, and waits until all of a job are done. A thread that comes late finds nothing to do. */
+typedef struct {
+  Job *jobs;
+  int64_t *done; /* how many tasks of each */
+  int64_t count, bytes;
+} Team;
+
+static void wait_for(const int64_t *done, int64_t tasks) {
+  for (int64_t tries = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < tasks; tries++) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+    if (tries > 8000) sched_yield(); /* somebody else may need the core, perhaps the thread that is waited for */
+  }
+}
+
+static void work_through(void *argument) {
+  Team *team = argument;
+  Scratch *scratch = scratch_of(team->bytes);
+  if (!scratch) return; /* the others do its share */
+  for (int64_t i = 0; i < team->count; i++) {
+    Job *job = team->jobs + i;
+    for (;;) {
+      int64_t task = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+      if (task >= job->plan.tasks) break;
+      job->run(job, task, scratch);
+      __atomic_fetch_add(team->done + i, 1, __ATOMIC_RELEASE);
+    }
+    wait_for(team->done + i, job->plan.tasks);
+  }
+}
+
+static void *work_through_alone(void *argument) {
+  work_through(argument);
+  return 0;
+}
+
+enum { PHASES = 2 }; /* of an operation, at most */
+
+/* The jobs of operations, and how many there are; -1 without memory. */
+static int64_t plan_team(const Kernels *k, const Operation *operations, int64_t count, int64_t threads, Team *team) {
+  team->count = team->bytes = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const Operation *op = operations + i;
+    for (int64_t phase = 0; phase < PHASES; phase++) {
+      Job *job = team->jobs + team->count;
+      if (op->kind == TRAINING) {
+        *job = (Job){.run = run_training, .kernels = k, .operation = &op->training, .chunk = phase};
+        job->plan.tasks = k->training_tasks(&op->training, phase, &job->plan.bytes);
+        if (job->plan.tasks < 0) break;
+      } else if (phase) {
+        break;
+      } else if (op->kind == NORMALIZE) {
+        plan_normalize(k, &op->normalize, job);
+      } else if (plan_attention(k, &op->attention, threads, job) != OK) {
+        return -1;
+      }
+      if (job->plan.bytes > team->bytes) team->bytes = job->plan.bytes;
+      team->count++;
+    }
+  }
+  return team->count;
+}
+
+static int train(const Kernels *k, const Operation *operations, int64_t count, int64_t threads) {
+  Team team = {.jobs = calloc((size_t)(count * PHASES), sizeof(Job)), .done = calloc((size_t)(count * PHASES), 8)};
+  int result = NO_MEMORY;
+  if (team.jobs && team.done && plan_team(k, operations, count, threads, &team) >= 0) {
+    if (threads <= 1) {
+      work_through(&team);
+    } else if (openmp) {
+      openmp(work_through, &team, (unsigned)threads, 0);
+    } else {
+      pthread_t others[256];
+      int64_t started = 0;
+      while (started < threads - 1 && started < 256 && !pthread_create(&others[started], 0, work_through_alone, &team))
+        started++;
+      work_through(&team);
+      for (int64_t i = 0; i < started; i++) pthread_join(others[i], 0);
+    }
+    int64_t last = team.count - 1;
+    result = last < 0 || team.done[last] >= team.jobs[last].plan.tasks ? OK : NO_MEMORY;
+  }
+  for (int64_t i = 0; team.jobs && i < count * PHASES; i++) free((void *)team.jobs[i].chunks);
+  free(team.jobs);
+  free(team.done);
+  return result;
+}
+
+static int is_training(const Operation *operations, int64_t count) {
+  int found = 0;
+  for (int64_t i = 0; i < count; i++) {
+    int64_t kind = operations[i].kind;
+    if (kind != TRAINING && kind != NORMALIZE && kind != ATTENTION) return 0;
+    found |= kind == TRAINING;
+  }
+  return found;
+}
+
 /* Run operations one after another; 0, or what went wrong. */
 int modernbert_run(const Kernels *k, const Operation *operations, int64_t count, int64_t threads) {
+  if (is_training(operations, count)) return train(k, operations, count, threads);
   for (int64_t i = 0; i < count; i++) {
     const Operation *op = operations + i;
     int result = op->kind == PRODUCT     ? product(k, &op->product, threads)

@@ -378,6 +378,8 @@ static void fuzz_step(const Kernels *k) {
   free(values.data), free(s->q.data), free(s->k.data), free(s->v.data), free(s->keys.data), free(s->values.data);
 }
 
+#include "fuzz_training.inc"
+
 int main(int count, char **arguments) {
   static const char *names[] = {"avx512bf16", "imitated", "avx512vnni", "avx512", "avx2", "portable"};
   int64_t rounds = count > 1 ? atol(arguments[1]) : 100;
@@ -387,6 +389,7 @@ int main(int count, char **arguments) {
     if (!k) continue;
     for (int64_t r = 0; r < rounds; r++) {
       fuzz_product(k), fuzz_integers(k), fuzz_normalize(k), fuzz_attention(k), fuzz_step(k);
+      fuzz_matmul(k), fuzz_norm_back(k), fuzz_attention_back(k), fuzz_adam(k);
     }
     printf("%s %s\n", name, wrong ? "wrong" : "right");
   }
