@@ -1,10 +1,11 @@
 """Fine-tuning beside the Trainer of transformers: the same checkpoint, rows, tokens a step, steps and schedule.
 
     python benchmarks/finetuning.py DATA                     # all tasks, three seeds, a table at the end
-    python benchmarks/finetuning.py DATA --only wnut17 --seeds 1
+    python benchmarks/finetuning.py DATA --only wnut17 --seeds 1 --results mine.json
 
-DATA is a folder with the files that CASES names. Each product trains in a process of its own, one after the other;
-both finished models are evaluated by the same code. transformers trains as its own examples do: batches padded to their
+DATA is a folder with the files that CASES names. Each product trains in a process of its own, one after the other: we
+in float32 and, where the processor multiplies it, in bfloat16, transformers in float32 as it does by default; all
+finished models are evaluated by the same code. transformers trains as its own examples do: batches padded to their
 longest text, and windows of question answering to 384 tokens. Needs transformers and sentence-transformers.
 """
 
@@ -72,6 +73,7 @@ CASES = {
     ),
     "squad pairs, at 10": Case("", "recall_at_10", 10 / 188, {}),  # of the same runs
 }  # fmt: skip
+PRODUCTS = ("modernbert", "bfloat16", "transformers")
 _PATHS = ("train", "eval", "labels")
 _SHARED = {"optimizer": "adamw", "weight_decay": 0.01, "eps": 1e-8, "beta2": 0.999}
 
@@ -82,43 +84,51 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", nargs="*", default=[name for name in CASES if CASES[name].task], choices=list(CASES))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--worker", choices=["modernbert", "transformers"])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--worker", choices=PRODUCTS)
     given = parser.parse_args()
     if given.worker:
         print(json.dumps(_work(given.worker, given.only[0], given.data, given.seeds)))
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    from modernbert.nn.linear import multiplies_bfloat16
+
+    results = json.loads(given.results.read_text()) if given.results.exists() else {}
     for name in given.only:
         results[name] = {}
-        for product in ("modernbert", "transformers"):
+        for product in PRODUCTS:
+            if product == "bfloat16" and not multiplies_bfloat16():
+                continue
             command = [sys.executable, __file__, str(given.data), "--worker", product, "--only", name]
             command += ["--seeds", str(given.seeds)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             results[name][product] = json.loads(done.stdout.splitlines()[-1])
             print(name, product, results[name][product], flush=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        given.results.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 
 def table(results: dict) -> str:
     """The results as Markdown."""
     lines = [
-        "| data | metric | chance | modernbert | transformers | seconds | | real tokens/s | | times faster |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| data | metric | chance | modernbert | in bfloat16 | transformers | seconds | | | times faster | |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, case in CASES.items():
-        both = results.get(name if case.task else name.partition(",")[0])
-        if not both:
+        found = results.get(name if case.task else name.partition(",")[0])
+        if not found:
             continue
-        ours, theirs = both["modernbert"], both["transformers"]
-        cells = [name, case.metric, f"{case.chance:.3f}"]
-        for one in (ours, theirs):
-            values = [figures[case.metric] for figures in one["figures"]]
+        cells, times = [name, case.metric, f"{case.chance:.3f}"], {}
+        for product in PRODUCTS:
+            if product not in found:
+                cells.append("")
+                continue
+            values = [figures[case.metric] for figures in found[product]["figures"]]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.mean(values):.3f} ± {spread:.3f}")
-        times = [statistics.median(one["seconds"]) for one in (ours, theirs)]
-        speeds = [statistics.median(one["tokens_per_second"]) for one in (ours, theirs)]
-        cells += [f"{t:.1f}" for t in times] + [f"{s:,.0f}" for s in speeds] + [f"{times[1] / times[0]:.2f}"]
+            times[product] = statistics.median(found[product]["seconds"])
+        cells += [f"{times[product]:.1f}" if product in times else "" for product in PRODUCTS]
+        theirs = times["transformers"]
+        cells += [f"{theirs / times[product]:.2f}" if product in times else "" for product in PRODUCTS[:2]]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -128,7 +138,11 @@ def _work(product: str, name: str, data: Path, seeds: int) -> dict:
     for key in _PATHS:
         if key in options and (data / str(options[key])).exists():
             options[key] = str(data / options[key])
-    runs = [(_ours if product == "modernbert" else _theirs)(task, options, seed) for seed in range(seeds)]
+    if product == "transformers":
+        runs = [_theirs(task, options, seed) for seed in range(seeds)]
+    else:
+        options["precision"] = "bfloat16" if product == "bfloat16" else "float32"
+        runs = [_ours(task, options, seed) for seed in range(seeds)]
     return {
         "seconds": [run["seconds"] for run in runs],
         "tokens_per_second": [run["tokens"] / run["seconds"] for run in runs],

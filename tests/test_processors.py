@@ -27,6 +27,8 @@ SELECTION = [
     *(f"tests/nn/test_linear.py::test_a_row_is_the_same_whatever_the_number_of_rows[{case}]" for case in LINEAR),
     "tests/parity/test_encoder.py::test_position_ids",
     "tests/parity/test_decoder.py::test_where_one_id_pads_and_ends_texts_the_token_before_counts",
+    "tests/engines/cpu/test_training.py::test_a_layer_and_its_gradients_are_those_of_its_modules_in_double",
+    "tests/engines/cpu/test_training.py::test_a_step_of_an_optimizer_is_that_of_pytorch",
     "tests/models/test_optimized.py::test_training_an_optimized_model_trains_the_plain_one",
     "tests/quantization/test_weight.py::test_the_kernels_compute_the_definition",
     "tests/quantization/test_models.py::test_a_text_is_its_own_bit_for_bit",

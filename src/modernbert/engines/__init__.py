@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from modernbert.engines.gpu import operations
 from modernbert.nn.attention import AttentionBackend, register_backend, register_choice
@@ -43,5 +44,22 @@ _register("native", "cpu.attention", "NativeAttention")
 _register("flash_attention_2", "gpu.flash", "FlashAttention")
 _register("flex_attention", "gpu.flex", "FlexAttention")
 register_choice("cuda", _choose_on_card)
+
+
+def _train_layer(layer: Any, x_TM: Tensor, shared: Any, rows: Tensor | None = None) -> Tensor | None:
+    from modernbert.engines.cpu.training import train_layer
+
+    return train_layer(layer, x_TM, shared, rows)
+
+
+def _trains(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu":
+        return False
+    from modernbert.engines.cpu.training import serves
+
+    return serves(dtype, device)
+
+
+register_kernel("layer", _trains, _train_layer)
 for _kernel in (operations.rotate, operations.cross_entropy, operations.geglu):
     register_kernel(_kernel.__name__, operations.serving, _kernel)

@@ -131,13 +131,20 @@ class Model(PreTrainedModel, abc.ABC):
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Any:
         """Check the labels and bring them into the form that `apply_head` takes, before anything is computed."""
 
+    def tokens_read(self, inputs: PackedInputs) -> Tensor | None:
+        """The one token of each text whose last state the head reads, (B,); None where it reads more."""
+        return None
+
     def run_packed(
         self, inputs: PackedInputs, given: Arguments | None = None, cache: DecoderCache | None = None
     ) -> ModelOutput:
         """The output of a packed batch on the model's device; `given` has labels and options."""
         given = given or Arguments()
-        labels = self.pack_labels(inputs, given)
-        hidden = self.base_model.encode(inputs, given.output_attentions, given.output_hidden_states, cache)
+        labels, body = self.pack_labels(inputs, given), self.base_model
+        rows = self.tokens_read(inputs) if body.can_leave_out(inputs, given.output_hidden_states) else None
+        hidden = body.encode(inputs, given.output_attentions, given.output_hidden_states, cache, rows=rows)
+        if rows is not None:  # one token a text is left
+            inputs = PackedInputs.of_rows([[0]] * len(rows), rows.device)
         output = self.apply_head(hidden.last_TM, inputs, labels, given)
         if cache is not None:
             output["past_key_values"] = cache

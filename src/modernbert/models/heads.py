@@ -127,6 +127,13 @@ class EncoderClassifier(EncoderWithHead):
         """Scores of tokens or pooled texts: (N, M) to (N, labels)."""
         return self.classifier(self.drop(self.head(x)))
 
+    def first_tokens(self, inputs: PackedInputs) -> Tensor | None:
+        """What a classifier of texts reads, where it pools by first tokens; see `Model.tokens_read`."""
+        packing = inputs.packing
+        if self.config.classifier_pooling != "cls" or min(packing.lengths, default=0) < 1:
+            return None
+        return packing.cu_seqlens[:-1].long()
+
     def classify_texts(self, x_TM: Tensor, inputs: PackedInputs) -> Tensor:
         """Scores of texts, pooled as `classifier_pooling` says: (T, M) to (B, labels)."""
         return self.classify(pool(x_TM, inputs.packing.spans, self.config.classifier_pooling))
@@ -145,6 +152,9 @@ class ModernBertForSequenceClassification(EncoderClassifier):
 
     def pack_labels(self, inputs: PackedInputs, given: Arguments) -> Tensor | None:
         return pack_text_labels(given.labels, inputs, self.config)
+
+    def tokens_read(self, inputs: PackedInputs) -> Tensor | None:
+        return self.first_tokens(inputs)
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         logits = self.classify_texts(x_TM, inputs)
@@ -305,6 +315,9 @@ class ModernBertForMultipleChoice(EncoderClassifier):
             if label >= count:
                 raise InputError(f"labels holds {label} for question {question}, which has {count} choices")
         return right
+
+    def tokens_read(self, inputs: PackedInputs) -> Tensor | None:
+        return self.first_tokens(inputs)
 
     def apply_head(self, x_TM: Tensor, inputs: PackedInputs, labels: Tensor | None, given: Arguments) -> ModelOutput:
         counts = _counts(given.num_choices, len(inputs.packing.lengths))

@@ -152,7 +152,7 @@ struct Job {
   int64_t serial;
   void *prepared;        /* of a product whose rows the job before it prepares, and of that job; or 0 */
   const int64_t *chunks; /* of attention: (text, first query of it) pairs */
-  int64_t chunk;         /* queries of each */
+  int64_t chunk;         /* queries of each; of training the phase */
   void *owned;           /* freed when all are done */
   Share *shares;
   const Job *after; /* the next product of one block of rows, whose weights are read ahead; or 0 */
@@ -489,9 +489,34 @@ static void plan_maxima(Job *job, const Maxima *op) {
   }
 }
 
+static void run_training(Job *job, int64_t task, const char *after, Scratch *scratch) {
+  (void)after;
+  scratch->serial = 0;
+  job->kernels->train(job->operation, job->chunk, task, scratch);
+}
+
+/* An operation of training is one job, or two. */
+static void plan_training(Job **next, const Training *op) {
+  for (int64_t phase = 0; phase < 2; phase++) {
+    Job *job = *next + phase;
+    int64_t bytes = 0, tasks = (*next)->kernels->training_tasks(op, phase, &bytes);
+    if (tasks < 0) {
+      *next += phase - 1;
+      return;
+    }
+    job->kernels = (*next)->kernels;
+    job->operation = op;
+    job->run = run_training;
+    job->plan.tasks = tasks;
+    job->plan.bytes = bytes;
+    job->chunk = phase;
+  }
+  *next += 1;
+}
+
 /* Run operations one after another; 0, or what went wrong. */
 int modernbert_run(const Kernels *k, const Operation *operations, int64_t count, int64_t threads) {
-  Job *jobs = calloc((size_t)(2 * count + 1), sizeof *jobs), *job = jobs; /* products may take two */
+  Job *jobs = calloc((size_t)(2 * count + 1), sizeof *jobs), *job = jobs; /* some take two */
   int result = jobs ? OK : NO_MEMORY;
   for (int64_t i = 0; i < count && result == OK; i++, job++) {
     const Operation *op = operations + i;
@@ -503,6 +528,7 @@ int modernbert_run(const Kernels *k, const Operation *operations, int64_t count,
     else if (op->kind == MAXIMA) plan_maxima(job, &op->maxima);
     else if (op->kind == TABLES) plan_rows(job, op->tables.rows, run_tables);
     else if (op->kind == ACTIVATE) plan_rows(job, op->activate.rows, run_activate);
+    else if (op->kind == TRAINING) plan_training(&job, &op->training);
     else result = plan_attention(job, &op->attention, threads);
   }
   if (result == OK && count) result = run(jobs, job - jobs, threads);

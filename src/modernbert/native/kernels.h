@@ -16,9 +16,9 @@
 #define FUSES 0
 #endif
 
-enum { LAYOUT = 7 }; /* counts changes of what is below; library.py knows it */
+enum { LAYOUT = 8 }; /* counts changes of what is below; library.py knows it */
 enum { F32 = 0, BF16 = 1, S8 = 2, S4 = 3 }; /* the last two: weights of 8 and 4 bits */
-enum { WRITE = 0, ADD = 1, GATE = 2, LARGEST = 3 };
+enum { WRITE = 0, ADD = 1, GATE = 2, LARGEST = 3, UNGATE = 4 };
 enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
 
 typedef struct {
@@ -129,7 +129,92 @@ typedef struct {
   Rows x, out;
 } Activate;
 
-enum { PRODUCT = 0, NORMALIZE = 1, ATTENTION = 2, STEP = 3, MAXIMA = 4, TABLES = 5, ACTIVATE = 6 };
+/* Of training. Matrices may be bfloat16 where products are of such numbers.
+ *
+ * out (rows, columns) = a (rows, depth) @ b (depth, columns), by the epilogue:
+ *   WRITE   + plus, where there is any
+ *   GATE    that goes to `gates`, and gelu(its first half) * its second half to `out` (rows, columns / 2)
+ *   UNGATE  that is the gradient of what GATE gave: `out` (rows, 2 * columns) gets the gradient of `gates`, and `plus`
+ *           (rows, columns) once more what GATE gave */
+typedef struct {
+  int64_t rows, columns, depth;
+  int64_t a_turned, b_turned; /* whether they lie as (depth, rows) and (columns, depth) */
+  int64_t narrowed;           /* whether their numbers become bfloat16; only where these are multiplied */
+  int64_t epilogue;
+  float *packed_a; /* room for rows of depth + 32 numbers */
+  float *packed_b; /* and for columns, two panels more than there are */
+  Rows a, b, plus, gates, out;
+} Matmul;
+
+/* out = plus + the gradient of x, where `grad` is that of norm(x) without bias; and the gradient of its weight. */
+typedef struct {
+  int64_t rows, width;
+  const float *weight;
+  float *weight_grad;
+  float *shares; /* room for a row of floats for every 64 rows */
+  float epsilon;
+  Rows x, grad, plus, out;
+} NormBack;
+
+/* The gradients of q, k and v, none of them rotated, where `grad` is that of `out`, which Attention gave with the same
+ * angles and positions. */
+typedef struct {
+  int64_t texts, heads, head_dim;
+  int64_t narrowed; /* as of Matmul */
+  const int64_t *starts, *positions;
+  int64_t left, right;
+  const float *cos, *sin;
+  float scale;
+  Rows q, k, v, out, grad, q_grad, k_grad, v_grad;
+} AttentionBack;
+
+/* A tensor of weights, and what Adam knows of it. */
+typedef struct {
+  float *weight;
+  const float *grad;
+  float *mean, *square; /* running ones of gradients and of their squares */
+  int64_t count;
+  int64_t first; /* the number of its first chunk among those of all tensors */
+  float lr, decay, of_mean, of_square; /* of this step; the last two are 1 - beta ** steps */
+} Slice;
+
+enum { CHUNK = 1 << 14 }; /* numbers of a tensor, the last chunk of which may be shorter */
+
+/* A step of AdamW, of StableAdamW, or the sums of squares of all gradients alone, which go to `sums`. */
+typedef struct {
+  int64_t chunks;
+  int64_t kind;
+  const Slice *slices;
+  const int64_t *owners; /* (chunks,) the slice of each */
+  double *sums;          /* (chunks,) */
+  float of_grad, of_square, of_new, eps; /* 1 - beta1, beta2 and 1 - beta2 */
+  float shrink;                          /* what gradients are multiplied by */
+} Adam;
+
+enum { SQUARES = 0, ADAMW = 1, STABLE_ADAMW = 2 };
+
+enum { MATMUL = 0, NORM_BACK = 1, ATTENTION_BACK = 2, ADAM = 3 };
+
+typedef struct {
+  int64_t kind;
+  union {
+    Matmul matmul;
+    NormBack norm;
+    AttentionBack attention;
+    Adam adam;
+  };
+} Training;
+
+enum {
+  PRODUCT = 0,
+  NORMALIZE = 1,
+  ATTENTION = 2,
+  STEP = 3,
+  MAXIMA = 4,
+  TABLES = 5,
+  ACTIVATE = 6,
+  TRAINING = 7,
+};
 
 /* One operation of several that run one after another. */
 typedef struct {
@@ -142,6 +227,7 @@ typedef struct {
     Maxima maxima;
     Tables tables;
     Activate activate;
+    Training training;
   };
 } Operation;
 
@@ -182,6 +268,8 @@ typedef struct {
   void (*normalize)(const Normalize *, int64_t first, int64_t last, float *scratch);
   void (*tables)(const Tables *, int64_t first, int64_t last);
   void (*activate)(const Activate *, int64_t first, int64_t last);
+  int64_t (*training_tasks)(const Training *, int64_t phase, int64_t *bytes); /* -1 after the last phase */
+  void (*train)(const Training *, int64_t phase, int64_t task, Scratch *);
 } Kernels;
 
 #endif

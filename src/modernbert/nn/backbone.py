@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from modernbert.config import Config
 from modernbert.nn.attention import AttentionBackend, choose_backend
 from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.dispatch import kernel_for
 from modernbert.nn.execution import (
     AttentionWeights,
     Cache,
@@ -77,11 +78,13 @@ class Backbone(nn.Module):
         output_hidden_states: bool | None = None,
         cache: Cache | None = None,
         backend: AttentionBackend | None = None,
+        rows: Tensor | None = None,
     ) -> Hidden:
         """Packed inputs to packed hidden states; a cache is continued and added to.
 
         A backend attends in this pass instead of the model's own, unless attention weights are wanted. Inputs that
-        bring their last states have them back, unless more than these is wanted.
+        bring their last states have them back, unless more than these is wanted. `rows` are tokens whose last states
+        alone are wanted, where `can_leave_out` says so.
         """
         config = self.config
         want_weights = config.output_attentions if output_attentions is None else output_attentions
@@ -96,13 +99,25 @@ class Backbone(nn.Module):
             # Keys in a cache are values without a history. Only what new vectors were made of can have a gradient.
             live = inputs.embeds_TM is not None and inputs.embeds_TM.requires_grad
             with torch.set_grad_enabled(torch.is_grad_enabled() and (live or cache is None or not any(cache.lengths))):
-                hidden = self._run(inputs, want_states, backend, cache)
+                hidden = self._run(inputs, want_states, backend, cache, rows)
         if cache is not None:
             cache.finish()
         return hidden
 
+    def can_leave_out(self, inputs: PackedInputs, want_states: bool | None) -> bool:
+        """Whether the last layer may compute some tokens alone: in training, where nobody sees what it leaves out."""
+        wanted = self.config.output_hidden_states if want_states is None else want_states
+        usual = self.training and self.runner is None and inputs.states_TM is None
+        seen = (hooks for module in (self, self.layers[-1], self.final_norm) for hooks in hooks_of(module))
+        return usual and not (wanted or self.is_gradient_checkpointing or any(seen))
+
     def _run(
-        self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Cache | None
+        self,
+        inputs: PackedInputs,
+        want_states: bool,
+        backend: AttentionBackend | None,
+        cache: Cache | None,
+        rows: Tensor | None = None,
     ) -> Hidden:
         """The plain way, module by module. For attention weights the eager backend is given."""
         x_TM = self.embeddings(inputs.ids_T, inputs.embeds_TM)
@@ -115,7 +130,7 @@ class Backbone(nn.Module):
             # What callers see lies on the way of the gradients, so that they can ask for its gradient.
             return inputs.take(states[-1]) if x_TM.requires_grad else x_TM
 
-        last_TM = self.run_layers(x_TM, shared, show if want_states else None)
+        last_TM = self.run_layers(x_TM, shared, show if want_states else None, rows)
         return Hidden(last_TM, tuple(states), pad_attention_weights(weights, inputs))
 
     def share(
@@ -133,15 +148,21 @@ class Backbone(nn.Module):
         """
         autocast = torch.is_autocast_enabled(x_TM.device.type)
         dtype = torch.get_autocast_dtype(x_TM.device.type) if autocast else x_TM.dtype
+        if backend is None and cache is None and self._trains_by_kernels(x_TM):
+            backend = self._backend_of_kernels()
         backend = backend or self.backend_on(x_TM.device, dtype)
         attends = attend_by_kind(self.config, inputs.packing, backend, dtype, cache, weights, x_TM.requires_grad)
         tables = rope_tables_by_kind(self.config, inputs.rope_positions_T, inputs.packing.text_T)
         return {kind: Shared(attends[kind], *tables[kind]) for kind in attends}
 
     def run_layers(
-        self, x_TM: Tensor, shared: dict[str, Shared], show: Callable[[Tensor], Tensor] | None = None
+        self,
+        x_TM: Tensor,
+        shared: dict[str, Shared],
+        show: Callable[[Tensor], Tensor] | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Embeddings through all layers and the last norm, (T, M).
+        """Embeddings through all layers and the last norm, (T, M), or these rows of it.
 
         Nothing here depends on values of tensors: once `share` has seen the texts, `torch.export` can trace this.
         `show` is called with each hidden state, the last one normed, and gives the state to continue with.
@@ -153,6 +174,8 @@ class Backbone(nn.Module):
             x_TM = x_TM if show is None else show(x_TM)
             if recomputes:
                 x_TM = self.recompute.run(layer, kept[number], layer.kind, x_TM, shared[layer.kind])
+            elif rows is not None and number == len(self.layers) - 1:
+                x_TM = layer(x_TM, shared[layer.kind], rows)
             else:
                 x_TM = layer(x_TM, shared[layer.kind])
         x_TM = self.final_norm(x_TM)
@@ -166,6 +189,16 @@ class Backbone(nn.Module):
             self._backends[key] = choose_backend(name, deterministic, device, dtype)
         return self._backends[key]
 
+    def _trains_by_kernels(self, x_TM: Tensor) -> bool:
+        """Whether an engine may run the layers one by one in this pass, attention with them."""
+        return self.attn_implementation == "auto" and self.training and kernel_for("layer", x_TM) is not None
+
+    def _backend_of_kernels(self) -> AttentionBackend:
+        key = ("kernels", torch.float32)
+        if key not in self._backends:
+            self._backends[key] = choose_backend("native", self.config.deterministic_flash_attn)
+        return self._backends[key]
+
     @property
     def backend(self) -> AttentionBackend:
         """What attends where the weights are now."""
@@ -177,6 +210,11 @@ class Backbone(nn.Module):
         if self.attn_implementation != "eager":
             _log_once("attention backend: eager for calls that want attention weights, which only it makes")
         return EagerAttention()
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """What waits for a module to be called."""
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
 @functools.cache

@@ -7,6 +7,8 @@ Nothing here knows an engine. Without one the functions compute by PyTorch alone
 - "geglu" (`layers.MLP`), called as kernel(x_T2I): gelu(first half) * second half, with gradients.
 - "cross_entropy" (`losses`), called as kernel(logits_TV, labels_T, ignored): a float32 loss for each token, 0 where the
   label is `ignored`, with gradients.
+- "layer" (`layers.Layer`), called as kernel(layer, x_TM, shared, rows): what a layer in training gives, of all tokens
+  or of some rows, with gradients; None where its modules must. It attends by the plan of the "native" backend.
 """
 
 from __future__ import annotations

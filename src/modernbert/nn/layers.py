@@ -168,8 +168,18 @@ class Layer(nn.Module):
         self.mlp_norm = layer_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x_TM: Tensor, shared: Shared) -> Tensor:
+    def forward(self, x_TM: Tensor, shared: Shared, rows: Tensor | None = None) -> Tensor:
+        """(T, M) to (T, M), or to the states of these tokens alone, which may see all others."""
+        if self.training and (train := kernel_for("layer", x_TM)) is not None:
+            out_TM: Tensor | None = train(self, x_TM, shared, rows)
+            if out_TM is not None:
+                return out_TM
+        return self.by_modules(x_TM, shared, rows)
+
+    def by_modules(self, x_TM: Tensor, shared: Shared, rows: Tensor | None = None) -> Tensor:
+        """`forward` by the layer's own modules, one after another."""
         x_TM = x_TM + self.attn(self.attn_norm(x_TM), shared)
+        x_TM = x_TM if rows is None else x_TM.index_select(0, rows)
         return x_TM + self.mlp(self.mlp_norm(x_TM))
 
 

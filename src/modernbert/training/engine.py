@@ -49,8 +49,9 @@ from modernbert.training.distributed import (
 )
 from modernbert.training.examples import moved, shared_out, shortened
 from modernbert.training.folder import append_metrics, trim_metrics
+from modernbert.training.memory import memory_kept
 from modernbert.training.model import autocast, evaluating, save_memory, train_in_float32
-from modernbert.training.optimizers import freeze, make_optimizer
+from modernbert.training.optimizers import clip, freeze, make_optimizer
 from modernbert.training.options import TrainingOptions
 from modernbert.training.schedules import make_schedule, peak_rate
 
@@ -87,7 +88,7 @@ def fit(
         InterruptedRunError: the process was asked to end (`TerminatedRunError`), or another one of the run is lost;
             what was done is kept.
     """
-    with denormals_flushed(), listening() as asked_to_end:
+    with denormals_flushed(), memory_kept(), listening() as asked_to_end:
         run = _Run(model, feed, objective, options, output, resume, report, shard, asked_to_end)
         begin()
         return run.run()
@@ -258,11 +259,18 @@ class _Run:
         labels, asked = accelerator.reduce(counted, "sum").tolist()
         self.ended = bool(asked)
         batches = [moved(batch, accelerator.device) for batch in batches]
-        torch.manual_seed(self._random(2 + accelerator.process_index)[0])  # of dropout
+        seed = self._random(2 + accelerator.process_index)[0]  # of dropout
+        if accelerator.device.type == "cpu":  # PyTorch's function asks for every kind of device, which takes a while
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
         def backward(loss: Tensor) -> None:
             with torch.autocast(accelerator.device.type, enabled=False):
-                accelerator.backward(loss * weight)
+                if accelerator.num_processes > 1:
+                    accelerator.backward(loss * weight)
+                else:  # Accelerate looks for installed packages each time
+                    (loss * weight).backward()
 
         @contextlib.contextmanager
         def one_pass(is_last: bool) -> Iterator[Callable[[Tensor], None]]:
@@ -284,7 +292,11 @@ class _Run:
                 f"the device has no memory for a pass of {largest} tokens; lower micro_tokens ({options.micro_tokens})"
             ) from error
         loss = float(accelerator.reduce(loss_tensor.detach().float() * bool(weight), "sum"))
-        norm = float(whole(accelerator.clip_grad_norm_(self.model.parameters(), options.max_grad_norm or math.inf)))
+        most = options.max_grad_norm or math.inf
+        clipped = clip(self.optimizer.optimizer, most)
+        if clipped is None:
+            clipped = float(whole(accelerator.clip_grad_norm_(self.model.parameters(), most)))
+        norm = clipped
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._diverged(loss, norm, step)
         self.is_whole = False

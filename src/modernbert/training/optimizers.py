@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from modernbert.engines.cpu.training import Moments, adam, are_plain, norm_of
 from modernbert.errors import InputError
 from modernbert.training.distributed import like, whole
 from modernbert.training.options import TrainingOptions
 from modernbert.training.schedules import peak_rate
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW, whose step is one pass over memory where our kernels serve.
+
+    Args:
+        params: parameters or groups of them.
+        kwargs: of PyTorch's AdamW.
+
+    Attributes:
+        shrink: what the next step multiplies gradients by, as clipping them would; see `clip`.
+    """
+
+    shrink = 1.0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        groups = self.param_groups
+        usual = not any(g["amsgrad"] or g["maximize"] or isinstance(g["lr"], Tensor) for g in groups)
+        if closure is None and usual and not _stepped(self, groups, stable=False):
+            return None
+        _shrink(self)
+        return super().step(closure)
 
 
 class StableAdamW(torch.optim.Optimizer):
@@ -38,6 +61,7 @@ class StableAdamW(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 1e-5,
     ) -> None:
+        self.shrink = 1.0  # what the next step multiplies gradients by, as clipping them would; see `clip`
         if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"lr {lr}, eps {eps}, weight_decay {weight_decay} and betas {betas} must not be negative")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
@@ -48,11 +72,17 @@ class StableAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_one(parameter, parameter.grad, group)
+        if left := _stepped(self, [group for group in self.param_groups if not self._is_apart(group)], stable=True):
+            _shrink(self)
+        left += [(group, p) for group in self.param_groups if self._is_apart(group) for p in group["params"]]
+        for group, parameter in left:
+            if parameter.grad is not None:
+                self._step_one(parameter, parameter.grad, group)
         return loss
+
+    def _is_apart(self, group: dict[str, Any]) -> bool:
+        """Whether a group is stepped by in another way."""
+        return False
 
     def _step_one(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
@@ -105,6 +135,9 @@ class Muon(StableAdamW):
         self._waiting.clear()
         return loss
 
+    def _is_apart(self, group: dict[str, Any]) -> bool:
+        return bool(group.get("orthogonal"))
+
     def _step_one(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if not group.get("orthogonal"):
             super()._step_one(parameter, grad, group)
@@ -116,6 +149,72 @@ class Muon(StableAdamW):
         parts = group["parts"]  # a projection to q, k and v is three matrices
         ahead = whole(grad.lerp(average, self.momentum)).unflatten(0, (parts, -1))
         self._waiting.append((parameter, ahead, group))
+
+
+def _stepped(
+    optimizer: AdamW | StableAdamW, groups: list[dict[str, Any]], stable: bool
+) -> list[tuple[dict[str, Any], Tensor]]:
+    """Step by parameters of groups where our kernels serve all of them; those that are left, with their groups."""
+    given = [(group, p) for group in groups for p in group["params"] if p.grad is not None]
+    moments: dict[tuple[Any, ...], list[Moments]] = {}
+    states = [optimizer.state[p] for _, p in given]
+    tensors = [x for (_, p), state in zip(given, states, strict=True) for x in _tensors(p, state)]
+    if not are_plain(tensors) or any("step" in state and state["step"].device.type != "cpu" for state in states):
+        return given
+    with torch.no_grad():
+        for (_, parameter), state in zip(given, states, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        torch._foreach_add_([state["step"] for state in states], 1)
+    for (group, parameter), state in zip(given, states, strict=True):
+        beta1, beta2 = group["betas"]
+        step = int(state["step"])
+        moments.setdefault((beta1, beta2, group["eps"]), []).append(
+            Moments(
+                parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], float(group["lr"]),
+                group["weight_decay"], (1 - beta1**step, 1 - beta2**step),
+            )
+        )  # fmt: skip
+    for (beta1, beta2, eps), some in moments.items():
+        adam(some, (beta1, beta2), eps, optimizer.shrink, stable)
+    optimizer.shrink = 1.0
+    return []
+
+
+def _shrink(optimizer: AdamW | StableAdamW) -> None:
+    """Multiply gradients by what the next step would multiply them by."""
+    shrink, optimizer.shrink = optimizer.shrink, 1.0
+    if shrink != 1.0:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(shrink)
+
+
+def _tensors(parameter: Tensor, state: Mapping[str, Any]) -> list[Tensor]:
+    assert parameter.grad is not None
+    return [parameter, parameter.grad, *(state[name] for name in ("exp_avg", "exp_avg_sq") if name in state)]
+
+
+def clip(optimizer: torch.optim.Optimizer, most: float) -> float | None:
+    """Have the next step of an optimizer clip its gradients to a norm, without a pass over them.
+
+    Args:
+        optimizer: of this module.
+        most: the largest norm that gradients keep.
+
+    Returns:
+        The norm of all gradients together; None where they must be clipped one by one, and nothing is done.
+    """
+    if not isinstance(optimizer, AdamW | StableAdamW) or isinstance(optimizer, Muon):
+        return None
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not grads or not are_plain(grads):
+        return None
+    norm = norm_of(grads)
+    optimizer.shrink = min(1.0, most / (norm + 1e-6))  # as PyTorch's own clipping
+    return norm
 
 
 def _orthogonal(matrices: list[Tensor]) -> list[Tensor]:
@@ -149,7 +248,7 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "stableadamw": StableAdamW, "muon": Muon}
+OPTIMIZERS: dict[str, Any] = {"adamw": AdamW, "stableadamw": StableAdamW, "muon": Muon}
 
 
 def parameter_groups(

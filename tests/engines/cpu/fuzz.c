@@ -479,6 +479,8 @@ static void fuzz_step(const Kernels *k) {
   free(values.data), free(s->q.data), free(s->k.data), free(s->v.data), free(s->keys.data), free(s->values.data);
 }
 
+#include "fuzz_training.inc"
+
 int main(int count, char **arguments) {
   static const char *names[] = {"avx512bf16", "imitated", "avx512vnni", "avx512",   "avx2",
                                 "neonbf16",   "neondot",  "neon",       "portable", "exact"};
@@ -490,7 +492,9 @@ int main(int count, char **arguments) {
     if (!k) continue;
     state = 1, wrong = 0, digests[0] = digests[1] = 0;
     for (int64_t r = 0; r < rounds; r++) {
-      fuzz_product(k), fuzz_integers(k), fuzz_normalize(k), fuzz_attention(k), fuzz_step(k), fuzz_maxima(k), fuzz_tables(k), fuzz_activate(k);
+      fuzz_product(k), fuzz_integers(k), fuzz_normalize(k), fuzz_attention(k), fuzz_step(k);
+      fuzz_maxima(k), fuzz_tables(k), fuzz_activate(k);
+      fuzz_matmul(k), fuzz_norm_back(k), fuzz_attention_back(k), fuzz_adam(k);
     }
     printf("%s %s %016llx %016llx %d\n", name, wrong ? "wrong" : "right", (unsigned long long)digests[0],
            (unsigned long long)digests[1], (int)k->multiplies);

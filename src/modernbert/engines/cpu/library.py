@@ -30,9 +30,12 @@ logger = logging.getLogger(__name__)
 FILE = Path(__file__).parents[2] / "native" / "_kernels.so"
 _NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "neonbf16", "neondot", "neon", "portable", "exact")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-WRITE, ADD, GATE, LARGEST = 0, 1, 2, 3
-_LAYOUT = 7  # of kernels.h
-PRODUCT, NORMALIZE, ATTENTION, STEP, MAXIMA, TABLES, ACTIVATE = 0, 1, 2, 3, 4, 5, 6
+WRITE, ADD, GATE, LARGEST, UNGATE = 0, 1, 2, 3, 4
+_LAYOUT = 8  # of kernels.h
+PRODUCT, NORMALIZE, ATTENTION, STEP, MAXIMA, TABLES, ACTIVATE, TRAINING = 0, 1, 2, 3, 4, 5, 6, 7
+MATMUL, NORM_BACK, ATTENTION_BACK, ADAM = 0, 1, 2, 3
+SQUARES, ADAMW, STABLE_ADAMW = 0, 1, 2
+CHUNK = 1 << 14  # numbers of a tensor that one task of `Adam` takes
 # The activations that the kernels know, by configurations' names.
 ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "silu": 3, "swish": 3}
 
@@ -40,7 +43,7 @@ ACTIVATIONS = {"gelu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "relu": 2, "sil
 # The structures of kernels.h, which says what each field is. Nested ones are spelled out; all fields take eight bytes.
 _POINTERS = (
     "data", "ids", "packed", "plain", "bias", "norm_weight", "norm_bias", "positions", "starts", "scales", "columns",
-    "kept_weights", "cos", "sin", "frequencies"
+    "kept_weights", "cos", "sin", "frequencies", "packed_a", "packed_b", "weight", "weight_grad", "shares"
 )  # fmt: skip
 
 
@@ -101,6 +104,48 @@ class Activate(ctypes.Structure):
     _fields_: ClassVar = _fields(f"rows width activation {_rows('x', 'out')}")
 
 
+class Matmul(ctypes.Structure):
+    _fields_: ClassVar = _fields(
+        "rows columns depth a_turned b_turned narrowed epilogue packed_a packed_b "
+        + _rows("a", "b", "plus", "gates", "out")
+    )
+
+
+class NormBack(ctypes.Structure):
+    _fields_: ClassVar = _fields(f"rows width weight weight_grad shares epsilon {_rows('x', 'grad', 'plus', 'out')}")
+
+
+class AttentionBack(ctypes.Structure):
+    _fields_: ClassVar = _fields(
+        "texts heads head_dim narrowed starts positions left right cos sin scale "
+        + _rows("q", "k", "v", "out", "grad", "q_grad", "k_grad", "v_grad")
+    )
+
+
+class Slice(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("weight", "grad", "mean", "square")),
+        *((name, c_int64) for name in ("count", "first")),
+        *((name, c_float) for name in ("lr", "decay", "of_mean", "of_square")),
+    ]
+
+
+class Adam(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_int64) for name in ("chunks", "kind")),
+        *((name, c_void_p) for name in ("slices", "owners", "sums")),
+        *((name, c_float) for name in ("of_grad", "of_square", "of_new", "eps", "shrink")),
+    ]
+
+
+class _TrainingBody(ctypes.Union):
+    _fields_: ClassVar = [("matmul", Matmul), ("norm", NormBack), ("attention", AttentionBack), ("adam", Adam)]
+
+
+class Training(ctypes.Structure):
+    _fields_: ClassVar = [("kind", c_int64), ("body", _TrainingBody)]
+
+
 class _Body(ctypes.Union):
     _fields_: ClassVar = [
         ("product", Product),
@@ -110,6 +155,7 @@ class _Body(ctypes.Union):
         ("maxima", Maxima),
         ("tables", Tables),
         ("activate", Activate),
+        ("training", Training),
     ]
 
 
