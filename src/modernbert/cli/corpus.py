@@ -61,7 +61,7 @@ def run_corpus(places: Sequence[str], output: Path, given: Mapping[str, Any]) ->
     details += [f"{report.truncated:,} cut to the model's context"] * bool(report.truncated)
     details += [f"{report.before:,} from before"] * bool(report.before)
     more = f" ({', '.join(details)})" if details else ""
-    say(f"{report.rows:,} rows read, {report.texts:,} distinct texts answered in {place}{more}")
+    say(f"{counted(report.rows, 'row')} read, {counted(report.texts, 'distinct text')} answered in {place}{more}")
     for reason in list(report.files.values())[:_LISTED]:
         say(in_flags(reason))
     for reason in report.reasons[:_LISTED]:
