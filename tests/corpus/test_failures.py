@@ -133,6 +133,15 @@ def test_a_disk_that_is_really_full_leaves_nothing_half_written(run, tmp_path, n
     assert all("\n" not in line and line.endswith("and the same call continues") for line in lines)
 
 
+def test_a_line_for_which_there_is_no_room_is_cut_back(tmp_path):
+    output = Output(str(tmp_path))
+    output.append("metrics.jsonl", "{}")
+    with files_of_at_most(10), pytest.raises(CorpusError, match=r"metrics\.jsonl cannot be written: .*continues$"):
+        output.append("metrics.jsonl", '{"texts": 100000}')
+    output.append("metrics.jsonl", "[]")
+    assert output.read("metrics.jsonl") == b"{}\n[]\n"
+
+
 def test_keys_that_cannot_be_kept_are_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CorpusError, match=r"the keys of texts cannot be kept in .*file: .*; make room there, and the"):

@@ -325,6 +325,24 @@ def test_a_file_elsewhere_is_seen_once_it_is_whole(elsewhere, monkeypatch):
     assert {name.rpartition("/")[2] for name in output.system.find("/vectors")} == {"a", "b"}
 
 
+@pytest.mark.parametrize("elsewhere", ["disk", "silent"], indirect=True)
+def test_a_file_elsewhere_that_cannot_be_replaced_stays_as_it_was(elsewhere, monkeypatch):
+    output = Output(elsewhere)
+    output.write("a", b"old")
+    move = type(output.system).mv
+
+    def refused(self, path1, path2, **options):
+        if path2.endswith("/a") and self.cat_file(path1) == b"new" and not self.exists(path2):
+            raise PermissionError("not now")
+        move(self, path1, path2, **options)
+
+    monkeypatch.setattr(type(output.system), "mv", refused)
+    with pytest.raises(CorpusError, match="/vectors/a cannot be written: not now; the same call continues"):
+        output.write("a", b"new")
+    assert output.read("a") == b"old"
+    assert [name.rpartition("/")[2] for name in output.system.find("/vectors")] == ["a"]
+
+
 def test_a_job_elsewhere_shows_no_rows_of_a_file_that_it_still_reads(elsewhere, run, folder, notebook, monkeypatch):
     seen = []
     tell = Progress.tell

@@ -74,8 +74,9 @@ def add_shards(output: Output, names: Iterable[str]) -> int:
 def rows_in(output: Output) -> int | None:
     """How many rows the dataset has; None where it cannot be opened."""
     os.environ.setdefault("LANCE_LOG", "error")
+    lancedb = library("lancedb", Path(output.root), "search")
     try:
-        return int(library("lancedb", Path(output.root), "search").connect(output.root).open_table(TABLE).count_rows())
+        return int(lancedb.connect(output.root).open_table(TABLE).count_rows())
     except (OSError, RuntimeError, ValueError):
         return None
 

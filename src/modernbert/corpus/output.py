@@ -153,8 +153,14 @@ class Output:
             if not self.system.exists(path):
                 raise
         if self.system.exists(place):
-            self.system.rm_file(path)
-            self.system.mv(place, path)
+            before = f"{place}.before{_UNFINISHED}"
+            self.system.mv(path, before)
+            try:
+                self.system.mv(place, path)
+            except Exception:
+                self.system.mv(before, path)
+                raise
+            self.system.rm_file(before)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
@@ -163,11 +169,11 @@ class Output:
         """Add a line to a file; elsewhere than on this machine, the file is written anew."""
         content = line.encode() + b"\n"
         if self.is_local:
-            with _told(self.path(name)), Path(self.path(name)).open("ab") as file:
-                before = file.tell()
+            with _told(self.path(name)), Path(self.path(name)).open("ab", buffering=0) as file:
+                before, rest = file.seek(0, os.SEEK_END), memoryview(content)
                 try:
-                    file.write(content)
-                    file.flush()
+                    while rest:
+                        rest = rest[file.write(rest) :]
                 except OSError:
                     os.ftruncate(file.fileno(), before)
                     raise
