@@ -10,13 +10,17 @@ Texts are random words drawn by Zipf's law, of 1 to 2 x `--words` words, a hundr
 has random weights.
 
 - digests: the SHA-256 over sorted keys and vectors of a pipeline called in this process, of each engine, of another
-  shard size, of another order of files, and of a job that is killed (-9) at random moments and run again.
-- stream: texts a second of `pipeline.stream` alone and of each engine, each in a process of its own, on the same cores,
-  loading not counted; and the memory of every process after its first shard and at the end.
+  shard size, of another order of files, of a job that is killed (-9) at random moments and run again, and of one
+  whose workers (processes, actors) are killed in mid-shard, by as many kills.
+- stream: texts a second of `pipeline.stream` alone (over the first 100,000 texts, before the engines and after them)
+  and of each engine, each in a process of its own, on the same cores, loading not counted; and the memory of every
+  process after its first shard and at the end.
 - peer: the same beside `datasets.map` with sentence-transformers, batches of 32 and of 256, the better one counts.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import random
 import shutil
@@ -94,22 +98,72 @@ def job(places, output, model, engine, **options):
     return time.monotonic() - begun, lines
 
 
-def killed_job(places, output, model, engine, kills, seed=0):
-    """Begin a job and kill it, with all its processes, as often as this; then let it end."""
+def begun_job(places, output, model, engine, size):
+    """A job that runs in a process of its own."""
+    given = json.dumps([str(places), str(output), model, {**parsed(engine), "shard_size": size}])
+    return subprocess.Popen([sys.executable, HERE, "job", given], start_new_session=True)
+
+
+def moments(texts, size, kills, seed=0):
+    """After how many shards of a job it is killed, and how many seconds later: anywhere in it."""
     chance = random.Random(seed)
+    counts = sorted(chance.randint(1, max(kills + 1, texts // size * 9 // 10)) for _ in range(kills))
+    return [(count, chance.random() / 20) for count in counts]
+
+
+def shards_in(output):
+    """How many shards are finished, and how many are being computed."""
+    return len(list(Path(output, "shards").glob("part*"))), len(list(Path(output, "work").glob("part*")))
+
+
+def begun_again(output):
+    """Whether a shard is being computed whose worker died."""
+    for note in Path(output, "work").glob("part*"):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(note.read_text())["attempts"] > 1:
+                return True
+    return False
+
+
+def killed_job(places, output, model, engine, kills, texts, size=64):
+    """Begin a job and kill it as often as this; then let it end. How often it was running when it was killed."""
     done = 0
-    given = json.dumps([str(places), str(output), model, {**parsed(engine), "shard_size": 64}])
-    for _ in range(kills):
-        shards = len(list(Path(output, "data").glob("part*")))
-        process = subprocess.Popen([sys.executable, HERE, "job", given], start_new_session=True)
-        wanted = shards + chance.randint(1, 5)
-        while process.poll() is None and len(list(Path(output, "data").glob("part*"))) < wanted:
+    for wanted, later in moments(texts, size, kills):
+        process = begun_job(places, output, model, engine, size)
+        while process.poll() is None and shards_in(output)[0] < wanted:
             time.sleep(0.01)
-        if process.poll() is None:
-            time.sleep(chance.random() / 20)
-            process.kill()
+        time.sleep(later)
+        process.kill()
         done += process.wait() == -signal.SIGKILL
     job(places, output, model, engine)
+    return done
+
+
+def job_of_killed_workers(places, output, model, engine, kills, texts, size=256):
+    """Run a job and kill one of its workers as often as this; how often it was in the middle of a shard."""
+    import psutil
+
+    done, chance = 0, random.Random(1)
+    process = begun_job(places, output, model, engine, size)
+    for wanted, later in moments(texts, size, kills, seed=1):
+        while process.poll() is None and (shards_in(output)[0] < wanted or not shards_in(output)[1]):
+            time.sleep(0.002)
+        time.sleep(later)
+        workers = []
+        for one in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+            with contextlib.suppress(psutil.Error):
+                words = " ".join(one.cmdline())
+                workers += [one] * ("modernbert.corpus.worker" in words or "ray::_Actor" in words)
+        if not workers:
+            continue
+        with contextlib.suppress(psutil.Error):
+            chance.choice(workers).kill()
+        until = time.monotonic() + 30
+        while not (again := begun_again(output)) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.001)
+        done += again
+    if process.wait():
+        sys.exit(f"the job of {engine} whose workers were killed ended with exit code {process.returncode}")
     return done
 
 
@@ -129,21 +183,30 @@ def digests(arguments, folder):
         vectors = serve(distinct[i : i + 10_000])
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         tables.append(pa.table({"key": pa.array(keys[i : i + 10_000], pa.binary(32)), "vector": column}))
-    found = {"notebook": corpus.digest_of(tables)}
+    found = {}
+
+    def tell(name, digest):
+        found[name] = digest
+        print(f"{name:<56}{digest}", flush=True)
+
+    tell("notebook", corpus.digest_of(tables))
     del tables
     for engine in arguments.engine:
         job(folder / "in", folder / engine, model, engine)
-        found[engine] = corpus.digest(folder / engine)
+        tell(engine, corpus.digest(folder / engine))
     first = arguments.engine[0]
     job(folder / "in", folder / "shards", model, first, shard_size=333)
-    found["shards of 333"] = corpus.digest(folder / "shards")
+    tell("shards of 333", corpus.digest(folder / "shards"))
     job(folder / "other", folder / "order", model, first)
-    found["another order of files"] = corpus.digest(folder / "order")
-    for engine in arguments.engine if arguments.kills else ():
-        kills = killed_job(folder / "in", folder / f"killed {engine}", model, engine, arguments.kills)
-        found[f"{engine}, killed {kills} times"] = corpus.digest(folder / f"killed {engine}")
-    for name, digest in found.items():
-        print(f"{name:<40}{digest}")
+    tell("another order of files", corpus.digest(folder / "order"))
+    for engine in (arguments.killed or arguments.engine) if arguments.kills else ():
+        output = folder / f"killed {engine}"
+        kills = killed_job(folder / "in", output, model, engine, arguments.kills, len(distinct))
+        tell(f"{engine}, killed {kills} times", corpus.digest(output))
+        shutil.rmtree(output)
+        kills = job_of_killed_workers(folder / "in", output, model, engine, arguments.kills, len(distinct))
+        tell(f"{engine}, {kills} workers killed in mid-shard", corpus.digest(output))
+        shutil.rmtree(output)
     same = len(set(found.values())) == 1
     print("one result" if same else "NOT ONE RESULT")
     return {"texts": len(distinct), "digests": found, "same": same}
@@ -152,8 +215,8 @@ def digests(arguments, folder):
 def stream(arguments, folder):
     write_texts(folder / "in", arguments.texts, arguments.words)
     model = make_model(folder / "model", arguments.size)
-    out = {"bare": bare(folder / "in", model)}
-    print(f"{'bare pipeline':<30}{out['bare']['texts_per_second']:>12,.0f} texts/s")
+    out = {"bare": [bare(folder / "in", model)]}
+    print(f"{'bare pipeline, before':<30}{out['bare'][0]['texts_per_second']:>12,.0f} texts/s", flush=True)
     for engine in arguments.engine:
         _, lines = job(folder / "in", folder / "out", model, engine, shard_size=shard_size(arguments))
         last = lines[-1]
@@ -162,7 +225,6 @@ def stream(arguments, folder):
         alive = [line for line in lines if line["memory_of_workers"]] or lines  # processes end before the last line
         out[engine] = {
             "texts_per_second": rate,
-            "of_bare": rate / out["bare"]["texts_per_second"],
             "memory_early": [alive[0]["memory"], *alive[0]["memory_of_workers"]],
             "memory_at_end": [alive[-1]["memory"], *alive[-1]["memory_of_workers"]],
             "most": [
@@ -173,10 +235,15 @@ def stream(arguments, folder):
         memory = " ".join(f"{n / 2**20:,.0f}" for n in out[engine]["memory_early"])
         at_end = " ".join(f"{n / 2**20:,.0f}" for n in out[engine]["memory_at_end"])
         print(
-            f"{engine:<30}{rate:>12,.0f} texts/s, {out[engine]['of_bare']:.0%} of the bare pipeline; MiB of each "
-            f"process {memory} early, {at_end} at the end"
+            f"{engine:<30}{rate:>12,.0f} texts/s; MiB of each process {memory} early, {at_end} at the end", flush=True
         )
         shutil.rmtree(folder / "out")
+    out["bare"].append(bare(folder / "in", model))
+    print(f"{'bare pipeline, after':<30}{out['bare'][1]['texts_per_second']:>12,.0f} texts/s")
+    usual = sum(one["texts_per_second"] for one in out["bare"]) / 2
+    for engine in arguments.engine:
+        out[engine]["of_bare"] = out[engine]["texts_per_second"] / usual
+        print(f"{engine:<30}{out[engine]['of_bare']:>12.0%} of the mean of the two")
     return out
 
 
@@ -200,7 +267,8 @@ def run_bare(places, model):
     serve = pipeline("sentence-embedding", model)
     serve(["warm"] * 8)
     begun, count = time.monotonic(), 0
-    texts = dict.fromkeys(record["text"] for path in sorted(Path(places).iterdir()) for record in read_records(path))
+    records = (record["text"] for path in sorted(Path(places).iterdir()) for record in read_records(path))
+    texts = dict.fromkeys(itertools.islice(records, 100_000))
     for _ in serve.stream(iter(texts)):
         count += 1
     print(json.dumps({"texts_per_second": count / (time.monotonic() - begun), "texts": count}))
@@ -265,6 +333,7 @@ def main():
     parser.add_argument(
         "--engine", action="append", help="NAME:OPTION=VALUE,... (default: local with 1 and 2 processes)"
     )
+    parser.add_argument("--killed", action="append", help="an engine whose jobs are killed (default: each)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     arguments.engine = arguments.engine or ["local:processes=1", "local:processes=2"]

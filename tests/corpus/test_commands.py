@@ -5,6 +5,7 @@ import json
 import pytest
 
 from modernbert import corpus
+from modernbert.corpus.progress import Progress
 from tests.commands import called
 from tests.corpus.conftest import TEXTS
 
@@ -44,6 +45,31 @@ def test_what_was_answered_before_is_told_without_what_failed(capsys, model, tmp
     assert "(1 duplicate)" in err
     assert "(1 duplicate, 2 from before)" in called(capsys, *arguments)[2]
     assert "(1 duplicate, 2 from before)" in called(capsys, *arguments, "--retry-failed")[2]
+
+
+def test_failures_of_an_earlier_run_are_told_and_are_not_those_of_this_one(capsys, model, tmp_path, monkeypatch):
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"text": "a dog"}\n{"text": " "}\n')
+    arguments = ("embed", file, "--model", model, "--output", tmp_path / "out", *HERE)
+    tell = Progress.tell
+
+    def interrupted(self, record):
+        tell(self, record)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "tell", interrupted)
+    assert called(capsys, *arguments)[0] == 130
+    monkeypatch.undo()
+    code, _, err = called(capsys, *arguments)  # which tells of what the interrupted one did not tell
+    assert (code, "1 text could not be answered; " in err, "a text is empty" in err) == (1, True, True)
+    code, _, err = called(capsys, *arguments)
+    assert (code, "a text is empty" in err) == (0, False)
+    assert "1 text could not be answered by an earlier run; --retry-failed tries again" in err
+    file.write_text('{"text": " "}\n{"text": "  "}\n')
+    code, _, err = called(capsys, *arguments)
+    assert (code, err.count("could not be answered; "), err.count("1 text could not be answered by an")) == (1, 1, 1)
+    code, _, err = called(capsys, *arguments, "--retry-failed")
+    assert (code, "2 texts could not be answered; " in err, "by an earlier run" in err) == (1, True, False)
 
 
 def test_any_task_runs_over_a_folder(capsys, folder, heads, tmp_path):

@@ -118,7 +118,9 @@ def test_a_shard_that_was_overwritten_with_zeros_is_named(run, tmp_path):
     run()
     (shard,) = shards_of(tmp_path / "out")
     shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(CorpusError, match=f"^{shard} is damaged; delete it, and the same call computes it again$"):
+    with pytest.raises(
+        CorpusError, match=rf"^{shard} is damaged \(.*\); delete it, and the same call computes it again$"
+    ):
         run()
     shard.unlink()
     assert run().computed == 160
@@ -147,6 +149,51 @@ def test_errors_are_forgotten_once_their_record_is(run, tmp_path, monkeypatch):
     assert not file.exists()
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"key": "zz"', b'{"key": "00", "error": "x"}\n{"error": "y"}\n'])
+def test_errors_that_are_torn_are_found_again(run, tmp_path, damage):
+    (tmp_path / "in.txt").write_text("a dog\n" + "".join(f"{'word ' * 600}{i}\n" for i in range(2)))
+    assert run(tmp_path / "in.txt").failed == 2
+    (file,) = (tmp_path / "out" / "errors").iterdir()
+    file.write_bytes(damage)
+    report = corpus.verify(tmp_path / "out", sample=0)
+    assert (report.ok, report.missing > 0) == (False, True)
+    report = run(tmp_path / "in.txt")
+    assert (report.computed, report.failed, report.failed_before) == (2, 2, 0)
+    assert corpus.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("record", ["{}", "[1]", '{"name": "another"}', '{"name"'])
+def test_a_record_that_says_nothing_is_made_again(run, tmp_path, notebook, record):
+    run(shard_size=100)
+    next((tmp_path / "out" / "shards").iterdir()).write_text(record)
+    assert 0 < run().computed < 160
+    assert corpus.digest(tmp_path / "out") == notebook
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), pa.ArrowInvalid("no magic\nbytes")])
+def test_a_shard_that_the_disk_does_not_give_back_is_one_line(run, tmp_path, monkeypatch, error):
+    run()
+    (shard,) = shards_of(tmp_path / "out")
+    ways = {"open": Output.open, "read": Output.read}
+
+    def broken(way):
+        def broken(self, name):
+            if name.startswith("data/"):
+                raise error
+            return ways[way](self, name)
+
+        return broken
+
+    if isinstance(error, OSError):
+        monkeypatch.setattr(Output, "read", broken("read"))
+        assert corpus.verify(tmp_path / "out", sample=0).damaged == [shard.name]
+        monkeypatch.undo()
+    monkeypatch.setattr(Output, "open", broken("open"))
+    with pytest.raises(CorpusError, match=rf"^{shard} is damaged \(.*\); delete it, and the same call") as raised:
+        run()
+    assert "\n" not in str(raised.value)
+
+
 def interrupt():
     raise KeyboardInterrupt
 
@@ -159,6 +206,13 @@ def test_a_lance_dataset_that_is_gone_or_whose_shards_changed_holds_each_text_on
         return lancedb.connect(str(tmp_path / "out")).open_table("corpus").to_arrow()
 
     run(tmp_path / "in.txt", format="lance", shard_size=20)
+    assert corpus.verify(tmp_path / "out", sample=0).ok
+    lancedb.connect(str(tmp_path / "out")).open_table("corpus").delete("tokens > 5")
+    assert corpus.verify(tmp_path / "out", sample=0).damaged == ["corpus.lance"]
+    shutil.rmtree(tmp_path / "out" / "corpus.lance")
+    assert corpus.verify(tmp_path / "out", sample=0).damaged == ["corpus.lance"]
+    run(tmp_path / "in.txt", format="lance", shard_size=20)
+    assert corpus.verify(tmp_path / "out", sample=0).ok
     shards_of(tmp_path / "out")[0].unlink()
     run(tmp_path / "in.txt", format="lance", shard_size=7)
     assert (rows().num_rows, corpus.digest_of([rows()])) == (60, corpus.digest(tmp_path / "out"))

@@ -3,17 +3,21 @@
 import contextlib
 import gzip
 import json
+import subprocess
+import threading
+import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from modernbert import corpus
-from modernbert.corpus import CorpusError, Settings
-from modernbert.corpus.contract import ATTEMPTS
+from modernbert.corpus import CorpusError, Settings, plan
+from modernbert.corpus.contract import ATTEMPTS, Units
 from modernbert.corpus.keys import KeySet
 from modernbert.corpus.local import LocalEngine
 from modernbert.corpus.output import Output
+from modernbert.corpus.progress import Progress
 from modernbert.corpus.work import RUN, Work, unit_of
 from modernbert.errors import InputError
 from tests.commands import files_of_at_most
@@ -99,6 +103,95 @@ def test_a_full_disk_is_one_line_and_the_job_continues(run, tmp_path, notebook):
     assert not list((tmp_path / "out").glob("data/*"))
     run()
     assert corpus.digest(tmp_path / "out") == notebook
+
+
+def test_a_disk_that_is_really_full_leaves_nothing_half_written(run, tmp_path, notebook):
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", place]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk of its own needs root")
+    lines = []
+    try:
+        for size in range(16, 240, 24):  # it is full at another moment each time
+            subprocess.run(["mount", "-o", f"remount,size={size}k", place], check=True)
+            try:
+                run(output=place / "out", shard_size=20)
+                break
+            except (CorpusError, OSError) as error:
+                lines.append(str(error))
+            assert not [path for path in place.rglob(".*") if path.name != ".out.lock"]
+            assert all(pq.read_metadata(shard).num_rows == 20 for shard in (place / "out" / "data").glob("*"))
+        else:
+            subprocess.run(["mount", "-o", "remount,size=64m", place], check=True)
+            run(output=place / "out", shard_size=20)
+        assert corpus.digest(place / "out") == notebook
+        assert corpus.verify(place / "out", sample=5).ok
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+    assert len(lines) > 2
+    assert all("\n" not in line and line.endswith("and the same call continues") for line in lines)
+
+
+def test_a_line_for_which_there_is_no_room_is_cut_back(tmp_path):
+    output = Output(str(tmp_path))
+    output.append("metrics.jsonl", "{}")
+    with files_of_at_most(10), pytest.raises(CorpusError, match=r"metrics\.jsonl cannot be written: .*continues$"):
+        output.append("metrics.jsonl", '{"texts": 100000}')
+    output.append("metrics.jsonl", "[]")
+    assert output.read("metrics.jsonl") == b"{}\n[]\n"
+
+
+def test_keys_that_cannot_be_kept_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CorpusError, match=r"the keys of texts cannot be kept in .*file: .*; make room there, and the"):
+        KeySet(tmp_path / "file")
+
+
+def test_a_job_is_ended_while_a_thread_is_inside_its_corpus(run, tmp_path, monkeypatch):
+    inside, read, before = threading.Event(), plan.read_batches, threading.active_count()
+
+    def endless(*given):
+        (batch,) = read(*given)
+        while True:  # nothing in it is new the second time, so that the next unit is never made
+            yield batch
+            inside.set()
+            time.sleep(0.001)
+
+    def interrupted(self, record):
+        assert inside.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "read_batches", endless)
+    monkeypatch.setattr(Progress, "tell", interrupted)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(shard_size=15, engine_options=["processes=1"])
+    assert threading.active_count() == before
+    assert time.monotonic() - begun < 60
+    out = tmp_path / "out"
+    assert not [*out.rglob(".*"), *(out / "rows").iterdir(), *(out / "files").glob("*")]
+    monkeypatch.undo()
+    assert 0 < run().computed < len(TEXTS)
+
+
+def test_units_that_hang_keep_nobody_from_ending(monkeypatch):
+    monkeypatch.setattr("modernbert.corpus.contract.PATIENCE", 0.1)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hanging():
+        inside.set()
+        leave.wait(60)
+        yield None
+
+    units = Units(hanging())
+    thread = threading.Thread(target=lambda: list(units))
+    thread.start()
+    assert inside.wait(60)
+    units.close()
+    leave.set()
+    thread.join(60)
+    assert list(units) == []
 
 
 def test_a_batch_that_breaks_is_tried_text_by_text(run, tmp_path, model, monkeypatch):

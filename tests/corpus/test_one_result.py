@@ -1,5 +1,6 @@
 """One result, whatever ran it: the hash of keys and vectors is that of a pipeline in a notebook."""
 
+import json
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from modernbert.corpus import Settings, Transform
 from modernbert.corpus.local import LocalEngine
 from modernbert.corpus.output import Output
 from modernbert.corpus.work import RUN, Work, unit_of
+from tests.clusters import children
 from tests.corpus.conftest import TEXTS, write_corpus
 
 
@@ -54,30 +56,33 @@ def test_a_digest_sees_a_single_bit_and_needs_no_more_memory_than_a_part(run, tm
 
 
 JOB = """
-import sys
+import json, sys
 from modernbert import corpus
-places, output, model, *engine = sys.argv[1:]
-corpus.run(places, output, "sentence-embedding", model, shard_size=4, engine_options=engine)
+places, output, model, engine = sys.argv[1:]
+corpus.run(places, output, "sentence-embedding", model, shard_size=4, **json.loads(engine))
 """
 
 
 def killed_after(shards, places, output, model, engine):
-    """Begin a job, and end it with SIGKILL once it has so many shards; whether it was still running then."""
-    job = subprocess.Popen([sys.executable, "-c", JOB, *map(str, (places, output, model, engine))])
+    """Begin a job, and end it with SIGKILL once it has so many shards; the processes that it had started then."""
+    job = subprocess.Popen([sys.executable, "-c", JOB, *map(str, (places, output, model, json.dumps(engine)))])
     deadline = time.monotonic() + 300
+    started = []
     while job.poll() is None and time.monotonic() < deadline:
         if output.is_dir() and len(list((output / "data").glob("[!.]*"))) >= shards:
+            started = children(job.pid)
             job.kill()
+            break
         time.sleep(0.002)
-    return job.wait() == -signal.SIGKILL
+    assert job.wait() == -signal.SIGKILL
+    return started
 
 
 def check_resumed(run, places, output, model, engine, moments):
-    """Kill a job at these moments, finish it, and give how many texts the last run computed."""
+    """Kill a job at these moments and finish it; the processes that were running when it was killed."""
     texts = [f"{i} {TEXTS[i % len(TEXTS)]}" for i in range(600)]
     write_corpus(places, texts)
-    was_killed = [killed_after(shards, places, output, model, engine) for shards in moments]
-    assert all(was_killed)
+    started = [killed_after(shards, places, output, model, engine) for shards in moments]
     (output / ".keys-left").mkdir()
     report = run(places, output, shard_size=16)
     assert not list(output.rglob(".*"))  # nothing is left of the runs that were killed
@@ -87,16 +92,28 @@ def check_resumed(run, places, output, model, engine, moments):
     run(places, whole)
     assert corpus.digest(output) == corpus.digest(whole)
     assert corpus.verify(output, sample=5).ok  # which finds texts that stand in two shards
+    return [number for some in started for number in some]
+
+
+def check_ended(processes, seconds):
+    """Wait until none of these processes is left."""
+    until = time.monotonic() + seconds
+    while any(os.path.exists(f"/proc/{number}/exe") for number in processes):  # noqa: PTH110 (it is a broken link)
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_job_killed_twice_continues_and_has_the_same_bits(run, tmp_path, model):
-    check_resumed(run, tmp_path / "in", tmp_path / "out", model, "processes=0", [3, 40])
+    check_resumed(run, tmp_path / "in", tmp_path / "out", model, {"engine_options": ["processes=0"]}, [3, 40])
 
 
 @pytest.mark.slow  # starts a dozen processes
 def test_a_job_of_two_processes_killed_five_times_has_the_same_bits(run, tmp_path, model):
     moments = sorted(random.Random(3).sample(range(1, 100), 5))
-    check_resumed(run, tmp_path / "in", tmp_path / "out", model, "processes=2", moments)
+    engine = {"engine_options": ["processes=2"]}
+    started = check_resumed(run, tmp_path / "in", tmp_path / "out", model, engine, moments)
+    assert started
+    check_ended(started, 10)
 
 
 def test_a_worker_that_is_killed_is_replaced(model, tmp_path, notebook):

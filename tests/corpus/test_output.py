@@ -1,14 +1,19 @@
 """What an output holds, how it is kept, and what is refused."""
 
+import contextlib
 import json
 
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from modernbert import corpus, pipeline
-from modernbert.corpus import Settings
+from modernbert.corpus import CorpusError, Settings, plan
+from modernbert.corpus.output import Output, read_parquet
+from modernbert.corpus.progress import Progress
 from modernbert.errors import InputError
 from tests.corpus.conftest import TEXTS
 from tests.pipelines.test_streams import CASES
@@ -191,8 +196,6 @@ def test_verifying_finds_damage_and_other_numbers(run, tmp_path):
 def test_other_bits_are_measured(run, tmp_path):
     import hashlib
 
-    import pyarrow.parquet as pq
-
     run()
     (file,) = (tmp_path / "out" / "data").iterdir()
     table = pq.read_table(file)
@@ -261,3 +264,170 @@ def test_what_is_no_output_is_refused(run, tmp_path):
     (tmp_path / "out" / "manifest.json").write_text('{"shards": 3}')
     with pytest.raises(InputError, match="is of no corpus of format 1"):
         run()
+
+
+class Disk(MemoryFileSystem):
+    """A remote disk: what is written is seen as far as it is there, and files are renamed to names that are free."""
+
+    protocol, store, pseudo_dirs, is_silent = "disk", {}, [""], False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace(f"{cls.protocol}://", "/"))
+
+    def mv(self, path1, path2, **options):
+        if self.exists(path2):
+            if self.is_silent:
+                return
+            raise FileExistsError(path2)
+        self.store[path2] = self.store.pop(path1)
+
+    def pipe_file(self, path, value, **options):
+        assert path.rpartition("/")[2].startswith(".")  # what is half-written has no name yet
+        with self.open(path, "wb") as file:
+            file.write(value[: len(value) // 2])
+            file.write(value[len(value) // 2 :])
+
+
+class SilentDisk(Disk):
+    """One that says nothing where it does not rename."""
+
+    protocol, store, pseudo_dirs, is_silent = "silent", {}, [""], True
+
+
+@pytest.fixture(params=["memory", "disk", "silent"])
+def elsewhere(request):
+    """An address of a place that is not of this machine."""
+    for system in (Disk, SilentDisk):
+        fsspec.register_implementation(system.protocol, system, clobber=True)
+    yield f"{request.param}://vectors"
+    with contextlib.suppress(FileNotFoundError):
+        fsspec.filesystem(request.param).rm("/vectors", recursive=True)
+
+
+def test_a_file_elsewhere_is_seen_once_it_is_whole(elsewhere, monkeypatch):
+    output = Output(elsewhere)
+    for content in (b"x" * 100_000, b"y" * 50_000):
+        with output.writing("rows/a") as file:
+            file.write(content)
+            file.flush()
+            assert output.read("rows/a") in (None, b"x" * 100_000)
+        assert output.read("rows/a") == content
+    monkeypatch.setattr("modernbert.corpus.output._AT_ONCE", 10)  # a large file is sent in pieces
+    output.write("rows/b", b"z" * 1000)
+    with output.writing("rows/b") as file:
+        file.write(b"w" * 1000)
+    assert output.read("rows/b") == b"w" * 1000
+    with contextlib.suppress(KeyboardInterrupt), output.writing("rows/a") as file:
+        file.write(b"z")
+        raise KeyboardInterrupt
+    assert output.read("rows/a") == b"y" * 50_000
+    assert {name.rpartition("/")[2] for name in output.system.find("/vectors")} == {"a", "b"}
+
+
+@pytest.mark.parametrize("elsewhere", ["disk", "silent"], indirect=True)
+def test_a_file_elsewhere_that_cannot_be_replaced_stays_as_it_was(elsewhere, monkeypatch):
+    output = Output(elsewhere)
+    output.write("a", b"old")
+    move = type(output.system).mv
+
+    def refused(self, path1, path2, **options):
+        if path2.endswith("/a") and self.cat_file(path1) == b"new" and not self.exists(path2):
+            raise PermissionError("not now")
+        move(self, path1, path2, **options)
+
+    monkeypatch.setattr(type(output.system), "mv", refused)
+    with pytest.raises(CorpusError, match="/vectors/a cannot be written: not now; the same call continues"):
+        output.write("a", b"new")
+    assert output.read("a") == b"old"
+    assert [name.rpartition("/")[2] for name in output.system.find("/vectors")] == ["a"]
+
+
+def test_a_job_elsewhere_shows_no_rows_of_a_file_that_it_still_reads(elsewhere, run, folder, notebook, monkeypatch):
+    seen = []
+    tell = Progress.tell
+    monkeypatch.setattr(Progress, "tell", lambda self, record: (seen.append(rows()), tell(self, record)))
+
+    def rows():
+        names = Output(elsewhere).names("rows")
+        return [len(read_parquet(Output(elsewhere).open(f"rows/{name}"))) for name in names]
+
+    assert run(output=elsewhere, shard_size=30).texts == len(TEXTS)
+    assert [len(some) for some in seen] == [0, 1, 2, 3, 3, 4]  # of four files, which are read as texts are needed
+    assert {count for some in seen for count in some} == {41}
+    Output(elsewhere).system.pipe_file("/vectors/data/.left.tmp", b"of a run that was killed")
+    assert run(output=elsewhere).computed == 0
+    assert corpus.digest(elsewhere) == notebook
+    assert corpus.verify(elsewhere, sample=5).ok
+    is_disk = not elsewhere.startswith("memory")
+    assert Output(elsewhere).system.exists("/vectors/data/.left.tmp") != is_disk
+
+
+def test_a_place_elsewhere_that_fails_is_one_line_and_the_job_continues(elsewhere, run, notebook, monkeypatch):
+    system = type(Output(elsewhere).system)
+    pipe = system.pipe_file
+
+    class ResetError(Exception):
+        pass
+
+    def reset(self, path, value, **options):
+        if len(value) > 8000:
+            raise ResetError("the connection\nwas reset")
+        pipe(self, path, value, **options)
+
+    monkeypatch.setattr(system, "pipe_file", reset)
+    with pytest.raises(CorpusError, match=r"parquet cannot be written: the connection was reset; the same call cont"):
+        run(output=elsewhere)
+    monkeypatch.undo()
+    run(output=elsewhere)
+    assert corpus.digest(elsewhere) == notebook
+
+
+def test_a_digest_tells_types_apart_and_not_what_arrow_makes_of_them():
+    def digest(**columns):
+        return corpus.digest_of([pa.table({"key": pa.array([b"k" * 32], pa.binary(32)), **columns})])
+
+    half = np.array([1.5, 2.5, -3.0, 4.0], np.float16)
+    vectors = [pa.FixedSizeListArray.from_arrays(pa.array(some), len(some)) for some in (half, half.view(np.float32))]
+    assert digest(vector=vectors[0]) != digest(vector=vectors[1])
+    values = [pa.array([7], kind) for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8())]
+    assert len({digest(indices=value) for value in values}) == len(values)
+    lists = [pa.array([[1, 2]], pa.list_(kind)) for kind in (pa.int32(), pa.int64())]
+    assert digest(indices=lists[0]) != digest(indices=lists[1])
+    assert digest(indices=values[0]) != digest(values=values[0])
+    alike = [
+        *(pa.list_(pa.field("item", pa.string())), pa.list_(pa.field("element", pa.large_string(), False))),
+        *(pa.large_list(pa.string()), pa.list_view(pa.string_view())),
+    ]
+    assert len({digest(labels=pa.array([["a", "b"]], kind)) for kind in alike}) == 1
+    nested = pa.list_(pa.list_(pa.float32(), 2)), pa.large_list(pa.list_(pa.field("x", pa.float32()), 2))
+    assert len({digest(vectors=pa.array([[[1.0, 2.0]]], kind)) for kind in nested}) == 1
+    assert digest(a=values[0], b=lists[0]) == digest(b=lists[0], a=values[0])
+    table = pa.table({"key": pa.array([b"k" * 32], pa.binary(32)), "score": pa.array([1.0], pa.float32())})
+    with pytest.raises(InputError, match=r"have the columns score \(float\), and one has score \(double\)"):
+        corpus.digest_of([table, table.set_column(1, "score", pa.array([1.0]))])
+
+
+def test_shards_without_a_manifest_are_not_added_to(run, tmp_path):
+    run()
+    manifest = tmp_path / "out" / "manifest.json"
+    for change in (lambda: manifest.write_text('{"manifest"'), manifest.unlink):
+        change()
+        with pytest.raises(InputError, match=r"has shards, and manifest\.json is missing or damaged"):
+            run()
+
+
+def test_rows_are_noted_in_groups_and_a_sample_reads_those_that_it_needs(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "_GROUP", 100)
+    texts = [f"{i} {i * i % 97}" for i in range(950)]
+    table = pa.table({"id": pa.array([f"id {i % 7}" for i in range(950)]).dictionary_encode(), "text": texts})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=40)
+    run(tmp_path / "in.parquet", keep=["id"])
+    (rows,) = (tmp_path / "out" / "rows").iterdir()
+    about = pq.read_metadata(rows)
+    assert (about.num_rows, about.num_row_groups) == (
+        950,
+        8,
+    )  # 40 rows are read at a time, up to the ends of the file's groups
+    assert [row["id"] for row in pq.read_table(rows).to_pylist()] == table["id"].to_pylist()
+    assert corpus.verify(tmp_path / "out", sample=30).identical == 30

@@ -1,6 +1,7 @@
 """The engine of a Ray cluster: the bits of a notebook, actors that are lost, and what cannot be reached."""
 
 import os
+import random
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from modernbert.corpus.work import RUN, Work, unit_of
 from modernbert.errors import InputError
 from tests.clusters import children, ray_here
 from tests.corpus.conftest import TEXTS
+from tests.corpus.test_one_result import check_ended, check_resumed, killed_after
 
 pytestmark = [pytest.mark.network, pytest.mark.filterwarnings("ignore")]  # Ray's, which are not ours to mend
 
@@ -272,29 +274,23 @@ class Poisoned:
             self.work.transform = transform
 
 
-@pytest.mark.slow  # starts an instance of its own
-def test_a_job_that_is_killed_leaves_no_process_and_continues(run, model, folder, tmp_path, notebook):
-    import subprocess
+STORE = "store=100000000"  # bytes, of an instance of a job's own
 
+
+@pytest.mark.slow  # starts an instance of its own, whose last processes notice after a minute that the others are gone
+def test_a_job_that_is_killed_leaves_no_process_and_continues(run, model, folder, tmp_path, notebook):
     pytest.importorskip("ray", reason="needs ray: pip install ray")
-    code = (
-        "import sys; from modernbert import corpus\n"
-        "corpus.run(sys.argv[1], sys.argv[2], 'sentence-embedding', sys.argv[3], shard_size=4, engine='ray',"
-        " engine_options=['actors=1', 'store=100000000'])"
-    )
-    output = tmp_path / "out"
-    job = subprocess.Popen([sys.executable, "-c", code, str(folder), str(output), str(model)])
-    until = time.monotonic() + 300
-    while len(list((output / "data").glob("[!.]*"))) < 5:
-        assert job.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    started = children(job.pid)
-    job.kill()
-    job.wait()
-    until = time.monotonic() + 180  # the last of them notice after a minute that the others are gone
-    while any(os.path.exists(f"/proc/{number}/exe") for number in started):  # noqa: PTH110
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    engine = {"engine": "ray", "engine_options": ["actors=1", STORE]}
+    started = killed_after(5, folder, tmp_path / "out", model, engine)
+    assert len(started) > 3
+    check_ended(started, 180)
     assert 0 < run(shard_size=16).computed < len(TEXTS)
-    assert corpus.digest(output) == notebook
+    assert corpus.digest(tmp_path / "out") == notebook
+
+
+@pytest.mark.slow  # starts five of them
+def test_a_job_that_is_killed_five_times_has_the_same_bits(run, tmp_path, model):
+    pytest.importorskip("ray", reason="needs ray: pip install ray")
+    engine = {"engine": "ray", "engine_options": ["actors=2", STORE]}
+    moments = sorted(random.Random(4).sample(range(1, 100), 5))
+    check_ended(check_resumed(run, tmp_path / "in", tmp_path / "out", model, engine, moments), 180)

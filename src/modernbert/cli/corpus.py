@@ -42,7 +42,7 @@ def _is_there(text: str) -> bool:
 
 
 def run_corpus(places: Sequence[str], output: Path, given: Mapping[str, Any]) -> None:
-    """Answer a corpus, and say what became of it; exit code 1 where texts have no answer."""
+    """Answer a corpus, and say what became of it; exit code 1 where this run leaves texts without an answer."""
     from modernbert.corpus import run
     from modernbert.corpus.output import CorpusError
 
@@ -61,18 +61,22 @@ def run_corpus(places: Sequence[str], output: Path, given: Mapping[str, Any]) ->
     details += [f"{report.truncated:,} cut to the model's context"] * bool(report.truncated)
     details += [f"{report.before:,} from before"] * bool(report.before)
     more = f" ({', '.join(details)})" if details else ""
-    say(f"{report.rows:,} rows read, {report.texts:,} distinct texts answered in {place}{more}")
+    say(f"{counted(report.rows, 'row')} read, {counted(report.texts, 'distinct text')} answered in {place}{more}")
     for reason in list(report.files.values())[:_LISTED]:
         say(in_flags(reason))
     for reason in report.reasons[:_LISTED]:
         say(in_flags(reason))
     if report.unreadable:
         say(f"{counted(report.unreadable, 'row')} could not be read; {place}/unreadable says why")
-    if report.failed:
+    failed = report.failed - report.failed_before
+    if failed:
+        say(f"{counted(failed, 'text')} could not be answered; {place}/errors has the key and the reason of each")
+    if report.failed_before:
         say(
-            f"{counted(report.failed, 'text')} could not be answered; {place}/errors has the key and the reason of each"
+            f"{counted(report.failed_before, 'text')} could not be answered by an earlier run; --retry-failed tries "
+            "again"
         )
-    if report.failed or report.unreadable or report.files:
+    if failed or report.unreadable or report.files:
         raise typer.Exit(1)
 
 
@@ -97,7 +101,8 @@ def verify(
     )
     typer.echo(f"shards      {report.shards}{broken}")
     if report.damaged:
-        typer.echo("            delete them from data/ and run the same command; it computes them again")
+        place = "data/" if all(name.endswith(".parquet") for name in report.damaged) else "the output"
+        typer.echo(f"            delete them from {place} and run the same command; it computes them again")
     if report.repeated:
         typer.echo(f"repeated    {counted(report.repeated, 'text')} in more than one shard")
     if report.missing and not report.damaged:  # those of damaged shards are not known

@@ -52,8 +52,8 @@ def say(message: object) -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    """ "1 answer", "2 answers"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    """ "1 answer", "2,000 answers"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def in_flags(message: str, flags: Mapping[str, str] | None = None) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modernbert.checks import fields_of, kinds_of, parse_values
-from modernbert.corpus.contract import Record, make_engine
+from modernbert.corpus.contract import Record, Units, make_engine
 from modernbert.corpus.inputs import find_files
 from modernbert.corpus.keys import KeySet
 from modernbert.corpus.lance import add_shards, check_lance
@@ -26,6 +26,8 @@ from modernbert.corpus.manifest import (
     keys_of,
     manifest,
     records_of,
+    told_in,
+    weights_of,
 )
 from modernbert.corpus.options import CorpusOptions
 from modernbert.corpus.output import Output
@@ -55,10 +57,11 @@ class CorpusReport:
         duplicates: rows whose text an earlier row had.
         computed: distinct texts that this run computed, those that failed too.
         texts, failed: distinct texts that the output holds an answer for, and those that could not be answered.
-        before: texts of these that earlier runs answered.
+        before, failed_before: texts of these that earlier runs answered, and those that one of them told of when it
+            ended.
         tokens, truncated: tokens of the answered texts, and how many of these were cut.
         files: that could not be read, with the reason.
-        reasons: why rows could not be read and texts could not be answered, some of each.
+        reasons: why rows could not be read and texts of this run could not be answered, some of each.
     """
 
     output: str
@@ -69,6 +72,7 @@ class CorpusReport:
     before: int
     texts: int
     failed: int
+    failed_before: int
     tokens: int
     truncated: int
     files: dict[str, str]
@@ -123,8 +127,9 @@ def run(
             stack.enter_context(locked(Path(folder.root), refusal))
         made_with = identity(settings, chosen.format)
         before = folder.read_json(MANIFEST)
-        check_format(before, str(output))
-        if before is not None and folder.names("shards"):  # a first try that made none decides nothing
+        has_shards = bool(folder.names("shards"))
+        check_format(before, str(output), has_shards)
+        if before is not None and has_shards:  # a first try that made none decides nothing
             check_same(before, made_with, str(output))
             if before.get("keep", chosen.keep) != chosen.keep:
                 raise InputError(
@@ -135,12 +140,14 @@ def run(
             for name in ("rows", "files", "unreadable"):
                 folder.remove(name)
         about: dict[str, Any] = {"model": settings.model, "settings": dataclasses.asdict(settings), "inputs": named}
-        about |= {"columns": chosen.column, "keep": chosen.keep}
+        told = 0 if chosen.retry_failed else told_in(before)
+        about |= {"columns": chosen.column, "keep": chosen.keep, "failed before": told}
         folder.write_json(MANIFEST, manifest(made_with, {**about, "is complete": False}, []))
         run = uuid.uuid4().hex
         folder.write_json(RUN, {"run": run})
         folder.tidy()
         records = records_of(folder, chosen.retry_failed)
+        told = min(told, sum(record["failed"] for record in records.values()))
         keys = KeySet(Path(folder.root) if folder.is_local else None)
         stack.callback(keys.close)
         for some in keys_of(folder, records):
@@ -148,8 +155,9 @@ def run(
         size = shard_size_of(chosen.shard_size, settings)
         plan = Plan(files, settings, chosen.column, chosen.keep, size, keys, folder)
         teller = stack.enter_context(Progress(folder, plan.met, engine, progress))
-        units = stack.enter_context(contextlib.closing(plan.units()))
-        for record in engine.run(units, Work(settings, folder, run)):
+        work = Work(settings, folder, run, weights_of(settings))
+        units = stack.enter_context(contextlib.closing(Units(plan.units(), plan.stop)))
+        for record in stack.enter_context(contextlib.closing(engine.run(units, work))):
             records[record["name"]] = kept(record)
             teller.tell(record)
         if not plan.met.rows:
@@ -157,7 +165,7 @@ def run(
         folder.remove("work")
         if chosen.format == "lance":
             add_shards(folder, [name for name, record in records.items() if record["texts"]])
-        report = _report(folder, str(output), plan.met, list(records.values()), teller.texts)
+        report = _report(folder, str(output), plan.met, list(records.values()), teller.texts, told)
         about |= {"counts": _counts(report), "is complete": True}
         folder.write_json(MANIFEST, manifest(made_with, about, list(records.values())))
     return report
@@ -192,10 +200,12 @@ def _absolute(name: Any) -> str:
     return str(path.resolve()) if path.is_dir() else str(name)
 
 
-def _report(folder: Output, output: str, met: Met, records: list[Record], answered: int) -> CorpusReport:
+def _report(folder: Output, output: str, met: Met, records: list[Record], answered: int, told: int) -> CorpusReport:
     sums = {name: sum(record[name] for record in records) for name in ("texts", "failed", "tokens", "truncated")}
-    lost = (error for record in records if record["failed"] for error in errors_in(folder, record["name"]))
-    reasons = [*met.reasons, *(error["error"] for error in itertools.islice(lost, _LISTED))]
+    latest = (record for record in reversed(records) if record["failed"])
+    lost = (error for record in latest for error in errors_in(folder, record["name"]))
+    most = max(0, min(_LISTED, sums["failed"] - told))  # of this run
+    reasons = [*met.reasons, *(error["error"] for error in itertools.islice(lost, most))]
     return CorpusReport(
         output,
         met.rows,
@@ -203,6 +213,7 @@ def _report(folder: Output, output: str, met: Met, records: list[Record], answer
         met.duplicates,
         computed=met.new,
         before=sums["texts"] - answered,
+        failed_before=told,
         files=dict(met.files),
         reasons=reasons,
         **sums,

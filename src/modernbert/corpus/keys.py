@@ -23,16 +23,18 @@ class KeySet:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=KEYS, dir=folder, ignore_cleanup_errors=True)
-        self._database = sqlite3.connect(
-            Path(self._folder.name) / "keys", isolation_level=None, check_same_thread=False
-        )
-        run = self._database.execute
-        for line in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", f"cache_size=-{_CACHE}"):
-            run(f"PRAGMA {line}")
-        # `seen`: whether a row of this run has had the key.
-        run("CREATE TABLE keys (key BLOB PRIMARY KEY, seen INTEGER) WITHOUT ROWID")
-        run("BEGIN")
+        self._place = str(folder or tempfile.gettempdir())
+        with self._writing():
+            self._folder = tempfile.TemporaryDirectory(prefix=KEYS, dir=folder, ignore_cleanup_errors=True)
+            self._database = sqlite3.connect(
+                Path(self._folder.name) / "keys", isolation_level=None, check_same_thread=False
+            )
+            run = self._database.execute
+            for line in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE", f"cache_size=-{_CACHE}"):
+                run(f"PRAGMA {line}")
+            # `seen`: whether a row of this run has had the key.
+            run("CREATE TABLE keys (key BLOB PRIMARY KEY, seen INTEGER) WITHOUT ROWID")
+            run("BEGIN")
 
     def add_known(self, keys: Iterable[Key]) -> None:
         """Add the keys of texts that are computed already."""
@@ -63,8 +65,8 @@ class KeySet:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise CorpusError(
-                f"the keys of texts cannot be kept in {self._folder.name}: {error}; make room there, or set TMPDIR, "
-                "and the same call continues"
+                f"the keys of texts cannot be kept in {self._place}: {error}; make room there, and the same call "
+                "continues"
             ) from error

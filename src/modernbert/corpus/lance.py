@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from modernbert.io.tables.reading import library
 
 TABLE = "corpus"  # the dataset is the folder corpus.lance
 _NOTE = "lance.json"  # which shards are in it, and which were being added when a run ended
-_TOGETHER = 16  # shards that are added in one version of the dataset
+_TOGETHER, _BYTES = 16, 256 * 2**20  # shards that are added in one version of the dataset, and their bytes, about
 _AN_HOUR = datetime.timedelta(hours=1)
 
 
@@ -46,9 +45,8 @@ def add_shards(output: Output, names: Iterable[str]) -> int:
     there, doubtful = (set(note["shards"]), set(note["adding"])) if is_made else (set(), set())
     names = list(names)
     gone = (there | doubtful).difference(names)
-    new = iter([name for name in names if name not in there])
     try:
-        while some := list(itertools.islice(new, _TOGETHER)):
+        for some in _together(output, [name for name in names if name not in there]):
             output.write_json(_NOTE, {"shards": sorted(there), "adding": sorted({*some, *doubtful & gone})})
             rows = pa.concat_tables([_read(output, name) for name in some])
             if table is None:
@@ -71,6 +69,31 @@ def add_shards(output: Output, names: Iterable[str]) -> int:
             "shards are there, and the same call continues"
         ) from error
     return 0 if table is None else int(table.count_rows())
+
+
+def rows_in(output: Output) -> int | None:
+    """How many rows the dataset has; None where it cannot be opened."""
+    os.environ.setdefault("LANCE_LOG", "error")
+    lancedb = library("lancedb", Path(output.root), "search")
+    try:
+        return int(lancedb.connect(output.root).open_table(TABLE).count_rows())
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _together(output: Output, names: Iterable[str]) -> Iterator[list[str]]:
+    sizes = output.sizes("data")
+    some: list[str] = []
+    held = 0
+    for name in names:
+        size = sizes.get(f"{name}.parquet") or 0
+        if some and (len(some) == _TOGETHER or held + size > _BYTES):
+            yield some
+            some, held = [], 0
+        some.append(name)
+        held += size
+    if some:
+        yield some
 
 
 def _read(output: Output, name: str) -> pa.Table:

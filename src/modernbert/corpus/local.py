@@ -13,17 +13,19 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from typing import IO, Any
 
 from modernbert.checks import Options, option
-from modernbert.corpus.contract import ATTEMPTS, Record, Unit
+from modernbert.corpus.contract import ATTEMPTS, PATIENCE, Record, Unit, Units
 from modernbert.corpus.output import CorpusError
 from modernbert.errors import printable
 from modernbert.training.threads import cores, quota
 
 _HEAD = struct.Struct("<Q")  # bytes of a message
-_PATIENCE = 10.0  # seconds in which a thread ends once its process is gone
+_SMALL = 100 * 2**20  # bytes of weights of a model that threads speed up little, beside what is done around it
+_THREADS = 4  # of a process with a larger one
 _STARTS = 3  # of a process that dies before it has loaded the model
 
 
@@ -32,7 +34,10 @@ class LocalOptions(Options):
     """Options of the engine `local`."""
 
     processes: int | None = option(
-        None, "Processes that compute; 0 computes in this one.", least=0, otherwise="one a GPU, else one for 4 cores"
+        None,
+        "Processes that compute; 0 computes in this one.",
+        least=0,
+        otherwise="one a GPU; else one a core for weights below 100 MiB, and one for 4 cores above",
     )
     threads: int | None = option(None, "Threads of each process.", least=1, otherwise="the cores shared out")
 
@@ -53,23 +58,24 @@ class LocalEngine:
         self.processes, self.threads = processes, threads
         self.workers: list[int] = []
 
-    def run(self, units: Iterator[Unit], work: Callable[[Unit], Record]) -> Iterator[Record]:
+    def run(self, units: Iterator[Unit], work: Callable[[Unit], Record]) -> Generator[Record, None, None]:
         """See `modernbert.corpus.contract.Engine`."""
         if self.processes == 0:
             yield from map(work, units)
             return
         gpus = _gpus(getattr(work, "device", None))
         usable = max(1, min(cores(), int(quota() or cores())))
-        processes = self.processes or gpus or max(1, usable // 4)
+        processes = self.processes or gpus or processes_for(usable, getattr(work, "weights", 0))
         threads_each = self.threads or max(1, usable // processes)
         done: queue.SimpleQueue[Record | BaseException | None] = queue.SimpleQueue()
-        feed = _Feed(units)
+        feed = units if isinstance(units, Units) else Units(units)
         pool = [_Worker(work, threads_each, i % gpus if gpus > 1 else None) for i in range(processes)]
         threads = [threading.Thread(target=_drive, args=(worker, feed, done), daemon=True) for worker in pool]
-        for thread in threads:
-            thread.start()
-        running = len(threads)
+        running = 0
         try:
+            for thread in threads:
+                thread.start()
+                running += 1
             while running:
                 found = done.get()
                 self.workers = [worker.number for worker in pool if worker.number]
@@ -80,12 +86,18 @@ class LocalEngine:
                 else:
                     yield found
         finally:
-            feed.stop()
+            feed.end()
             for worker in pool:
                 worker.end()
-            for thread in threads:
-                thread.join(_PATIENCE)
+            until = time.monotonic() + PATIENCE
+            for thread in [thread for thread in threads if thread.ident is not None]:
+                thread.join(max(0.0, until - time.monotonic()))
             self.workers = []
+
+
+def processes_for(usable: int, weights: int) -> int:
+    """How many processes share these cores by default, for a model with so many bytes of weights."""
+    return usable if 0 < weights <= _SMALL else max(1, usable // _THREADS)
 
 
 def _gpus(device: str | None) -> int:
@@ -99,20 +111,6 @@ def _gpus(device: str | None) -> int:
 
 class _EndedError(Exception):
     """The job ended while a process was to be started."""
-
-
-class _Feed:
-    """Units, taken by several threads, one at a time."""
-
-    def __init__(self, units: Iterator[Unit]) -> None:
-        self._units, self._lock, self._ended = units, threading.Lock(), False
-
-    def next(self) -> Unit | None:
-        with self._lock:
-            return None if self._ended else next(self._units, None)
-
-    def stop(self) -> None:
-        self._ended = True
 
 
 class _Worker:
@@ -210,10 +208,10 @@ class _Worker:
                 process.kill()
 
 
-def _drive(worker: _Worker, feed: _Feed, done: queue.SimpleQueue[Any]) -> None:
+def _drive(worker: _Worker, feed: Units, done: queue.SimpleQueue[Any]) -> None:
     """Let one worker compute units until there are no more."""
     try:
-        while (unit := feed.next()) is not None:
+        for unit in feed:
             done.put(_tried(worker, unit))
         done.put(None)
     except _EndedError:

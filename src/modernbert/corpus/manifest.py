@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from modernbert.corpus.contract import Record
 from modernbert.corpus.output import CorpusError, Output, read_parquet
 from modernbert.corpus.settings import Key, Settings
-from modernbert.errors import InputError
+from modernbert.errors import InputError, printable
 from modernbert.io.checkpoint import weight_files
-from modernbert.io.fingerprint import contents
+from modernbert.io.files import parse_json
+from modernbert.io.fingerprint import contents, weight
 from modernbert.io.hub import Source
 from modernbert.io.tables.writing import differences
 from modernbert.models.sentence_layout import contents_of
@@ -19,6 +21,7 @@ from modernbert.pipelines import small_model_of
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
+_RECORD = {"name", "texts", "failed", "tokens", "truncated", "sha256", "bytes", "machine"}
 
 
 def identity(settings: Settings, form: str) -> dict[str, Any]:
@@ -47,6 +50,13 @@ def identity(settings: Settings, form: str) -> dict[str, Any]:
     return found | {f"the {name}'s files": _files(Source(place)) for name, place in others.items() if place}
 
 
+def weights_of(settings: Settings) -> int:
+    """Bytes of the weights, as they are stored, once `identity` has found them."""
+    source = Source(settings.model or str(small_model_of(settings.task)), settings.loading.get("revision"))
+    base = source.base_of_adapter()
+    return weight(source) + (0 if base is None else weight(base))
+
+
 def _files(source: Source) -> dict[str, str]:
     if source.folder is None and not source.is_adapter:  # have the Hub's files here
         weight_files(source.inside(contents_of(source).inner))
@@ -56,12 +66,25 @@ def _files(source: Source) -> dict[str, str]:
     return files | contents(source)
 
 
-def check_format(before: Mapping[str, Any] | None, place: str) -> None:
-    """Raise `InputError` where a manifest is of no corpus, or of another format."""
+def check_format(before: Mapping[str, Any] | None, place: str, has_shards: bool = False) -> None:
+    """Raise `InputError` where a manifest is of no corpus, or of another format, or is missing where shards are."""
     if before is None:
+        if has_shards:
+            raise InputError(
+                f"{place} has shards, and {MANIFEST} is missing or damaged, so nobody knows which model made them; put "
+                "it back, or name another output"
+            )
         return
     if before.get("manifest") != _FORMAT or not isinstance(before.get("made with"), dict):
         raise InputError(f"{place}/{MANIFEST} is of no corpus of format {_FORMAT}; name another output")
+
+
+def told_in(before: Mapping[str, Any] | None) -> int:
+    """How many texts have no answer of which a run that came to its end has told."""
+    if before is None:
+        return 0
+    told = before.get("counts", {}).get("failed") if before.get("is complete") else before.get("failed before")
+    return told if isinstance(told, int) else 0
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
@@ -87,10 +110,11 @@ def records_of(output: Output, without_failed: bool = False) -> dict[str, Record
     for file in output.names("shards"):
         record = output.read_json(f"shards/{file}")
         name = file.removesuffix(".json")
-        if isinstance(record, dict) and without_failed and record["failed"]:
+        is_whole = isinstance(record, dict) and record.keys() >= _RECORD and record["name"] == name
+        if is_whole and record["failed"] and (without_failed or len(errors_in(output, name)) != record["failed"]):
             record["failed"] = 0
             output.write_json(f"shards/{file}", record)
-        if isinstance(record, dict) and _is_there(record, there):
+        if is_whole and _is_there(record, there):
             found[name] = kept(record)
         else:
             output.remove(f"shards/{file}")
@@ -126,17 +150,25 @@ def keys_of(output: Output, records: Mapping[str, Record]) -> Iterator[list[Key]
             try:
                 with output.open(f"data/{name}.parquet") as stream:
                     keys = read_parquet(stream, ["key"])["key"].to_pylist()
-            except ValueError as error:
-                path = output.path(f"data/{name}.parquet")
-                raise CorpusError(f"{path} is damaged; delete it, and the same call computes it again") from error
+            except (ValueError, OSError) as error:
+                path, why = output.path(f"data/{name}.parquet"), printable(" ".join(str(error).split()), limit=200)
+                raise CorpusError(
+                    f"{path} is damaged ({why}); delete it, and the same call computes it again"
+                ) from error
             yield keys
         if record["failed"]:
             yield [bytes.fromhex(error["key"]) for error in errors_in(output, name)]
 
 
 def errors_in(output: Output, name: str) -> list[dict[str, Any]]:
-    """The texts of a shard that could not be answered: keys and reasons."""
-    return [json.loads(line) for line in (output.read(f"errors/{name}.jsonl") or b"").splitlines()]
+    """The texts of a shard that could not be answered: keys and reasons, as far as the file is whole."""
+    found = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for line in (output.read(f"errors/{name}.jsonl") or b"").splitlines():
+            about = parse_json(line)
+            bytes.fromhex(about["key"])
+            found.append({"key": about["key"], "error": about["error"]})
+    return found
 
 
 def manifest(made_with: Mapping[str, Any], about: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:

@@ -23,9 +23,11 @@ class CorpusOptions(Options):
         None, "Most texts of a shard.", least=1, otherwise="4,096, and 256 with a vector for every token"
     )
     retry_failed: bool = option(False, "Try texts again that an earlier run of this job could not answer.")
-    engine: str = option("local", "What runs the job.", otherwise="processes of this machine")
+    engine: str = option("local", "What runs the job: local or ray.", otherwise="local, processes of this machine")
     engine_options: list[str] = option(
-        [], "NAME=VALUE sets an option of the engine, such as processes=2.", flag="engine-option"
+        [],
+        "NAME=VALUE sets an option of the engine: processes or threads of local; actors, cpus or address of ray.",
+        flag="engine-option",
     )
 
     def __post_init__(self) -> None:

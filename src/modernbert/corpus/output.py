@@ -8,6 +8,7 @@ import json
 import os
 import posixpath
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from modernbert.io.files import parse_json
 from modernbert.io.tables.reading import library
 
 KEYS = ".keys-"  # how the name of a folder begins that holds the keys of a run
+_UNFINISHED = ".tmp"  # how the name of a hidden file ends that is being written
+_AT_ONCE = 64 * 2**20  # bytes that are sent in one piece
 
 
 class CorpusError(RuntimeError):
@@ -78,46 +81,104 @@ class Output:
     def writing(self, name: str) -> Iterator[Any]:
         """Give a binary file that gets its name once it is written whole.
 
+        For a place that is not of this machine, it is written to the folder of temporary files and copied in the end.
+
         Raises:
             CorpusError: it cannot be written, such as on a full disk.
         """
         path = self.path(name)
-        # A store of objects shows an object once it is whole; a disk needs another name until then.
-        other = posixpath.join(posixpath.dirname(path), f".{uuid.uuid4().hex}.tmp") if self.is_local else path
+        if not self.is_local:
+            with tempfile.TemporaryDirectory(prefix="modernbert-", ignore_cleanup_errors=True) as folder:
+                made = Path(folder) / posixpath.basename(path)
+                with _told(made), made.open("wb") as file:
+                    yield file
+                self._put(path, made)
+            return
+        other = Path(path).parent / f".{uuid.uuid4().hex}{_UNFINISHED}"
         try:
-            self.system.makedirs(posixpath.dirname(path), exist_ok=True)
-            with self.system.open(other, "wb") as file:
-                yield file
-            if self.is_local:
-                with Path(other).open("rb+") as written:
-                    os.fsync(written.fileno())  # or a name may outlive a loss of power, and its content not
-                Path(other).replace(path)
-        except OSError as error:
-            what = error.strerror or " ".join(str(error).split())
-            hint = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            raise CorpusError(f"{path} cannot be written: {what}{hint}, and the same call continues") from error
+            with _told(path):
+                other.parent.mkdir(parents=True, exist_ok=True)
+                with other.open("wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())  # or a name may outlive a loss of power, and its content not
+                other.replace(path)
         finally:
-            if self.is_local:
-                with contextlib.suppress(OSError):
-                    Path(other).unlink()
+            with contextlib.suppress(OSError):
+                other.unlink()
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file whole or not at all."""
-        with self.writing(name) as file:
-            file.write(content)
+        if self.is_local:
+            with self.writing(name) as file:
+                file.write(content)
+        else:
+            self._put(self.path(name), content)
+
+    def _put(self, path: str, content: bytes | memoryview | Path) -> None:
+        """Have a file elsewhere, by another name until it is whole.
+
+        Where nothing is renamed but copied, as in stores of objects, a file is there once it was sent whole: it has
+        its own name at once.
+        """
+        place = f"{posixpath.dirname(path)}/.{uuid.uuid4().hex}{_UNFINISHED}" if self._renames else path
+        try:
+            self.system.makedirs(posixpath.dirname(path), exist_ok=True)
+            if isinstance(content, Path) and content.stat().st_size > _AT_ONCE:
+                self.system.put_file(str(content), place)
+            else:
+                self.system.pipe_file(place, content.read_bytes() if isinstance(content, Path) else bytes(content))
+            if self._renames:
+                self._rename(place, path)
+        except Exception as error:  # each system has its own
+            if self._renames:
+                with contextlib.suppress(Exception):
+                    self.system.rm_file(place)
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise CorpusError(
+                f"{path} cannot be written: {printable(what, limit=300)}; the same call continues"
+            ) from error
+
+    @property
+    def _renames(self) -> bool:
+        from fsspec import AbstractFileSystem
+
+        return type(self.system).mv is not AbstractFileSystem.mv
+
+    def _rename(self, place: str, path: str) -> None:
+        """Give a file its name. Some systems refuse one that is taken, or do nothing and do not say so."""
+        try:
+            self.system.mv(place, path)
+        except Exception:
+            if not self.system.exists(path):
+                raise
+        if self.system.exists(place):
+            before = f"{place}.before{_UNFINISHED}"
+            self.system.mv(path, before)
+            try:
+                self.system.mv(place, path)
+            except Exception:
+                self.system.mv(before, path)
+                raise
+            self.system.rm_file(before)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
     def append(self, name: str, line: str) -> None:
-        """Add a line to a file; where nothing can be appended, the file is written anew."""
-        path = self.path(name)
+        """Add a line to a file; elsewhere than on this machine, the file is written anew."""
+        content = line.encode() + b"\n"
         if self.is_local:
-            with self.system.open(path, "ab") as file:
-                file.write(line.encode() + b"\n")
-            return
-        before = self.system.cat_file(path) if self.system.exists(path) else b""
-        self.write(name, before + line.encode() + b"\n")
+            with _told(self.path(name)), Path(self.path(name)).open("ab", buffering=0) as file:
+                before, rest = file.seek(0, os.SEEK_END), memoryview(content)
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    os.ftruncate(file.fileno(), before)
+                    raise
+        else:
+            self.write(name, (self.read(name) or b"") + content)
 
     def read(self, name: str) -> bytes | None:
         """A file's content; None where there is none."""
@@ -157,14 +218,30 @@ class Output:
     def tidy(self) -> None:
         """Remove what a run that was killed left: files that it was writing, and its keys."""
         if self.is_local:
-            for path in [*Path(self.root).glob("*/.*.tmp"), *Path(self.root).glob(".*.tmp")]:
+            for path in [*Path(self.root).glob(f"*/.*{_UNFINISHED}"), *Path(self.root).glob(f".*{_UNFINISHED}")]:
                 path.unlink(missing_ok=True)
             for folder in Path(self.root).glob(f"{KEYS}*"):
                 shutil.rmtree(folder, ignore_errors=True)
+        elif self._renames:
+            for path in list(self.system.find(self.root)):
+                name = posixpath.basename(path)
+                if name.startswith(".") and name.endswith(_UNFINISHED):
+                    self.system.rm_file(path)
 
     def open(self, name: str) -> Any:
         """Open a file to read it."""
         return self.system.open(self.path(name), "rb")
+
+
+@contextlib.contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    """Say in one line that a file of this machine cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or " ".join(str(error).split())
+        hint = "; make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise CorpusError(f"{path} cannot be written: {what}{hint}, and the same call continues") from error
 
 
 def _protocols(system: Any) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from modernbert.corpus.contract import Unit
 from modernbert.corpus.inputs import Batch, File, read_batches
 from modernbert.corpus.keys import AGAIN, NEW, KeySet
-from modernbert.corpus.output import Output
+from modernbert.corpus.output import CorpusError, Output
 from modernbert.corpus.settings import Key, Settings
 from modernbert.corpus.work import unit_of
 from modernbert.errors import InputError
@@ -23,6 +23,7 @@ from modernbert.io.tables.columns import Field, parse_columns
 
 _SHARD_BYTES, _TEXT_BYTES = 4 * 2**20, 1024  # of texts in a shard at the most; more where it is to have more texts
 _LISTED = 5  # reasons
+_GROUP, _GROUP_BYTES = 65_536, 32 * 2**20  # rows that are noted together, and their bytes
 _LONG, _SHORT = 4096, 256  # texts of a shard by default; the second where each token has a vector
 
 
@@ -77,7 +78,12 @@ class Plan:
         self.files, self.settings, self.keep, self.known = files, settings, list(keep), known
         self.output, self.form, self.shard_size = output, form, shard_size
         self.met = Met(total=sum(file.size for file in files))
+        self._is_stopped = False
         self._schema = pa.schema([("key", pa.binary(32)), *((f.name, _arrow(f)) for f in form)])
+
+    def stop(self) -> None:
+        """Have `units` give up, after the batch of rows that it reads; from any thread."""
+        self._is_stopped = True
 
     def units(self) -> Generator[Unit, None, None]:
         """The units, made as the files are read."""
@@ -108,9 +114,12 @@ class Plan:
         about: dict[str, Any] = {"name": file.name, "rows": 0, "unreadable": 0, "error": None}
         with contextlib.ExitStack() as stack:
             rows = Rows(stack.enter_context(self.output.writing(f"rows/{name}.parquet")), file.name)
+            stack.callback(rows.abandon)
             errors = stack.enter_context(self.output.writing(f"unreadable/{name}.jsonl"))
             try:
                 for batch in read_batches(file, self.form, self.named, self.keep):
+                    if self._is_stopped:
+                        raise CorpusError("the job was ended while it read the corpus; the same call continues")
                     readable = [row for row in batch.rows if isinstance(row, tuple)]
                     keys = self.settings.keys(readable)
                     rows.write(batch, keys)
@@ -147,6 +156,8 @@ class Rows:
     def __init__(self, stream: Any, name: str) -> None:
         self.stream, self.name = stream, name
         self.writer: Any = None
+        self._waiting: list[Any] = []
+        self._rows = self._bytes = 0  # of these
 
     def write(self, batch: Batch, keys: Sequence[Key]) -> None:
         """Add the rows of a batch that can be read."""
@@ -162,15 +173,31 @@ class Rows:
             else:
                 columns[name] = values.take(pa.array(there, pa.int64()))
         table = pa.table(columns)
+        self._waiting.append(table)
+        self._rows += table.num_rows
+        self._bytes += table.nbytes
+        if self._rows >= _GROUP or self._bytes >= _GROUP_BYTES:
+            self._write()
+
+    def _write(self) -> None:
+        table = pa.concat_tables(self._waiting).unify_dictionaries()
+        self._waiting, self._rows, self._bytes = [], 0, 0
         if self.writer is None:
             self.writer = pq.ParquetWriter(self.stream, table.schema, compression="zstd")
         self.writer.write_table(table)
 
     def close(self) -> None:
+        if self._waiting:
+            self._write()
         if self.writer is None:
             columns = {"file": pa.string(), "row": pa.int64(), "key": pa.binary(32)}
             self.writer = pq.ParquetWriter(self.stream, pa.schema(list(columns.items())))
         self.writer.close()
+
+    def abandon(self) -> None:
+        """Write nothing more, where it was not closed; pyarrow would, when it lets go of the writer."""
+        if self.writer is not None:
+            self.writer.is_open = False
 
 
 def _text(value: Any) -> str:

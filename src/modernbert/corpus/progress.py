@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import Any, Self
 
 from modernbert.corpus.contract import Record
 from modernbert.corpus.machine import memory_of
-from modernbert.corpus.output import Output
+from modernbert.corpus.output import CorpusError, Output
 from modernbert.corpus.plan import Met
 
 _A_MINUTE = 60.0
@@ -40,7 +41,8 @@ class Progress:
         if self.on_terminal and self.shards:
             sys.stderr.write("\r\x1b[K")
         if self.shards:
-            self._note()
+            with contextlib.suppress(*[CorpusError] * (error[0] is not None)):  # such as of a full disk
+                self._note()
 
     def tell(self, record: Record) -> None:
         """A unit is finished."""

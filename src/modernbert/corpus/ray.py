@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from modernbert.checks import Options, option
@@ -79,7 +79,7 @@ class RayEngine:
         """Numbers of the actors' processes that run on this machine, at present."""
         return self._pool.workers if self._pool is not None else []
 
-    def run(self, units: Iterator[Unit], work: Callable[[Unit], Record]) -> Iterator[Record]:
+    def run(self, units: Iterator[Unit], work: Callable[[Unit], Record]) -> Generator[Record, None, None]:
         """See `modernbert.corpus.contract.Engine`."""
         started = self._connect()
         try:

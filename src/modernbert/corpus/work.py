@@ -41,10 +41,11 @@ class Work:
         settings: what is computed.
         output: where shards are written.
         run: name of the run that this is for. A worker that outlives its run writes nothing into the next one's output.
+        weights: bytes of the model's weights, by which an engine shares cores out; 0 where they are not known.
     """
 
-    def __init__(self, settings: Settings, output: Output, run: str) -> None:
-        self.transform, self.output, self.run = Transform(settings), output, run
+    def __init__(self, settings: Settings, output: Output, run: str, weights: int = 0) -> None:
+        self.transform, self.output, self.run, self.weights = Transform(settings), output, run, weights
 
     @property
     def device(self) -> str | None:

@@ -19,14 +19,23 @@ def contents(source: Source) -> dict[str, str]:
     Raises:
         NotFoundError, CheckpointError: the source holds no checkpoint, or cannot be reached.
     """
+    folder, files = _files(source)
+    return {path.relative_to(folder).as_posix(): digest(path) for path in files}
+
+
+def weight(source: Source) -> int:
+    """Bytes of a model's weights, as they are stored; raises as `contents`."""
+    return sum(path.stat().st_size for path in _files(source)[1] if path.suffix == ".safetensors")
+
+
+def _files(source: Source) -> tuple[Path, list[Path]]:
     folder = source.folder
     if folder is None:
         first = "adapter_config.json" if source.is_adapter else "config.json"
         found = source.find("modules.json") or source.need(first)
         folder = found.parent
     files = [p for p in sorted(folder.rglob("*")) if p.suffix == ".safetensors" or p.name in _CONTENT]
-    files = [p for p in files if not any(part.startswith("checkpoint-") for part in p.relative_to(folder).parts)]
-    return {path.relative_to(folder).as_posix(): digest(path) for path in files}
+    return folder, [p for p in files if not any(part.startswith("checkpoint-") for part in p.relative_to(folder).parts)]
 
 
 def fingerprint(source: Source) -> str:
