@@ -130,7 +130,10 @@ class Backbone(nn.Module):
             # What callers see lies on the way of the gradients, so that they can ask for its gradient.
             return inputs.take(states[-1]) if x_TM.requires_grad else x_TM
 
-        last_TM = self.run_layers(x_TM, shared, show if want_states else None, rows)
+        given: list[Any] = [x_TM, shared, show if want_states else None]
+        if rows is not None:  # a method that somebody put in place of this one may not know of it
+            given.append(rows)
+        last_TM = self.run_layers(*given)
         return Hidden(last_TM, tuple(states), pad_attention_weights(weights, inputs))
 
     def share(

@@ -322,5 +322,4 @@ def test_the_native_backend_trains_as_sdpa_does():
         model = ModernBertModel(ModernBertConfig(**SMALL), implementation).train()
         out = model(ids, attention_mask=mask)[0]
         found.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
-    for a, b in zip(*found, strict=True):
-        assert torch.equal(a, b)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
