@@ -252,7 +252,9 @@ def _prediction_of(head: PredictionHead) -> Callable[[Tensor], Tensor] | None:
     weight = head.norm._parameters.get("weight")
     if name is None or weight is None or cpu.serving(weight.dtype, weight.device) is None:
         return None
-    if not isinstance(head.dense, Guarded) or not isinstance(head.norm, Guarded):
+    kind = _LINEAR.get(type(head.dense))
+    is_laid_out = isinstance(head.dense, Guarded) or (kind is not None and not kind.one_by_one)
+    if not is_laid_out or not isinstance(head.norm, Guarded):
         return None
     return functools.partial(_predict, head.dense, functools.partial(activate, name), head.norm)
 
