@@ -136,7 +136,7 @@ typedef struct {
   int64_t panel;      /* a task of attention takes so many queries of one text, or several times as many; */
   int64_t queries;    /* at most these. Results do not depend on it. */
   int64_t (*packed_bytes)(const Weight *);
-  void (*pack)(const Weight *);
+  void (*pack)(const Weight *); /* number by number, the definition of the packed layout; `move` does the same */
   void (*unpack)(const Weight *);
   Plan (*plan_product)(const Product *, int64_t threads);
   void (*product)(const Product *, const Plan *, int64_t serial, int64_t task, Scratch *);
@@ -145,6 +145,7 @@ typedef struct {
   int64_t (*step_bytes)(const Step *);
   void (*step)(const Step *, int64_t text, int64_t head, float *scratch);
   void (*normalize)(const Normalize *, int64_t first, int64_t last, float *scratch);
+  void (*move)(const Weight *, int64_t part, int64_t parts, int to_packed); /* a part of the panels, for one thread */
 } Kernels;
 
 #endif

@@ -92,6 +92,9 @@ class Packing:
         grid: tuple[int, int] | None = None,
     ) -> Packing:
         """Pack texts of these lengths that lie end to end already."""
+        if len(lengths) == 1:  # as most queries are
+            positions_T = torch.arange(lengths[0], device=device)
+            return cls((lengths[0],), positions_T, torch.zeros_like(positions_T), indices_T, grid)
         lengths_B = torch.tensor(lengths, dtype=torch.int64)
         text_T = torch.arange(len(lengths)).repeat_interleave(lengths_B)
         positions_T = torch.arange(len(text_T)) - (lengths_B.cumsum(0) - lengths_B)[text_T]
