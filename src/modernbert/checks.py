@@ -162,10 +162,23 @@ class Options:
             source: what they are options of, for the message about a name that does not exist.
         """
         kinds = kinds_of(cls)
-        unknown = sorted(set(values) - set(kinds))
+        unknown = sorted(values.keys() - kinds.keys())
         if unknown:
             raise cls.error(f"{source} has no option {', '.join(unknown)}; {_offered(unknown, list(kinds))}")
-        return cls(**{k: v for k, v in values.items() if v is not None or type(None) in _members(kinds[k])})
+        return cls.kept(**{k: v for k, v in values.items() if v is not None or type(None) in _members(kinds[k])})
+
+    @classmethod
+    def kept(cls, **values: Any) -> Self:
+        """Options of keyword arguments; those that were made of the same values lately are given again."""
+        try:
+            return typing.cast(Self, _made(typing.cast(Any, cls), **values))
+        except TypeError:  # a list or a dict among them
+            return cls(**values)
+
+
+@functools.lru_cache(maxsize=256, typed=True)  # a server's calls are all alike, and checking takes as long as a text
+def _made(cls: type[Options], **values: Any) -> Options:
+    return cls(**values)
 
 
 _MANY = 20  # names that a message lists

@@ -219,6 +219,22 @@ def test_importing_is_lazy_and_help_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_a_first_vector_imports_little_beside_pytorch():
+    """What takes the time until then are imports: of other packages only these, and of ours no room without a use."""
+    code = (
+        "import sys, torch\nbefore = set(sys.modules)\n"
+        "from modernbert import pipeline\npipeline('sentence-embedding')('A text.')\n"
+        "print(*sorted({name for name in set(sys.modules) - before}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    new = done.stdout.split()
+    others = {name.partition(".")[0] for name in new} - set(sys.stdlib_module_names) - {"modernbert"}
+    assert others <= {"numpy", "safetensors", "tokenizers", "torch"}, others
+    assert not {"torch._dynamo", "torch._inductor"} & set(new)
+    rooms = {name.split(".")[1] for name in new if name.count(".") > 0 and name.startswith("modernbert.")}
+    assert not rooms & {"training", "serving", "retrieval", "interop", "indexing", "corpus", "cli", "tools"}
+
+
 def test_importing_and_loading_do_without_the_compiler_of_pytorch():
     code = (
         "import sys, torch\nbefore = 'torch._dynamo' in sys.modules\n"

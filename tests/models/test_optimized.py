@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,12 +19,16 @@ from modernbert import (
     ModernBertModel,
     QuantizationConfig,
     SentenceEncoder,
+    Tokenizer,
+    pipeline,
     quantize,
 )
 from modernbert.engines.guard import FrozenWeight
 from modernbert.errors import FrozenError, InputError
+from modernbert.models.loading import mapped_weights
 from modernbert.models.sentence_encoder import Dense
 from modernbert.nn.layers import Linear
+from modernbert.pipelines import small_model as small_model_folder
 from tests.conftest import SMALL, model_of, with_biases
 
 
@@ -35,6 +41,42 @@ def test_resizing_after_optimizing(small_model):
     before = small_model.optimize_for_inference()(x).logits
     small_model.resize_token_embeddings(104)
     torch.testing.assert_close(small_model(x).logits[..., :96], before)
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_what_a_pipeline_loaded_no_longer_lies_in_its_file(ready, tmp_path, monkeypatch):
+    """Weights are laid out from where the file is mapped to; a file that changes later changes nothing."""
+    model, tokenizer = model_of("ModernBertModel", vocab_size=2048), Tokenizer.from_pretrained(small_model_folder())
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if not ready:  # as where there are no kernels
+        monkeypatch.setattr("modernbert.models.base.freeze", lambda *parts: None)
+    embed = pipeline("sentence-embedding", tmp_path)
+    assert bool(embed.model.model._frozen) == ready
+    before = embed("A text.")
+    with (tmp_path / "model.safetensors").open("r+b") as file:  # the same file, unlike one that is renamed to its name
+        size = file.seek(0, 2)
+        file.seek(size // 2)
+        file.write(b"\x3f" * (size - size // 2))
+    assert np.array_equal(embed("A text."), before)
+    embed.model.thaw()
+    state = embed.model.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_are_not_copied_before_they_are_laid_out(tmp_path):
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not show what is mapped")
+    model_of("ModernBertModel").save_pretrained(tmp_path)
+    with mapped_weights():
+        loaded = ModernBertModel.from_pretrained(tmp_path)
+        lines = [line.split() for line in maps.read_text().splitlines() if line.endswith("model.safetensors")]
+        parts = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+        where = {n: any(a <= p.data_ptr() < b for a, b in parts) for n, p in loaded.named_parameters()}
+    matrices = {name for name, p in loaded.named_parameters() if p.dim() == 2 and "layers" in name}
+    assert {name for name, is_mapped in where.items() if is_mapped} == matrices != set()
+    assert "model.safetensors" not in maps.read_text()
 
 
 def test_optimizing_ends_training_and_survives_a_cast(small_model):

@@ -16,9 +16,11 @@ import modernbert
 from modernbert import AutoModelForCausalLM, AutoModelForMaskedLM, BitsAndBytesConfig, QuantizationConfig, Tokenizer
 from modernbert.errors import CheckpointError, QuantizationError
 from modernbert.pipelines import pipeline, small_model
+from modernbert.quantization import gate
 from modernbert.quantization.calibration import own_texts
 from modernbert.quantization.modules import QuantizedEmbedding, QuantizedLinear, quantized_modules
 from modernbert.quantization.options import SCHEMES, Record, resolve
+from modernbert.quantization.weight import PackedIntegers
 from tests.conftest import model_of, padded_batch
 from tests.heads import CLASSES
 
@@ -144,6 +146,28 @@ def test_channels_fifty_times_larger(channels):
     modernbert.quantize(model)
     after = model(ids, mask).last_hidden_state[mask.bool()]
     assert torch.cosine_similarity(before, after, dim=-1).min() >= 0.999
+
+
+def test_each_text_is_read_once_as_floats_and_each_weight_laid_out_once_a_rounding(monkeypatch):
+    """What quantizing takes is passes over texts and layouts of weights."""
+    passes, laid_out = [], []
+    look, lay_out = gate.look, PackedIntegers.__init__
+    monkeypatch.setattr(
+        gate, "look", lambda model, batch: passes.append(bool(quantized_modules(model))) or look(model, batch)
+    )
+
+    def noted(self, weight, *more):
+        laid_out.append(weight.shape)
+        lay_out(self, weight, *more)
+
+    monkeypatch.setattr(PackedIntegers, "__init__", noted)
+    model, tokenizer = made("ModernBertModel", vocab_size=4000), Tokenizer.from_pretrained(small_model())
+    said = []
+    modernbert.quantize(model, QuantizationConfig(min_cosine=0.5), tokenizer=tokenizer, report=said.append)
+    linear = [m for m in quantized_modules(model).values() if isinstance(m, QuantizedLinear)]
+    batches = passes.count(True)
+    assert passes == batches * [False] + batches * [True], said
+    assert len(laid_out) == len(linear) > 0, said
 
 
 def test_generation_with_a_cache_is_generation_without():

@@ -131,6 +131,65 @@ def test_inputs_that_vary_together_make_up_for_rounding():
     assert (made_up - right).norm() < 0.5 * (plain - right).norm()
 
 
+def defined(weight, scheme, columns, moments):
+    """Whole numbers, scales and kept columns, one column after the other."""
+    inputs, lowest = weight.shape[1], -7 - 1 if scheme.bits == 4 else -127
+    group, largest = scheme.group_of(inputs), 7 if scheme.bits == 4 else 127
+    left, whole, scales = weight.clone(), torch.zeros_like(weight), []
+    others = [i for i in range(inputs) if i not in columns.tolist()]
+    order = [*others, *columns.tolist()]
+    if moments is not None:
+        dense = moments.double()[order][:, order]
+        dense += 0.01 * dense.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)
+        spread = torch.linalg.cholesky(torch.linalg.inv(dense), upper=True).float()
+    for begin in range(0, inputs, group):
+        own = [i for i in others if begin <= i < begin + group]
+        part = left[:, own]
+        furthest = (
+            part.gather(1, part.abs().argmax(1, keepdim=True))[:, 0] if own else part.new_full((len(part),), 127.0)
+        )
+        candidates = [furthest.abs() / largest if own else torch.ones_like(furthest)]
+        if scheme.bits == 4 and own:
+            both = (candidates[0], -furthest / 8)
+            candidates = [base * share for base in both for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)]
+        candidates = [(c.bfloat16().float() if group < inputs else c)[:, None] for c in candidates]
+        share = part.new_ones(len(own)) if moments is None else moments.diagonal()[own]
+        losses = [(((part / c).round().clamp(lowest, largest) * c - part).square() * share).sum(1) for c in candidates]
+        scale = torch.stack(candidates)[torch.stack(losses).argmin(0), torch.arange(len(part)), 0]
+        scales.append(scale)
+        for i in own:
+            whole[:, i] = (left[:, i] / scale).round().clamp(lowest, largest)
+            if moments is not None:
+                at = order.index(i)
+                error = (left[:, i] - whole[:, i] * scale) / spread[at, at]
+                left[:, order[at + 1 :]] -= torch.outer(error, spread[at, at + 1 :])
+    return whole, torch.stack(scales, 1), left[:, columns.long()]
+
+
+@pytest.mark.parametrize("inputs", [30, 64, 300])
+@pytest.mark.parametrize(
+    "scheme", [Scheme(8, None), Scheme(8, 32), Scheme(4, 32), Scheme(4, 32, float_rows=True)], ids=str
+)
+def test_rounding_is_that_of_the_definition(scheme, inputs):
+    torch.manual_seed(inputs)
+    weight, columns = torch.randn(700, inputs), torch.arange(2, min(inputs, 40), 7, dtype=torch.int32)
+    if inputs == 64:  # a group that has no other columns
+        columns = torch.arange(32, dtype=torch.int32)
+    x = torch.randn(500, inputs) @ (torch.randn(inputs, inputs) / 8 + torch.eye(inputs))
+    for moments in (None, x.mT @ x):
+        found = round_weight(weight, scheme, columns, moments)
+        whole, scales, kept = defined(weight, scheme, columns, moments)
+        if moments is None:
+            assert torch.equal(found.whole().float(), whole)
+            assert torch.equal(found.scales.float(), scales)
+            assert torch.equal(found.kept, kept.half())
+        else:  # sums in another order may round a number to the other side, and then others of that output
+            same_O = (found.whole() == whole).all(1)
+            assert same_O.float().mean() > 0.95
+            assert (found.scales.float() == scales)[same_O].float().mean() > 0.999
+            torch.testing.assert_close(found.kept.float()[same_O], kept[same_O], rtol=1e-2, atol=1e-2)
+
+
 def test_rows_of_nothing_and_numbers_that_are_none():
     packed = pack_quantized(quantized(20, 32, Scheme(8, None)))
     x = torch.zeros(3, 32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
@@ -31,7 +32,7 @@ from modernbert.io.hub import Saved, Source, drop_meaningless
 from modernbert.models.adapters import AdapterSource, WithAdapters, as_named
 from modernbert.models.formats import KEY, Quantization, weight_format
 from modernbert.models.initialization import around_mean, initialize, initialize_weight
-from modernbert.models.loading import check_layers, load_weights
+from modernbert.models.loading import check_layers, load_weights, mapped_weights
 from modernbert.models.placement import resolve_device, resolve_dtype, warn_once
 from modernbert.nn.backbone import Backbone
 from modernbert.nn.layers import MLP, Attention
@@ -381,16 +382,17 @@ class PreTrainedModel(WithAdapters, Saved, nn.Module):
             given = (state_dict or {}).items()
             return read_weights(files, is_wanted) if state_dict is None else (kv for kv in given if is_wanted(kv[0]))
 
-        info = load_weights(model, origin, read, names, where, wanted, relabelled, ignore_mismatched_sizes, brought)
-        if pretrained_model_name_or_path:
-            model.read_more(source)
-        if generation_config is not None:
-            model.generation_config = generation_config
-        model.eval()
-        if merge_adapter:
-            model.attach_adapters(fitting)
-            model.merge_and_unload()
-        model = model if quantization is None else weight_format().quantize(model, quantization, source)
+        with contextlib.nullcontext() if quantization is None else mapped_weights():
+            info = load_weights(model, origin, read, names, where, wanted, relabelled, ignore_mismatched_sizes, brought)
+            if pretrained_model_name_or_path:
+                model.read_more(source)
+            if generation_config is not None:
+                model.generation_config = generation_config
+            model.eval()
+            if merge_adapter:
+                model.attach_adapters(fitting)
+                model.merge_and_unload()
+            model = model if quantization is None else weight_format().quantize(model, quantization, source)
         if fitting and not merge_adapter:
             model.attach_adapters(fitting)
         return (model, info) if output_loading_info else model  # type: ignore[return-value]

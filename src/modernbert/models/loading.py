@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +28,25 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # other dtypes st
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 _FRESH = 2**26  # values that a checkpoint may lack beside those that it holds
+_MAPPED: contextvars.ContextVar[list[weakref.ref[nn.Parameter]] | None] = contextvars.ContextVar("mapped", default=None)
+
+
+@contextlib.contextmanager
+def mapped_weights() -> Iterator[None]:
+    """In this block, matrices of layers that are loaded lie in their files, as the system maps them to memory.
+
+    Kernels lay weights out anew, so that a copy before that is one too many. At the end of the block what still lies in
+    a file is copied, because files may change.
+    """
+    mapped: list[weakref.ref[nn.Parameter]] = []
+    token = _MAPPED.set(mapped)
+    try:
+        yield
+    finally:
+        _MAPPED.reset(token)
+        for parameter in (reference() for reference in mapped):
+            if type(parameter) is nn.Parameter:  # not one of a frozen model, which has no numbers of its own
+                parameter.data = parameter.data.clone()
 
 
 def check_layers(layers: int, names: Iterable[str], origin: str) -> None:
@@ -100,16 +122,26 @@ def load_weights(
     if of_other_heads:
         logger.info("%s: weights of another head are left out: %s", origin, listed(of_other_heads))
 
-    def place(name: str, value: Tensor) -> None:
+    def place(name: str, value: Tensor) -> nn.Parameter:
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+        parameter = nn.Parameter(value)
+        setattr(model.get_submodule(owner), leaf, parameter)
+        return parameter
+
+    def place_read(name: str, value: Tensor) -> None:
+        mapped, there = _MAPPED.get(), torch.empty(0, device=device, dtype=dtype)
+        fits = value.device.type == there.device.type == "cpu" and value.dtype == dtype and value.is_contiguous()
+        if mapped is not None and fits and value.dim() == 2 and _LAYER.search(name):
+            mapped.append(weakref.ref(place(name, value)))
+        else:
+            place(name, value.to(device=device, dtype=dtype, copy=True))
 
     parts: dict[str, Tensor] = {}
     for name, tensor in read(lambda name: name in kept or name in quantized):
         if name in quantized:
             parts[quantized[name]] = tensor.to(device=device, copy=True)
         else:
-            place(kept[name], tensor.to(device=device, dtype=dtype, copy=True))
+            place_read(kept[name], tensor)
     weight_format().put(model, origin, parts, dtype)
     model.tie_weights()
     missing = sorted(name for name, p in model.named_parameters() if p.is_meta)

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "system.h" /* last: it renames functions of the others */
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
@@ -129,6 +130,9 @@ int64_t modernbert_multiplies(const Kernels *k) { return k->multiplies; }
 int64_t modernbert_packed_bytes(const Kernels *k, const Weight *w) { return k->packed_bytes(w); }
 void modernbert_pack(const Kernels *k, const Weight *w) { k->pack(w); }
 void modernbert_unpack(const Kernels *k, const Weight *w) { k->unpack(w); }
+void modernbert_move(const Kernels *k, const Weight *w, int64_t part, int64_t parts, int to_packed) {
+  k->move(w, part, parts, to_packed);
+}
 
 /* ---- threads ---- */
 

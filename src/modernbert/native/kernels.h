@@ -16,7 +16,7 @@
 #define FUSES 0
 #endif
 
-enum { LAYOUT = 8 }; /* counts changes of what is below; library.py knows it */
+enum { LAYOUT = 9 }; /* counts changes of what is below; library.py knows it */
 enum { F32 = 0, BF16 = 1, S8 = 2, S4 = 3 }; /* the last two: weights of 8 and 4 bits */
 enum { WRITE = 0, ADD = 1, GATE = 2, LARGEST = 3, UNGATE = 4 };
 enum { GELU = 0, GELU_TANH = 1, RELU = 2, SILU = 3 };
@@ -251,7 +251,7 @@ typedef struct {
   int64_t panel;      /* a task of attention takes so many queries of one text, or several times as many; */
   int64_t queries;    /* at most these. Results do not depend on it. */
   int64_t (*packed_bytes)(const Weight *);
-  void (*pack)(const Weight *);
+  void (*pack)(const Weight *); /* number by number, the definition of the packed layout; `move` does the same */
   void (*unpack)(const Weight *);
   Plan (*plan_product)(const Product *, int64_t threads);
   /* Where the weights begin that a task reads first; of the task after the last one, where they end. */
@@ -270,6 +270,7 @@ typedef struct {
   void (*activate)(const Activate *, int64_t first, int64_t last);
   int64_t (*training_tasks)(const Training *, int64_t phase, int64_t *bytes); /* -1 after the last phase */
   void (*train)(const Training *, int64_t phase, int64_t task, Scratch *);
+  void (*move)(const Weight *, int64_t part, int64_t parts, int to_packed); /* a part of the panels, for one thread */
 } Kernels;
 
 #endif

@@ -63,7 +63,9 @@ class Backbone(nn.Module):
     @property
     def first_weight(self) -> Tensor:
         """A weight, whose dtype and device are the model's."""
-        weight = next(self.embeddings.parameters(), None)  # none in DataParallel's replicas, which have plain tensors
+        weight = self.embeddings.tok_embeddings._parameters.get("weight")  # asked for by every pass
+        if weight is None:  # none at all in DataParallel's replicas, which have plain tensors
+            weight = next(self.embeddings.parameters(), None)
         return self.embeddings.norm.weight if weight is None else weight
 
     def pack_inputs(self, given: Inputs, **continued: Any) -> PackedInputs:

@@ -29,6 +29,7 @@ from modernbert.checks import Options, check_text, fields_of, short
 from modernbert.engines.guard import is_frozen
 from modernbert.errors import InputError, listed, shown
 from modernbert.io.hub import Source
+from modernbert.models.loading import mapped_weights
 from modernbert.models.placement import resolve_device, resolve_dtype
 from modernbert.models.sentence_layout import load_tokenizer
 from modernbert.nn.packing import PackedInputs
@@ -198,9 +199,10 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
             source, given = Source.pop_from(model, dict(places)), loading.get("adapter")
             if (source.folder is not None and source.is_adapter) or (given and not isinstance(given, Mapping)):
                 loading.setdefault("merge_adapter", True)  # it is served alone, and kernels then run whole layers
-            model = cls.auto_model.from_pretrained(model, device=device, dtype=dtype, **places, **loading)
-            if not _PLAIN.get():
-                model.optimize_for_inference()
+            with contextlib.nullcontext() if _PLAIN.get() else mapped_weights():
+                model = cls.auto_model.from_pretrained(model, device=device, dtype=dtype, **places, **loading)
+                if not _PLAIN.get():
+                    model.optimize_for_inference()
             device = dtype = None
         elif tokenizer is None:
             raise InputError("model is loaded already, so its tokenizer cannot be guessed; give tokenizer=")
@@ -414,7 +416,9 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         if on_error not in ("raise", "return"):
             raise InputError(f"on_error is {shown(on_error)}; choose raise or return")
         resolved = self.resolve(self.given(options))
-        sizes = BatchOptions(batch_tokens=batch_tokens or self.batch_tokens, batch_size=batch_size or self.batch_size)
+        sizes = BatchOptions.kept(
+            batch_tokens=batch_tokens or self.batch_tokens, batch_size=batch_size or self.batch_size
+        )
         items = inputs if isinstance(inputs, list | tuple) else check_iterable("inputs", inputs)
         total = len(inputs) if isinstance(inputs, Sized) else None
         jobs = self._stream(items, resolved, on_error == "return", itertools.count(first), sizes)
@@ -606,26 +610,31 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         """
         for text in (*texts, *(pairs or ())):
             check_text(text)
-        how = TokenizeOptions(**options)
-        longest = min(how.max_length or self.context, self.context)
+        how, context = TokenizeOptions.kept(**options), self.context
+        longest = min(how.max_length or context, context)
         limits = self.cut(how)
-        encodings = self.tokenizer(texts, pairs, **limits).encodings
+        encodings: Sequence[Encoding] | None
+        if type(self.tokenizer) is Tokenizer:
+            encodings = self.tokenizer.encodings(texts, pairs, **limits)
+        else:  # one of somebody's own
+            encodings = self.tokenizer(texts, pairs, **limits).encodings
         assert encodings is not None
         if limits["truncation"] and (found := _CUT.get()) is not None:
             found += [text for text, encoding in zip(texts, encodings, strict=True) if encoding.overflowing]
+        vocabulary = self.model.config.vocab_size
         for i, encoding in enumerate(encodings):
             ids = encoding.ids  # which the library makes anew whenever it is asked
             if not ids:
                 raise InputError(f"a text makes no token with this tokenizer: {short(texts[i])!r}")
-            if max(ids) >= self.model.config.vocab_size:  # generation reads ids without another look
+            if max(ids) >= vocabulary:  # generation reads ids without another look
                 raise InputError(
-                    f"the tokenizer gives the id {max(ids)}, and the model has ids 0 to "
-                    f"{self.model.config.vocab_size - 1}; take the model's own tokenizer, or make room for added "
-                    "tokens: model.resize_token_embeddings(len(tokenizer))"
+                    f"the tokenizer gives the id {max(ids)}, and the model has ids 0 to {vocabulary - 1}; take the "
+                    "model's own tokenizer, or make room for added tokens: "
+                    "model.resize_token_embeddings(len(tokenizer))"
                 )
             if len(ids) > longest:
                 both = texts[i] if pairs is None else f"{texts[i]} {pairs[i]}"
-                limit = "the model's context holds" if longest == self.context else "max_length is"
+                limit = "the model's context holds" if longest == context else "max_length is"
                 hint = "; truncation=True cuts it" if hasattr(self.options, "truncation") else ""
                 raise InputError(f"a text has {len(ids)} tokens and {limit} {longest}: {short(both)!r}{hint}")
         return list(encodings)
@@ -636,9 +645,9 @@ class Pipeline(abc.ABC, Generic[OptionsT, RowT, ResultT]):
         cuts = (
             how.max_length is not None if how.truncation is None else how.truncation not in (False, "do_not_truncate")
         )
-        longest = min(how.max_length or self.context, self.context)
         if cuts:
-            limits |= {"truncation": how.truncation or True, "max_length": longest}
+            context = self.context
+            limits |= {"truncation": how.truncation or True, "max_length": min(how.max_length or context, context)}
         return limits
 
     def pack(self, rows: Sequence[RowT]) -> PackedInputs:

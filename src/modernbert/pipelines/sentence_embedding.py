@@ -101,7 +101,8 @@ class EmbeddingPipeline(Pipeline[OptionsT, SpannedRow, torch.Tensor]):
     @property
     def context(self) -> int:
         """Tokens of a text at the most: what the checkpoint's layout says, or the model's context."""
-        return min(super().context, self.embedding.max_length or super().context)
+        context = super().context
+        return min(context, self.embedding.max_length or context)
 
     def prompt(self, name: str | None, given: str | None = None) -> str:
         """The text that goes before a text: one of the checkpoint's prompts (by default its own), or what is given."""
@@ -256,7 +257,7 @@ class SentenceEmbeddingPipeline(EmbeddingPipeline[ResolvedOptions]):
             raise InputError("the checkpoint has a vector for every token and pools none; give pooling, such as 'mean'")
         normalize = tokens if options.normalize is None else options.normalize
         cut = (self.model.is_layout or None) if options.truncation is None else options.truncation
-        return ResolvedOptions(
+        return ResolvedOptions.kept(
             prompt=self.prompt(options.prompt_name, options.prompt),
             **{**options.tokenizing, "truncation": cut},
             kind=VectorKind(() if tokens else poolings, normalize, width),

@@ -118,7 +118,7 @@ class Inputs:
 
     def add(self, x_TI: Tensor) -> None:
         x_TI = x_TI.flatten(0, -2).float()
-        self.top_I = torch.maximum(self.top_I, x_TI.abs().amax(0))
+        self.top_I = torch.maximum(self.top_I, torch.maximum(x_TI.amax(0), x_TI.amin(0).neg_()))
         if self.moments_II is not None:
             self.moments_II += x_TI.mT @ x_TI
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import logging
 import re
@@ -37,14 +38,21 @@ from modernbert.quantization.calibration import (
     observe,
     own_texts,
 )
-from modernbert.quantization.modules import put, put_module, quantized_modules
+from modernbert.quantization.modules import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    put_module,
+    quantized_like,
+    quantized_modules,
+)
 from modernbert.quantization.options import BFLOAT16, SCHEMES, QuantizationConfig, Record, resolve
 from modernbert.quantization.rounding import Scheme, choose_columns, round_weight
 from modernbert.quantization.torchao import quantize_by_torchao
-from modernbert.quantization.weight import QuantizedWeight, pack_quantized
+from modernbert.quantization.weight import pack_quantized
 from modernbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+_BLOCK = 2**25 - 2**16  # bytes, just below the largest that glibc goes by
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +62,6 @@ class Measured:
     cosine_min: float  # between the last hidden states of both models, at the worst token
     cosine_mean: float  # over all tokens
     agreement: float | None  # share of the head's answers that are the same; None of a model without answers
-    layers: list[float]  # the worst token's cosine after the embedding, each layer, and the last norm
     tokens: int  # how many were read
 
     def __str__(self) -> str:
@@ -130,6 +137,9 @@ def quantize(
     if texts is not None and (tokenizer is None or not any(text.strip() for text in texts)):
         raise ValueError("texts need a tokenizer, and at least one of them must hold something")
     dtype, training = model.dtype, model.training
+    # glibc keeps as much freed memory as the largest block that it was given back. Otherwise the system clears the
+    # memory of each layer's states anew.
+    torch.empty(_BLOCK, dtype=torch.uint8)
     model.thaw()
     model.eval().float()
     weights = _weights(model, SCHEMES[config.scheme])
@@ -189,16 +199,18 @@ def _let_in(
 ) -> Record:
     """Round and measure, and round more finely until the limit is reached."""
     chosen_by, measured_on = batches
+    tokens = sum(len(b.asked_T) for b in chosen_by)
     products = [w.names[-1] for w in weights if isinstance(model.get_submodule(w.names[-1]), Linear)]
-    report(f"calibrating on {sum(len(b.asked_T) for b in chosen_by):,} tokens")
-    inputs = observe(model, chosen_by, products, moments=weights[0].steps[0].bits == 4)
+    report(f"calibrating on {tokens:,} tokens")
     originals = {name: model.get_submodule(name) for w in weights for name in w.names}
-    rounded = {weight.names[0]: _round(originals, weight, inputs) for weight in weights}
-    reference = _weigh(model, weights, rounded, measured_on)
-    for weight in weights:
-        _install(model, weight, originals, rounded[weight.names[0]])
+    inputs = observe(model, chosen_by, products, moments=weights[0].steps[0].bits == 4)
+    layers = {name: layer for w in weights for name, layer in _quantized(originals, w, inputs).items()}
+    reference = _weigh(model, weights, layers, measured_on)
+    for name, layer in layers.items():
+        put_module(model, name, layer)
     while True:
-        measured = _measure(model, reference, measured_on)
+        passes = [(look(model, batch), right) for batch, right in zip(measured_on, reference, strict=True)]
+        measured = compared(passes)
         report(str(measured))
         finer = _finer(weights, measured.cosine_min, config)
         if not finer and measured.cosine_min >= config.limit:
@@ -211,11 +223,13 @@ def _let_in(
                 f"{config.limit} is wanted; more than {config.most_kept:.0%} of the weights would need more bits. Ask "
                 "for less with min_cosine, allow more with most_kept, or choose another scheme"
             )
+        del passes
         for weight in finer:
-            _install(model, weight, originals, _round(originals, weight, inputs))
+            for name, layer in _quantized(originals, weight, inputs).items():
+                put_module(model, name, layer)
             report(f"rounded more finely: {', '.join(weight.names)}: {weight.scheme or BFLOAT16}")
     finer_by_name = {name: str(w.scheme or BFLOAT16) for w in weights if w.step for name in w.names}
-    return Record(config.scheme, finer_by_name, dataclasses.asdict(measured))
+    return Record(config.scheme, finer_by_name, {**dataclasses.asdict(measured), "layers": layers_compared(passes)})
 
 
 def _finer(weights: Sequence[_Weight], reached: float, config: QuantizationConfig) -> list[_Weight]:
@@ -232,63 +246,59 @@ def _finer(weights: Sequence[_Weight], reached: float, config: QuantizationConfi
     return order[: max(1, len(weights) // 8)]
 
 
-def _round(originals: Mapping[str, Any], weight: _Weight, inputs: Mapping[str, Inputs]) -> list[QuantizedWeight] | None:
-    """A weight's layers, quantized; None where they stay bfloat16."""
+def _quantized(originals: Mapping[str, Any], weight: _Weight, inputs: Mapping[str, Inputs]) -> dict[str, nn.Module]:
+    """A weight's layers by name: quantized, or with their numbers rounded to bfloat16."""
     if weight.scheme is None:
-        return None
+        return _in_bfloat16(originals, weight)
     names = weight.names[:1] if weight.embeds else weight.names
     parts = [originals[name].weight.detach().float() for name in names]
-    whole = torch.cat(parts)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     seen = inputs.get(weight.names[-1])
     columns = choose_columns(whole, None if seen is None else seen.top_I, weight.scheme)
     # What makes up for an error in products does not in the rows of an embedding.
     moments = None if seen is None or weight.embeds or weight.scheme.bits == 8 else seen.moments_II
     quantized = round_weight(whole, weight.scheme, columns, moments)
-    if weight.embeds:
-        return [quantized] * len(weight.names)
-    cuts = torch.tensor([0, *map(len, parts)]).cumsum(0).tolist()
-    return [quantized.outputs(slice(a, b)) for a, b in itertools.pairwise(cuts)]
+    cuts = itertools.pairwise(torch.tensor([0, *map(len, parts)]).cumsum(0).tolist())
+    by_layer = [quantized] * len(weight.names) if weight.embeds else [quantized.outputs(slice(a, b)) for a, b in cuts]
+    return {
+        name: quantized_like(originals[name], part, torch.float32)
+        for name, part in zip(weight.names, by_layer, strict=True)
+    }
 
 
-def _install(model: Any, weight: _Weight, originals: Mapping[str, Any], parts: list[QuantizedWeight] | None) -> None:
-    """Put a weight's layers in place: quantized, or with their numbers rounded to bfloat16."""
-    for name in weight.names:
-        put_module(model, name, originals[name])
-    if parts is not None:
-        put(model, dict(zip(weight.names, parts, strict=True)), model.dtype)
-        return
+def _in_bfloat16(originals: Mapping[str, Any], weight: _Weight) -> dict[str, nn.Module]:
     first = originals[weight.names[0]]
     shared = nn.Parameter(first.weight.detach().bfloat16().float(), requires_grad=first.weight.requires_grad)
+    layers: dict[str, nn.Module] = {}
     for name in weight.names:
-        new = copy.copy(originals[name])
+        layers[name] = new = copy.copy(originals[name])
         own = shared if weight.embeds else nn.Parameter(new.weight.detach().bfloat16().float())
         new._parameters = {**new._parameters, "weight": own}
-        put_module(model, name, new)
+    return layers
 
 
 def _weigh(
-    model: Any,
-    weights: Sequence[_Weight],
-    rounded: Mapping[str, list[QuantizedWeight] | None],
-    batches: Sequence[Batch],
+    model: Any, weights: Sequence[_Weight], layers: Mapping[str, nn.Module], batches: Sequence[Batch]
 ) -> list[Seen]:
     """Run the float model, and record each weight's quantization error relative to what it adds to the stream."""
-    errors: dict[str, float] = dict.fromkeys((name for weight in weights for name in weight.names), 0.0)
+    errors: dict[str, float] = dict.fromkeys(layers, 0.0)
     sizes = dict(errors)
-    packed = {
-        name: pack_quantized(part)
-        for weight in weights
-        for name, part in zip(weight.names, rounded[weight.names[0]] or [], strict=True)
-    }
+
+    @functools.cache
+    def multiplied(name: str) -> Callable[[Tensor], Tensor]:
+        """The product by a quantized weight, without a bias."""
+        layer = layers[name]
+        assert isinstance(layer, QuantizedLinear)
+        return layer.laid.product if layer.bias is None else pack_quantized(layer.quantized).product
 
     def note(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         bias = model.get_submodule(name).bias
         right = output.flatten(0, -2) if bias is None else output.flatten(0, -2) - bias
-        errors[name] += float((packed[name].product(inputs[0].flatten(0, -2)) - right).square().sum())
-        sizes[name] += float(right.square().sum())
+        out = multiplied(name)(inputs[0].flatten(0, -2))
+        errors[name] += float(torch.linalg.vector_norm(out.sub_(right))) ** 2
+        sizes[name] += float(torch.linalg.vector_norm(right)) ** 2
 
-    linear = [name for name in errors if isinstance(model.get_submodule(name), Linear)]
-    with hooked(model, linear, note):
+    with hooked(model, [name for weight in weights if not weight.embeds for name in weight.names], note):
         reference = [look(model, batch) for batch in batches]
     streams = [sum(float(seen.states[i].square().sum()) for seen in reference) for i in range(len(reference[0].states))]
     for weight in weights:
@@ -298,35 +308,41 @@ def _weigh(
             branch = f"{name[: match.end()]}Wo"
             share = sizes.get(branch, 0.0) / max(streams[int(match[1])], 1e-30)
         if weight.embeds:
-            embedding, quantized = model.get_input_embeddings(), (rounded[weight.names[0]] or [])[0]
+            embedding, rounded = model.get_input_embeddings(), layers[weight.names[0]]
+            assert isinstance(rounded, QuantizedEmbedding)
             ids = torch.cat([batch.inputs.ids_T for batch in batches if batch.inputs.ids_T is not None])
             right = embedding(ids)
-            error = float((quantized.to_dense(ids) - right).square().sum() / right.square().sum().clamp_min(1e-30))
+            error = float(
+                (rounded.quantized.to_dense(ids) - right).square().sum() / right.square().sum().clamp_min(1e-30)
+            )
         else:
             error = sum(errors[n] for n in weight.names) / max(sum(sizes[n] for n in weight.names), 1e-30)
         weight.error = error * share
     return reference
 
 
-def _measure(model: Any, reference: Sequence[Seen], batches: Sequence[Batch]) -> Measured:
-    """Run the quantized model beside what the float one showed."""
-    return compared((look(model, batch), right) for batch, right in zip(batches, reference, strict=True))
-
-
 def compared(passes: Iterable[tuple[Seen, Seen]]) -> Measured:
-    """How near what a quantized model showed of each batch is to what the float one showed."""
-    cosines: list[list[Tensor]] = []
+    """How near what a quantized model showed of each batch is to what the float one showed, at the last state."""
+    cosines: list[Tensor] = []
     same: list[Tensor] = []
     for seen, right in passes:
-        pairs = zip(seen.states, right.states, strict=True)
-        cosines.append([F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs])
+        cosines.append(_cosine(seen.states[-1], right.states[-1]))
         if seen.answers is not None and right.answers is not None and len(seen.answers):
             same.append((seen.answers == right.answers).float())
-    layers = [torch.cat(parts) for parts in zip(*cosines, strict=True)]
+    last = torch.cat(cosines)
     return Measured(
-        cosine_min=round(float(layers[-1].min()), 6),
-        cosine_mean=round(float(layers[-1].mean()), 6),
+        cosine_min=round(float(last.min()), 6),
+        cosine_mean=round(float(last.mean()), 6),
         agreement=round(float(torch.cat(same).mean()), 4) if same else None,
-        layers=[round(float(layer.min()), 6) for layer in layers],
-        tokens=len(layers[-1]),
+        tokens=len(last),
     )
+
+
+def layers_compared(passes: Sequence[tuple[Seen, Seen]]) -> list[float]:
+    """The worst token's cosine after the embedding, each layer, and the last norm."""
+    of_layers = zip(*(zip(seen.states, right.states, strict=True) for seen, right in passes), strict=True)
+    return [round(min(float(_cosine(a, b).min()) for a, b in pairs), 6) for pairs in of_layers]
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return F.cosine_similarity(a.float(), b.float(), dim=-1)

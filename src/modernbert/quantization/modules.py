@@ -49,12 +49,20 @@ class _Quantized(nn.Module):
     dtype: torch.dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        weight = self.quantized
-        device = fn(weight.codes[:0]).device
+        here = self.codes_device
+        device = fn(torch.empty(0, dtype=torch.int8, device=here)).device
+        weight = None if device == here else self.quantized
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         super()._apply(fn, recurse)
-        self.quantized = weight.map(lambda t: t.to(device))
+        if weight is not None:
+            self.quantized = weight.map(lambda t: t.to(device))
         return self
+
+    @property
+    def codes_device(self) -> torch.device:
+        """Where the weight is; nothing is unpacked for it."""
+        device: torch.device = self.quantized.codes.device
+        return device
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -89,6 +97,11 @@ class QuantizedLinear(_Quantized):
     def weight(self) -> Tensor:
         """The numbers that the codes stand for, (out, in), made anew each time."""
         return self.quantized.to_dense().to(self.dtype)
+
+    @property
+    def codes_device(self) -> torch.device:
+        laid = self.laid
+        return torch.device("cpu") if isinstance(laid, PackedIntegers) else laid.weight.codes.device
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -241,14 +254,18 @@ def from_parts(tensors: Mapping[str, Tensor], prefix: str, float_rows: bool) -> 
 def put(model: nn.Module, weights: Mapping[str, QuantizedWeight], dtype: torch.dtype) -> None:
     """Put quantized layers in the places of those that these weights are of, by their modules' names."""
     for name, weight in weights.items():
-        old = model.get_submodule(name)
-        new: nn.Module
-        if isinstance(old, nn.Embedding):
-            new = QuantizedEmbedding(weight, old.padding_idx, dtype)
-        else:
-            assert isinstance(old, Linear)
-            new = QuantizedLinear(weight, old.bias, dtype)
-        put_module(model, name, new.train(old.training))
+        put_module(model, name, quantized_like(model.get_submodule(name), weight, dtype))
+
+
+def quantized_like(old: nn.Module, weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedLinear | QuantizedEmbedding:
+    """A quantized layer for a plain one."""
+    new: QuantizedLinear | QuantizedEmbedding
+    if isinstance(old, nn.Embedding):
+        new = QuantizedEmbedding(weight, old.padding_idx, dtype)
+    else:
+        assert isinstance(old, Linear)
+        new = QuantizedLinear(weight, old.bias, dtype)
+    return new.train(old.training)
 
 
 def put_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -624,6 +624,29 @@ class Tokenizer(Saved):
         padded.pad_id, padded.padding_side = self.pad_token_id, padding_side or self.padding_side
         return to_tensors(padded, return_tensors)
 
+    def encodings(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+    ) -> list[Encoding]:
+        """The `tokenizers` encodings of texts or pairs: what a call keeps, without the lists that it makes of them.
+
+        Args:
+            texts, pairs: first and second texts.
+            add_special_tokens, truncation, max_length: see a call.
+
+        Raises:
+            InputError: texts of the wrong form, or contradictory options.
+        """
+        _, inputs = rows_of(texts, pairs, False)
+        strategy, limit = truncation_of(False, truncation, max_length, self.model_max_length, pairs is not None)
+        cut = (strategy, limit or 0, 0) if strategy else None
+        return self._encode(inputs, add_special_tokens, cut, False, bool(self.config.get("split_special_tokens")))
+
     def _encode(
         self,
         inputs: list[Any],
@@ -644,7 +667,11 @@ class Tokenizer(Saved):
                     self.backend.enable_truncation(limit, stride=stride, strategy=strategy, direction=side)
                 if split_special_tokens:
                     self.backend.encode_special_tokens = True
-                return self.backend.encode_batch(inputs, is_pretokenized=words, add_special_tokens=add_special_tokens)
+                how = {"is_pretokenized": words, "add_special_tokens": add_special_tokens}
+                if len(inputs) == 1:  # which needs no threads
+                    first, second = inputs[0] if isinstance(inputs[0], tuple) else (inputs[0], None)
+                    return [self.backend.encode(first, second, **how)]
+                return self.backend.encode_batch(inputs, **how)
             finally:
                 if truncation is not None:
                     self.backend.no_truncation()

@@ -18,6 +18,7 @@ extern const Kernels *modernbert_kernels(const char *, const char **);
 extern int64_t modernbert_packed_bytes(const Kernels *, const Weight *);
 extern void modernbert_pack(const Kernels *, const Weight *);
 extern void modernbert_unpack(const Kernels *, const Weight *);
+extern void modernbert_move(const Kernels *, const Weight *, int64_t, int64_t, int);
 extern int modernbert_run(const Kernels *, const Operation *, int64_t, int64_t);
 
 #define SINGLE 6e-8 /* of a number is lost at most where it is rounded to float32, */
@@ -197,6 +198,32 @@ static void fuzz_maxima(const Kernels *k) {
       expect("maxima", get(&p->out, t, o), top, lost, F32);
     }
   free(plain.data), free(p->weight.packed), free(p->x.data), free(p->out.data);
+}
+
+/* Squares of words, by several threads, give the bytes of the definition, and the plain numbers again. */
+static void fuzz_move(const Kernels *k) {
+  int64_t dtype = below(4), gated = below(3) == 0, whole = dtype == S8 || dtype == S4, parts = 1 + below(3);
+  int64_t inputs = below(2) ? 8 * (1 + below(60)) : (1 + below(200)) * (dtype == S4 ? 2 : 1);
+  int64_t outputs = (1 + below(90)) * (gated ? 2 : 1), group = whole ? (below(2) ? 4 * (1 + below(20)) : 32) : 0;
+  if (group > inputs) group = (inputs + 3) / 4 * 4;
+  int64_t groups = whole ? (inputs + group - 1) / group : 0, kept = whole ? below(3) : 0;
+  size_t plain_bytes = (size_t)(outputs * inputs * (dtype == F32 ? 8 : dtype == BF16 ? 4 : dtype == S8 ? 2 : 1) / 2);
+  char *plain = malloc(plain_bytes), *back = malloc(plain_bytes);
+  for (size_t i = 0; i < plain_bytes; i++) plain[i] = (char)below(256);
+  float *bias = below(2) ? floats(outputs) : 0, *scales = floats(outputs * groups), *of_kept = floats(outputs * kept);
+  int32_t columns[2] = {0, 1};
+  Weight w = {outputs, inputs, gated, dtype, 0, plain, bias, group, scales, kept, columns, of_kept, 0};
+  size_t bytes = (size_t)modernbert_packed_bytes(k, &w), room = (bytes + 63) / 64 * 64;
+  void *slow = aligned_alloc(64, room), *fast = aligned_alloc(64, room);
+  w.packed = slow;
+  modernbert_pack(k, &w);
+  w.packed = fast;
+  for (int64_t part = 0; part < parts; part++) modernbert_move(k, &w, part, parts, 1);
+  if (memcmp(slow, fast, bytes)) wrong++, printf("move: packed bytes of dtype %d\n", (int)dtype);
+  w.plain = back;
+  for (int64_t part = 0; part < parts; part++) modernbert_move(k, &w, part, parts, 0);
+  if (memcmp(plain, back, plain_bytes)) wrong++, printf("move: plain numbers of dtype %d\n", (int)dtype);
+  free(plain), free(back), free(bias), free(scales), free(of_kept), free(slow), free(fast);
 }
 
 /* Weights of 8 and 4 bits. Rows that become bytes stray from floats by half a step. */
@@ -494,7 +521,7 @@ int main(int count, char **arguments) {
     for (int64_t r = 0; r < rounds; r++) {
       fuzz_product(k), fuzz_integers(k), fuzz_normalize(k), fuzz_attention(k), fuzz_step(k);
       fuzz_maxima(k), fuzz_tables(k), fuzz_activate(k);
-      fuzz_matmul(k), fuzz_norm_back(k), fuzz_attention_back(k), fuzz_adam(k);
+      fuzz_matmul(k), fuzz_norm_back(k), fuzz_attention_back(k), fuzz_adam(k), fuzz_move(k);
     }
     printf("%s %s %016llx %016llx %d\n", name, wrong ? "wrong" : "right", (unsigned long long)digests[0],
            (unsigned long long)digests[1], (int)k->multiplies);

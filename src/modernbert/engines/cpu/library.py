@@ -16,6 +16,8 @@ import ctypes
 import functools
 import logging
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from ctypes import c_float, c_int64, c_void_p
 from pathlib import Path
@@ -27,11 +29,12 @@ from modernbert.errors import BackendError
 
 logger = logging.getLogger(__name__)
 
-FILE = Path(__file__).parents[2] / "native" / "_kernels.so"
+FILE = Path(__file__).parents[2] / "native" / ("_kernels.dll" if sys.platform == "win32" else "_kernels.so")
 _NAMES = ("avx512bf16", "avx512vnni", "avx512", "avx2", "neonbf16", "neondot", "neon", "portable", "exact")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 WRITE, ADD, GATE, LARGEST, UNGATE = 0, 1, 2, 3, 4
-_LAYOUT = 8  # of kernels.h
+_LAYOUT = 9  # of kernels.h
+_LARGE = 2**18  # numbers of a weight for each thread that lays it out
 PRODUCT, NORMALIZE, ATTENTION, STEP, MAXIMA, TABLES, ACTIVATE, TRAINING = 0, 1, 2, 3, 4, 5, 6, 7
 MATMUL, NORM_BACK, ATTENTION_BACK, ADAM = 0, 1, 2, 3
 SQUARES, ADAMW, STABLE_ADAMW = 0, 1, 2
@@ -192,7 +195,7 @@ class Library:
         self.name = found.value.decode()
         self._kernels = c_void_p(kernels)
         self._c = c
-        self._flush = c.modernbert_flush_denormals
+        self._flush, self._move = c.modernbert_flush_denormals, c.modernbert_move
         self.multiplies_bfloat16 = bool(c.modernbert_multiplies(self._kernels))
         self._share_threads()
 
@@ -219,9 +222,19 @@ class Library:
         """Have PyTorch's threads take numbers below the normal ones as zero, or no more."""
         self._flush(int(on), c_int64(torch.get_num_threads()))
 
-    def lay_out(self, name: str, weight: Weight) -> None:
-        """Pack or unpack a weight."""
-        getattr(self._c, f"modernbert_{name}")(self._kernels, ctypes.byref(weight))
+    def lay_out(self, weight: Weight, to_packed: bool) -> None:
+        """Pack or unpack a weight, on as many threads as PyTorch takes where it is large."""
+        parts = max(1, min(torch.get_num_threads(), weight.outputs * weight.inputs // _LARGE))
+
+        def move(part: int) -> None:
+            self._move(self._kernels, ctypes.byref(weight), c_int64(part), c_int64(parts), int(to_packed))
+
+        others = [threading.Thread(target=move, args=(part,)) for part in range(1, parts)]
+        for thread in others:
+            thread.start()
+        move(0)
+        for thread in others:
+            thread.join()
 
 
 @functools.cache

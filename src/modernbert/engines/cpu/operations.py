@@ -90,7 +90,7 @@ class NativeWeight:
         self.struct.packed = self._memory.data_ptr()
         self.struct.plain = plain.data_ptr()
         self.struct.bias = None if bias is None else bias.data_ptr()
-        _library().lay_out("pack", self.struct)
+        _library().lay_out(self.struct, to_packed=True)
 
     def product(self, x_TI: Tensor) -> Tensor:
         """(T, I) to (T, O), of the dtype of x."""
@@ -105,7 +105,7 @@ class NativeWeight:
     def _unpack_into(self, plain: Tensor) -> None:
         struct = native.Weight.from_buffer_copy(self.struct)
         struct.plain = plain.data_ptr()
-        _library().lay_out("unpack", struct)
+        _library().lay_out(struct, to_packed=False)
 
 
 class Product:
