@@ -26,6 +26,8 @@ static inline __m512 imitate(__m512 sums, __m512i a, __m512i b) {
 }
 #else
 #define NAME avx512bf16
+/* The instruction takes what is below the normal numbers as 0. */
+#define TARGET_NARROWS(x) (!_mm512_fpclass_ps_mask((__m512)(x), 0x20))
 #define TARGET_NARROW(x) ((Halves)_mm512_cvtneps_pbh((__m512)(x)))
 #define dot(sums, pairs, others) ((Floats)_mm512_dpbf16_ps((__m512)(sums), (__m512bh)(pairs), (__m512bh)(others)))
 #define ZERO 128
