@@ -10,14 +10,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
-#include "system.h" /* last: it renames functions of the others */
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
 #endif
+
+#include "kernels.h"
+#include "system.h" /* last: it renames functions of the others */
 
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
@@ -88,19 +92,38 @@ static int has(unsigned long word, int bit, const char *name) {
 }
 enum { HWCAP = 16, HWCAP2 = 26 }; /* of getauxval */
 #endif
+#if defined(__x86_64__)
+/* What the processor has and the system saves where it changes threads. Asked of the processor itself: what compilers
+ * offer for it is a part of their own libraries, which not every one of them brings. */
+typedef struct {
+  int avx2, avx512, vnni, bf16;
+} Found;
+
+static Found look(void) {
+  Found found = {0, 0, 0, 0};
+  unsigned a, b, c, d, saved, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return found; /* whether it tells what is saved */
+  int fma = c >> 12 & c >> 28 & 1;
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  if (!fma || (saved & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+  const unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, all = f | dq | bw | vl;
+  found.avx2 = b >> 5 & 1;
+  found.avx512 = (saved & 0xe6) == 0xe6 && (b & all) == all;
+  found.vnni = found.avx512 && (c >> 11 & 1);
+  found.bf16 = found.vnni && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+  return found;
+}
+#endif
 
 static int runs_here(const char *name) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  int avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+  Found found = look();
 #if !defined(WITHOUT_BF16)
-  int vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (!strcmp(name, "avx512bf16")) return vnni && __builtin_cpu_supports("avx512bf16");
-  if (!strcmp(name, "avx512vnni")) return vnni;
+  if (!strcmp(name, "avx512bf16")) return found.bf16;
+  if (!strcmp(name, "avx512vnni")) return found.vnni;
 #endif
-  if (!strcmp(name, "avx512") || !strcmp(name, "imitated")) return avx512;
-  if (!strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!strcmp(name, "avx512") || !strcmp(name, "imitated")) return found.avx512;
+  if (!strcmp(name, "avx2")) return found.avx2;
 #endif
 #if defined(__aarch64__)
   int sums_of_bytes = has(HWCAP, 20, "hw.optional.arm.FEAT_DotProd");
