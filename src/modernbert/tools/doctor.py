@@ -32,7 +32,10 @@ from modernbert.nn.linear import multiplies_bfloat16, onednn_computes
 from modernbert.quantization.options import Record
 from modernbert.tools.info import checkpoint_info
 
-_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16")
+_FEATURES = (
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
+    "asimd", "asimddp", "bf16",
+)  # fmt: skip
 # Environment variables that change how fast everything is, or what is found.
 _VARIABLES = re.compile(r"OMP_|GOMP_|KMP_|MKL_|ONEDNN_|MODERNBERT_|HF_HUB|HF_HOME|CUDA_VISIBLE|TOKENIZERS_PARALLELISM")
 _LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # of the self-test, beside states of about 1
