@@ -33,7 +33,8 @@ from modernbert.quantization.options import Record
 from modernbert.tools.info import checkpoint_info
 
 _FEATURES = (
-    "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16"
+    "avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
+    "asimd", "asimddp", "bf16",
 )  # fmt: skip
 # Environment variables that change how fast everything is, or what is found.
 _VARIABLES = re.compile(r"OMP_|GOMP_|KMP_|MKL_|ONEDNN_|MODERNBERT_|HF_HUB|HF_HOME|CUDA_VISIBLE|TOKENIZERS_PARALLELISM")
