@@ -309,7 +309,7 @@ static void run_training(Job *job, int64_t task, Scratch *scratch) {
 typedef struct {
   Job *jobs;
   int64_t *done; /* how many tasks of each */
-  int64_t count, bytes;
+  int64_t count, bytes, most; /* memory of a thread, and tasks of a job, at most */
 } Team;
 
 static void wait_for(const int64_t *done, int64_t tasks) {
@@ -346,7 +346,7 @@ enum { PHASES = 2 }; /* of an operation, at most */
 
 /* The jobs of operations, and how many there are; -1 without memory. */
 static int64_t plan_team(const Kernels *k, const Operation *operations, int64_t count, int64_t threads, Team *team) {
-  team->count = team->bytes = 0;
+  team->count = team->bytes = team->most = 0;
   for (int64_t i = 0; i < count; i++) {
     const Operation *op = operations + i;
     for (int64_t phase = 0; phase < PHASES; phase++) {
@@ -363,6 +363,7 @@ static int64_t plan_team(const Kernels *k, const Operation *operations, int64_t 
         return -1;
       }
       if (job->plan.bytes > team->bytes) team->bytes = job->plan.bytes;
+      if (job->plan.tasks > team->most) team->most = job->plan.tasks;
       team->count++;
     }
   }
@@ -373,6 +374,7 @@ static int train(const Kernels *k, const Operation *operations, int64_t count, i
   Team team = {.jobs = calloc((size_t)(count * PHASES), sizeof(Job)), .done = calloc((size_t)(count * PHASES), 8)};
   int result = NO_MEMORY;
   if (team.jobs && team.done && plan_team(k, operations, count, threads, &team) >= 0) {
+    if (threads > team.most) threads = team.most;
     if (threads <= 1) {
       work_through(&team);
     } else if (openmp) {
