@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from modernbert.engines.cpu.library import denormals_flushed
+from modernbert.engines.cpu.training import forget_work
 from modernbert.errors import DivergedError, InputError, InterruptedRunError, TerminatedRunError
 from modernbert.training.checkpoints import (
     best_before,
@@ -91,7 +92,10 @@ def fit(
     with denormals_flushed(), memory_kept(), listening() as asked_to_end:
         run = _Run(model, feed, objective, options, output, resume, report, shard, asked_to_end)
         begin()
-        return run.run()
+        try:
+            return run.run()
+        finally:
+            forget_work()
 
 
 @dataclasses.dataclass(eq=False)

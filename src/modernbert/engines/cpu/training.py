@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -277,6 +278,23 @@ def _library() -> native.Library:
     return found
 
 
+_kept_work = threading.local()  # a step's layers work in the same place one after another
+
+
+def _work(count: int) -> Tensor:
+    """Room for this many numbers, for this thread until it asks again."""
+    work: Tensor | None = getattr(_kept_work, "numbers", None)
+    if work is None or len(work) < count:
+        _kept_work.numbers = None  # the old one goes first
+        _kept_work.numbers = work = torch.empty(count, dtype=torch.float32, device="cpu")
+    return work
+
+
+def forget_work() -> None:
+    """Give back the memory that this thread's layers have worked in."""
+    _kept_work.numbers = None
+
+
 class _Layer(torch.autograd.Function):
     """x + attention(norm(x)), then x + mlp(norm(x)); of all tokens, or of `rows`."""
 
@@ -296,7 +314,7 @@ class _Layer(torch.autograd.Function):
         kept, side, n = _kept(size), _side(T, size), size.narrowed
         saved_T, saved_R = x_TM.new_empty(_room(T, n, kept[0])), x_TM.new_empty(_room(R, n, kept[1]))
         attended_TW = x_TM.new_empty((T, size.heads * size.head_dim), dtype=_dtype_of("attended", n))
-        work, out_RM = x_TM.new_empty(_room(R, n, {"gated": size.inside}) + 2 * side), x_TM.new_empty(R, size.width)
+        work, out_RM = _work(_room(R, n, {"gated": size.inside}) + 2 * side), x_TM.new_empty(R, size.width)
         given = _given(shared, plan, names, weights, x_TM, T) | _carve(saved_T.data_ptr(), T, n, kept[0])[0]
         gated, packed = _carve(work.data_ptr(), R, n, {"gated": size.inside})
         given |= {**gated, "packed_a": packed, "packed_b": packed + 4 * side, "attended": attended_TW.data_ptr()}
@@ -330,7 +348,7 @@ class _Layer(torch.autograd.Function):
         d_middle, d_attended = x_TM.new_empty(R, M), x_TM.new_empty(R, W)
         widths = {"gated": size.inside, "d_gates": 2 * size.inside, "d_normed": M, "d_qkv": 3 * W}
         n = size.narrowed
-        work = x_TM.new_empty(_room(T, n, widths) + shares + 2 * side)
+        work = _work(_room(T, n, widths) + shares + 2 * side)
         given = _given(shared, plan, names, weights, x_TM, T)
         given |= _carve(saved_T.data_ptr(), T, n, kept[0])[0] | _carve(saved_R.data_ptr(), R, n, kept[1])[0]
         places, packed = _carve(work.data_ptr(), T, n, widths)
