@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pyarrow as pa
@@ -83,6 +84,20 @@ def test_a_server_that_is_no_cluster_is_one_line_in_time(not_started):
         line, seconds = said_of(f"127.0.0.1:{other.getsockname()[1]}", timeout=3)
     assert line.endswith("it does not answer as Ray does within 3 seconds")
     assert seconds < 15
+
+
+def test_an_instance_that_cannot_be_started_here_is_one_line(monkeypatch):
+    def init(*given, **options):
+        raise Exception("The current node timed out\nduring startup.")  # what Ray raises on a busy machine
+
+    fake = types.SimpleNamespace(init=init, is_initialized=lambda: False)
+    fake.exceptions = types.SimpleNamespace(RayError=LookupError)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    said = (
+        r"^no Ray instance can be started here: The current node timed out during startup\.; the same call continues$"
+    )
+    with pytest.raises(CorpusError, match=said):
+        next(make_engine("ray", {}).run(iter(()), print))
 
 
 @pytest.mark.parametrize("actors", [1, 2])

@@ -100,17 +100,20 @@ class RayEngine:
         if ray.is_initialized():
             return False
         quiet = {"logging_level": "ERROR", "log_to_driver": False}
-        if address is None:
-            count = min(cores(), int(quota() or cores()) or 1)
-            ray.init("local", num_cpus=count, object_store_memory=self.given.store, include_dashboard=False, **quiet)
-            return True
         try:
+            if address is None:
+                count = min(cores(), int(quota() or cores()) or 1)
+                own = {"num_cpus": count, "object_store_memory": self.given.store, "include_dashboard": False}
+                ray.init("local", **own, **quiet)
+                return True
             if address != "auto":
                 self._check_reached(address)
             ray.init(address, **quiet)
         except (Exception, SystemExit) as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise CorpusError(f"the Ray cluster at {address} cannot be used: {printable(said, limit=300)}") from None
+            said = printable(" ".join(str(error).split()) or type(error).__name__, limit=300)
+            if address is None:
+                raise CorpusError(f"no Ray instance can be started here: {said}; the same call continues") from None
+            raise CorpusError(f"the Ray cluster at {address} cannot be used: {said}") from None
         return True
 
     def _check_reached(self, address: str) -> None:
