@@ -238,9 +238,10 @@ static Soon soon_of(const Job *job, int64_t share) {
   Soon soon = {0, 0};
   if (!job) return soon;
   const Share *own = &job->shares[share];
-  int64_t end = own->end < job->plan.tasks ? own->end : job->plan.tasks - 1;
-  soon.at = weights_at(job, own->next);
-  soon.end = weights_at(job, end);
+  int64_t next = __atomic_load_n(&own->next, __ATOMIC_RELAXED); /* others may be there already */
+  if (next >= own->end) return soon;
+  soon.at = weights_at(job, next);
+  soon.end = weights_at(job, own->end);
   if (soon.end - soon.at > SOON) soon.end = soon.at + SOON;
   return soon;
 }
