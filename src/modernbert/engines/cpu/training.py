@@ -1,5 +1,7 @@
 """A layer in training, forward and back, each as one call of the kernels.
 
+Gradients have the same bits for any number of threads (docs/invariance.md).
+
 PyTorch makes a small operation of every step of a layer, and another one or two of its way back. On short texts these
 cost more than the products between them. Here a layer is one function for autograd. What it keeps for the way back is
 what PyTorch would, but the gate's output, which is made again.
