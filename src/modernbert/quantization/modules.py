@@ -159,13 +159,13 @@ class QuantizedKind(FloatLinear):
             whole = QuantizedWeight.together([module.quantized for module in modules])
             laid = pack_quantized(whole, None if biases[0] is None else torch.cat(biases).detach(), gated)
         assert isinstance(laid, PackedIntegers)
-        return laid
+        return laid if len(modules) > 1 or gated else laid.beside()
 
     def restored(self, module: Any, laid: Any, outputs: slice) -> dict[str, Callable[[], Any]]:
-        """The layout itself where it was the layer's own; else it is made anew."""
-        own, bias = module.laid, module._parameters["bias"]
+        """What was laid out where it is the layer's alone; else it is made anew."""
+        bias, whole = module._parameters["bias"], module.laid.shape == laid.shape and not laid.gated
         plain = None if bias is None else bias.data
-        again = (lambda: own) if laid is own else (lambda: pack_quantized(laid.to_quantized().outputs(outputs), plain))
+        again = (lambda: laid) if whole else (lambda: pack_quantized(laid.to_quantized().outputs(outputs), plain))
         return {"laid": again} if bias is None else {"laid": again, "bias": lambda: plain}
 
 

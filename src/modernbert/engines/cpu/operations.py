@@ -7,11 +7,12 @@ Shapes: T tokens of all texts together, I inputs, O outputs, H heads, D head siz
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -91,6 +92,14 @@ class NativeWeight:
         self.struct.plain = plain.data_ptr()
         self.struct.bias = None if bias is None else bias.data_ptr()
         _library().lay_out(self.struct, to_packed=True)
+
+    def beside(self) -> Self:
+        """The same weight, beside those that were laid out last; see `memory.weights_together`."""
+        new = copy.copy(self)
+        new._memory = memory_for(len(self._memory)).copy_(self._memory)
+        new.struct = native.Weight.from_buffer_copy(self.struct)
+        new.struct.packed = new._memory.data_ptr()
+        return new
 
     def product(self, x_TI: Tensor) -> Tensor:
         """(T, I) to (T, O), of the dtype of x."""
