@@ -53,6 +53,8 @@ def memory_for(size: int) -> Tensor:
     blocks = _BLOCKS.get()
     if blocks is not None:
         return blocks.take(size)[:size]
+    if size >= 4 * _PAGE:
+        return _block(size)[:size]
     memory = torch.empty(size + _LINE, dtype=torch.uint8, device="cpu")
     return memory[-memory.data_ptr() % _LINE :][:size]
 
