@@ -279,12 +279,13 @@ def peer(arguments, folder):
     model = make_model(folder / "model", arguments.size)
     out = {}
     for batch in (32, 256):
-        command = [sys.executable, HERE, "map", json.dumps([str(folder / "in"), model, batch])]
+        command = [sys.executable, HERE, "map", json.dumps([str(folder / "in"), model, batch, arguments.dtype])]
         out[f"datasets.map-{batch}"] = json.loads(
             subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1]
         )
     for engine in arguments.engine:
-        _, lines = job(folder / "in", folder / engine, model, engine, shard_size=shard_size(arguments))
+        how = {"shard_size": shard_size(arguments), "dtype": arguments.dtype}
+        _, lines = job(folder / "in", folder / engine, model, engine, **how)
         rate = (lines[-1]["texts"] - lines[0]["texts"]) / max(1e-9, lines[-1]["seconds"] - lines[0]["seconds"])
         out[engine] = {"texts_per_second": rate}
     best = max(value["texts_per_second"] for name, value in out.items() if name.startswith("datasets"))
@@ -293,7 +294,7 @@ def peer(arguments, folder):
     return out
 
 
-def run_map(places, model, batch):
+def run_map(places, model, batch, dtype):
     """What a user of the datasets library writes."""
     import datasets
     from sentence_transformers import SentenceTransformer
@@ -301,7 +302,7 @@ def run_map(places, model, batch):
     from modernbert.io.tables import read_records
 
     texts = list(dict.fromkeys(r["text"] for path in sorted(Path(places).iterdir()) for r in read_records(path)))
-    encoder = SentenceTransformer(model, device="cpu")
+    encoder = SentenceTransformer(model, device="cpu", model_kwargs={"dtype": dtype})
     encoder.encode(["warm"] * 8)
     rows = datasets.Dataset.from_dict({"text": texts})
     begun = time.monotonic()
@@ -334,6 +335,7 @@ def main():
         "--engine", action="append", help="NAME:OPTION=VALUE,... (default: local with 1 and 2 processes)"
     )
     parser.add_argument("--killed", action="append", help="an engine whose jobs are killed (default: each)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of both, for peer")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
     arguments.engine = arguments.engine or ["local:processes=1", "local:processes=2"]

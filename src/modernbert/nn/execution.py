@@ -83,14 +83,15 @@ class Cache(Protocol):
 
 
 class Runner(Protocol):
-    """Runs the layers of a frozen backbone instead of its modules.
+    """Runs the layers of a frozen backbone instead of its modules."""
 
-    Attributes:
-        goes_one_by_one: whether several new tokens of a text can be computed as if each had come by itself; see
-            `DecoderCache.one_by_one`.
-    """
+    @property
+    def goes_one_by_one(self) -> bool:
+        """Whether several new tokens of a text can be computed as if each had come by itself.
 
-    goes_one_by_one: bool
+        See `DecoderCache.one_by_one`.
+        """
+        ...
 
     def run(
         self, inputs: PackedInputs, want_states: bool, backend: AttentionBackend | None, cache: Any

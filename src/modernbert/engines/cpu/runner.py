@@ -121,10 +121,10 @@ class CpuLayers:
             program.bind(field, 0, Normalize, field)
         program.bind("x", 0, Normalize, "out_data")
         for first, x, out in ((1, "x", "work"), (3, "work", "x"), (4, "x", "work"), (5, "work", "x")):
-            rows = slice(first, -1, _LAYER)
-            program.bind("rows", rows, native.Product, "rows")
-            program.bind(x, rows, native.Product, "x_data")
-            program.bind(out, rows, native.Product, "out_data")
+            part = slice(first, -1, _LAYER)
+            program.bind("rows", part, native.Product, "rows")
+            program.bind(x, part, native.Product, "x_data")
+            program.bind(out, part, native.Product, "out_data")
         fields = _OF_TEXTS if struct is Attention else _OF_STEPS
         for kind, (numbers, rows, own) in self.of_kind.items():
             for field in fields:
