@@ -37,7 +37,6 @@ def made(monkeypatch):
             found.append(self)
 
     monkeypatch.setattr(speculation, "SpeculatingDecoder", Seen)
-    monkeypatch.setattr("modernbert.decoding.generate.SpeculatingDecoder", Seen)
     return found
 
 
@@ -101,6 +100,53 @@ def test_the_cache_can_be_gone_on_with_afterwards():
             prompt_lookup_num_tokens=6,
         )  # fmt: skip
         assert rest.equal(whole)
+
+
+def test_a_cache_made_without_a_configuration_has_no_slack(log):
+    model = random_decoder(optimized=True)
+    whole = model.generate(**prompts(20), **GREEDY)
+    for more in ({}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}):
+        cache = DecoderCache()
+        given = {**GREEDY, **more, "past_key_values": cache}
+        found = model.generate(**prompts(20), **given, prompt_lookup_num_tokens=7)
+        assert all(row.equal(whole[0]) for row in found)
+    assert "past_key_values has no slack" in log.text
+
+
+class Ends(Exception):
+    """What a caller's own code raises."""
+
+
+def test_however_it_ends_the_cache_holds_no_guesses():
+    model = random_decoder(optimized=True)
+    options = {**GREEDY, "prompt_lookup_num_tokens": 7}
+
+    def ending(ids, scores):
+        if ids.shape[1] == 31:
+            raise Ends
+        return False
+
+    for new in (14, 22, 30):
+        cache = DecoderCache(model.config, slack=7)
+        streamed = model.stream(
+            prompts(20)["input_ids"], past_key_values=cache, tokenizer=Words(), **options | {"max_new_tokens": new}
+        )
+        for _ in streamed:
+            pass
+        assert cache.lengths == [19 + new]
+    cache = DecoderCache(model.config, slack=7)
+    with pytest.raises(Ends):
+        model.generate(**prompts(20), past_key_values=cache, stopping_criteria=[ending], **options)
+    assert cache.lengths == [30]
+
+
+class Words:
+    """As much of a tokenizer as a stream takes."""
+
+    all_special_ids = ()
+
+    def decode(self, ids, *args, **kwargs):
+        return " ".join(map(str, ids))
 
 
 def test_a_model_that_is_not_optimized_guesses_nothing(made, log):

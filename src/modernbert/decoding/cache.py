@@ -179,8 +179,13 @@ class DecoderCache:
             differ = ", ".join(name for name in ours if ours[name] != theirs[name])
             raise InputError(f"past_key_values is of another model; {differ} differ")
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether no forward pass that failed has left it half-written."""
+        return self._unfinished is None and not self._moving
+
     def _check_whole(self) -> None:
-        if self._unfinished is not None or self._moving:
+        if not self.is_whole:
             raise InputError("past_key_values was left half-written by a forward pass that failed; make a new one")
 
     def begin(
@@ -232,12 +237,12 @@ class DecoderCache:
     def back(self, mark: Mark) -> bool:
         """Be as before a pass that failed, in place; whether that can be, or else the cache is lost.
 
-        It can where each text that had tokens got one at the most: that one overwrote in a local layer what no later
-        token sees, and is overwritten itself when it comes again.
+        It can where each text that had tokens got one at the most, and nothing was to be cropped: that one overwrote in
+        a local layer what no later token sees, and is overwritten itself when it comes again.
         """
         now = self.lengths if self._unfinished is None else self._unfinished[0]
         new = [length - old for old, length in zip(mark[0], now, strict=True) if old]
-        if self._moving or max(new, default=0) > 1 + self.slack:
+        if self._moving or max(new, default=0) > 1:
             return False
         self.lengths, self.ends, self.columns = list(mark[0]), list(mark[1]), mark[2]
         self._unfinished = None
@@ -307,7 +312,7 @@ class DecoderCache:
                 if to < length:
                     last = storage.slots([(storage.regions[i], max(0, to - 1), to)])
                     self.ends[i] = int(storage.positions_R[last]) + 1 if to else 0
-        self.columns = max(0, self.columns - max((length - to for _, (to, length) in texts), default=0))
+        self.columns = max(0, self.columns - max((length - to for _, (to, length) in texts), default=0), *wanted)
         self.lengths = list(wanted)
         return self
 

@@ -23,7 +23,7 @@ from modernbert.decoding.loops import Generation, Step
 from modernbert.decoding.options import NO_EFFECT, REFUSED, GenerateOptions, GenerationOptions, shows_options
 from modernbert.decoding.processors import handed_over
 from modernbert.decoding.samplers import Generators
-from modernbert.decoding.speculation import SpeculatingDecoder, speculation
+from modernbert.decoding.speculation import settling, speculation
 from modernbert.decoding.states import States
 from modernbert.decoding.text import TextPieces
 from modernbert.errors import InputError, listed
@@ -215,6 +215,7 @@ class GenerationMixin:
         if past is not None and not isinstance(past, DecoderCache):
             held = read_cache(past, self.config, prompts.mask_BS)
         if held is not None and max(beams, copies) > 1:
+            held.check_model(self.config)
             held = held.copy()
         decoder = decoder_of(
             self, prompts.ids, chosen.use_cache, held, chosen.return_dict_in_generate, prompts.embeds,
@@ -236,6 +237,7 @@ class GenerationMixin:
             output.sequences_scores = torch.tensor(generation.beams(watch if chosen.return_dict_in_generate else None))
         else:
             with contextlib.ExitStack() as stack:
+                stack.enter_context(settling(decoder))
                 if streamer is not None:
                     stack.callback(streamer.end)  # after an error too, so that it is ready for another text
                     streamer.put(torch.tensor(prompts.ids))
@@ -246,8 +248,6 @@ class GenerationMixin:
                         logits.append(step.of_all(step.logits_BV, texts))
         new = [history.new for history in generation.texts]
         width = max(map(len, new))
-        if isinstance(decoder, SpeculatingDecoder):
-            decoder.settle()
         if isinstance(decoder, CachedDecoder) and beams == 1:
             decoder.cache.columns = columns + width - 1
             output.past_key_values = decoder.cache
@@ -372,7 +372,12 @@ class GenerationMixin:
         speculate = speculation(self, chosen)
         decoder = decoder_of(self, prompts.ids, cache=past_key_values, speculate=speculate)
         generation = Generation(decoder, [limit], chosen, generator, tokenizer)
-        return TextPieces(tokenizer, skip_special_tokens).of(generation.tokens())
+
+        def tokens() -> Iterator[int]:
+            with settling(decoder):
+                yield from generation.tokens()
+
+        return TextPieces(tokenizer, skip_special_tokens).of(tokens())
 
     def generation_defaults(self, **usual: Any) -> dict[str, Any]:
         """Options that are not given: from the configuration, then `usual` ones, then the checkpoint's own."""

@@ -12,9 +12,10 @@ Shapes: B texts, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,16 @@ from modernbert.errors import InputError
 from modernbert.nn.packing import PackedInputs
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def settling(decoder: Any) -> Iterator[None]:
+    """However this ends, the cache holds what was gone on with, and no guesses."""
+    try:
+        yield
+    finally:
+        if isinstance(decoder, SpeculatingDecoder):
+            decoder.settle()
 
 
 class Guesser(Protocol):
@@ -137,11 +148,11 @@ def speculation(
         at_once = most if assistant is None else options.num_assistant_tokens
         if cache is None:
             cache = DecoderCache(model.config, slack=at_once)
-        elif cache.slack < 1 and any(storage.ring for storage in cache.kinds.values()):
+        cache.check_model(model.config)
+        if cache.slack < 1 and any(storage.ring for storage in cache.kinds.values()):
             logger.info("no tokens are guessed: past_key_values has no slack; DecoderCache(config, slack=...) has")
             return CachedDecoder(model, prompts, cache, keep_texts)
-        else:
-            at_once = min(at_once, cache.slack or at_once)
+        at_once = min(at_once, cache.slack or at_once)
         return SpeculatingDecoder(model, prompts, cache, keep_texts, make_guesser, at_once)
 
     return make
@@ -211,7 +222,9 @@ class SpeculatingDecoder(CachedDecoder):
         self.texts = found
 
     def settle(self) -> None:
-        """Have the cache forget guesses that no token came after."""
+        """Have the cache forget guesses that no token came after, unless a pass failed that wrote to it."""
+        if not self.cache.is_whole or not self.cache.lengths:
+            return
         held = [len(text.ids) for text in self.texts]
         self.cache.cut([min(n, length) for n, length in zip(held, self.cache.lengths, strict=True)])
         for text in self.texts:
