@@ -106,7 +106,7 @@ def test_actors_give_the_notebooks_bits(ray, run, tmp_path, notebook, actors):
     assert (report.texts, report.failed) == (len(TEXTS), 0)
     assert corpus.digest(tmp_path / "out") == notebook
     assert corpus.verify(tmp_path / "out", sample=5).ok
-    assert children(title="ray::_Actor") == []
+    check_ended(children(title="ray::_Actor"), 30)  # Ray ends them when it comes to it
 
 
 def work_and_units(model, tmp_path, size):
@@ -276,6 +276,7 @@ class Poisoned:
 
         class Deadly:
             schema, machine = transform.schema, transform.machine
+            prepare = staticmethod(transform.prepare)
 
             def __call__(self, table):
                 if TEXTS[70] in table["text"].to_pylist():
