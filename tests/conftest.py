@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -34,6 +35,7 @@ from tests.heads import DECODER_HEADS, HEADS
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("here")
 
+ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
@@ -183,3 +185,14 @@ def heads(tmp_path_factory):
     late.save_pretrained(root / "MultiVector")
     tokenizer.save_pretrained(root / "MultiVector")
     return root
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a wheel is built from, without the weights of the small models."""
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    package = Path(modernbert.__file__).parent
+    ignore = shutil.ignore_patterns("*.safetensors", "__pycache__", "_kernels.so")
+    shutil.copytree(package, tmp_path / "src" / "modernbert", ignore=ignore)
+    return tmp_path

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.engines.cpu.test_build import tree  # noqa: F401 (a fixture)
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,7 +46,7 @@ def compiler(folder, content):
 
 
 @pytest.mark.parametrize("name", ["linux-x86_64", "windows-x86_64"])
-def test_a_wheel_is_named_for_its_system_and_holds_one_library(name, tree, tmp_path):  # noqa: F811
+def test_a_wheel_is_named_for_its_system_and_holds_one_library(name, tree, tmp_path):
     target = wheels.TARGETS[name]
     found = wheels.build(target, tree, tmp_path / "dist", compiler(tmp_path, head_of(target)))
     assert found.name.endswith(f"-py3-none-{target.platform}.whl")
@@ -62,14 +60,14 @@ def test_a_wheel_is_named_for_its_system_and_holds_one_library(name, tree, tmp_p
     assert {"-shared", "-O3"} <= set(given)
 
 
-def test_a_library_of_another_processor_is_refused(tree, tmp_path):  # noqa: F811
+def test_a_library_of_another_processor_is_refused(tree, tmp_path):
     target, other = wheels.TARGETS["linux-x86_64"], wheels.TARGETS["linux-aarch64"]
     with pytest.raises(RuntimeError, match=r"_kernels\.so is of another system or processor"):
         wheels.build(target, tree, tmp_path / "dist", compiler(tmp_path, head_of(other)))
     assert not (tmp_path / "dist").exists()
 
 
-def test_a_wheel_for_another_system_is_never_without_kernels(tree, tmp_path):  # noqa: F811
+def test_a_wheel_for_another_system_is_never_without_kernels(tree, tmp_path):
     with pytest.raises(RuntimeError, match="the kernels for win_amd64 were not built"):
         wheels.build(wheels.TARGETS["windows-x86_64"], tree, tmp_path / "dist", "no-such-compiler")
 
@@ -92,5 +90,5 @@ def test_the_workflow_tests_wheels_that_are_built():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs the package ziglang")
 @pytest.mark.parametrize("name", wheels.TARGETS)
-def test_the_kernels_compile_for_every_system(name, tree, tmp_path):  # noqa: F811
+def test_the_kernels_compile_for_every_system(name, tree, tmp_path):
     wheels.build(wheels.TARGETS[name], tree, tmp_path / "dist")

@@ -24,7 +24,7 @@ from modernbert.engines.guard import LOCK, Frozen, Guarded, thaw
 from modernbert.engines.weights import BackboneWeights, Embedding, LaidOut, LayerWeights, Norm
 from modernbert.nn.activations import ACTIVATIONS, activation
 from modernbert.nn.attention import AttentionBackend
-from modernbert.nn.backbone import Backbone
+from modernbert.nn.backbone import Backbone, is_quiet
 from modernbert.nn.execution import Runner
 from modernbert.nn.layers import (
     MLP,
@@ -152,7 +152,7 @@ def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone, models: Sequen
     def is_free(module: nn.Module) -> bool:
         """Whether it can be frozen by itself: nobody listens, and nobody else computes with its weights."""
         own = all(owners[parameter] <= {module} | shared for parameter in _owned(module))
-        return own and module not in left_out and _is_quiet(module)
+        return own and module not in left_out and is_quiet(module)
 
     kinds = {module: kind for module in model.modules() if (kind := _LINEAR.get(type(module))) and kind.one_by_one}
     linear = [m for m, kind in kinds.items() if is_free(m) and kind.serves([m], gated=False)]
@@ -188,7 +188,7 @@ def _freeze(frozen: Frozen, model: nn.Module, backbone: Backbone, models: Sequen
                 norm = LayerNorm(Norm.of(module))
             frozen.guard(module, norm)
     for module in model.modules():
-        if type(module) is PredictionHead and _is_quiet(module) and (predict := _prediction_of(module)) is not None:
+        if type(module) is PredictionHead and is_quiet(module) and (predict := _prediction_of(module)) is not None:
             frozen.guard(module, predict)
     if engine is not None and table is not None:
         is_left_to_us = engine is CpuLayers and backbone.attn_implementation == "auto"
@@ -208,15 +208,9 @@ def _owned(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module._parameters.values() if parameter is not None]
 
 
-def _is_quiet(module: nn.Module) -> bool:
-    """Whether nothing waits for a module to be called, and its methods are its class's."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and not {"forward", "project"} & module.__dict__.keys()
-
-
 def _table(embedding: nn.Module) -> Embedding | None:
     """What an embedding looks up or computes; None where that is not known here."""
-    usual = type(embedding) in _EMBEDDINGS and _is_quiet(embedding) and getattr(embedding, "max_norm", None) is None
+    usual = type(embedding) in _EMBEDDINGS and is_quiet(embedding) and getattr(embedding, "max_norm", None) is None
     if type(embedding) is nn.Embedding and type(embedding._parameters.get("weight")) is not nn.Parameter:
         return None
     return _EMBEDDINGS[type(embedding)](embedding) if usual else None
@@ -330,7 +324,7 @@ def _is_as_made(backbone: Backbone) -> bool:
             and multiply([mlp.Wi], 2 * config.intermediate_size, width, gated=True)
             and multiply([mlp.Wo], width, config.intermediate_size)
         )  # fmt: skip
-    quiet = all(_is_quiet(module) for _, module in modules[1:])
+    quiet = all(is_quiet(module) for _, module in modules[1:])
     return fits and quiet and all(type(drop) is nn.Dropout for drop in drops)
 
 

@@ -7,6 +7,7 @@
 #pragma GCC target("arch=armv8.2-a+dotprod+bf16")
 #endif
 #include "kernels.h"
+#define SUMS_OF_BYTES
 #include "neon.inc"
 #define NAME neonbf16
 #define MULTIPLIES 1
@@ -14,9 +15,6 @@
 static inline float32x4_t dot_pairs(float32x4_t sums, float32x4_t pairs, float32x4_t others) {
   return vbfdotq_f32(sums, vreinterpretq_bf16_f32(pairs), vreinterpretq_bf16_f32(others));
 }
-#define ZERO 0
-#define DOT(sums, weights, inputs) \
-  ((Ints)vdotq_s32((int32x4_t)(sums), (int8x16_t)(weights), (int8x16_t)(inputs)))
 #include "kernels.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

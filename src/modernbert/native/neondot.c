@@ -7,12 +7,10 @@
 #pragma GCC target("arch=armv8.2-a+dotprod")
 #endif
 #include "kernels.h"
+#define SUMS_OF_BYTES
 #include "neon.inc"
 #define NAME neondot
 #define MULTIPLIES 0
-#define ZERO 0
-#define DOT(sums, weights, inputs) \
-  ((Ints)vdotq_s32((int32x4_t)(sums), (int8x16_t)(weights), (int8x16_t)(inputs)))
 #include "kernels.inc"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -217,6 +217,11 @@ class Backbone(nn.Module):
         return EagerAttention()
 
 
+def is_quiet(module: nn.Module) -> bool:
+    """Whether nothing waits for a module to be called, and its methods are its class's."""
+    return not any(hooks_of(module)) and not {"forward", "project"} & module.__dict__.keys()
+
+
 def hooks_of(module: nn.Module) -> list[Any]:
     """What waits for a module to be called."""
     return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]

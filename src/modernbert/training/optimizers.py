@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from modernbert.engines.cpu.training import Moments, adam, are_plain, norm_of
+from modernbert.engines.cpu.optimizer import Moments, adam, are_plain, norm_of
 from modernbert.errors import InputError
 from modernbert.training.distributed import like, whole
 from modernbert.training.options import TrainingOptions

@@ -9,21 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from modernbert.engines.cpu import library
-
 ROOT = Path(__file__).parents[3]
 KERNELS = "modernbert/native/_kernels.so"
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """A copy of what a wheel is built from, without the weights of the small models."""
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    package = library.FILE.parents[1]
-    ignore = shutil.ignore_patterns("*.safetensors", "__pycache__", "_kernels.so")
-    shutil.copytree(package, tmp_path / "src" / "modernbert", ignore=ignore)
-    return tmp_path
 
 
 def build(tree, **environment):

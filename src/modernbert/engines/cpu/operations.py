@@ -33,6 +33,13 @@ _KINDS = {
     native.Maxima: ("maxima", native.MAXIMA),
     native.Tables: ("tables", native.TABLES),
     native.Activate: ("activate", native.ACTIVATE),
+    native.Training: ("training", native.TRAINING),
+}
+_TRAINING_KINDS = {
+    native.Matmul: ("matmul", native.MATMUL),
+    native.NormBack: ("norm", native.NORM_BACK),
+    native.AttentionBack: ("attention", native.ATTENTION_BACK),
+    native.Adam: ("adam", native.ADAM),
 }
 
 
@@ -44,6 +51,11 @@ def _library() -> native.Library:
 
 def _operation(struct: ctypes.Structure) -> native.Operation:
     """An operation, with a copy of what it is to do."""
+    if type(struct) in _TRAINING_KINDS:
+        name, kind = _TRAINING_KINDS[type(struct)]
+        training = native.Training(kind)
+        setattr(training.body, name, struct)
+        struct = training
     name, kind = _KINDS[type(struct)]
     operation = native.Operation(kind)
     setattr(operation.body, name, struct)
@@ -52,6 +64,11 @@ def _operation(struct: ctypes.Structure) -> native.Operation:
 
 def _run(operation: native.Operation) -> None:
     _library().run(ctypes.addressof(operation), 1)
+
+
+def run_one(struct: ctypes.Structure) -> None:
+    """Run what a structure of kernels.h describes."""
+    _run(_operation(struct))
 
 
 def _point(struct: Any, name: str, x: Tensor) -> None:
@@ -169,7 +186,7 @@ def maxima(weight: NativeWeight, x_TI: Tensor, lengths: Sequence[int]) -> Tensor
     product = native.Product(rows=len(x_TI), weight=weight.struct, epilogue=native.LARGEST)
     _point(product, "x", x_TI)
     _point(product, "out", out_BO)
-    _run(_operation(native.Maxima(texts=len(lengths), starts=starts.data_ptr(), product=product)))
+    run_one(native.Maxima(texts=len(lengths), starts=starts.data_ptr(), product=product))
     return out_BO
 
 
@@ -206,7 +223,7 @@ def attention(
     for name, x in zip(("q", "k", "v", "out"), (q_THD, k_THD, v_THD, out_THD), strict=True):
         assert x.stride()[1:] == (x.shape[2], 1) or not len(x)
         _point(struct, name, x)
-    _run(_operation(struct))
+    run_one(struct)
     return out_THD
 
 
@@ -231,7 +248,7 @@ def attend_step(qkv_N3HD: Tensor, angles: Angles, step: Steps, layer: int) -> Te
     rows = (*qkv_N3HD.unbind(1), out_NHD, *step.storage.layers[layer])
     for name, x in zip(("q", "k", "v", "out", "keys", "values"), rows, strict=True):
         _point(struct, name, x)
-    _run(_operation(struct))
+    run_one(struct)
     return out_NHD
 
 
@@ -270,7 +287,7 @@ def activate(name: str, x: Tensor) -> Tensor:
     struct = native.Activate(rows=x.numel() // max(width, 1), width=width, activation=native.ACTIVATIONS[name])
     _point(struct, "x", x.view(-1, max(width, 1)))
     _point(struct, "out", out.view(-1, max(width, 1)))
-    _run(_operation(struct))
+    run_one(struct)
     return out
 
 
@@ -280,7 +297,7 @@ def angle_tables(frequencies: Tensor, scale: float, positions_T: Tensor) -> Angl
     cos, sin = (torch.empty(len(positions_T), 1, 2 * half, dtype=torch.float32, device="cpu") for _ in range(2))
     struct = native.Tables(rows=len(positions_T), half=half, scale=scale, positions=positions_T.data_ptr())
     struct.frequencies, struct.cos, struct.sin = (x.data_ptr() for x in (frequencies, cos, sin))
-    _run(_operation(struct))
+    run_one(struct)
     return cos, sin
 
 
@@ -288,7 +305,8 @@ def angle_tables(frequencies: Tensor, scale: float, positions_T: Tensor) -> Angl
 def _column(struct: type[ctypes.Structure], name: str) -> int:
     """Where a field lies in an operation, in words of eight bytes."""
     offset: int = getattr(struct, name).offset
-    return (native.Operation.body.offset + offset) // 8
+    before: int = native.Training.body.offset if struct in _TRAINING_KINDS else 0
+    return (native.Operation.body.offset + before + offset) // 8
 
 
 class Program:

@@ -14,30 +14,28 @@ Shapes: T tokens of all texts together, M hidden size, H heads, D head size, W =
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from modernbert.engines.cpu import library as native
 from modernbert.engines.cpu.attention import NativePlan
+from modernbert.engines.cpu.operations import Program
+from modernbert.engines.cpu.optimizer import are_plain
 from modernbert.nn.activations import activation
 from modernbert.nn.attention.eager import EagerAttention
+from modernbert.nn.backbone import is_quiet
 from modernbert.nn.execution import Planned, Shared
 from modernbert.nn.layers import MLP, EncoderAttention, Layer, Linear
 
 _LINE = 64  # bytes of a cache line
 _BLOCK = 64  # rows whose share of the gradient of a LayerNorm's weight is summed at once
 _GELU = activation("gelu")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Sizes(NamedTuple):
@@ -61,44 +59,13 @@ class Part(NamedTuple):
     names: dict[str, str]
 
 
-_BODIES: dict[Any, tuple[int, str]] = {
-    native.Matmul: (native.MATMUL, "matmul"),
-    native.NormBack: (native.NORM_BACK, "norm"),
-    native.AttentionBack: (native.ATTENTION_BACK, "attention"),
-    native.Normalize: (native.NORMALIZE, "normalize"),
-    native.Attention: (native.ATTENTION, "attention"),
-}
-
-
-class Recipe:
-    """Operations that run one after another; their addresses and numbers of tokens are named, and given to `run`."""
-
-    def __init__(self, parts: Sequence[Part]) -> None:
-        table = b""
-        places: list[int] = []
-        self._names: list[str] = []
-        for part in parts:
-            kind, name = _BODIES[part.struct]
-            struct = part.struct(**part.numbers)
-            at = len(table) + native.Operation.body.offset
-            if part.struct in (native.Normalize, native.Attention):
-                operation = native.Operation(kind)
-                setattr(operation.body, name, struct)
-            else:
-                operation = native.Operation(native.TRAINING)
-                operation.body.training.kind = kind
-                setattr(operation.body.training.body, name, struct)
-                at += native.Training.body.offset
-            places += [(at + getattr(part.struct, field).offset) // 8 for field in part.names]
-            self._names += part.names.values()
-            table += bytes(operation)
-        self._count, self._places = len(parts), np.array(places, dtype=np.int64)
-        self._words = np.frombuffer(table, dtype=np.int64)
-
-    def run(self, library: native.Library, given: Mapping[str, int]) -> None:
-        words = self._words.copy()  # several threads may run one recipe
-        words[self._places] = [given[name] for name in self._names]
-        library.run(words.ctypes.data, self._count)
+def _program(parts: Sequence[Part]) -> Program:
+    """Operations that run one after another; addresses and numbers of tokens are its variables."""
+    program = Program([part.struct(**part.numbers) for part in parts])
+    for row, part in enumerate(parts):
+        for field, variable in part.names.items():
+            program.bind(variable, row, part.struct, field)
+    return program
 
 
 # What goes into products alone, or is rounded on the way anyway.
@@ -178,20 +145,20 @@ def _attend(size: Sizes, struct: Any, **more: tuple[str, int]) -> Part:
 
 
 @functools.lru_cache(maxsize=256)
-def _attending(size: Sizes) -> Recipe:
+def _attending(size: Sizes) -> Program:
     M, W = size.width, size.heads * size.head_dim
     parts = [_normalize(size, 0, "T", "x", "normed")] if size.normed else []
     normed = ("normed" if size.normed else "x", M)
     parts.append(_matmul(("T", 3 * W, M), normed, ("Wqkv", M), ("qkv", 3 * W), turned="b", narrowed=size.narrowed))
-    return Recipe([*parts, _attend(size, native.Attention)])
+    return _program([*parts, _attend(size, native.Attention)])
 
 
 @functools.lru_cache(maxsize=256)
-def _feeding(size: Sizes) -> Recipe:
+def _feeding(size: Sizes) -> Program:
     M, W, inside = size.width, size.heads * size.head_dim, size.inside
     product = functools.partial(_matmul, turned="b", narrowed=size.narrowed)
     gate = functools.partial(product, epilogue=native.GATE, gates=("gates", 2 * inside))
-    return Recipe([
+    return _program([
         product(("R", M, W), ("attended_R", W), ("Wo", W), ("middle", M), plus=("x_R", M)),
         _normalize(size, 1, "R", "middle", "normed_2"),
         gate(("R", 2 * inside, M), ("normed_2", M), ("Wi", M), ("gated", inside)),
@@ -209,14 +176,14 @@ def _of_weight(
 
 
 @functools.lru_cache(maxsize=256)
-def _feeding_back(size: Sizes, wanted: frozenset[str]) -> Recipe:
+def _feeding_back(size: Sizes, wanted: frozenset[str]) -> Program:
     """The way back, with the gradients of weights that are wanted. Those of norms cost nothing and are always made."""
     M, W, inside = size.width, size.heads * size.head_dim, size.inside
     product = functools.partial(_matmul, narrowed=size.narrowed)
     of_weight = functools.partial(_of_weight, size, wanted)
     epilogue = native.UNGATE
     ungate = functools.partial(product, epilogue=epilogue, gates=("gates", 2 * inside), plus=("gated", inside))
-    return Recipe([
+    return _program([
         ungate(("R", inside, M), ("grad", M), ("down", inside), ("d_gates", 2 * inside)),
         *of_weight("down", "R", ("grad", M), ("gated", inside)),
         *of_weight("Wi", "R", ("d_gates", 2 * inside), ("normed_2", M)),
@@ -228,7 +195,7 @@ def _feeding_back(size: Sizes, wanted: frozenset[str]) -> Recipe:
 
 
 @functools.lru_cache(maxsize=256)
-def _attending_back(size: Sizes, wanted: frozenset[str]) -> Recipe:
+def _attending_back(size: Sizes, wanted: frozenset[str]) -> Program:
     M, W = size.width, size.heads * size.head_dim
     product = functools.partial(_matmul, ("T", M, 3 * W), ("d_qkv", 3 * W), ("Wqkv", M), narrowed=size.narrowed)
     parts = [
@@ -242,7 +209,7 @@ def _attending_back(size: Sizes, wanted: frozenset[str]) -> Recipe:
         parts += [product(("d_normed", M)), _norm_back(size, 0, "T", "x", "d_normed", "d_middle", "d_x")]
     else:
         parts.append(product(("d_x", M), plus=("d_middle", M)))
-    return Recipe(parts)
+    return _program(parts)
 
 
 def _carve(base: int, T: int, narrowed: bool, widths: Mapping[str, int]) -> tuple[dict[str, int], int]:
@@ -272,12 +239,6 @@ def _kept(size: Sizes) -> tuple[dict[str, int], dict[str, int]]:
         "normed_2": size.width,
         "gates": 2 * size.inside,
     }
-
-
-def _library() -> native.Library:
-    found = native.library()
-    assert found is not None
-    return found
 
 
 _kept_work = threading.local()  # a step's layers work in the same place one after another
@@ -311,7 +272,8 @@ class _Layer(torch.autograd.Function):
         x_TM: Tensor,
         *weights: Tensor,
     ) -> Tensor:
-        plan: NativePlan = shared.attend.plan  # type: ignore[attr-defined]
+        assert isinstance(shared.attend, Planned)
+        plan: NativePlan = shared.attend.plan
         T, R = len(x_TM), len(x_TM) if rows is None else len(rows)
         kept, side, n = _kept(size), _side(T, size), size.narrowed
         saved_T, saved_R = x_TM.new_empty(_room(T, n, kept[0])), x_TM.new_empty(_room(R, n, kept[1]))
@@ -321,11 +283,11 @@ class _Layer(torch.autograd.Function):
         gated, packed = _carve(work.data_ptr(), R, n, {"gated": size.inside})
         given |= {**gated, "packed_a": packed, "packed_b": packed + 4 * side, "attended": attended_TW.data_ptr()}
         _parts_of(given, "qkv", size)
-        _attending(size).run(_library(), given)
+        _attending(size).begin(given).run()
         x_RM, attended_RW = (x if rows is None else x.index_select(0, rows) for x in (x_TM, attended_TW))
         given |= _carve(saved_R.data_ptr(), R, n, kept[1])[0]
         given |= {"R": R, "x_R": x_RM.data_ptr(), "attended_R": attended_RW.data_ptr(), "out": out_RM.data_ptr()}
-        _feeding(size).run(_library(), given)
+        _feeding(size).begin(given).run()
         ctx.save_for_backward(rows, x_TM, saved_T, saved_R, attended_TW, attended_RW, *weights)
         ctx.how = layer, shared, size, names, plan
         return out_RM
@@ -361,12 +323,12 @@ class _Layer(torch.autograd.Function):
         given |= {"d_attended_R": d_attended.data_ptr()}
         _parts_of(given, "qkv", size)
         _parts_of(given, "d_qkv", size)
-        _feeding_back(size, wanted).run(_library(), given)
+        _feeding_back(size, wanted).begin(given).run()
         if rows is not None:
             d_middle = x_TM.new_zeros(T, M).index_copy_(0, rows, d_middle)
             d_attended = x_TM.new_zeros(T, W).index_copy_(0, rows, d_attended)
         given |= {"d_middle": d_middle.data_ptr(), "d_attended": d_attended.data_ptr()}
-        _attending_back(size, wanted).run(_library(), given)
+        _attending_back(size, wanted).begin(given).run()
         found_grads = (made[name] if need else None for name, need in zip(names, needs[1:], strict=True))
         return *nothing, d_x_TM if needs[0] else None, *found_grads
 
@@ -445,7 +407,7 @@ def _weights_of(layer: Layer) -> dict[str, nn.Parameter] | None:
     if not own or attn.dropout or any(type(drop) is not nn.Dropout or drop.p for drop in drops):
         return None
     parts = (attn, mlp, norm, *drops, *linear.values(), *norms.values())
-    if _has_any_global_hook() or not all(_is_quiet(part) for part in parts):
+    if _has_any_global_hook() or not all(is_quiet(part) for part in parts):
         return None
     weights: dict[str, nn.Parameter] = {}
     for name, module in (linear | norms).items():
@@ -454,87 +416,3 @@ def _weights_of(layer: Layer) -> dict[str, nn.Parameter] | None:
             return None
         weights[name] = weight
     return weights
-
-
-def _is_quiet(module: nn.Module) -> bool:
-    """Whether nothing waits for a module to be called, and its methods are its class's."""
-    own = module.__dict__
-    return "forward" not in own and "project" not in own and not any(own[name] for name in _HOOKS)
-
-
-# Weights and their gradients
-
-
-class Moments(NamedTuple):
-    """A tensor of weights in a step of Adam.
-
-    Attributes:
-        weight, grad: which have one shape.
-        mean, square: running ones of gradients and of their squares.
-        lr, decay: of this step; each step shrinks the weight by `lr * decay`.
-        corrections: 1 - beta ** steps of both running numbers.
-    """
-
-    weight: Tensor
-    grad: Tensor
-    mean: Tensor
-    square: Tensor
-    lr: float
-    decay: float
-    corrections: tuple[float, float]
-
-
-def are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernels can step by these tensors: float32, on the CPU, each in one piece and a class of PyTorch."""
-    return native.library() is not None and all(
-        type(x) in (Tensor, nn.Parameter) and x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous()
-        for x in tensors
-    )
-
-
-def norm_of(tensors: Sequence[Tensor]) -> float:
-    """The norm of all numbers of tensors that `are_plain`; the order of its sums is one, on any number of threads."""
-    sums = _step(
-        [native.Slice(grad=x.data_ptr(), count=x.numel(), of_mean=1, of_square=1) for x in tensors],
-        native.Adam(kind=native.SQUARES, shrink=1),
-    )
-    return float(np.sqrt(sums.sum()))
-
-
-def adam(moments: Sequence[Moments], betas: tuple[float, float], eps: float, shrink: float, stable: bool) -> None:
-    """A step of AdamW, or of StableAdamW, by tensors that `are_plain`, in place.
-
-    Args:
-        moments: of each tensor.
-        betas: decay of the running mean and of the running square.
-        eps: added to the root of the square.
-        shrink: what gradients are multiplied by, as clipping them would.
-        stable: whether a tensor's step shrinks when its gradients outgrow their running square.
-    """
-    slices = [
-        native.Slice(
-            *(x.data_ptr() for x in (m.weight, m.grad, m.mean, m.square)), m.weight.numel(), 0, m.lr, m.decay,
-            *m.corrections,
-        )
-        for m in moments
-    ]  # fmt: skip
-    kind = native.STABLE_ADAMW if stable else native.ADAMW
-    shares = {"of_grad": 1 - betas[0], "of_square": betas[1], "of_new": 1 - betas[1]}
-    _step(slices, native.Adam(kind=kind, **shares, eps=eps, shrink=shrink))
-
-
-def _step(slices: Sequence[native.Slice], adam: native.Adam) -> npt.NDArray[np.float64]:
-    """Run over the chunks of all tensors; a sum for each chunk."""
-    chunks = [-(-s.count // native.CHUNK) for s in slices]
-    for s, first in zip(slices, itertools.accumulate([0, *chunks]), strict=False):
-        s.first = first
-    table = (native.Slice * len(slices))(*slices)
-    owners = np.repeat(np.arange(len(slices), dtype=np.int64), chunks)
-    sums = np.zeros(len(owners))
-    adam.chunks, adam.slices, adam.owners, adam.sums = (
-        len(owners), ctypes.addressof(table), owners.ctypes.data, sums.ctypes.data
-    )  # fmt: skip
-    operation = native.Operation(native.TRAINING)
-    operation.body.training.kind, operation.body.training.body.adam = native.ADAM, adam
-    _library().run(ctypes.addressof(operation), 1)
-    return sums
